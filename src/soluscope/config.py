@@ -1,0 +1,394 @@
+"""Configuration in three layers: the defaults here < YAML files < the command line.
+
+`variant=`, `size=` and `data=` each choose a file in configs/; `mid.*` are the chosen variant's own
+parameters and `corpus.*` the chosen source's. Everything is read and checked here before anything
+heavy is imported, so that `--help` and every mistake are answered at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from soluscope import plugins
+from soluscope.errors import UserError
+from soluscope.files import digest
+
+T = TypeVar("T")
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise a UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    d_model: int = 128
+    """Width of the residual stream."""
+    n_heads: int = 4
+    """Attention heads; d_head is d_model / n_heads."""
+    d_mlp: int = 512
+    """Neurons in the MLP, N in science.md."""
+    n_layers: int = 1
+    """Transformer blocks. The exact probes are for one."""
+    ctx: int = 128
+    """Tokens in a row, BOS included."""
+    ln_eps: float = 1e-5
+    """Epsilon of the residual stream's norms (ln1, ln2, ln_final); the mid norm has its own."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; W_pos starts at half of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "d_mlp", "n_layers"):
+            check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be 1 or more")
+        check(self.ctx >= 3, f"model.ctx={self.ctx} must be 3 or more: BOS, a token and its target")
+        check(
+            self.d_model % self.n_heads == 0,
+            f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}",
+        )
+        check(self.ln_eps > 0, f"model.ln_eps={self.ln_eps} must be above 0")
+        check(self.init_std > 0, f"model.init_std={self.init_std} must be above 0")
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    tokenizer: str = "bpe"
+    """`bpe` trains a byte-level BPE on the train split; else a tokenizer.json, its folder, or a hub name."""
+    d_vocab: int = 4096
+    """Entries of the trained BPE, special tokens included. Not used with a loaded tokenizer."""
+    train_mb: float = 50.0
+    """Megabytes of the train split from which the BPE is learned, at most."""
+    select_share: float = 0.05
+    """Share of documents for choosing (gains, learning rates): validation split A."""
+    report_share: float = 0.05
+    """Share of documents for reporting: validation split B. No document is in two splits."""
+    cache_dir: str = "runs/.tokens"
+    """Where prepared token caches lie, each in a folder named by the hash of what determines it."""
+    prepared: str | None = None
+    """A token cache's folder to use as it is, carried from elsewhere; the corpus is then not read."""
+
+    def __post_init__(self) -> None:
+        check(self.d_vocab >= 260, f"tokens.d_vocab={self.d_vocab} must be 260 or more: 256 bytes, BOS, EOS, PAD")
+        check(self.train_mb > 0, f"tokens.train_mb={self.train_mb} must be above 0")
+        shares = (self.select_share, self.report_share)
+        check(
+            min(shares) > 0 and sum(shares) < 1,
+            f"tokens.select_share={shares[0]} and tokens.report_share={shares[1]} must be above 0 "
+            "and leave a share for training",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Rows in a step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts in which a step's batch is computed, for memory; the gradient is the batch's."""
+    lr: float | None = None
+    """Peak learning rate of the blocks' matrices. null: the size's tuned rate for this variant."""
+    lr_rest: float = 1e-3
+    """Peak learning rate of embeddings, unembedding, gains and biases."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Tuned learning rates by variant at this size; read where lr is null."""
+    warmup_steps: int = 50
+    """Optimizer steps over which the rate rises linearly from 0."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the rate does after warm-up."""
+    final_lr_share: float = 0.1
+    """Share of the peak rate at which cosine ends."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.99
+    """AdamW's decay of the gradient's square."""
+    weight_decay: float = 0.05
+    """On matrices and the unembedding; 0 on embeddings, gains and biases."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl, and between checks for a diverged loss."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    val_tokens: int = 20_000
+    """Tokens of each validation split on which the final loss is measured, at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on cuda, fp32 on cpu. The mid norm is fp32 in both."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every"):
+            check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be 1 or more")
+        check(
+            self.batch_size % self.micro_batches == 0,
+            f"train.micro_batches={self.micro_batches} does not divide train.batch_size={self.batch_size}",
+        )
+        check(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps={self.warmup_steps} must lie between 0 and train.steps={self.steps}",
+        )
+        for name in ("lr", "lr_rest", "clip", "val_tokens"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"train.{name}={value} must be above 0")
+        for name in ("beta1", "beta2", "final_lr_share"):
+            check(0 <= getattr(self, name) <= 1, f"train.{name}={getattr(self, name)} must be in [0, 1]")
+        check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    study: str = "default"
+    """Folder below runs_dir: runs that belong together and are compared."""
+    seed: int = 0
+    """Fixes initial values and batches. Equal seeds are paired across variants."""
+    variant: str = MISSING
+    """Name of a file in variants/. Required: no run should get one by accident."""
+    size: str = "demo"
+    """Name of a file in configs/size/."""
+    data: str = "stdlib"
+    """Name of a source and of its file in configs/data/."""
+    tag: str = ""
+    """Tells arms of one variant apart; goes into the run folder's name."""
+    runs_dir: str = "runs"
+    """Where studies lie."""
+    mid: Any = None
+    """The variant's own parameters."""
+    corpus: Any = None
+    """The source's own parameters."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("study", "tag"):
+            value = getattr(self, name)
+            check(
+                re.fullmatch(r"[\w.=+-]*", value) is not None and value not in {".", ".."},
+                f"{name}={value!r} is used as a folder's name: letters, digits and _ . = + - only",
+            )
+        check(self.study != "", "study is empty: name the folder that the run goes into")
+        check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
+
+    @property
+    def arm(self) -> str:
+        """The run's name without its seed."""
+        return f"{self.variant}-{self.tag}" if self.tag else self.variant
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.variant}-s{self.seed}" + (f"-{self.tag}" if self.tag else "")
+
+    @property
+    def study_dir(self) -> Path:
+        return Path(self.runs_dir) / self.study
+
+    @property
+    def run_dir(self) -> Path:
+        return self.study_dir / self.run_name
+
+    @property
+    def hash(self) -> str:
+        """Hash of all that determines the numbers: not where they lie, nor on what they ran."""
+        return digest(_determining(asdict(self)))
+
+
+# Keys that move no number beyond rounding, so that a run may be resumed with others.
+_PLACES = ("study", "tag", "runs_dir", "tokens.cache_dir", "train.rates", "train.log_every",
+           "train.checkpoint_every", "train.device", "train.compile")  # fmt: skip
+
+
+def _determining(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flatten(values) if key not in _PLACES}
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """`key: a's value, not b's` for each key that determines the numbers and differs."""
+    left, right = _determining(asdict(a)), _determining(asdict(b))
+    return [
+        f"{key}={left.get(key)} there, {right.get(key)} here"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`a.b.c`, value) pairs of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and f"{prefix}{key}" != "train.rates":
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def configs_dir() -> Path:
+    """configs/ as shipped in the package, or at the top of the clone."""
+    shipped = Path(__file__).parent / "configs"
+    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """A checked configuration from the command line's words.
+
+    Args:
+        arguments: `key=value` overrides, and paths of YAML files (`configs/debug.yaml`), in any order.
+
+    Raises:
+        UserError: unknown key, variant, size or data, wrong type, or values that cannot go together.
+    """
+    return to_config(merge_config(arguments))
+
+
+def to_config(merged: DictConfig) -> Config:
+    config: Config = _to_object(merged)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    check(not missing, f"{missing and missing[0]} has no value: give it, as in {missing and missing[0]}=…")
+    return config
+
+
+def merge_config(arguments: Sequence[str]) -> DictConfig:
+    """The layers merged and typed, relations not yet checked: what `--cfg` prints."""
+    files, overrides = _split_arguments(arguments)
+    layers = [_read_yaml(configs_dir() / "base.yaml"), *(_read_yaml(path) for path in files)]
+    command_line = _from_dotlist(overrides)
+    chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
+    groups = {"data": chosen.get("data"), "size": chosen.get("size"), "variant": chosen.get("variant")}
+    base = OmegaConf.structured(Config)
+    group_files = []
+    for group, name in groups.items():
+        if name is None or name == "???":
+            check(group == "variant", f"{group} has no value: give it, as in {group}=…")
+            raise UserError(f"variant has no value: give it, as in variant=solu_ln. There are: {', '.join(plugins.names('soluscope.variants'))}")
+        folder = configs_dir() / group
+        plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
+        group_files.append(_read_yaml(folder / f"{name}.yaml"))
+    base.mid = OmegaConf.structured(plugins.pick("soluscope.variants", groups["variant"]).params)
+    base.corpus = OmegaConf.structured(plugins.pick("soluscope.data.sources", groups["data"]).params)
+    merged = _merge(base, layers[0], *group_files, *layers[1:], command_line)
+    if merged.train.lr is None:
+        rate = merged.train.rates.get(merged.variant)
+        check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
+              "set train.lr, or add it to train.rates in configs/size/")  # fmt: skip
+        merged.train.lr = rate
+    return merged
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration saved with a run."""
+    check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
+    saved = _read_yaml(path)
+    base = OmegaConf.structured(Config)
+    base.mid = OmegaConf.structured(plugins.pick("soluscope.variants", saved.variant).params)
+    base.corpus = OmegaConf.structured(plugins.pick("soluscope.data.sources", saved.data).params)
+    return to_config(_merge(base, saved))
+
+
+def load_typed(schema: type[T], arguments: Sequence[str], default_file: str) -> T:
+    """A configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
+    files, overrides = _split_arguments(arguments)
+    layers = [_read_yaml(configs_dir() / default_file), *(_read_yaml(path) for path in files)]
+    merged = _merge(OmegaConf.structured(schema), *layers, _from_dotlist(overrides))
+    loaded: T = _to_object(merged)
+    return loaded
+
+
+def to_yaml(config: Any) -> str:
+    """YAML of a configuration, with every value that was resolved."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)) if is_dataclass(config) else config)
+
+
+def help_lines(schema: Any, prefix: str = "") -> Iterator[str]:
+    """`key  default  meaning` for every key of a dataclass, nested ones with their dotted names."""
+    schema_class = schema if isinstance(schema, type) else type(schema)
+    meanings = _docstrings(schema_class)
+    instance_values = {} if isinstance(schema, type) else {f.name: getattr(schema, f.name) for f in fields(schema)}
+    for item in fields(schema_class):
+        default = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[misc]
+        value = instance_values.get(item.name, default)
+        if is_dataclass(value):
+            yield from help_lines(value, f"{prefix}{item.name}.")
+            continue
+        shown = "required" if value == MISSING else "null" if value is None else str(value)
+        yield f"  {prefix + item.name:<24} {shown:<14} " + textwrap.fill(
+            meanings.get(item.name, ""), width=100, subsequent_indent=" " * 42, initial_indent=" " * 42
+        ).strip()
+
+
+def _docstrings(schema: type) -> dict[str, str]:
+    """The string under each field of a dataclass: the field's meaning."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
+    found = {}
+    for before, after in zip(body, body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(after, ast.Expr):
+            found[before.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return found
+
+
+def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    files = [Path(word) for word in arguments if "=" not in word and word.endswith((".yaml", ".yml"))]
+    overrides = [word for word in arguments if "=" in word]
+    for word in arguments:
+        check("=" in word or Path(word) in files, f"{word!r} is neither key=value nor a .yaml file; see --help")
+    return files, overrides
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    check(path.is_file(), f"no configuration file {path}")
+    try:
+        loaded = OmegaConf.load(path)
+    except Exception as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    check(isinstance(loaded, DictConfig), f"{path} holds no keys: wanted key: value lines")
+    assert isinstance(loaded, DictConfig)
+    return loaded
+
+
+def _from_dotlist(overrides: list[str]) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except Exception as error:
+        raise UserError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from error
+
+
+def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, *layers)
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = [name for name, _ in flatten(OmegaConf.to_container(base))]  # type: ignore[arg-type]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"no key called {key!r}.{hint} --help lists them") from error
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _to_object(merged: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, UserError) else UserError(_one_line(error))) from error
+
+
+def _one_line(error: Exception) -> str:
+    """OmegaConf's message with the key, without its trailer of types."""
+    first = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key else first
