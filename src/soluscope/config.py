@@ -13,7 +13,9 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING as MISSING_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -167,9 +169,9 @@ class Config:
     runs_dir: str = "runs"
     """Where studies lie."""
     mid: Any = None
-    """The variant's own parameters."""
+    """The variant's own parameters, below."""
     corpus: Any = None
-    """The source's own parameters."""
+    """The source's own parameters, below."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -205,6 +207,29 @@ class Config:
     def hash(self) -> str:
         """Hash of all that determines the numbers: not where they lie, nor on what they ran."""
         return digest(_determining(asdict(self)))
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    probes: list[str] | None = None
+    """Names of files in probes/. null: all of them."""
+    n_tokens: int = 10_000
+    """Tokens of each stream that the probes run on, about."""
+    n_loss_tokens: int = 50_000
+    """Tokens of each validation split on which the loss is compared, at most."""
+    n_draws: int = 1000
+    """Bootstrap resamples behind each interval."""
+    seed: int = 0
+    """Of the made-up streams and of the bootstrap."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the models run."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "n_loss_tokens", "n_draws"):
+            check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
+        check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        for name in self.probes or ():
+            plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 
 
 # Keys that move no number beyond rounding, so that a run may be resumed with others.
@@ -267,7 +292,6 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     command_line = _from_dotlist(overrides)
     chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
     groups = {"data": chosen.get("data"), "size": chosen.get("size"), "variant": chosen.get("variant")}
-    base = OmegaConf.structured(Config)
     group_files = []
     for group, name in groups.items():
         if name is None or name == "???":
@@ -276,25 +300,28 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
         group_files.append(_read_yaml(folder / f"{name}.yaml"))
-    base.mid = OmegaConf.structured(plugins.pick("soluscope.variants", groups["variant"]).params)
-    base.corpus = OmegaConf.structured(plugins.pick("soluscope.data.sources", groups["data"]).params)
+    base = _typed_base(groups["variant"], groups["data"])
     merged = _merge(base, layers[0], *group_files, *layers[1:], command_line)
     if merged.train.lr is None:
         rate = merged.train.rates.get(merged.variant)
         check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
               "set train.lr, or add it to train.rates in configs/size/")  # fmt: skip
-        merged.train.lr = rate
+        merged = _merge(merged, OmegaConf.create({"train": {"lr": rate}}))
     return merged
+
+
+def _typed_base(variant: str, data: str) -> DictConfig:
+    """The defaults, with the parameters of the chosen variant and source in their places."""
+    params = plugins.pick("soluscope.variants", variant).params
+    corpus = plugins.pick("soluscope.data.sources", data).params
+    return OmegaConf.structured(Config(variant=variant, data=data, mid=params(), corpus=corpus()))
 
 
 def read_config(path: Path) -> Config:
     """The resolved configuration saved with a run."""
     check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
     saved = _read_yaml(path)
-    base = OmegaConf.structured(Config)
-    base.mid = OmegaConf.structured(plugins.pick("soluscope.variants", saved.variant).params)
-    base.corpus = OmegaConf.structured(plugins.pick("soluscope.data.sources", saved.data).params)
-    return to_config(_merge(base, saved))
+    return to_config(_merge(_typed_base(saved.variant, saved.data), saved))
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str) -> T:
@@ -311,30 +338,46 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)) if is_dataclass(config) else config)
 
 
-def help_lines(schema: Any, prefix: str = "") -> Iterator[str]:
+def train_help() -> str:
+    """Every key of a training run, with its default and meaning."""
+    parts = [*help_lines(Config)]
+    for section, package in (("mid", "soluscope.variants"), ("corpus", "soluscope.data.sources")):
+        members: dict[type, list[str]] = {}
+        for name in plugins.names(package):
+            members.setdefault(plugins.pick(package, name).params, []).append(name)
+        for params, owners in members.items():
+            if fields(params):
+                kind = "variant" if section == "mid" else "data"
+                parts += ["", f"with {kind}={' or '.join(owners)}:", *help_lines(params, f"{section}.")]
+    return "\n".join(parts)
+
+
+def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
     """`key  default  meaning` for every key of a dataclass, nested ones with their dotted names."""
-    schema_class = schema if isinstance(schema, type) else type(schema)
-    meanings = _docstrings(schema_class)
-    instance_values = {} if isinstance(schema, type) else {f.name: getattr(schema, f.name) for f in fields(schema)}
-    for item in fields(schema_class):
-        default = item.default_factory() if callable(item.default_factory) else item.default  # type: ignore[misc]
-        value = instance_values.get(item.name, default)
-        if is_dataclass(value):
-            yield from help_lines(value, f"{prefix}{item.name}.")
-            continue
-        shown = "required" if value == MISSING else "null" if value is None else str(value)
-        yield f"  {prefix + item.name:<24} {shown:<14} " + textwrap.fill(
-            meanings.get(item.name, ""), width=100, subsequent_indent=" " * 42, initial_indent=" " * 42
-        ).strip()
+    meanings = _docstrings(schema)
+    for item in fields(schema):
+        if item.default_factory is MISSING_DEFAULT:
+            default = item.default
+        else:
+            default = item.default_factory()
+        if is_dataclass(default):
+            yield from help_lines(type(default), f"{prefix}{item.name}.")
+        elif item.name in meanings:
+            shown = "required" if default == MISSING else "null" if default is None else str(default)
+            lines = textwrap.wrap(meanings[item.name], width=72)
+            yield f"  {prefix + item.name:<24} {shown:<10}  {lines[0]}"
+            yield from (" " * 39 + line for line in lines[1:])
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass: the field's meaning."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0].body  # type: ignore[attr-defined]
-    found = {}
-    for before, after in zip(body, body[1:], strict=False):
-        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name) and isinstance(after, ast.Expr):
-            found[before.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    """The string under each field of a dataclass, its parents' included: the field's meaning."""
+    found: dict[str, str] = {}
+    for owner in reversed(schema.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(definition, ast.ClassDef)
+        for before, after in pairwise(definition.body):
+            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
     return found
 
 

@@ -1,0 +1,38 @@
+"""soluscope: what does LayerNorm do in SoLU language models?
+
+    config = soluscope.load_config(["variant=solu_ln", "size=tiny", "train.steps=200"])
+    run_dir = soluscope.train(config)
+    model = soluscope.load(run_dir)                      # a HookedTransformer, with .facts
+    table, figures = soluscope.probe(model, "some text")
+
+Each is imported when it is first used: reading a configuration does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from soluscope.config import Config as Config
+    from soluscope.config import load_config as load_config
+    from soluscope.convert import load as load
+    from soluscope.errors import UserError as UserError
+    from soluscope.suite import probe as probe
+    from soluscope.training import train as train
+
+_WHERE = {
+    "Config": "config",
+    "load_config": "config",
+    "UserError": "errors",
+    "train": "training",
+    "load": "convert",
+    "probe": "suite",
+}
+__all__ = sorted(_WHERE)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'soluscope' has no attribute {name!r}")
+    return getattr(import_module(f"soluscope.{_WHERE[name]}"), name)

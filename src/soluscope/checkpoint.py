@@ -1,0 +1,225 @@
+"""The run folder: what a run leaves behind, whether it is finished, and who is writing to it.
+
+    config.yaml          the resolved configuration: enough to run it again
+    checkpoints/last.ckpt  Lightning's, for resuming
+    model.safetensors    final weights under TransformerLens's names
+    model.json           facts about the model (`Facts`)
+    metrics.jsonl        loss by step and tokens
+    done.json            written last; its absence means: resume
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from soluscope import plugins
+from soluscope.config import Config, differences, read_config, to_yaml
+from soluscope.errors import UserError
+from soluscope.files import write_bytes, write_text
+from soluscope.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a reader of a checkpoint must know and its weights do not say."""
+
+    run: str
+    arm: str
+    variant: str
+    study: str
+    seed: int
+    d_model: int
+    n_heads: int
+    d_mlp: int
+    n_layers: int
+    ctx: int
+    d_vocab: int
+    hooked_act_fn: str
+    ln_eps: float
+    mid_norm: str | None
+    """Class of the mid norm in norms.py, or None."""
+    eps: float | None
+    """Epsilon of the mid norm, where it has one."""
+    gain: float | None
+    """The constant gain of a static mid norm."""
+    bos: int
+    eos: int
+    pad: int
+    tokenizer_hash: str
+    lr: float
+    steps: int
+    tokens: int
+    """Tokens seen in training, BOS included."""
+    config: str
+    """Hash of the configuration."""
+    commit: str
+    versions: dict[str, str]
+
+    @property
+    def kappa(self) -> float | None:
+        """eps * d_mlp^2, the dose (science.md section 1.4)."""
+        return None if self.eps is None else self.eps * self.d_mlp**2
+
+
+def claim(config: Config) -> str:
+    """Make the run's folder, or check that the one that is there is of this configuration.
+
+    Returns:
+        `done`, `resume` or `start`: what is left to do.
+
+    Raises:
+        UserError: if the folder is of another configuration, or cannot be written.
+    """
+    saved = config.run_dir / "config.yaml"
+    if saved.is_file():
+        differing = differences(read_config(saved), config)
+        if differing:
+            raise UserError(
+                f"{config.run_dir} is of another configuration ({differing[0]}"
+                + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
+                + "): set tag= or study= to train this one beside it"
+            )
+    else:
+        write_text(saved, to_yaml(config))
+    if (config.run_dir / "done.json").is_file():
+        return "done"
+    return "resume" if last_checkpoint(config.run_dir).is_file() else "start"
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process. The kernel lets go when the process ends, however it ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {run_dir}: {error.strerror}; choose another runs_dir") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {run_dir}: wait for it, or set tag= or study="
+            ) from error
+        yield
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
+    """Final weights and facts, each whole or not there."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(run_dir / "model.safetensors", save(state))
+    write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
+
+
+def load_facts(run_dir: Path) -> Facts:
+    """Facts of a finished run.
+
+    Raises:
+        UserError: if there is no such run, it is not finished, or the file is broken.
+    """
+    path = run_dir / "model.json"
+    if not path.is_file():
+        state = "has not finished: train it to its end" if run_dir.is_dir() else "does not exist"
+        raise UserError(f"no model at {run_dir}: the run {state}")
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
+        return Facts(**{field.name: record[field.name] for field in fields(Facts)})
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is broken ({error}): delete {run_dir} and train again") from error
+
+
+def load_model(run_dir: Path) -> tuple[LanguageModel, Facts]:
+    """The trained model of a finished run, strictly: every tensor by name and shape.
+
+    Raises:
+        UserError: truncated weights, or weights of another shape than the run's configuration.
+    """
+    facts = load_facts(run_dir)
+    config = read_config(run_dir / "config.yaml")
+    path = run_dir / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"cannot read {path} ({_first_line(error)}): delete {run_dir / 'done.json'} to make it again"
+        ) from error
+    model = build_model(config, facts.d_vocab)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        problem = str(error).strip().splitlines()[1].strip()
+        raise UserError(f"{path} does not fit {run_dir / 'config.yaml'}: {problem}") from error
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
+    return model.eval(), facts
+
+
+def build_model(config: Config, d_vocab: int) -> LanguageModel:
+    """The untrained model of a configuration."""
+    variant = plugins.pick("soluscope.variants", config.variant)
+    return LanguageModel(config.model, variant, config.mid, d_vocab, config.seed)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Lightning's checkpoint, without unpickling anything but tensors and plain values.
+
+    Raises:
+        UserError: if the file is truncated or not a checkpoint.
+    """
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"cannot read the checkpoint {path} ({_first_line(error)}): delete it to start the run again"
+        ) from error
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+
+
+@cache
+def commit() -> str:
+    """The commit that runs, with `+` where the tree was changed; the version if it is not a clone."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        # A wheel inside somebody's own repository is not that repository's commit.
+        if run("ls-files", "--error-unmatch", str(Path(__file__))):
+            return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return f"v{versions()['soluscope']}"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what the numbers rest on."""
+    found = {}
+    for package in ("soluscope", "torch", "lightning", "transformer-lens", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

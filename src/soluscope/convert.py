@@ -1,0 +1,167 @@
+"""Run folder -> HookedTransformer: unfolded, strict, and refused unless both compute the same.
+
+Folding is not used: it changes hook_post and replaces a custom mid norm without a word (design.md,
+TransformerLens). The check runs the trained model beside the hooked one on the same tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tokenizers import Tokenizer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.hook_points import HookPoint
+from transformers import PreTrainedTokenizerFast
+
+from soluscope import plugins
+from soluscope.checkpoint import Facts, load_model
+from soluscope.config import read_config
+from soluscope.errors import UserError
+from soluscope.model import LanguageModel, Record
+from soluscope.norms import MidNorm
+from soluscope.variants import Variant
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Largest difference between the two models, relative to the largest value of the stage."""
+
+
+class HookedMidNorm(nn.Module):
+    """One of our mid norms with the hooks that TransformerLens's LayerNorm has, in their order."""
+
+    def __init__(self, norm: MidNorm) -> None:
+        super().__init__()
+        for name, parameter in norm.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in norm.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self._norm = (norm,)  # in a tuple: its tensors are registered above, under their plain names
+        self.hook_scale = HookPoint()  # [batch pos 1], the denominator
+        self.hook_normalized = HookPoint()  # [batch pos d_mlp], before w and b
+
+    def forward(self, mid: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_mlp"]:
+        (norm,) = self._norm
+        centred = norm.centred(mid)
+        scale = self.hook_scale(norm.denominator(centred))
+        return norm.affine(self.hook_normalized(centred / scale))
+
+
+class SoluscopeTransformer(HookedTransformer):
+    """A HookedTransformer that carries what is known about it."""
+
+    facts: Facts
+
+
+def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
+    """The model of a finished run as a HookedTransformer, with its tokenizer and its `facts`.
+
+    Raises:
+        UserError: no such run, not finished, broken, or the two models disagree.
+    """
+    run_dir = Path(run_dir)
+    trained, facts = load_model(run_dir)
+    variant = plugins.pick("soluscope.variants", read_config(run_dir / "config.yaml").variant)
+    hooked = to_hooked(trained, facts, variant, device)
+    hooked.set_tokenizer(load_tokenizer(run_dir.parent / "tokenizer.json", facts))
+    return hooked
+
+
+def to_hooked(
+    trained: LanguageModel, facts: Facts, variant: Variant, device: str = "cpu"
+) -> SoluscopeTransformer:
+    """`trained` as a HookedTransformer, in its own dtype, after the two have agreed on random tokens.
+
+    Raises:
+        UserError: if logits, hook_mid, ln.hook_scale or hook_post differ; it names the largest.
+    """
+    dtype = trained.unembed.W_U.dtype
+    hooked = SoluscopeTransformer(
+        HookedTransformerConfig(
+            n_layers=facts.n_layers, d_model=facts.d_model, n_ctx=facts.ctx,
+            d_head=facts.d_model // facts.n_heads, n_heads=facts.n_heads, d_mlp=facts.d_mlp,
+            d_vocab=facts.d_vocab, act_fn=facts.hooked_act_fn, normalization_type="LN",
+            eps=facts.ln_eps, dtype=dtype, device=device, init_weights=False,
+            default_prepend_bos=True, model_name=f"{facts.study}/{facts.run}",
+        ),
+        move_to_device=False,
+    )  # fmt: skip
+    for block, source in zip(hooked.blocks, trained.blocks, strict=True):
+        block.mlp.act_fn = variant.nonlinearity
+        norm = source.mlp.ln
+        if norm is not None and norm.eps is not None:
+            block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
+        elif norm is not None:
+            block.mlp.ln = HookedMidNorm(norm)
+    state = trained.state_dict()
+    buffers = {name for name, _ in hooked.named_buffers()} - state.keys()  # attention masks
+    missing, unexpected = hooked.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - buffers:
+        raise UserError(
+            f"{facts.run} does not fit HookedTransformer: without a value {sorted(set(missing) - buffers)}, "
+            f"without a place {unexpected}"
+        )
+    hooked.setup()  # names the hooks of the replaced norms
+    hooked.facts = facts
+    nn.Module.to(hooked, device).eval()  # HookedTransformer.to prints
+    check_agreement(trained.to(device), hooked)
+    return hooked
+
+
+@torch.no_grad()
+def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> float:
+    """Compare every stage of the two models on random tokens after BOS.
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        UserError: if it is above the tolerance of the dtype.
+    """
+    facts = hooked.facts
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(facts.d_vocab, (4, facts.ctx), generator=generator)
+    tokens[:, 0] = facts.bos
+    tokens = tokens.to(trained.unembed.W_U.device)
+    record: Record = {}
+    wanted = {"logits": trained(tokens, record)} | record
+    logits, cache = hooked.run_with_cache(tokens)
+    worst, where = 0.0, "logits"
+    for name, expected in wanted.items():
+        if name not in cache and name != "logits":
+            continue  # TransformerLens has no hook_mid without a mid norm: there, mid is post
+        found = logits if name == "logits" else cache[name]
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not difference <= worst:
+            worst, where = difference, name
+    if not worst <= TOLERANCE[trained.unembed.W_U.dtype]:
+        raise UserError(
+            f"the converted {facts.run} does not compute what was trained: {where} differs by "
+            f"{worst:.2g} of its largest value, wanted {TOLERANCE[trained.unembed.W_U.dtype]:g}"
+        )
+    return worst
+
+
+def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
+    """The study's tokenizer, putting BOS first as TransformerLens expects.
+
+    Raises:
+        UserError: if it is missing, or has other entries than the model was trained with.
+    """
+    if not path.is_file():
+        raise UserError(f"no tokenizer at {path}: a run folder is read from inside its study")
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.get_vocab_size() > facts.d_vocab:
+        raise UserError(
+            f"{path} has {tokenizer.get_vocab_size()} entries, the model's vocabulary {facts.d_vocab}: "
+            "it is another study's tokenizer"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokenizer.id_to_token(facts.bos),
+        eos_token=tokenizer.id_to_token(facts.eos),
+        pad_token=tokenizer.id_to_token(facts.pad),
+        name_or_path=str(path.parent),  # TransformerLens reads it
+        add_bos_token=True,
+    )

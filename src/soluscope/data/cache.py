@@ -1,0 +1,487 @@
+"""Token caches: a corpus, split, tokenised and packed once, that training reads as arrays.
+
+A cache is a folder:
+
+    meta.json              what determined it, d_vocab, BOS, EOS and PAD, and counts
+    tokenizer.json         for PreTrainedTokenizerFast and TransformerLens
+    <split>.tokens         the split's documents one after another, EOS after each; uint16 or uint32
+    <split>.offsets.npy    int64 [n_documents + 1]: where in it each document begins, and its end
+    <split>.names.jsonl    each document's name, a JSON string a line
+
+Reading needs numpy alone, so that a machine without datasets and tokenizers trains from a cache
+that was carried there. Making one streams: in memory are one batch of documents and, for each
+distinct document, its hash and its offset (about 100 bytes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from soluscope import plugins
+from soluscope.config import Config, TokensConfig
+from soluscope.data import tokenizer
+from soluscope.data.sources import Source, warn
+from soluscope.errors import UserError
+from soluscope.files import digest
+
+Split = Literal["train", "select", "report"]
+Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+SPLITS: tuple[Split, ...] = ("train", "select", "report")
+
+_FORMAT = 1  # counts up when the same corpus and settings would give other files
+_LARGEST_UINT16_VOCAB = 65_535
+_BATCH_BYTES = 1 << 20
+_MOST_NAMED = 20  # of what is skipped: a corpus of broken lines should fill no terminal
+
+
+def prepare(config: Config) -> TokenCache:
+    """The token cache that `config` describes, made first if it is not there.
+
+    With tokens.prepared, that cache as it is. Of several processes that start together one makes
+    the cache and the others wait for it.
+
+    Raises:
+        UserError: if the corpus or a split of it is empty, the source or the tokenizer cannot be
+            read, the cache cannot be written, or what is there is not a whole cache.
+    """
+    if config.tokens.prepared is not None:
+        return open_cache(Path(config.tokens.prepared).expanduser())
+    key = cache_key(config)
+    folder = Path(config.tokens.cache_dir).expanduser() / key
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_name(f".{key}.lock")):
+                if not folder.exists():
+                    _make(config, key, folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the token cache {folder}: {error.strerror}; "
+                "free it or choose another tokens.cache_dir"
+            ) from error
+    return open_cache(folder)
+
+
+def cache_key(config: Config) -> str:
+    """Hash of all that determines the cache: documents, splits, tokenizer and file format."""
+    source: Source = plugins.pick("soluscope.data.sources", config.data)
+    tokens = config.tokens
+    return digest(
+        {
+            "format": _FORMAT,
+            "source": [config.data, asdict(config.corpus), source.fingerprint(config.corpus)],
+            "tokenizer": ["bpe", tokens.d_vocab, tokens.train_mb]
+            if tokens.tokenizer == "bpe"
+            else ["loaded", tokenizer.fingerprint(tokens.tokenizer)],
+            "shares": [tokens.select_share, tokens.report_share],
+        }
+    )
+
+
+def split_of(text: str, select_share: float, report_share: float) -> Split:
+    """The split that a document with this text belongs to, whatever corpus it is in.
+
+    Raises:
+        UnicodeEncodeError: if `text` holds a lone surrogate, which no tokenizer takes either.
+    """
+    return _split_of(_hash(text.encode("utf8")), select_share, report_share)
+
+
+def _hash(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
+
+
+def _split_of(text_hash: bytes, select_share: float, report_share: float) -> Split:
+    place = int.from_bytes(text_hash[:8]) / 2**64
+    if place < select_share:
+        return "select"
+    return "report" if place < select_share + report_share else "train"
+
+
+def open_cache(path: Path) -> TokenCache:
+    """The cache in the folder `path`, its files checked against its meta.json.
+
+    Raises:
+        UserError: if it is not a cache, of another format, or its files are missing or not the ones
+            that it was written with.
+    """
+    if not (path / "meta.json").is_file():
+        raise UserError(
+            f"no token cache at {path}: wanted a folder with meta.json and tokens in it"
+        )
+    try:
+        cache = TokenCache(path)
+        if cache.meta["format"] != _FORMAT:
+            raise UserError(
+                f"token cache {path} has format {cache.meta['format']}, wanted {_FORMAT}: make it "
+                "again with this version"
+            )
+        problem = cache._problem()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise UserError(f"token cache {path} is incomplete ({problem}): delete it to make it again")
+    return cache
+
+
+class TokenCache:
+    """A corpus as tokens, in three splits that share no document."""
+
+    path: Path
+    meta: dict[str, Any]
+    """format, key, d_vocab, bos, eos, pad, dtype, tokenizer, tokenizer_hash, source, corpus,
+    shares, splits (n_documents, n_tokens and n_bytes of each), dropped_duplicates, skipped (count,
+    and why by name, for the first), versions."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.meta = json.loads((path / "meta.json").read_text(encoding="utf8"))
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    def rows(self, split: Split, ctx: int) -> Rows:
+        """The split as rows of `ctx` tokens.
+
+        Raises:
+            UserError: if the split has too few tokens for one row.
+        """
+        n_tokens = self.meta["splits"][split]["n_tokens"]
+        if n_tokens < ctx - 1:
+            raise UserError(
+                f"model.ctx={ctx} is longer than the whole {split} split, which has {n_tokens} "
+                "tokens: lower model.ctx, or give more documents"
+            )
+        return Rows(self, split, ctx)
+
+    def stream(self, split: Split) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """All tokens of a split, on disk until they are read."""
+        # A plain array over the map: indexing np.memmap costs several times as much.
+        return np.asarray(np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r"))
+
+    def offsets(self, split: Split) -> npt.NDArray[np.int64]:
+        """[n_documents + 1] places in the stream: where documents begin, and the last one ends."""
+        offsets: npt.NDArray[np.int64] = np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
+        return offsets
+
+    def _problem(self) -> str | None:
+        """What keeps the files from being those that meta.json describes."""
+        found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        if found != self.meta["tokenizer_hash"]:
+            return "tokenizer.json is not the one that made the tokens"
+        for split in SPLITS:
+            counts = self.meta["splits"][split]
+            n_bytes = (self.path / f"{split}.tokens").stat().st_size
+            wanted = counts["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
+            if n_bytes != wanted:
+                return f"{split}.tokens has {n_bytes} bytes, not {wanted}"
+            offsets = self.offsets(split)
+            if len(offsets) != counts["n_documents"] + 1 or offsets[-1] != counts["n_tokens"]:
+                return f"{split}.offsets.npy is of other documents"
+            if not (self.path / f"{split}.names.jsonl").is_file():
+                return f"there is no {split}.names.jsonl"
+        return None
+
+
+class Rows:
+    """A split packed into full rows: BOS, then ctx - 1 tokens of the stream, wherever they begin.
+
+    Row i covers stream[i * (ctx - 1) : (i + 1) * (ctx - 1)]; what is left at the end is in none.
+    """
+
+    def __init__(self, cache: TokenCache, split: Split, ctx: int) -> None:
+        self._names_path = cache.path / f"{split}.names.jsonl"
+        self._stream = cache.stream(split)
+        self._ends = cache.offsets(split)[1:]
+        self._bos = cache.meta["bos"]
+        self._ctx = ctx
+
+    def __len__(self) -> int:
+        return len(self._stream) // (self._ctx - 1)
+
+    def __getitem__(self, indices: Indices) -> npt.NDArray[np.int64]:
+        """Tokens of the rows `indices`, int64 [row ctx].
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        rows = np.full((len(indices), self._ctx), self._bos, dtype=np.int64)
+        rows[:, 1:] = self._stream[self._places(indices)]
+        return rows
+
+    def documents(self, indices: Indices) -> npt.NDArray[np.int64]:
+        """Which document of the split each token is of, int64 [row ctx]; -1 at BOS.
+
+        A document's EOS belongs to it. The numbers are places in `document_names`.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        documents = np.full((len(indices), self._ctx), -1, dtype=np.int64)
+        documents[:, 1:] = np.searchsorted(self._ends, self._places(indices), side="right")
+        return documents
+
+    @cached_property
+    def document_names(self) -> list[str]:
+        with self._names_path.open(encoding="utf8") as file:
+            return [json.loads(line) for line in file]
+
+    def _places(self, indices: Indices) -> npt.NDArray[np.int64]:
+        """[row ctx-1] places in the stream."""
+        rows = np.asarray(indices, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} asked for, of {len(self)}")
+        return rows[:, None] * (self._ctx - 1) + np.arange(self._ctx - 1)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A document of the corpus and the split it belongs to."""
+
+    split: Split
+    name: str
+    text: str
+    n_bytes: int
+
+
+class _Corpus:
+    """A source's documents with text, each distinct one once, with its split.
+
+    Both passes (learning the BPE, tokenising) read through this, so that they agree on the splits.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._source: Source = plugins.pick("soluscope.data.sources", config.data)
+        self.n_duplicates = 0
+        self.n_skipped = 0
+        self.skipped: dict[str, str] = {}
+
+    def documents(self, doing: str) -> Iterator[_Placed]:
+        """One pass; the counts are of the last one. `doing` is what the progress bar says."""
+        self.n_duplicates = self.n_skipped = 0
+        yield from _with_progress(self._documents(), doing)
+
+    def _documents(self) -> Iterator[_Placed]:
+        tokens = self._config.tokens
+        seen: set[int] = set()
+        for document in self._source.documents(self._config.corpus, self._skip):
+            if not document.text.strip():
+                continue
+            try:
+                encoded = document.text.encode("utf8")
+            except UnicodeEncodeError:
+                self._skip(document.name, "holds a lone surrogate, which UTF-8 cannot")
+                continue
+            text_hash = _hash(encoded)
+            identity = int.from_bytes(text_hash[:16])  # an int is the smallest that a set holds
+            if identity in seen:
+                self.n_duplicates += 1
+                continue
+            seen.add(identity)
+            split = _split_of(text_hash, tokens.select_share, tokens.report_share)
+            yield _Placed(split, document.name, document.text, len(encoded))
+
+    def _skip(self, what: str, why: str) -> None:
+        """Count, and in whichever pass comes first name what was skipped."""
+        self.n_skipped += 1
+        if what not in self.skipped and len(self.skipped) < _MOST_NAMED:
+            self.skipped[what] = why
+            warn(what, why)
+
+
+def _with_progress(documents: Iterator[_Placed], doing: str) -> Iterator[_Placed]:
+    """`documents`, counted on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from documents
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}: {task.fields[n_documents]:,} documents"),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(doing, total=None, n_documents=0)
+        for number, document in enumerate(documents, start=1):
+            yield document
+            progress.update(task, advance=document.n_bytes, n_documents=number)
+
+
+def _make(config: Config, key: str, folder: Path) -> None:
+    """Write the cache beside `folder` and rename it there. The caller holds the lock.
+
+    Raises:
+        UserError: as `prepare`; OSError: if it cannot be written. Either way nothing is left.
+    """
+    partial = folder.with_name(f".{key}.partial")
+    # With the lock held, one that is there is of a process that was killed.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write(config, key, partial)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(config: Config, key: str, folder: Path) -> None:
+    from importlib.metadata import version
+
+    corpus = _Corpus(config)
+    if config.tokens.tokenizer == "bpe":
+        vocabulary = tokenizer.learn(_texts_to_learn(corpus, config.tokens), config.tokens.d_vocab)
+    else:
+        vocabulary = tokenizer.load(config.tokens.tokenizer)
+    tokenizer_json = vocabulary.tokenizer.to_str(pretty=True).encode("utf8")
+    dtype = "uint16" if vocabulary.d_vocab <= _LARGEST_UINT16_VOCAB else "uint32"
+    n_bytes: Counter[Split] = Counter()
+    with contextlib.ExitStack() as stack:
+        writers = {s: stack.enter_context(_SplitWriter(folder, s, dtype)) for s in SPLITS}
+        for batch in _batches(corpus.documents("tokenising")):
+            encoded = vocabulary.encode([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                writers[document.split].add(document.name, [*ids, vocabulary.eos])
+                n_bytes[document.split] += document.n_bytes
+    _check_not_empty(config, corpus, {s: writer.n_documents for s, writer in writers.items()})
+    if corpus.n_skipped > len(corpus.skipped):
+        warn(f"{corpus.n_skipped - len(corpus.skipped)} more", "as those named above")
+    meta = {
+        "format": _FORMAT,
+        "key": key,
+        "d_vocab": vocabulary.d_vocab,
+        "bos": vocabulary.bos,
+        "eos": vocabulary.eos,
+        "pad": vocabulary.pad,
+        "dtype": dtype,
+        "tokenizer": config.tokens.tokenizer,
+        "tokenizer_hash": hashlib.sha256(tokenizer_json).hexdigest(),
+        "source": config.data,
+        "corpus": asdict(config.corpus),
+        "shares": {"select": config.tokens.select_share, "report": config.tokens.report_share},
+        "splits": {
+            split: {
+                "n_documents": writer.n_documents,
+                "n_tokens": writer.n_tokens,
+                "n_bytes": n_bytes[split],
+            }
+            for split, writer in writers.items()
+        },
+        "dropped_duplicates": corpus.n_duplicates,
+        "skipped": {"count": corpus.n_skipped, "why": corpus.skipped},
+        "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
+    }
+    (folder / "tokenizer.json").write_bytes(tokenizer_json)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+
+
+def _texts_to_learn(corpus: _Corpus, tokens: TokensConfig) -> Iterator[str]:
+    """The train split up to tokens.train_mb."""
+    n_bytes = 0
+    for document in corpus.documents("learning the tokenizer"):
+        if document.split == "train":
+            if n_bytes >= tokens.train_mb * 1e6:
+                return
+            n_bytes += document.n_bytes
+            yield document.text
+
+
+def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:
+    """Documents by the megabyte: enough for all cores, and few enough to hold."""
+    batch: list[_Placed] = []
+    n_bytes = 0
+    for document in documents:
+        batch.append(document)
+        n_bytes += document.n_bytes
+        if n_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
+    """Writes one split's files as its documents come."""
+
+    def __init__(self, folder: Path, split: Split, dtype: str) -> None:
+        self._dtype = dtype
+        self._offsets_path = folder / f"{split}.offsets.npy"
+        self._tokens = (folder / f"{split}.tokens").open("wb")
+        self._names = (folder / f"{split}.names.jsonl").open("w", encoding="utf8")
+        self._offsets = array("q", [0])
+
+    def add(self, name: str, ids: list[int]) -> None:
+        self._tokens.write(np.array(ids, dtype=self._dtype).tobytes())
+        self._names.write(json.dumps(name) + "\n")
+        self._offsets.append(self._offsets[-1] + len(ids))
+
+    @property
+    def n_documents(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self._offsets[-1]
+
+    def __exit__(self, *failure: object) -> None:
+        with self._tokens, self._names:
+            if failure[0] is None:
+                np.save(self._offsets_path, np.array(self._offsets, dtype=np.int64))
+
+
+def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, int]) -> None:
+    """Refuse a corpus without documents, and a split without."""
+    n_all = sum(n_documents.values())
+    if n_all == 0:
+        knobs = ", ".join(f"corpus.{key}={value}" for key, value in asdict(config.corpus).items())
+        raise UserError(
+            f"the corpus is empty: data={config.data} gave no document with text "
+            f"({corpus.n_skipped} skipped); look at {knobs}"
+        )
+    for split, count in n_documents.items():
+        if count == 0:
+            tokens = config.tokens
+            knob = {
+                "train": f"lower tokens.select_share={tokens.select_share} "
+                f"and tokens.report_share={tokens.report_share}",
+                "select": f"raise tokens.select_share={tokens.select_share}",
+                "report": f"raise tokens.report_share={tokens.report_share}",
+            }[split]
+            raise UserError(
+                f"the {split} split is empty: none of {n_all} documents fell into it; "
+                f"give more documents, or {knob}"
+            )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, waiting for a process that does."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting: another process prepares the same tokens", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,134 @@
+"""Data sets of the Hugging Face hub, several mixed by weight, streamed or downloaded."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from soluscope.data.sources import Document, Skip, Source, warn
+from soluscope.errors import UserError
+
+
+@dataclass(frozen=True)
+class HubSet:
+    path: str = MISSING
+    """Name on the hub (`allenai/c4`), or a local folder of the same layout."""
+    name: str | None = None
+    """Which configuration of it (`en`), where it has several."""
+    revision: str | None = None
+    """Branch, tag or commit. null: the main branch, whatever it holds on the day."""
+    split: str = "train"
+    """Which of its splits."""
+    text_field: str = "text"
+    """Column of the text."""
+    weight: float = 1.0
+    """Share of the mix in bytes, relative to the other sets' weights."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"corpus.sets: weight={self.weight} of {self.path} must be above 0")
+
+
+@dataclass(frozen=True)
+class Params:
+    sets: list[HubSet] = MISSING
+    """Data sets to mix: path, name, revision, split, text_field and weight of each."""
+    streaming: bool = True
+    """Read over the network while preparing, instead of downloading all first."""
+    max_mb: float | None = 1000.0
+    """Megabytes of text to take from all sets, at most; null: all, without streaming only.
+
+    The corpus ends earlier where a set runs out: the mix stays as weighted.
+    """
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise UserError("corpus.sets is empty: give data sets, as in 'corpus.sets=[{path: …}]'")
+        if self.streaming and self.max_mb is None:
+            raise UserError(
+                "corpus.max_mb is null: streaming needs an end, as in corpus.max_mb=1000"
+            )
+        if self.max_mb is not None and self.max_mb <= 0:
+            raise UserError(f"corpus.max_mb={self.max_mb} must be above 0")
+
+
+def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
+    """The sets' rows: the next one always from the set furthest behind its weight in bytes.
+
+    Raises:
+        UserError: naming the set that is not there, has no such split or column, or whose reading
+            fails for lack of a network.
+    """
+    n_bytes = [0] * len(params.sets)
+    streams = [_rows(hub_set, params.streaming, skip) for hub_set in params.sets]
+    while params.max_mb is None or sum(n_bytes) < params.max_mb * 1e6:
+        behind = min(range(len(n_bytes)), key=lambda i: n_bytes[i] / params.sets[i].weight)
+        document = next(streams[behind], None)
+        if document is None:
+            others = [other.path for i, other in enumerate(params.sets) if i != behind]
+            if others:
+                skip(
+                    f"the rest of {', '.join(others)}",
+                    f"{params.sets[behind].path} ran out after {n_bytes[behind] / 1e6:.1f} MB, "
+                    "and the mix stays as weighted",
+                )
+            return
+        n_bytes[behind] += len(document.text.encode("utf8", "surrogatepass"))
+        yield document
+
+
+def fingerprint(params: Params) -> Any:
+    """The parameters; of local folders also what files they hold."""
+    return [
+        (
+            asdict(hub_set),
+            [_status(p) for p in sorted(Path(hub_set.path).rglob("*")) if p.is_file()],
+        )
+        for hub_set in params.sets
+    ]
+
+
+def _status(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns
+
+
+def _rows(hub_set: HubSet, streaming: bool, skip: Skip) -> Iterator[Document]:
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(
+            hub_set.path,
+            hub_set.name,
+            split=hub_set.split,
+            revision=hub_set.revision,
+            streaming=streaming,
+        )
+        for number, row in enumerate(rows):
+            if number == 0 and hub_set.text_field not in row:
+                raise UserError(
+                    f"corpus.sets: no text_field={hub_set.text_field!r} in {hub_set.path}; "
+                    f"it has: {', '.join(row)}"
+                )
+            if isinstance(row[hub_set.text_field], str):
+                yield Document(f"{hub_set.path}:{hub_set.split}:{number}", row[hub_set.text_field])
+            else:
+                skip(f"{hub_set.path}:{hub_set.split}:{number}", f"no {hub_set.text_field!r}")
+    except UserError:
+        raise
+    except Exception as error:  # the client, its file systems and its HTTP library raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"corpus.sets: cannot read {hub_set.path} "
+            f"(name={hub_set.name}, split={hub_set.split}, revision={hub_set.revision}): {reason}"
+        ) from error
+
+
+SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint)

@@ -1,0 +1,172 @@
+"""The language model that is trained: one code path for all variants.
+
+Parameters carry TransformerLens's names and shapes, so that converting is loading. Attention and
+LayerNorm use PyTorch's fused kernels, which is what makes a step cheaper than HookedTransformer's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from soluscope.config import ModelConfig
+from soluscope.norms import LayerNorm
+from soluscope.variants import Variant
+
+Resid = Float[Tensor, "batch pos d_model"]
+Record = dict[str, Tensor]
+"""Stages by TransformerLens's hook names, filled by a forward pass that is handed one."""
+
+CHUNK_LOGITS_ABOVE = 2**28
+"""Number of logits (1 GB in fp32) from which the loss is computed in chunks where torch can."""
+
+
+class Embed(nn.Module):
+    def __init__(self, d_vocab: int, d_model: int) -> None:
+        super().__init__()
+        self.W_E = nn.Parameter(torch.empty(d_vocab, d_model))
+
+
+class PosEmbed(nn.Module):
+    def __init__(self, ctx: int, d_model: int) -> None:
+        super().__init__()
+        self.W_pos = nn.Parameter(torch.empty(ctx, d_model))
+
+
+class Unembed(nn.Module):
+    def __init__(self, d_model: int, d_vocab: int) -> None:
+        super().__init__()
+        self.W_U = nn.Parameter(torch.empty(d_model, d_vocab))
+        self.b_U = nn.Parameter(torch.zeros(d_vocab))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, scores over sqrt(d_head)."""
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        d_head = d_model // n_heads
+        for name in "QKV":
+            setattr(self, f"W_{name}", nn.Parameter(torch.empty(n_heads, d_model, d_head)))
+            setattr(self, f"b_{name}", nn.Parameter(torch.zeros(n_heads, d_head)))
+        self.W_O = nn.Parameter(torch.empty(n_heads, d_head, d_model))
+        self.b_O = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x: Resid) -> Resid:
+        weight = torch.stack([self.W_Q, self.W_K, self.W_V])  # [qkv head d_model d_head]
+        bias = torch.stack([self.b_Q, self.b_K, self.b_V])  # [qkv head d_head]
+        n_heads, _, d_head = self.W_Q.shape
+        joint = F.linear(x, weight.transpose(-1, -2).flatten(0, 2), bias.flatten())
+        q, k, v = joint.unflatten(-1, (3, n_heads, d_head)).permute(2, 0, 3, 1, 4)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [batch head pos d_head]
+        return z.transpose(1, 2).flatten(2) @ self.W_O.flatten(0, 1) + self.b_O
+
+
+class MLP(nn.Module):
+    """pre -> mid -> post; the variant decides how."""
+
+    def __init__(self, d_model: int, d_mlp: int, variant: Variant, params: Any) -> None:
+        super().__init__()
+        self.nonlinearity = variant.nonlinearity
+        self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
+        self.b_in = nn.Parameter(torch.zeros(d_mlp))
+        self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
+        self.b_out = nn.Parameter(torch.zeros(d_model))
+        self.ln = variant.build_norm(d_mlp, params) if variant.build_norm else None
+
+    def forward(self, x: Resid, record: Record | None = None, prefix: str = "") -> Resid:
+        pre = x @ self.W_in + self.b_in  # [batch pos d_mlp]
+        # SoLU's activations are about 1/d_mlp with a variance of 1e-7, which bf16 would lose.
+        pre = pre.to(torch.promote_types(pre.dtype, torch.float32))
+        mid = self.nonlinearity(pre)
+        post = mid if self.ln is None else self.ln(mid)
+        if record is not None:
+            record |= {f"{prefix}hook_pre": pre, f"{prefix}hook_mid": mid, f"{prefix}hook_post": post}
+            if self.ln is not None:
+                record[f"{prefix}ln.hook_scale"] = self.ln.denominator(self.ln.centred(mid))
+        return post @ self.W_out + self.b_out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, variant: Variant, params: Any) -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(config.d_model, config.ln_eps)
+        self.attn = Attention(config.d_model, config.n_heads)
+        self.ln2 = LayerNorm(config.d_model, config.ln_eps)
+        self.mlp = MLP(config.d_model, config.d_mlp, variant, params)
+
+    def forward(self, x: Resid, record: Record | None = None, prefix: str = "") -> Resid:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x), record, f"{prefix}mlp.")
+
+
+class LanguageModel(nn.Module):
+    """Embedding, learned positions, blocks, final LayerNorm, untied unembedding."""
+
+    def __init__(
+        self, config: ModelConfig, variant: Variant, params: Any, d_vocab: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.embed = Embed(d_vocab, config.d_model)
+        self.pos_embed = PosEmbed(config.ctx, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, variant, params) for _ in range(config.n_layers))
+        self.ln_final = LayerNorm(config.d_model, config.ln_eps)
+        self.unembed = Unembed(config.d_model, d_vocab)
+        initialise(self, config.init_std, seed)
+
+    def residual(self, tokens: Int[Tensor, "batch pos"], record: Record | None = None) -> Resid:
+        """The residual stream after the final norm."""
+        x = self.embed.W_E[tokens] + self.pos_embed.W_pos[: tokens.shape[1]]
+        for index, block in enumerate(self.blocks):
+            x = block(x, record, f"blocks.{index}.")
+        return self.ln_final(x)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch pos"], record: Record | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits; `record`, where given, receives the stages under TransformerLens's hook names."""
+        return self.residual(tokens, record) @ self.unembed.W_U + self.unembed.b_U
+
+    def loss(self, tokens: Int[Tensor, "batch pos"], bos: int, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of each next token, BOS targets left out.
+
+        Returns:
+            The mean over targets, or with `reduction="none"` one value a target [batch pos-1], 0
+            where the target is BOS.
+        """
+        targets = tokens[:, 1:]
+        targets = targets.masked_fill(targets == bos, -100).flatten()
+        hidden = self.residual(tokens)[:, :-1].flatten(0, 1)  # the last place has no target
+        W_U, b_U = self.unembed.W_U.T, self.unembed.b_U
+        if len(targets) * len(W_U) > CHUNK_LOGITS_ABOVE and hasattr(F, "linear_cross_entropy"):
+            loss = F.linear_cross_entropy(
+                hidden, W_U, targets, linear_bias=b_U, ignore_index=-100, reduction=reduction,
+                options=nn.LinearCrossEntropyOptions(),
+            )  # fmt: skip
+        else:
+            logits = F.linear(hidden, W_U, b_U)
+            loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction)
+        return loss.view(len(tokens), -1) if reduction == "none" else loss
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, std: float, seed: int) -> None:
+    """N(0, std) for weights (W_pos half of it); gains stay 1 and biases 0.
+
+    Each tensor draws from a generator of its own, seeded by (seed, name): variants that have a tensor in
+    common start it at the same values, whatever else they have. Pairing rests on this.
+
+    Source: science.md section 3; the recipe's standard deviations are design.md's.
+    """
+    for name, parameter in model.named_parameters():
+        if ".W_" not in name:
+            continue
+        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        scale = std / 2 if name.endswith("W_pos") else std
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)

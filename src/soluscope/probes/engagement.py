@@ -1,0 +1,70 @@
+"""P1: is the mid LayerNorm active, or pinned by its epsilon?
+
+Source: science.md section 1 (SoLU-1L: r of .01 to .05, BOS .12) and section 7, P1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from soluscope.probes import Figure, Probe, Quantity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Engagement and what it depends on, one value a token.
+
+    Returns:
+        r = s2 / (s2 + eps), with s2 the population variance of mid; 0 where the gain is one constant.
+        gain, 1 / hook_scale. kappa = eps * d_mlp^2, nan without an epsilon. max_p and log_z of
+        softmax(pre), nan where the nonlinearity is not SoLU. k_eff = |a|^2 / max(a)^2.
+    """
+    import torch
+
+    mid = run.mid.double()
+    nothing = torch.full_like(mid[:, 0], torch.nan)
+    variance = mid.var(dim=-1, correction=0)
+    pre = run.pre.double()
+    return {
+        # From the variance, never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
+        "r": torch.zeros_like(variance) if run.eps is None else variance / (variance + run.eps),
+        "gain": run.gain.double(),
+        "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
+        "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
+        "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
+        "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
+    }
+
+
+PROBE = Probe(
+    name="LayerNorm engagement",
+    section="P1",
+    question="Does the mid LayerNorm scale each token by its own activations, or all by one constant?",
+    reading="r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true "
+    "LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out there. "
+    "Models whose gain is one constant have r = 0 by construction.",
+    pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
+    "The variance is the population's; epsilon is read from the module.",
+    measure=measure,
+    quantities={
+        "r": Quantity(
+            "share", "var / (var + eps) of mid", ("median", "q05", "q95", "share above 0.5"), more_smeared_when="higher"
+        ),
+        "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
+        "kappa": Quantity("eps * d_mlp^2", "the dose of epsilon", ("median",)),
+        "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
+        "log_z": Quantity("nats", "log of softmax's denominator", ("median", "q05", "q95")),
+        "k_eff": Quantity("neurons", "|a|^2 / max(a)^2, how many neurons share the norm", ("median",)),
+    },
+    streams=("natural", "prose", "code", "repeated", "random"),
+    figures=(
+        Figure("Engagement r, median token", ("r",), statistic="median"),
+        Figure("Gain, median token", ("gain",), statistic="median", log_y=True),
+        Figure("Largest softmax weight, median token", ("max_p",), statistic="median", log_y=True),
+    ),
+    source="science.md sections 1.2 and 7 P1",
+)

@@ -1,0 +1,111 @@
+"""P2: how much does the gain vary, and with what? The hackathon study's Figures 1 to 3, both ways.
+
+The study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
+all other tokens, so that average moves as 1/n with the prompt's length n even where every other
+token's gain is one constant (science.md section 1.6). The last token's gain and the mean without BOS
+do not have this defect; all are computed here from the same activations.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from soluscope.probes import Figure, Probe, Quantity
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+AGGREGATIONS = {
+    "last token": "gain of the prompt's last token",
+    "mean without BOS": "gain averaged over the prompt, BOS left out",
+    "mean with BOS (as published)": "gain averaged over the prompt, BOS included",
+    "1/std of all (as published)": "1 / standard deviation of the whole [pos d_mlp] tensor, without epsilon",
+}
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """At each token, the value that a prompt ending there has in each aggregation; nan at BOS.
+
+    Attention is causal, so the prompt's prefixes need no runs of their own.
+    """
+    import torch
+
+    values: dict[str, list[Tensor]] = {name: [] for name in AGGREGATIONS}
+    starts = [*run.is_bos.nonzero().squeeze(-1).tolist(), len(run.pos)]
+    for start, end in zip(starts, starts[1:], strict=False):
+        gain = run.gain[start:end].double()
+        mid = run.mid[start:end].double()
+        n = torch.arange(1, end - start + 1)  # tokens in the prompt, BOS included
+        mean, square = (mid.pow(k).mean(-1).cumsum(0) / n for k in (1, 2))
+        columns = (
+            gain,
+            (gain.cumsum(0) - gain[0]) / (n - 1),
+            gain.cumsum(0) / n,
+            (square - mean.square()).rsqrt(),
+        )
+        for name, column in zip(AGGREGATIONS, columns, strict=True):
+            values[name].append(torch.cat([column.new_full((1,), torch.nan), column[1:]]))
+    return {name: torch.cat(parts) for name, parts in values.items()}
+
+
+def fits(string: pd.DataFrame) -> pd.DataFrame:
+    """Which curve a string's values follow: a + b / n or a + b log n, by corrected AIC.
+
+    Returns:
+        One row: for each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits
+        better), nan where the gain does not vary; and sd of log gain over the string.
+    """
+    import numpy as np
+    import pandas as pd
+
+    string = string[string["pos"] >= 1]
+    n = string["pos"].to_numpy(float)
+    row = {"sd of log gain": float(np.log(string["last token"]).std(ddof=0))}
+    for name in AGGREGATIONS:
+        y = string[name].to_numpy(float)
+        flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
+        row[f"AICc(log) - AICc(1/n): {name}"] = np.nan if flat else _preference(n, y)
+    return pd.DataFrame([row])
+
+
+def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    from soluscope.stats import fit_aicc
+
+    fit = fit_aicc(n, y)
+    return fit["a + b log n"].aicc - fit["a + b/n"].aicc
+
+
+PROBE = Probe(
+    name="Gain variation along a prompt",
+    section="P2",
+    question="How much does the mid norm's gain vary, and does it grow with the prompt, as the hackathon study saw?",
+    reading="Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the "
+    "published aggregations move and the last token's gain is flat, what moves is BOS's share in an average.",
+    pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
+    "repeated token still sees its position change. hook_scale is 1 / gain.",
+    measure=measure,
+    quantities={
+        name: Quantity("1 / activation", meaning, curve=True) for name, meaning in AGGREGATIONS.items()
+    },
+    streams=("prefixes", "repeated", "random"),
+    per_string=fits,
+    string_quantities={
+        "sd of log gain": Quantity(
+            "log gain", "spread of the gain over one string's tokens, BOS left out", more_smeared_when="higher"
+        ),
+        **{
+            f"AICc(log) - AICc(1/n): {name}": Quantity("AICc", "above 0: a + b/n fits better than a + b log n")
+            for name in AGGREGATIONS
+        },
+    },
+    figures=tuple(
+        Figure(f"Figures 1 to 3: {meaning}", (name,), kind="curve") for name, meaning in AGGREGATIONS.items()
+    )
+    + (Figure("Spread of log gain within a string", ("sd of log gain",)),),
+    source="Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2",
+)

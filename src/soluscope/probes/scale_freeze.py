@@ -1,0 +1,101 @@
+"""P4: does it matter that each token has its own gain? Freeze it, and see what the loss does.
+
+Source: science.md section 7, P4, by the closed form of section 8.4; Heimersheim 2024 for freezing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from soluscope.probes import Figure, Probe, Quantity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+SEARCH = 1.5
+"""How far from the geometric mean the best constant is sought, in log gain."""
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Change of each token's loss, in nats, when its gain is replaced by a constant.
+
+    The constants: the geometric mean over tokens that are not BOS; BOS's own geometric mean for BOS
+    and the others' for the others; and the constant with the least mean loss over tokens that are not
+    BOS, sought on one half of the strings and applied to the other. Each with ln_final live, and
+    the first with ln_final's scale frozen too.
+    """
+    import torch
+
+    from soluscope.ablation import loss_at_gain
+
+    log_gain = run.gain.double().log()
+    content = ~run.is_bos
+    geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
+    own = geomean.where(content, log_gain[run.is_bos].mean())
+    gains = torch.stack([log_gain, geomean, own, _best_constant(run, geomean)], dim=-1).exp()
+    loss = loss_at_gain(run, gains.to(run.post.dtype))
+    frozen = loss_at_gain(run, gains[:, :2].to(run.post.dtype), final_norm="frozen")
+    return {
+        "frozen at geometric mean": loss[:, 1] - loss[:, 0],
+        "frozen, BOS at its own": loss[:, 2] - loss[:, 0],
+        "frozen at best constant": loss[:, 3] - loss[:, 0],
+        "frozen, final norm frozen too": frozen[:, 1] - frozen[:, 0],
+        "gain": run.gain,
+        "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
+        "surprisal": run.loss,
+    }
+
+
+def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
+    """Log of the constant with the least mean loss on the other half of the strings. [token]"""
+    import torch
+    from scipy.optimize import minimize_scalar
+
+    from soluscope.ablation import loss_at_gain
+
+    best = start.clone()
+    half = run.string.unique(return_inverse=True)[1] % 2
+    for fold in (0, 1):
+        inside = (half != fold) & ~run.is_bos & (run.target >= 0)
+        part = run.subset(inside)
+
+        def mean_loss(shift: float, part: HookedRun = part, at: Tensor = start[inside]) -> float:
+            gains = (at + shift).exp().to(part.post.dtype)[:, None]
+            return float(loss_at_gain(part, gains).double().mean())
+
+        if len(part.pos):
+            found = minimize_scalar(mean_loss, bounds=(-SEARCH, SEARCH), method="bounded", options={"xatol": 1e-3})
+            best[half == fold] += float(found.x)
+    return best
+
+
+_FREEZES = {
+    "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
+    "frozen, BOS at its own": "the same, with a gain of its own for BOS",
+    "frozen at best constant": "the same at the constant of least loss, chosen on the other half of the documents",
+    "frozen, final norm frozen too": "at the geometric mean, with ln_final's scale kept as it was",
+}
+
+PROBE = Probe(
+    name="Scale freeze",
+    section="P4",
+    question="Does the loss rise when every token gets the same gain instead of its own?",
+    reading="Smearing predicts a rise, and one that sits on tokens with a high gain and activations spread over many "
+    "neurons. A change within .001 nats says that the per-token scale carries nothing at inference. A model whose "
+    "gain is one constant is unchanged by construction at its mean.",
+    pitfalls="A frozen model is off its training distribution: the cost overstates need (the pilots: twelvefold), so "
+    "training a static arm decides, not this. The final norm may absorb the scale: both ways are shown.",
+    measure=measure,
+    quantities={
+        name: Quantity("nats", meaning, split_by=("gain", "k_eff", "surprisal"), more_smeared_when="higher")
+        for name, meaning in _FREEZES.items()
+    },
+    streams=("natural",),
+    figures=(
+        Figure("Loss when frozen less loss as it is", tuple(_FREEZES)),
+        Figure("At the geometric mean, by quartile of the token's gain", ("frozen at geometric mean",), group="gain"),
+    ),
+    source="science.md sections 7 P4 and 8.4",
+)

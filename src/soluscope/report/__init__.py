@@ -1,0 +1,63 @@
+"""From rows to a page and a terminal table. Reads stored rows only; never sees a model.
+
+`build` writes the page; `table` is for the terminal; `figures.draw` draws one figure of a probe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soluscope import results
+from soluscope.files import write_text
+from soluscope.report import page, words
+from soluscope.results import Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def build(study_dir: Path) -> Path:
+    """Write `study_dir`/report.html from `study_dir`/results.jsonl, and return its path.
+
+    Raises:
+        UserError: if there are no results, or the page cannot be written.
+    """
+    path = study_dir / "report.html"
+    write_text(path, page.render(results.read(study_dir / "results.jsonl")))
+    return path
+
+
+def table(rows: list[Row]) -> Table:
+    """One line an arm, and the headline sentences under it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    references = words.arms_of(rows, "solu_ln")
+    made = Table(
+        caption=Text("\n" + "\n".join(words.headline(rows)), style="default", justify="left"),
+        caption_justify="left",
+    )
+    for heading in (
+        "arm",
+        "seeds",
+        "loss, nats / token",
+        *(f"minus {a}" for a in references),
+        "median r",
+    ):
+        made.add_column(Text(heading))
+    for row in words.comparisons(rows, "loss"):
+        differences = (
+            words.comparisons(rows, "difference", arm=row.arm, group=f"minus {reference}")
+            for reference in references
+        )
+        engaged = words.engagement(rows, row.arm, "not BOS")
+        cells = [
+            row.arm,
+            str(row.n),
+            words.estimate(row, decimals=4),
+            *(words.estimate(found[0], decimals=4) if found else "" for found in differences),
+            words.span([r.value for r in engaged]),
+        ]
+        made.add_row(*(Text(cell) for cell in cells))
+    return made

@@ -1,0 +1,350 @@
+"""Rows as plotly figures: light, one colour an arm, intervals always drawn.
+
+Plotly reads `<b>` and its like in labels, so whatever comes from data is escaped on the way in.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from soluscope.probes import Figure
+from soluscope.report import words
+from soluscope.results import Row
+
+# Okabe and Ito's colours, without the yellow that white swallows: told apart by colour-blind eyes.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+INK, GRID = "#222222", "#e4e4e4"
+N_COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm looks, the same in all figures of a page."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+
+def styles(rows: Iterable[Row]) -> dict[str, Style]:
+    """A style for each arm; with more arms than colours, the shape tells them apart."""
+    arms = sorted({row.arm for row in rows if row.arm})
+    n = len(COLOURS)
+    return {
+        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i // n % len(DASHES)])
+        for i, arm in enumerate(arms)
+    }
+
+
+def draw(rows: Sequence[Row], spec: Figure, look: Mapping[str, Style] | None = None) -> go.Figure:
+    """One figure of a probe.
+
+    Args:
+        rows: of one probe.
+        spec: what to draw of them.
+        look: a style for each arm; by default from the arms in `rows`.
+
+    Returns:
+        A figure that shows itself in notebooks; without traces if no row fits `spec`.
+    """
+    wanted = [
+        row
+        for row in rows
+        if row.quantity in spec.quantities
+        and row.statistic == spec.statistic
+        and row.value is not None
+        and (not spec.streams or row.stream in spec.streams)
+        and (row.x is not None) == (spec.kind == "curve")
+        and (spec.kind == "curve" or row.positions == spec.positions)
+        and _in_group(row, spec)
+    ]
+    title = html.escape(spec.title)
+    if not wanted:
+        return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
+    order = {quantity: i for i, quantity in enumerate(spec.quantities)}
+    panels: dict[tuple[str, str, str], list[Row]] = {}
+    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, r.stream)):
+        panels.setdefault((row.quantity, row.group, row.stream), []).append(row)
+    look = look or styles(rows)
+    figure = (_curves if spec.kind == "curve" else _dots)(panels, spec, look)
+    return figure.update_layout(title=title)
+
+
+def _in_group(row: Row, spec: Figure) -> bool:
+    if spec.kind == "curve" and not spec.group:
+        return True
+    return row.group.startswith(f"{spec.group} Q") if spec.group else row.group == ""
+
+
+def _dots(
+    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, look: Mapping[str, Style]
+) -> go.Figure:
+    """One panel a quantity, group and stream; arms down the side, one dot a seed."""
+    arms = sorted({row.arm for rows in panels.values() for row in rows})
+    figure = _grid(panels, spec, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
+    for place, rows in enumerate(panels.values()):
+        for arm in arms:
+            mine = sorted((row for row in rows if row.arm == arm), key=lambda row: row.seed or 0)
+            heights = [arms.index(arm) + offset for offset in _spread(len(mine))]
+            _add(figure, _intervals(mine, heights, look[arm]), place)
+        figure.update_yaxes(_arm_axis(arms), **_at(place))
+        unit = html.escape(rows[0].unit)
+        figure.update_xaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
+        if not spec.log_y:
+            _mark_zero(figure, rows, place)
+    return figure
+
+
+def _curves(
+    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, look: Mapping[str, Style]
+) -> go.Figure:
+    """One panel a quantity, group and stream; one thin line a run, its interval as a band."""
+    figure = _grid(panels, spec, row_height=270, shared_x=False)
+    named: set[str] = set()
+    for place, rows in enumerate(panels.values()):
+        for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
+            line = sorted(
+                (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
+            )
+            style, label = look[arm], html.escape(arm)
+            if all(row.low is not None and row.high is not None for row in line):
+                _add(figure, _band(line, style), place)
+            trace = go.Scatter(
+                x=[row.x for row in line],
+                y=[row.value for row in line],
+                mode="lines",
+                line={"color": style.colour, "width": 1.3, "dash": style.dash},
+                name=label,
+                legendgroup=label,
+                showlegend=arm not in named,
+                hovertemplate=f"{label}, seed {seed}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
+            )
+            named.add(arm)
+            _add(figure, trace, place)
+        figure.update_xaxes(title_text=html.escape(spec.x_title), **_at(place))
+        unit = html.escape(rows[0].unit)
+        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
+    return figure
+
+
+def losses(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
+    """Each run's loss on the report split, with the interval for other documents."""
+    mine = [row for row in rows if row.probe == "loss" and row.run]
+    return draw(mine, Figure("", ("loss",)), look)
+
+
+def differences(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
+    """Paired differences of losses, one panel a reference."""
+    panels: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.probe == "comparison" and row.quantity == "difference":
+            panels.setdefault((row.group, "", ""), []).append(row)
+    return _forest(panels, {row.arm: row.arm for rows in panels.values() for row in rows}, look)
+
+
+def terms(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
+    """The gain of LN, its telescoping terms and `static - LN`, one panel a solu_ln arm."""
+    panels: dict[tuple[str, str, str], list[Row]] = {}
+    labels: dict[str, str] = {}
+    for row in rows:
+        shown = row.quantity in ("gain of LN", "static - LN") or row.quantity.startswith(
+            "telescoping"
+        )
+        if row.probe == "comparison" and shown:
+            panels.setdefault((row.arm, "", ""), []).append(row)
+            labels[row.quantity] = row.quantity.removeprefix("telescoping: ")
+    return _forest(panels, labels, look)
+
+
+def _forest(
+    panels: Mapping[tuple[str, str, str], list[Row]],
+    labels: Mapping[str, str],
+    look: Mapping[str, Style],
+) -> go.Figure:
+    """Differences in nats: a thick bar for these models, a thin one for new seeds.
+
+    `labels` names the lines, by arm or by quantity. Few seeds can make the thin bars many times
+    longer than all else: the frame then cuts them, and the table has their ends.
+    """
+    if not panels:
+        return go.Figure()
+    lines = list(labels)
+    spec = Figure("", (), streams=())
+    figure = _grid(panels, spec, row_height=40 + 34 * len(lines), shared_x=False)
+    for place, rows in enumerate(panels.values()):
+        for row in rows:
+            line = row.arm if row.arm in labels else row.quantity
+            new_seeds = row.cluster == "seed"
+            width = 1.4 if new_seeds else 5
+            trace = _intervals([row], [lines.index(line)], look[row.arm], width, marked=new_seeds)
+            _add(figure, trace, place)
+        figure.update_yaxes(_arm_axis([labels[line] for line in lines]), **_at(place))
+        figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(place))
+        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
+    return figure
+
+
+def _frame(rows: Sequence[Row]) -> list[float]:
+    """Room for all estimates and document intervals, and for seed intervals up to a limit."""
+    inner = [0.0] + [row.value for row in rows if row.value is not None]
+    outer = list(inner)
+    for row in rows:
+        ends = [end for end in (row.low, row.high) if end is not None]
+        outer += ends
+        if row.cluster == "document":
+            inner += ends
+    room = 1.5 * (max(inner) - min(inner)) or 0.001
+    low = max(min(outer), min(inner) - room)
+    high = min(max(outer), max(inner) + room)
+    return [low - 0.05 * (high - low), high + 0.05 * (high - low)]
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def _intervals(
+    rows: Sequence[Row],
+    heights: Sequence[float],
+    style: Style,
+    width: float = 1.6,
+    marked: bool = True,
+) -> go.Scatter:
+    """Points with horizontal bars; an open mark has no interval."""
+    values = [row.value if row.value is not None else float("nan") for row in rows]
+    known = [row.low is not None and row.high is not None for row in rows]
+    texts = []
+    for row in rows:
+        name = row.run or row.arm
+        unit = f"{row.n_clusters} {row.cluster}s" if row.cluster else f"n = {row.n}"
+        texts.append(html.escape(f"{name}: {words.estimate(row)} {row.unit}, {unit}"))
+    return go.Scatter(
+        x=values,
+        y=list(heights),
+        mode="markers",
+        marker={
+            "color": style.colour,
+            "size": 9 if marked else 0.1,
+            "symbol": [style.symbol if has else f"{style.symbol}-open" for has in known],
+            "line": {"width": 1.5, "color": style.colour},
+        },
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [_gap(row.high, value) for row, value in zip(rows, values, strict=True)],
+            "arrayminus": [-_gap(row.low, value) for row, value in zip(rows, values, strict=True)],
+            "color": style.colour,
+            "thickness": width,
+            "width": 0,
+        },
+        text=texts,
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _gap(end: float | None, value: float) -> float:
+    return 0.0 if end is None else end - value
+
+
+def _band(line: Sequence[Row], style: Style) -> go.Scatter:
+    x = [row.x for row in line]
+    return go.Scatter(
+        x=x + x[::-1],
+        y=[row.high for row in line] + [row.low for row in reversed(line)],
+        fill="toself",
+        fillcolor=style.colour,
+        opacity=0.12,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=html.escape(line[0].arm),
+    )
+
+
+def _grid(
+    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, row_height: int, shared_x: bool
+) -> go.Figure:
+    """An empty figure with a titled panel for each of `panels`, three side by side."""
+    n_columns = min(N_COLUMNS, len(panels))
+    n_rows = -(-len(panels) // n_columns)
+    height = n_rows * row_height + (n_rows - 1) * 84 + 120
+    inner = height - 120
+    several = {i: len({key[i] for key in panels}) > 1 for i in range(3)}
+    titles = []
+    for key in panels:
+        named = [part for i, part in enumerate(key) if part and several[i]] or [key[2] or key[0]]
+        titles.append("<br>".join(html.escape(part) for part in named))
+    figure = make_subplots(
+        rows=n_rows,
+        cols=n_columns,
+        subplot_titles=titles,
+        shared_xaxes="all" if shared_x else False,
+        vertical_spacing=84 / inner if n_rows > 1 else 0,
+        horizontal_spacing=0.09 if spec.kind == "curve" else 0.04,
+    )
+    figure.update_layout(
+        template="none",
+        height=height,
+        autosize=True,
+        margin={"l": 60, "r": 16, "t": 44, "b": 76},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        dragmode=False,  # a finger on a phone scrolls the page
+        hovermode="closest",
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+    )
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(gridcolor=GRID, linecolor=INK, zeroline=False, nticks=5, automargin=True)
+    figure.update_yaxes(gridcolor=GRID, linecolor=INK, zeroline=False, nticks=6, automargin=True)
+    if shared_x:
+        figure.update_xaxes(showticklabels=True)
+    return figure
+
+
+def min_width(figure: go.Figure) -> int:
+    """Pixels below which the page scrolls the figure instead of squeezing it."""
+    n_columns = len({round(axis.domain[0], 3) for axis in figure.select_xaxes()})
+    return 330 if n_columns == 1 else 130 + 210 * n_columns
+
+
+def _arm_axis(labels: Sequence[str]) -> dict[str, object]:
+    return {
+        "tickvals": list(range(len(labels))),
+        "ticktext": [html.escape(label) for label in labels],
+        "range": [len(labels) - 0.4, -0.6],
+        "showgrid": False,
+    }
+
+
+def _spread(n: int) -> list[float]:
+    """Offsets that keep the dots of n seeds apart."""
+    return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
+
+
+def _alike(panels: Mapping[tuple[str, str, str], list[Row]]) -> bool:
+    """Whether the panels show one quantity, so that one axis makes them comparable."""
+    return len({key[0] for key in panels}) == 1
+
+
+def _mark_zero(figure: go.Figure, rows: Sequence[Row], place: int) -> None:
+    """A line at 0 where there are values on both sides of it."""
+    ends = [end for row in rows for end in (row.low, row.value, row.high) if end is not None]
+    if min(ends) < 0 < max(ends):
+        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
+
+
+def _at(place: int, n_columns: int = N_COLUMNS) -> dict[str, int]:
+    return {"row": place // n_columns + 1, "col": place % n_columns + 1}
+
+
+def _add(figure: go.Figure, trace: go.Scatter, place: int) -> None:
+    figure.add_trace(trace, **_at(place))

@@ -1,0 +1,319 @@
+"""What was found and how sure it is, in sentences made from the numbers.
+
+No sentence claims more than its interval: a sign is stated as settled only where the interval for
+new seeds and new documents leaves out 0, and two seeds are always called two seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from soluscope.results import Row
+
+ENGAGED, IDLE = 0.5, 0.05
+"""Median r above which a mid norm counts as active, and below which as a static gain."""
+NO_COST = 0.001
+"""Nats: a freeze that changes the loss by less carries nothing (science.md section 7, P4)."""
+FREEZES = (
+    ("frozen at best constant", "the best single constant"),
+    ("frozen at geometric mean", "the geometric mean"),
+)
+
+
+def headline(rows: list[Row]) -> list[str]:
+    """Plain sentences, the most important one first; shared by page and terminal."""
+    sentences = [_basis(rows)]
+    normed = arms_of(rows, "solu_ln")
+    gains = [gain for arm in normed for gain in comparisons(rows, "gain of LN", arm=arm)]
+    if not gains:
+        sentences.insert(
+            0,
+            "No verdict on LayerNorm: that takes runs of both solu and solu_ln that share a seed.",
+        )
+    for place, gain in enumerate(gains):
+        sentences.insert(place, _verdict(rows, gain))
+    for gain in gains:
+        sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
+    for arm in normed:
+        sentences += [*_engagement(rows, arm), *_freeze(rows, arm)]
+    return sentences
+
+
+# ---------------------------------------------------------------- finding rows
+
+
+def comparisons(
+    rows: Iterable[Row],
+    quantity: str,
+    arm: str | None = None,
+    group: str | None = None,
+    cluster: str = "seed",
+) -> list[Row]:
+    """Comparison rows of a quantity; by default those with the interval for new seeds."""
+    return [
+        row
+        for row in rows
+        if row.probe == "comparison"
+        and row.quantity == quantity
+        and row.cluster == cluster
+        and (arm is None or row.arm == arm)
+        and (group is None or row.group == group)
+    ]
+
+
+def arms_of(rows: Iterable[Row], variant: str) -> list[str]:
+    return sorted({row.arm for row in rows if row.variant == variant and row.arm})
+
+
+def seeds_of(rows: Iterable[Row], arm: str) -> int:
+    return len({row.seed for row in rows if row.arm == arm and row.seed is not None})
+
+
+def engagement(rows: Iterable[Row], arm: str, positions: str) -> list[Row]:
+    """An arm's median r on natural text, one row a seed."""
+    return [
+        row
+        for row in rows
+        if row.probe == "engagement"
+        and (row.quantity, row.statistic, row.stream, row.group) == ("r", "median", "natural", "")
+        and (row.arm, row.positions) == (arm, positions)
+        and row.x is None
+        and row.value is not None
+    ]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def number(value: float | None, decimals: int | None = None) -> str:
+    """`decimals` places, or three significant digits; "undefined" for None."""
+    if value is None:
+        return "undefined"
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def estimate(row: Row, decimals: int | None = None) -> str:
+    """`value [low, high]`, `value (no interval)`, or `undefined`."""
+    value = number(row.value, decimals)
+    if row.value is None:
+        return value
+    if row.low is None or row.high is None:
+        return f"{value} (no interval)"
+    return f"{value} [{number(row.low, decimals)}, {number(row.high, decimals)}]"
+
+
+def span(values: Iterable[float | None], decimals: int | None = None) -> str:
+    """`low to high` of what the seeds gave, or the one number they all gave."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = number(min(known), decimals), number(max(known), decimals)
+    return low if low == high else f"{low} to {high}"
+
+
+def seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
+def _ends(row: Row) -> str:
+    if row.low is None or row.high is None:
+        return "no interval can be given"
+    return f"95% interval {row.low:+.4f} to {row.high:+.4f}"
+
+
+def _envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
+    """From the lowest to the highest end of the rows' intervals; None if one has no interval."""
+    lows = [row.low for row in rows if row.low is not None]
+    highs = [row.high for row in rows if row.high is not None]
+    if not rows or len(lows) < len(rows) or len(highs) < len(rows):
+        return None
+    return min(lows), max(highs)
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def _basis(rows: list[Row]) -> str:
+    runs = {row.run for row in rows if row.run}
+    arms = sorted({row.arm for row in rows if row.arm})
+    counts = sorted({seeds_of(rows, arm) or _n_of_loss(rows, arm) for arm in arms})
+    each = " to ".join(dict.fromkeys([str(counts[0]), str(counts[-1])])) if counts else "0"
+    noun = "seed" if each == "1" else "seeds"
+    text = (
+        f"Compared here: {len(runs)} runs of {len(arms)} arms ({', '.join(arms)}), {each} {noun} "
+        "an arm"
+    )
+    documents = max((row.n_clusters for row in rows if row.cluster == "document"), default=0)
+    tokens = max((row.n for row in rows if row.probe == "loss" and row.run), default=0)
+    if documents:
+        measured = f"{documents:,} documents" + (f" ({tokens:,} tokens)" if tokens else "")
+        text += f"; losses are measured on {measured} kept out of training"
+    text += "."
+    if counts and counts[0] == 1:
+        text += " One seed shows these trained models, not their variants."
+    elif counts and counts[0] == 2:
+        text += " Two seeds say little about a third."
+    return text
+
+
+def _n_of_loss(rows: list[Row], arm: str) -> int:
+    return max((row.n for row in comparisons(rows, "loss", arm=arm)), default=0)
+
+
+def _verdict(rows: list[Row], gain: Row) -> str:
+    arm, n = gain.arm, seeds(gain.n)
+    phi = next(iter(comparisons(rows, "Phi_dyn", arm=arm)), None)
+    if gain.low is None or gain.high is None:
+        return (
+            f"Not settled whether LayerNorm lowers the loss ({arm}): {n}, no interval for new "
+            "seeds."
+        )
+    if gain.high < 0:
+        return (
+            f"Nothing for smearing to explain at this size ({arm}, {n}): plain SoLU has a lower "
+            "loss than SoLU with LayerNorm."
+        )
+    if gain.low <= 0:
+        return (
+            f"Not settled whether LayerNorm lowers the loss ({arm}, {n}): the interval for new "
+            "seeds and documents has 0 in it, so there is no gain of which to ask what it needs."
+        )
+    lowers = f"LayerNorm lowers the loss ({arm}, {n})"
+    if phi is None:
+        return (
+            f"{lowers}; what of it takes a scale of each token's own cannot be said without a "
+            "static arm."
+        )
+    if phi.value is None:
+        return f"{lowers}, but by too little to ask what share takes a scale of each token's own."
+    if phi.low is None or phi.high is None:
+        return (
+            f"{lowers}; no interval can be given for the share that takes a scale of each token's "
+            "own."
+        )
+    if phi.low > 0:
+        return (
+            f"{lowers}, and part of this takes a scale of each token's own: a static gain does "
+            "not reach it."
+        )
+    if phi.high < 0:
+        return (
+            f"{lowers}, but a static gain lowers it more: no scale of each token's own is needed."
+        )
+    return f"{lowers}; that any of this takes a scale of each token's own is not shown."
+
+
+def _gain(rows: list[Row], gain: Row) -> str:
+    value = gain.value or 0.0
+    lower = "plain SoLU" if value < 0 else gain.arm
+    other = gain.arm if value < 0 else "plain SoLU"
+    text = f"Gain of LN: {lower} had a loss {abs(value):.4f} nats a token lower than {other}"
+    fixed = next(iter(comparisons(rows, "gain of LN", arm=gain.arm, cluster="document")), None)
+    text += f" (gain {value:+.4f}"
+    if fixed is not None:
+        text += f"; for these trained models on other documents, {_ends(fixed)}"
+    text += f"). For new seeds and documents: {_ends(gain)}, from {seeds(gain.n)}"
+    if gain.low is None or gain.high is None:
+        return f"{text}, so nothing is known of other seeds."
+    if gain.low <= 0 <= gain.high:
+        return f"{text}, so the sign is not settled."
+    return f"{text}, so the sign is settled at the 95% level."
+
+
+def _phi_dyn(rows: list[Row], arm: str) -> list[str]:
+    """Phi_dyn, what it means and how it was made; or why there is none."""
+    sentences = []
+    for row in comparisons(rows, "Phi_dyn", arm=arm):
+        if row.value is None:
+            sentences.append(f"Phi_dyn ({arm}) is {row.note}.")
+        else:
+            ends = "no interval"
+            if row.low is not None and row.high is not None:
+                ends = f"95% interval {row.low:.2f} to {row.high:.2f}"
+            sentences.append(
+                f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
+                "LayerNorm's gain that no static gain reaches: 0 none of it, 1 all of it, below "
+                f"0 static is better; {row.note}."
+            )
+    return sentences
+
+
+def _static(rows: list[Row], arm: str) -> list[str]:
+    return [
+        f"Best static arm minus {arm}: {row.value or 0.0:+.4f} nats a token ({_ends(row)} for new "
+        f"seeds and documents, {seeds(row.n)}); {row.note}."
+        for row in comparisons(rows, "static - LN", arm=arm)
+    ]
+
+
+def _engagement(rows: list[Row], arm: str) -> list[str]:
+    """Is the norm active? Judged by the ends of the seeds' intervals, not by their middles."""
+    content = engagement(rows, arm, "not BOS")
+    if not content:
+        return []
+    ends = _envelope(content)
+    values = [row.value for row in content]
+    if ends is None:
+        verdict = "how far LayerNorm is engaged has no interval"
+    elif ends[0] > ENGAGED:
+        verdict = "LayerNorm is engaged at the typical token"
+    elif ends[1] < IDLE:
+        verdict = (
+            "LayerNorm is close to one static gain at the typical token, pinned by its epsilon"
+        )
+    else:
+        verdict = "LayerNorm is partly engaged"
+    text = f"{arm}: {verdict}; median r {span(values)} over {seeds(len(content))}"
+    if ends is not None:
+        text += f" (their 95% intervals reach from {number(ends[0])} to {number(ends[1])})"
+    text += ", where 0 is one gain for all tokens and 1 a true LayerNorm"
+    groups = ("BOS", "1", "2-15", ">=16")
+    labels = {"BOS": "BOS", "1": "position 1", "2-15": "positions 2-15", ">=16": "from 16 on"}
+    by_position = [
+        f"{labels[group]} {span(row.value for row in found)}"
+        for group in groups
+        if (found := engagement(rows, arm, group))
+    ]
+    return [f"{text}; {', '.join(by_position)}." if by_position else f"{text}."]
+
+
+def _freeze(rows: list[Row], arm: str) -> list[str]:
+    """What one gain for all tokens costs a trained model."""
+    parts = []
+    for quantity, name in FREEZES:
+        found = [
+            row
+            for row in rows
+            if row.probe == "scale_freeze"
+            and (row.arm, row.quantity, row.group) == (arm, quantity, "")
+            and (row.stream, row.positions, row.statistic) == ("natural", "not BOS", "mean")
+            and row.value is not None
+        ]
+        if not found:
+            continue
+        text = f"at {name} the loss changes by {_signed_span(found)} nats"
+        ends = _envelope(found)
+        if ends is None:
+            parts.append(f"{text} (no interval)")
+            continue
+        if max(-ends[0], ends[1]) < NO_COST:
+            judged = f"within {NO_COST} nats, so nothing at inference"
+        elif ends[0] > 0:
+            judged = "a cost"
+        elif ends[1] < 0:
+            judged = "an improvement"
+        else:
+            judged = "not settled"
+        n = seeds(len(found))
+        parts.append(f"{text} ({judged}; 95% intervals of {n}: {ends[0]:+.4f} to {ends[1]:+.4f})")
+    if not parts:
+        return []
+    return [f"Giving all tokens of the trained {arm} one gain: {'; '.join(parts)}."]
+
+
+def _signed_span(rows: Sequence[Row]) -> str:
+    values = [row.value for row in rows if row.value is not None]
+    low, high = f"{min(values):+.4f}", f"{max(values):+.4f}"
+    return low if low == high else f"{low} to {high}"

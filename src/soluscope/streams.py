@@ -1,0 +1,174 @@
+"""The texts that models are probed on, as rows of tokens; made anew from a seed, the same each time.
+
+natural   rows of the report split: what the loss is reported on
+prefixes  the beginnings of the report split's documents (the hackathon study's sentences)
+prose     English: docstrings of Python's standard library
+code      Python: source files of the standard library
+repeated  BOS w w w ..., one word a string (the study's Figure 2)
+random    strings of random words (its Figure 3)
+
+`prose` and `code` keep to files whose hash puts them into the report share, so that a model trained
+on the standard library has not seen them.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from soluscope import plugins
+from soluscope.data.cache import TokenCache, split_of
+from soluscope.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+N_REPEATED_WORDS = 20
+N_RANDOM_STRINGS = 200
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows of tokens, each with BOS first."""
+
+    name: str
+    tokens: Tensor
+    """int64 [row pos], padded at the end."""
+    string: Tensor
+    """int64 [row pos]: the document or string that each token is of; BOS counts to the first one's."""
+    keep: Tensor
+    """bool [row pos]: False at padding."""
+    bos: int
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.keep.sum())
+
+
+def from_cache(cache: TokenCache, split: str, ctx: int, n_tokens: int, name: str) -> Stream:
+    """Rows spread evenly over a split, so that few tokens still come from many documents."""
+    import torch
+
+    rows = cache.rows(split, ctx)  # type: ignore[arg-type]
+    chosen = spread(len(rows), n_tokens // ctx)
+    string = rows.documents(chosen)
+    string[:, 0] = string[:, 1]
+    tokens = torch.from_numpy(rows[chosen])
+    return Stream(name, tokens, torch.from_numpy(string), torch.ones_like(tokens, dtype=torch.bool), cache.meta["bos"])
+
+
+def spread(n_rows: int, n_wanted: int) -> NDArray[np.int64]:
+    """At most `n_wanted` of `n_rows` row numbers (at least one), evenly spaced, each once."""
+    return np.linspace(0, n_rows - 1, max(1, min(n_rows, n_wanted))).astype(np.int64)
+
+
+def from_texts(texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str) -> Stream:
+    """Each text cut into rows of its own, up to `n_tokens` in all.
+
+    Raises:
+        UserError: if no text is 2 tokens or longer.
+    """
+    rows: list[tuple[int, list[int]]] = []
+    room = n_tokens
+    for number, text in enumerate(texts):
+        if room <= 0:
+            break
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:room]
+        parts = (ids[start : start + ctx - 1] for start in range(0, len(ids), ctx - 1))
+        rows += [(number, part) for part in parts if len(part) >= 2]
+        room -= len(ids)
+    if not rows:
+        raise UserError(f"the text for {name!r} is shorter than 2 tokens: give at least one longer text")
+    return from_rows(rows, bos, ctx, name)
+
+
+def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) -> Stream:
+    """Rows given as (string's number, its tokens without BOS)."""
+    import torch
+
+    width = min(ctx, 1 + max(len(ids) for _, ids in rows))
+    tokens = torch.full((len(rows), width), bos)
+    string = torch.zeros_like(tokens)
+    keep = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (number, ids) in enumerate(rows):
+        tokens[row, 1 : 1 + len(ids)] = torch.tensor(ids)
+        keep[row, : 1 + len(ids)] = True
+        string[row] = number
+    return Stream(name, tokens, string, keep, bos)
+
+
+def make(name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int) -> Stream:
+    """One of the named streams, of at most about `n_tokens` tokens."""
+    bos = cache.meta["bos"]
+    match name:
+        case "natural":
+            return from_cache(cache, "report", ctx, n_tokens, name)
+        case "prefixes":
+            return from_rows(list(_prefixes(cache, ctx, n_tokens)), bos, ctx, name)
+        case "prose" | "code":
+            texts = standard_library(name, **cache.meta["shares"])
+            return from_texts(texts, tokenizer, bos, ctx, n_tokens, name)
+        case "repeated" | "random":
+            words = single_token_words(tokenizer)
+            rng = np.random.default_rng([seed, len(name)])
+            if name == "repeated":
+                picked = rng.permutation(words)[:N_REPEATED_WORDS]
+                rows = [(i, [int(word)] * (ctx - 1)) for i, word in enumerate(picked)]
+            else:
+                n_rows = max(20, min(N_RANDOM_STRINGS, n_tokens // ctx))
+                rows = [(i, rng.choice(words, size=ctx - 1).tolist()) for i in range(n_rows)]
+            return from_rows(rows, bos, ctx, name)
+    raise UserError(f"no stream called {name!r}")
+
+
+def single_token_words(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that are one lower-case English-looking word with a space before it.
+
+    Raises:
+        UserError: if the tokenizer has none.
+    """
+    words = sorted(
+        token for text, token in tokenizer.get_vocab().items()
+        if text.startswith("Ġ") and len(text) >= 4 and text[1:].isascii() and text[1:].isalpha() and text[1:].islower()
+    )  # fmt: skip
+    if not words:
+        raise UserError("the tokenizer has no whole word among its tokens: raise tokens.d_vocab")
+    return words
+
+
+def standard_library(kind: str, select: float, report: float) -> Iterator[str]:
+    """Texts of the standard library's report share: `code` as it is, `prose` the docstrings alone."""
+    source = plugins.pick("soluscope.data.sources", "stdlib")
+    for document in source.documents(source.params(), lambda name, why: None):
+        if split_of(document.text, select, report) != "report":
+            continue
+        if kind == "code":
+            yield document.text
+        elif prose := docstrings(document.text):
+            yield prose
+
+
+def docstrings(code: str) -> str:
+    """The docstrings of a module, its classes and functions, in order."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(text for text in found if text)
+
+
+def _prefixes(cache: TokenCache, ctx: int, n_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """Beginnings of the report split's documents that fill a row; (document, tokens)."""
+    offsets, stream = cache.offsets("report"), cache.stream("report")
+    fills_a_row = np.flatnonzero(np.diff(offsets) >= ctx - 1)
+    for document in fills_a_row[: max(20, n_tokens // ctx)]:
+        start = offsets[document]
+        yield int(document), stream[start : start + ctx - 1].tolist()

@@ -1,0 +1,336 @@
+"""Run folders x probes -> rows. Means, intervals and splits are made here, for all probes alike.
+
+    runs/<study>/<run>/probes/<probe>.parquet   one row a token
+    runs/<study>/<run>/probes/<probe>.jsonl     its summary rows; written last, so its presence means done
+    runs/<study>/<run>/probes/loss.parquet      one row a document: what comparisons resample
+    runs/<study>/results.jsonl                  all rows of the study, comparisons included
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import Tokenizer
+
+from soluscope import plugins, results, streams
+from soluscope.activations import HookedRun, observe
+from soluscope.checkpoint import Facts, commit, load_facts
+from soluscope.compare import compare
+from soluscope.config import EvalConfig, read_config, to_yaml
+from soluscope.convert import SoluscopeTransformer, load
+from soluscope.data.cache import TokenCache, prepare
+from soluscope.errors import UserError
+from soluscope.files import replacing, write_text
+from soluscope.probes import Probe, Quantity
+from soluscope.results import Row
+from soluscope.stats import cluster_bootstrap, document_bootstrap
+
+PACKAGE = "soluscope.probes"
+CURVE_POINTS = 24
+TRAINING_POINTS = 60
+
+POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
+    "not BOS": lambda pos: pos > 0,
+    "BOS": lambda pos: pos == 0,
+    "1": lambda pos: pos == 1,
+    "2-15": lambda pos: (pos >= 2) & (pos <= 15),
+    ">=16": lambda pos: pos >= 16,
+}
+"""The prefix rules of science.md section 5. BOS is never averaged with the rest."""
+
+Say = Callable[[str], None]
+
+
+def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
+    """Probe every finished run below `folder` (or the run that it is), then compare the study's runs.
+
+    A probe that a run has been through with the same configuration is not run again, so an
+    interrupted evaluation goes on where it stopped.
+
+    Returns:
+        The study's results.jsonl.
+
+    Raises:
+        UserError: if there is no finished run, or one cannot be read.
+    """
+    run_dirs = finished_runs(folder)
+    study_dir = run_dirs[0].parent
+    for number, run_dir in enumerate(run_dirs, start=1):
+        _evaluate_run(run_dir, config, lambda text, n=number: say(f"[{n}/{len(run_dirs)}] {text}"))
+    return write_results(study_dir)
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Folders of finished runs: `folder` itself, or those directly in it."""
+    if (folder / "done.json").is_file():
+        return [folder]
+    found = sorted(path.parent for path in folder.glob("*/done.json"))
+    if not found:
+        raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
+    return found
+
+
+def write_results(study_dir: Path) -> Path:
+    """Gather the rows of all runs that were evaluated, compare them, and write results.jsonl."""
+    rows: list[Row] = []
+    losses = []
+    for run_dir in finished_runs(study_dir):
+        done = sorted((run_dir / "probes").glob("*.jsonl"))
+        if not done:
+            continue
+        rows += [row for path in done for row in results.read(path)]
+        losses.append(pd.read_parquet(run_dir / "probes" / "loss.parquet"))
+    rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
+    path = study_dir / "results.jsonl"
+    results.write(path, rows)
+    return path
+
+
+def probe(
+    model: SoluscopeTransformer, text: str | Sequence[str], probes: Sequence[str] | None = None
+) -> tuple[pd.DataFrame, Figures]:
+    """Run probes on a text of your own.
+
+    Args:
+        model: from `soluscope.load`.
+        text: one text, or several; each is a unit of its own for intervals.
+        probes: names of files in probes/; all of them if not given.
+
+    Returns:
+        A table with one row for each probe, quantity and token; and figures by title, which show
+        themselves in a notebook.
+
+    Raises:
+        UserError: unknown probe, a text shorter than 2 tokens, or a model that cannot be probed.
+    """
+    names = list(probes) if probes is not None else plugins.names(PACKAGE)
+    chosen = {name: plugins.pick(PACKAGE, name) for name in names}
+    texts = [text] if isinstance(text, str) else list(text)
+    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
+    stream = streams.from_texts(texts, tokenizer, model.facts.bos, model.facts.ctx, 10**9, "text")
+    run = observe(model, stream)
+    base = _base_row(model.facts)
+    tables, figures = [], Figures()
+    for name, one in chosen.items():
+        table = token_table(one, run)
+        rows = list(summarise(table, one, replace(base, probe=name, stream="text"), EvalConfig()))
+        figures.update(_draw(rows, one))
+        long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
+        tables.append(long.assign(probe=name))
+    frame = pd.concat(tables, ignore_index=True)
+    frame["text"] = [tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]]
+    return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
+
+
+class Figures(dict[str, Any]):
+    """Plotly figures by title; a notebook shows them all."""
+
+    def _ipython_display_(self) -> None:
+        for figure in self.values():
+            figure.show()
+
+
+def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
+    from soluscope.report.figures import draw
+
+    return {spec.title: draw(rows, replace(spec, streams=())) for spec in one.figures}
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
+    folder = run_dir / "probes"
+    saved = folder / "config.yaml"
+    if not saved.is_file() or saved.read_text(encoding="utf8") != to_yaml(config) or _is_stale(run_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(saved, to_yaml(config))
+    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
+    waiting = [name for name in ("training", "loss", *names) if not (folder / f"{name}.jsonl").is_file()]
+    if not waiting:
+        say(f"{run_dir.name}: probed already")
+        return
+    facts = load_facts(run_dir)
+    base = _base_row(facts)
+    model = load(run_dir, config.device)
+    cache = prepare(read_config(run_dir / "config.yaml"))
+    observed = _Observed(model, cache, config)
+    for name in waiting:
+        say(f"{run_dir.name}: {name}")
+        if name == "training":
+            rows = training_rows(run_dir, replace(base, probe=name))
+        elif name == "loss":
+            rows = _loss_rows(observed, folder, facts, replace(base, probe=name), config)
+        else:
+            rows = _probe_rows(name, observed, folder, replace(base, probe=name), config)
+        results.write(folder / f"{name}.jsonl", rows)
+
+
+def _is_stale(run_dir: Path) -> bool:
+    """Whether the run was trained again after it was probed."""
+    return (run_dir / "done.json").stat().st_mtime > (run_dir / "probes" / "config.yaml").stat().st_mtime
+
+
+class _Observed:
+    """The model's activations on each stream, made when first asked for."""
+
+    def __init__(self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig) -> None:
+        self.model, self.cache, self.config = model, cache, config
+        self.tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
+        self._runs: dict[str, HookedRun] = {}
+
+    def __call__(self, name: str) -> HookedRun:
+        if name not in self._runs:
+            ctx, c = self.model.facts.ctx, self.config
+            stream = streams.make(name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed)
+            self._runs[name] = observe(self.model, stream)
+        return self._runs[name]
+
+
+def _probe_rows(name: str, observed: _Observed, folder: Path, base: Row, config: EvalConfig) -> list[Row]:
+    one: Probe = plugins.pick(PACKAGE, name)
+    rows: list[Row] = []
+    tables = []
+    for stream in one.streams:
+        table = token_table(one, observed(stream))
+        rows += summarise(table, one, replace(base, stream=stream), config)
+        tables.append(table.assign(stream=stream))
+    _write_parquet(folder / f"{name}.parquet", pd.concat(tables, ignore_index=True))
+    return rows
+
+
+def token_table(one: Probe, run: HookedRun) -> pd.DataFrame:
+    """The probe's values with each token's place: string, pos, token, then one column a quantity."""
+    measured = one.measure(run, one.params() if one.params is not type(None) else None)
+    place = {"string": run.string, "pos": run.pos, "token": run.tokens}
+    return pd.DataFrame({name: values.numpy() for name, values in (place | measured).items()})
+
+
+def _loss_rows(observed: _Observed, folder: Path, facts: Facts, base: Row, config: EvalConfig) -> list[Row]:
+    """Loss on both validation splits by document, and its mean on the report split."""
+    model, cache = observed.model, observed.cache
+    tables = []
+    for split in ("select", "report"):
+        stream = streams.from_cache(cache, split, facts.ctx, config.n_loss_tokens, split)
+        tables.append(_document_losses(model, stream).assign(split=split))
+    table = pd.concat(tables, ignore_index=True).assign(
+        run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed, config=facts.config
+    )
+    table["document"] = table["document"].astype(str)
+    _write_parquet(folder / "loss.parquet", table)
+    report = table[table["split"] == "report"]
+    interval = document_bootstrap(report["loss_sum"], report["n_tokens"], config.n_draws, config.seed)
+    return [
+        replace(
+            base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
+            value=interval.value, low=interval.low, high=interval.high, n=interval.n,
+            n_clusters=interval.n_clusters,
+        )
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def _document_losses(model: SoluscopeTransformer, stream: streams.Stream) -> pd.DataFrame:
+    """Sum of losses and number of targets by document, the target's own; BOS targets left out."""
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    for start in range(0, len(stream.tokens), 16):
+        tokens = stream.tokens[start : start + 16]
+        losses = model(tokens.to(model.cfg.device), return_type="loss", loss_per_token=True).double().cpu()
+        owner = stream.string[start : start + 16, 1:]
+        counted = tokens[:, 1:] != stream.bos
+        for document in owner[counted].unique().tolist():
+            mine = counted & (owner == document)
+            sums[document] = sums.get(document, 0.0) + float(losses[mine].sum())
+            counts[document] = counts.get(document, 0) + int(mine.sum())
+    return pd.DataFrame({"document": sums.keys(), "loss_sum": sums.values(), "n_tokens": counts.values()})
+
+
+def training_rows(run_dir: Path, base: Row) -> list[Row]:
+    """The course of training: means over at most 60 stretches of metrics.jsonl."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = pd.DataFrame(lines)
+    units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
+    rows = []
+    for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
+        stretch = metrics.iloc[part]
+        rows += [
+            replace(
+                base, quantity=name, unit=unit, stream="train", positions="all" if name == "loss" else "not BOS",
+                x=float(stretch["tokens"].iloc[-1]), value=float(stretch[name].mean()), n=len(stretch),
+            )
+            for name, unit in units.items() if name in stretch
+        ]  # fmt: skip
+    return rows
+
+
+def _base_row(facts: Facts) -> Row:
+    return Row(
+        study=facts.study, run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed,
+        probe="", quantity="", value=None, unit="", commit=commit(), config=facts.config,
+    )  # fmt: skip
+
+
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    try:
+        with replacing(path) as beside:
+            table.to_parquet(beside, index=False)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free disk space") from error
+
+
+# --- from tokens to rows --------------------------------------------------------------------------
+
+
+def summarise(table: pd.DataFrame, one: Probe, base: Row, config: EvalConfig) -> Iterator[Row]:
+    """Every statistic that the probe's quantities ask for, each with a document-cluster interval."""
+    for name, quantity in one.quantities.items():
+        if table[name].notna().any():
+            yield from _quantity_rows(table, name, quantity, replace(base, quantity=name, unit=quantity.unit), config)
+    if one.per_string is None:
+        return
+    strings = pd.concat([one.per_string(part).assign(string=key) for key, part in table.groupby("string")])
+    for name, quantity in one.string_quantities.items():
+        if strings[name].notna().any():
+            row = replace(base, quantity=name, unit=quantity.unit)
+            yield _summary(strings, name, "mean", row, config, cluster="string")
+
+
+def _quantity_rows(table: pd.DataFrame, name: str, quantity: Quantity, base: Row, config: EvalConfig) -> Iterator[Row]:
+    if quantity.curve:
+        last = int(table["pos"].max())
+        for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
+            here = table[table["pos"] == pos]
+            yield _summary(here, name, "mean", replace(base, x=float(pos)), config, cluster="string")
+        return
+    for positions, mask in POSITIONS.items():
+        here = table[mask(table["pos"])]
+        if here[name].notna().any():
+            for statistic in quantity.statistics:
+                yield _summary(here, name, statistic, replace(base, positions=positions), config)
+    content = table[(table["pos"] > 0) & table[name].notna()]
+    for column in quantity.split_by:
+        if content[column].nunique() < 4:
+            continue  # one constant: there are no quartiles
+        quartile = pd.qcut(content[column], 4, labels=False, duplicates="drop")
+        for q in sorted(quartile.dropna().unique()):
+            row = replace(base, group=f"{column} Q{int(q) + 1}")
+            yield _summary(content[quartile == q], name, "mean", row, config)
+
+
+def _summary(
+    table: pd.DataFrame, name: str, statistic: str, base: Row, config: EvalConfig, cluster: str = "document"
+) -> Row:
+    interval = cluster_bootstrap(table[name], table["string"], statistic, config.n_draws, config.seed)
+    return replace(
+        base, statistic=statistic, value=interval.value, low=interval.low, high=interval.high,
+        n=interval.n, n_clusters=interval.n_clusters, cluster=cluster,
+    )  # fmt: skip

@@ -1,0 +1,529 @@
+"""Training: one model of one variant, with Lightning, so that runs of equal seed are paired.
+
+A batch is a function of (seed, step) alone, and initial values of (seed, tensor name) alone: two
+variants with one seed differ in their variant and in nothing else, and a run that was killed goes on
+bit for bit as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from soluscope import plugins
+from soluscope.checkpoint import (
+    Facts, build_model, claim, commit, last_checkpoint, load_checkpoint, load_facts, load_model,
+    lock, save_model, versions,
+)  # fmt: skip
+from soluscope.config import Config
+from soluscope.data.cache import Rows, Split, TokenCache, prepare
+from soluscope.errors import UserError
+from soluscope.files import replacing, write_bytes, write_text
+from soluscope.model import LanguageModel, Record
+from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.streams import spread
+
+INIT_BATCHES = 4
+"""First batches on which `mid.gain=init` is measured."""
+DIVERGED_ABOVE = 2.0
+"""A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
+
+
+def train(config: Config, progress: Progress | None = None) -> Path:
+    """Train the model of `config` to its end, resuming what is there; a finished run is left alone.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: bad input, a folder of another configuration or in use, a diverged loss.
+    """
+    with lock(config.run_dir):
+        state = claim(config)
+        if state == "done":
+            return config.run_dir
+        cache = prepare(config)
+        _share_with_study(config, cache)
+        if progress is None:
+            with progress_bars() as own:
+                _fit(config, cache, state, own)
+        else:
+            _fit(config, cache, state, progress)
+    return config.run_dir
+
+
+def _fit(config: Config, cache: TokenCache, state: str, progress: Progress) -> None:
+    module = TrainingModule(config, cache)
+    folder = RunFolder(config, progress)
+    on_cuda = _on_cuda(config)
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_cuda)
+    if state == "resume":
+        _check_fits(last_checkpoint(config.run_dir), module)
+    with _quiet():
+        trainer = lightning.Trainer(
+            accelerator="cuda" if on_cuda else "cpu",
+            devices=1,
+            precision="bf16-mixed" if bf16 else "32-true",
+            max_steps=config.train.steps,
+            accumulate_grad_batches=config.train.micro_batches,
+            gradient_clip_val=config.train.clip,
+            use_distributed_sampler=False,  # the sampler knows its rank
+            callbacks=[folder],
+            logger=False,
+            enable_checkpointing=False,  # RunFolder saves beside and renames
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=config.run_dir,
+        )
+        resume = last_checkpoint(config.run_dir) if state == "resume" else None
+        trainer.fit(module, datamodule=Batches(config, cache), ckpt_path=resume, weights_only=True)
+    if trainer.global_step < config.train.steps:  # SIGTERM or Ctrl-C, after the checkpoint was saved
+        raise KeyboardInterrupt
+    _finish(config, cache, module.model, folder.seconds)
+
+
+def _finish(config: Config, cache: TokenCache, model: LanguageModel, seconds: float) -> None:
+    facts = facts_of(config, cache, model)
+    save_model(config.run_dir, model, facts)
+    losses = {
+        f"{split}_loss": mean_loss(model, cache, split, config.model.ctx, config.train.val_tokens)
+        for split in ("select", "report")
+    }
+    done = losses | {"steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1)}
+    write_text(config.run_dir / "done.json", json.dumps(done) + "\n")
+
+
+def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
+    """What model.json says."""
+    norm = model.blocks[0].mlp.ln
+    assert config.train.lr is not None
+    return Facts(
+        run=config.run_name, arm=config.arm, variant=config.variant, study=config.study,
+        seed=config.seed, d_model=config.model.d_model, n_heads=config.model.n_heads,
+        d_mlp=config.model.d_mlp, n_layers=config.model.n_layers, ctx=config.model.ctx,
+        d_vocab=cache.meta["d_vocab"],
+        hooked_act_fn=plugins.pick("soluscope.variants", config.variant).hooked_act_fn,
+        ln_eps=config.model.ln_eps, mid_norm=type(norm).__name__ if norm is not None else None,
+        eps=getattr(norm, "eps", None),
+        gain=float(norm.gain) if isinstance(norm, StaticNorm) else None,
+        bos=cache.meta["bos"], eos=cache.meta["eos"], pad=cache.meta["pad"],
+        tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
+        tokens=config.train.steps * config.train.batch_size * config.model.ctx,
+        config=config.hash, commit=commit(), versions=versions(),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def mean_loss(
+    model: LanguageModel, cache: TokenCache, split: Split, ctx: int, max_tokens: int
+) -> float:
+    """Mean cross-entropy in nats a token over rows spread evenly over a split; no BOS targets."""
+    rows, bos = cache.rows(split, ctx), cache.meta["bos"]
+    total, count = 0.0, 0
+    for chosen in np.array_split(spread(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)):
+        tokens = torch.from_numpy(rows[chosen])
+        losses = model.loss(tokens.to(model.unembed.b_U.device), bos, reduction="none")
+        total += float(losses.double().sum())
+        count += int((tokens[:, 1:] != bos).sum())
+    return total / count
+
+
+class TrainingModule(lightning.LightningModule):
+    """Loss, parameter groups and schedule of the SoLU-1L recipe."""
+
+    def __init__(self, config: Config, cache: TokenCache) -> None:
+        super().__init__()
+        self.config = config
+        self.bos: int = cache.meta["bos"]
+        self.model = build_model(config, cache.meta["d_vocab"])
+        set_gain(self.model, config, cache)
+        self.grad_norm = torch.tensor(math.nan)
+        compiled = config.train.compile == "on" or (
+            config.train.compile == "auto" and _on_cuda(config)
+        )
+        self.loss = torch.compile(self.model.loss) if compiled else self.model.loss
+
+    def training_step(self, tokens: Int[Tensor, "batch pos"], index: int) -> Tensor:
+        return self.loss(tokens, self.bos)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), self.config.train.clip)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.config),
+            betas=(self.config.train.beta1, self.config.train.beta2),
+            fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, self.config))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
+    """Matrices of the blocks; unembedding; the rest. Source: design.md, SoLU-1L's recipe.
+
+    Gains are kept out of weight decay: decay would move the static arms' scale (science.md 12.7).
+    """
+    matrices, unembedding, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if name == "unembed.W_U":
+            unembedding.append(parameter)
+        elif name.startswith("blocks.") and ".W_" in name:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    train = config.train
+    return [
+        {"params": matrices, "lr": train.lr, "weight_decay": train.weight_decay},
+        {"params": unembedding, "lr": train.lr_rest, "weight_decay": train.weight_decay},
+        {"params": rest, "lr": train.lr_rest, "weight_decay": 0.0},
+    ]
+
+
+def rate(step: int, config: Config) -> float:
+    """Share of the peak learning rate at an optimizer step, counted from 0."""
+    train = config.train
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.final_lr_share + (1 - train.final_lr_share) * cosine
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> Int[np.ndarray, " batch"]:
+    """Which rows make up a step's batch: each row once an epoch, in an order drawn by (seed, epoch).
+
+    A function of its arguments alone, in constant memory: the order is a keyed permutation that is
+    evaluated where it is needed, never stored.
+    """
+    index = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epoch, place = np.divmod(index, n_rows)
+    return np.array(
+        [_permute(int(p), n_rows, seed, int(e)) for p, e in zip(place, epoch, strict=True)]
+    )
+
+
+def _permute(place: int, n: int, seed: int, epoch: int) -> int:
+    """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside range(n)."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = place >> half, place & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right, seed, epoch, turn) & mask)
+        place = left << half | right
+        if place < n:
+            return place
+
+
+def _mix(value: int, *keys: int) -> int:
+    """A well-mixed 64-bit hash of small integers (splitmix64's finaliser, once a key)."""
+    for key in keys:
+        value = (value ^ (key + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ (value >> 30)) * 0x94D049BB133111EB % 2**64
+        value ^= value >> 31
+    return value
+
+
+class Batches(lightning.LightningDataModule):
+    """Rows of the train split, from the step that the trainer has reached."""
+
+    def __init__(self, config: Config, cache: TokenCache) -> None:
+        super().__init__()
+        self.config = config
+        self.rows = cache.rows("train", config.model.ctx)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(
+            _RowDataset(self.rows), sampler=self._micro_batches(), batch_size=None, pin_memory=_on_cuda(self.config)
+        )
+
+    def _micro_batches(self) -> Any:
+        train, trainer = self.config.train, self.trainer
+        assert trainer is not None
+
+        class FromGlobalStep:
+            def __iter__(self) -> Iterator[np.ndarray]:
+                step, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
+                while True:
+                    rows = batch_rows(batches.config.seed, step, train.batch_size, len(batches.rows))
+                    yield from np.array_split(rows[rank::world], train.micro_batches)
+                    step += 1
+
+        batches = self
+        return FromGlobalStep()
+
+
+class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.rows[indices])
+
+
+# --- static gains ---------------------------------------------------------------------------------
+
+
+def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
+    """Give each static mid norm its constant: a number, LayerNorm's rms at init, or a run's mean gain.
+
+    Source: science.md section 3, rows solu_gain and solu_frozen_ln.
+    """
+    for index, block in enumerate(model.blocks):
+        norm = block.mlp.ln
+        if not isinstance(norm, StaticNorm):
+            continue
+        gain = config.mid.gain
+        if isinstance(gain, str) and gain == "init":
+            mid = _first_batches(model, config, cache)[f"blocks.{index}.mlp.hook_mid"].flatten(0, 1)
+            gain = gain_matching_layer_norm(norm, mid, config.mid.epsilon(config.model.d_mlp))
+        elif isinstance(gain, str):
+            gain = mean_gain(Path(gain.format(seed=config.seed)), index, cache)
+        norm.gain.fill_(gain)
+
+
+@torch.no_grad()
+def _first_batches(model: LanguageModel, config: Config, cache: TokenCache) -> Record:
+    rows = cache.rows("train", config.model.ctx)
+    size = min(config.train.batch_size, 16)
+    first = np.concatenate([batch_rows(config.seed, step, size, len(rows)) for step in range(INIT_BATCHES)])
+    record: Record = {}
+    model.residual(torch.from_numpy(rows[first]), record)
+    return record
+
+
+@torch.no_grad()
+def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
+    """exp(mean log gain) of a finished run's mid LayerNorm on the select split, BOS left out.
+
+    The report split is left alone: a gain chosen on it would be chosen on what it is judged by.
+
+    Raises:
+        UserError: if the run has no per-token scale, or another tokenizer.
+    """
+    model, facts = load_model(run_dir)
+    norm = model.blocks[layer].mlp.ln
+    if norm is None or norm.eps is None:
+        raise UserError(f"mid.gain={run_dir} has no LayerNorm to take a gain from: name a solu_ln run")
+    if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
+        raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
+    rows = cache.rows("select", facts.ctx)
+    record: Record = {}
+    model.residual(torch.from_numpy(rows[np.arange(min(len(rows), 64))]), record)
+    scale = record[f"blocks.{layer}.mlp.ln.hook_scale"][:, 1:]  # [row pos 1], BOS left out
+    return float(scale.double().log().mean().neg().exp())
+
+
+# --- what a run leaves behind ---------------------------------------------------------------------
+
+
+class RunFolder(lightning.Callback):
+    """Progress, metrics.jsonl, checkpoints, and the check that the loss is a loss."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config = config
+        self.progress = progress
+        self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
+        self.losses: list[tuple[int, Tensor]] = []
+        self.saved_step = -1
+        self.seconds = 0.0
+
+    @property
+    def checkpoint(self) -> Path:
+        return last_checkpoint(self.config.run_dir)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.began = self.logged = time.perf_counter()
+        self.logged_step = trainer.global_step
+        self.saved_step = trainer.global_step if trainer.global_step else -1
+        self.metrics = self.config.run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(self.metrics) if json.loads(line)["step"] <= trainer.global_step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        self.progress.update(self.bar, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+        self.losses.append((trainer.global_step, outputs["loss"].detach()))
+        if (index + 1) % self.config.train.micro_batches:
+            return
+        step, train = trainer.global_step, self.config.train
+        last = step == train.steps
+        log, save = step % train.log_every == 0 or last, step % train.checkpoint_every == 0 or last
+        if log or save:
+            loss = self._check_losses()
+            if log:
+                self._log(step, loss, module, batch)
+            if save:
+                self._save(trainer)
+        if last:
+            self.seconds = time.perf_counter() - self.began
+
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """SIGTERM and Ctrl-C keep the work done; a diverged or unwritable run keeps its last good one."""
+        if not isinstance(exception, UserError) and trainer.global_step > max(0, self.saved_step):
+            if self.losses:
+                self._check_losses()
+            self._save(trainer)
+
+    def _check_losses(self) -> float:
+        """The last loss, if all since the last check are sound: one transfer from the device for all.
+
+        Raises:
+            UserError: with the first bad step, its batch, and the last good checkpoint.
+        """
+        values = torch.stack([loss for _, loss in self.losses]).float().cpu()
+        limit = DIVERGED_ABOVE * math.log(self.vocabulary)
+        bad = (~(values <= limit)).nonzero()
+        if len(bad):
+            step, value = self.losses[int(bad[0])][0], float(values[int(bad[0])])
+            rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
+            kept = f"{self.checkpoint}, step {self.saved_step}" if self.saved_step >= 0 else "none yet"
+            raise UserError(
+                f"the loss is {value:.4g} at step {step} of {self.config.run_name} (batch of train rows "
+                f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {kept}): "
+                f"lower train.lr, now {self.config.train.lr:g}"
+            )
+        self.losses.clear()
+        return float(values[-1])
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        self.vocabulary = len(module.model.unembed.b_U)
+        self.n_rows = len(trainer.datamodule.rows)
+
+    def _log(self, step: int, loss: float, module: Any, batch: Tensor) -> None:
+        now, train = time.perf_counter(), self.config.train
+        tokens_a_step = train.batch_size * self.config.model.ctx
+        speed = (step - self.logged_step) * tokens_a_step / (now - self.logged)
+        self.logged, self.logged_step = now, step
+        row = {
+            "step": step, "tokens": step * tokens_a_step, "loss": loss,
+            "lr": module.optimizers().param_groups[0]["lr"], "grad_norm": float(module.grad_norm),
+            "tokens_per_s": round(speed), **engagement(module.model, batch[:1]),
+        }  # fmt: skip
+        try:
+            with self.metrics.open("a", encoding="utf8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.metrics}: {error.strerror}; the last good checkpoint is {self.checkpoint}") from error
+        self.progress.update(self.bar, completed=step, loss=f"loss {loss:.3f}", speed=f"{speed / 1000:.1f}k tok/s")
+
+    def _save(self, trainer: Any) -> None:
+        """A checkpoint beside the last one, then in its place: there is always a whole one."""
+        if self.saved_step == trainer.global_step:
+            return
+        try:
+            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.checkpoint) as beside:
+                trainer.save_checkpoint(beside)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            kept = f"step {self.saved_step} stays in {self.checkpoint}" if self.saved_step >= 0 else "there is none yet"
+            raise UserError(
+                f"cannot save the checkpoint of step {trainer.global_step} ({str(error).splitlines()[0]}): free disk space; {kept}"
+            ) from error
+        self.saved_step = trainer.global_step
+
+
+@torch.no_grad()
+def engagement(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str, float]:
+    """r and gain of the mid LayerNorm now (medians over one row, BOS left out): P23 needs their course."""
+    norm = model.blocks[0].mlp.ln
+    if norm is None or norm.eps is None:
+        return {}
+    record: Record = {}
+    model.residual(tokens, record)
+    square = record["blocks.0.mlp.ln.hook_scale"][:, 1:].double().square()  # var + eps
+    return {
+        "r": float((1 - norm.eps / square).median()),
+        "gain": float(square.rsqrt().median()),
+    }
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """One line a run: name, bar, steps, loss, tokens a second, time left. On stderr."""
+    with Progress(
+        TextColumn("{task.description:<20}"), BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True),
+    ) as progress:  # fmt: skip
+        yield progress
+
+
+def _share_with_study(config: Config, cache: TokenCache) -> None:
+    """The tokenizer and the facts of the data, once for the study; a study has one of each."""
+    saved = config.study_dir / "data.json"
+    if saved.is_file():
+        there = json.loads(saved.read_text(encoding="utf8"))
+        if there["key"] != cache.meta["key"]:
+            raise UserError(
+                f"{config.study_dir} was trained on other tokens (cache {there['key']}, now "
+                f"{cache.meta['key']}): runs of one study share their data; choose another study="
+            )
+        return
+    write_bytes(config.study_dir / "tokenizer.json", cache.tokenizer_path.read_bytes())
+    write_text(saved, json.dumps(cache.meta | {"path": str(cache.path)}, indent=1) + "\n")
+
+
+def _check_fits(path: Path, module: nn.Module) -> None:
+    """Refuse a checkpoint of other shapes before anything is overwritten."""
+    state = load_checkpoint(path).get("state_dict", {})
+    own = module.state_dict()
+    for name in sorted(own.keys() | state.keys()):
+        here = tuple(own[name].shape) if name in own else "nothing"
+        there = tuple(state[name].shape) if name in state else "nothing"
+        if here != there:
+            raise UserError(
+                f"the checkpoint {path} is of another shape: {name} is {there} there and {here} in this "
+                "configuration; delete it to start again, or set tag= or study="
+            )
+
+
+def _on_cuda(config: Config) -> bool:
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU here: set train.device=cpu")
+    return config.train.device != "cpu" and torch.cuda.is_available()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file that a killed process may have left in the middle of one."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning announces devices and suggests loggers; here, neither is news."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

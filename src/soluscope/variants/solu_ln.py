@@ -1,0 +1,25 @@
+"""SoLU, then a LayerNorm with its own scale for each token: the published model.
+
+Source: Elhage et al. 2022, section 4.3; the dose kappa is science.md section 1.4.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from soluscope.variants import Variant
+from soluscope.variants._parts import LayerNormParams, solu
+
+if TYPE_CHECKING:
+    from soluscope.norms import LayerNorm
+
+
+def build_norm(d_mlp: int, params: LayerNormParams) -> LayerNorm:
+    from soluscope.norms import LayerNorm
+
+    return LayerNorm(d_mlp, params.epsilon(d_mlp))
+
+
+VARIANT = Variant(
+    nonlinearity=solu, hooked_act_fn="solu_ln", build_norm=build_norm, params=LayerNormParams
+)
