@@ -1,6 +1,6 @@
 """Make a study's report from its results.jsonl alone.
 
-    python eval/report.py runs/demo
+python eval/report.py runs/demo
 """
 
 from pathlib import Path
@@ -13,7 +13,9 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     if len(arguments) != 1:
-        raise UserError(f"{len(arguments)} words given, wanted one folder, as in: python eval/report.py runs/demo")
+        raise UserError(
+            f"{len(arguments)} words given, wanted one folder, as in: python eval/report.py runs/demo"
+        )
     from soluscope.report import build, show
 
     study_dir = Path(arguments[0])

@@ -20,14 +20,18 @@ def main(arguments: list[str]) -> None:
         probes = ", ".join(plugins.names("soluscope.probes"))
         print("\n".join([__doc__, *help_lines(EvalConfig), "", f"probes: {probes}"]))
         return
-    folders = [w for w in arguments if "=" not in w and not w.startswith("-") and not w.endswith(".yaml")]
+    folders = [
+        w for w in arguments if "=" not in w and not w.startswith("-") and not w.endswith(".yaml")
+    ]
     words = [word for word in arguments if word not in (*folders, "--cfg")]
     config = load_typed(EvalConfig, words, "eval.yaml")
     if "--cfg" in arguments:
         print(to_yaml(config), end="")
         return
     if len(folders) != 1:
-        raise UserError(f"{len(folders)} folders given, wanted one, as in: python eval/run.py runs/demo")
+        raise UserError(
+            f"{len(folders)} folders given, wanted one, as in: python eval/run.py runs/demo"
+        )
     if not Path(folders[0]).is_dir():
         raise UserError(f"no folder {folders[0]}: name a study or a run, as in runs/demo")
     from soluscope.suite import evaluate  # here, so that the lines above answer at once

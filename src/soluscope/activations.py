@@ -71,8 +71,9 @@ class HookedRun:
 
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
         """The same run with some of its tokens only."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[keep] for k, v in tensors.items() if isinstance(v, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept: dict[str, Any] = {k: v[keep] for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **kept)
 
     @cached_property
     def is_solu(self) -> bool:
@@ -100,11 +101,16 @@ def observe(model: Any, stream: Stream) -> HookedRun:
     for start in range(0, len(stream.tokens), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         tokens, keep = stream.tokens[rows], stream.keep[rows]
-        logits, cache = model.run_with_cache(tokens.to(model.cfg.device), names_filter=names.__contains__)
+        logits, cache = model.run_with_cache(
+            tokens.to(model.cfg.device), names_filter=names.__contains__
+        )
         target = F.pad(tokens[:, 1:], (0, 1), value=-1)
         target = target.where(F.pad(keep[:, 1:], (0, 1)) & (target != stream.bos), -1)
         loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), target.flatten().to(logits.device), ignore_index=-1, reduction="none"
+            logits.flatten(0, 1).float(),
+            target.flatten().to(logits.device),
+            ignore_index=-1,
+            reduction="none",
         ).view(target.shape)
         post = cache[f"{prefix}mlp.hook_post"]
         part = {
@@ -128,7 +134,7 @@ def _readout(model: Any, block: Any) -> Readout:
     beta = getattr(getattr(block.mlp, "ln", None), "b", None)
     return Readout(
         W_out=block.mlp.W_out.detach().cpu(), b_out=block.mlp.b_out.detach().cpu(),
-        beta=torch.zeros(block.mlp.W_out.shape[0], dtype=block.mlp.W_out.dtype) if beta is None else beta.detach().cpu(),
+        beta=block.mlp.W_out.new_zeros(model.cfg.d_mlp).cpu() if beta is None else beta.detach().cpu(),
         ln_w=model.ln_final.w.detach().cpu(), ln_b=model.ln_final.b.detach().cpu(),
         ln_eps=model.ln_final.eps,
         W_U=model.unembed.W_U.detach().cpu(), b_U=model.unembed.b_U.detach().cpu(),
@@ -145,4 +151,6 @@ def check_model(model: Any) -> None:
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"the model's {name} holds values that are not finite: train or load it again")
+            raise UserError(
+                f"the model's {name} holds values that are not finite: train or load it again"
+            )

@@ -1,11 +1,11 @@
 """The run folder: what a run leaves behind, whether it is finished, and who is writing to it.
 
-    config.yaml          the resolved configuration: enough to run it again
-    checkpoints/last.ckpt  Lightning's, for resuming
-    model.safetensors    final weights under TransformerLens's names
-    model.json           facts about the model (`Facts`)
-    metrics.jsonl        loss by step and tokens
-    done.json            written last; its absence means: resume
+config.yaml          the resolved configuration: enough to run it again
+checkpoints/last.ckpt  Lightning's, for resuming
+model.safetensors    final weights under TransformerLens's names
+model.json           facts about the model (`Facts`)
+metrics.jsonl        loss by step and tokens
+done.json            written last; its absence means: resume
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def lock(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write {run_dir}: {error.strerror}; choose another runs_dir") from error
+        raise UserError(
+            f"cannot write {run_dir}: {error.strerror}; choose another runs_dir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +125,9 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
     """Final weights and facts, each whole or not there."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     write_bytes(run_dir / "model.safetensors", save(state))
     write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
 
@@ -200,17 +204,18 @@ def _first_line(error: Exception) -> str:
 @cache
 def commit() -> str:
     """The commit that runs, with `+` where the tree was changed; the version if it is not a clone."""
-    here = Path(__file__).parent
     try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
         # A wheel inside somebody's own repository is not that repository's commit.
-        if run("ls-files", "--error-unmatch", str(Path(__file__))):
-            return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "-uno") else "")
+        _git("ls-files", "--error-unmatch", __file__)
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        pass
-    return f"v{versions()['soluscope']}"
+        return f"v{versions()['soluscope']}"
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @cache

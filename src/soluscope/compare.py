@@ -130,7 +130,7 @@ class _Arms:
         difference = self.difference(a, b, seeds)
         new_seeds = stats.seeds_and_documents(difference, self.counts)
         new_documents = stats.document_bootstrap(difference.mean(axis=0), self.counts)
-        p = "" if new_seeds.p is None else f"sign-flip p = {new_seeds.p:.3g}"
+        p = "" if new_seeds.p is None or len(seeds) == 1 else f"sign-flip p = {new_seeds.p:.3g}"
         notes = "; ".join(text for text in (note, p) if text)
         n_seeds = len(seeds)
         return [
@@ -185,7 +185,7 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
     plain, static = arms.best(["solu"]), arms.best(STATIC)
     for ln in normed:
         if plain is not None:
-            rows += arms.contrast("gain of LN", ln, plain[0], ln, note=f"solu is {plain[1]}")
+            rows += arms.contrast("gain of LN", ln, plain[0], ln, note=_stand_in("solu", *plain))
         if static is not None:
             rows += _static_minus_ln(arms, *static, ln)
         if plain is not None and static is not None:
@@ -265,9 +265,14 @@ def _telescoping(arms: _Arms, ln: _Arm) -> list[Row]:
     for (from_name, a, _), (to_name, b, choice) in pairwise(steps):
         interval = stats.seeds_and_documents(arms.difference(a, b, seeds), arms.counts)
         quantity = f"telescoping: {from_name} - {to_name}"
-        note = f"{to_name} is {choice}"
+        note = _stand_in(to_name, b, choice)
         rows.append(arms.row(quantity, ln, interval, "seed", len(seeds), note=note))
     return rows
+
+
+def _stand_in(variant: str, arm: _Arm, choice: str) -> str:
+    """Which arm a variant's name stands for, where the name alone does not say."""
+    return "" if arm.name == variant else f"{variant} is {choice}"
 
 
 def _shared(*arms: _Arm) -> list[int]:

@@ -82,7 +82,10 @@ class TokensConfig:
     """A token cache's folder to use as it is, carried from elsewhere; the corpus is then not read."""
 
     def __post_init__(self) -> None:
-        check(self.d_vocab >= 260, f"tokens.d_vocab={self.d_vocab} must be 260 or more: 256 bytes, BOS, EOS, PAD")
+        check(
+            self.d_vocab >= 260,
+            f"tokens.d_vocab={self.d_vocab} must be 260 or more: 256 bytes, BOS, EOS, PAD",
+        )
         check(self.train_mb > 0, f"tokens.train_mb={self.train_mb} must be above 0")
         shares = (self.select_share, self.report_share)
         check(
@@ -130,8 +133,8 @@ class TrainConfig:
     """auto: cuda where there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on cuda, fp32 on cpu. The mid norm is fp32 in both."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: on cuda."""
+    compile: bool | None = None
+    """torch.compile. null: on cuda."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every"):
@@ -148,7 +151,10 @@ class TrainConfig:
             value = getattr(self, name)
             check(value is None or value > 0, f"train.{name}={value} must be above 0")
         for name in ("beta1", "beta2", "final_lr_share"):
-            check(0 <= getattr(self, name) <= 1, f"train.{name}={getattr(self, name)} must be in [0, 1]")
+            check(
+                0 <= getattr(self, name) <= 1,
+                f"train.{name}={getattr(self, name)} must be in [0, 1]",
+            )
         check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must be 0 or more")
 
 
@@ -279,9 +285,11 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def to_config(merged: DictConfig) -> Config:
-    config: Config = _to_object(merged)
+    """The typed configuration, its relations checked."""
     missing = sorted(OmegaConf.missing_keys(merged))
-    check(not missing, f"{missing and missing[0]} has no value: give it, as in {missing and missing[0]}=…")
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give it, as in {missing[0]}=…")
+    config: Config = _to_object(merged)
     return config
 
 
@@ -291,12 +299,19 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     layers = [_read_yaml(configs_dir() / "base.yaml"), *(_read_yaml(path) for path in files)]
     command_line = _from_dotlist(overrides)
     chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
-    groups = {"data": chosen.get("data"), "size": chosen.get("size"), "variant": chosen.get("variant")}
+    groups = {
+        "data": chosen.get("data"),
+        "size": chosen.get("size"),
+        "variant": chosen.get("variant"),
+    }
     group_files = []
     for group, name in groups.items():
         if name is None or name == "???":
             check(group == "variant", f"{group} has no value: give it, as in {group}=…")
-            raise UserError(f"variant has no value: give it, as in variant=solu_ln. There are: {', '.join(plugins.names('soluscope.variants'))}")
+            raise UserError(
+                "variant has no value: give it, as in variant=solu_ln. There are: "
+                + ", ".join(plugins.names("soluscope.variants"))
+            )
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
         group_files.append(_read_yaml(folder / f"{name}.yaml"))
@@ -314,7 +329,10 @@ def _typed_base(variant: str, data: str) -> DictConfig:
     """The defaults, with the parameters of the chosen variant and source in their places."""
     params = plugins.pick("soluscope.variants", variant).params
     corpus = plugins.pick("soluscope.data.sources", data).params
-    return OmegaConf.structured(Config(variant=variant, data=data, mid=params(), corpus=corpus()))
+    base: DictConfig = OmegaConf.structured(
+        Config(variant=variant, data=data, mid=params(), corpus=corpus())
+    )
+    return base
 
 
 def read_config(path: Path) -> Config:
@@ -335,7 +353,7 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str) -> 
 
 def to_yaml(config: Any) -> str:
     """YAML of a configuration, with every value that was resolved."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)) if is_dataclass(config) else config)
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def train_help() -> str:
@@ -348,7 +366,11 @@ def train_help() -> str:
         for params, owners in members.items():
             if fields(params):
                 kind = "variant" if section == "mid" else "data"
-                parts += ["", f"with {kind}={' or '.join(owners)}:", *help_lines(params, f"{section}.")]
+                parts += [
+                    "",
+                    f"with {kind}={' or '.join(owners)}:",
+                    *help_lines(params, f"{section}."),
+                ]
     return "\n".join(parts)
 
 
@@ -356,14 +378,14 @@ def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
     """`key  default  meaning` for every key of a dataclass, nested ones with their dotted names."""
     meanings = _docstrings(schema)
     for item in fields(schema):
-        if item.default_factory is MISSING_DEFAULT:
-            default = item.default
-        else:
-            default = item.default_factory()
+        made = item.default_factory
+        default = item.default if made is MISSING_DEFAULT else made()
         if is_dataclass(default):
             yield from help_lines(type(default), f"{prefix}{item.name}.")
         elif item.name in meanings:
-            shown = "required" if default == MISSING else "null" if default is None else str(default)
+            shown = (
+                "required" if default == MISSING else "null" if default is None else str(default)
+            )
             lines = textwrap.wrap(meanings[item.name], width=72)
             yield f"  {prefix + item.name:<24} {shown:<10}  {lines[0]}"
             yield from (" " * 39 + line for line in lines[1:])
@@ -382,10 +404,15 @@ def _docstrings(schema: type) -> dict[str, str]:
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    files = [Path(word) for word in arguments if "=" not in word and word.endswith((".yaml", ".yml"))]
+    files = [
+        Path(word) for word in arguments if "=" not in word and word.endswith((".yaml", ".yml"))
+    ]
     overrides = [word for word in arguments if "=" in word]
     for word in arguments:
-        check("=" in word or Path(word) in files, f"{word!r} is neither key=value nor a .yaml file; see --help")
+        check(
+            "=" in word or Path(word) in files,
+            f"{word!r} is neither key=value nor a .yaml file; see --help",
+        )
     return files, overrides
 
 

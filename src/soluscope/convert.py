@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,9 @@ class HookedMidNorm(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self._norm = (norm,)  # in a tuple: its tensors are registered above, under their plain names
+        self._norm = (
+            norm,
+        )  # in a tuple: its tensors are registered above, under their plain names
         self.hook_scale = HookPoint()  # [batch pos 1], the denominator
         self.hook_normalized = HookPoint()  # [batch pos d_mlp], before w and b
 
@@ -87,9 +89,9 @@ def to_hooked(
         ),
         move_to_device=False,
     )  # fmt: skip
-    for block, source in zip(hooked.blocks, trained.blocks, strict=True):
+    for layer, block in enumerate(hooked.blocks):
         block.mlp.act_fn = variant.nonlinearity
-        norm = source.mlp.ln
+        norm = trained.mlp(layer).ln
         if norm is not None and norm.eps is not None:
             block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
         elif norm is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from soluscope.errors import UserError
 
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` beside `path`, then rename it there: a reader sees the old file or the new one.
 
@@ -28,7 +29,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         with replacing(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free it or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free it or choose another place"
+        ) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ LayerNorm use PyTorch's fused kernels, which is what makes a step cheaper than H
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,9 +51,12 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         d_head = d_model // n_heads
-        for name in "QKV":
-            setattr(self, f"W_{name}", nn.Parameter(torch.empty(n_heads, d_model, d_head)))
-            setattr(self, f"b_{name}", nn.Parameter(torch.zeros(n_heads, d_head)))
+        self.W_Q, self.W_K, self.W_V = (
+            nn.Parameter(torch.empty(n_heads, d_model, d_head)) for _ in range(3)
+        )
+        self.b_Q, self.b_K, self.b_V = (
+            nn.Parameter(torch.zeros(n_heads, d_head)) for _ in range(3)
+        )
         self.W_O = nn.Parameter(torch.empty(n_heads, d_head, d_model))
         self.b_O = nn.Parameter(torch.zeros(d_model))
 
@@ -86,7 +89,11 @@ class MLP(nn.Module):
         mid = self.nonlinearity(pre)
         post = mid if self.ln is None else self.ln(mid)
         if record is not None:
-            record |= {f"{prefix}hook_pre": pre, f"{prefix}hook_mid": mid, f"{prefix}hook_post": post}
+            record |= {
+                f"{prefix}hook_pre": pre,
+                f"{prefix}hook_mid": mid,
+                f"{prefix}hook_post": post,
+            }
             if self.ln is not None:
                 record[f"{prefix}ln.hook_scale"] = self.ln.denominator(self.ln.centred(mid))
         return post @ self.W_out + self.b_out
@@ -102,7 +109,8 @@ class Block(nn.Module):
 
     def forward(self, x: Resid, record: Record | None = None, prefix: str = "") -> Resid:
         x = x + self.attn(self.ln1(x))
-        return x + self.mlp(self.ln2(x), record, f"{prefix}mlp.")
+        out: Tensor = self.mlp(self.ln2(x), record, f"{prefix}mlp.")
+        return x + out
 
 
 class LanguageModel(nn.Module):
@@ -119,12 +127,16 @@ class LanguageModel(nn.Module):
         self.unembed = Unembed(config.d_model, d_vocab)
         initialise(self, config.init_std, seed)
 
+    def mlp(self, layer: int) -> MLP:
+        """The MLP of a block."""
+        return cast(Block, self.blocks[layer]).mlp
+
     def residual(self, tokens: Int[Tensor, "batch pos"], record: Record | None = None) -> Resid:
         """The residual stream after the final norm."""
-        x = self.embed.W_E[tokens] + self.pos_embed.W_pos[: tokens.shape[1]]
+        x: Tensor = self.embed.W_E[tokens] + self.pos_embed.W_pos[: tokens.shape[1]]
         for index, block in enumerate(self.blocks):
             x = block(x, record, f"blocks.{index}.")
-        return self.ln_final(x)
+        return cast(Tensor, self.ln_final(x))
 
     def forward(
         self, tokens: Int[Tensor, "batch pos"], record: Record | None = None

@@ -18,6 +18,8 @@ PerToken = Float[Tensor, "*batch 1"]
 class MidNorm(nn.Module):
     """The formula, written once; subclasses say what the centre and the denominator are."""
 
+    w: nn.Parameter
+    b: nn.Parameter
     eps: float | None = None
     """The epsilon with which TransformerLens's own LayerNorm is this norm; None if none is."""
 

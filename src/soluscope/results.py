@@ -81,7 +81,10 @@ def read(path: Path) -> list[Row]:
             record = json.loads(line)
             rows.append(Row(**{key: record[key] for key in record if key in known}))
         except (ValueError, TypeError) as error:
-            print(f"warning: {path} line {number} is not a row and is skipped ({error})", file=sys.stderr)
+            print(
+                f"warning: {path} line {number} is not a row and is skipped ({error})",
+                file=sys.stderr,
+            )
     if not rows:
         raise UserError(f"{path} holds no rows: make them with 'python eval/run.py {path.parent}'")
     return rows

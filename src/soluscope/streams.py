@@ -14,6 +14,7 @@ on the standard library has not seen them.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from soluscope import plugins
-from soluscope.data.cache import TokenCache, split_of
+from soluscope.data.cache import Split, TokenCache, split_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,16 +52,22 @@ class Stream:
         return int(self.keep.sum())
 
 
-def from_cache(cache: TokenCache, split: str, ctx: int, n_tokens: int, name: str) -> Stream:
+def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: str) -> Stream:
     """Rows spread evenly over a split, so that few tokens still come from many documents."""
     import torch
 
-    rows = cache.rows(split, ctx)  # type: ignore[arg-type]
+    rows = cache.rows(split, ctx)
     chosen = spread(len(rows), n_tokens // ctx)
     string = rows.documents(chosen)
     string[:, 0] = string[:, 1]
     tokens = torch.from_numpy(rows[chosen])
-    return Stream(name, tokens, torch.from_numpy(string), torch.ones_like(tokens, dtype=torch.bool), cache.meta["bos"])
+    return Stream(
+        name,
+        tokens,
+        torch.from_numpy(string),
+        torch.ones_like(tokens, dtype=torch.bool),
+        cache.meta["bos"],
+    )
 
 
 def spread(n_rows: int, n_wanted: int) -> NDArray[np.int64]:
@@ -68,7 +75,9 @@ def spread(n_rows: int, n_wanted: int) -> NDArray[np.int64]:
     return np.linspace(0, n_rows - 1, max(1, min(n_rows, n_wanted))).astype(np.int64)
 
 
-def from_texts(texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str) -> Stream:
+def from_texts(
+    texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str
+) -> Stream:
     """Each text cut into rows of its own, up to `n_tokens` in all.
 
     Raises:
@@ -84,7 +93,9 @@ def from_texts(texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n
         rows += [(number, part) for part in parts if len(part) >= 2]
         room -= len(ids)
     if not rows:
-        raise UserError(f"the text for {name!r} is shorter than 2 tokens: give at least one longer text")
+        raise UserError(
+            f"the text for {name!r} is shorter than 2 tokens: give at least one longer text"
+        )
     return from_rows(rows, bos, ctx, name)
 
 
@@ -103,7 +114,9 @@ def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) 
     return Stream(name, tokens, string, keep, bos)
 
 
-def make(name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int) -> Stream:
+def make(
+    name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int
+) -> Stream:
     """One of the named streams, of at most about `n_tokens` tokens."""
     bos = cache.meta["bos"]
     match name:
@@ -134,9 +147,10 @@ def single_token_words(tokenizer: Tokenizer) -> list[int]:
         UserError: if the tokenizer has none.
     """
     words = sorted(
-        token for text, token in tokenizer.get_vocab().items()
-        if text.startswith("Ġ") and len(text) >= 4 and text[1:].isascii() and text[1:].isalpha() and text[1:].islower()
-    )  # fmt: skip
+        token
+        for text, token in tokenizer.get_vocab().items()
+        if re.fullmatch("Ġ[a-z]{3,}", text)  # Ġ is byte-level BPE's space
+    )
     if not words:
         raise UserError("the tokenizer has no whole word among its tokens: raise tokens.d_vocab")
     return words

@@ -1,9 +1,9 @@
 """Run folders x probes -> rows. Means, intervals and splits are made here, for all probes alike.
 
-    runs/<study>/<run>/probes/<probe>.parquet   one row a token
-    runs/<study>/<run>/probes/<probe>.jsonl     its summary rows; written last, so its presence means done
-    runs/<study>/<run>/probes/loss.parquet      one row a document: what comparisons resample
-    runs/<study>/results.jsonl                  all rows of the study, comparisons included
+runs/<study>/<run>/probes/<probe>.parquet   one row a token
+runs/<study>/<run>/probes/<probe>.jsonl     its summary rows; written last, so its presence means done
+runs/<study>/<run>/probes/loss.parquet      one row a document: what comparisons resample
+runs/<study>/results.jsonl                  all rows of the study, comparisons included
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,13 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     run_dirs = finished_runs(folder)
     study_dir = run_dirs[0].parent
     for number, run_dir in enumerate(run_dirs, start=1):
-        _evaluate_run(run_dir, config, lambda text, n=number: say(f"[{n}/{len(run_dirs)}] {text}"))
+        place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"
+        _evaluate_run(run_dir, config, partial(_say_at, say, place))
     return write_results(study_dir)
+
+
+def _say_at(say: Say, place: str, text: str) -> None:
+    say(f"{place} {text}")
 
 
 def finished_runs(folder: Path) -> list[Path]:
@@ -126,7 +132,9 @@ def probe(
         long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
         tables.append(long.assign(probe=name))
     frame = pd.concat(tables, ignore_index=True)
-    frame["text"] = [tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]]
+    frame["text"] = [
+        tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]
+    ]
     return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
 
 
@@ -150,13 +158,19 @@ def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
 def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
     saved = folder / "config.yaml"
-    if not saved.is_file() or saved.read_text(encoding="utf8") != to_yaml(config) or _is_stale(run_dir):
+    if (
+        not saved.is_file()
+        or saved.read_text(encoding="utf8") != to_yaml(config)
+        or _is_stale(run_dir)
+    ):
         shutil.rmtree(folder, ignore_errors=True)
         write_text(saved, to_yaml(config))
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
-    waiting = [name for name in ("training", "loss", *names) if not (folder / f"{name}.jsonl").is_file()]
+    waiting = [
+        name for name in ("training", "loss", *names) if not (folder / f"{name}.jsonl").is_file()
+    ]
     if not waiting:
-        say(f"{run_dir.name}: probed already")
+        say("probed already")
         return
     facts = load_facts(run_dir)
     base = _base_row(facts)
@@ -164,7 +178,7 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     cache = prepare(read_config(run_dir / "config.yaml"))
     observed = _Observed(model, cache, config)
     for name in waiting:
-        say(f"{run_dir.name}: {name}")
+        say(name)
         if name == "training":
             rows = training_rows(run_dir, replace(base, probe=name))
         elif name == "loss":
@@ -176,7 +190,9 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
 
 def _is_stale(run_dir: Path) -> bool:
     """Whether the run was trained again after it was probed."""
-    return (run_dir / "done.json").stat().st_mtime > (run_dir / "probes" / "config.yaml").stat().st_mtime
+    return (run_dir / "done.json").stat().st_mtime > (
+        run_dir / "probes" / "config.yaml"
+    ).stat().st_mtime
 
 
 class _Observed:
@@ -195,7 +211,9 @@ class _Observed:
         return self._runs[name]
 
 
-def _probe_rows(name: str, observed: _Observed, folder: Path, base: Row, config: EvalConfig) -> list[Row]:
+def _probe_rows(
+    name: str, observed: _Observed, folder: Path, base: Row, config: EvalConfig
+) -> list[Row]:
     one: Probe = plugins.pick(PACKAGE, name)
     rows: list[Row] = []
     tables = []
@@ -214,7 +232,9 @@ def token_table(one: Probe, run: HookedRun) -> pd.DataFrame:
     return pd.DataFrame({name: values.numpy() for name, values in (place | measured).items()})
 
 
-def _loss_rows(observed: _Observed, folder: Path, facts: Facts, base: Row, config: EvalConfig) -> list[Row]:
+def _loss_rows(
+    observed: _Observed, folder: Path, facts: Facts, base: Row, config: EvalConfig
+) -> list[Row]:
     """Loss on both validation splits by document, and its mean on the report split."""
     model, cache = observed.model, observed.cache
     tables = []
@@ -227,7 +247,9 @@ def _loss_rows(observed: _Observed, folder: Path, facts: Facts, base: Row, confi
     table["document"] = table["document"].astype(str)
     _write_parquet(folder / "loss.parquet", table)
     report = table[table["split"] == "report"]
-    interval = document_bootstrap(report["loss_sum"], report["n_tokens"], config.n_draws, config.seed)
+    interval = document_bootstrap(
+        report["loss_sum"], report["n_tokens"], config.n_draws, config.seed
+    )
     return [
         replace(
             base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
@@ -244,14 +266,20 @@ def _document_losses(model: SoluscopeTransformer, stream: streams.Stream) -> pd.
     counts: dict[int, int] = {}
     for start in range(0, len(stream.tokens), 16):
         tokens = stream.tokens[start : start + 16]
-        losses = model(tokens.to(model.cfg.device), return_type="loss", loss_per_token=True).double().cpu()
+        losses = (
+            model(tokens.to(model.cfg.device), return_type="loss", loss_per_token=True)
+            .double()
+            .cpu()
+        )
         owner = stream.string[start : start + 16, 1:]
         counted = tokens[:, 1:] != stream.bos
         for document in owner[counted].unique().tolist():
             mine = counted & (owner == document)
             sums[document] = sums.get(document, 0.0) + float(losses[mine].sum())
             counts[document] = counts.get(document, 0) + int(mine.sum())
-    return pd.DataFrame({"document": sums.keys(), "loss_sum": sums.values(), "n_tokens": counts.values()})
+    return pd.DataFrame(
+        {"document": sums.keys(), "loss_sum": sums.values(), "n_tokens": counts.values()}
+    )
 
 
 def training_rows(run_dir: Path, base: Row) -> list[Row]:
@@ -294,22 +322,30 @@ def summarise(table: pd.DataFrame, one: Probe, base: Row, config: EvalConfig) ->
     """Every statistic that the probe's quantities ask for, each with a document-cluster interval."""
     for name, quantity in one.quantities.items():
         if table[name].notna().any():
-            yield from _quantity_rows(table, name, quantity, replace(base, quantity=name, unit=quantity.unit), config)
+            yield from _quantity_rows(
+                table, name, quantity, replace(base, quantity=name, unit=quantity.unit), config
+            )
     if one.per_string is None:
         return
-    strings = pd.concat([one.per_string(part).assign(string=key) for key, part in table.groupby("string")])
+    strings = pd.concat(
+        [one.per_string(part).assign(string=key) for key, part in table.groupby("string")]
+    )
     for name, quantity in one.string_quantities.items():
         if strings[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
             yield _summary(strings, name, "mean", row, config, cluster="string")
 
 
-def _quantity_rows(table: pd.DataFrame, name: str, quantity: Quantity, base: Row, config: EvalConfig) -> Iterator[Row]:
+def _quantity_rows(
+    table: pd.DataFrame, name: str, quantity: Quantity, base: Row, config: EvalConfig
+) -> Iterator[Row]:
     if quantity.curve:
         last = int(table["pos"].max())
         for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
             here = table[table["pos"] == pos]
-            yield _summary(here, name, "mean", replace(base, x=float(pos)), config, cluster="string")
+            yield _summary(
+                here, name, "mean", replace(base, x=float(pos)), config, cluster="string"
+            )
         return
     for positions, mask in POSITIONS.items():
         here = table[mask(table["pos"])]
@@ -327,9 +363,16 @@ def _quantity_rows(table: pd.DataFrame, name: str, quantity: Quantity, base: Row
 
 
 def _summary(
-    table: pd.DataFrame, name: str, statistic: str, base: Row, config: EvalConfig, cluster: str = "document"
+    table: pd.DataFrame,
+    name: str,
+    statistic: str,
+    base: Row,
+    config: EvalConfig,
+    cluster: str = "document",
 ) -> Row:
-    interval = cluster_bootstrap(table[name], table["string"], statistic, config.n_draws, config.seed)
+    interval = cluster_bootstrap(
+        table[name], table["string"], statistic, config.n_draws, config.seed
+    )
     return replace(
         base, statistic=statistic, value=interval.value, low=interval.low, high=interval.high,
         n=interval.n, n_clusters=interval.n_clusters, cluster=cluster,

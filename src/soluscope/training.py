@@ -27,8 +27,16 @@ from torch import Tensor, nn
 
 from soluscope import plugins
 from soluscope.checkpoint import (
-    Facts, build_model, claim, commit, last_checkpoint, load_checkpoint, load_facts, load_model,
-    lock, save_model, versions,
+    Facts,
+    build_model,
+    claim,
+    commit,
+    last_checkpoint,
+    load_checkpoint,
+    load_model,
+    lock,
+    save_model,
+    versions,
 )  # fmt: skip
 from soluscope.config import Config
 from soluscope.data.cache import Rows, Split, TokenCache, prepare
@@ -92,7 +100,9 @@ def _fit(config: Config, cache: TokenCache, state: str, progress: Progress) -> N
         )
         resume = last_checkpoint(config.run_dir) if state == "resume" else None
         trainer.fit(module, datamodule=Batches(config, cache), ckpt_path=resume, weights_only=True)
-    if trainer.global_step < config.train.steps:  # SIGTERM or Ctrl-C, after the checkpoint was saved
+    if (
+        trainer.global_step < config.train.steps
+    ):  # SIGTERM or Ctrl-C, after the checkpoint was saved
         raise KeyboardInterrupt
     _finish(config, cache, module.model, folder.seconds)
 
@@ -110,7 +120,7 @@ def _finish(config: Config, cache: TokenCache, model: LanguageModel, seconds: fl
 
 def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
     """What model.json says."""
-    norm = model.blocks[0].mlp.ln
+    norm = model.mlp(0).ln
     assert config.train.lr is not None
     return Facts(
         run=config.run_name, arm=config.arm, variant=config.variant, study=config.study,
@@ -135,7 +145,9 @@ def mean_loss(
     """Mean cross-entropy in nats a token over rows spread evenly over a split; no BOS targets."""
     rows, bos = cache.rows(split, ctx), cache.meta["bos"]
     total, count = 0.0, 0
-    for chosen in np.array_split(spread(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)):
+    for chosen in np.array_split(
+        spread(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)
+    ):
         tokens = torch.from_numpy(rows[chosen])
         losses = model.loss(tokens.to(model.unembed.b_U.device), bos, reduction="none")
         total += float(losses.double().sum())
@@ -153,9 +165,7 @@ class TrainingModule(lightning.LightningModule):
         self.model = build_model(config, cache.meta["d_vocab"])
         set_gain(self.model, config, cache)
         self.grad_norm = torch.tensor(math.nan)
-        compiled = config.train.compile == "on" or (
-            config.train.compile == "auto" and _on_cuda(config)
-        )
+        compiled = _on_cuda(config) if config.train.compile is None else config.train.compile
         self.loss = torch.compile(self.model.loss) if compiled else self.model.loss
 
     def training_step(self, tokens: Int[Tensor, "batch pos"], index: int) -> Tensor:
@@ -172,7 +182,9 @@ class TrainingModule(lightning.LightningModule):
             betas=(self.config.train.beta1, self.config.train.beta2),
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, self.config))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate(step, self.config)
+        )
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
@@ -257,7 +269,10 @@ class Batches(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(
-            _RowDataset(self.rows), sampler=self._micro_batches(), batch_size=None, pin_memory=_on_cuda(self.config)
+            _RowDataset(self.rows),
+            sampler=self._micro_batches(),
+            batch_size=None,
+            pin_memory=_on_cuda(self.config),
         )
 
     def _micro_batches(self) -> Any:
@@ -268,7 +283,9 @@ class Batches(lightning.LightningDataModule):
             def __iter__(self) -> Iterator[np.ndarray]:
                 step, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
                 while True:
-                    rows = batch_rows(batches.config.seed, step, train.batch_size, len(batches.rows))
+                    rows = batch_rows(
+                        batches.config.seed, step, train.batch_size, len(batches.rows)
+                    )
                     yield from np.array_split(rows[rank::world], train.micro_batches)
                     step += 1
 
@@ -292,8 +309,8 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
 
     Source: science.md section 3, rows solu_gain and solu_frozen_ln.
     """
-    for index, block in enumerate(model.blocks):
-        norm = block.mlp.ln
+    for index in range(config.model.n_layers):
+        norm = model.mlp(index).ln
         if not isinstance(norm, StaticNorm):
             continue
         gain = config.mid.gain
@@ -309,7 +326,9 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
 def _first_batches(model: LanguageModel, config: Config, cache: TokenCache) -> Record:
     rows = cache.rows("train", config.model.ctx)
     size = min(config.train.batch_size, 16)
-    first = np.concatenate([batch_rows(config.seed, step, size, len(rows)) for step in range(INIT_BATCHES)])
+    first = np.concatenate(
+        [batch_rows(config.seed, step, size, len(rows)) for step in range(INIT_BATCHES)]
+    )
     record: Record = {}
     model.residual(torch.from_numpy(rows[first]), record)
     return record
@@ -325,9 +344,11 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
         UserError: if the run has no per-token scale, or another tokenizer.
     """
     model, facts = load_model(run_dir)
-    norm = model.blocks[layer].mlp.ln
+    norm = model.mlp(layer).ln
     if norm is None or norm.eps is None:
-        raise UserError(f"mid.gain={run_dir} has no LayerNorm to take a gain from: name a solu_ln run")
+        raise UserError(
+            f"mid.gain={run_dir} has no LayerNorm to take a gain from: name a solu_ln run"
+        )
     if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
         raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
     rows = cache.rows("select", facts.ctx)
@@ -360,11 +381,15 @@ class RunFolder(lightning.Callback):
         self.logged_step = trainer.global_step
         self.saved_step = trainer.global_step if trainer.global_step else -1
         self.metrics = self.config.run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(self.metrics) if json.loads(line)["step"] <= trainer.global_step]
+        kept = [
+            line for line in _lines(self.metrics) if json.loads(line)["step"] <= trainer.global_step
+        ]
         write_text(self.metrics, "".join(line + "\n" for line in kept))
         self.progress.update(self.bar, completed=trainer.global_step)
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
         self.losses.append((trainer.global_step, outputs["loss"].detach()))
         if (index + 1) % self.config.train.micro_batches:
             return
@@ -399,7 +424,9 @@ class RunFolder(lightning.Callback):
         if len(bad):
             step, value = self.losses[int(bad[0])][0], float(values[int(bad[0])])
             rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
-            kept = f"{self.checkpoint}, step {self.saved_step}" if self.saved_step >= 0 else "none yet"
+            kept = (
+                f"{self.checkpoint}, step {self.saved_step}" if self.saved_step >= 0 else "none yet"
+            )
             raise UserError(
                 f"the loss is {value:.4g} at step {step} of {self.config.run_name} (batch of train rows "
                 f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {kept}): "
@@ -426,8 +453,12 @@ class RunFolder(lightning.Callback):
             with self.metrics.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.metrics}: {error.strerror}; the last good checkpoint is {self.checkpoint}") from error
-        self.progress.update(self.bar, completed=step, loss=f"loss {loss:.3f}", speed=f"{speed / 1000:.1f}k tok/s")
+            raise UserError(
+                f"cannot write {self.metrics}: {error.strerror}; the last good checkpoint is {self.checkpoint}"
+            ) from error
+        self.progress.update(
+            self.bar, completed=step, loss=f"loss {loss:.3f}", speed=f"{speed / 1000:.1f}k tok/s"
+        )
 
     def _save(self, trainer: Any) -> None:
         """A checkpoint beside the last one, then in its place: there is always a whole one."""
@@ -438,9 +469,14 @@ class RunFolder(lightning.Callback):
             with replacing(self.checkpoint) as beside:
                 trainer.save_checkpoint(beside)
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-            kept = f"step {self.saved_step} stays in {self.checkpoint}" if self.saved_step >= 0 else "there is none yet"
+            kept = (
+                f"step {self.saved_step} stays in {self.checkpoint}"
+                if self.saved_step >= 0
+                else "there is none yet"
+            )
             raise UserError(
-                f"cannot save the checkpoint of step {trainer.global_step} ({str(error).splitlines()[0]}): free disk space; {kept}"
+                f"cannot save the checkpoint of step {trainer.global_step} "
+                f"({str(error).splitlines()[0]}): free disk space; {kept}"
             ) from error
         self.saved_step = trainer.global_step
 
@@ -448,7 +484,7 @@ class RunFolder(lightning.Callback):
 @torch.no_grad()
 def engagement(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str, float]:
     """r and gain of the mid LayerNorm now (medians over one row, BOS left out): P23 needs their course."""
-    norm = model.blocks[0].mlp.ln
+    norm = model.mlp(0).ln
     if norm is None or norm.eps is None:
         return {}
     record: Record = {}
@@ -510,7 +546,11 @@ def _lines(path: Path) -> list[str]:
     """Whole lines of a file that a killed process may have left in the middle of one."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf8").splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        line
+        for line in path.read_text(encoding="utf8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 @contextmanager

@@ -57,6 +57,9 @@ class Figure:
     group: str = ""
     """The split to draw (`gain` draws the groups `gain Q1` … `gain Q4`); empty: unsplit rows."""
     log_y: bool = False
+    log_x: bool = False
+    relative: bool = False
+    """Divide each run's curve by its own last value, so that shapes are seen where sizes differ."""
     x_title: str = "tokens after BOS"
 
 

@@ -33,7 +33,9 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         # From the variance, never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
         "r": torch.zeros_like(variance) if run.eps is None else variance / (variance + run.eps),
         "gain": run.gain.double(),
-        "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
+        "kappa": nothing
+        if run.eps is None
+        else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
         "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
         "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
         "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
@@ -52,13 +54,18 @@ PROBE = Probe(
     measure=measure,
     quantities={
         "r": Quantity(
-            "share", "var / (var + eps) of mid", ("median", "q05", "q95", "share above 0.5"), more_smeared_when="higher"
+            "share",
+            "var / (var + eps) of mid",
+            ("median", "q05", "q95", "share above 0.5"),
+            more_smeared_when="higher",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
         "kappa": Quantity("eps * d_mlp^2", "the dose of epsilon", ("median",)),
         "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
         "log_z": Quantity("nats", "log of softmax's denominator", ("median", "q05", "q95")),
-        "k_eff": Quantity("neurons", "|a|^2 / max(a)^2, how many neurons share the norm", ("median",)),
+        "k_eff": Quantity(
+            "neurons", "|a|^2 / max(a)^2, how many neurons share the norm", ("median",)
+        ),
     },
     streams=("natural", "prose", "code", "repeated", "random"),
     figures=(

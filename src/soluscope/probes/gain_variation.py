@@ -8,6 +8,7 @@ do not have this defect; all are computed here from the same activations.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from soluscope.probes import Figure, Probe, Quantity
@@ -37,7 +38,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
     values: dict[str, list[Tensor]] = {name: [] for name in AGGREGATIONS}
     starts = [*run.is_bos.nonzero().squeeze(-1).tolist(), len(run.pos)]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         gain = run.gain[start:end].double()
         mid = run.mid[start:end].double()
         n = torch.arange(1, end - start + 1)  # tokens in the prompt, BOS included
@@ -83,29 +84,37 @@ def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 PROBE = Probe(
     name="Gain variation along a prompt",
     section="P2",
-    question="How much does the mid norm's gain vary, and does it grow with the prompt, as the hackathon study saw?",
+    question="How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?",
     reading="Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the "
     "published aggregations move and the last token's gain is flat, what moves is BOS's share in an average.",
     pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
     "repeated token still sees its position change. hook_scale is 1 / gain.",
     measure=measure,
     quantities={
-        name: Quantity("1 / activation", meaning, curve=True) for name, meaning in AGGREGATIONS.items()
+        name: Quantity("1 / activation", meaning, curve=True)
+        for name, meaning in AGGREGATIONS.items()
     },
     streams=("prefixes", "repeated", "random"),
     per_string=fits,
     string_quantities={
         "sd of log gain": Quantity(
-            "log gain", "spread of the gain over one string's tokens, BOS left out", more_smeared_when="higher"
+            "log gain",
+            "spread of the gain over one string's tokens, BOS left out",
+            more_smeared_when="higher",
         ),
         **{
-            f"AICc(log) - AICc(1/n): {name}": Quantity("AICc", "above 0: a + b/n fits better than a + b log n")
+            f"AICc(log) - AICc(1/n): {name}": Quantity(
+                "AICc", "above 0: a + b/n fits better than a + b log n"
+            )
             for name in AGGREGATIONS
         },
     },
-    figures=tuple(
-        Figure(f"Figures 1 to 3: {meaning}", (name,), kind="curve") for name, meaning in AGGREGATIONS.items()
-    )
-    + (Figure("Spread of log gain within a string", ("sd of log gain",)),),
+    figures=(
+        *(
+            Figure(f"Figures 1 to 3: {meaning}", (name,), kind="curve", log_x=True, relative=True)
+            for name, meaning in AGGREGATIONS.items()
+        ),
+        Figure("Spread of log gain within a string", ("sd of log gain",)),
+    ),
     source="Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2",
 )

@@ -50,7 +50,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     """Log of the constant with the least mean loss on the other half of the strings. [token]"""
-    import torch
     from scipy.optimize import minimize_scalar
 
     from soluscope.ablation import loss_at_gain
@@ -66,7 +65,9 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
             return float(loss_at_gain(part, gains).double().mean())
 
         if len(part.pos):
-            found = minimize_scalar(mean_loss, bounds=(-SEARCH, SEARCH), method="bounded", options={"xatol": 1e-3})
+            found = minimize_scalar(
+                mean_loss, bounds=(-SEARCH, SEARCH), method="bounded", options={"xatol": 1e-3}
+            )
             best[half == fold] += float(found.x)
     return best
 
@@ -82,20 +83,26 @@ PROBE = Probe(
     name="Scale freeze",
     section="P4",
     question="Does the loss rise when every token gets the same gain instead of its own?",
-    reading="Smearing predicts a rise, and one that sits on tokens with a high gain and activations spread over many "
+    reading="Smearing predicts a rise, on tokens with a high gain and activations spread over many "
     "neurons. A change within .001 nats says that the per-token scale carries nothing at inference. A model whose "
     "gain is one constant is unchanged by construction at its mean.",
-    pitfalls="A frozen model is off its training distribution: the cost overstates need (the pilots: twelvefold), so "
+    pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
     "training a static arm decides, not this. The final norm may absorb the scale: both ways are shown.",
     measure=measure,
     quantities={
-        name: Quantity("nats", meaning, split_by=("gain", "k_eff", "surprisal"), more_smeared_when="higher")
+        name: Quantity(
+            "nats", meaning, split_by=("gain", "k_eff", "surprisal"), more_smeared_when="higher"
+        )
         for name, meaning in _FREEZES.items()
     },
     streams=("natural",),
     figures=(
         Figure("Loss when frozen less loss as it is", tuple(_FREEZES)),
-        Figure("At the geometric mean, by quartile of the token's gain", ("frozen at geometric mean",), group="gain"),
+        Figure(
+            "At the geometric mean, by quartile of the token's gain",
+            ("frozen at geometric mean",),
+            group="gain",
+        ),
     ),
     source="science.md sections 7 P4 and 8.4",
 )

@@ -14,7 +14,7 @@ from soluscope.report import page, words
 from soluscope.results import Row
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 def build(study_dir: Path) -> Path:
@@ -28,16 +28,21 @@ def build(study_dir: Path) -> Path:
     return path
 
 
-def table(rows: list[Row]) -> Table:
-    """One line an arm, and the headline sentences under it."""
+def show(study_dir: Path) -> None:
+    """Print the table and the headline of a study to the terminal."""
+    from rich.console import Console
+
+    Console().print(table(results.read(study_dir / "results.jsonl")))
+
+
+def table(rows: list[Row]) -> Group:
+    """For the terminal: one line an arm, and the headline sentences under it."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     references = words.arms_of(rows, "solu_ln")
-    made = Table(
-        caption=Text("\n" + "\n".join(words.headline(rows)), style="default", justify="left"),
-        caption_justify="left",
-    )
+    made = Table()
     for heading in (
         "arm",
         "seeds",
@@ -60,4 +65,4 @@ def table(rows: list[Row]) -> Table:
             words.span([r.value for r in engaged]),
         ]
         made.add_row(*(Text(cell) for cell in cells))
-    return made
+    return Group(made, *(Text(f"- {sentence}") for sentence in words.headline(rows)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -22,6 +22,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 INK, GRID = "#222222", "#e4e4e4"
 N_COLUMNS = 3
+TOP = 36
+"""Pixels above the first row of panels, for their titles."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def draw(rows: Sequence[Row], spec: Figure, look: Mapping[str, Style] | None = N
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     order = {quantity: i for i, quantity in enumerate(spec.quantities)}
     panels: dict[tuple[str, str, str], list[Row]] = {}
-    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, r.stream)):
+    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, words.by_stream(r))):
         panels.setdefault((row.quantity, row.group, row.stream), []).append(row)
     look = look or styles(rows)
     figure = (_curves if spec.kind == "curve" else _dots)(panels, spec, look)
@@ -94,7 +96,7 @@ def _dots(
             mine = sorted((row for row in rows if row.arm == arm), key=lambda row: row.seed or 0)
             heights = [arms.index(arm) + offset for offset in _spread(len(mine))]
             _add(figure, _intervals(mine, heights, look[arm]), place)
-        figure.update_yaxes(_arm_axis(arms), **_at(place))
+        figure.update_yaxes(_arm_axis(arms, place), **_at(place))
         unit = html.escape(rows[0].unit)
         figure.update_xaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
         if not spec.log_y:
@@ -114,6 +116,8 @@ def _curves(
                 (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
             )
             style, label = look[arm], html.escape(arm)
+            if spec.relative:
+                line = _relative(line)
             if all(row.low is not None and row.high is not None for row in line):
                 _add(figure, _band(line, style), place)
             trace = go.Scatter(
@@ -128,10 +132,24 @@ def _curves(
             )
             named.add(arm)
             _add(figure, trace, place)
-        figure.update_xaxes(title_text=html.escape(spec.x_title), **_at(place))
-        unit = html.escape(rows[0].unit)
+        x_type = "log" if spec.log_x else None
+        figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(place))
+        unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
         figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
     return figure
+
+
+def _relative(line: list[Row]) -> list[Row]:
+    """A run's curve, its intervals included, divided by its own last value."""
+    last = line[-1].value
+    if not last:
+        return line
+    parts = {name: [getattr(r, name) for r in line] for name in ("value", "low", "high")}
+    scaled = {name: [v if v is None else v / last for v in vs] for name, vs in parts.items()}
+    return [
+        replace(row, value=value, low=low, high=high)
+        for row, value, low, high in zip(line, *scaled.values(), strict=True)
+    ]
 
 
 def losses(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
@@ -146,7 +164,8 @@ def differences(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
     for row in rows:
         if row.probe == "comparison" and row.quantity == "difference":
             panels.setdefault((row.group, "", ""), []).append(row)
-    return _forest(panels, {row.arm: row.arm for rows in panels.values() for row in rows}, look)
+    arms = sorted({row.arm for rows in panels.values() for row in rows})
+    return _forest(panels, {arm: arm for arm in arms}, look)
 
 
 def terms(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
@@ -185,7 +204,7 @@ def _forest(
             width = 1.4 if new_seeds else 5
             trace = _intervals([row], [lines.index(line)], look[row.arm], width, marked=new_seeds)
             _add(figure, trace, place)
-        figure.update_yaxes(_arm_axis([labels[line] for line in lines]), **_at(place))
+        figure.update_yaxes(_arm_axis([labels[line] for line in lines], place), **_at(place))
         figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(place))
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
     return figure
@@ -275,8 +294,9 @@ def _grid(
     """An empty figure with a titled panel for each of `panels`, three side by side."""
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    height = n_rows * row_height + (n_rows - 1) * 84 + 120
-    inner = height - 120
+    bottom = 92 if spec.kind == "curve" else 56  # only curves have a legend
+    inner = n_rows * row_height + (n_rows - 1) * 84
+    height = TOP + inner + bottom
     several = {i: len({key[i] for key in panels}) > 1 for i in range(3)}
     titles = []
     for key in panels:
@@ -294,7 +314,7 @@ def _grid(
         template="none",
         height=height,
         autosize=True,
-        margin={"l": 60, "r": 16, "t": 44, "b": 76},
+        margin={"l": 60, "r": 16, "t": TOP, "b": bottom},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="white",
@@ -303,8 +323,10 @@ def _grid(
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(gridcolor=GRID, linecolor=INK, zeroline=False, nticks=5, automargin=True)
-    figure.update_yaxes(gridcolor=GRID, linecolor=INK, zeroline=False, nticks=6, automargin=True)
+    axis = {"gridcolor": GRID, "linecolor": INK, "zeroline": False, "automargin": True}
+    axis |= {"title": {"font": {"size": 12}, "standoff": 6}}
+    figure.update_xaxes(nticks=5 if n_columns == 1 else 3, tickangle=0, **axis)
+    figure.update_yaxes(nticks=6, **axis)
     if shared_x:
         figure.update_xaxes(showticklabels=True)
     return figure
@@ -316,8 +338,10 @@ def min_width(figure: go.Figure) -> int:
     return 330 if n_columns == 1 else 130 + 210 * n_columns
 
 
-def _arm_axis(labels: Sequence[str]) -> dict[str, object]:
+def _arm_axis(labels: Sequence[str], place: int) -> dict[str, object]:
+    """Arms from top to bottom, named at the left of each row of panels."""
     return {
+        "showticklabels": place % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
         "ticktext": [html.escape(label) for label in labels],
         "range": [len(labels) - 0.4, -0.6],
@@ -342,8 +366,8 @@ def _mark_zero(figure: go.Figure, rows: Sequence[Row], place: int) -> None:
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
 
 
-def _at(place: int, n_columns: int = N_COLUMNS) -> dict[str, int]:
-    return {"row": place // n_columns + 1, "col": place % n_columns + 1}
+def _at(place: int) -> dict[str, int]:
+    return {"row": place // N_COLUMNS + 1, "col": place % N_COLUMNS + 1}
 
 
 def _add(figure: go.Figure, trace: go.Scatter, place: int) -> None:

@@ -46,13 +46,14 @@ h1 {{ font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 1rem; }}
 h2 {{ font-size: 1.35rem; line-height: 1.25; margin: 3rem 0 .6rem; padding-top: .9rem;
   border-top: 1px solid var(--line); }}
 h3 {{ font-size: 1.02rem; margin: 1.6rem 0 .3rem; }}
-p, ul {{ max-width: 46rem; margin: .5rem 0; }}
+p, ul {{ max-width: 50rem; margin: .5rem 0; }}
 p, li, td, th, h1, h2 {{ overflow-wrap: break-word; }}
 li {{ margin: .35rem 0; }}
 nav {{ font-size: .92rem; margin-top: 1.2rem; }}
 nav a {{ margin-right: 1rem; white-space: nowrap; }}
 a {{ color: #0a58a5; }}
-.found {{ background: var(--tint); border-left: 4px solid #0072B2; padding: .7rem 1.1rem; }}
+.found {{ background: var(--tint); border-left: 4px solid #0072B2; padding: .7rem 1.1rem;
+  max-width: 54rem; }}
 .found .first {{ font-size: 1.15rem; font-weight: 600; line-height: 1.4; }}
 .soft {{ color: var(--soft); font-size: .92rem; }}
 .box {{ overflow-x: auto; max-width: 100%; margin: .6rem 0; }}
@@ -63,9 +64,12 @@ th, td {{ text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0;
   border-bottom: 1px solid var(--line); }}
 th {{ background: #fff; position: sticky; top: 0; font-weight: 600; }}
 td.number {{ white-space: nowrap; }}
-td.text {{ min-width: 9rem; max-width: 26rem; }}
+td.text {{ min-width: 13rem; max-width: 28rem; }}
+td:first-child, th:first-child {{ position: sticky; left: 0; background: #fff; }}
+th:first-child {{ z-index: 1; }}
 summary {{ cursor: pointer; margin: .6rem 0; }}
-@media (max-width: 600px) {{ body {{ font-size: 16px; padding: 1rem .9rem 3rem; }}
+@media (max-width: 600px) {{ td.text:first-child {{ min-width: 7.5rem; max-width: 9rem; }}
+  body {{ font-size: 16px; padding: 1rem .9rem 3rem; }}
   h1 {{ font-size: 1.4rem; }} .found {{ padding: .5rem .8rem; }} }}
 @media print {{ .tall {{ max-height: none; }} }}
 </style>
@@ -230,7 +234,7 @@ class _Page:
             )
         heads = [
             "",
-            "[95%, new seeds and documents]",
+            "estimate [95%, new seeds and documents]",
             "[95%, these models, other documents]",
             "seeds",
             "note",
@@ -283,15 +287,15 @@ def _probe_tables(rows: list[Row], quantities: Mapping[str, Quantity]) -> str:
     points.sort(
         key=lambda r: (order.get(r.quantity, last), r.quantity, r.statistic, r.group, r.positions)
     )
-    streams = sorted({row.stream for row in points}, key=lambda name: (name != "natural", name))
+    first = min(points, key=words.by_stream).stream
     main = [
         row
         for row in points
-        if row.stream == streams[0] and row.group == "" and row.positions == "not BOS"
+        if row.stream == first and row.group == "" and row.positions == "not BOS"
     ]
     body = ""
     if main:
-        caption = f"{streams[0]} text, BOS left out" if streams[0] else "BOS left out"
+        caption = f"{first} text, BOS left out" if first else "BOS left out"
         body += f'<p class="soft">{html.escape(caption)}; one line a seed, [95% interval].</p>\n'
         body += _by_arm(main, quantities)
     rest = [row for row in points if row not in main] if len(points) > len(main) else []

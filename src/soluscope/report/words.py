@@ -69,6 +69,11 @@ def seeds_of(rows: Iterable[Row], arm: str) -> int:
     return len({row.seed for row in rows if row.arm == arm and row.seed is not None})
 
 
+def by_stream(row: Row) -> tuple[bool, str]:
+    """Sorts natural text first, then the other streams by name."""
+    return row.stream != "natural", row.stream
+
+
 def engagement(rows: Iterable[Row], arm: str, positions: str) -> list[Row]:
     """An arm's median r on natural text, one row a seed."""
     return [
@@ -92,6 +97,11 @@ def number(value: float | None, decimals: int | None = None) -> str:
     if decimals is not None:
         return f"{value:.{decimals}f}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def signed(value: float) -> str:
+    """Four places and a sign; what rounds to 0 is +0.0000."""
+    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def estimate(row: Row, decimals: int | None = None) -> str:
@@ -120,7 +130,7 @@ def seeds(n: int) -> str:
 def _ends(row: Row) -> str:
     if row.low is None or row.high is None:
         return "no interval can be given"
-    return f"95% interval {row.low:+.4f} to {row.high:+.4f}"
+    return f"95% interval {signed(row.low)} to {signed(row.high)}"
 
 
 def _envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
@@ -193,7 +203,14 @@ def _verdict(rows: list[Row], gain: Row) -> str:
             f"{lowers}; no interval can be given for the share that takes a scale of each token's "
             "own."
         )
-    if phi.low > 0:
+    static = next(iter(comparisons(rows, "static - LN", arm=arm)), None)
+    # Both must say so: few seeds make the ratio's resampled interval a little too narrow.
+    if phi.low > 0 and static is not None and (static.low or 0.0) > 0:
+        if static.note.startswith("equivalent"):
+            return (
+                f"{lowers}; a scale of each token's own adds to what a static gain reaches, but so"
+                " little that it does not matter."
+            )
         return (
             f"{lowers}, and part of this takes a scale of each token's own: a static gain does "
             "not reach it."
@@ -211,7 +228,7 @@ def _gain(rows: list[Row], gain: Row) -> str:
     other = gain.arm if value < 0 else "plain SoLU"
     text = f"Gain of LN: {lower} had a loss {abs(value):.4f} nats a token lower than {other}"
     fixed = next(iter(comparisons(rows, "gain of LN", arm=gain.arm, cluster="document")), None)
-    text += f" (gain {value:+.4f}"
+    text += f" (gain {signed(value)}"
     if fixed is not None:
         text += f"; for these trained models on other documents, {_ends(fixed)}"
     text += f"). For new seeds and documents: {_ends(gain)}, from {seeds(gain.n)}"
@@ -226,8 +243,9 @@ def _phi_dyn(rows: list[Row], arm: str) -> list[str]:
     """Phi_dyn, what it means and how it was made; or why there is none."""
     sentences = []
     for row in comparisons(rows, "Phi_dyn", arm=arm):
+        note = row.note.split("; best static")[0]  # the next sentence names it
         if row.value is None:
-            sentences.append(f"Phi_dyn ({arm}) is {row.note}.")
+            sentences.append(f"Phi_dyn ({arm}) is {note}.")
         else:
             ends = "no interval"
             if row.low is not None and row.high is not None:
@@ -235,15 +253,15 @@ def _phi_dyn(rows: list[Row], arm: str) -> list[str]:
             sentences.append(
                 f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
                 "LayerNorm's gain that no static gain reaches: 0 none of it, 1 all of it, below "
-                f"0 static is better; {row.note}."
+                f"0 static is better; {note}."
             )
     return sentences
 
 
 def _static(rows: list[Row], arm: str) -> list[str]:
     return [
-        f"Best static arm minus {arm}: {row.value or 0.0:+.4f} nats a token ({_ends(row)} for new "
-        f"seeds and documents, {seeds(row.n)}); {row.note}."
+        f"Best static arm minus {arm}: {signed(row.value or 0.0)} nats a token ({_ends(row)} for "
+        f"new seeds and documents, {seeds(row.n)}); {row.note}."
         for row in comparisons(rows, "static - LN", arm=arm)
     ]
 
@@ -267,7 +285,8 @@ def _engagement(rows: list[Row], arm: str) -> list[str]:
         verdict = "LayerNorm is partly engaged"
     text = f"{arm}: {verdict}; median r {span(values)} over {seeds(len(content))}"
     if ends is not None:
-        text += f" (their 95% intervals reach from {number(ends[0])} to {number(ends[1])})"
+        each = "95% interval" if len(content) == 1 else "their 95% intervals reach from"
+        text += f" ({each} {number(ends[0])} to {number(ends[1])})"
     text += ", where 0 is one gain for all tokens and 1 a true LayerNorm"
     groups = ("BOS", "1", "2-15", ">=16")
     labels = {"BOS": "BOS", "1": "position 1", "2-15": "positions 2-15", ">=16": "from 16 on"}
@@ -307,7 +326,9 @@ def _freeze(rows: list[Row], arm: str) -> list[str]:
         else:
             judged = "not settled"
         n = seeds(len(found))
-        parts.append(f"{text} ({judged}; 95% intervals of {n}: {ends[0]:+.4f} to {ends[1]:+.4f})")
+        parts.append(
+            f"{text} ({judged}; 95% interval, {n}: {signed(ends[0])} to {signed(ends[1])})"
+        )
     if not parts:
         return []
     return [f"Giving all tokens of the trained {arm} one gain: {'; '.join(parts)}."]
@@ -315,5 +336,5 @@ def _freeze(rows: list[Row], arm: str) -> list[str]:
 
 def _signed_span(rows: Sequence[Row]) -> str:
     values = [row.value for row in rows if row.value is not None]
-    low, high = f"{min(values):+.4f}", f"{max(values):+.4f}"
+    low, high = signed(min(values)), signed(max(values))
     return low if low == high else f"{low} to {high}"

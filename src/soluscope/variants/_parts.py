@@ -37,7 +37,9 @@ class LayerNormParams:
 
     def __post_init__(self) -> None:
         if self.eps is not None and self.kappa is not None:
-            raise UserError(f"mid.eps={self.eps} and mid.kappa={self.kappa} are both given: set one of them to null")
+            raise UserError(
+                f"mid.eps={self.eps} and mid.kappa={self.kappa} are both given: set one of them to null"
+            )
         for name in ("eps", "kappa"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -61,4 +63,6 @@ class StaticParams(LayerNormParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.gain, str) and not self.gain > 0:
-            raise UserError(f"mid.gain={self.gain} must be above 0, 'init', or a finished run's folder")
+            raise UserError(
+                f"mid.gain={self.gain} must be above 0, 'init', or a finished run's folder"
+            )

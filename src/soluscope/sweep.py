@@ -1,0 +1,88 @@
+"""A grid of runs from one file, trained one after another, then probed and reported.
+
+The file is a wandb sweep (program, method: grid, parameters with dotted keys), so that the same file
+also serves wandb's own agents. What is done is known from the run folders alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from soluscope.config import Config, EvalConfig, check, load_config, load_typed
+from soluscope.errors import UserError
+
+_NOT_IN_TAG = ("variant", "seed", "study", "size", "data", "tag")
+
+
+def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
+    """The configurations of a sweep file, in the order of its parameters, the last one fastest.
+
+    A parameter with several values, other than variant and seed, goes into the run's name.
+
+    Raises:
+        UserError: not a grid, a parameter that no configuration has, or two runs of one name.
+    """
+    check(path.is_file(), f"no sweep file {path}")
+    sweep: Any = OmegaConf.to_container(OmegaConf.load(path))
+    check(isinstance(sweep, dict) and sweep.get("method") == "grid" and bool(sweep.get("parameters")),
+          f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
+    axes = {
+        key: [spec["value"]] if "value" in spec else list(spec["values"])
+        for key, spec in sweep["parameters"].items()
+    }
+    configs: dict[Path, Config] = {}
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        words = [f"{key}={value}" for key, value in chosen.items()]
+        tag = "-".join(
+            f"{key.rsplit('.', 1)[-1]}{value}"
+            for key, value in chosen.items()
+            if len(axes[key]) > 1 and key not in _NOT_IN_TAG
+        )
+        config = load_config([*words, *([f"tag={tag}"] if tag else []), *overrides])
+        if config.run_dir in configs:
+            raise UserError(
+                f"{path} gives two runs the folder {config.run_dir}: they differ in nothing that names it"
+            )
+        configs[config.run_dir] = config
+    return list(configs.values())
+
+
+def run(path: Path, words: Sequence[str]) -> Path:
+    """Train what is not finished, then probe and report the study.
+
+    Args:
+        path: a sweep file.
+        words: overrides for every run; those that begin with `eval.` are for the evaluation.
+
+    Returns:
+        The report.
+    """
+    configs = expand(path, [word for word in words if not word.startswith("eval.")])
+    evaluation = load_typed(
+        EvalConfig, [w.removeprefix("eval.") for w in words if w.startswith("eval.")], "eval.yaml"
+    )
+    waiting = [config for config in configs if not (config.run_dir / "done.json").is_file()]
+    done = len(configs) - len(waiting)
+    _say(f"{path.stem}: {len(configs)} runs, {done} finished already, {len(waiting)} to train")
+    from soluscope import report, suite  # here, so that a mistake above is answered at once
+    from soluscope.training import progress_bars, train
+
+    with progress_bars() as progress:
+        for config in configs:  # finished ones too: it checks that they are of this configuration
+            train(config, progress)
+    study_dir = configs[0].study_dir
+    suite.evaluate(study_dir, evaluation, _say)
+    page = report.build(study_dir)
+    report.show(study_dir)
+    return page
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
