@@ -6,6 +6,7 @@ were trained.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -80,6 +81,43 @@ class HookedRun:
         """Whether mid is x * softmax(x): read off the activations, not off a name."""
         pre, mid = self.pre[:256], self.mid[:256]
         return torch.allclose(pre * pre.softmax(-1), mid, rtol=1e-3, atol=1e-7)
+
+
+def planted(
+    mid: Float[Tensor, "row pos d_mlp"], *, eps: float | None = None, gain: float = 1.0
+) -> HookedRun:
+    """A run with activations given by hand, for known answers. Each row is a string.
+
+    Args:
+        mid: what the nonlinearity gave; pre is the same.
+        eps: a LayerNorm with this epsilon follows; without it, the constant `gain` after centring.
+        gain: that constant.
+
+    Returns:
+        fp64 activations. W_out is zero, so the MLP has no effect on a loss of ln 2 everywhere.
+    """
+    mid = mid.double()
+    n_rows, width, d_mlp = mid.shape
+    centred = mid - mid.mean(-1, keepdim=True)
+    scale = torch.full_like(mid[..., 0], 1 / gain)
+    if eps is not None:
+        scale = (centred.square().mean(-1) + eps).sqrt()
+    target = torch.ones(n_rows, width, dtype=torch.long)
+    target[:, -1] = -1
+    loss = torch.full((n_rows, width), math.log(2), dtype=torch.float64)
+    zeros = mid.new_zeros
+    return HookedRun(
+        stream="planted", tokens=torch.zeros_like(target).flatten(), target=target.flatten(),
+        pos=torch.arange(width).expand(n_rows, width).flatten(),
+        string=torch.arange(n_rows)[:, None].expand(n_rows, width).flatten(),
+        loss=loss.where(target >= 0, torch.nan).flatten(), pre=mid.flatten(0, 1),
+        mid=mid.flatten(0, 1), post=(centred / scale[..., None]).flatten(0, 1),
+        scale=scale.flatten(), resid_mid=zeros(n_rows * width, 2), eps=eps,
+        readout=Readout(
+            W_out=zeros(d_mlp, 2), b_out=zeros(2), beta=zeros(d_mlp), ln_w=zeros(2) + 1,
+            ln_b=zeros(2), ln_eps=1e-5, W_U=zeros(2, 2), b_U=zeros(2),
+        ),
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -84,7 +84,13 @@ def claim(config: Config) -> str:
         UserError: if the folder is of another configuration, or cannot be written.
     """
     saved = config.run_dir / "config.yaml"
-    if saved.is_file():
+    if (config.run_dir / "done.json").is_file():
+        state = "done"
+    else:
+        state = "resume" if last_checkpoint(config.run_dir).is_file() else "start"
+    if state == "start":  # what a start that was refused left behind binds nobody
+        write_text(saved, to_yaml(config))
+    else:
         differing = differences(read_config(saved), config)
         if differing:
             raise UserError(
@@ -92,11 +98,7 @@ def claim(config: Config) -> str:
                 + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
                 + "): set tag= or study= to train this one beside it"
             )
-    else:
-        write_text(saved, to_yaml(config))
-    if (config.run_dir / "done.json").is_file():
-        return "done"
-    return "resume" if last_checkpoint(config.run_dir).is_file() else "start"
+    return state
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,14 +132,25 @@ class TrainConfig:
     """Tokens of each validation split on which the final loss is measured, at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
+    threads: int | None = None
+    """CPU threads; sums depend on it in their last bits. null: one for each core of the process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on cuda, fp32 on cpu. The mid norm is fp32 in both."""
     compile: bool | None = None
     """torch.compile. null: on cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every"):
-            check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be 1 or more")
+        counts = (
+            "steps",
+            "batch_size",
+            "micro_batches",
+            "log_every",
+            "checkpoint_every",
+            "threads",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"train.{name}={value} must be 1 or more")
         check(
             self.batch_size % self.micro_batches == 0,
             f"train.micro_batches={self.micro_batches} does not divide train.batch_size={self.batch_size}",
@@ -240,7 +252,7 @@ class EvalConfig:
 
 # Keys that move no number beyond rounding, so that a run may be resumed with others.
 _PLACES = ("study", "tag", "runs_dir", "tokens.cache_dir", "train.rates", "train.log_every",
-           "train.checkpoint_every", "train.device", "train.compile")  # fmt: skip
+           "train.checkpoint_every", "train.device", "train.threads", "train.compile")  # fmt: skip
 
 
 def _determining(values: dict[str, Any]) -> dict[str, Any]:
@@ -286,17 +298,25 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 def to_config(merged: DictConfig) -> Config:
     """The typed configuration, its relations checked."""
-    missing = sorted(OmegaConf.missing_keys(merged))
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+    except OmegaConfBaseException as error:  # ${…} that names no key
+        raise UserError(_one_line(error)) from error
     if missing:
         raise UserError(f"{missing[0]} has no value: give it, as in {missing[0]}=…")
     config: Config = _to_object(merged)
+    for name in ("mid", "corpus"):
+        check(getattr(config, name) is not None, f"{name}=null: wanted keys below it; see --help")
+    for key, value in flatten(asdict(config)):
+        if isinstance(value, float) and key != "train.clip":  # inf: no clipping
+            check(math.isfinite(value), f"{key}={value} must be a finite number")
     return config
 
 
 def merge_config(arguments: Sequence[str]) -> DictConfig:
     """The layers merged and typed, relations not yet checked: what `--cfg` prints."""
     files, overrides = _split_arguments(arguments)
-    layers = [_read_yaml(configs_dir() / "base.yaml"), *(_read_yaml(path) for path in files)]
+    layers = [read_yaml(configs_dir() / "base.yaml"), *(read_yaml(path) for path in files)]
     command_line = _from_dotlist(overrides)
     chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
     groups = {
@@ -314,7 +334,7 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
             )
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
-        group_files.append(_read_yaml(folder / f"{name}.yaml"))
+        group_files.append(read_yaml(folder / f"{name}.yaml"))
     base = _typed_base(groups["variant"], groups["data"])
     merged = _merge(base, layers[0], *group_files, *layers[1:], command_line)
     if merged.train.lr is None:
@@ -338,14 +358,14 @@ def _typed_base(variant: str, data: str) -> DictConfig:
 def read_config(path: Path) -> Config:
     """The resolved configuration saved with a run."""
     check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
-    saved = _read_yaml(path)
+    saved = read_yaml(path)
     return to_config(_merge(_typed_base(saved.variant, saved.data), saved))
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str) -> T:
     """A configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
     files, overrides = _split_arguments(arguments)
-    layers = [_read_yaml(configs_dir() / default_file), *(_read_yaml(path) for path in files)]
+    layers = [read_yaml(configs_dir() / default_file), *(read_yaml(path) for path in files)]
     merged = _merge(OmegaConf.structured(schema), *layers, _from_dotlist(overrides))
     loaded: T = _to_object(merged)
     return loaded
@@ -416,7 +436,12 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     return files, overrides
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """The keys of a YAML file, not yet typed.
+
+    Raises:
+        UserError: if there is no such file, or it is something else.
+    """
     check(path.is_file(), f"no configuration file {path}")
     try:
         loaded = OmegaConf.load(path)
@@ -428,18 +453,28 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _from_dotlist(overrides: list[str]) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist(overrides)
-    except Exception as error:
-        raise UserError(f"cannot read {' '.join(overrides)!r}: {_one_line(error)}") from error
+    for word in overrides:
+        try:
+            OmegaConf.from_dotlist([word])
+        except Exception as error:
+            raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
+    return OmegaConf.from_dotlist(overrides)
 
 
 def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
+    sections = {key for key in base if OmegaConf.is_dict(base[key])}
+    for layer in layers:
+        for key, value in layer.items_ex(resolve=False):
+            check(
+                key not in sections or value is None or OmegaConf.is_dict(value),
+                f"{key!s}={value}: wanted keys below it, as in {key!s}.…=; see --help",
+            )
     try:
         merged = OmegaConf.merge(base, *layers)
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
-        known = [name for name, _ in flatten(OmegaConf.to_container(base))]  # type: ignore[arg-type]
+        names = [name for name, _ in flatten(OmegaConf.to_container(base))]  # type: ignore[arg-type]
+        known = sorted({*names, *(name.partition(".")[0] for name in names)})
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UserError(f"no key called {key!r}.{hint} --help lists them") from error
@@ -461,4 +496,6 @@ def _one_line(error: Exception) -> str:
     """OmegaConf's message with the key, without its trailer of types."""
     first = str(error).strip().splitlines()[0]
     key = getattr(error, "full_key", None)
+    if "is not a ListConfig" in first:
+        first = f"wanted a list, as in {key}=[…]"
     return f"{key}: {first}" if key else first

@@ -6,6 +6,7 @@ TransformerLens). The check runs the trained model beside the hooked one on the 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ def to_hooked(
     for layer, block in enumerate(hooked.blocks):
         block.mlp.act_fn = variant.nonlinearity
         norm = trained.mlp(layer).ln
-        if norm is not None and norm.eps is not None:
+        if norm is not None and norm.eps is not None and hasattr(block.mlp, "ln"):
             block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
         elif norm is not None:
             block.mlp.ln = HookedMidNorm(norm)
@@ -149,16 +150,18 @@ def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
     """The study's tokenizer, putting BOS first as TransformerLens expects.
 
     Raises:
-        UserError: if it is missing, or has other entries than the model was trained with.
+        UserError: if it is missing, or not the one that the model was trained with.
     """
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: a run folder is read from inside its study")
-    tokenizer = Tokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() > facts.d_vocab:
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != facts.tokenizer_hash:
         raise UserError(
-            f"{path} has {tokenizer.get_vocab_size()} entries, the model's vocabulary {facts.d_vocab}: "
-            "it is another study's tokenizer"
+            f"{path} (sha256 {found[:12]}…) is not the tokenizer that {facts.run} was trained with "
+            f"({facts.tokenizer_hash[:12]}…): it is another study's; put the run back into its own"
         )
+    tokenizer = Tokenizer.from_buffer(content)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokenizer.id_to_token(facts.bos),

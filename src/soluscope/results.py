@@ -76,7 +76,7 @@ def read(path: Path) -> list[Row]:
         raise UserError(f"no results at {path}: make them with 'python eval/run.py {path.parent}'")
     known = {field.name for field in fields(Row)}
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line)
             rows.append(Row(**{key: record[key] for key in record if key in known}))

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from soluscope.config import Config, EvalConfig, check, load_config, load_typed
+from soluscope.config import Config, EvalConfig, check, load_config, load_typed, read_yaml
 from soluscope.errors import UserError
 
 _NOT_IN_TAG = ("variant", "seed", "study", "size", "data", "tag")
@@ -26,16 +26,13 @@ def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
     A parameter with several values, other than variant and seed, goes into the run's name.
 
     Raises:
-        UserError: not a grid, a parameter that no configuration has, or two runs of one name.
+        UserError: not a grid, a parameter that no configuration has, two runs of one name, or two studies.
     """
-    check(path.is_file(), f"no sweep file {path}")
-    sweep: Any = OmegaConf.to_container(OmegaConf.load(path))
-    check(isinstance(sweep, dict) and sweep.get("method") == "grid" and bool(sweep.get("parameters")),
+    sweep: Any = OmegaConf.to_container(read_yaml(path))
+    parameters = sweep.get("parameters")
+    check(sweep.get("method") == "grid" and isinstance(parameters, dict) and bool(parameters),
           f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
-    axes = {
-        key: [spec["value"]] if "value" in spec else list(spec["values"])
-        for key, spec in sweep["parameters"].items()
-    }
+    axes = {key: _values(path, key, spec) for key, spec in parameters.items()}
     configs: dict[Path, Config] = {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -51,7 +48,19 @@ def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
                 f"{path} gives two runs the folder {config.run_dir}: they differ in nothing that names it"
             )
         configs[config.run_dir] = config
+    studies = sorted({config.study for config in configs.values()})
+    check(len(studies) == 1, f"{path} is of several studies, wanted one: {', '.join(studies)}")
     return list(configs.values())
+
+
+def _values(path: Path, key: str, spec: Any) -> list[Any]:
+    """The values of one parameter."""
+    if isinstance(spec, dict) and "value" in spec:
+        return [spec["value"]]
+    values = spec.get("values") if isinstance(spec, dict) else None
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{path}: wanted 'values: [...]' or 'value: ...' below {key}, not {spec}")
+    return values
 
 
 def run(path: Path, words: Sequence[str]) -> Path:

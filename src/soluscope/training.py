@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     Raises:
         UserError: bad input, a folder of another configuration or in use, a diverged loss.
     """
+    torch.set_num_threads(config.train.threads or len(os.sched_getaffinity(0)))
     with lock(config.run_dir):
         state = claim(config)
         if state == "done":
@@ -99,11 +101,11 @@ def _fit(config: Config, cache: TokenCache, state: str, progress: Progress) -> N
             default_root_dir=config.run_dir,
         )
         resume = last_checkpoint(config.run_dir) if state == "resume" else None
-        trainer.fit(module, datamodule=Batches(config, cache), ckpt_path=resume, weights_only=True)
-    if (
-        trainer.global_step < config.train.steps
-    ):  # SIGTERM or Ctrl-C, after the checkpoint was saved
-        raise KeyboardInterrupt
+        batches = Batches(config, cache)
+        try:
+            trainer.fit(module, datamodule=batches, ckpt_path=resume, weights_only=True)
+        except SystemExit as stop:  # what Lightning makes of SIGTERM and Ctrl-C, once it has saved
+            raise KeyboardInterrupt from stop
     _finish(config, cache, module.model, folder.seconds)
 
 
@@ -544,13 +546,7 @@ def _on_cuda(config: Config) -> bool:
 
 def _lines(path: Path) -> list[str]:
     """Whole lines of a file that a killed process may have left in the middle of one."""
-    if not path.is_file():
-        return []
-    return [
-        line
-        for line in path.read_text(encoding="utf8").splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
+    return path.read_text(encoding="utf8").split("\n")[:-1] if path.is_file() else []
 
 
 @contextmanager

@@ -10,7 +10,7 @@ without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +81,8 @@ class Probe:
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Streams it is measured on, of those in streams.py."""
+    known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
+    """Runs with planted activations and, by quantity, the value at each token, worked by hand."""
     params: type = type(None)
     per_string: Callable[[pd.DataFrame], pd.DataFrame] | None = None
     """From a string's tokens (the probe's own table) to one row of further values for it."""

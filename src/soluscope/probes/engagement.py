@@ -5,7 +5,8 @@ Source: science.md section 1 (SoLU-1L: r of .01 to .05, BOS .12) and section 7, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Figure, Probe, Quantity
 
@@ -42,6 +43,20 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     }
 
 
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1, mean 2 and variance 1."""
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+
+    mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
+    with_eps = planted(mid, eps=3.0)
+    yield with_eps, {"r": [0.25, 0.25], "gain": [0.5, 0.5], "kappa": [12, 12], "k_eff": [2, 10 / 9]}
+    yield planted(mid, gain=7.0), {"r": [0, 0], "gain": [7, 7], "kappa": [math.nan, math.nan]}
+
+
 PROBE = Probe(
     name="LayerNorm engagement",
     section="P1",
@@ -52,6 +67,7 @@ PROBE = Probe(
     pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
     "The variance is the population's; epsilon is read from the module.",
     measure=measure,
+    known=known,
     quantities={
         "r": Quantity(
             "share",

@@ -8,8 +8,9 @@ do not have this defect; all are computed here from the same activations.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Figure, Probe, Quantity
 
@@ -65,7 +66,7 @@ def fits(string: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     string = string[string["pos"] >= 1]
-    n = string["pos"].to_numpy(float)
+    n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
     row = {"sd of log gain": float(np.log(string["last token"]).std(ddof=0))}
     for name in AGGREGATIONS:
         y = string[name].to_numpy(float)
@@ -81,6 +82,28 @@ def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     return fit["a + b log n"].aicc - fit["a + b/n"].aicc
 
 
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """BOS alone differs: gain 1/2 against 1. The published mean is 1 - 1/(2n), the others are flat."""
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+
+    at_bos, elsewhere = [2.0, -2.0], [1.0, -1.0]
+    run = planted(torch.tensor([[at_bos, elsewhere, elsewhere, elsewhere]]), eps=1e-12)
+    n = range(2, 5)
+    yield (
+        run,
+        {
+            "last token": [math.nan, 1, 1, 1],
+            "mean without BOS": [math.nan, 1, 1, 1],
+            "mean with BOS (as published)": [math.nan, *(1 - 1 / (2 * k) for k in n)],
+            "1/std of all (as published)": [math.nan, *(math.sqrt(k / (k + 3)) for k in n)],
+        },
+    )
+
+
 PROBE = Probe(
     name="Gain variation along a prompt",
     section="P2",
@@ -90,6 +113,7 @@ PROBE = Probe(
     pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
     "repeated token still sees its position change. hook_scale is 1 / gain.",
     measure=measure,
+    known=known,
     quantities={
         name: Quantity("1 / activation", meaning, curve=True)
         for name, meaning in AGGREGATIONS.items()

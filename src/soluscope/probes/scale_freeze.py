@@ -5,7 +5,8 @@ Source: science.md section 7, P4, by the closed form of section 8.4; Heimersheim
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Figure, Probe, Quantity
 
@@ -72,6 +73,19 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     return best
 
 
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """An MLP that writes nothing: the gain varies by three, and freezing it changes no loss."""
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+
+    mid = torch.tensor([[[3.0, -3.0], [1.0, -1.0], [2.0, -2.0]]]).expand(4, 3, 2)
+    run = planted(mid, eps=1e-12)
+    yield run, {name: [0, 0, math.nan] * 4 for name in _FREEZES} | {"gain": [1 / 3, 1, 1 / 2] * 4}
+
+
 _FREEZES = {
     "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
     "frozen, BOS at its own": "the same, with a gain of its own for BOS",
@@ -89,6 +103,7 @@ PROBE = Probe(
     pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
     "training a static arm decides, not this. The final norm may absorb the scale: both ways are shown.",
     measure=measure,
+    known=known,
     quantities={
         name: Quantity(
             "nats", meaning, split_by=("gain", "k_eff", "surprisal"), more_smeared_when="higher"

@@ -1,0 +1,75 @@
+"""What several test files share: a study that was really trained, once for all of them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soluscope import plugins
+from soluscope.config import Config, load_config
+
+# Models this small gain nothing from a second thread, and where other processes hold the cores the
+# threads wait for each other: 20 times slower on two cores with -n 2. Children inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = plugins.names("soluscope.variants")
+SEEDS = (0, 1)
+
+
+def tiny_config(runs_dir: Path, *words: str) -> Config:
+    """A configuration whose run takes about a second, its tokens beside its runs.
+
+    Args:
+        runs_dir: where it would lie; `runs_dir`/.tokens holds the tokens.
+        words: the variant, and what else should differ.
+    """
+    places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
+    small = ("size=tiny", "corpus.max_mb=1", "train.steps=12", "train.threads=1")
+    return load_config([*small, *places, *words])
+
+
+def train_silently(config: Config) -> Path:
+    """The run's folder, without progress bars."""
+    from rich.progress import Progress
+
+    from soluscope.training import train
+
+    return train(config, Progress(disable=True))
+
+
+def run_script(script: str, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python script words` with what it printed; options as for run."""
+    search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, words)],
+        env={**os.environ, "PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """runs/tiny: every variant at seeds 0 and 1, trained for 12 steps. To change it, copy it first.
+
+    Under pytest-xdist the first worker to ask trains it and the others wait and read.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    runs_dir = (shared if worker_id == "master" else shared.parent) / "runs"
+    runs_dir.mkdir(exist_ok=True)
+    with (runs_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for variant in VARIANTS:
+            for seed in SEEDS:
+                words = ("study=tiny", f"variant={variant}", f"seed={seed}")
+                train_silently(tiny_config(runs_dir, *words))
+    return runs_dir / "tiny"

@@ -1,0 +1,413 @@
+"""The commands: mistakes are answered in one line, at once, and nothing is written over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, run_script, tiny_config, train_silently
+from safetensors.torch import load_file, save_file
+
+import soluscope
+from soluscope import results
+from soluscope.checkpoint import last_checkpoint
+from soluscope.config import Config, to_yaml
+from soluscope.errors import UserError
+from soluscope.results import Row
+
+TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
+HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")
+
+# Runs many command lines in one interpreter, each as `python script words` would, and says after
+# each which heavy modules are there by now: one that is never there was imported by none of them.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+for script, *words in json.loads(sys.argv[1]):
+    sys.argv = [script, *words]
+    status, out, err = None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    heavy = [name for name in %r if name in sys.modules]
+    print(json.dumps([status, out.getvalue(), err.getvalue(), heavy]))
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    output: str
+    errors: str
+    heavy: list[str]
+
+
+def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
+    """What each command line answers, all of them in one fresh process that runs in `folder`."""
+    given = json.dumps([[str(ROOT / script), *words] for script, *words in lines])
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER % (HEAVY,), given],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return [Answer(*json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, locks left out."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+# Answers that wait for nothing heavy
+
+MISTAKES: dict[tuple[str, ...], str] = {
+    (TRAIN,): "variant has no value: give it, as in variant=solu_ln. There are: ",
+    (TRAIN, "variant=solu_frozen"): "Did you mean 'solu_frozen_ln'? There are: gelu, gelu_ln, ",
+    (TRAIN, "variant=solu", "size=big"): "no size called 'big'. There are: ",
+    (TRAIN, "variant=solu", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",
+    (TRAIN, "variant=solu", "train.stepz=3"): "Did you mean 'train.steps'?",
+    (TRAIN, "variant=solu", "train.steps=many"): "train.steps: Value 'many'",
+    (TRAIN, "variant=solu", "model.n_heads=3"): "model.n_heads=3 does not divide model.d_model=64",
+    (TRAIN, "variant=solu_ln", "mid.eps=1", "mid.kappa=1"): "both given: set one of them to null",
+    (TRAIN, "variant=solu", "data=files"): "corpus.paths has no value",
+    (TRAIN, "variant=solu", "train.lr=null", "train.rates.solu=null"): "train.rates.solu",
+    (TRAIN, "variant=solu", "nowhere.yaml"): "no configuration file nowhere.yaml",
+    (TRAIN, "variant=solu", "broken.yaml"): "broken.yaml is not YAML",
+    (TRAIN, "variant=solu", "--cgf"): "'--cgf' is neither key=value nor a .yaml file",
+    (EVAL,): "0 folders given, wanted one",
+    (EVAL, "a", "b"): "2 folders given, wanted one",
+    (EVAL, "nowhere"): "no folder nowhere: name a study or a run",
+    (EVAL, ".", "probes=[engagment]"): "no probe called 'engagment'. Did you mean 'engagement'?",
+    (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
+    (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
+    (REPORT,): "0 words given, wanted one folder",
+    (REPORT, "."): "no results at results.jsonl: make them with 'python eval/run.py .'",
+    (LAUNCH,): "0 sweep files given, wanted one",
+    (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
+    (LAUNCH, "broken.yaml"): "broken.yaml is not YAML",
+    (LAUNCH, "random.yaml"): "random.yaml is not a sweep: wanted 'method: grid' and 'parameters:'",
+    (LAUNCH, "twice.yaml"): "gives two runs the folder runs/default/solu-s0",
+    (LAUNCH, "empty.yaml"): "wanted 'values: [...]' or 'value: ...' below variant, not solu",
+    (LAUNCH, "studies.yaml"): "studies.yaml is of several studies, wanted one: a, b",
+    (LAUNCH, "grid.yaml", "train.stepz=3"): "Did you mean 'train.steps'?",
+    (LAUNCH, "grid.yaml", "eval.n_tokenz=300"): "Did you mean 'n_tokens'?",
+}
+SWEEPS = {
+    "broken": "parameters: {variant: [",
+    "random": "method: random\nparameters: {seed: {values: [0, 1]}}",
+    "twice": "method: grid\nparameters: {variant: {value: solu}, size: {values: [tiny, demo]}}",
+    "empty": "method: grid\nparameters: {variant: solu}",
+    "studies": "method: grid\nparameters: {variant: {value: solu}, study: {values: [a, b]}}",
+    "grid": "method: grid\nparameters: {variant: {value: solu}, seed: {values: [0, 1]}}",
+}
+
+
+def test_mistakes_are_one_line_and_status_2_before_anything_heavy_or_written(
+    tmp_path: Path,
+) -> None:
+    for name, content in SWEEPS.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    before = snapshot(tmp_path)
+    found = answers(tmp_path, *MISTAKES)
+    for (words, says), answer in zip(MISTAKES.items(), found, strict=True):
+        assert (answer.status, answer.output) == (2, ""), words
+        assert answer.errors.startswith("error: "), words
+        assert says in answer.errors, words
+        assert answer.errors.count("\n") == 1, words
+        assert answer.heavy == [], words
+    assert snapshot(tmp_path) == before
+
+
+def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
+    words = ("variant=solu_ln", "size=tiny", "train.steps=7")
+    lines = [(TRAIN, "--help"), (TRAIN, *words, "--cfg"), (EVAL, "--help"),
+             (EVAL, "--cfg", "n_tokens=300"), (REPORT, "--help"), (LAUNCH, "--help")]  # fmt: skip
+    found = answers(tmp_path, *lines)
+    assert [(a.status, a.errors, a.heavy) for a in found] == [(0, "", [])] * len(lines)
+    train_help, train_cfg, eval_help, eval_cfg, report_help, launch_help = (a.output for a in found)
+    for key in ("variant", "train.lr", "tokens.d_vocab", "mid.kappa", "corpus.max_mb"):
+        assert f"\n  {key} " in train_help
+    assert train_cfg == to_yaml(soluscope.load_config(words))
+    assert "\n  n_draws " in eval_help
+    assert "probes: engagement, " in eval_help
+    assert "n_tokens: 300\n" in eval_cfg
+    assert "eval/report.py runs/demo" in report_help
+    assert "sweeps/launch.py sweeps/demo.yaml" in launch_help
+    assert not list(tmp_path.iterdir())
+
+
+def test_printed_configuration_can_be_given_back(tmp_path: Path) -> None:
+    words = ("variant=solu_gain", "size=tiny", "mid.gain=2.5", "--cfg")
+    (first,) = answers(tmp_path, (TRAIN, *words))
+    (tmp_path / "again.yaml").write_text(first.output)
+    (second,) = answers(tmp_path, (TRAIN, "again.yaml", "--cfg"))
+    assert second.output == first.output
+
+
+def test_mistake_is_status_2_to_the_shell() -> None:
+    done = run_script(TRAIN, "variant=solu_frozen")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no variant called 'solu_frozen'. Did you mean")
+    assert done.stderr.count("\n") == 1
+
+
+def test_report_is_made_without_torch_and_skips_a_broken_last_line(tmp_path: Path) -> None:
+    row = Row(study="s", probe="loss", quantity="loss", value=3.0, unit="nats / token",
+              run="solu-s0", arm="solu", variant="solu", seed=0, stream="natural")  # fmt: skip
+    results.write(tmp_path / "results.jsonl", [row])
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"study": "s", "probe": "lo')
+    (answer,) = answers(tmp_path, (REPORT, "."))
+    assert answer.status == 0, answer.errors
+    assert answer.errors.splitlines()[0].startswith("warning: results.jsonl line 2 is not a row")
+    assert "report: report.html" in answer.output
+    assert not {"torch", "lightning", "transformer_lens", "transformers"} & set(answer.heavy)
+
+
+# Bad input that needs a run
+
+
+@pytest.fixture
+def study(tiny_study: Path, tmp_path: Path) -> Path:
+    """A study with one finished run, solu_ln-s0, to be broken."""
+    for name in ("solu_ln-s0", "data.json", "tokenizer.json"):
+        source, copy = tiny_study / name, tmp_path / "tiny" / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def words(tiny_study: Path) -> tuple[str, ...]:
+    """What the run in `study` was started with, besides where it lies."""
+    tokens = f"tokens.cache_dir={tiny_study.parent / '.tokens'}"
+    return ("variant=solu_ln", "seed=0", "study=tiny", tokens)
+
+
+@pytest.fixture
+def config(study: Path, words: tuple[str, ...]) -> Config:
+    """The configuration of the run in `study`."""
+    return tiny_config(study.parent, *words)
+
+
+def refusal(action: Any, *arguments: Any) -> str:
+    """What `action` is refused with: always one line."""
+    with pytest.raises(UserError) as caught:
+        action(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def unfinished(run_dir: Path) -> Path:
+    """The run as if it had been killed after its last checkpoint, which is returned."""
+    (run_dir / "done.json").unlink()
+    return last_checkpoint(run_dir)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_finished_run_is_left_as_it_is(config: Config) -> None:
+    before = snapshot(config.run_dir)
+    assert train_silently(config) == config.run_dir
+    assert snapshot(config.run_dir) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_run_folder_of_another_configuration_is_refused_and_untouched(
+    study: Path, words: tuple[str, ...], finished: bool
+) -> None:
+    if not finished:
+        unfinished(study / "solu_ln-s0")
+    before = snapshot(study)
+    other = tiny_config(study.parent, *words, "train.steps=13", "train.lr=1e-3")
+    assert refusal(train_silently, other) == (
+        f"{study / 'solu_ln-s0'} is of another configuration (train.lr=0.004 there, 0.001 here and "
+        "1 more keys): set tag= or study= to train this one beside it"
+    )
+    assert snapshot(study) == before
+
+
+def test_start_that_was_refused_does_not_bind_the_folder(
+    study: Path, words: tuple[str, ...]
+) -> None:
+    wrong = tiny_config(study.parent, *words, "tag=x", "tokens.d_vocab=300")
+    before = snapshot(study)
+    assert refusal(train_silently, wrong).startswith(f"{study} was trained on other tokens (cache ")
+    assert snapshot(study) == {**before, "solu_ln-s0-x/config.yaml": to_yaml(wrong).encode()}
+    right = tiny_config(study.parent, *words, "tag=x")
+    assert (train_silently(right) / "done.json").is_file()
+    assert snapshot(study).items() >= before.items()
+
+
+def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Config) -> None:
+    checkpoint = unfinished(config.run_dir)
+    cut(checkpoint)
+    before = snapshot(study)
+    (study.parent / "config.yaml").write_text(to_yaml(config))
+    done = run_script(TRAIN, study.parent / "config.yaml")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"error: cannot read the checkpoint {checkpoint}"
+    )
+    assert "delete it to start the run again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert snapshot(study) == before
+
+
+def test_checkpoint_that_is_no_checkpoint_is_refused(config: Config) -> None:
+    for content in (b"", b"not a checkpoint"):
+        (config.run_dir / "done.json").unlink(missing_ok=True)
+        last_checkpoint(config.run_dir).write_bytes(content)
+        assert "cannot read the checkpoint" in refusal(train_silently, config)
+
+
+def test_checkpoint_of_another_shape_is_refused_and_names_the_tensor(
+    config: Config, tiny_study: Path
+) -> None:
+    checkpoint = unfinished(config.run_dir)
+    shutil.copy(last_checkpoint(tiny_study / "gelu-s0"), checkpoint)
+    message = refusal(train_silently, config)
+    assert message.startswith(f"the checkpoint {checkpoint} is of another shape: ")
+    assert ".mlp.ln.b is nothing there and (128,) in this configuration" in message
+    loaded = torch.load(last_checkpoint(tiny_study / "solu_ln-s0"), weights_only=True)
+    loaded["state_dict"]["model.unembed.W_U"] = torch.zeros(32, 7)
+    torch.save(loaded, checkpoint)
+    before = snapshot(config.run_dir)
+    message = refusal(train_silently, config)
+    assert "model.unembed.W_U is (32, 7) there and (32, 512) in this configuration" in message
+    assert snapshot(config.run_dir) == before
+
+
+def test_truncated_weights_are_refused_and_made_again_as_the_message_says(config: Config) -> None:
+    path = config.run_dir / "model.safetensors"
+    whole = path.read_bytes()
+    cut(path)
+    message = refusal(soluscope.load, config.run_dir)
+    assert message.startswith(f"cannot read {path} (")
+    assert message.endswith(f"delete {config.run_dir / 'done.json'} to make it again")
+    (config.run_dir / "done.json").unlink()
+    train_silently(config)
+    assert path.read_bytes() == whole
+    assert soluscope.load(config.run_dir).facts.run == "solu_ln-s0"
+
+
+def test_weights_that_are_missing_shaped_otherwise_or_not_finite_are_refused_by_name(
+    config: Config,
+) -> None:
+    path = config.run_dir / "model.safetensors"
+    weights = load_file(path)
+    broken = weights["blocks.0.mlp.W_in"].clone()
+    broken[3, 4] = float("nan")
+    for changed, says in (
+        ({"blocks.0.mlp.W_in": broken}, "blocks.0.mlp.W_in holds values that are not finite"),
+        ({"blocks.0.mlp.W_in": torch.zeros(3, 4)}, "size mismatch for blocks.0.mlp.W_in"),
+        ({"more": torch.zeros(3)}, 'Unexpected key(s) in state_dict: "more"'),
+    ):
+        save_file({**weights, **changed}, path)
+        assert says in refusal(soluscope.load, config.run_dir)
+    save_file({name: w for name, w in weights.items() if name != "unembed.b_U"}, path)
+    assert 'Missing key(s) in state_dict: "unembed.b_U"' in refusal(soluscope.load, config.run_dir)
+
+
+def test_run_that_is_not_there_or_not_finished_is_refused(study: Path) -> None:
+    missing = study / "no-s0"
+    assert refusal(soluscope.load, missing) == f"no model at {missing}: the run does not exist"
+    (study / "solu_ln-s0" / "model.json").unlink()
+    assert "has not finished: train it to its end" in refusal(soluscope.load, study / "solu_ln-s0")
+    (study / "solu_ln-s0" / "model.json").write_text("{")
+    assert "model.json is broken" in refusal(soluscope.load, study / "solu_ln-s0")
+
+
+def test_second_process_on_a_run_folder_is_refused(config: Config) -> None:
+    unfinished(config.run_dir)
+    before = snapshot(config.run_dir)
+    with (config.run_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert refusal(train_silently, config) == (
+            f"another process is training in {config.run_dir}: wait for it, or set tag= or study="
+        )
+        assert snapshot(config.run_dir) == before
+    assert (train_silently(config) / "done.json").is_file()
+
+
+def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file where the folder should be")
+    config = tiny_config(tmp_path / "file", "variant=solu")
+    assert refusal(train_silently, config) == (
+        f"cannot write {config.run_dir}: Not a directory; choose another runs_dir"
+    )
+    assert (tmp_path / "file").read_text() == "a file where the folder should be"
+
+
+def test_tokenizer_of_another_study_is_refused(study: Path, config: Config) -> None:
+    path = study / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")  # as many entries, so that only its hash tells
+    message = refusal(soluscope.load, config.run_dir)
+    assert message.startswith(f"{path} (sha256 ")
+    assert "is not the tokenizer that solu_ln-s0 was trained with" in message
+    path.unlink()
+    assert refusal(soluscope.load, config.run_dir).startswith(f"no tokenizer at {path}")
+
+
+def test_static_gain_of_a_run_without_a_norm_is_refused(
+    words: tuple[str, ...], tiny_study: Path, tmp_path: Path
+) -> None:
+    gain = ("variant=solu_gain", "study=other")
+    for run, says in (("gelu-s{seed}", "has no LayerNorm"), ("none-s{seed}", "does not exist")):
+        config = tiny_config(tmp_path, *words, *gain, f"mid.gain={tiny_study / run}")
+        assert says in refusal(train_silently, config)
+
+
+def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
+    study: Path, words: tuple[str, ...]
+) -> None:
+    """The run goes on from step 12 to 24, where nothing larger than 100 kB can be written."""
+    longer = tiny_config(study.parent, *words, "train.steps=24")
+    checkpoint = unfinished(longer.run_dir)
+    yaml = longer.run_dir / "config.yaml"
+    yaml.write_text(to_yaml(longer))
+    good = checkpoint.read_bytes()
+    assert len(good) > 100_000
+    done = run_script(
+        TRAIN, yaml, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot save the checkpoint of step 24 (")
+    assert last.endswith(f"free disk space; step 12 stays in {checkpoint}")
+    assert "Traceback" not in done.stderr
+    assert checkpoint.read_bytes() == good
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
+    assert not (longer.run_dir / "done.json").exists()
+    train_silently(longer)
+    assert json.loads((longer.run_dir / "done.json").read_text())["steps"] == 24
+
+
+def test_evaluation_without_a_finished_run_is_refused(study: Path, tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / EVAL))["main"]
+    unfinished(study / "solu_ln-s0")
+    before = snapshot(study)
+    for folder in (study, study / "solu_ln-s0", tmp_path):
+        assert refusal(main, [str(folder)]).startswith(f"no finished run in {folder}: train some")
+    assert snapshot(study) == before

@@ -1,0 +1,434 @@
+"""Configuration: three layers, checked at load, saved so that it can be run again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soluscope import plugins
+from soluscope.config import (
+    Config,
+    EvalConfig,
+    configs_dir,
+    differences,
+    flatten,
+    help_lines,
+    load_config,
+    load_typed,
+    read_config,
+    to_yaml,
+    train_help,
+)  # fmt: skip
+from soluscope.errors import UserError
+
+TINY = ("variant=solu_ln", "size=tiny")
+GROUPS = {"variant": "soluscope.variants", "data": "soluscope.data.sources"}
+SIZES = sorted(path.stem for path in (configs_dir() / "size").glob("*.yaml"))
+VARIANTS = plugins.names("soluscope.variants")
+
+
+def refusal(*words: str) -> str:
+    """What `words` are refused with: always one line."""
+    with pytest.raises(UserError) as caught:
+        load_config(words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# Layers
+
+
+def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
+    assert load_config(TINY).train.weight_decay == 0.05  # config.py
+    assert load_config(TINY).data == "stdlib"  # configs/base.yaml
+    assert load_config(TINY).train.steps == 60  # configs/size/tiny.yaml
+    yaml = written(tmp_path / "a.yaml", "train: {steps: 70, batch_size: 4, weight_decay: 0.1}")
+    from_yaml = load_config([*TINY, yaml]).train
+    assert (from_yaml.steps, from_yaml.batch_size, from_yaml.weight_decay) == (70, 4, 0.1)
+    last = load_config([*TINY, "train.steps=80", yaml]).train
+    assert (last.steps, last.batch_size, last.warmup_steps) == (80, 4, 5)
+
+
+def test_later_yaml_files_win_over_earlier_ones(tmp_path: Path) -> None:
+    a = written(tmp_path / "a.yaml", "train: {steps: 70, clip: 2.0}")
+    b = written(tmp_path / "b.yaml", "train: {steps: 71}")
+    assert load_config([*TINY, a, b]).train.steps == 71
+    assert load_config([*TINY, b, a]).train.steps == 70
+    assert load_config([*TINY, a, b]).train.clip == 2.0
+
+
+def test_group_chosen_by_a_yaml_file_or_the_command_line_brings_its_own_file(
+    tmp_path: Path,
+) -> None:
+    yaml = written(tmp_path / "a.yaml", "variant: solu_gain\nsize: d128\nmodel: {ctx: 64}")
+    config = load_config([yaml])
+    assert (config.variant, config.model.d_model, config.model.ctx) == ("solu_gain", 128, 64)
+    assert load_config([yaml, "size=tiny"]).model.d_model == 32
+
+
+def test_base_yaml_does_not_win_over_the_size(tmp_path: Path) -> None:
+    assert load_config(["variant=solu"]).size == "demo"
+    assert load_config(["variant=solu", "size=tiny"]).model.d_model == 32
+
+
+def test_debug_yaml_is_a_short_run_of_its_own_study() -> None:
+    config = load_config([str(configs_dir() / "debug.yaml"), "variant=solu"])
+    assert (config.study, config.size, config.train.steps) == ("debug", "tiny", 20)
+
+
+def test_variant_and_source_bring_their_own_parameters() -> None:
+    config = load_config(["variant=solu_gain", "size=tiny", "mid.gain=2.5", "corpus.max_mb=3"])
+    assert (config.mid.gain, config.corpus.max_mb) == (2.5, 3.0)
+    assert load_config(["variant=gelu_ln", "size=tiny"]).mid.eps == 1e-5
+    assert "mid.gain" in refusal("variant=solu", "size=tiny", "mid.gain=2.5")
+
+
+def test_rate_is_the_one_given_or_the_tuned_one_of_the_variant() -> None:
+    rates = "train.rates={solu: 3e-3, gelu: 4e-3}"
+    assert load_config(["variant=solu", "size=demo", rates]).train.lr == 3e-3
+    assert load_config(["variant=solu", "size=demo", rates, "train.lr=1e-4"]).train.lr == 1e-4
+
+
+def test_rate_that_nobody_tuned_is_refused() -> None:
+    message = refusal("variant=solu", "size=tiny", "train.lr=null")
+    assert message == (
+        "size 'tiny' has no tuned rate for variant 'solu': set train.lr, or add it to train.rates in "
+        "configs/size/"
+    )
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_configuration_reads_back_equal(tmp_path: Path, variant: str) -> None:
+    words = [f"variant={variant}", "size=demo", "seed=3", "tag=x-y", "train.lr_rest=3e-4"]
+    config = load_config(words)
+    path = Path(written(tmp_path / "config.yaml", to_yaml(config)))
+    assert read_config(path) == config
+    assert type(read_config(path).mid) is type(config.mid)
+    assert read_config(path).hash == config.hash
+
+
+def test_saved_configuration_runs_again_by_its_file_alone(tmp_path: Path) -> None:
+    config = load_config(["variant=solu_gain", "size=demo", "mid.gain=3", "corpus.max_mb=2"])
+    assert load_config([written(tmp_path / "config.yaml", to_yaml(config))]) == config
+
+
+def test_saved_nested_lists_read_back_equal(tmp_path: Path) -> None:
+    config = load_config([*TINY, "data=hub", "corpus.max_mb=7"])
+    assert config.corpus.sets[1].text_field == "content"
+    assert read_config(Path(written(tmp_path / "config.yaml", to_yaml(config)))) == config
+
+
+def test_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no configuration at .*: not a run folder"):
+        read_config(tmp_path / "config.yaml")
+
+
+# The hash
+
+
+PLACES = ("study=x", "tag=x", "runs_dir=x", "tokens.cache_dir=x", "train.rates={solu: 1}",
+          "train.log_every=7", "train.checkpoint_every=7", "train.device=cpu",
+          "train.compile=false")  # fmt: skip
+NUMBERS = ("seed=1", "variant=gelu_ln", "mid.kappa=1", "mid.eps=1", "corpus.max_mb=1", "model.ctx=16",
+           "model.n_heads=1", "tokens.d_vocab=300", "tokens.report_share=0.1", "train.steps=61",
+           "train.lr=1", "train.beta2=0.5", "train.schedule=constant", "train.precision=bf16",
+           "data=hub")  # fmt: skip
+
+
+def test_hash_and_differences_do_not_see_places() -> None:
+    config = load_config(TINY)
+    for word in PLACES:
+        other = load_config([*TINY, word])
+        assert other != config, word
+        assert other.hash == config.hash, word
+        assert differences(config, other) == [], word
+
+
+def test_hash_and_differences_see_each_number_and_name_it() -> None:
+    config = load_config(TINY)
+    hashes = {config.hash}
+    for word in NUMBERS:
+        other = load_config([*TINY, word])
+        hashes.add(other.hash)
+        named = {line.split("=")[0] for line in differences(config, other)}
+        assert word.split("=")[0] in named, word
+    assert len(hashes) == len(NUMBERS) + 1
+
+
+def test_difference_says_what_is_there_and_what_is_here() -> None:
+    there, here = load_config([*TINY, "train.steps=70"]), load_config([*TINY, "train.steps=80"])
+    assert differences(there, here) == ["train.steps=70 there, 80 here"]
+
+
+def test_run_is_named_by_variant_seed_and_tag() -> None:
+    config = load_config([*TINY, "seed=4", "tag=wide", "study=s", "runs_dir=/r"])
+    assert config.run_dir == Path("/r/s/solu_ln-s4-wide")
+    assert (config.arm, load_config(TINY).arm) == ("solu_ln-wide", "solu_ln")
+
+
+# Schemas
+
+
+def schemas() -> Iterator[tuple[str, type]]:
+    """Every dataclass whose keys a user can set, nested ones and those of open sets included."""
+    yield "", Config
+    yield "", EvalConfig
+    for section, package in (("mid.", GROUPS["variant"]), ("corpus.", GROUPS["data"])):
+        for name in plugins.names(package):
+            yield section, plugins.pick(package, name).params
+
+
+def keys_of(schema: type, prefix: str) -> Iterator[str]:
+    for item in fields(schema):
+        if is_dataclass(item.default_factory):
+            yield from keys_of(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def shown(schema: type, prefix: str = "") -> dict[str, list[str]]:
+    """What help says of each key: its default, and the words of its meaning's first line."""
+    lines = (line for line in help_lines(schema, prefix) if not line.startswith("   "))
+    return {key: said for key, *said in map(str.split, lines)}
+
+
+@pytest.mark.parametrize(("prefix", "schema"), list(schemas()))
+def test_help_lists_every_key_with_its_default_and_meaning(prefix: str, schema: type) -> None:
+    found = shown(schema, prefix)
+    assert list(found) == list(keys_of(schema, prefix))
+    for key, (default, *meaning) in found.items():
+        assert default, key
+        assert meaning, key
+
+
+def test_train_help_has_the_keys_of_every_variant_and_source() -> None:
+    text = train_help()
+    for prefix, schema in schemas():
+        if schema is not EvalConfig:
+            for key in keys_of(schema, prefix):
+                assert re.search(rf"^  {re.escape(key)} ", text, re.MULTILINE), key
+
+
+def test_help_shows_the_default_that_a_run_gets() -> None:
+    defaults = {key: default for key, (default, *_) in shown(Config).items()}
+    assert defaults["variant"] == "required"
+    assert defaults["train.lr"] == "null"
+    assert defaults["train.beta2"] == "0.99"
+
+
+@pytest.mark.parametrize(("prefix", "schema"), list(schemas()))
+def test_every_schema_is_frozen(prefix: str, schema: type) -> None:
+    assert schema.__dataclass_params__.frozen
+
+
+def test_loaded_configuration_cannot_be_changed() -> None:
+    config: Any = load_config(TINY)
+    for part, name in ((config, "seed"), (config.train, "steps"), (config.mid, "eps"),
+                       (config.corpus, "max_mb")):  # fmt: skip
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, name, 1)
+
+
+# Files in configs/
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_each_member_has_a_yaml_of_its_name_and_each_yaml_a_member(group: str) -> None:
+    files = sorted(path.stem for path in (configs_dir() / group).glob("*"))
+    assert files == plugins.names(GROUPS[group])
+
+
+@pytest.mark.parametrize("group", ["variant", "data", "size"])
+def test_each_group_file_says_its_own_name(group: str) -> None:
+    for path in (configs_dir() / group).glob("*.yaml"):
+        assert re.search(rf"^{group}: {path.stem}$", path.read_text(), re.MULTILINE), path
+
+
+@pytest.mark.parametrize(("size", "variant"), list(product(SIZES, VARIANTS)))
+def test_every_size_loads_for_every_variant(size: str, variant: str) -> None:
+    config = load_config([f"size={size}", f"variant={variant}"])
+    assert (config.size, config.variant) == (size, variant)
+    assert config.train.lr is not None
+
+
+def test_solu1l_is_the_recipe_of_the_pretrained_model() -> None:
+    config = load_config(["variant=solu_ln", "size=solu1l", "data=hub"])
+    model, train = config.model, config.train
+    assert (model.d_model, model.d_mlp, model.n_layers) == (512, 2048, 1)
+    assert (model.n_heads, model.d_model // model.n_heads) == (8, 64)
+    assert (model.ctx, config.tokens.d_vocab) == (1024, 48262)
+    assert (model.ln_eps, model.init_std) == (1e-5, 0.02)
+    tokens_a_step = train.batch_size * model.ctx
+    assert abs(train.steps * tokens_a_step - 22e9) <= tokens_a_step
+    assert abs(train.warmup_steps * tokens_a_step - 3e8) <= tokens_a_step
+    assert (train.lr, train.lr_rest) == (2e-3 / (512 / 256), 1e-3)
+    assert (train.beta1, train.beta2, train.weight_decay, train.clip) == (0.9, 0.99, 0.05, 1.0)
+    assert (train.schedule, train.final_lr_share) == ("cosine", 0.1)
+    assert config.mid.epsilon(model.d_mlp) == pytest.approx(1e-5, rel=1e-12)
+
+
+def test_kappa_is_epsilon_times_the_square_of_the_width() -> None:
+    config = load_config([*TINY, "mid.kappa=32"])
+    assert config.mid.epsilon(128) == 32 / 128**2
+    assert load_config([*TINY, "mid.eps=3e-4"]).mid.epsilon(128) == 3e-4
+    for d_mlp in (128, 512):
+        dose = load_config(TINY).mid.epsilon(d_mlp) * d_mlp**2
+        assert dose == pytest.approx(1e-5 * 2048**2)
+
+
+def test_evaluation_reads_its_own_file_and_then_the_words() -> None:
+    assert load_typed(EvalConfig, [], "eval.yaml").n_tokens == 10_000
+    words = ["n_tokens=500", "probes=[engagement]"]
+    config = load_typed(EvalConfig, words, "eval.yaml")
+    assert (config.n_tokens, config.probes) == (500, ["engagement"])
+
+
+# Refusals
+
+
+def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    assert refusal(*TINY, "train.stepz=3") == (
+        "no key called 'train.stepz'. Did you mean 'train.steps'? --help lists them"
+    )
+    assert "'trian'. Did you mean 'train'?" in refusal(*TINY, "trian.steps=3")
+    assert "'mid.kapa'. Did you mean 'mid.kappa'?" in refusal(*TINY, "mid.kapa=3")
+    yaml = written(tmp_path / "a.yaml", "model: {d_modl: 3}")
+    assert "'model.d_modl'. Did you mean 'model.d_model'?" in refusal(*TINY, yaml)
+
+
+def test_unknown_member_names_the_nearest_and_lists_all() -> None:
+    message = refusal("variant=solu_frozen")
+    assert message == (
+        "no variant called 'solu_frozen'. Did you mean 'solu_frozen_ln'? There are: "
+        + ", ".join(VARIANTS)
+    )
+    assert "no size called 'tini'. Did you mean 'tiny'?" in refusal("variant=solu", "size=tini")
+    assert "no data called 'file'. Did you mean 'files'?" in refusal("variant=solu", "data=file")
+    for inside in ("_parts", "../solu", "__init__"):
+        assert f"no variant called {inside!r}" in refusal(f"variant={inside}")
+
+
+@pytest.mark.parametrize("words", [(), ("variant=",), ("variant=null",), ("variant=???",)])
+def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> None:
+    assert refusal(*words).startswith("variant has no value: give it, as in variant=solu_ln. There")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        # wrong type
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted"),
+        ("train.steps=1.5", "train.steps: Value '1.5'"),
+        ("train.steps=true", "train.steps: Value 'True'"),
+        ("train.lr=[1]", "train.lr: "),
+        ("train.schedule=linear", "train.schedule: Invalid value 'linear', expected one of"),
+        ("train.device=tpu", "expected one of ['auto', 'cpu', 'cuda']"),
+        ("model=3", "model=3: wanted keys below it"),
+        ("mid=null", "mid=null: wanted keys below it"),
+        ("train.steps=${nowhere}", "nowhere"),
+        ("train.steps=[1", "cannot read 'train.steps=[1'"),
+        # relations
+        ("model.n_heads=3", "model.n_heads=3 does not divide model.d_model=32"),
+        ("train.micro_batches=3", "train.micro_batches=3 does not divide train.batch_size=8"),
+        ("train.warmup_steps=61", "must lie between 0 and train.steps=60"),
+        ("tokens.select_share=0.95", "leave a share for training"),
+        # ranges
+        ("model.n_heads=0", "model.n_heads=0 must be 1 or more"),
+        ("model.d_mlp=0", "model.d_mlp=0 must be 1 or more"),
+        ("model.ctx=2", "model.ctx=2 must be 3 or more"),
+        ("model.ln_eps=0", "model.ln_eps=0.0 must be above 0"),
+        ("model.init_std=nan", "model.init_std=nan must be above 0"),
+        ("tokens.d_vocab=259", "tokens.d_vocab=259 must be 260 or more"),
+        ("tokens.select_share=0", "tokens.select_share=0.0"),
+        ("train.steps=0", "train.steps=0 must be 1 or more"),
+        ("train.lr=-1", "train.lr=-1.0 must be above 0"),
+        ("train.lr=inf", "train.lr=inf must be a finite number"),
+        ("train.lr_rest=0", "train.lr_rest=0.0 must be above 0"),
+        ("train.beta1=1.5", "train.beta1=1.5 must be in [0, 1]"),
+        ("train.weight_decay=-0.1", "train.weight_decay=-0.1 must be 0 or more"),
+        ("train.clip=0", "train.clip=0.0 must be above 0"),
+        ("corpus.max_mb=nan", "corpus.max_mb=nan must be"),
+        ("mid.eps=0", "mid.eps=0.0 must be above 0"),
+        ("mid.kappa=-1", "mid.kappa=-1.0 must be above 0"),
+        ("seed=-1", "seed=-1 must be 0 or more"),
+        # names of folders
+        ("study=../up", "study='../up' is used as a folder's name"),
+        ("study=..", "study='..' is used as a folder's name"),
+        ("tag=a/b", "tag='a/b' is used as a folder's name"),
+        # neither key=value nor a file
+        ("steps", "'steps' is neither key=value nor a .yaml file"),
+        ("--steps=3", "no key called '--steps'"),
+        ("nowhere.yaml", "no configuration file nowhere.yaml"),
+    ],
+)  # fmt: skip
+def test_value_that_cannot_be_is_refused_with_its_key(word: str, says: str) -> None:
+    assert says in refusal(*TINY, word)
+
+
+def test_epsilon_and_kappa_together_are_refused() -> None:
+    message = refusal(*TINY, "mid.eps=1e-5", "mid.kappa=3")
+    assert message == ("mid.eps=1e-05 and mid.kappa=3.0 are both given: set one of them to null")
+    assert "both given" in refusal("variant=gelu_ln", "size=tiny", "mid.kappa=3")
+    assert load_config(["variant=gelu_ln", "size=tiny", "mid.eps=null", "mid.kappa=3"])
+
+
+def test_static_gain_is_a_number_above_zero_or_a_word() -> None:
+    gain = ("variant=solu_gain", "size=tiny")
+    assert load_config(gain).mid.gain == "init"
+    run_dir = "runs/a/solu_ln-s{seed}"
+    assert load_config([*gain, f"mid.gain={run_dir}"]).mid.gain == run_dir
+    assert "must be above 0, 'init', or a finished run's folder" in refusal(*gain, "mid.gain=-1")
+    assert "mid.gain: Value 'None'" in refusal(*gain, "mid.gain=null")
+
+
+def test_parameter_that_a_source_cannot_do_without_is_asked_for() -> None:
+    assert refusal(*TINY, "data=files") == "corpus.paths has no value: give it, as in corpus.paths=…"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("train: {steps: [", "is not YAML"),
+        ("- train", "holds no keys: wanted key: value lines"),
+        ("train: 3", "train=3: wanted keys below it"),
+    ],
+)
+def test_yaml_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, says: str) -> None:
+    assert says in refusal(*TINY, written(tmp_path / "a.yaml", content))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("probes=[engagment]", "no probe called 'engagment'. Did you mean 'engagement'?"),
+        ("probes=engagement", "probes: wanted a list, as in probes=[…]"),
+        ("n_tokens=99", "n_tokens=99 must be 100 or more"),
+        ("n_tokenz=200", "'n_tokenz'. Did you mean 'n_tokens'?"),
+        ("seed=-1", "seed=-1 must be 0 or more"),
+    ],
+)
+def test_evaluation_that_cannot_be_is_refused(word: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        load_typed(EvalConfig, [word], "eval.yaml")
+
+
+def test_flattened_keys_are_the_command_lines() -> None:
+    config = load_config(TINY)
+    values = dict(flatten(asdict(config)))
+    assert values["train.steps"] == config.train.steps
+    changed = replace(config, seed=9)
+    assert dict(flatten(asdict(changed))) == {**values, "seed": 9}

@@ -1,0 +1,136 @@
+"""Run folder -> HookedTransformer: the same function, and all of TransformerLens's hooks."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_every_variant import BOS, D_VOCAB, VARIANTS, rough_model, some_tokens
+
+from soluscope import plugins
+from soluscope.checkpoint import Facts
+from soluscope.convert import check_agreement, load, to_hooked
+from soluscope.errors import UserError
+
+NORMED = [v for v in VARIANTS if plugins.pick("soluscope.variants", v).build_norm]
+
+
+def facts_for(name):
+    variant = plugins.pick("soluscope.variants", name)
+    return Facts(
+        run=f"{name}-s0", arm=name, variant=name, study="test", seed=0, d_model=32, n_heads=2,
+        d_mlp=128, n_layers=1, ctx=32, d_vocab=D_VOCAB, hooked_act_fn=variant.hooked_act_fn,
+        ln_eps=1e-5, mid_norm=None, eps=None, gain=None, bos=BOS, eos=1, pad=2, tokenizer_hash="",
+        lr=1e-3, steps=1, tokens=1, config="", commit="", versions={},
+    )  # fmt: skip
+
+
+def hooked_for(name, dtype=torch.float64):
+    trained = rough_model(name, dtype)
+    return trained, to_hooked(trained, facts_for(name), plugins.pick("soluscope.variants", name))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_stage_agrees_to_1e_10_in_fp64(name):
+    trained, hooked = hooked_for(name)
+    assert check_agreement(trained, hooked) < 1e-10
+    record, tokens = {}, some_tokens()
+    logits = trained(tokens, record)
+    hooked_logits, cache = hooked.run_with_cache(tokens)
+    torch.testing.assert_close(hooked_logits, logits, rtol=1e-10, atol=1e-10)
+    compared = [key for key in record if key in cache]
+    assert {"blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_post"} <= set(compared)
+    assert ("blocks.0.mlp.hook_mid" in compared) == (name in NORMED)
+    assert ("blocks.0.mlp.ln.hook_scale" in compared) == (name in NORMED)
+    for key in compared:
+        torch.testing.assert_close(cache[key], record[key], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_stage_agrees_to_1e_4_in_fp32(name):
+    trained, hooked = hooked_for(name, torch.float32)
+    assert check_agreement(trained, hooked) < 1e-4
+    tokens = some_tokens()
+    assert hooked(tokens, return_type="loss").item() == pytest.approx(
+        trained.loss(tokens, BOS).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_hooks_come_in_transformer_lenss_order(name):
+    _, hooked = hooked_for(name)
+    _, cache = hooked.run_with_cache(some_tokens())
+    names = list(cache.keys())
+    wanted = [
+        "blocks.0.mlp.hook_pre", "blocks.0.mlp.hook_mid", "blocks.0.mlp.ln.hook_scale",
+        "blocks.0.mlp.ln.hook_normalized", "blocks.0.mlp.hook_post", "blocks.0.hook_mlp_out",
+        "ln_final.hook_scale",
+    ]  # fmt: skip
+    assert sorted(wanted, key=names.index) == wanted
+    assert cache["blocks.0.mlp.ln.hook_scale"].shape == (3, 32, 1)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_the_gain_is_one_over_hook_scale_and_normalized_comes_before_gamma_and_beta(name):
+    _, hooked = hooked_for(name)
+    _, cache = hooked.run_with_cache(some_tokens())
+    mid, scale = cache["blocks.0.mlp.hook_mid"], cache["blocks.0.mlp.ln.hook_scale"]
+    centred = mid if name == "solu_gain" else mid - mid.mean(-1, keepdim=True)
+    torch.testing.assert_close(cache["blocks.0.mlp.ln.hook_normalized"], centred / scale)
+    if name in ("solu_gain", "solu_frozen_ln"):
+        torch.testing.assert_close(scale, torch.full_like(scale, 1 / 20))
+    norm = hooked.blocks[0].mlp.ln
+    if name != "solu_gain":
+        post = cache["blocks.0.mlp.ln.hook_normalized"] * norm.w + norm.b
+        torch.testing.assert_close(cache["blocks.0.mlp.hook_post"], post)
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_patching_the_scale_reaches_the_logits(name):
+    _, hooked = hooked_for(name)
+    tokens = some_tokens()
+    double = lambda scale, hook: scale * 2  # noqa: E731
+    patched = hooked.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.ln.hook_scale", double)])
+    assert (patched - hooked(tokens)).abs().max() > 1e-3
+
+
+def test_a_model_that_computes_something_else_is_refused_with_where_and_by_how_much():
+    trained = rough_model("solu_ln")
+    with pytest.raises(UserError, match=r"does not compute what was trained: \S+ differs by \d"):
+        to_hooked(trained, facts_for("solu_ln"), plugins.pick("soluscope.variants", "gelu_ln"))
+
+
+def test_another_epsilon_in_the_mid_norm_is_refused():
+    trained, hooked = hooked_for("solu_ln")
+    hooked.blocks[0].mlp.ln.eps = 1e-2
+    with pytest.raises(UserError, match="differs by"):
+        check_agreement(trained, hooked)
+
+
+def test_a_tensor_without_a_place_is_refused():
+    trained = rough_model("solu")
+    trained.register_buffer("surplus", torch.zeros(1))
+    with pytest.raises(UserError, match=r"without a place \['surplus'\]"):
+        to_hooked(trained, facts_for("solu"), plugins.pick("soluscope.variants", "solu"))
+
+
+def test_a_norm_that_transformer_lens_would_leave_out_is_refused():
+    trained = rough_model("solu_ln")
+    facts = dataclasses.replace(
+        facts_for("solu_ln"), hooked_act_fn="solu"
+    )  # without _ln, no hook_mid
+    with pytest.raises(UserError, match=r"hook_post differs by"):
+        to_hooked(trained, facts, plugins.pick("soluscope.variants", "solu_ln"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_finished_run_loads_with_tokenizer_and_facts_and_generates(tiny_study, variant):
+    model = load(tiny_study / f"{variant}-s0")
+    assert model.facts.variant == variant
+    tokens = model.to_tokens("def f(x):")
+    assert tokens[0, 0] == model.facts.bos
+    assert model.to_string(tokens[0, 1:]) == "def f(x):"
+    text = model.generate("import", max_new_tokens=3, verbose=False)
+    assert text.startswith("<|BOS|>import") or text.startswith("import")
+    _, cache = model.run_with_cache("def f(x):")
+    assert cache["blocks.0.attn.hook_pattern"].shape[1] == model.facts.n_heads
+    assert "blocks.0.hook_resid_post" in cache

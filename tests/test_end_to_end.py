@@ -1,0 +1,114 @@
+"""train -> convert -> probe -> report through the real commands, in a temporary folder, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soluscope import plugins
+
+ROOT = Path(__file__).parents[1]
+VARIANTS = plugins.names("soluscope.variants")
+
+
+def run(folder, *words):
+    """A command in `folder`, refused all network by a proxy that is not there."""
+    nowhere = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
+    )
+    env = os.environ | nowhere | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=folder, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("end_to_end")
+    words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",
+             "eval.n_tokens=1000", "eval.n_loss_tokens=2000", "eval.n_draws=200"]  # fmt: skip
+    first = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
+    again = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
+    return folder / "runs" / "e2e", first, again
+
+
+def test_every_run_leaves_what_design_says(study):
+    folder, _, _ = study
+    for variant in VARIANTS:
+        for seed in (0, 1):
+            here = folder / f"{variant}-s{seed}"
+            for name in ("config.yaml", "model.safetensors", "model.json", "metrics.jsonl", "done.json",
+                         "checkpoints/last.ckpt", "probes/engagement.parquet", "probes/loss.parquet"):  # fmt: skip
+                assert (here / name).is_file(), name
+    for name in ("tokenizer.json", "data.json", "results.jsonl", "report.html"):
+        assert (folder / name).is_file(), name
+
+
+def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
+    rows = [json.loads(line) for line in (study[0] / "results.jsonl").open()]
+    runs = {f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)}
+    for probe in (*plugins.names("soluscope.probes"), "loss", "training"):
+        assert {row["run"] for row in rows if row["probe"] == probe} == runs, probe
+    compared = {row["quantity"] for row in rows if row["probe"] == "comparison"}
+    assert {"gain of LN", "Phi_dyn", "static - LN", "difference", "loss"} <= compared
+    assert all(row["commit"] and (row["config"] or row["probe"] == "comparison") for row in rows)
+
+
+def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
+    _, first, again = study
+    assert "12 runs, 0 finished already, 12 to train" in first.stderr
+    assert "12 runs, 12 finished already, 0 to train" in again.stderr
+    assert again.stderr.count("probed already") == 12
+
+
+def test_the_terminal_shows_the_table_and_where_the_report_is(study):
+    _, first, again = study
+    assert "solu_frozen_ln" in first.stdout
+    assert "report: runs/e2e/report.html" in first.stdout
+    assert first.stdout == again.stdout
+
+
+def test_the_report_is_rebuilt_from_results_alone_without_torch(study, tmp_path):
+    (tmp_path / "e2e").mkdir()
+    (tmp_path / "e2e" / "results.jsonl").write_bytes((study[0] / "results.jsonl").read_bytes())
+    blocked = (
+        "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    run(tmp_path, "-c", blocked, ROOT / "eval" / "report.py", "e2e")
+    assert (tmp_path / "e2e" / "report.html").read_bytes() == (
+        study[0] / "report.html"
+    ).read_bytes()
+
+
+def test_probing_the_same_models_again_gives_the_same_rows_bit_for_bit(study, tmp_path):
+    import shutil
+
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    for probes in copy.glob("solu*-s0/probes"):
+        shutil.rmtree(probes)
+    cache = json.loads((copy / "data.json").read_text())["path"]
+    shutil.copytree(study[0].parents[1] / Path(cache).parent, tmp_path / Path(cache).parent)
+    run(
+        tmp_path,
+        ROOT / "eval" / "run.py",
+        "runs/e2e",
+        "n_tokens=1000",
+        "n_loss_tokens=2000",
+        "n_draws=200",
+    )
+    assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
+
+
+def test_one_run_trains_by_the_readmes_command(tmp_path):
+    words = "variant=solu_ln seed=1 size=tiny data=stdlib train.steps=5 train.warmup_steps=0 corpus.max_mb=1"
+    done = run(tmp_path, ROOT / "train" / "run.py", *words.split())
+    assert done.stdout == "runs/default/solu_ln-s1 is finished\n"
+    assert "loss" in done.stderr
+    assert "tok/s" in done.stderr

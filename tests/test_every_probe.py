@@ -1,0 +1,313 @@
+"""What holds for every probe over the folder, and what each must find where the answer is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_convert import facts_for, hooked_for
+from test_every_variant import BOS, VARIANTS, some_tokens
+
+from soluscope import plugins, streams
+from soluscope.ablation import loss_at_gain
+from soluscope.activations import HookedRun, observe, planted
+from soluscope.checkpoint import load_facts
+from soluscope.config import EvalConfig
+from soluscope.convert import load
+from soluscope.errors import UserError
+from soluscope.results import Row
+from soluscope.suite import summarise, token_table
+
+PROBES = plugins.names("soluscope.probes")
+SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
+BASE = Row(study="s", probe="p", quantity="", value=None, unit="")
+
+
+def stream_of(tokens, name="natural"):
+    string = torch.arange(len(tokens))[:, None].expand(tokens.shape)
+    return streams.Stream(name, tokens, string, torch.ones_like(tokens, dtype=torch.bool), BOS)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_gives_the_answers_worked_by_hand(name):
+    probe = plugins.pick("soluscope.probes", name)
+    n_checked = 0
+    for run, answers in probe.known():
+        measured = probe.measure(run, None)
+        for quantity, wanted in answers.items():
+            found = measured[quantity].double()
+            torch.testing.assert_close(
+                found,
+                torch.tensor(wanted, dtype=torch.float64),
+                rtol=1e-6,
+                atol=1e-9,
+                equal_nan=True,
+            )
+            n_checked += 1
+    assert n_checked >= 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, variant):
+    probe = plugins.pick("soluscope.probes", name)
+    _, hooked = hooked_for(variant)
+    run = observe(hooked, stream_of(some_tokens()))
+    measured = probe.measure(run, None)
+    split_columns = {c for q in probe.quantities.values() for c in q.split_by}
+    assert measured.keys() == probe.quantities.keys() | split_columns
+    assert {values.shape for values in measured.values()} == {(3 * 32,)}
+    table = token_table(probe, run)
+    rows = list(summarise(table, probe, BASE, EvalConfig(n_draws=100)))
+    assert rows
+    assert all(row.unit for row in rows)
+    drawn = {q for figure in probe.figures for q in figure.quantities}
+    assert drawn <= probe.quantities.keys() | probe.string_quantities.keys()
+
+
+@pytest.mark.parametrize("final_norm", ["live", "frozen"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_at_a_gain_is_what_brute_force_hooks_give(variant, final_norm):
+    """Section 8.4 against run_with_hooks: mid scaled where there is no norm, else hook_scale."""
+    _, hooked = hooked_for(variant)
+    tokens = some_tokens()
+    run = observe(hooked, stream_of(tokens))
+    gains = torch.rand(
+        run.pos.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    gains = run.gain * (0.2 + 2 * gains)
+    factor = (gains / run.gain).view(*tokens.shape, 1)
+    _, cache = hooked.run_with_cache(tokens)
+    name = "blocks.0.mlp.ln.hook_scale"
+    hooks = [(name, lambda scale, hook: scale / factor)]
+    if name not in cache:
+        hooks = [("blocks.0.mlp.hook_post", lambda post, hook: post * factor)]
+    if final_norm == "frozen":
+        hooks.append(("ln_final.hook_scale", lambda scale, hook: cache["ln_final.hook_scale"]))
+    log_p = hooked.run_with_hooks(tokens, fwd_hooks=hooks).log_softmax(-1)[:, :-1]
+    wanted = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    found = loss_at_gain(run, gains[:, None], final_norm).view(tokens.shape)
+    torch.testing.assert_close(found[:, :-1], wanted, rtol=0, atol=1e-10)
+    assert found[:, -1].isnan().all()
+
+
+def test_observed_losses_are_the_models_own_and_nan_without_a_target():
+    _, hooked = hooked_for("solu_ln")
+    tokens = some_tokens()
+    tokens[0, 5] = BOS
+    run = observe(hooked, stream_of(tokens))
+    loss = run.loss.view(tokens.shape)
+    wanted = hooked(tokens, return_type="loss", loss_per_token=True)
+    assert loss[0, 4].isnan()
+    assert loss[:, -1].isnan().all()
+    torch.testing.assert_close(loss[1:, :-1].float(), wanted[1:].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_not_observed_and_changes_nothing():
+    _, hooked = hooked_for("solu_ln")
+    rows = [(0, [5, 6, 7]), (1, list(range(5, 20)))]
+    together = observe(hooked, streams.from_rows(rows, BOS, 32, "text"))
+    alone = observe(hooked, streams.from_rows(rows[:1], BOS, 32, "text"))
+    first = together.string == 0
+    assert len(together.pos) == 4 + 16
+    torch.testing.assert_close(together.mid[first], alone.mid)
+    torch.testing.assert_close(together.loss[first], alone.loss, equal_nan=True)
+    assert together.loss[first][-1].isnan()
+
+
+def test_is_solu_is_read_off_the_activations():
+    assert all(
+        observe(hooked_for(v)[1], stream_of(some_tokens())).is_solu == v.startswith("solu")
+        for v in VARIANTS
+    )
+
+
+# --- P1, on the real model ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def solu_1l():
+    if not SOLU_1L.is_file():
+        pytest.skip("the pretrained SoLU-1L's activations are not beside this clone")
+    return np.load(SOLU_1L)
+
+
+def test_engagement_of_solu_1l_is_section_1_2s_table(solu_1l):
+    """By our definition of r from hook_mid alone, against the table that was read off hook_normalized."""
+    run = planted(torch.from_numpy(solu_1l["hook_mid"])[None], eps=1e-5)
+    measured = plugins.pick("soluscope.probes", "engagement").measure(run, None)
+    r = [.117, .0112, .0227, .0197, .0365, .0286, .0392, .0291, .0286, .0284, .0373, .0213, .0447,
+         .0287, .0300]  # fmt: skip
+    gain = [297.22, 314.45, 312.62, 313.09, 310.40, 311.67, 309.96, 311.60, 311.67, 311.70, 310.27, 312.84,
+            309.07, 311.65, 311.45]  # fmt: skip
+    np.testing.assert_allclose(measured["r"], r, atol=6e-5, rtol=4e-3)
+    np.testing.assert_allclose(measured["gain"], gain, atol=6e-3)
+    assert measured["kappa"][0].item() == pytest.approx(41.94304)
+    norm = np.linalg.norm(solu_1l["hook_normalized"], axis=-1)
+    np.testing.assert_allclose(norm, np.sqrt(2048 * measured["r"].numpy()), rtol=1e-4)
+
+
+def test_solu_1ls_published_gain_curve_moves_and_its_last_token_does_not(solu_1l):
+    run = planted(torch.from_numpy(solu_1l["hook_mid"])[None], eps=1e-5)
+    measured = plugins.pick("soluscope.probes", "gain_variation").measure(run, None)
+    published = measured["mean with BOS (as published)"]
+    np.testing.assert_allclose(published[[1, 2, 3, 14]], [305.8, 308.1, 309.4, 310.6], atol=0.06)
+    assert measured["last token"][1:].log().std() < 0.006
+
+
+# --- P2 -------------------------------------------------------------------------------------------
+
+
+def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_flat():
+    """C9 of science.md section 6."""
+    scales = torch.tensor([2.0] + [1.0] * 30)
+    run = planted(scales[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-12)
+    probe = plugins.pick("soluscope.probes", "gain_variation")
+    (row,) = probe.per_string(token_table(probe, run)).to_dict("records")
+    assert row["AICc(log) - AICc(1/n): mean with BOS (as published)"] > 100
+    assert np.isnan(row["AICc(log) - AICc(1/n): last token"])
+    assert row["sd of log gain"] == pytest.approx(0, abs=1e-9)
+
+
+def test_where_the_gain_really_grows_with_log_n_the_fits_say_so():
+    gain = 1 + 0.2 * torch.arange(1.0, 33).log()
+    run = planted((1 / gain)[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-14)
+    probe = plugins.pick("soluscope.probes", "gain_variation")
+    (row,) = probe.per_string(token_table(probe, run)).to_dict("records")
+    assert row["AICc(log) - AICc(1/n): last token"] < -100
+    assert row["sd of log gain"] > 0.05
+
+
+# --- P4 -------------------------------------------------------------------------------------------
+
+
+def freeze(run: HookedRun) -> pd.DataFrame:
+    return token_table(plugins.pick("soluscope.probes", "scale_freeze"), run)
+
+
+def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
+    """The same weights at kappa 1e6 (C3: pinned by epsilon) and at a tiny one."""
+    changes = {}
+    for kappa in (1e6, 1e-6):
+        _, hooked = hooked_for("solu_ln")
+        hooked.blocks[0].mlp.ln.eps = kappa / 128**2
+        table = freeze(observe(hooked, stream_of(some_tokens(20))))
+        changes[kappa] = table["frozen at geometric mean"].abs().mean()
+    assert changes[1e6] < 1e-4
+    assert changes[1e-6] > 1e-2
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "ln" not in v or "frozen" in v])
+def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
+    table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
+    for column in (
+        "frozen at geometric mean",
+        "frozen, BOS at its own",
+        "frozen, final norm frozen too",
+    ):
+        assert table[column].abs().max() < 1e-12
+
+
+def test_the_best_constant_finds_a_gain_that_was_set_wrong():
+    """A static gain is doubled after the fact: the constant of least loss moves against it."""
+    _, hooked = hooked_for("solu_gain")
+    tokens = some_tokens(40)
+    with (
+        torch.no_grad()
+    ):  # make the right answer worth something: tokens follow the model's own guess
+        for pos in range(1, 31):
+            tokens[:, pos + 1] = hooked(tokens[:, : pos + 1])[:, -1].argmax(-1)
+    tokens[:, 0] = BOS
+    hooked.blocks[0].mlp.ln.gain.mul_(2)
+    table = freeze(observe(hooked, stream_of(tokens)))
+    content = table[table["pos"] > 0]
+    assert content["frozen at best constant"].mean() < -1e-3
+
+
+# --- streams and bad input ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache_of(tiny_study):
+    from soluscope.data.cache import open_cache
+
+    return open_cache(Path(json.loads((tiny_study / "data.json").read_text())["path"]))
+
+
+@pytest.mark.parametrize("name", ["natural", "prefixes", "prose", "code", "repeated", "random"])
+def test_a_stream_has_bos_first_in_each_row_and_is_the_same_each_time(cache_of, name):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(cache_of.tokenizer_path))
+    one, two = (streams.make(name, cache_of, tokenizer, 32, 2000, 0) for _ in range(2))
+    assert torch.equal(one.tokens, two.tokens)
+    assert (one.tokens[:, 0] == cache_of.meta["bos"]).all()
+    content = one.tokens[:, 1:][one.keep[:, 1:]]
+    assert (content != cache_of.meta["bos"]).all()
+    if name == "repeated":
+        assert (one.tokens[:, 1:] == one.tokens[:, 1:2]).all()
+        assert len(set(one.tokens[:, 1].tolist())) == len(one.tokens)
+    if name == "random":
+        assert not torch.equal(
+            one.tokens, streams.make(name, cache_of, tokenizer, 32, 2000, 1).tokens
+        )
+
+
+def test_docstrings_are_the_english_of_a_module():
+    code = '"""Top."""\n\ndef f():\n    """Inner text."""\n    return 1  # comment\n'
+    assert streams.docstrings(code) == "Top.\n\nInner text."
+    assert streams.docstrings("def broken(") == ""
+
+
+def test_python_text_streams_come_from_files_that_training_never_sees(cache_of):
+    from soluscope.data.cache import split_of
+
+    shares = cache_of.meta["shares"]
+    texts = list(streams.standard_library("code", **shares))
+    assert texts
+    assert all(split_of(text, shares["select"], shares["report"]) == "report" for text in texts)
+
+
+def test_text_shorter_than_two_tokens_is_refused(tiny_study):
+    from soluscope.suite import probe
+
+    model = load(tiny_study / "solu_ln-s0")
+    with pytest.raises(UserError, match="shorter than 2 tokens"):
+        probe(model, "")
+
+
+def test_an_unknown_probe_is_answered_with_the_nearest(tiny_study):
+    from soluscope.suite import probe
+
+    with pytest.raises(UserError, match="Did you mean 'engagement'"):
+        probe(load(tiny_study / "solu_ln-s0"), "some text", probes=["engagment"])
+
+
+def test_weights_that_are_not_finite_are_named():
+    _, hooked = hooked_for("solu_ln")
+    hooked.blocks[0].mlp.W_in.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.W_in holds values that are not finite"):
+        observe(hooked, stream_of(some_tokens()))
+
+
+def test_more_than_one_layer_is_refused_by_number():
+    _, hooked = hooked_for("solu_ln")
+    hooked.cfg.n_layers = 2
+    with pytest.raises(UserError, match="2 layers"):
+        observe(hooked, stream_of(some_tokens()))
+
+
+def test_probing_a_text_gives_a_table_and_figures(tiny_study):
+    import soluscope
+
+    model = soluscope.load(tiny_study / "solu_ln-s0")
+    frame, figures = soluscope.probe(model, ["import os and then some", "def f(x): return x"])
+    assert {"probe", "quantity", "string", "pos", "token", "text", "value"} == set(frame.columns)
+    assert set(frame["probe"]) == set(PROBES)
+    r = frame[(frame["quantity"] == "r") & (frame["pos"] > 0)]["value"]
+    assert r.between(0, 1).all()
+    assert (frame[frame["pos"] == 0]["text"] == "<|BOS|>").all()
+    assert all(figure.to_dict()["data"] for figure in figures.values())
+    assert load_facts(tiny_study / "solu_ln-s0").variant == facts_for("solu_ln").variant

@@ -1,0 +1,182 @@
+"""What holds for every variant, over the whole folder."""
+
+import itertools
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from soluscope import plugins
+from soluscope.checkpoint import build_model
+from soluscope.config import load_config
+from soluscope.errors import UserError
+from soluscope.model import LanguageModel
+from soluscope.norms import StaticNorm, gain_matching_layer_norm
+
+VARIANTS = plugins.names("soluscope.variants")
+D_VOCAB, BOS = 500, 0
+
+
+def rough_model(name, dtype=torch.float32, *words):
+    """An untrained model whose gains, biases and weights are all away from their initial values."""
+    model = build_model(load_config([f"variant={name}", "size=tiny", *words]), D_VOCAB).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data += 0.3 * noise.to(dtype)
+    norm = model.mlp(0).ln
+    if isinstance(norm, StaticNorm):
+        norm.gain.fill_(20.0)
+    return model
+
+
+def some_tokens(n_rows=3, ctx=32):
+    tokens = torch.randint(3, D_VOCAB, (n_rows, ctx), generator=torch.Generator().manual_seed(2))
+    tokens[:, 0] = BOS
+    return tokens
+
+
+@pytest.mark.parametrize(("left", "right"), list(itertools.combinations(VARIANTS, 2)))
+def test_variants_of_one_seed_start_from_the_same_values_in_every_common_tensor(left, right):
+    states = [
+        dict(
+            build_model(
+                load_config([f"variant={v}", "size=tiny", "seed=3"]), 300
+            ).named_parameters()
+        )
+        for v in (left, right)
+    ]
+    common = states[0].keys() & states[1].keys()
+    assert {"embed.W_E", "blocks.0.mlp.W_in", "blocks.0.mlp.W_out", "unembed.W_U"} <= common
+    assert all(torch.equal(states[0][name], states[1][name]) for name in common)
+
+
+def test_another_seed_starts_from_other_values():
+    models = [
+        build_model(load_config(["variant=solu", "size=tiny", f"seed={s}"]), 300) for s in (0, 1)
+    ]
+    assert not torch.equal(models[0].mlp(0).W_in, models[1].mlp(0).W_in)
+
+
+def test_initial_weights_have_the_recipes_standard_deviations():
+    model = build_model(load_config(["variant=solu", "size=d128"]), 4096)
+    assert model.mlp(0).W_in.std().item() == pytest.approx(0.02, rel=0.02)
+    assert model.pos_embed.W_pos.std().item() == pytest.approx(0.01, rel=0.02)
+    assert model.mlp(0).b_in.abs().max().item() == 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_token_does_not_see_those_after_it(name):
+    model = rough_model(name, torch.float64)
+    tokens = some_tokens()
+    changed = tokens.clone()
+    changed[:, 20:] = 7
+    torch.testing.assert_close(model(tokens)[:, :20], model(changed)[:, :20], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_is_the_mean_cross_entropy_over_targets_that_are_not_bos(name):
+    model = rough_model(name, torch.float64)
+    tokens = some_tokens()
+    tokens[1, 9] = BOS
+    log_p = model(tokens).log_softmax(-1)
+    by_hand = [
+        -log_p[row, pos, tokens[row, pos + 1]]
+        for row in range(len(tokens))
+        for pos in range(tokens.shape[1] - 1)
+        if tokens[row, pos + 1] != BOS
+    ]
+    assert model.loss(tokens, BOS).item() == pytest.approx(
+        torch.stack(by_hand).mean().item(), rel=1e-12
+    )
+    each = model.loss(tokens, BOS, reduction="none")
+    assert each.shape == (3, 31)
+    assert each[1, 8] == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="older torch")
+def test_chunked_loss_and_its_gradient_equal_the_plain_one(monkeypatch):
+    model, tokens = rough_model("solu_ln", torch.float32), some_tokens()
+    grads = []
+    for limit in (2**60, 0):
+        monkeypatch.setattr("soluscope.model.CHUNK_LOGITS_ABOVE", limit)
+        model.zero_grad()
+        loss = model.loss(tokens, BOS)
+        loss.backward()
+        grads.append((loss.item(), model.unembed.W_U.grad.clone(), model.mlp(0).W_in.grad.clone()))
+    for plain, chunked in zip(*grads, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(plain), torch.as_tensor(chunked), rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_stands_in_the_middle_is_never_computed_below_fp32(name, dtype):
+    model, record = rough_model(name), {}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(some_tokens(), record)
+    assert all(tensor.dtype == torch.float32 for tensor in record.values())
+
+
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v.endswith("_ln")])
+def test_the_fast_norm_is_the_formula(name):
+    norm = rough_model(name, torch.float64).mlp(0).ln
+    mid = torch.rand(5, 128, dtype=torch.float64) / 128
+    centred = norm.centred(mid)
+    torch.testing.assert_close(
+        norm(mid), norm.affine(centred / norm.denominator(centred)), rtol=1e-10, atol=1e-12
+    )
+
+
+def test_epsilon_by_kappa_is_kappa_over_d_mlp_squared():
+    model = build_model(load_config(["variant=solu_ln", "size=tiny", "mid.kappa=42"]), 300)
+    assert model.mlp(0).ln.eps == pytest.approx(42 / 128**2)
+    solu_1l = load_config(["variant=solu_ln", "size=solu1l"])
+    assert solu_1l.mid.epsilon(2048) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("name", ["solu_frozen_ln", "solu_gain"])
+def test_matched_gain_gives_the_output_the_rms_of_layer_norms(name):
+    norm = rough_model(name).mlp(0).ln
+    for parameter in norm.parameters():
+        parameter.data = torch.full_like(parameter, float(parameter is getattr(norm, "w", None)))
+    mid = torch.rand(64, 128).square() / 128
+    norm.gain.fill_(gain_matching_layer_norm(norm, mid, eps=1e-4))
+    layer_norm = torch.nn.functional.layer_norm(mid, (128,), eps=1e-4)
+    assert norm(mid).square().mean().item() == pytest.approx(
+        layer_norm.square().mean().item(), rel=1e-4
+    )
+
+
+def test_a_static_gain_that_nobody_set_gives_nan_not_a_number():
+    model = build_model(load_config(["variant=solu_gain", "size=tiny"]), 300)
+    assert model(some_tokens() % 300).isnan().all()
+
+
+def test_a_variant_that_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'solu_frozen_ln'"):
+        plugins.pick("soluscope.variants", "solu_frozn_ln")
+
+
+def test_solu_ln_is_transformer_lenss_own_model():
+    """Not through our conversion: TransformerLens's modules alone, loaded strictly."""
+    model = rough_model("solu_ln", torch.float64, "mid.eps=1e-5")
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=32, n_ctx=32, d_head=16, n_heads=2, d_mlp=128, d_vocab=D_VOCAB,
+        act_fn="solu_ln", normalization_type="LN", eps=1e-5, dtype=torch.float64, device="cpu",
+    )  # fmt: skip
+    theirs = HookedTransformer(config)
+    missing, unexpected = theirs.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    assert all("attn" in name for name in missing)  # its masks
+    torch.testing.assert_close(theirs(some_tokens()), model(some_tokens()), rtol=1e-12, atol=1e-12)
+
+
+def test_two_layers_are_allowed():
+    config = load_config(["variant=solu_ln", "size=tiny", "model.n_layers=2"])
+    model = build_model(config, D_VOCAB)
+    record = {}
+    model(some_tokens(), record)
+    assert "blocks.1.mlp.hook_mid" in record
+    assert isinstance(model, LanguageModel)

@@ -1,0 +1,290 @@
+"""Batches, schedule, gains, resuming, and losses that are no losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, train_silently
+from safetensors.torch import load_file
+
+from soluscope import plugins, training
+from soluscope.checkpoint import build_model, load_facts, load_model
+from soluscope.config import load_config
+from soluscope.data.cache import prepare
+from soluscope.errors import UserError
+from soluscope.training import batch_rows, parameter_groups, rate
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7, 64, 1000])
+def test_an_epoch_takes_each_row_once(n_rows):
+    drawn = np.concatenate([batch_rows(5, step, 1, n_rows) for step in range(2 * n_rows)])
+    assert sorted(drawn[:n_rows]) == list(range(n_rows))
+    assert sorted(drawn[n_rows:]) == list(range(n_rows))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    first, second = (batch_rows(0, step, 500, 500) for step in (0, 1))
+    other = batch_rows(1, 0, 500, 500)
+    assert (first == second).mean() < 0.05
+    assert (first == other).mean() < 0.05
+
+
+def test_the_order_of_rows_has_no_pattern_that_a_correlation_sees():
+    order = batch_rows(3, 0, 20_000, 20_000)
+    assert abs(np.corrcoef(order, np.arange(20_000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
+
+
+def test_batches_straddle_epochs_without_loss():
+    in_one = batch_rows(0, 0, 30, 7)
+    in_many = np.concatenate([batch_rows(0, step, 3, 7) for step in range(10)])
+    assert (in_one == in_many).all()
+
+
+def test_batches_are_the_same_for_every_variant(tmp_path):
+    """Through the real data loader of each variant's own run."""
+    seen = {}
+    for variant in plugins.names("soluscope.variants"):
+        config = tiny_config(tmp_path, f"variant={variant}", "seed=4", "train.micro_batches=2")
+        batches = training.Batches(config, prepare(config))
+        batches.trainer = type("At", (), {"global_step": 3, "global_rank": 0, "world_size": 1})
+        stream = iter(batches.train_dataloader())
+        seen[variant] = torch.cat([next(stream) for _ in range(4)])
+    reference = seen["gelu"]
+    assert reference.shape == (16, 32)  # two steps of two micro-batches of four rows
+    assert all(torch.equal(reference, tokens) for tokens in seen.values())
+
+
+def test_ranks_share_a_batch_out_between_them(tmp_path):
+    config = tiny_config(tmp_path, "variant=gelu")
+    rows = []
+    for rank in (0, 1):
+        batches = training.Batches(config, prepare(config))
+        batches.trainer = type("At", (), {"global_step": 0, "global_rank": rank, "world_size": 2})
+        rows.append(next(iter(batches.train_dataloader())))
+    whole = training.Batches(config, prepare(config))
+    whole.trainer = type("At", (), {"global_step": 0, "global_rank": 0, "world_size": 1})
+    both = next(iter(whole.train_dataloader()))
+    assert torch.equal(torch.stack(rows, dim=1).flatten(0, 1), both)
+
+
+def test_the_rate_warms_up_then_falls_as_a_cosine_to_its_final_share():
+    config = load_config(["variant=gelu", "size=tiny", "train.steps=110", "train.warmup_steps=10"])
+    assert [rate(step, config) for step in (0, 4, 9, 10)] == [0.1, 0.5, 1.0, 1.0]
+    assert rate(60, config) == pytest.approx(0.55)
+    assert rate(110, config) == pytest.approx(0.1)
+
+
+def test_parameter_groups_are_the_recipes():
+    config = load_config(["variant=solu_ln", "size=tiny", "train.lr=3e-3", "train.lr_rest=2e-3"])
+    model = build_model(config, 300)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, config)
+    by_name = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert by_name.keys() == set(names.values())
+    for name, settings in by_name.items():
+        if name in ("embed.W_E", "pos_embed.W_pos") or name.rsplit(".", 1)[1][0] in "wb":
+            assert settings == (2e-3, 0.0), name
+        else:
+            assert settings == ((2e-3 if name == "unembed.W_U" else 3e-3), 0.05), name
+
+
+# What the child runs: the real training, and a SIGKILL to itself right after step `at`.
+CHILD = """
+import os, signal, sys
+from conftest import tiny_config, train_silently
+from pathlib import Path
+from soluscope import training
+runs, at, *words = sys.argv[1:]
+config = tiny_config(Path(runs), *words)
+real = training.RunFolder.on_train_batch_end
+def dying(self, trainer, *rest):
+    real(self, trainer, *rest)
+    if trainer.global_step == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+training.RunFolder.on_train_batch_end = dying
+train_silently(config)
+"""
+
+
+def killed(runs_dir, at, *words):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    command = [sys.executable, "-c", CHILD, str(runs_dir), str(at), *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True).returncode
+
+
+def without_speed(run_dir):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("at", [37, 52])  # right after a checkpoint; with 15 steps lost after it
+def test_a_killed_run_goes_on_bit_for_bit_as_if_it_had_not_been(tmp_path, at):
+    words = ["variant=solu_ln", "train.steps=100", "train.checkpoint_every=37"]
+    whole = train_silently(tiny_config(tmp_path, "study=whole", *words))
+    assert killed(tmp_path, at, "study=killed", *words) == -signal.SIGKILL
+    interrupted = tmp_path / "killed" / "solu_ln-s0"
+    assert not (interrupted / "done.json").exists()
+    checkpoint = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 37
+    train_silently(tiny_config(tmp_path, "study=killed", *words))
+    left, right = (load_file(run / "model.safetensors") for run in (whole, interrupted))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert without_speed(whole) == without_speed(interrupted)
+
+
+def test_sigterm_saves_where_it_was(tmp_path):
+    child = CHILD.replace("signal.SIGKILL", "signal.SIGTERM")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    words = ["variant=solu_ln", "train.steps=100", "train.checkpoint_every=90", "study=term"]
+    command = [sys.executable, "-c", child, str(tmp_path), "20", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "KeyboardInterrupt" in done.stderr
+    saved = tmp_path / "term" / "solu_ln-s0" / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] in (20, 21)
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    config = tiny_config(tmp_path, "variant=gelu", "train.steps=3", "train.warmup_steps=0")
+    run_dir = train_silently(config)
+    before = {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.name != ".lock"}
+    train_silently(config)
+    assert before == {p: p.stat().st_mtime_ns for p in run_dir.rglob("*") if p.name != ".lock"}
+
+
+def test_micro_batches_give_the_batchs_gradient(tmp_path):
+    runs = [
+        train_silently(
+            tiny_config(
+                tmp_path, "variant=gelu", "train.steps=5", f"tag=m{m}", f"train.micro_batches={m}"
+            )
+        )
+        for m in (1, 4)
+    ]
+    one, four = (load_file(run / "model.safetensors") for run in runs)
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], rtol=1e-3, atol=2e-5)
+
+
+def test_a_diverging_loss_stops_with_step_batch_checkpoint_and_knob(tmp_path):
+    words = [
+        "variant=gelu",
+        "train.steps=60",
+        "train.warmup_steps=20",
+        "train.lr=1e4",
+        "train.log_every=5",
+    ]
+    config = tiny_config(tmp_path, *words, "train.checkpoint_every=5")
+    with pytest.raises(UserError) as refusal:
+        train_silently(config)
+    message = str(refusal.value)
+    assert "at step" in message
+    assert "batch of train rows" in message
+    assert "last good checkpoint" in message
+    assert "lower train.lr, now 10000" in message
+    assert "\n" not in message
+    assert not (config.run_dir / "done.json").exists()
+
+
+def test_a_nan_loss_names_the_first_bad_step_and_its_rows(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "variant=gelu", "train.steps=20", "train.checkpoint_every=4")
+    real = training.TrainingModule.training_step
+
+    def breaking(self, tokens, index):
+        loss = real(self, tokens, index)
+        return loss * float("nan") if self.trainer.global_step == 6 else loss
+
+    monkeypatch.setattr(training.TrainingModule, "training_step", breaking)
+    rows = batch_rows(0, 6, 8, len(prepare(config).rows("train", 32)))
+    with pytest.raises(
+        UserError,
+        match=rf"loss is nan at step 7 .*train rows {rows[0]}, {rows[1]}, .*last.ckpt, step 4",
+    ):
+        train_silently(config)
+    kept = torch.load(config.run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 4
+
+
+def test_init_gain_is_near_one_over_root_epsilon_where_epsilon_pins(tmp_path):
+    """With kappa far above the variance, LayerNorm's gain is 1/sqrt(eps), and so is its match."""
+    config = tiny_config(tmp_path, "variant=solu_frozen_ln", "mid.kappa=1e5")
+    model = build_model(config, prepare(config).meta["d_vocab"])
+    training.set_gain(model, config, prepare(config))
+    assert float(model.mlp(0).ln.gain) == pytest.approx((1e5 / 128**2) ** -0.5, rel=1e-3)
+
+
+def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_path):
+    source = tiny_study / "solu_ln-s{seed}"
+    config = tiny_config(
+        tmp_path,
+        "variant=solu_gain",
+        "seed=1",
+        f"mid.gain={source}",
+        "train.steps=3",
+        "train.warmup_steps=0",
+    )
+    facts = load_facts(train_silently(config))
+    model, ln_facts = load_model(tiny_study / "solu_ln-s1")
+    rows = prepare(config).rows("select", 32)
+    record = {}
+    model(torch.from_numpy(rows[np.arange(min(64, len(rows)))]), record)
+    gains = 1 / record["blocks.0.mlp.ln.hook_scale"][:, 1:].double()
+    assert facts.gain == pytest.approx(gains.log().mean().exp().item(), rel=1e-5)
+    assert ln_facts.kappa == pytest.approx(41.94304)
+
+
+def test_gain_from_a_run_without_layer_norm_is_refused(tiny_study, tmp_path):
+    config = tiny_config(tmp_path, "variant=solu_gain", f"mid.gain={tiny_study / 'gelu-s0'}")
+    with pytest.raises(UserError, match="has no LayerNorm to take a gain from"):
+        train_silently(config)
+
+
+def test_done_holds_the_loss_of_the_saved_weights_on_both_splits(tiny_study):
+    model, facts = load_model(tiny_study / "solu_ln-s0")
+    done = json.loads((tiny_study / "solu_ln-s0" / "done.json").read_text())
+    config = load_config(["variant=solu_ln", "size=tiny"])
+    cache_path = json.loads((tiny_study / "data.json").read_text())["path"]
+    cache = prepare(load_config(["variant=solu_ln", f"tokens.prepared={cache_path}"]))
+    rows = cache.rows("report", facts.ctx)
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), config.train.val_tokens // 32)).astype(
+        int
+    )
+    tokens = torch.from_numpy(rows[chosen])
+    log_p = model(tokens).log_softmax(-1)[:, :-1]
+    by_hand = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
+    assert done["report_loss"] == pytest.approx(by_hand, rel=1e-5)
+    assert facts.tokens == 12 * 8 * 32
+
+
+def test_metrics_follow_engagement_during_training(tiny_study):
+    with_norm = [json.loads(s) for s in (tiny_study / "solu_ln-s0" / "metrics.jsonl").open()]
+    without = [json.loads(s) for s in (tiny_study / "solu-s0" / "metrics.jsonl").open()]
+    assert [line["step"] for line in with_norm] == [10, 12]
+    assert all(0 < line["r"] < 1 and line["gain"] > 0 for line in with_norm)
+    assert all("r" not in line for line in without)
+    eps = 41.94304 / 128**2
+    for line in with_norm:  # r and gain are two readings of one variance
+        assert 1 - line["r"] == pytest.approx(eps * line["gain"] ** 2, rel=1e-3)
+
+
+def test_training_from_a_cache_imports_neither_transformer_lens_nor_datasets(tiny_study, tmp_path):
+    cache = json.loads((tiny_study / "data.json").read_text())["path"]
+    code = f"""
+import sys
+from soluscope.config import load_config
+from soluscope.training import train
+train(load_config(["variant=solu_ln", "size=tiny", "train.steps=2", "train.warmup_steps=0",
+                   "tokens.prepared={cache}", "runs_dir={tmp_path}"]))
+# torchmetrics, which Lightning brings, imports transformers and tokenizers where it finds them.
+found = {{"transformer_lens", "datasets", "wandb", "pandas", "soluscope.convert"}} & sys.modules.keys()
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
