@@ -44,11 +44,11 @@ def train_silently(config: Config) -> Path:
     return train(config, Progress(disable=True))
 
 
-def run_script(script: str, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python script words` with what it printed; options as for run."""
+def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python words`, able to import soluscope, with what it printed; options as for subprocess.run."""
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, words)],
+        [sys.executable, *map(str, words)],
         env={**os.environ, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,

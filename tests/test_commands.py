@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import resource
 import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_script, tiny_config, train_silently
+from conftest import ROOT, run_python, tiny_config, train_silently
 from safetensors.torch import load_file, save_file
 
 import soluscope
 from soluscope import results
-from soluscope.checkpoint import last_checkpoint
+from soluscope.checkpoint import last_checkpoint, lock
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Row
@@ -57,14 +53,7 @@ class Answer:
 def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
     """What each command line answers, all of them in one fresh process that runs in `folder`."""
     given = json.dumps([[str(ROOT / script), *words] for script, *words in lines])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER % (HEAVY,), given],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_python("-c", RUNNER % (HEAVY,), given, cwd=folder)
     assert done.returncode == 0, done.stderr
     return [Answer(*json.loads(line)) for line in done.stdout.splitlines()]
 
@@ -165,7 +154,7 @@ def test_printed_configuration_can_be_given_back(tmp_path: Path) -> None:
 
 
 def test_mistake_is_status_2_to_the_shell() -> None:
-    done = run_script(TRAIN, "variant=solu_frozen")
+    done = run_python(ROOT / TRAIN, "variant=solu_frozen")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no variant called 'solu_frozen'. Did you mean")
     assert done.stderr.count("\n") == 1
@@ -265,7 +254,7 @@ def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Conf
     cut(checkpoint)
     before = snapshot(study)
     (study.parent / "config.yaml").write_text(to_yaml(config))
-    done = run_script(TRAIN, study.parent / "config.yaml")
+    done = run_python(ROOT / TRAIN, study.parent / "config.yaml")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"error: cannot read the checkpoint {checkpoint}"
@@ -342,8 +331,7 @@ def test_run_that_is_not_there_or_not_finished_is_refused(study: Path) -> None:
 def test_second_process_on_a_run_folder_is_refused(config: Config) -> None:
     unfinished(config.run_dir)
     before = snapshot(config.run_dir)
-    with (config.run_dir / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock(config.run_dir):
         assert refusal(train_silently, config) == (
             f"another process is training in {config.run_dir}: wait for it, or set tag= or study="
         )
@@ -389,8 +377,9 @@ def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
     yaml.write_text(to_yaml(longer))
     good = checkpoint.read_bytes()
     assert len(good) > 100_000
-    done = run_script(
-        TRAIN, yaml, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+    limit = (100_000, 100_000)
+    done = run_python(
+        ROOT / TRAIN, yaml, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
-import subprocess
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from conftest import run_python
 
 from soluscope import results
 from soluscope.errors import UserError
@@ -134,14 +132,10 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
+    done = run_python(
+        "-c", code, path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    )  # fmt: skip
     assert done.stdout == f"cannot write {path}: File too large; free it or choose another place\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert path.read_text() == "old"

@@ -79,11 +79,11 @@ def train(config: Config, progress: Progress | None = None) -> Path:
 
 def _fit(config: Config, cache: TokenCache, state: str, progress: Progress) -> None:
     module = TrainingModule(config, cache)
-    folder = RunFolder(config, progress)
     on_cuda = _on_cuda(config)
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_cuda)
     if state == "resume":
         _check_fits(last_checkpoint(config.run_dir), module)
+    folder = RunFolder(config, progress)
     with _quiet():
         trainer = lightning.Trainer(
             accelerator="cuda" if on_cuda else "cpu",
