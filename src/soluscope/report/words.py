@@ -155,8 +155,9 @@ def _basis(rows: list[Row]) -> str:
         f"Compared here: {len(runs)} runs of {len(arms)} arms ({', '.join(arms)}), {each} {noun} "
         "an arm"
     )
-    documents = max((row.n_clusters for row in rows if row.cluster == "document"), default=0)
-    tokens = max((row.n for row in rows if row.probe == "loss" and row.run), default=0)
+    measured_on = [row for row in rows if row.probe == "loss" and row.run]
+    documents = max((row.n_clusters for row in measured_on), default=0)
+    tokens = max((row.n for row in measured_on), default=0)
     if documents:
         measured = f"{documents:,} documents" + (f" ({tokens:,} tokens)" if tokens else "")
         text += f"; losses are measured on {measured} kept out of training"
