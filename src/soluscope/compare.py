@@ -22,14 +22,12 @@ import numpy as np
 from soluscope import stats
 from soluscope.errors import UserError
 from soluscope.files import digest
-from soluscope.results import Row
+from soluscope.results import MARGIN, Row
 from soluscope.stats import Floats, Interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MARGIN = 0.005
-"""Nats a token: a smaller difference does not matter, and a gain of LN must be above it."""
 UNDEFINED = "undefined: no gain of LN at this size"
 STATIC = ("solu_gain", "solu_frozen_ln")
 """The class C: variants whose output scale is the same for every token."""

@@ -7,18 +7,21 @@ LayerNorm use PyTorch's fused kernels, which is what makes a step cheaper than H
 from __future__ import annotations
 
 import hashlib
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from soluscope.config import ModelConfig
 from soluscope.norms import LayerNorm
 from soluscope.variants import Variant
 
-Resid = Float[Tensor, "batch pos d_model"]
+if TYPE_CHECKING:  # a bare machine trains without it
+    from jaxtyping import Float, Int
+
+    Resid = Float[Tensor, "batch pos d_model"]
+
 Record = dict[str, Tensor]
 """Stages by TransformerLens's hook names, filled by a forward pass that is handed one."""
 

@@ -6,13 +6,17 @@ denominator. Statistics are never computed below fp32: SoLU's variance is about 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-Mid = Float[Tensor, "*batch d_mlp"]
-PerToken = Float[Tensor, "*batch 1"]
+if TYPE_CHECKING:  # a bare machine trains without it
+    from jaxtyping import Float
+
+    Mid = Float[Tensor, "*batch d_mlp"]
+    PerToken = Float[Tensor, "*batch 1"]
 
 
 class MidNorm(nn.Module):

@@ -16,6 +16,11 @@ from typing import Any
 from soluscope.errors import UserError
 from soluscope.files import write_text
 
+MARGIN = 0.005
+"""Nats a token: a smaller difference of losses does not matter, and a gain of LN must be above it.
+
+Source: science.md section 4."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

@@ -16,14 +16,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import numpy as np
 import torch
-from jaxtyping import Int
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from soluscope import plugins
@@ -47,13 +44,17 @@ from soluscope.model import LanguageModel, Record
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
 from soluscope.streams import spread
 
+if TYPE_CHECKING:  # a bare machine trains without them
+    from jaxtyping import Int
+    from rich.progress import Progress
+
 INIT_BATCHES = 4
 """First batches on which `mid.gain=init` is measured."""
 DIVERGED_ABOVE = 2.0
 """A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
 
 
-def train(config: Config, progress: Progress | None = None) -> Path:
+def train(config: Config, progress: Progress | NoProgress | None = None) -> Path:
     """Train the model of `config` to its end, resuming what is there; a finished run is left alone.
 
     Returns:
@@ -77,7 +78,7 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     return config.run_dir
 
 
-def _fit(config: Config, cache: TokenCache, state: str, progress: Progress) -> None:
+def _fit(config: Config, cache: TokenCache, state: str, progress: Progress | NoProgress) -> None:
     module = TrainingModule(config, cache)
     on_cuda = _on_cuda(config)
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_cuda)
@@ -366,7 +367,7 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
 class RunFolder(lightning.Callback):
     """Progress, metrics.jsonl, checkpoints, and the check that the loss is a loss."""
 
-    def __init__(self, config: Config, progress: Progress) -> None:
+    def __init__(self, config: Config, progress: Progress | NoProgress) -> None:
         self.config = config
         self.progress = progress
         self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
@@ -498,9 +499,23 @@ def engagement(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str
     }
 
 
+class NoProgress:
+    """Stands in for rich's Progress where rich is not installed."""
+
+    def add_task(self, *words: Any, **fields: Any) -> Any: ...
+
+    def update(self, *words: Any, **fields: Any) -> None: ...
+
+
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress | NoProgress]:
     """One line a run: name, bar, steps, loss, tokens a second, time left. On stderr."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ModuleNotFoundError:
+        yield NoProgress()
+        return
     with Progress(
         TextColumn("{task.description:<20}"), BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.results import Row
+from soluscope.results import MARGIN, Row
 
 ENGAGED, IDLE = 0.5, 0.05
 """Median r above which a mid norm counts as active, and below which as a static gain."""
@@ -34,6 +34,7 @@ def headline(rows: list[Row]) -> list[str]:
         sentences.insert(place, _verdict(rows, gain))
     for gain in gains:
         sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
+        sentences += _twins(rows, gain.arm)
     for arm in normed:
         sentences += [*_engagement(rows, arm), *_freeze(rows, arm)]
     return sentences
@@ -265,6 +266,23 @@ def _static(rows: list[Row], arm: str) -> list[str]:
         f"new seeds and documents, {seeds(row.n)}); {row.note}."
         for row in comparisons(rows, "static - LN", arm=arm)
     ]
+
+
+def _twins(rows: list[Row], arm: str) -> list[str]:
+    """The trained arms that differ from `arm` only in having one gain for all tokens."""
+    sentences = []
+    for row in comparisons(rows, "difference", group=f"minus {arm}"):
+        if row.variant != "solu_frozen_ln":
+            continue
+        judged = ""
+        if row.low is not None and row.high is not None and max(-row.low, row.high) < MARGIN:
+            judged = f", closer than {MARGIN} nats"
+        sentences.append(
+            f"Trained with one gain for all tokens instead ({row.arm}), the loss differs from "
+            f"{arm}'s by {signed(row.value or 0.0)} nats a token ({_ends(row)} for new seeds and "
+            f"documents, {seeds(row.n)}){judged}."
+        )
+    return sentences
 
 
 def _engagement(rows: list[Row], arm: str) -> list[str]:
