@@ -16,12 +16,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"{len(arguments)} words given, wanted one folder, as in: python eval/report.py runs/demo"
         )
-    from soluscope.report import build, show
+    from soluscope.report import publish
 
-    study_dir = Path(arguments[0])
-    path = build(study_dir)
-    show(study_dir)
-    print(f"report: {path}")
+    print(f"report: {publish(Path(arguments[0]))}")
 
 
 if __name__ == "__main__":

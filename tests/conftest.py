@@ -31,7 +31,13 @@ def tiny_config(runs_dir: Path, *words: str) -> Config:
         words: the variant, and what else should differ.
     """
     places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
-    small = ("size=tiny", "corpus.max_mb=1", "train.steps=12", "train.threads=1")
+    small = (
+        "size=tiny",
+        "corpus.max_mb=1",
+        "train.steps=12",
+        "train.threads=1",
+        "train.precision=fp32",
+    )
     return load_config([*small, *places, *words])
 
 

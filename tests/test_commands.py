@@ -95,7 +95,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
     (LAUNCH, "broken.yaml"): "broken.yaml is not YAML",
     (LAUNCH, "random.yaml"): "random.yaml is not a sweep: wanted 'method: grid' and 'parameters:'",
-    (LAUNCH, "twice.yaml"): "gives two runs the folder runs/default/solu-s0",
+    (LAUNCH, "twice.yaml"): "gives two runs the folder runs/default/solu-s0-x",
     (LAUNCH, "empty.yaml"): "wanted 'values: [...]' or 'value: ...' below variant, not solu",
     (LAUNCH, "studies.yaml"): "studies.yaml is of several studies, wanted one: a, b",
     (LAUNCH, "grid.yaml", "train.stepz=3"): "Did you mean 'train.steps'?",
@@ -104,7 +104,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
 SWEEPS = {
     "broken": "parameters: {variant: [",
     "random": "method: random\nparameters: {seed: {values: [0, 1]}}",
-    "twice": "method: grid\nparameters: {variant: {value: solu}, size: {values: [tiny, demo]}}",
+    "twice": "method: grid\nparameters: {variant: {value: solu}, tag: {values: [x, x]}}",
     "empty": "method: grid\nparameters: {variant: solu}",
     "studies": "method: grid\nparameters: {variant: {value: solu}, study: {values: [a, b]}}",
     "grid": "method: grid\nparameters: {variant: {value: solu}, seed: {values: [0, 1]}}",
@@ -333,7 +333,7 @@ def test_second_process_on_a_run_folder_is_refused(config: Config) -> None:
     before = snapshot(config.run_dir)
     with lock(config.run_dir):
         assert refusal(train_silently, config) == (
-            f"another process is training in {config.run_dir}: wait for it, or set tag= or study="
+            f"another process is at work in {config.run_dir}: wait for it, or set tag= or study="
         )
         assert snapshot(config.run_dir) == before
     assert (train_silently(config) / "done.json").is_file()

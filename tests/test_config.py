@@ -358,7 +358,7 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("train.lr=-1", "train.lr=-1.0 must be above 0"),
         ("train.lr=inf", "train.lr=inf must be a finite number"),
         ("train.lr_rest=0", "train.lr_rest=0.0 must be above 0"),
-        ("train.beta1=1.5", "train.beta1=1.5 must be in [0, 1]"),
+        ("train.beta1=1.5", "train.beta1=1.5 must be in [0, 1)"),
         ("train.weight_decay=-0.1", "train.weight_decay=-0.1 must be 0 or more"),
         ("train.clip=0", "train.clip=0.0 must be above 0"),
         ("corpus.max_mb=nan", "corpus.max_mb=nan must be"),

@@ -20,7 +20,7 @@ def facts_for(name):
         run=f"{name}-s0", arm=name, variant=name, study="test", seed=0, d_model=32, n_heads=2,
         d_mlp=128, n_layers=1, ctx=32, d_vocab=D_VOCAB, hooked_act_fn=variant.hooked_act_fn,
         ln_eps=1e-5, mid_norm=None, eps=None, gain=None, bos=BOS, eos=1, pad=2, tokenizer_hash="",
-        lr=1e-3, steps=1, tokens=1, config="", commit="", versions={},
+        lr=1e-3, steps=1, tokens=1, precision="fp32", device="cpu", config="", commit="", versions={},
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_a_norm_that_transformer_lens_would_leave_out_is_refused():
     facts = dataclasses.replace(
         facts_for("solu_ln"), hooked_act_fn="solu"
     )  # without _ln, no hook_mid
-    with pytest.raises(UserError, match=r"hook_post differs by"):
+    with pytest.raises(UserError, match=r"has no blocks.0.mlp.\S+: see its hooked_act_fn"):
         to_hooked(trained, facts, plugins.pick("soluscope.variants", "solu_ln"))
 
 
@@ -134,3 +134,14 @@ def test_a_finished_run_loads_with_tokenizer_and_facts_and_generates(tiny_study,
     _, cache = model.run_with_cache("def f(x):")
     assert cache["blocks.0.attn.hook_pattern"].shape[1] == model.facts.n_heads
     assert "blocks.0.hook_resid_post" in cache
+
+
+def test_a_replaced_norm_moves_with_the_model_and_its_gain_is_the_one_used():
+    trained, hooked = hooked_for("solu_gain", torch.float32)
+    hooked = torch.nn.Module.to(hooked, torch.float64)
+    norm = hooked.blocks[0].mlp.ln
+    mid = torch.rand(1, 2, 128, dtype=torch.float64)
+    assert norm(mid).dtype == torch.float64
+    norm.gain.fill_(3.0)
+    torch.testing.assert_close(norm(mid), 3 * mid)
+    assert float(trained.mlp(0).ln.gain) == 20

@@ -436,7 +436,8 @@ assert rows[[0]].shape == rows.documents([0]).shape == (1, 17) and rows.document
 heavy = {"datasets", "tokenizers", "transformers", "pyarrow", "rich", "huggingface_hub"}
 print(sorted(heavy & set(sys.modules)))
 """
-    words = ["variant=solu", "size=tiny", "data=hub", f"tokens.prepared={carried}"]
+    asked = [f"{key}={json.dumps(value)}" for key, value in cache.meta["asked"].items()]
+    words = ["variant=solu", "size=tiny", *asked, f"tokens.prepared={carried}"]
     process = run_python(code, *words)
     output, errors = process.communicate(timeout=60)
     assert (output.strip(), errors) == ("[]", "")

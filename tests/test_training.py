@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from soluscope import plugins, training
 from soluscope.checkpoint import build_model, load_facts, load_model
 from soluscope.config import load_config
-from soluscope.data.cache import prepare
+from soluscope.data.cache import open_cache, prepare
 from soluscope.errors import UserError
 from soluscope.training import batch_rows, parameter_groups, rate
 
@@ -52,25 +53,12 @@ def test_batches_are_the_same_for_every_variant(tmp_path):
     for variant in plugins.names("soluscope.variants"):
         config = tiny_config(tmp_path, f"variant={variant}", "seed=4", "train.micro_batches=2")
         batches = training.Batches(config, prepare(config))
-        batches.trainer = type("At", (), {"global_step": 3, "global_rank": 0, "world_size": 1})
+        batches.trainer = type("At", (), {"global_step": 3})
         stream = iter(batches.train_dataloader())
         seen[variant] = torch.cat([next(stream) for _ in range(4)])
     reference = seen["gelu"]
     assert reference.shape == (16, 32)  # two steps of two micro-batches of four rows
     assert all(torch.equal(reference, tokens) for tokens in seen.values())
-
-
-def test_ranks_share_a_batch_out_between_them(tmp_path):
-    config = tiny_config(tmp_path, "variant=gelu")
-    rows = []
-    for rank in (0, 1):
-        batches = training.Batches(config, prepare(config))
-        batches.trainer = type("At", (), {"global_step": 0, "global_rank": rank, "world_size": 2})
-        rows.append(next(iter(batches.train_dataloader())))
-    whole = training.Batches(config, prepare(config))
-    whole.trainer = type("At", (), {"global_step": 0, "global_rank": 0, "world_size": 1})
-    both = next(iter(whole.train_dataloader()))
-    assert torch.equal(torch.stack(rows, dim=1).flatten(0, 1), both)
 
 
 def test_the_rate_warms_up_then_falls_as_a_cosine_to_its_final_share():
@@ -233,8 +221,9 @@ def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_pat
     facts = load_facts(train_silently(config))
     model, ln_facts = load_model(tiny_study / "solu_ln-s1")
     rows = prepare(config).rows("select", 32)
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), 8192 // 32)).astype(int)
     record = {}
-    model(torch.from_numpy(rows[np.arange(min(64, len(rows)))]), record)
+    model(torch.from_numpy(rows[chosen]), record)
     gains = 1 / record["blocks.0.mlp.ln.hook_scale"][:, 1:].double()
     assert facts.gain == pytest.approx(gains.log().mean().exp().item(), rel=1e-5)
     assert ln_facts.kappa == pytest.approx(41.94304)
@@ -251,7 +240,7 @@ def test_done_holds_the_loss_of_the_saved_weights_on_both_splits(tiny_study):
     done = json.loads((tiny_study / "solu_ln-s0" / "done.json").read_text())
     config = load_config(["variant=solu_ln", "size=tiny"])
     cache_path = json.loads((tiny_study / "data.json").read_text())["path"]
-    cache = prepare(load_config(["variant=solu_ln", f"tokens.prepared={cache_path}"]))
+    cache = open_cache(Path(cache_path))
     rows = cache.rows("report", facts.ctx)
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), config.train.val_tokens // 32)).astype(
         int
@@ -284,10 +273,51 @@ sys.modules |= dict.fromkeys(absent.split())
 from soluscope.config import load_config
 from soluscope.training import train
 train(load_config(["variant=solu_ln", "size=tiny", "train.steps=2", "train.warmup_steps=0",
-                   "tokens.prepared={cache}", "runs_dir={tmp_path}"]))
+                   "corpus.max_mb=1", "tokens.prepared={cache}", "runs_dir={tmp_path}"]))
 assert "wandb" not in sys.modules
 assert "soluscope.convert" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "default" / "solu_ln-s0" / "done.json").is_file()
+
+
+def test_the_logged_loss_is_the_steps_mean_over_its_micro_batches(tmp_path):
+    words = ["variant=gelu", "train.steps=2", "train.warmup_steps=0", "train.log_every=1"]
+    logged = []
+    for m in (1, 4):
+        run_dir = train_silently(
+            tiny_config(tmp_path, *words, f"tag=m{m}", f"train.micro_batches={m}")
+        )
+        logged.append([line["loss"] for line in without_speed(run_dir)])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    assert logged[0][0] == pytest.approx(np.log(512), rel=0.01)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_checkpoint_takes_it(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "variant=gelu", "train.steps=20", "train.checkpoint_every=4")
+    real = training.TrainingModule.configure_gradient_clipping
+
+    def breaking(self, *words):
+        if self.trainer.global_step == 6:
+            self.model.unembed.b_U.grad[0] = torch.nan
+        real(self, *words)
+
+    monkeypatch.setattr(training.TrainingModule, "configure_gradient_clipping", breaking)
+    with pytest.raises(UserError, match=r"gradient's norm is nan at step 7 .*last.ckpt, step 4"):
+        train_silently(config)
+    kept = torch.load(config.run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(t.isfinite().all() for t in kept["state_dict"].values())
+
+
+def test_a_ctx_longer_than_a_validation_split_is_refused_before_training(tmp_path):
+    config = tiny_config(tmp_path, "variant=gelu", "model.ctx=100000")
+    with pytest.raises(UserError, match=r"model.ctx=100000 is longer than the whole \w+ split"):
+        train_silently(config)
+    assert not (config.run_dir / "metrics.jsonl").exists()
+
+
+def test_the_saved_configuration_and_facts_name_the_precision(tiny_study):
+    facts = load_facts(tiny_study / "solu_ln-s0")
+    assert (facts.precision, facts.device) == ("fp32", "cpu")
+    assert "precision: fp32" in (tiny_study / "solu_ln-s0" / "config.yaml").read_text()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from soluscope import plugins
 from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import write_bytes, write_text
+from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
 
 
@@ -63,6 +63,9 @@ class Facts:
     steps: int
     tokens: int
     """Tokens seen in training, BOS included."""
+    precision: str
+    """What it was trained in: fp32 or bf16."""
+    device: str
     config: str
     """Hash of the configuration."""
     commit: str
@@ -116,7 +119,7 @@ def lock(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process is training in {run_dir}: wait for it, or set tag= or study="
+                f"another process is at work in {run_dir}: wait for it, or set tag= or study="
             ) from error
         yield
 
@@ -218,6 +221,13 @@ def commit() -> str:
 def _git(*words: str) -> str:
     command = ["git", "-C", str(Path(__file__).parent), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@cache
+def code_hash() -> str:
+    """Hash of the package's own source: what a stored number was computed by."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return digest([[path.name, path.read_text(encoding="utf8")] for path in sources])
 
 
 @cache

@@ -101,7 +101,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Rows in a step, over all devices and micro-batches."""
+    """Rows in a step, over all micro-batches."""
     micro_batches: int = 1
     """Parts in which a step's batch is computed, for memory; the gradient is the batch's."""
     lr: float | None = None
@@ -162,11 +162,13 @@ class TrainConfig:
         for name in ("lr", "lr_rest", "clip", "val_tokens"):
             value = getattr(self, name)
             check(value is None or value > 0, f"train.{name}={value} must be above 0")
-        for name in ("beta1", "beta2", "final_lr_share"):
+        for name in ("beta1", "beta2"):
             check(
-                0 <= getattr(self, name) <= 1,
-                f"train.{name}={getattr(self, name)} must be in [0, 1]",
+                0 <= getattr(self, name) < 1,
+                f"train.{name}={getattr(self, name)} must be in [0, 1)",
             )
+        share = self.final_lr_share
+        check(0 <= share <= 1, f"train.final_lr_share={share} must be in [0, 1]")
         check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must be 0 or more")
 
 
@@ -198,8 +200,8 @@ class Config:
         for name in ("study", "tag"):
             value = getattr(self, name)
             check(
-                re.fullmatch(r"[\w.=+-]*", value) is not None and value not in {".", ".."},
-                f"{name}={value!r} is used as a folder's name: letters, digits and _ . = + - only",
+                re.fullmatch(r"[\w.+-]*", value) is not None and value not in {".", ".."},
+                f"{name}={value!r} is used as a folder's name: letters, digits and _ . + - only",
             )
         check(self.study != "", "study is empty: name the folder that the run goes into")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
@@ -235,12 +237,14 @@ class EvalConfig:
     """Tokens of each stream that the probes run on, about."""
     n_loss_tokens: int = 50_000
     """Tokens of each validation split on which the loss is compared, at most."""
-    n_draws: int = 1000
+    n_draws: int = 2000
     """Bootstrap resamples behind each interval."""
     seed: int = 0
     """Of the made-up streams and of the bootstrap."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the models run."""
+    prepared: str | None = None
+    """The token cache's folder, where it was moved since training. null: where training left it."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
@@ -250,9 +254,11 @@ class EvalConfig:
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 
 
-# Keys that move no number beyond rounding, so that a run may be resumed with others.
-_PLACES = ("study", "tag", "runs_dir", "tokens.cache_dir", "train.rates", "train.log_every",
-           "train.checkpoint_every", "train.device", "train.threads", "train.compile")  # fmt: skip
+# Keys that move no number beyond rounding, so that a run may be resumed with others; of which tokens
+# it is made is held by the study's data.json.
+_PLACES = ("study", "tag", "runs_dir", "tokens.cache_dir", "tokens.prepared", "train.rates",
+           "train.log_every", "train.checkpoint_every", "train.device", "train.threads",
+           "train.compile")  # fmt: skip
 
 
 def _determining(values: dict[str, Any]) -> dict[str, Any]:
@@ -359,6 +365,10 @@ def read_config(path: Path) -> Config:
     """The resolved configuration saved with a run."""
     check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
     saved = read_yaml(path)
+    for key in ("variant", "data"):
+        check(
+            isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
+        )
     return to_config(_merge(_typed_base(saved.variant, saved.data), saved))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -30,25 +31,27 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 class HookedMidNorm(nn.Module):
-    """One of our mid norms with the hooks that TransformerLens's LayerNorm has, in their order."""
+    """One of our mid norms with the hooks that TransformerLens's LayerNorm has, in their order.
+
+    It owns the tensors, under their plain names, and borrows the formulas of the norm's class: so
+    `.to` moves all there is, and an edited `gain` is the one that is used.
+    """
 
     def __init__(self, norm: MidNorm) -> None:
         super().__init__()
+        self._formulas = type(norm)
         for name, parameter in norm.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in norm.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
-        self._norm = (
-            norm,
-        )  # in a tuple: its tensors are registered above, under their plain names
         self.hook_scale = HookPoint()  # [batch pos 1], the denominator
         self.hook_normalized = HookPoint()  # [batch pos d_mlp], before w and b
 
     def forward(self, mid: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_mlp"]:
-        (norm,) = self._norm
-        centred = norm.centred(mid)
-        scale = self.hook_scale(norm.denominator(centred))
-        return norm.affine(self.hook_normalized(centred / scale))
+        norm, formulas = cast(MidNorm, self), self._formulas
+        centred = formulas.centred(norm, mid)
+        scale = self.hook_scale(formulas.denominator(norm, centred))
+        return formulas.affine(norm, self.hook_normalized(centred / scale))
 
 
 class SoluscopeTransformer(HookedTransformer):
@@ -132,8 +135,10 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
     logits, cache = hooked.run_with_cache(tokens)
     worst, where = 0.0, "logits"
     for name, expected in wanted.items():
-        if name not in cache and name != "logits":
-            continue  # TransformerLens has no hook_mid without a mid norm: there, mid is post
+        if name.endswith("hook_mid") and trained.mlp(0).ln is None:
+            continue  # TransformerLens has none without a mid norm: there, mid is post
+        if name != "logits" and name not in cache:
+            raise UserError(f"the converted {facts.run} has no {name}: see its hooked_act_fn")
         found = logits if name == "logits" else cache[name]
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= worst:

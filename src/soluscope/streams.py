@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 N_REPEATED_WORDS = 20
 N_RANDOM_STRINGS = 200
+MADE_UP = ("repeated", "random")
+"""Streams whose units are strings and not documents."""
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,20 @@ def spread(n_rows: int, n_wanted: int) -> NDArray[np.int64]:
 def from_texts(
     texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str
 ) -> Stream:
-    """Each text cut into rows of its own, up to `n_tokens` in all.
+    """Each text cut into rows of its own; about `n_tokens` in all, from as many texts as can be.
 
     Raises:
         UserError: if no text is 2 tokens or longer.
     """
-    rows: list[tuple[int, list[int]]] = []
-    room = n_tokens
+    tokenizer.encode_special_tokens = True  # a spelt-out <|BOS|> is text
+    parts = []
     for number, text in enumerate(texts):
-        if room <= 0:
-            break
-        ids = tokenizer.encode(text, add_special_tokens=False).ids[:room]
-        parts = (ids[start : start + ctx - 1] for start in range(0, len(ids), ctx - 1))
-        rows += [(number, part) for part in parts if len(part) >= 2]
-        room -= len(ids)
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        cuts = range(0, len(ids), ctx - 1)
+        parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
+    # Each text's first row, then each one's second: few tokens still come from many texts.
+    parts = sorted(part for part in parts if len(part[2]) >= 2)[: max(1, n_tokens // ctx)]
+    rows = [(number, ids) for turn, number, ids in sorted(parts, key=lambda part: part[1::-1])]
     if not rows:
         raise UserError(
             f"the text for {name!r} is shorter than 2 tokens: give at least one longer text"
@@ -149,7 +151,9 @@ def single_token_words(tokenizer: Tokenizer) -> list[int]:
     words = sorted(
         token
         for text, token in tokenizer.get_vocab().items()
-        if re.fullmatch("Ġ[a-z]{3,}", text)  # Ġ is byte-level BPE's space
+        if re.fullmatch(
+            "[Ġ▁][a-z]{3,}", text
+        )  # a space, as byte-level BPE or SentencePiece writes it
     )
     if not words:
         raise UserError("the tokenizer has no whole word among its tokens: raise tokens.d_vocab")

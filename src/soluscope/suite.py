@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from tokenizers import Tokenizer
 
 from soluscope import plugins, results, streams
 from soluscope.activations import HookedRun, observe
-from soluscope.checkpoint import Facts, commit, load_facts
+from soluscope.checkpoint import Facts, code_hash, commit, load_facts, lock
 from soluscope.compare import compare
-from soluscope.config import EvalConfig, read_config, to_yaml
+from soluscope.config import EvalConfig, read_config
 from soluscope.convert import SoluscopeTransformer, load
-from soluscope.data.cache import TokenCache, prepare
+from soluscope.data.cache import TokenCache, open_cache, prepare
 from soluscope.errors import UserError
-from soluscope.files import replacing, write_text
+from soluscope.files import digest, replacing, write_text
 from soluscope.probes import Probe, Quantity
 from soluscope.results import Row
 from soluscope.stats import cluster_bootstrap, document_bootstrap
@@ -60,9 +60,9 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
         The study's results.jsonl.
 
     Raises:
-        UserError: if there is no finished run, or one cannot be read.
+        UserError: if there is no finished run, one cannot be read, or its tokens are gone.
     """
-    run_dirs = finished_runs(folder)
+    run_dirs = finished_runs(folder.resolve())
     study_dir = run_dirs[0].parent
     for number, run_dir in enumerate(run_dirs, start=1):
         place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"
@@ -156,15 +156,16 @@ def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
 
 
 def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
+    with lock(run_dir):
+        _probe_run(run_dir, config, say)
+
+
+def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
-    saved = folder / "config.yaml"
-    if (
-        not saved.is_file()
-        or saved.read_text(encoding="utf8") != to_yaml(config)
-        or _is_stale(run_dir)
-    ):
+    mark, made_with = folder / "made_with.json", _made_with(run_dir, config)
+    if not mark.is_file() or mark.read_text(encoding="utf8") != made_with:
         shutil.rmtree(folder, ignore_errors=True)
-        write_text(saved, to_yaml(config))
+        write_text(mark, made_with)
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
     waiting = [
         name for name in ("training", "loss", *names) if not (folder / f"{name}.jsonl").is_file()
@@ -175,8 +176,7 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     facts = load_facts(run_dir)
     base = _base_row(facts)
     model = load(run_dir, config.device)
-    cache = prepare(read_config(run_dir / "config.yaml"))
-    observed = _Observed(model, cache, config)
+    observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
     for name in waiting:
         say(name)
         if name == "training":
@@ -188,11 +188,34 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
         results.write(folder / f"{name}.jsonl", rows)
 
 
-def _is_stale(run_dir: Path) -> bool:
-    """Whether the run was trained again after it was probed."""
-    return (run_dir / "done.json").stat().st_mtime > (
-        run_dir / "probes" / "config.yaml"
-    ).stat().st_mtime
+def _made_with(run_dir: Path, config: EvalConfig) -> str:
+    """What the summaries of a run rest on; where it differs, they are made anew."""
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
+    }
+    trained = digest((run_dir / "done.json").read_text(encoding="utf8"))
+    return json.dumps({"evaluation": settings, "trained": trained, "code": code_hash()}) + "\n"
+
+
+def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
+    """The tokens that the run was trained on, whatever has become of the corpus since.
+
+    Raises:
+        UserError: if they are not to be had: other tokens would give numbers that look right.
+    """
+    data = run_dir.parent / "data.json"
+    if not data.is_file():
+        raise UserError(f"no {data}: a run folder is read from inside its study")
+    trained_on = json.loads(data.read_text(encoding="utf8"))
+    place = Path(config.prepared or trained_on["path"])
+    cache = open_cache(place) if place.is_dir() else prepare(read_config(run_dir / "config.yaml"))
+    same = (cache.meta["key"], cache.meta["tokenizer_hash"])
+    if same != (trained_on["key"], facts.tokenizer_hash):
+        raise UserError(
+            f"{run_dir} was trained on the tokens {trained_on['key']}, and {cache.path} has others: "
+            "set prepared= to the folder where they are now"
+        )
+    return cache
 
 
 class _Observed:
@@ -292,7 +315,7 @@ def training_rows(run_dir: Path, base: Row) -> list[Row]:
         stretch = metrics.iloc[part]
         rows += [
             replace(
-                base, quantity=name, unit=unit, stream="train", positions="all" if name == "loss" else "not BOS",
+                base, quantity=name, unit=unit, stream="train",
                 x=float(stretch["tokens"].iloc[-1]), value=float(stretch[name].mean()), n=len(stretch),
             )
             for name, unit in units.items() if name in stretch
@@ -333,7 +356,7 @@ def summarise(table: pd.DataFrame, one: Probe, base: Row, config: EvalConfig) ->
     for name, quantity in one.string_quantities.items():
         if strings[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
-            yield _summary(strings, name, "mean", row, config, cluster="string")
+            yield _summary(strings, name, "mean", row, config)
 
 
 def _quantity_rows(
@@ -343,9 +366,7 @@ def _quantity_rows(
         last = int(table["pos"].max())
         for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
             here = table[table["pos"] == pos]
-            yield _summary(
-                here, name, "mean", replace(base, x=float(pos)), config, cluster="string"
-            )
+            yield _summary(here, name, "mean", replace(base, x=float(pos)), config)
         return
     for positions, mask in POSITIONS.items():
         here = table[mask(table["pos"])]
@@ -362,18 +383,13 @@ def _quantity_rows(
             yield _summary(content[quartile == q], name, "mean", row, config)
 
 
-def _summary(
-    table: pd.DataFrame,
-    name: str,
-    statistic: str,
-    base: Row,
-    config: EvalConfig,
-    cluster: str = "document",
-) -> Row:
-    interval = cluster_bootstrap(
-        table[name], table["string"], statistic, config.n_draws, config.seed
-    )
+def _summary(table: pd.DataFrame, name: str, statistic: str, base: Row, config: EvalConfig) -> Row:
+    values = table[name]
+    interval = cluster_bootstrap(values, table["string"], statistic, config.n_draws, config.seed)
+    base = replace(base, statistic=statistic, value=interval.value)
+    if len(values) > 1 and values.nunique() == 1:  # BOS has one context, a static norm one gain
+        return replace(base, n=1, note="one number, the same at every token")
     return replace(
-        base, statistic=statistic, value=interval.value, low=interval.low, high=interval.high,
-        n=interval.n, n_clusters=interval.n_clusters, cluster=cluster,
+        base, low=interval.low, high=interval.high, n=interval.n, n_clusters=interval.n_clusters,
+        cluster="string" if base.stream in streams.MADE_UP else "document",
     )  # fmt: skip

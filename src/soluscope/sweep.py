@@ -17,13 +17,15 @@ from omegaconf import OmegaConf
 from soluscope.config import Config, EvalConfig, check, load_config, load_typed, read_yaml
 from soluscope.errors import UserError
 
-_NOT_IN_TAG = ("variant", "seed", "study", "size", "data", "tag")
+_NAMED = ("variant", "seed", "study", "tag")
+"""Parameters that are in a run's path already."""
 
 
 def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
     """The configurations of a sweep file, in the order of its parameters, the last one fastest.
 
-    A parameter with several values, other than variant and seed, goes into the run's name.
+    A parameter with several values, other than variant and seed, goes into the run's name. An
+    override of a parameter takes the place of its values.
 
     Raises:
         UserError: not a grid, a parameter that no configuration has, two runs of one name, or two studies.
@@ -32,15 +34,16 @@ def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
     parameters = sweep.get("parameters")
     check(sweep.get("method") == "grid" and isinstance(parameters, dict) and bool(parameters),
           f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
-    axes = {key: _values(path, key, spec) for key, spec in parameters.items()}
+    overridden = {word.split("=", 1)[0] for word in overrides}
+    axes = {k: _values(path, k, spec) for k, spec in parameters.items() if k not in overridden}
     configs: dict[Path, Config] = {}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        words = [f"{key}={value}" for key, value in chosen.items()]
+        words = [f"{key}={'null' if value is None else value}" for key, value in chosen.items()]
         tag = "-".join(
             f"{key.rsplit('.', 1)[-1]}{value}"
             for key, value in chosen.items()
-            if len(axes[key]) > 1 and key not in _NOT_IN_TAG
+            if len(axes[key]) > 1 and key not in _NAMED
         )
         config = load_config([*words, *([f"tag={tag}"] if tag else []), *overrides])
         if config.run_dir in configs:
@@ -88,9 +91,7 @@ def run(path: Path, words: Sequence[str]) -> Path:
             train(config, progress)
     study_dir = configs[0].study_dir
     suite.evaluate(study_dir, evaluation, _say)
-    page = report.build(study_dir)
-    report.show(study_dir)
-    return page
+    return report.publish(study_dir)
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ bit for bit as if it had not been.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,8 +16,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning
 import numpy as np
@@ -37,7 +39,7 @@ from soluscope.checkpoint import (
     versions,
 )  # fmt: skip
 from soluscope.config import Config
-from soluscope.data.cache import Rows, Split, TokenCache, prepare
+from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare
 from soluscope.errors import UserError
 from soluscope.files import replacing, write_bytes, write_text
 from soluscope.model import LanguageModel, Record
@@ -46,10 +48,11 @@ from soluscope.streams import spread
 
 if TYPE_CHECKING:  # a bare machine trains without them
     from jaxtyping import Int
+    from numpy.typing import NDArray
     from rich.progress import Progress
 
-INIT_BATCHES = 4
-"""First batches on which `mid.gain=init` is measured."""
+INIT_TOKENS = 8192
+"""Tokens, about, on which a static gain is measured: training's first ones, or a finished run's."""
 DIVERGED_ABOVE = 2.0
 """A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
 
@@ -63,12 +66,15 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
     Raises:
         UserError: bad input, a folder of another configuration or in use, a diverged loss.
     """
-    torch.set_num_threads(config.train.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.train.threads or _n_cores())
+    config = _with_precision(config)
     with lock(config.run_dir):
         state = claim(config)
         if state == "done":
             return config.run_dir
         cache = prepare(config)
+        for split in SPLITS:
+            cache.rows(split, config.model.ctx)  # refuse a ctx that is too long before training
         _share_with_study(config, cache)
         if progress is None:
             with progress_bars() as own:
@@ -80,20 +86,17 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
 
 def _fit(config: Config, cache: TokenCache, state: str, progress: Progress | NoProgress) -> None:
     module = TrainingModule(config, cache)
-    on_cuda = _on_cuda(config)
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and on_cuda)
     if state == "resume":
         _check_fits(last_checkpoint(config.run_dir), module)
     folder = RunFolder(config, progress)
     with _quiet():
         trainer = lightning.Trainer(
-            accelerator="cuda" if on_cuda else "cpu",
+            accelerator="cuda" if _on_cuda(config) else "cpu",
             devices=1,
-            precision="bf16-mixed" if bf16 else "32-true",
+            precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
             max_steps=config.train.steps,
             accumulate_grad_batches=config.train.micro_batches,
             gradient_clip_val=config.train.clip,
-            use_distributed_sampler=False,  # the sampler knows its rank
             callbacks=[folder],
             logger=False,
             enable_checkpointing=False,  # RunFolder saves beside and renames
@@ -117,7 +120,16 @@ def _finish(config: Config, cache: TokenCache, model: LanguageModel, seconds: fl
         f"{split}_loss": mean_loss(model, cache, split, config.model.ctx, config.train.val_tokens)
         for split in ("select", "report")
     }
-    done = losses | {"steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1)}
+    if not all(math.isfinite(loss) for loss in losses.values()):
+        raise UserError(
+            f"{config.run_name} ended with a loss of {losses['report_loss']}: lower train.lr, now "
+            f"{config.train.lr:g}, and delete {config.run_dir}"
+        )
+    n_rows = len(cache.rows("train", config.model.ctx))
+    done = losses | {
+        "steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1),
+        "epochs": round(config.train.steps * config.train.batch_size / n_rows, 3),
+    }  # fmt: skip
     write_text(config.run_dir / "done.json", json.dumps(done) + "\n")
 
 
@@ -137,6 +149,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         bos=cache.meta["bos"], eos=cache.meta["eos"], pad=cache.meta["pad"],
         tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
+        precision=config.train.precision, device="cuda" if _on_cuda(config) else "cpu",
         config=config.hash, commit=commit(), versions=versions(),
     )  # fmt: skip
 
@@ -227,7 +240,7 @@ def rate(step: int, config: Config) -> float:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> Int[np.ndarray, " batch"]:
+def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np.int64]:
     """Which rows make up a step's batch: each row once an epoch, in an order drawn by (seed, epoch).
 
     A function of its arguments alone, in constant memory: the order is a keyed permutation that is
@@ -235,30 +248,32 @@ def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> Int[np.nda
     """
     index = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epoch, place = np.divmod(index, n_rows)
-    return np.array(
-        [_permute(int(p), n_rows, seed, int(e)) for p, e in zip(place, epoch, strict=True)]
-    )
+    return _permute(place.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
 
 
-def _permute(place: int, n: int, seed: int, epoch: int) -> int:
-    """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside range(n)."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = place >> half, place & mask
+def _permute(
+    place: NDArray[np.uint64], n: int, seed: int, epoch: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside it."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    outside = np.ones(len(place), dtype=bool)
+    while outside.any():
+        left, right = place[outside] >> half, place[outside] & mask
         for turn in range(4):
-            left, right = right, left ^ (_mix(right, seed, epoch, turn) & mask)
-        place = left << half | right
-        if place < n:
-            return place
+            left, right = right, left ^ (_mix(right, seed, epoch[outside], turn) & mask)
+        place[outside] = left << half | right
+        outside = place >= n
+    return place.astype(np.int64)
 
 
-def _mix(value: int, *keys: int) -> int:
-    """A well-mixed 64-bit hash of small integers (splitmix64's finaliser, once a key)."""
+def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:
+    """A well-mixed 64-bit hash of integers, modulo 2^64 (splitmix64's finaliser, once a key)."""
     for key in keys:
-        value = (value ^ (key + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
-        value = (value ^ (value >> 30)) * 0x94D049BB133111EB % 2**64
-        value ^= value >> 31
+        offset = np.asarray(key, dtype=np.uint64) + np.array([0x9E3779B97F4A7C15], np.uint64)
+        value = (value ^ offset) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
+        value = value ^ (value >> np.uint64(31))
     return value
 
 
@@ -273,27 +288,24 @@ class Batches(lightning.LightningDataModule):
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(
             _RowDataset(self.rows),
-            sampler=self._micro_batches(),
+            sampler=_FromGlobalStep(self),
             batch_size=None,
             pin_memory=_on_cuda(self.config),
         )
 
-    def _micro_batches(self) -> Any:
-        train, trainer = self.config.train, self.trainer
-        assert trainer is not None
 
-        class FromGlobalStep:
-            def __iter__(self) -> Iterator[np.ndarray]:
-                step, rank, world = trainer.global_step, trainer.global_rank, trainer.world_size
-                while True:
-                    rows = batch_rows(
-                        batches.config.seed, step, train.batch_size, len(batches.rows)
-                    )
-                    yield from np.array_split(rows[rank::world], train.micro_batches)
-                    step += 1
+class _FromGlobalStep:
+    """Rows of micro-batch after micro-batch, without end; where to begin is asked when it begins."""
 
-        batches = self
-        return FromGlobalStep()
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        config, n_rows = self.batches.config, len(self.batches.rows)
+        assert self.batches.trainer is not None
+        for step in itertools.count(self.batches.trainer.global_step):
+            rows = batch_rows(config.seed, step, config.train.batch_size, n_rows)
+            yield from np.array_split(rows, config.train.micro_batches)
 
 
 class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -318,20 +330,19 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
             continue
         gain = config.mid.gain
         if isinstance(gain, str) and gain == "init":
-            mid = _first_batches(model, config, cache)[f"blocks.{index}.mlp.hook_mid"].flatten(0, 1)
-            gain = gain_matching_layer_norm(norm, mid, config.mid.epsilon(config.model.d_mlp))
+            mid = _first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
+            content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
+            gain = gain_matching_layer_norm(norm, content, config.mid.epsilon(config.model.d_mlp))
         elif isinstance(gain, str):
             gain = mean_gain(Path(gain.format(seed=config.seed)), index, cache)
         norm.gain.fill_(gain)
 
 
 @torch.no_grad()
-def _first_batches(model: LanguageModel, config: Config, cache: TokenCache) -> Record:
+def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Record:
     rows = cache.rows("train", config.model.ctx)
-    size = min(config.train.batch_size, 16)
-    first = np.concatenate(
-        [batch_rows(config.seed, step, size, len(rows)) for step in range(INIT_BATCHES)]
-    )
+    n_rows = max(1, INIT_TOKENS // config.model.ctx)
+    first = batch_rows(config.seed, 0, n_rows, len(rows))
     record: Record = {}
     model.residual(torch.from_numpy(rows[first]), record)
     return record
@@ -356,7 +367,7 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
         raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
     rows = cache.rows("select", facts.ctx)
     record: Record = {}
-    model.residual(torch.from_numpy(rows[np.arange(min(len(rows), 64))]), record)
+    model.residual(torch.from_numpy(rows[spread(len(rows), INIT_TOKENS // facts.ctx)]), record)
     scale = record[f"blocks.{layer}.mlp.ln.hook_scale"][:, 1:]  # [row pos 1], BOS left out
     return float(scale.double().log().mean().neg().exp())
 
@@ -371,7 +382,9 @@ class RunFolder(lightning.Callback):
         self.config = config
         self.progress = progress
         self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
+        self.part: Tensor | float = 0.0
         self.losses: list[tuple[int, Tensor]] = []
+        """Step, and [loss, gradient norm], of the steps since the last check."""
         self.saved_step = -1
         self.seconds = 0.0
 
@@ -393,9 +406,13 @@ class RunFolder(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        self.losses.append((trainer.global_step, outputs["loss"].detach()))
+        self.part = self.part + outputs["loss"].detach()  # Lightning has divided it by their number
         if (index + 1) % self.config.train.micro_batches:
             return
+        assert isinstance(self.part, Tensor)
+        both = torch.stack([self.part.float(), module.grad_norm.float()])
+        self.losses.append((trainer.global_step, both))
+        self.part = 0.0
         step, train = trainer.global_step, self.config.train
         last = step == train.steps
         log, save = step % train.log_every == 0 or last, step % train.checkpoint_every == 0 or last
@@ -409,8 +426,13 @@ class RunFolder(lightning.Callback):
             self.seconds = time.perf_counter() - self.began
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """SIGTERM and Ctrl-C keep the work done; a diverged or unwritable run keeps its last good one."""
-        if not isinstance(exception, UserError) and trainer.global_step > max(0, self.saved_step):
+        """SIGTERM and Ctrl-C keep the work done; a diverged or unwritable run keeps its last good one.
+
+        Inside a step of several micro-batches nothing is saved: that step could not be resumed.
+        """
+        between_steps = not isinstance(self.part, Tensor)
+        ahead = trainer.global_step > max(0, self.saved_step)
+        if between_steps and ahead and not isinstance(exception, UserError):
             if self.losses:
                 self._check_losses()
             self._save(trainer)
@@ -421,22 +443,25 @@ class RunFolder(lightning.Callback):
         Raises:
             UserError: with the first bad step, its batch, and the last good checkpoint.
         """
-        values = torch.stack([loss for _, loss in self.losses]).float().cpu()
+        loss, norm = torch.stack([both for _, both in self.losses]).cpu().unbind(-1)
         limit = DIVERGED_ABOVE * math.log(self.vocabulary)
-        bad = (~(values <= limit)).nonzero()
+        bad = (~((loss <= limit) & norm.isfinite())).nonzero()
         if len(bad):
-            step, value = self.losses[int(bad[0])][0], float(values[int(bad[0])])
+            first = int(bad[0])
+            step, what = self.losses[first][0], f"loss is {float(loss[first]):.4g}"
+            if loss[first] <= limit:
+                what = f"gradient's norm is {float(norm[first]):.4g}"
             rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
             kept = (
                 f"{self.checkpoint}, step {self.saved_step}" if self.saved_step >= 0 else "none yet"
             )
             raise UserError(
-                f"the loss is {value:.4g} at step {step} of {self.config.run_name} (batch of train rows "
+                f"the {what} at step {step} of {self.config.run_name} (batch of train rows "
                 f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {kept}): "
                 f"lower train.lr, now {self.config.train.lr:g}"
             )
         self.losses.clear()
-        return float(values[-1])
+        return float(loss[-1])
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         self.vocabulary = len(module.model.unembed.b_U)
@@ -551,6 +576,22 @@ def _check_fits(path: Path, module: nn.Module) -> None:
                 f"the checkpoint {path} is of another shape: {name} is {there} there and {here} in this "
                 "configuration; delete it to start again, or set tag= or study="
             )
+
+
+def _with_precision(config: Config) -> Config:
+    """`auto` resolved, so that the saved configuration and its hash say what was computed."""
+    if config.train.precision != "auto":
+        return config
+    precision: Literal["bf16", "fp32"] = "bf16" if _on_cuda(config) else "fp32"
+    return replace(config, train=replace(config.train, precision=precision))
+
+
+def _n_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS has no affinity
+        return os.cpu_count() or 1
 
 
 def _on_cuda(config: Config) -> bool:

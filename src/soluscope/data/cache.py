@@ -46,7 +46,7 @@ Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
 
-_FORMAT = 1  # counts up when the same corpus and settings would give other files
+_FORMAT = 2  # counts up when the same corpus and settings would give other files
 _LARGEST_UINT16_VOCAB = 65_535
 _BATCH_BYTES = 1 << 20
 _MOST_NAMED = 20  # of what is skipped: a corpus of broken lines should fill no terminal
@@ -63,7 +63,7 @@ def prepare(config: Config) -> TokenCache:
             read, the cache cannot be written, or what is there is not a whole cache.
     """
     if config.tokens.prepared is not None:
-        return open_cache(Path(config.tokens.prepared).expanduser())
+        return _check_prepared(open_cache(Path(config.tokens.prepared).expanduser()), config)
     key = cache_key(config)
     folder = Path(config.tokens.cache_dir).expanduser() / key
     if not folder.exists():
@@ -78,6 +78,27 @@ def prepare(config: Config) -> TokenCache:
                 "free it or choose another tokens.cache_dir"
             ) from error
     return open_cache(folder)
+
+
+def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
+    """`cache`, if it is what the rest of the configuration says it is."""
+    tokens, asked = config.tokens, cache.meta["asked"]
+    here = _asked(config)
+    for key, there in asked.items():
+        if here[key] != there and not (key == "tokens.d_vocab" and tokens.tokenizer != "bpe"):
+            raise UserError(
+                f"tokens.prepared={cache.path} was made with {key}={there}, and this configuration "
+                f"says {here[key]}: set {key}={there}"
+            )
+    return cache
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """What a configuration asks of its tokens, by key."""
+    names = ("tokenizer", "d_vocab", "select_share", "report_share")
+    tokens = {f"tokens.{name}": getattr(config.tokens, name) for name in names}
+    corpus = {f"corpus.{key}": value for key, value in asdict(config.corpus).items()}
+    return {"data": config.data} | corpus | tokens
 
 
 def cache_key(config: Config) -> str:
@@ -147,9 +168,9 @@ class TokenCache:
 
     path: Path
     meta: dict[str, Any]
-    """format, key, d_vocab, bos, eos, pad, dtype, tokenizer, tokenizer_hash, source, corpus,
-    shares, splits (n_documents, n_tokens and n_bytes of each), dropped_duplicates, skipped (count,
-    and why by name, for the first), versions."""
+    """format, key, asked (the configuration's keys), d_vocab, bos, eos, pad, dtype, tokenizer,
+    tokenizer_hash, source, corpus, shares, splits (n_documents, n_tokens and n_bytes of each),
+    dropped_duplicates, skipped (count, and why by name, for the first), versions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -371,6 +392,7 @@ def _write(config: Config, key: str, folder: Path) -> None:
     meta = {
         "format": _FORMAT,
         "key": key,
+        "asked": _asked(config),
         "d_vocab": vocabulary.d_vocab,
         "bos": vocabulary.bos,
         "eos": vocabulary.eos,

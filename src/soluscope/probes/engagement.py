@@ -72,7 +72,7 @@ PROBE = Probe(
         "r": Quantity(
             "share",
             "var / (var + eps) of mid",
-            ("median", "q05", "q95", "share above 0.5"),
+            ("median", "q05", "q95", "share above 0.05", "share above 0.5"),
             more_smeared_when="higher",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),

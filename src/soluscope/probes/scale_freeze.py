@@ -22,10 +22,10 @@ SEARCH = 1.5
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Change of each token's loss, in nats, when its gain is replaced by a constant.
 
-    The constants: the geometric mean over tokens that are not BOS; BOS's own geometric mean for BOS
-    and the others' for the others; and the constant with the least mean loss over tokens that are not
-    BOS, sought on one half of the strings and applied to the other. Each with ln_final live, and
-    the first with ln_final's scale frozen too.
+    The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
+    gain is one number, so freezing it there changes nothing); and the constant with the least mean
+    loss over tokens that are not BOS, sought on one half of the strings and applied to the other.
+    Each with ln_final live, and the first with ln_final's scale frozen too.
     """
     import torch
 
@@ -34,14 +34,12 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     log_gain = run.gain.double().log()
     content = ~run.is_bos
     geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
-    own = geomean.where(content, log_gain[run.is_bos].mean())
-    gains = torch.stack([log_gain, geomean, own, _best_constant(run, geomean)], dim=-1).exp()
+    gains = torch.stack([log_gain, geomean, _best_constant(run, geomean)], dim=-1).exp()
     loss = loss_at_gain(run, gains.to(run.post.dtype))
     frozen = loss_at_gain(run, gains[:, :2].to(run.post.dtype), final_norm="frozen")
     return {
         "frozen at geometric mean": loss[:, 1] - loss[:, 0],
-        "frozen, BOS at its own": loss[:, 2] - loss[:, 0],
-        "frozen at best constant": loss[:, 3] - loss[:, 0],
+        "frozen at best constant": loss[:, 2] - loss[:, 0],
         "frozen, final norm frozen too": frozen[:, 1] - frozen[:, 0],
         "gain": run.gain,
         "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
@@ -88,7 +86,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 _FREEZES = {
     "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
-    "frozen, BOS at its own": "the same, with a gain of its own for BOS",
     "frozen at best constant": "the same at the constant of least loss, chosen on the other half of the documents",
     "frozen, final norm frozen too": "at the geometric mean, with ln_final's scale kept as it was",
 }
@@ -113,6 +110,11 @@ PROBE = Probe(
     streams=("natural",),
     figures=(
         Figure("Loss when frozen less loss as it is", tuple(_FREEZES)),
+        Figure(
+            "BOS alone: its loss at the other tokens' geometric mean less its loss at its own gain",
+            ("frozen at geometric mean",),
+            positions="BOS",
+        ),
         Figure(
             "At the geometric mean, by quartile of the token's gain",
             ("frozen at geometric mean",),

@@ -17,22 +17,29 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+def publish(study_dir: Path) -> Path:
+    """Write the report and print its table and headline to the terminal; the report's path."""
+    from rich.console import Console
+
+    rows = results.read(study_dir / "results.jsonl")
+    path = _write(study_dir, rows)
+    Console().print(table(rows))
+    return path
+
+
 def build(study_dir: Path) -> Path:
     """Write `study_dir`/report.html from `study_dir`/results.jsonl, and return its path.
 
     Raises:
         UserError: if there are no results, or the page cannot be written.
     """
+    return _write(study_dir, results.read(study_dir / "results.jsonl"))
+
+
+def _write(study_dir: Path, rows: list[Row]) -> Path:
     path = study_dir / "report.html"
-    write_text(path, page.render(results.read(study_dir / "results.jsonl")))
+    write_text(path, page.render(rows))
     return path
-
-
-def show(study_dir: Path) -> None:
-    """Print the table and the headline of a study to the terminal."""
-    from rich.console import Console
-
-    Console().print(table(results.read(study_dir / "results.jsonl")))
 
 
 def table(rows: list[Row]) -> Group:

@@ -254,7 +254,7 @@ def _phi_dyn(rows: list[Row], arm: str) -> list[str]:
                 ends = f"95% interval {row.low:.2f} to {row.high:.2f}"
             sentences.append(
                 f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
-                "LayerNorm's gain that no static gain reaches: 0 none of it, 1 all of it, below "
+                "LayerNorm's gain that no static arm trained here reaches: 0 none of it, 1 all of it, below "
                 f"0 static is better; {note}."
             )
     return sentences
@@ -344,10 +344,8 @@ def _freeze(rows: list[Row], arm: str) -> list[str]:
             judged = "an improvement"
         else:
             judged = "not settled"
-        n = seeds(len(found))
-        parts.append(
-            f"{text} ({judged}; 95% interval, {n}: {signed(ends[0])} to {signed(ends[1])})"
-        )
+        each = "95% interval" if len(found) == 1 else "the 95% intervals of the runs reach from"
+        parts.append(f"{text} ({judged}; {each} {signed(ends[0])} to {signed(ends[1])})")
     if not parts:
         return []
     return [f"Giving all tokens of the trained {arm} one gain: {'; '.join(parts)}."]

@@ -62,7 +62,12 @@ class StaticParams(LayerNormParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.gain, str) and not self.gain > 0:
+        if isinstance(self.gain, str):
+            try:
+                self.gain.format(seed=0)
+            except (KeyError, IndexError, ValueError) as error:
+                raise UserError(f"mid.gain={self.gain}: only {{seed}} is filled in") from error
+        elif not self.gain > 0:
             raise UserError(
                 f"mid.gain={self.gain} must be above 0, 'init', or a finished run's folder"
             )
