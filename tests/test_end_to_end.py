@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from soluscope import plugins
+from soluscope.sweep import expand
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
@@ -87,8 +89,6 @@ def test_the_report_is_rebuilt_from_results_alone_without_torch(study, tmp_path)
 
 
 def test_probing_the_same_models_again_gives_the_same_rows_bit_for_bit(study, tmp_path):
-    import shutil
-
     copy = tmp_path / "runs" / "e2e"
     shutil.copytree(study[0], copy)
     for probes in copy.glob("solu*-s0/probes"):
@@ -112,3 +112,35 @@ def test_one_run_trains_by_the_readmes_command(tmp_path):
     assert done.stdout == "runs/default/solu_ln-s1 is finished\n"
     assert "loss" in done.stderr
     assert "tok/s" in done.stderr
+
+
+def test_probing_one_probe_again_leaves_the_others_alone(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    (copy / "solu-s0" / "probes" / "engagement.jsonl").unlink()
+    tokens = Path(json.loads((copy / "data.json").read_text())["path"])
+    words = ["probes=[engagement]", "n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
+    prepared = f"prepared={study[0].parents[1] / tokens}"
+    done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
+    assert done.stderr.count("probed already") == 11
+    assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
+
+
+def test_other_tokens_than_those_trained_on_are_refused(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    data = json.loads((copy / "data.json").read_text())
+    (copy / "data.json").write_text(json.dumps(data | {"key": "another"}))
+    (copy / "solu-s0" / "probes" / "loss.jsonl").unlink()
+    tokens = study[0].parents[1] / data["path"]
+    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200", f"prepared={tokens}"]
+    command = [sys.executable, ROOT / "eval" / "run.py", "runs/e2e", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "was trained on the tokens another" in done.stderr.splitlines()[-1]
+
+
+def test_an_override_takes_the_place_of_a_sweeps_values():
+    configs = expand(ROOT / "sweeps" / "demo.yaml", ["study=mine", "seed=2"])
+    assert {config.seed for config in configs} == {2}
+    assert len(configs) == len(VARIANTS)

@@ -310,3 +310,32 @@ def test_probing_a_text_gives_a_table_and_figures(tiny_study):
     assert (frame[frame["pos"] == 0]["text"] == "<|BOS|>").all()
     assert all(figure.to_dict()["data"] for figure in figures.values())
     assert load_facts(tiny_study / "solu_ln-s0").variant == facts_for("solu_ln").variant
+
+
+def test_few_tokens_still_come_from_many_texts(cache_of):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(cache_of.tokenizer_path))
+    texts = [f"def function_{i}(): return {i} " * 40 for i in range(30)]
+    stream = streams.from_texts(texts, tokenizer, BOS, 32, 40 * 32, "text")
+    assert len(stream.tokens) == 40
+    assert stream.string.unique().tolist() == list(range(30))
+    first = stream.tokens[stream.string[:, 0] == 3][:, 1:].flatten().tolist()
+    assert tokenizer.decode(first).startswith("def function_3(): return 3")
+
+
+def test_a_spelt_out_bos_is_text_and_not_a_token(cache_of):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(cache_of.tokenizer_path))
+    stream = streams.from_texts(["a <|BOS|> b"], tokenizer, cache_of.meta["bos"], 32, 100, "text")
+    assert (stream.tokens[:, 1:][stream.keep[:, 1:]] != cache_of.meta["bos"]).all()
+
+
+def test_one_number_for_all_tokens_has_no_interval_and_says_so():
+    table = pd.DataFrame({"string": np.arange(60) // 2, "pos": 1, "r": 0.0})
+    probe = plugins.pick("soluscope.probes", "engagement")
+    table = table.assign(**{name: np.nan for name in probe.quantities if name != "r"})
+    rows = [row for row in summarise(table, probe, BASE, EvalConfig()) if row.positions == "1"]
+    assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
+    assert all((row.low, row.n) == (None, 1) and "same at every token" in row.note for row in rows)

@@ -298,10 +298,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_checkpoint_takes_it(tmp_
     config = tiny_config(tmp_path, "variant=gelu", "train.steps=20", "train.checkpoint_every=4")
     real = training.TrainingModule.configure_gradient_clipping
 
-    def breaking(self, *words):
+    def breaking(self, *words, **keys):
         if self.trainer.global_step == 6:
             self.model.unembed.b_U.grad[0] = torch.nan
-        real(self, *words)
+        real(self, *words, **keys)
 
     monkeypatch.setattr(training.TrainingModule, "configure_gradient_clipping", breaking)
     with pytest.raises(UserError, match=r"gradient's norm is nan at step 7 .*last.ckpt, step 4"):
