@@ -21,6 +21,9 @@ MARGIN = 0.005
 
 Source: science.md section 4."""
 
+ONE_NUMBER = "one number, the same at every token"
+"""Note of a row that has no interval because nothing varies."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:

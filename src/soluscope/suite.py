@@ -388,7 +388,7 @@ def _summary(table: pd.DataFrame, name: str, statistic: str, base: Row, config: 
     interval = cluster_bootstrap(values, table["string"], statistic, config.n_draws, config.seed)
     base = replace(base, statistic=statistic, value=interval.value)
     if len(values) > 1 and values.nunique() == 1:  # BOS has one context, a static norm one gain
-        return replace(base, n=1, note="one number, the same at every token")
+        return replace(base, n=1, note=results.ONE_NUMBER)
     return replace(
         base, low=interval.low, high=interval.high, n=interval.n, n_clusters=interval.n_clusters,
         cluster="string" if base.stream in streams.MADE_UP else "document",

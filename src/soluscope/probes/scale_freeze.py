@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from soluscope.activations import HookedRun
 
-SEARCH = 1.5
-"""How far from the geometric mean the best constant is sought, in log gain."""
+SEARCH, N_SEARCHED = 0.7, 29
+"""How far from the geometric mean the best constant is sought, in log gain, and at how many places."""
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
     The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
     gain is one number, so freezing it there changes nothing); and the constant with the least mean
-    loss over tokens that are not BOS, sought on one half of the strings and applied to the other.
+    loss over tokens that are not BOS, sought for each string on all the others.
     Each with ln_final live, and the first with ln_final's scale frozen too.
     """
     import torch
@@ -48,27 +48,29 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
-    """Log of the constant with the least mean loss on the other half of the strings. [token]"""
-    from scipy.optimize import minimize_scalar
+    """Log of the constant with the least mean loss on all other strings than the token's. [token]
+
+    The loss is computed on a grid of constants around `start`, summed by string; for each string the
+    others' sum is minimised, between grid points by the parabola through the lowest three.
+    """
+    import torch
 
     from soluscope.ablation import loss_at_gain
 
-    best = start.clone()
-    half = run.string.unique(return_inverse=True)[1] % 2
-    for fold in (0, 1):
-        inside = (half != fold) & ~run.is_bos & (run.target >= 0)
-        part = run.subset(inside)
-
-        def mean_loss(shift: float, part: HookedRun = part, at: Tensor = start[inside]) -> float:
-            gains = (at + shift).exp().to(part.post.dtype)[:, None]
-            return float(loss_at_gain(part, gains).double().mean())
-
-        if len(part.pos):
-            found = minimize_scalar(
-                mean_loss, bounds=(-SEARCH, SEARCH), method="bounded", options={"xatol": 1e-3}
-            )
-            best[half == fold] += float(found.x)
-    return best
+    shifts = torch.linspace(-SEARCH, SEARCH, N_SEARCHED, dtype=start.dtype)
+    counted = ~run.is_bos & (run.target >= 0)
+    gains = (start[counted, None] + shifts).exp().to(run.post.dtype)
+    losses = loss_at_gain(run.subset(counted), gains).double()  # [token shift]
+    _, owner = run.string.unique(return_inverse=True)
+    n_strings = int(owner.max()) + 1
+    by_string = torch.zeros(n_strings, N_SEARCHED, dtype=losses.dtype)
+    by_string.index_add_(0, owner[counted], losses)
+    others = by_string.sum(0) - by_string if n_strings > 1 else by_string
+    lowest = others.argmin(-1).clamp(1, N_SEARCHED - 2)[:, None]
+    left, middle, right = (others.gather(-1, lowest + k).squeeze(-1) for k in (-1, 0, 1))
+    offset = (0.5 * (left - right) / (left - 2 * middle + right)).nan_to_num().clamp(-1, 1)
+    step = shifts[1] - shifts[0]
+    return start + (shifts[lowest.squeeze(-1)] + offset * step)[owner]
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
@@ -86,7 +88,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 _FREEZES = {
     "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
-    "frozen at best constant": "the same at the constant of least loss, chosen on the other half of the documents",
+    "frozen at best constant": "the same at the constant of least loss, chosen for each document on all others",
     "frozen, final norm frozen too": "at the geometric mean, with ln_final's scale kept as it was",
 }
 

@@ -322,6 +322,8 @@ def _by_arm(rows: Sequence[Row], meanings: Mapping[str, Quantity]) -> str:
         what = [f"{statistic} of {quantity}, {unit}"]
         if quantity in meanings:
             what.append(meanings[quantity].meaning)
+            if meanings[quantity].more_smeared_when != "neither":
+                what.append(f"more smeared when {meanings[quantity].more_smeared_when}")
         numbers = [
             [words.estimate(row) for row in sorted(by_arm.get(arm, []), key=lambda r: r.seed or 0)]
             for arm in arms

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.results import MARGIN, Row
+from soluscope.results import MARGIN, ONE_NUMBER, Row
 
 ENGAGED, IDLE = 0.5, 0.05
 """Median r above which a mid norm counts as active, and below which as a static gain."""
 NO_COST = 0.001
 """Nats: a freeze that changes the loss by less carries nothing (science.md section 7, P4)."""
 FREEZES = (
-    ("frozen at best constant", "the best single constant"),
     ("frozen at geometric mean", "the geometric mean"),
+    ("frozen at best constant", "the best constant for the other documents"),
 )
 
 
@@ -106,12 +106,12 @@ def signed(value: float) -> str:
 
 
 def estimate(row: Row, decimals: int | None = None) -> str:
-    """`value [low, high]`, `value (no interval)`, or `undefined`."""
+    """`value [low, high]`, `value (no interval)`, `value (constant)`, or `undefined`."""
     value = number(row.value, decimals)
     if row.value is None:
         return value
     if row.low is None or row.high is None:
-        return f"{value} (no interval)"
+        return f"{value} ({'constant' if row.note == ONE_NUMBER else 'no interval'})"
     return f"{value} [{number(row.low, decimals)}, {number(row.high, decimals)}]"
 
 
