@@ -209,20 +209,29 @@ def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
         assert table[column].abs().max() < 1e-12
 
 
-def test_the_best_constant_finds_a_gain_that_was_set_wrong():
-    """A static gain is doubled after the fact: the constant of least loss moves against it."""
+def test_the_best_constant_is_the_minimum_over_all_other_strings():
+    """Against scipy's minimiser; targets are the model's own guesses, so its gain is too low."""
+    from scipy.optimize import minimize_scalar
+
+    from soluscope.probes.scale_freeze import _best_constant
+
     _, hooked = hooked_for("solu_gain")
     tokens = some_tokens(40)
-    with (
-        torch.no_grad()
-    ):  # make the right answer worth something: tokens follow the model's own guess
+    with torch.no_grad():
         for pos in range(1, 31):
             tokens[:, pos + 1] = hooked(tokens[:, : pos + 1])[:, -1].argmax(-1)
-    tokens[:, 0] = BOS
-    hooked.blocks[0].mlp.ln.gain.mul_(2)
-    table = freeze(observe(hooked, stream_of(tokens)))
-    content = table[table["pos"] > 0]
-    assert content["frozen at best constant"].mean() < -1e-3
+    run = observe(hooked, stream_of(tokens))
+    start = run.gain.log()
+    found = _best_constant(run, start) - start
+    for string in (0, 17, 39):
+        others = run.subset(~run.is_bos & (run.target >= 0) & (run.string != string))
+
+        def mean_loss(shift, others=others):
+            return loss_at_gain(others, others.gain[:, None] * np.exp(shift)).mean().item()
+
+        wanted = minimize_scalar(mean_loss, bounds=(-0.7, 0.7), method="bounded").x
+        assert wanted > 0.1
+        assert found[run.string == string].unique().item() == pytest.approx(wanted, abs=0.01)
 
 
 # --- streams and bad input ------------------------------------------------------------------------
