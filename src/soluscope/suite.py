@@ -62,7 +62,7 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     Raises:
         UserError: if there is no finished run, one cannot be read, or its tokens are gone.
     """
-    run_dirs = finished_runs(folder.resolve())
+    run_dirs = finished_runs(folder if folder.name else folder.resolve())  # "." has no parent
     study_dir = run_dirs[0].parent
     for number, run_dir in enumerate(run_dirs, start=1):
         place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"

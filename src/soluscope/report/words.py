@@ -152,10 +152,10 @@ def _basis(rows: list[Row]) -> str:
     counts = sorted({seeds_of(rows, arm) or _n_of_loss(rows, arm) for arm in arms})
     each = " to ".join(dict.fromkeys([str(counts[0]), str(counts[-1])])) if counts else "0"
     noun = "seed" if each == "1" else "seeds"
-    text = (
-        f"Compared here: {len(runs)} runs of {len(arms)} arms ({', '.join(arms)}), {each} {noun} "
-        "an arm"
+    n_runs, n_arms = (
+        f"{len(x)} {w}{'s'[: len(x) != 1]}" for x, w in ((runs, "run"), (arms, "arm"))
     )
+    text = f"Compared here: {n_runs} of {n_arms} ({', '.join(arms)}), {each} {noun} an arm"
     measured_on = [row for row in rows if row.probe == "loss" and row.run]
     documents = max((row.n_clusters for row in measured_on), default=0)
     tokens = max((row.n for row in measured_on), default=0)
