@@ -14,9 +14,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from transformer_lens import HookedTransformer
 
@@ -24,10 +24,10 @@ from soluscope import plugins
 from soluscope.config import Config, load_config
 from soluscope.convert import to_hooked
 from soluscope.data.cache import TokenCache, prepare
-from soluscope.training import TrainingModule, batch_rows, facts_of, train
+from soluscope.training import Batches, TrainingModule, batch_rows, facts_of, train
 
 D_MODEL, D_MLP, CTX, D_VOCAB, BATCH = 128, 512, 128, 4096, 16
-N_STEPS, N_WARMUP = 12, 3
+N_STEPS, N_WARMUP, N_BATCHES = 12, 3, 512
 H200_BF16_FLOPS = 989e12
 
 
@@ -140,14 +140,15 @@ def _lightning_step(config: Config, device: str) -> float:
 
 
 def _data_case(config: Config, cache: TokenCache, step_ms: float) -> dict[str, Any]:
-    """A batch from the memmap, rows drawn and copied, against a step."""
-    rows = cache.rows("train", CTX)
-    times = []
-    for step in range(200):
-        began = time.perf_counter()
-        torch.from_numpy(rows[batch_rows(0, step, BATCH, len(rows))])
-        times.append((time.perf_counter() - began) * 1000)
-    ms = float(np.median(times))
+    """A batch through the real data loader, rows drawn and copied from the memmap, against a step."""
+    batches = Batches(config, cache)
+    batches.trainer = SimpleNamespace(global_step=0)
+    loader = iter(batches.train_dataloader())
+    next(loader)
+    began = time.perf_counter()
+    for _ in range(N_BATCHES):
+        next(loader)
+    ms = (time.perf_counter() - began) * 1000 / N_BATCHES
     return {"case": "batch", "ms": round(ms, 4), "share_of_step": round(ms / step_ms, 5)}
 
 

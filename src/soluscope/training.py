@@ -53,6 +53,8 @@ if TYPE_CHECKING:  # a bare machine trains without them
 
 INIT_TOKENS = 8192
 """Tokens, about, on which a static gain is measured: training's first ones, or a finished run's."""
+STEPS_AHEAD = 64
+"""Steps whose rows are drawn at once: a call costs as much for many as for few."""
 DIVERGED_ABOVE = 2.0
 """A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
 
@@ -246,8 +248,12 @@ def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np
     A function of its arguments alone, in constant memory: the order is a keyed permutation that is
     evaluated where it is needed, never stored.
     """
-    index = step * batch_size + np.arange(batch_size, dtype=np.int64)
-    epoch, place = np.divmod(index, n_rows)
+    return rows_in_order(seed, step * batch_size, batch_size, n_rows)
+
+
+def rows_in_order(seed: int, start: int, count: int, n_rows: int) -> NDArray[np.int64]:
+    """`count` rows of the endless order of `seed`, from place `start` of it."""
+    epoch, place = np.divmod(start + np.arange(count, dtype=np.int64), n_rows)
     return _permute(place.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
 
 
@@ -303,9 +309,12 @@ class _FromGlobalStep:
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         config, n_rows = self.batches.config, len(self.batches.rows)
         assert self.batches.trainer is not None
-        for step in itertools.count(self.batches.trainer.global_step):
-            rows = batch_rows(config.seed, step, config.train.batch_size, n_rows)
-            yield from np.array_split(rows, config.train.micro_batches)
+        size = config.train.batch_size // config.train.micro_batches
+        ahead = config.train.batch_size * STEPS_AHEAD
+        first = self.batches.trainer.global_step * config.train.batch_size
+        for start in itertools.count(first, ahead):
+            rows = rows_in_order(config.seed, start, ahead, n_rows)
+            yield from rows.reshape(-1, size)
 
 
 class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]

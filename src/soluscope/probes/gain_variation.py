@@ -67,7 +67,8 @@ def fits(string: pd.DataFrame) -> pd.DataFrame:
 
     string = string[string["pos"] >= 1]
     n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
-    row = {"sd of log gain": float(np.log(string["last token"]).std(ddof=0))}
+    spread = float(np.log(string["last token"]).std(ddof=0))
+    row = {"sd of log gain": spread if spread > 1e-12 else 0.0}  # less is rounding
     for name in AGGREGATIONS:
         y = string[name].to_numpy(float)
         flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
