@@ -774,3 +774,14 @@ def test_hub_preset_is_web_text_and_code_80_to_20() -> None:
     config = load_config(["variant=solu", "size=tiny", "data=hub"])
     shares = {hub_set.path: hub_set.weight for hub_set in config.corpus.sets}
     assert shares == {"allenai/c4": 0.8, "codeparrot/codeparrot-clean": 0.2}
+
+
+def test_prepared_cache_that_the_configuration_does_not_describe_is_refused(
+    tmp_path: Path, cache: TokenCache
+) -> None:
+    asked = [f"{key}={json.dumps(value)}" for key, value in cache.meta["asked"].items()]
+    words = ["variant=solu", "size=tiny", *asked, f"tokens.prepared={cache.path}"]
+    assert prepare(load_config(words)).meta["key"] == cache.meta["key"]
+    wrong = load_config([*words, "tokens.d_vocab=4096"])
+    with pytest.raises(UserError, match=r"made with tokens.d_vocab=\d+, .*says 4096: set tokens.d"):
+        prepare(wrong)
