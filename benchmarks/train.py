@@ -28,7 +28,8 @@ from soluscope.training import Batches, TrainingModule, batch_rows, facts_of, tr
 
 D_MODEL, D_MLP, CTX, D_VOCAB, BATCH = 128, 512, 128, 4096, 16
 N_STEPS, N_WARMUP, N_BATCHES = 12, 3, 512
-H200_BF16_FLOPS = 989e12
+BF16_FLOPS = {"H100": 989e12, "H200": 989e12}
+"""Dense bf16 peak of a GPU, by a part of its name."""
 
 
 def main() -> None:
@@ -153,14 +154,15 @@ def _data_case(config: Config, cache: TokenCache, step_ms: float) -> dict[str, A
 
 
 def _throughput(ms: float) -> dict[str, float]:
-    """Tokens a second, and the share of the H200's dense bf16 peak that the matrix products make up."""
+    """Tokens a second, and the share of the GPU's dense bf16 peak that the matrix products make up."""
     tokens = BATCH * CTX
     matrices = 4 * D_MODEL**2 + 2 * D_MODEL * D_MLP + D_MODEL * D_VOCAB
     flops = 6 * tokens * (matrices + CTX * D_MODEL)
-    return {
-        "tokens_per_s": round(tokens / ms * 1000),
-        "share_of_peak": round(flops / ms * 1000 / H200_BF16_FLOPS, 4),
-    }
+    line: dict[str, float] = {"tokens_per_s": round(tokens / ms * 1000)}
+    for name, peak in BF16_FLOPS.items():
+        if name in torch.cuda.get_device_name():
+            line["share_of_peak"] = round(flops / ms * 1000 / peak, 4)
+    return line
 
 
 if __name__ == "__main__":
