@@ -144,3 +144,17 @@ def test_an_override_takes_the_place_of_a_sweeps_values():
     configs = expand(ROOT / "sweeps" / "demo.yaml", ["study=mine", "seed=2"])
     assert {config.seed for config in configs} == {2}
     assert len(configs) == len(VARIANTS)
+
+
+def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    for path in (copy / "solu-s0" / "probes").glob("*"):
+        if path.name not in ("made_with.json", "training.jsonl"):
+            path.unlink()
+    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
+    run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e/gelu-s0", *words)
+    rows = [json.loads(line) for line in (copy / "results.jsonl").open()]
+    assert {row["run"] for row in rows if row["run"]} == {
+        f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)
+    } - {"solu-s0"}

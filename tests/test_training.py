@@ -321,3 +321,17 @@ def test_the_saved_configuration_and_facts_name_the_precision(tiny_study):
     facts = load_facts(tiny_study / "solu_ln-s0")
     assert (facts.precision, facts.device) == ("fp32", "cpu")
     assert "precision: fp32" in (tiny_study / "solu_ln-s0" / "config.yaml").read_text()
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_only_finished(tmp_path):
+    config = tiny_config(tmp_path, "variant=solu_frozen_ln", "train.steps=14")
+    run_dir = train_silently(config)
+    weights, losses = load_file(run_dir / "model.safetensors"), without_speed(run_dir)
+    done = json.loads((run_dir / "done.json").read_text())
+    for name in ("done.json", "model.safetensors", "model.json"):
+        (run_dir / name).unlink()
+    train_silently(config)
+    again = load_file(run_dir / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert without_speed(run_dir) == losses
+    assert json.loads((run_dir / "done.json").read_text()) | {"seconds": 0} == done | {"seconds": 0}

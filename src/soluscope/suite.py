@@ -89,11 +89,11 @@ def write_results(study_dir: Path) -> Path:
     rows: list[Row] = []
     losses = []
     for run_dir in finished_runs(study_dir):
-        done = sorted((run_dir / "probes").glob("*.jsonl"))
-        if not done:
-            continue
-        rows += [row for path in done for row in results.read(path)]
-        losses.append(pd.read_parquet(run_dir / "probes" / "loss.parquet"))
+        folder = run_dir / "probes"
+        if not (folder / "loss.jsonl").is_file():
+            continue  # not evaluated yet, or interrupted before there was anything to compare
+        rows += [row for path in sorted(folder.glob("*.jsonl")) for row in results.read(path)]
+        losses.append(pd.read_parquet(folder / "loss.parquet"))
     rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
     path = study_dir / "results.jsonl"
     results.write(path, rows)
