@@ -138,7 +138,7 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
         assert f"\n  {key} " in train_help
     assert train_cfg == to_yaml(soluscope.load_config(words))
     assert "\n  n_draws " in eval_help
-    assert "probes: engagement, " in eval_help
+    assert ", engagement, " in eval_help
     assert "n_tokens: 300\n" in eval_cfg
     assert "eval/report.py runs/demo" in report_help
     assert "sweeps/launch.py sweeps/demo.yaml" in launch_help

@@ -103,7 +103,9 @@ def test_every_arm_is_compared_with_gelu_and_with_solu_ln_both_ways():
 
 
 def test_the_interval_for_trained_models_is_narrower_than_the_one_for_new_seeds():
-    rows = compare("study", make_losses(SIX, n_seeds=2, seed_noise=0.01), "abc")
+    rows = compare(
+        "study", make_losses(SIX, n_seeds=2, seed_noise=0.01, document_noise=0.01), "abc"
+    )
     new, fixed = find(rows, "gain of LN"), find(rows, "gain of LN", "document")
     assert new.low < fixed.low < fixed.high < new.high
 
@@ -128,6 +130,43 @@ def test_phi_dyn_is_the_share_that_was_put_in():
     assert find(rows, "gain of LN").value == pytest.approx(0.08, abs=0.001)
     assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.001)
     assert find(rows, "static - LN").note.startswith("different: farther than 0.005 nats")
+
+
+def test_the_primary_family_is_corrected_for_every_solu_ln_arm():
+    # One arm is better than the static one at all eight seeds, one is as good.
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.0601}
+    rows = compare("study", make_losses(arms), "abc")
+    p = {name: find(rows, "static - LN", arm=name).p for name in ("solu_ln-k42", "solu_ln-k0")}
+    assert p["solu_ln-k42"] == 2 / 256
+    assert p["solu_ln-k0"] > 0.05
+    for quantity in ("static - LN", "Phi_dyn"):
+        for name in p:
+            row = find(rows, quantity, arm=name)
+            assert row.p == p[name]
+            assert row.p_adj == pytest.approx(stats.holm(p)[name])
+        assert find(rows, quantity, arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
+    note = find(rows, "Phi_dyn", arm="solu_ln-k42").note
+    assert "sign-flip p of its numerator = 0.00781; Holm-adjusted p = 0.0156 over" in note
+
+
+def test_an_undefined_phi_dyn_has_no_p_and_its_numerator_stays_in_the_family():
+    arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.04}
+    rows = compare("study", make_losses(arms), "abc")
+    undefined = find(rows, "Phi_dyn", arm="solu_ln-k0")
+    assert (undefined.value, undefined.p, undefined.p_adj) == (None, None, None)
+    assert find(rows, "Phi_dyn", arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
+    assert find(rows, "static - LN", arm="solu_ln-k0").p_adj == pytest.approx(4 / 256)
+
+
+def test_p_is_of_differences_over_seeds_and_of_nothing_else():
+    rows = compare("study", make_losses(SIX), "abc")
+    assert find(rows, "difference", arm="solu", group="minus gelu").p == 2 / 256
+    assert find(rows, "gain of LN").p == 2 / 256
+    assert {row.p for row in rows if row.cluster == "document" or row.quantity == "loss"} == {None}
+    adjusted = {row.quantity for row in rows if row.p_adj is not None}
+    assert adjusted == {"static - LN", "Phi_dyn"}
+    one_seed = compare("study", make_losses(SIX, n_seeds=1), "abc")
+    assert {(row.p, row.p_adj) for row in one_seed} == {(None, None)}
 
 
 def test_phi_dyn_of_few_seeds_has_fiellers_interval():

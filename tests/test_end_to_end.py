@@ -58,7 +58,10 @@ def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
         assert {row["run"] for row in rows if row["probe"] == probe} == runs, probe
     compared = {row["quantity"] for row in rows if row["probe"] == "comparison"}
     assert {"gain of LN", "Phi_dyn", "static - LN", "difference", "loss"} <= compared
-    assert all(row["commit"] and (row["config"] or row["probe"] == "comparison") for row in rows)
+    assert all(row["commit"] for row in rows)
+    assert all(row["config"] for row in rows if row["probe"] not in ("comparison", "controls"))
+    gates = [row for row in rows if row["probe"] == "controls"]
+    assert {row["quantity"] for row in gates} == set(plugins.names("soluscope.probes"))
 
 
 def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):

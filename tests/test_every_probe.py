@@ -1,5 +1,6 @@
 """What holds for every probe over the folder, and what each must find where the answer is known."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,18 +8,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import tiny_config, train_silently
 from test_convert import facts_for, hooked_for
 from test_every_variant import BOS, VARIANTS, some_tokens
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins, streams
 from soluscope.ablation import loss_at_gain
 from soluscope.activations import HookedRun, observe, planted
+from soluscope.calibration import check_gates
 from soluscope.checkpoint import load_facts
 from soluscope.config import EvalConfig
 from soluscope.convert import load
 from soluscope.errors import UserError
+from soluscope.probes.gain_variation import fits
 from soluscope.results import Row
-from soluscope.suite import summarise, token_table
+from soluscope.summaries import estimates, parameters, summarise, token_table
 
 PROBES = plugins.names("soluscope.probes")
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
@@ -30,16 +35,31 @@ def stream_of(tokens, name="natural"):
     return streams.Stream(name, tokens, string, torch.ones_like(tokens, dtype=torch.bool), BOS)
 
 
+def stream_for(probe):
+    """Random tokens as the probe wants them: as texts, or as prompts with their corruptions."""
+    if not probe.streams[0].startswith(streams.PAIRS):
+        return stream_of(some_tokens())
+    tokens = some_tokens(18)
+    string = (torch.arange(18) // 6)[:, None].expand(tokens.shape)
+    keep = torch.ones_like(tokens, dtype=torch.bool)
+    return streams.Stream(probe.streams[0], tokens, string, keep, BOS)
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_gives_the_answers_worked_by_hand(name):
     probe = plugins.pick("soluscope.probes", name)
     n_checked = 0
     for run, answers in probe.known():
-        measured = probe.measure(run, None)
+        table = token_table(probe, run)
+        found_estimates = {
+            e.quantity: float(e.value(e.sums.sum(0, keepdims=True))[0])
+            for e in estimates(probe, run, table)
+            if (e.group, e.x) == ("", None)
+        }
         for quantity, wanted in answers.items():
-            found = measured[quantity].double()
+            values = table[quantity] if quantity in table else found_estimates[quantity]
             torch.testing.assert_close(
-                found,
+                torch.tensor(np.asarray(values, dtype=np.float64)),
                 torch.tensor(wanted, dtype=torch.float64),
                 rtol=1e-6,
                 atol=1e-9,
@@ -54,43 +74,51 @@ def test_a_probe_gives_the_answers_worked_by_hand(name):
 def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, variant):
     probe = plugins.pick("soluscope.probes", name)
     _, hooked = hooked_for(variant)
-    run = observe(hooked, stream_of(some_tokens()))
-    measured = probe.measure(run, None)
+    run = observe(hooked, stream_for(probe))
+    measured = probe.measure(run, parameters(probe))
     split_columns = {c for q in probe.quantities.values() for c in q.split_by}
     assert measured.keys() == probe.quantities.keys() | split_columns
-    assert {values.shape for values in measured.values()} == {(3 * 32,)}
+    assert {values.shape for values in measured.values()} == {run.pos.shape}
     table = token_table(probe, run)
-    rows = list(summarise(table, probe, BASE, EvalConfig(n_draws=100)))
-    assert rows
+    rows = list(summarise(probe, run, table, BASE, n_draws=100, seed=0))
     assert all(row.unit for row in rows)
-    drawn = {q for figure in probe.figures for q in figure.quantities}
-    assert drawn <= probe.quantities.keys() | probe.string_quantities.keys()
+    assert {row.quantity for row in rows} <= probe.quantities.keys() | probe.estimates.keys()
+    if probe.neurons is not None:
+        columns = probe.neurons(run, parameters(probe))
+        assert {len(values) for values in columns.values()} == {run.mid.shape[1]}
 
 
-@pytest.mark.parametrize("final_norm", ["live", "frozen"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_at_a_gain_is_what_brute_force_hooks_give(variant, final_norm):
-    """Section 8.4 against run_with_hooks: mid scaled where there is no norm, else hook_scale."""
-    _, hooked = hooked_for(variant)
-    tokens = some_tokens()
-    run = observe(hooked, stream_of(tokens))
-    gains = torch.rand(
-        run.pos.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_says_what_it_measures_and_names_its_controls(name):
+    probe = plugins.pick("soluscope.probes", name)
+    declared = probe.quantities.keys() | probe.estimates.keys()
+    assert {q for figure in probe.figures for q in figure.quantities} <= declared
+    assert probe.tested in declared
+    assert probe.shuffle in {"", *(f.name for f in dataclasses.fields(HookedRun))}
+    assert probe.section.startswith("P")
+    assert (
+        min(len(probe.question), len(probe.formula), len(probe.reading), len(probe.pitfalls)) > 20
     )
-    gains = run.gain * (0.2 + 2 * gains)
-    factor = (gains / run.gain).view(*tokens.shape, 1)
-    _, cache = hooked.run_with_cache(tokens)
-    name = "blocks.0.mlp.ln.hook_scale"
-    hooks = [(name, lambda scale, hook: scale / factor)]
-    if name not in cache:
-        hooks = [("blocks.0.mlp.hook_post", lambda post, hook: post * factor)]
-    if final_norm == "frozen":
-        hooks.append(("ln_final.hook_scale", lambda scale, hook: cache["ln_final.hook_scale"]))
-    log_p = hooked.run_with_hooks(tokens, fwd_hooks=hooks).log_softmax(-1)[:, :-1]
-    wanted = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    found = loss_at_gain(run, gains[:, None], final_norm).view(tokens.shape)
-    torch.testing.assert_close(found[:, :-1], wanted, rtol=0, atol=1e-10)
-    assert found[:, -1].isnan().all()
+    assert {gate.quantity for gate in probe.gates} <= declared
+    assert {gate.control for gate in probe.gates} <= set(plugins.names("soluscope.controls"))
+    asked = [(g.above, g.below, g.within) for g in probe.gates]
+    assert all(sum(part is not None for part in parts) == 1 for parts in asked)
+    assert any(g.within is None for g in probe.gates), "no positive control"
+    assert any(g.within is not None for g in probe.gates), "no negative control"
+
+
+def test_no_two_probes_have_one_section():
+    sections = [plugins.pick("soluscope.probes", name).section for name in PROBES]
+    assert len(set(sections)) == len(sections)
+    wanted = {*range(1, 7), *range(9, 12), *range(13, 23)}
+    assert {f"P{n}" for n in wanted} == set(sections)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_passes_its_controls(name):
+    rows = list(check_gates(name))
+    assert rows
+    assert [row for row in rows if not row.note.startswith("pass")] == []
 
 
 def test_observed_losses_are_the_models_own_and_nan_without_a_target():
@@ -164,8 +192,7 @@ def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_
     """C9 of science.md section 6."""
     scales = torch.tensor([2.0] + [1.0] * 30)
     run = planted(scales[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-12)
-    probe = plugins.pick("soluscope.probes", "gain_variation")
-    (row,) = probe.per_string(token_table(probe, run)).to_dict("records")
+    row = fits(token_table(plugins.pick("soluscope.probes", "gain_variation"), run))
     assert row["AICc(log) - AICc(1/n): mean with BOS (as published)"] > 100
     assert np.isnan(row["AICc(log) - AICc(1/n): last token"])
     assert row["sd of log gain"] == pytest.approx(0, abs=1e-9)
@@ -174,8 +201,7 @@ def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_
 def test_where_the_gain_really_grows_with_log_n_the_fits_say_so():
     gain = 1 + 0.2 * torch.arange(1.0, 33).log()
     run = planted((1 / gain)[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-14)
-    probe = plugins.pick("soluscope.probes", "gain_variation")
-    (row,) = probe.per_string(token_table(probe, run)).to_dict("records")
+    row = fits(token_table(plugins.pick("soluscope.probes", "gain_variation"), run))
     assert row["AICc(log) - AICc(1/n): last token"] < -100
     assert row["sd of log gain"] > 0.05
 
@@ -204,7 +230,7 @@ def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
     table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
     for column in (
         "frozen at geometric mean",
-        "frozen, final norm frozen too",
+        "geometric mean, final norm frozen",
     ):
         assert table[column].abs().max() < 1e-12
 
@@ -300,11 +326,47 @@ def test_weights_that_are_not_finite_are_named():
         observe(hooked, stream_of(some_tokens()))
 
 
-def test_more_than_one_layer_is_refused_by_number():
+def test_tokens_that_the_model_does_not_know_are_another_tokenizers():
     _, hooked = hooked_for("solu_ln")
-    hooked.cfg.n_layers = 2
-    with pytest.raises(UserError, match="2 layers"):
+    tokens = some_tokens()
+    tokens[1, 3] = hooked.cfg.d_vocab
+    with pytest.raises(UserError, match="another tokenizer"):
+        observe(hooked, stream_of(tokens))
+
+
+def test_a_model_without_mlp_is_refused():
+    _, hooked = hooked_for("solu_ln")
+    hooked.cfg.attn_only = True
+    with pytest.raises(UserError, match="no MLP"):
         observe(hooked, stream_of(some_tokens()))
+
+
+def test_of_a_deeper_model_the_last_layer_is_observed():
+    torch.manual_seed(0)
+    deep = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=32,
+            n_ctx=32,
+            d_head=16,
+            n_heads=2,
+            d_mlp=64,
+            d_vocab=512,
+            act_fn="solu_ln",
+            dtype=torch.float64,
+            seed=0,
+        )
+    )
+    tokens = some_tokens()
+    run = observe(deep, stream_of(tokens))
+    _, cache = deep.run_with_cache(tokens)
+    torch.testing.assert_close(run.post.view(3, 32, 64), cache["blocks.1.mlp.hook_post"])
+    stages = run.mlp(run.resid_mid)
+    torch.testing.assert_close(stages.post, run.post)
+    torch.testing.assert_close(stages.scale, run.scale)
+    torch.testing.assert_close(
+        run.resid_mid + stages.out, cache["blocks.1.hook_resid_post"].flatten(0, 1)
+    )
 
 
 def test_probing_a_text_gives_a_table_and_figures(tiny_study):
@@ -313,10 +375,12 @@ def test_probing_a_text_gives_a_table_and_figures(tiny_study):
     model = soluscope.load(tiny_study / "solu_ln-s0")
     frame, figures = soluscope.probe(model, ["import os and then some", "def f(x): return x"])
     assert {"probe", "quantity", "string", "pos", "token", "text", "value"} == set(frame.columns)
-    assert set(frame["probe"]) == set(PROBES)
+    on_texts = {n for n in PROBES if "pairs" not in plugins.pick("soluscope.probes", n).streams[0]}
+    assert set(frame["probe"]) == on_texts
     r = frame[(frame["quantity"] == "r") & (frame["pos"] > 0)]["value"]
     assert r.between(0, 1).all()
     assert (frame[frame["pos"] == 0]["text"] == "<|BOS|>").all()
+    assert len(figures) > len(on_texts)
     assert all(figure.to_dict()["data"] for figure in figures.values())
     assert load_facts(tiny_study / "solu_ln-s0").variant == facts_for("solu_ln").variant
 
@@ -345,6 +409,61 @@ def test_one_number_for_all_tokens_has_no_interval_and_says_so():
     table = pd.DataFrame({"string": np.arange(60) // 2, "pos": 1, "r": 0.0})
     probe = plugins.pick("soluscope.probes", "engagement")
     table = table.assign(**{name: np.nan for name in probe.quantities if name != "r"})
-    rows = [row for row in summarise(table, probe, BASE, EvalConfig()) if row.positions == "1"]
+    run = planted(torch.zeros(1, 2, 2))
+    made = summarise(probe, run, table, BASE, n_draws=100, seed=0)
+    rows = [row for row in made if row.positions == "1"]
     assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
     assert all((row.low, row.n) == (None, 1) and "same at every token" in row.note for row in rows)
+
+
+# --- the suite ------------------------------------------------------------------------------------
+
+
+def test_a_deeper_model_is_probed_at_its_last_layer_and_the_rest_left_out_by_name(tmp_path):
+    from soluscope.results import read
+    from soluscope.suite import evaluate
+
+    words = (
+        "variant=solu_ln",
+        "model.n_layers=2",
+        "study=deep",
+        "train.steps=2",
+        "train.warmup_steps=0",
+    )
+    run_dir = train_silently(tiny_config(tmp_path, *words))
+    config = EvalConfig(probes=["engagement", "scale_freeze"], n_tokens=1000, n_loss_tokens=1000)
+    rows = read(evaluate(run_dir, config, lambda text: None))
+    assert any(row.probe == "engagement" and row.value is not None for row in rows)
+    (left_out,) = [row for row in rows if row.probe == "scale_freeze"]
+    assert (left_out.quantity, left_out.value) == ("left out", None)
+    assert "the model has 2" in left_out.note
+
+
+def test_the_token_view_holds_the_first_text_with_gain_engagement_and_ablation_effect():
+    from soluscope.suite import token_rows
+
+    _, hooked = hooked_for("solu_ln")
+    tokens = some_tokens()
+    vocab = tuple(f"t{i}" for i in range(hooked.cfg.d_vocab))
+    stream = dataclasses.replace(stream_of(tokens), vocab=vocab)
+    rows = token_rows(observe(hooked, stream), BASE)
+    texts = [row.note for row in rows if row.quantity == "gain"]
+    assert texts == [f"t{token}" for token in tokens[0].tolist()]
+    effect = [row.value for row in rows if row.quantity == "ablation effect"]
+    name = "blocks.0.mlp.hook_post"
+    ablated = hooked.run_with_hooks(
+        tokens[:1], return_type="loss", loss_per_token=True,
+        fwd_hooks=[(name, lambda post, hook: post * 0)],
+    )  # fmt: skip
+    plain = hooked(tokens[:1], return_type="loss", loss_per_token=True)
+    np.testing.assert_allclose(effect[:-1], (ablated - plain).detach()[0], atol=1e-6)
+    assert np.isnan(effect[-1])
+
+
+def test_fewer_documents_than_an_interval_takes_are_said():
+    probe = plugins.pick("soluscope.probes", "engagement")
+    run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens()))
+    rows = summarise(probe, run, token_table(probe, run), BASE, n_draws=100, seed=0)
+    row = next(row for row in rows if (row.quantity, row.statistic) == ("r", "median"))
+    assert (row.low, row.high) == (None, None)
+    assert row.note == "no interval from 3 documents, it takes 20"

@@ -15,7 +15,9 @@ from soluscope import plugins
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "soluscope"
 ENTRY_POINTS = ("train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py")
-OPEN_SETS = ("soluscope.variants", "soluscope.probes", "soluscope.data.sources")
+OPEN_SETS = (
+    "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources"
+)  # fmt: skip
 SLOW = {"torch", "lightning", "transformer_lens", "transformers", "datasets"}
 
 
@@ -27,6 +29,7 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 VARIANTS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.variants")))
 PROBES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.probes")))
+CONTROLS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.controls")))
 REPORT = tuple(sorted(m for m in MODULES if m.startswith("soluscope.report")))
 
 
@@ -90,9 +93,15 @@ ALLOWED = {
     "soluscope.config": {"plugins", "errors", "files"},
     "soluscope.stats": set(),
     "soluscope.norms": set(),
-    "soluscope.streams": {"plugins", "errors", "data.cache"},
+    "soluscope.pairs": {"errors"},
+    "soluscope.streams": {"plugins", "errors", "data.cache", "pairs"},
     "soluscope.activations": {"errors", "streams"},
-    "soluscope.ablation": {"activations"},
+    "soluscope.ablation": {"activations", "errors"},
+    "soluscope.summaries": {"activations", "probes", "results", "stats", "streams"},
+    "soluscope.calibration": {
+        "plugins", "activations", "checkpoint", "probes", "results", "stats", "streams",
+        "summaries",
+    },
     "soluscope.compare": {"stats", "errors", "files", "results"},
     "soluscope.model": {"config", "norms", "variants"},
     "soluscope.checkpoint": {"plugins", "config", "errors", "files", "model"},
@@ -160,6 +169,12 @@ def test_probe_sees_neither_variant_nor_configuration_nor_training(module: str) 
     assert own(module) - members <= allowed
 
 
+@pytest.mark.parametrize("module", CONTROLS)
+def test_control_sees_no_probe_and_nothing_of_training(module: str) -> None:
+    others = {name for name in own(module) if not name.startswith("soluscope.controls")}
+    assert others <= {"soluscope.streams", "soluscope.errors"}
+
+
 @pytest.mark.parametrize("module", REPORT)
 def test_report_sees_rows_and_no_model(module: str) -> None:
     assert not SLOW & reached(module)
@@ -169,7 +184,7 @@ def test_report_sees_rows_and_no_model(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(MODULES[module])} & {*SLOW, "pandas"}
 
 
-@pytest.mark.parametrize("module", [*VARIANTS, *PROBES])
+@pytest.mark.parametrize("module", [*VARIANTS, *PROBES, *CONTROLS])
 def test_members_of_open_sets_can_be_read_without_torch(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(MODULES[module], at_load=True)} & SLOW
     assert not SLOW & reached(module)
@@ -207,7 +222,8 @@ def test_open_set_has_no_list_kept_by_hand(package: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["model", "convert", "training", "checkpoint", "suite", "norms",
-                                    "activations", "report.figures", "report.page"])  # fmt: skip
+                                    "activations", "ablation", "summaries",
+                                    "report.figures", "report.page"])  # fmt: skip
 def test_no_variant_is_known_by_its_name(module: str) -> None:
     names = set(plugins.names("soluscope.variants"))
     assert not names & strings_in(MODULES[f"soluscope.{module}"])

@@ -53,3 +53,8 @@ def test_linked_documents_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links
     assert all((ROOT / link).is_file() for link in links)
+
+
+def test_every_control_is_in_its_table():
+    table = (ROOT / "docs" / "controls.md").read_text(encoding="utf8")
+    assert all(f"| `{name}`" in table for name in plugins.names("soluscope.controls"))

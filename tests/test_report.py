@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html as markup
 import io
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -19,7 +23,7 @@ from soluscope import plugins, report, results
 from soluscope.compare import UNDEFINED, compare
 from soluscope.errors import UserError
 from soluscope.probes import Figure
-from soluscope.report import figures, words
+from soluscope.report import evidence, figures, meaning, page, tokens, words
 from soluscope.results import Row
 
 LEVELS = {"r": 0.9, "gain": 300.0, "kappa": 42.0, "max_p": 0.05, "log_z": 6.0, "k_eff": 120.0}
@@ -69,17 +73,17 @@ def make_rows(
         rows.append(
             measured(loss, 0.05, probe="loss", quantity="loss", unit="nats / token", n=n_tokens)
         )
-        for tokens in np.geomspace(1e5, 5e6, 25):
+        for n_seen in np.geomspace(1e5, 5e6, 25):
             rows.append(
                 replace(
                     base,
                     probe="training",
                     quantity="loss",
-                    value=loss + 4e5 / tokens,
+                    value=loss + 4e5 / n_seen,
                     unit="nats / token",
                     stream="train",
                     positions="all",
-                    x=float(tokens),
+                    x=float(n_seen),
                 )
             )
         normed = "ln" in arm
@@ -135,6 +139,66 @@ def make_rows(
                         )
                     )
     return rows
+
+
+RUN = Row(
+    study="synthetic",
+    probe="",
+    quantity="",
+    value=None,
+    unit="nats",
+    run="solu_ln-s0",
+    arm="solu_ln",
+    variant="solu_ln",
+    seed=0,
+    stream="natural",
+    n=400,
+    n_clusters=40,
+    cluster="document",
+)
+
+
+def number(probe: str, quantity: str, value: float, half: float = 0.0001, **fields: Any) -> Row:
+    """A probe's number for one run, with an interval of twice `half`."""
+    told = {"probe": probe, "quantity": quantity, "low": value - half, "high": value + half}
+    return replace(RUN, value=value, **(told | fields))
+
+
+def gate(probe: str, control: str, note: str, value: float = 0.9, low: float = 0.8) -> Row:
+    """What a probe found on a control."""
+    return Row(
+        study="synthetic",
+        probe="controls",
+        quantity=probe,
+        group=control,
+        statistic="r (median)",
+        value=value,
+        low=low,
+        high=0.99,
+        unit="share",
+        note=note,
+    )
+
+
+def token_rows(texts: Sequence[str], arm: str = "solu_ln") -> list[Row]:
+    """A text in which the n-th token has gain 300 + n, r n/10, and effect n - 2 but for the last."""
+    columns = {
+        "gain": ("1 / activation", lambda n: 300.0 + n),
+        "r": ("share", lambda n: n / 10),
+        "ablation effect": ("nats", lambda n: n - 2.0 if n < len(texts) - 1 else None),
+    }
+    base = replace(RUN, probe="tokens", arm=arm, run=f"{arm}-s0", variant=arm, positions="all")
+    return [
+        replace(base, quantity=name, unit=unit, value=value(n), x=float(n), note=text)
+        for name, (unit, value) in columns.items()
+        for n, text in enumerate(texts)
+    ]
+
+
+def section(rows: list[Row], probe: str) -> str:
+    """A probe's section of the page, without its figures' data."""
+    heading, body = page._Page(rows).probe(probe)
+    return heading + text(body)
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +355,13 @@ def test_each_solu_ln_arm_has_its_own_verdict():
 def test_the_page_has_all_sections_and_starts_with_the_verdict(html, rows):
     body = text(html)
     headings = re.findall(r"<h2>(.*?)</h2>", body)
-    assert headings[:4] == ["Loss", "Paired differences", "Phi_dyn and its terms", "Training"]
+    assert headings[:5] == [
+        "Hypotheses and evidence",
+        "Loss",
+        "Paired differences",
+        "Phi_dyn and its terms",
+        "Training",
+    ]
     assert "P1 LayerNorm engagement" in headings
     assert "P4 Scale freeze" in headings
     assert body.index(words.headline(rows)[0][:40]) < body.index("<h2>")
@@ -408,7 +478,436 @@ def test_a_page_of_few_rows_is_still_a_page(tmp_path, rows, n_rows):
         assert report.build(tmp_path).read_text(encoding="utf8").endswith("</html>\n")
 
 
+# ---------------------------------------------------------------- controls
+
+
+def test_each_control_has_a_badge_with_its_number_and_what_was_asked():
+    asked = [
+        gate("engagement", "smear_shared", "pass: above 0.5"),
+        gate("engagement", "pinned", "FAIL: within 0.01 of 0", value=0.2, low=0.1),
+    ]
+    shown = section([number("engagement", "r", 0.9, statistic="median"), *asked], "engagement")
+    badges = dict(re.findall(r'<span class="badge (\w+)" title="([^"]*)">', shown))
+    assert badges["pass"] == "r (median): 0.9 [0.8, 0.99] share; pass: above 0.5"
+    assert badges["fail"] == "r (median): 0.2 [0.1, 0.99] share; FAIL: within 0.01 of 0"
+    assert "C+ smear_shared pass</span>" in shown
+    assert "C- pinned FAIL</span>" in shown
+
+
+def test_a_probe_without_controls_says_that_none_was_run():
+    shown = section([number("engagement", "r", 0.9, statistic="median")], "engagement")
+    assert "no control run" in shown
+    assert "do not cite" not in shown
+
+
+def test_a_failed_gate_is_said_before_the_figures_and_in_the_navigation(tmp_path, rows):
+    asked = [
+        gate("scale_freeze", "smear_shared", "pass: above 0.1"),
+        gate("scale_freeze", "uniform", "FAIL: within 0.001 of 0"),
+    ]
+    mine = [row for row in rows if row.probe in ("scale_freeze", "engagement")]
+    results.write(tmp_path / "results.jsonl", [*mine, *asked])
+    shown = text(report.build(tmp_path).read_text(encoding="utf8"))
+    warning = "This probe failed its control uniform: do not cite its numbers."
+    freeze = shown[shown.index("<h2>P4 Scale freeze (control failed)") :]
+    assert freeze.index(warning) < freeze.index('class="plot"')
+    assert re.search(r'<a href="#s\d+" class="fail">P4 Scale freeze \(control failed\)</a>', shown)
+    assert "What this result means" not in freeze.split("</section>")[0]
+    assert shown.count(warning) == 1
+
+
+def test_the_headline_cites_no_probe_that_failed(rows):
+    failed = gate("scale_freeze", "uniform", "FAIL: within 0.001 of 0")
+    sentences = words.headline([*rows, failed])
+    assert not any(sentence.startswith("Giving all tokens") for sentence in sentences)
+    assert sentences[-1] == (
+        "scale_freeze failed its control uniform: its numbers are not to be cited."
+    )
+    assert any("median r" in sentence for sentence in sentences)
+
+
+def test_rates_of_false_positives_are_shown_with_their_draws():
+    found = Row(
+        study="",
+        probe="false positives",
+        quantity="engagement",
+        group="untrained models",
+        value=0.045,
+        low=0.02,
+        high=0.08,
+        n=200,
+        unit="share",
+        note="pass: nominal 0.05",
+    )
+    undefined = replace(found, group="shuffled labels", value=None, note="r is not defined there")
+    shown = section([number("engagement", "r", 0.9), found, undefined], "engagement")
+    assert "untrained models: 0.045 [0.02, 0.08] of 200 draws; pass: nominal 0.05" in shown
+    assert "shuffled labels: r is not defined there" in shown
+
+
+def test_what_was_left_out_is_named_with_its_reason():
+    gone = replace(RUN, probe="scale_freeze", quantity="left out", note="exact for one layer only")
+    shown = section([number("scale_freeze", "frozen at best constant", 0.0), gone], "scale_freeze")
+    assert "Left out: solu_ln-s0 (exact for one layer only)." in shown
+    assert "mean of left out" not in shown
+
+
+def test_the_terminal_matrix_has_each_probe_against_each_control():
+    asked = [
+        gate("engagement", "smear_shared", "pass: above 0.5"),
+        gate("engagement", "pinned", "pass: within 0.01 of 0"),
+        gate("scale_freeze", "pinned", "FAIL: within 0.001 of 0", value=0.25, low=0.1),
+    ]
+    rate = replace(asked[0], probe="false positives", group="untrained models", n=200, value=0.05)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(report.matrix([*asked, rate]))
+    shown = console.export_text()
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[0] == ["probe", "C1", "C3", "failed"]
+    assert ["P1", "engagement", "pass", "pass", "0"] in lines
+    assert ["P4", "scale_freeze", "FAIL", "1"] in lines
+    assert "C1 smear_shared, C3 pinned" in shown
+    assert "- scale_freeze on pinned: r (median): 0.25 [0.1, 0.99] share; FAIL: within" in shown
+    assert "controls: 2 probes, 1 failed: scale_freeze (pinned)" in shown
+    assert "untrained models" in shown
+
+
+def test_the_terminal_table_has_a_line_on_the_controls(rows):
+    asked = [gate(name, "pinned", "pass: within 0.01 of 0") for name in ("engagement", "rotation")]
+    for found, line in (
+        ([], "controls: none run"),
+        (asked, "controls: 2 probes, all passed"),
+        ([*asked, gate("centring", "rms", "FAIL: above 1")], "3 probes, 1 failed: centring (rms)"),
+    ):
+        console = Console(width=160, record=True, file=io.StringIO())
+        console.print(report.table([*rows, *found]))
+        assert line in console.export_text()
+
+
+# ---------------------------------------------------------------- what a result means
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "said"),
+    [
+        (0.02, 0.005, "above 0, the side that smearing predicts"),
+        (-0.02, 0.005, "below 0, the side that smearing does not predict"),
+        (0.0002, 0.0005, "within 0.001 of 0, as where there is nothing to find"),
+        (0.001, 0.005, "which side of 0 is not settled"),
+    ],
+)
+def test_a_difference_means_no_more_than_its_interval(value, half, said):
+    one = plugins.pick("soluscope.probes", "scale_freeze")
+    found = number("scale_freeze", "frozen at best constant", value, half)
+    (sentence,) = meaning.sentences(one, [found])
+    assert sentence.startswith(f"solu_ln, natural: mean of frozen at best constant is {value:.3g}")
+    assert sentence.endswith(f"): {said}.")
+
+
+def test_the_seeds_are_judged_together_and_the_twin_by_itself():
+    one = plugins.pick("soluscope.probes", "scale_freeze")
+    up, down = (number("scale_freeze", "frozen at best constant", v, 0.001) for v in (0.01, -0.01))
+    seeds = [up, replace(down, seed=1, run="solu_ln-s1")]
+    twin = replace(up, arm="solu_frozen_ln", variant="solu_frozen_ln")
+    first, second = meaning.sentences(one, [*seeds, twin])
+    assert "is -0.01 to 0.01 nats (the 95% intervals of 2 seeds reach -0.011 to 0.011)" in first
+    assert first.endswith("which side of 0 is not settled.")
+    assert second.startswith("solu_frozen_ln")
+    assert "the side that smearing predicts" in second
+
+
+def test_a_share_that_cannot_be_below_0_is_not_called_above_0():
+    one = plugins.pick("soluscope.probes", "engagement")
+    share = {"unit": "share", "statistic": "median"}
+    low, high = (number("engagement", "r", value, 0.001, **share) for value in (0.03, 0.9))
+    assert meaning.sentences(one, [low])[0].endswith("(95% interval 0.029 to 0.031).")
+    assert meaning.sentences(one, [high])[0].endswith("above 0.5, as on the control smear_shared.")
+
+
+def test_without_an_interval_nothing_is_judged():
+    one = plugins.pick("soluscope.probes", "scale_freeze")
+    bare = number("scale_freeze", "frozen at best constant", 0.1, low=None, high=None)
+    assert meaning.sentences(one, [bare])[0].endswith("nats over 1 seed, without an interval.")
+
+
+# ---------------------------------------------------------------- hypotheses and evidence
+
+
+def verdicts(rows: list[Row], line: str) -> tuple[str, ...]:
+    """What is said under H0, static smuggling and smearing; empty where nothing may be."""
+    passed = [
+        gate(probe, "pinned", "pass: within 0.01 of 0")
+        for probe in {row.probe for row in rows} - {"comparison", "controls"}
+        if not any(row.probe == "controls" and row.quantity == probe for row in rows)
+    ]
+    found = {one.section: seen for one, seen in evidence.matrix([*passed, *rows])}
+    (seen,) = found[line]
+    return seen.verdicts
+
+
+YES, NO, OPEN = "consistent", "inconsistent", "not settled"
+
+
+@pytest.mark.parametrize(
+    ("r", "half", "smear"), [(0.9, 0.01, YES), (0.02, 0.01, NO), (0.5, 0.01, OPEN)]
+)
+def test_only_smearing_asks_for_a_high_engagement(r, half, smear):
+    found = number("engagement", "r", r, half, statistic="median")
+    assert verdicts([found], "P1") == (YES, YES, smear)
+
+
+@pytest.mark.parametrize(
+    ("overall", "at_high_gain", "said"),
+    [
+        (0.0002, 0.0003, (YES, YES, NO)),
+        (0.0002, 0.02, (YES, YES, YES)),
+        (0.02, 0.05, (OPEN, OPEN, YES)),  # a refit may remove it: the control `disjoint`
+        (-0.02, -0.05, (OPEN, OPEN, NO)),
+    ],
+)
+def test_a_cost_of_freezing_speaks_for_smearing_but_against_nothing(overall, at_high_gain, said):
+    rows = [
+        number("scale_freeze", "frozen at best constant", overall),
+        number("scale_freeze", "frozen at best constant", at_high_gain, group="gain Q4"),
+    ]
+    assert verdicts(rows, "P4") == said
+    assert verdicts([number("scale_swap", "swap, signed", at_high_gain)], "P5")[2] == said[2]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "note", "phi", "said"),
+    [
+        (0.010, 0.020, "", (0.1, 0.4), (NO, NO, YES)),
+        (0.010, 0.020, "", (-0.1, 0.4), (OPEN, OPEN, OPEN)),
+        (-0.002, 0.002, "equivalent: closer than 0.005 nats", None, (YES, YES, NO)),
+        (-0.020, -0.010, "", None, (YES, YES, NO)),
+        (-0.010, 0.010, "inconclusive", None, (OPEN, OPEN, OPEN)),
+    ],
+)
+def test_phi_dyn_separates_static_accounts_from_smearing(low, high, note, phi, said):
+    middle = (low + high) / 2
+    base = replace(RUN, run="", seed=None, cluster="seed", n=8, probe="comparison")
+    rows = [replace(base, quantity="static - LN", value=middle, low=low, high=high, note=note)]
+    if phi:
+        ends = {"value": sum(phi) / 2, "low": phi[0], "high": phi[1]}
+        rows.append(replace(base, quantity="Phi_dyn", unit="share", **ends))
+    assert verdicts(rows, "P8") == said
+
+
+@pytest.mark.parametrize(
+    ("lowest", "residual", "at_high_gain", "said"),
+    [
+        (0.010, 0.0, 0.0, (YES, NO, NO)),  # no more than neurons of the same |n|
+        (0.200, 0.0, 0.0, (NO, YES, NO)),
+        (0.200, 0.05, 0.1, (NO, OPEN, YES)),
+        (0.010, 0.05, 0.1, (OPEN, NO, NO)),
+    ],
+)
+def test_the_lowest_half_tells_three_accounts_apart(lowest, residual, at_high_gain, said):
+    name = "low_activation_impact"
+    sets = {"lowest": lowest, "same |n|": 0.01}
+    rows = [number(name, f"set: {k}", v, x=0.5, statistic="") for k, v in sets.items()]
+    rows.append(number(name, "lowest half ablated, D", residual))
+    rows.append(number(name, "lowest half ablated, D", at_high_gain, group="gain Q4"))
+    assert verdicts(rows, "P9") == said
+
+
+@pytest.mark.parametrize(("A", "said"), [(0.05, (NO, NO, YES)), (0.0, (YES, YES, NO))])
+def test_specificity_lost_by_the_gain_alone_is_smearings_signature(A, said):
+    assert verdicts([number("specificity", "A (gain only)", A, statistic="")], "P11") == said
+
+
+@pytest.mark.parametrize(
+    ("gain", "softmax", "said"),
+    [(0.0, 0.0, (YES, YES, NO)), (0.1, 0.0, (OPEN, OPEN, YES)), (0.0, 0.1, (OPEN, OPEN, NO))],
+)
+def test_the_two_by_two_asks_for_an_effect_of_the_gain(gain, softmax, said):
+    cells = {"g const": gain, "Z const": softmax}
+    rows = [number("lateral_inhibition", name, value) for name, value in cells.items()]
+    assert verdicts(rows, "P20") == said
+
+
+def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
+    """Otherwise a renamed quantity would be `not measured` for ever."""
+    for name, quantities in {
+        "engagement": ["r"],
+        "scale_freeze": ["frozen at best constant"],
+        "scale_swap": ["swap, signed"],
+        "low_activation_impact": ["set: lowest", "set: same |n|", "lowest half ablated, D"],
+        "specificity": ["A (gain only)"],
+        "lateral_inhibition": ["g const", "Z const"],
+    }.items():
+        one = plugins.pick("soluscope.probes", name)
+        assert set(quantities) <= (one.quantities | one.estimates).keys()
+
+
+def test_evidence_needs_a_passed_gate():
+    found = number("engagement", "r", 0.9, statistic="median")
+    failed = gate("engagement", "pinned", "FAIL: within 0.01 of 0")
+    assert verdicts([found, failed], "P1") == ()
+    shown = text(evidence.section([found, failed]))
+    assert "not citable (control failed)" in shown
+    assert "0.9" not in shown
+    unasked = {one.section: seen for one, seen in evidence.matrix([found])}["P1"]
+    assert unasked[0].verdicts == (OPEN, OPEN, OPEN)
+    assert "no control run" in unasked[0].observed
+
+
+def test_what_is_missing_is_not_measured():
+    shown = text(evidence.section([number("engagement", "r", 0.9, statistic="median")]))
+    n_lines = shown.count("<tr>") - 1
+    assert shown.count("not measured</td>") == n_lines - 1
+    assert "P23 gap at convergence" in shown
+
+
+# ---------------------------------------------------------------- token view
+
+
+def test_a_tokens_text_is_escaped_and_its_spaces_and_ends_of_lines_are_seen():
+    texts = [
+        "<|BOS|>",
+        "<script>alert(1)</script>",
+        " a  b",
+        "x\n\ny",
+        '" onfocus="evil',
+        "\u202e",
+        "\ud800",
+    ]
+    shown = tokens.view(token_rows(texts))
+    shown.encode()  # half a surrogate pair could not be written
+    spans = [markup.unescape(s) for s in re.findall(r"<span [^>]*>([^<]*)</span>", shown)]
+    assert spans == [*texts[:3], "x\u21b5\n\u21b5\ny", texts[4], "\ufffd", "?"]
+    assert "<script" not in shown
+    assert not re.search(r'"\s+onfocus', shown)
+    assert "white-space: pre-wrap" in page.STYLE
+
+
+def test_a_token_tells_all_three_numbers_to_pointer_and_keyboard():
+    shown = tokens.view(token_rows(["<|BOS|>", "the", " end"]))
+    titles = [markup.unescape(t) for t in re.findall(r'tabindex="0"[^>]*title="([^"]*)"', shown)]
+    assert titles[1] == (
+        "1 \u201cthe\u201d: gain 301 1 / activation, r 0.1 share, ablation effect -1 nats"
+    )
+    assert titles[2].endswith("ablation effect none")
+
+
+def test_colours_are_scaled_after_bos_and_around_0_for_the_effect():
+    shown = tokens.view(token_rows(["<|BOS|>", "a", "b", "c", "d", "e"]))
+    styles = re.findall(r'<span tabindex="0" style="([^"]*)"', shown)
+    sky, orange = "#56b4e9", "#e69f00"
+    assert f"--gain:{sky}" in styles[-1]
+    assert "--gain:#ffffff" in styles[1]
+    assert "--gain:#ffffff" in styles[0]  # BOS is below the least of the others
+    assert "--effect:#ffffff" in styles[2]  # 0
+    assert f"--effect:{sky}" in styles[4]
+    assert "--effect" not in styles[5]
+    assert f"--effect:{orange}" in styles[0]  # -2, the far end below 0
+    assert "gain, 1 / activation: 301" in shown
+    assert "ablation effect, nats: -2" in shown
+
+
+def test_text_is_readable_on_every_colour():
+    def luminance(colour: tuple[int, int, int]) -> float:
+        linear = [c / 255 / 12.92 if c < 11 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    ink = luminance((0x22, 0x22, 0x22))
+    for colour in (tokens.LOW, tokens.HIGH, tokens.WHITE):
+        assert (luminance(colour) + 0.05) / (ink + 0.05) > 4.5  # WCAG AA
+
+
+def test_a_quantity_that_is_the_same_everywhere_has_no_colour():
+    flat = [
+        replace(row, value=316.0 * (1 + 1e-9 * (row.x or 0))) if row.quantity == "gain" else row
+        for row in token_rows(["<|BOS|>", "a", "b"])
+    ]
+    shown = tokens.view(flat)
+    assert "--gain:" not in shown
+    assert "gain: 316 1 / activation at every token after BOS" in shown
+
+
+def test_the_token_view_has_a_block_an_arm_and_shows_the_first_quantity_without_a_script():
+    more = [replace(row, seed=1, run="solu_ln-s1", note="other") for row in token_rows(["x"])]
+    shown = tokens.view([*token_rows(["a", "b"]), *token_rows(["a", "b"], "gelu"), *more])
+    assert re.findall(r"<summary>(.*?)</summary>", shown) == ["gelu, seed 0", "solu_ln, seed 0"]
+    assert re.findall(r'id="(by-\w+)" checked', shown) == ["by-gain"]
+    assert "other" not in shown
+    assert "<script" not in shown
+
+
+# ---------------------------------------------------------------- doses
+
+
+def dosed(kappas: dict[str, float], n_seeds: int = 2) -> list[Row]:
+    """solu_ln arms by name with their kappa; r is 1 / (1 + kappa)."""
+    rows = []
+    for arm, kappa in kappas.items():
+        for seed in range(n_seeds):
+            run = {"run": f"{arm}-s{seed}", "arm": arm, "seed": seed, "statistic": "median"}
+            rows.append(number("engagement", "kappa", kappa, **run))
+            rows.append(number("engagement", "r", 1 / (1 + kappa), **run))
+    return rows
+
+
+def test_arms_at_several_doses_are_drawn_against_them_one_line_a_seed():
+    rows = dosed({"solu_ln-k42": 42.0, "solu_ln-k4": 4.2, "solu_ln-k0": 4.2e-5})
+    static = replace(rows[0], arm="gelu", run="gelu-s0", variant="gelu", quantity="gain", value=1.0)
+    spec = Figure("", ("r",), statistic="median")
+    look = figures.styles([*rows, static])
+    drawn = figures.against_dose(rows, spec, look, figures.doses([*rows, static]))
+    assert [list(line.x) for line in drawn.data] == [[4.2e-5, 4.2, 42.0]] * 2
+    for line in drawn.data:
+        assert line.mode == "lines+markers"
+        assert list(line.y) == pytest.approx([1 / (1 + x) for x in line.x])
+        assert list(line.error_y.array) == pytest.approx([0.0001] * 3)
+    assert drawn.layout.xaxis.type == "log"
+
+
+def test_with_one_dose_a_variant_only_the_dots_are_drawn_and_the_caption_has_the_doses():
+    rows = dosed({"solu_ln": 41.94})
+    gain = {"quantity": "gain", "unit": "1 / activation"}
+    twin = replace(rows[0], arm="solu_gain", run="solu_gain-s0", variant="solu_gain", value=316.0)
+    doses = figures.doses([*rows, replace(twin, **gain), replace(rows[0], value=300.0, **gain)])
+    assert doses.caption() == "Dose: solu_gain gain 316, solu_ln kappa 41.9."
+    spec = Figure("", ("r",), statistic="median")
+    assert not figures.against_dose(rows, spec, figures.styles(rows), doses).data
+    shown = section([*rows, replace(twin, **gain)], "engagement")
+    assert "Dose: solu_gain gain 316, solu_ln kappa 41.9." in shown
+    assert "against the dose" not in shown
+
+
 # ---------------------------------------------------------------- figures and terminal
+
+
+def test_figures_are_drawn_from_their_own_data_and_those_after_the_first_are_folded(html):
+    data = re.findall(
+        r'<div class="plot" id="figure-\d+"[^>]*></div><script type="application/json">(.*?)</script>',
+        html,
+    )
+    assert len(data) == html.count('class="plot"')
+    assert all(json.loads(one)["data"] for one in data)
+    engagement = html[html.index("<h2>P1 ") :].split("</section>")[0]
+    assert engagement.index('class="plot"') < engagement.index("<summary>More figures")
+    assert engagement.count('class="plot"') == 3
+
+
+def test_estimates_are_drawn_though_they_have_no_statistic():
+    rows = [number("rotation", "D", 0.1, statistic="", x=x) for x in (1.0, 2.0)]
+    point = number("specificity", "A (gain only)", 0.1, statistic="")
+    assert figures.draw(rows, Figure("", ("D",), kind="curve")).data
+    assert figures.draw([point], Figure("", ("A (gain only)",))).data
+    shown = section([point], "specificity")
+    assert '<td class="text">A (gain only), nats<br>' in shown
+
+
+def test_kinds_of_one_curve_share_their_axis():
+    rows = [
+        number("specificity", "specificity", 0.1 * x, x=x, statistic="", group=group)
+        for group in ("before", "both")
+        for x in (1.0, 2.0)
+    ]
+    drawn = figures.draw(rows, Figure("", ("specificity",), kind="curve"))
+    assert drawn.layout.yaxis2.matches == "y"
 
 
 def test_dots_show_every_seed_with_its_interval(rows):

@@ -19,7 +19,7 @@ from soluscope.results import Row
 ROW = Row(study="s", probe="engagement", quantity="r", value=0.25, unit="share")
 FULL = replace(
     ROW, run="solu_ln-s1", arm="solu_ln", variant="solu_ln", seed=1, statistic="q05", low=0.1,
-    high=0.4, n=90, n_clusters=7, cluster="document", stream="natural", positions="2-15",
+    high=0.4, p=0.25, p_adj=0.5, n=90, n_clusters=7, cluster="document", stream="natural", positions="2-15",
     group="gain Q1", x=3.5, commit="abc", config="def",
     note='words "quoted"\nin two lines, with Greek κ and a separator \u2028 inside',
 )  # fmt: skip

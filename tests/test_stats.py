@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+from statsmodels.regression.linear_model import OLS
 
 from soluscope import stats
 
@@ -16,6 +20,15 @@ def tokens(n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     clusters = np.repeat(np.arange(n_clusters), random.integers(1, 31, n_clusters))
     return random.normal(size=n_clusters)[clusters] + random.normal(size=len(clusters)), clusters
+
+
+def mean_of(sums: np.ndarray) -> np.ndarray:
+    return sums[:, 0] / sums[:, 1]
+
+
+def correlation_of(sums: np.ndarray) -> np.ndarray:
+    n, x, y, xy, xx, yy = sums.T
+    return (xy / n - x * y / n**2) / np.sqrt((xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +54,12 @@ def test_cluster_bootstrap_estimates_what_numpy_computes(statistic, expected, n_
 def test_every_bootstrap_draw_equals_the_statistic_of_the_repeated_tokens(statistic):
     values, clusters = tokens(30, seed=2)
     weights = stats._weights(30, 40, 0)
-    draws = stats._statistic(values, clusters, weights, statistic)
+    q = stats._quantile_named(statistic)
+    if q is None:
+        sums, value = stats._sums(values, clusters, 30, statistic)
+        draws = value(weights @ sums)
+    else:
+        draws = stats._quantile(values, clusters, weights, q)
     function = {
         "mean": np.mean,
         "median": np.median,
@@ -58,7 +76,7 @@ def test_quantiles_are_exact_with_more_values_than_bins_and_with_ties():
     values = random.integers(0, 40, 5000).astype(float)
     clusters = random.integers(0, 25, 5000)
     weights = stats._weights(25, 30, 0)
-    draws = stats._statistic(values, clusters, weights, "q95")
+    draws = stats._quantile(values, clusters, weights, 0.95)
     repeated = [np.quantile(np.repeat(values, row[clusters].astype(int)), 0.95) for row in weights]
     np.testing.assert_allclose(draws, repeated, rtol=1e-12)
 
@@ -70,8 +88,7 @@ def test_cluster_bootstrap_is_as_wide_as_a_cluster_robust_regression_says():
     robust = np.sqrt((residual_sums**2).sum()) / len(values)
     interval = stats.cluster_bootstrap(values, clusters, n_draws=4000)
     assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(robust, rel=0.05)
-    sm = pytest.importorskip("statsmodels.api")
-    fit = sm.OLS(values, np.ones(len(values))).fit(
+    fit = OLS(values, np.ones(len(values))).fit(
         cov_type="cluster", cov_kwds={"groups": clusters, "use_correction": False}
     )
     assert robust == pytest.approx(fit.bse[0], rel=1e-9)
@@ -134,15 +151,366 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
     )
 
 
-def test_cluster_interval_covers_the_truth_as_often_as_it_says():
+# ---------------------------------------------------------------- BCa
+
+
+@pytest.mark.parametrize("level", [0.95, 0.90])
+@pytest.mark.parametrize("statistic", ["mean", "sd", "share above 0.5"])
+def test_bca_of_single_values_is_scipys_of_the_same_draws(statistic, level):
+    # A cluster a value: the ordinary bootstrap. scipy takes our draws and our widened level.
+    values = np.random.default_rng(30).exponential(size=25)
+    function = {"mean": np.mean, "sd": np.std, "share above 0.5": share_above_half}[statistic]
+    sums, value = stats._sums(values, np.arange(25), 25, statistic)
+    drawn = SimpleNamespace(bootstrap_distribution=value(stats._weights(25, 2000, 0) @ sums)[1:])
+    widened = scipy.stats.norm.cdf(stats._z(level, 25)[1]) * 2 - 1
+    scipys = scipy.stats.bootstrap(
+        (values,), function, n_resamples=0, bootstrap_result=drawn, confidence_level=widened
+    ).confidence_interval
+    ours = stats.cluster_bootstrap(values, np.arange(25), statistic, level=level)
+    assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), rel=1e-9)
+
+
+def share_above_half(values: np.ndarray, axis: int) -> np.ndarray:
+    return np.mean(values > 0.5, axis=axis)
+
+
+def test_bca_of_unequal_clusters_is_scipys_bootstrap_of_the_clusters():
+    random = np.random.default_rng(31)
+    counts = random.integers(5, 60, 40)
+    sums = counts * random.exponential(size=40)
+
+    def mean(chosen):
+        return sums[chosen].sum() / counts[chosen].sum()
+
+    scipys = scipy.stats.bootstrap(
+        (np.arange(40),), mean, vectorized=False, n_resamples=20_000, rng=random,
+        confidence_level=scipy.stats.norm.cdf(stats._z(0.95, 40)[1]) * 2 - 1,
+    )  # fmt: skip
+    ours = stats.document_bootstrap(sums, counts, n_draws=20_000)
+    off = np.subtract((ours.low, ours.high), scipys.confidence_interval) / scipys.standard_error
+    np.testing.assert_allclose(off, 0, atol=0.1)  # Monte Carlo; percentile ends are .2 off
+    percentile = stats.document_bootstrap(sums, counts, n_draws=20_000, method="percentile")
+    assert percentile.high < ours.high - 0.15 * scipys.standard_error
+
+
+def test_two_level_bca_is_scipys_bootstrap_of_seeds_and_documents():
+    random = np.random.default_rng(32)
+    counts = random.integers(20, 60, 30)
+    den = (0.04 + 0.01 * random.exponential(size=(8, 1)) + 0.02 * random.normal(size=30)) * counts
+    num = 0.3 * den + 0.004 * random.normal(size=(8, 1)) * counts
+
+    def ratio(seeds, documents):
+        chosen = np.ix_(seeds, documents)
+        return num[chosen].sum() / den[chosen].sum()
+
+    scipys = scipy.stats.bootstrap(
+        (np.arange(8), np.arange(30)), ratio, vectorized=False, n_resamples=20_000, rng=random,
+        confidence_level=scipy.stats.norm.cdf(stats._z(0.95, 8)[1]) * 2 - 1,
+    )  # fmt: skip
+    ours = stats.two_level_bootstrap_ratio(num, den, counts, n_draws=20_000)
+    off = np.subtract((ours.low, ours.high), scipys.confidence_interval) / scipys.standard_error
+    np.testing.assert_allclose(off, 0, atol=0.15)
+
+
+def test_few_units_widen_the_interval_to_students():
+    # Normal scores: the mean's bootstrap is as symmetric as can be, and t is exact.
+    values = scipy.stats.norm.ppf((np.arange(20) + 0.5) / 20)
+    low, high = scipy.stats.t.interval(0.95, 19, values.mean(), scipy.stats.sem(values))
+    for method in ("bca", "percentile"):
+        interval = stats.cluster_bootstrap(values, np.arange(20), n_draws=40_000, method=method)
+        assert (interval.low, interval.high) == pytest.approx((low, high), rel=0.04)
+
+
+def test_draws_equal_to_the_number_count_half_as_below_it():
+    draws = np.array([1.0, *[0.0] * 25, *[1.0] * 50, *[2.0] * 25])
+    assert stats._ends(draws, 50, 0.95, acceleration=0.0) == stats._ends(draws, 50, 0.95)
+    skewed = np.array([1.0, *[0.0] * 10, *[1.0] * 40, *[2.0] * 50])
+    bias = scipy.stats.norm.ppf(0.30)
+    z = 2 * bias + stats._z(0.80, 50)
+    assert stats._ends(skewed, 50, 0.80, acceleration=0.0) == tuple(
+        np.quantile(skewed[1:], scipy.stats.norm.cdf(z))
+    )
+
+
+def test_numbers_that_are_often_undefined_have_no_interval():
+    sums = np.ones((30, 2))
+
+    def undefined(share):
+        def value(sums):
+            found = np.linspace(0, 1, len(sums))
+            found[1 : 1 + int(share * (len(sums) - 1))] = np.nan
+            return found
+
+        return value
+
+    assert stats.bootstrap_sums(sums, undefined(0.06), 30, method="percentile").low is None
+    few = stats.bootstrap_sums(sums, undefined(0.04), 30, method="percentile")
+    assert few.low == pytest.approx(0.04 + 0.96 * scipy.stats.norm.cdf(stats._z(0.95, 30)[0]), 0.01)
+
+
+def test_a_number_that_hangs_on_one_document_has_no_interval():
+    top, bottom = np.zeros(30), np.zeros(30)
+    top[3], bottom[3] = 2.0, 4.0
+    interval = stats.bootstrap_sums(np.stack([top, bottom], axis=1), mean_of, 30)
+    assert (interval.value, interval.low, interval.high) == (0.5, None, None)
+
+
+def test_a_number_outside_all_its_draws_has_no_interval():
+    # How many different documents there are: a resample never has all.
+    interval = stats.bootstrap_sums(np.eye(30), lambda sums: (sums > 0).sum(axis=1) / 1.0, 30)
+    assert (interval.value, interval.low) == (30, None)
+
+
+def test_sums_must_be_a_table():
+    with pytest.raises(ValueError, match=r"sums \(30,\): wants one row a cluster"):
+        stats.bootstrap_sums(np.ones(30), mean_of, 30)
+    empty = stats.bootstrap_sums(np.ones((0, 2)), mean_of, 0)
+    assert np.isnan(empty.value)
+    assert empty.low is None
+    with pytest.raises(ValueError, match=r"sums \(30,\): wants one row a cluster"):
+        stats.cluster_p(np.ones(30), mean_of)
+
+
+# ---------------------------------------------------------------- coverage
+
+N_SETS = 2000
+"""At 95% the share of covering intervals has a standard error of half a percent."""
+
+
+def documents(random: np.random.Generator, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
+    """Standard normal tokens in documents of 5 to 29; 30% of the variance is the document's."""
+    owner = np.repeat(np.arange(n_clusters), random.integers(5, 30, n_clusters))
+    own, shared = random.normal(size=len(owner)), random.normal(size=n_clusters)
+    return np.sqrt(0.7) * own + np.sqrt(0.3) * shared[owner], owner
+
+
+def coverage(interval, truth: float, n_sets: int = N_SETS) -> float:
+    """Share of intervals `interval(random)` that hold the truth."""
     random = np.random.default_rng(10)
-    n_sets, covered = 2000, 0
-    for _ in range(n_sets):
-        counts = random.integers(5, 30, 60)
-        sums = counts * random.normal(size=60) + np.sqrt(counts) * random.normal(size=60)
-        interval = stats.document_bootstrap(sums, counts, n_draws=500)
-        covered += interval.low <= 0 <= interval.high
-    assert 0.93 <= covered / n_sets <= 0.97
+    made = [interval(random) for _ in range(n_sets)]
+    return float(np.mean([each.low <= truth <= each.high for each in made]))
+
+
+@pytest.mark.parametrize(
+    ("statistic", "truth", "n_clusters", "method"),
+    [
+        ("mean", 0.0, stats.MIN_CLUSTERS, "bca"),
+        ("mean", 0.0, 60, "bca"),
+        ("mean", 0.0, 60, "percentile"),
+        ("sd", 1.0, 120, "bca"),
+        ("share above 1", 1 - scipy.stats.norm.cdf(1), 60, "bca"),
+        ("share above 1", 1 - scipy.stats.norm.cdf(1), 60, "percentile"),
+        ("median", 0.0, 60, "percentile"),
+        ("q95", scipy.stats.norm.ppf(0.95), 120, "percentile"),
+    ],
+)
+def test_cluster_intervals_cover_the_truth_as_often_as_they_say(
+    statistic, truth, n_clusters, method
+):
+    def interval(random):
+        values, owner = documents(random, n_clusters)
+        n_draws = 500 if statistic in ("median", "q95") else 2000  # quantiles take 20 times longer
+        return stats.cluster_bootstrap(values, owner, statistic, n_draws, method=method)
+
+    assert 0.93 <= coverage(interval, truth) <= 0.97
+
+
+def test_intervals_at_90_percent_cover_90_percent():
+    def interval(random):
+        return stats.cluster_bootstrap(*documents(random, 60), n_draws=1000, level=0.90)
+
+    assert 0.88 <= coverage(interval, 0.0) <= 0.92
+
+
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+@pytest.mark.parametrize("n_clusters", [stats.MIN_CLUSTERS, 60])
+def test_interval_of_a_ratio_covers_it_as_often_as_it_says(n_clusters, method):
+    def interval(random):
+        counts = random.integers(5, 30, n_clusters)
+        level = random.gamma(2, 0.5, n_clusters)
+        top = counts * (0.5 * level + 0.3 * random.normal(size=n_clusters))
+        noise = np.sqrt(counts) * random.normal(size=(2, n_clusters))
+        sums = np.stack([top + noise[0], counts * level + 0.3 * noise[1]], axis=1)
+        return stats.bootstrap_sums(sums, mean_of, counts.sum(), n_draws=1000, method=method)
+
+    assert 0.93 <= coverage(interval, 0.5) <= 0.97
+
+
+def moments(x: np.ndarray, y: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    parts = (np.ones(len(x)), x, y, x * y, x * x, y * y)
+    return np.stack([np.bincount(owner, part) for part in parts], axis=1)
+
+
+@pytest.mark.parametrize(("rho", "n_clusters"), [(0.0, 200), (0.6, 200)])
+@pytest.mark.parametrize("method", ["bca", "percentile"])
+def test_interval_of_a_correlation_covers_it_as_often_as_it_says(rho, n_clusters, method):
+    def interval(random):
+        owner = np.repeat(np.arange(n_clusters), random.integers(5, 30, n_clusters))
+        own, shared = random.normal(size=(2, len(owner))), random.normal(size=(2, n_clusters))
+        x, other = np.sqrt(0.7) * own + np.sqrt(0.3) * shared[:, owner]
+        y = rho * x + np.sqrt(1 - rho**2) * other
+        sums = moments(x, y, owner)
+        return stats.bootstrap_sums(sums, correlation_of, len(x), n_draws=1000, method=method)
+
+    assert 0.93 <= coverage(interval, rho) <= 0.97
+
+
+def test_interval_of_eight_seeds_covers_the_truth_as_often_as_it_says():
+    assert 0.93 <= coverage(lambda random: stats.paired_seeds(random.normal(size=8)), 0.0) <= 0.97
+
+
+def differences(random: np.random.Generator, n_seeds: int, share: float = 1.0) -> np.ndarray:
+    """Loss sums [seed document] of 50 documents of 100 tokens, .02 nats a token on average.
+
+    Seeds differ by .003 nats; a document and what it does to one seed, by as much.
+    """
+    noise = random.normal(size=(n_seeds, 1)) + random.normal(size=50)
+    noise = noise + random.normal(size=(n_seeds, 50))
+    return (0.02 * share + 0.003 * noise) * 100
+
+
+def test_interval_for_new_seeds_and_documents_covers_as_often_as_it_says_where_seeds_matter():
+    counts = np.full(50, 100.0)
+
+    def interval(random):
+        return stats.seeds_and_documents(differences(random, 8), counts)
+
+    assert 0.93 <= coverage(interval, 0.02) <= 0.97
+
+
+def test_fieller_covers_as_often_as_it_says():
+    counts = np.full(50, 100.0)
+
+    def interval(random):
+        return stats.fieller(differences(random, 8, 0.3), differences(random, 8), counts)
+
+    assert 0.93 <= coverage(interval, 0.3) <= 0.97
+
+
+@pytest.mark.parametrize("n_seeds", [stats.MIN_SEEDS_TO_RESAMPLE, 8])
+def test_two_level_bca_covers_as_often_as_it_says(n_seeds):
+    counts = np.full(50, 100.0)
+
+    def interval(random):
+        num, den = differences(random, n_seeds, 0.3), differences(random, n_seeds)
+        return stats.two_level_bootstrap_ratio(num, den, counts, n_draws=1000)
+
+    assert 0.93 <= coverage(interval, 0.3) <= 0.97
+
+
+# ---------------------------------------------------------------- p-values
+
+
+def test_mean_p_of_equal_documents_is_the_t_test():
+    means = np.random.default_rng(33).normal(0.1, size=(25, 7))
+    ours = stats.mean_p(means * 4, np.full(25, 4))
+    np.testing.assert_allclose(ours, scipy.stats.ttest_1samp(means, 0).pvalue, rtol=1e-9)
+
+
+def test_mean_p_of_many_columns_is_cluster_p_of_each():
+    random = np.random.default_rng(34)
+    counts = random.integers(1, 40, (30, 5)).astype(float)
+    sums = counts * random.normal(0.2, size=(30, 5))
+    ours = stats.mean_p(sums, counts)
+    one_by_one = [
+        stats.cluster_p(np.stack([s, c], 1), mean_of) for s, c in zip(sums.T, counts.T, strict=True)
+    ]
+    np.testing.assert_allclose(ours, one_by_one, rtol=1e-9)
+    np.testing.assert_allclose(
+        stats.mean_p(sums, counts[:, 0]), stats.mean_p(sums, np.tile(counts[:, :1], 5))
+    )
+
+
+def test_p_of_the_mean_is_uniform_where_there_is_nothing():
+    random = np.random.default_rng(35)
+    counts = random.integers(5, 30, 60)
+    means = random.normal(size=(60, 3000)) + random.normal(size=(60, 3000)) / np.sqrt(
+        counts[:, None]
+    )
+    p = stats.mean_p(means * counts[:, None], counts)
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.05
+    assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.012)
+
+
+def test_p_of_a_correlation_is_uniform_where_there_is_none():
+    random = np.random.default_rng(36)
+    p = []
+    for _ in range(1500):
+        x, owner = documents(random, 60)
+        y = np.sqrt(0.7) * random.normal(size=len(x)) + np.sqrt(0.3) * random.normal(size=60)[owner]
+        p.append(stats.cluster_p(moments(x, y, owner), correlation_of))
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.05
+    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.017)
+
+
+def test_there_is_no_p_of_a_dead_neuron_or_of_few_documents():
+    sums = np.random.default_rng(37).normal(size=(25, 3))
+    sums[:, 1] = 0
+    assert np.isnan(stats.mean_p(sums, np.ones(25))).tolist() == [False, True, False]
+    assert np.isnan(stats.mean_p(sums[:19], np.ones(19))).all()
+    assert np.isnan(stats.cluster_p(np.ones((19, 2)), mean_of))
+    with pytest.raises(ValueError, match=r"sums \(25, 3\) and counts \(24,\)"):
+        stats.mean_p(sums, np.ones(24))
+
+
+def test_holm_by_hand():
+    adjusted = stats.holm({"a": 0.01, "b": 0.04, "none": float("nan"), "c": 0.03})
+    assert np.isnan(adjusted.pop("none"))
+    assert adjusted == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert stats.holm({}) == {}
+
+
+def test_holm_keeps_the_chance_of_any_false_finding(monkeypatch):
+    monkeypatch.setattr("gc.collect", lambda: 0)  # multipletests calls it, 20 ms a time
+    random = np.random.default_rng(38)
+    any_false = []
+    for _ in range(2000):
+        # Four tests on the same eight seeds, one of them of a difference that is there.
+        seeds = random.normal(size=(4, 8)) + random.normal(size=8) + [[3.0], [0], [0], [0]]
+        p = {str(i): stats.paired_seeds(numbers).p for i, numbers in enumerate(seeds)}
+        adjusted = stats.holm(p)
+        any_false.append(min(adjusted[name] for name in "123") <= 0.05)
+    assert np.mean(any_false) <= 0.05
+
+
+def test_benjamini_hochberg_is_scipys_and_passes_nan_on():
+    p = np.random.default_rng(39).uniform(size=(4, 50)) ** 2
+    p[1, 3] = np.nan
+    adjusted = stats.benjamini_hochberg(p)
+    assert adjusted.shape == p.shape
+    tested = ~np.isnan(p)
+    assert np.isnan(adjusted[1, 3])
+    np.testing.assert_allclose(
+        adjusted[tested], scipy.stats.false_discovery_control(p[tested]), rtol=1e-12
+    )
+    assert np.isnan(stats.benjamini_hochberg([np.nan, np.nan])).all()
+
+
+def test_benjamini_hochberg_keeps_the_share_of_false_findings():
+    random = np.random.default_rng(40)
+    false_shares = []
+    for _ in range(300):
+        shift = np.where(np.arange(200) < 40, 0.6, 0.0)
+        found = stats.benjamini_hochberg(
+            stats.mean_p(random.normal(shift, 1, size=(30, 200)), np.ones(30))
+        )
+        claimed = found <= 0.10
+        false_shares.append(claimed[40:].sum() / max(1, claimed.sum()))
+    # Exactly q times the share of columns with nothing in them: .08.
+    assert np.mean(false_shares) == pytest.approx(0.08, abs=0.008)
+
+
+def test_importing_the_statistics_stays_light():
+    program = (
+        "import sys, soluscope.stats; print({'torch', 'statsmodels', 'pandas'} & set(sys.modules))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == "set()"
+
+
+# ---------------------------------------------------------------- seeds
 
 
 def test_paired_interval_and_p_equal_scipys():
@@ -169,10 +537,13 @@ def test_eight_seeds_of_one_sign_give_the_smallest_p_there_is():
 
 
 def test_sign_flip_p_is_uniform_where_there_is_no_difference():
+    # Each of the 32 values p can have is equally likely: P(p <= level) = level there, less between.
     random = np.random.default_rng(12)
-    p = np.array([stats.paired_seeds(random.normal(size=6)).p for _ in range(3000)])
-    for level in (1 / 32, 4 / 32, 0.25, 0.5, 0.75):
-        assert np.mean(p <= level) == pytest.approx(level, abs=0.027)
+    p = np.array([stats.paired_seeds(random.normal(size=6)).p for _ in range(4000)])
+    times = np.bincount(np.round(p * 32).astype(int), minlength=33)
+    assert times[0] == 0
+    assert scipy.stats.chisquare(times[1:]).pvalue > 0.05
+    np.testing.assert_allclose(p * 32, np.round(p * 32))
 
 
 def test_one_seed_gives_no_interval():
@@ -287,6 +658,14 @@ def test_few_seeds_are_not_resampled():
 )
 def test_equivalence_needs_the_whole_interval_inside_the_margin(low, high, verdict):
     assert stats.equivalence(stats.Interval(0.0, low, high, 8, 8), 0.005) == verdict
+
+
+def test_equivalence_is_to_what_the_number_is_held_against():
+    interval = stats.Interval(0.701, 0.697, 0.704, 8, 8)
+    assert stats.equivalence(interval, 0.005, around=0.7) == "equivalent"
+    assert stats.equivalence(interval, 0.005, around=0.69) == "different"
+    assert stats.equivalence(interval, 0.005) == "different"
+    assert stats.equivalence(interval, 0.002, around=0.7) == "inconclusive"
 
 
 def test_equivalence_is_wrongly_claimed_at_the_margin_in_one_case_of_twenty():

@@ -6,15 +6,18 @@ were trained.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 
 from soluscope.errors import UserError
 from soluscope.streams import Stream
@@ -28,16 +31,53 @@ class Readout:
 
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"]
+    gamma: Float[Tensor, " d_mlp"]
+    """Static gain of each neuron in the mid norm; ones where there is none."""
     beta: Float[Tensor, " d_mlp"]
     """Bias of the mid norm; zeros where there is none."""
     ln_w: Float[Tensor, " d_model"]
     ln_b: Float[Tensor, " d_model"]
     ln_eps: float
+    ln_centred: bool
+    """Whether ln_final subtracts the mean: True for LayerNorm, False for RMSNorm."""
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"]
 
 
+class Stages(NamedTuple):
+    """What the MLP computes on the way, for residual streams of any shape [*place d_model]."""
+
+    pre: Float[Tensor, "*place d_mlp"]
+    mid: Float[Tensor, "*place d_mlp"]
+    scale: Float[Tensor, "*place"]
+    """The mid norm's denominator; ones where there is none."""
+    post: Float[Tensor, "*place d_mlp"]
+    out: Float[Tensor, "*place d_model"]
+    """What is added to the residual stream, b_out included."""
+
+
 @dataclass(frozen=True)
+class Mlp:
+    """ln2 and the MLP as a function of the residual stream: for edits that come before mid."""
+
+    ln2: Callable[[Tensor], Tensor]
+    W_in: Float[Tensor, "d_model d_mlp"]
+    b_in: Float[Tensor, " d_mlp"]
+    nonlinearity: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+    """From mid to (scale [*place], post); None where there is no mid norm."""
+    W_out: Float[Tensor, "d_mlp d_model"]
+    b_out: Float[Tensor, " d_model"]
+
+    @torch.no_grad()
+    def __call__(self, resid_mid: Float[Tensor, "*place d_model"]) -> Stages:
+        pre = self.ln2(resid_mid) @ self.W_in + self.b_in
+        mid = self.nonlinearity(pre)
+        scale, post = (mid.new_ones(mid.shape[:-1]), mid) if self.norm is None else self.norm(mid)
+        return Stages(pre, mid, scale, post, post @ self.W_out + self.b_out)
+
+
+@dataclass(frozen=True, eq=False)  # a run is itself: what is computed from it can be kept by it
 class HookedRun:
     """Activations of the last MLP on one stream. Tokens are in reading order, string after string."""
 
@@ -60,6 +100,9 @@ class HookedRun:
     eps: float | None
     """Epsilon inside the denominator; None where the denominator is one constant, or there is none."""
     readout: Readout
+    mlp: Mlp
+    vocab: tuple[str, ...] = ()
+    """Text of each token of the vocabulary; empty where it is not known."""
 
     @property
     def is_bos(self) -> Bool[Tensor, " token"]:
@@ -82,6 +125,20 @@ class HookedRun:
         pre, mid = self.pre[:256], self.mid[:256]
         return torch.allclose(pre * pre.softmax(-1), mid, rtol=1e-3, atol=1e-7)
 
+    @cached_property
+    def centres(self) -> bool:
+        """Whether the mid norm subtracts the mean over neurons: read off, as `is_solu` is.
+
+        post = gain * (mid - m) * gamma + beta, with m the mean, or 0 in an RMS norm, a plain gain, or
+        where there is no norm.
+        """
+        some = slice(0, 256)
+        mid, gain, out = self.mid[some], self.gain[some, None], self.readout
+        centred = gain * (mid - mid.mean(-1, keepdim=True)) * out.gamma + out.beta
+        plain = gain * mid * out.gamma + out.beta
+        post = self.post[some]
+        return bool((post - centred).abs().sum() < (post - plain).abs().sum())
+
 
 def planted(
     mid: Float[Tensor, "row pos d_mlp"], *, eps: float | None = None, gain: float = 1.0
@@ -94,14 +151,20 @@ def planted(
         gain: that constant.
 
     Returns:
-        fp64 activations. W_out is zero, so the MLP has no effect on a loss of ln 2 everywhere.
+        fp64 activations. W_in is the identity and resid_mid is mid; W_out is zero, so the MLP has no
+        effect on a loss of ln 2 everywhere.
     """
     mid = mid.double()
     n_rows, width, d_mlp = mid.shape
-    centred = mid - mid.mean(-1, keepdim=True)
-    scale = torch.full_like(mid[..., 0], 1 / gain)
-    if eps is not None:
-        scale = (centred.square().mean(-1) + eps).sqrt()
+
+    def norm(mid: Tensor) -> tuple[Tensor, Tensor]:
+        centred = mid - mid.mean(-1, keepdim=True)
+        scale = torch.full_like(mid[..., 0], 1 / gain)
+        if eps is not None:
+            scale = (centred.square().mean(-1) + eps).sqrt()
+        return scale, centred / scale[..., None]
+
+    scale, post = norm(mid)
     target = torch.ones(n_rows, width, dtype=torch.long)
     target[:, -1] = -1
     loss = torch.full((n_rows, width), math.log(2), dtype=torch.float64)
@@ -111,23 +174,34 @@ def planted(
         pos=torch.arange(width).expand(n_rows, width).flatten(),
         string=torch.arange(n_rows)[:, None].expand(n_rows, width).flatten(),
         loss=loss.where(target >= 0, torch.nan).flatten(), pre=mid.flatten(0, 1),
-        mid=mid.flatten(0, 1), post=(centred / scale[..., None]).flatten(0, 1),
-        scale=scale.flatten(), resid_mid=zeros(n_rows * width, 2), eps=eps,
+        mid=mid.flatten(0, 1), post=post.flatten(0, 1), scale=scale.flatten(),
+        resid_mid=mid.flatten(0, 1), eps=eps,
         readout=Readout(
-            W_out=zeros(d_mlp, 2), b_out=zeros(2), beta=zeros(d_mlp), ln_w=zeros(2) + 1,
-            ln_b=zeros(2), ln_eps=1e-5, W_U=zeros(2, 2), b_U=zeros(2),
+            W_out=zeros(d_mlp, d_mlp), b_out=zeros(d_mlp), gamma=zeros(d_mlp) + 1,
+            beta=zeros(d_mlp), ln_w=zeros(d_mlp) + 1, ln_b=zeros(d_mlp), ln_eps=1e-5,
+            ln_centred=True, W_U=zeros(d_mlp, 2), b_U=zeros(2),
+        ),
+        mlp=Mlp(
+            ln2=lambda resid: resid, W_in=torch.eye(d_mlp, dtype=mid.dtype), b_in=zeros(d_mlp),
+            nonlinearity=lambda pre: pre, norm=norm, W_out=zeros(d_mlp, d_mlp), b_out=zeros(d_mlp),
         ),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def observe(model: Any, stream: Stream) -> HookedRun:
-    """Run a one-layer HookedTransformer over `stream` and keep what probes need, on the CPU.
+    """Run a HookedTransformer over `stream` and keep what probes need of its last MLP, on the CPU.
 
     Raises:
-        UserError: if the model has no MLP, more than one layer, or NaN weights (which are named).
+        UserError: if the model has no MLP, a final norm that is neither LayerNorm nor RMSNorm, tokens
+            that are not the stream's, or NaN weights (which are named).
     """
     check_model(model)
+    if int(stream.tokens.max()) >= model.cfg.d_vocab:
+        raise UserError(
+            f"the text has token {int(stream.tokens.max())}, and the model knows {model.cfg.d_vocab}: "
+            "it was made with another tokenizer; use the model's own"
+        )
     block = model.blocks[-1]
     prefix = f"blocks.{model.cfg.n_layers - 1}."
     norm = getattr(block.mlp, "ln", None)
@@ -145,7 +219,7 @@ def observe(model: Any, stream: Stream) -> HookedRun:
         target = F.pad(tokens[:, 1:], (0, 1), value=-1)
         target = target.where(F.pad(keep[:, 1:], (0, 1)) & (target != stream.bos), -1)
         loss = F.cross_entropy(
-            logits.flatten(0, 1).float(),
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
             target.flatten().to(logits.device),
             ignore_index=-1,
             reduction="none",
@@ -157,25 +231,53 @@ def observe(model: Any, stream: Stream) -> HookedRun:
             "loss": loss.cpu().where(target >= 0, torch.nan),
             "pre": cache[f"{prefix}mlp.hook_pre"], "post": post,
             "mid": cache[f"{prefix}mlp.hook_mid"] if has_norm else post,
-            "scale": cache[f"{prefix}mlp.ln.hook_scale"].squeeze(-1) if has_norm else torch.ones(tokens.shape),
+            "scale": cache[f"{prefix}mlp.ln.hook_scale"].squeeze(-1) if has_norm else post.new_ones(tokens.shape),
             "resid_mid": cache[f"{prefix}hook_resid_mid"],
         }  # fmt: skip
         parts.append({name: tensor.cpu()[keep] for name, tensor in part.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return HookedRun(
         stream=stream.name, eps=getattr(norm, "eps", None),
-        readout=_readout(model, block), **joined,
+        readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
     )  # fmt: skip
 
 
 def _readout(model: Any, block: Any) -> Readout:
-    beta = getattr(getattr(block.mlp, "ln", None), "b", None)
+    mlp, final = block.mlp, model.ln_final
+    norm = getattr(mlp, "ln", None)
+    n, d = mlp.W_out.shape
     return Readout(
-        W_out=block.mlp.W_out.detach().cpu(), b_out=block.mlp.b_out.detach().cpu(),
-        beta=block.mlp.W_out.new_zeros(model.cfg.d_mlp).cpu() if beta is None else beta.detach().cpu(),
-        ln_w=model.ln_final.w.detach().cpu(), ln_b=model.ln_final.b.detach().cpu(),
-        ln_eps=model.ln_final.eps,
-        W_U=model.unembed.W_U.detach().cpu(), b_U=model.unembed.b_U.detach().cpu(),
+        W_out=_own(mlp.W_out), b_out=_own(mlp.b_out), gamma=_own(getattr(norm, "w", None), n, 1.0, mlp),
+        beta=_own(getattr(norm, "b", None), n, 0.0, mlp), ln_w=_own(getattr(final, "w", None), d, 1.0, mlp),
+        ln_b=_own(getattr(final, "b", None), d, 0.0, mlp), ln_eps=final.eps,
+        ln_centred=isinstance(final, LayerNorm | LayerNormPre),
+        W_U=_own(model.unembed.W_U), b_U=_own(model.unembed.b_U),
+    )  # fmt: skip
+
+
+def _own(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
+    """A weight on the CPU, outside the graph; where there is none, what its absence means."""
+    if weight is not None:
+        return weight.detach().cpu()
+    return torch.full((n,), otherwise, dtype=like.W_out.dtype)
+
+
+def _mlp(block: Any) -> Mlp:
+    """A copy on the CPU that later hooks on the model do not reach."""
+    parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp])).cpu()
+    ln2, mlp = cast(Any, parts)
+    norm: Any = getattr(mlp, "ln", None)
+
+    def through(mid: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        watch = norm.hook_scale.register_forward_hook(lambda *args: seen.append(args[-1]))
+        post = norm(mid)
+        watch.remove()
+        return seen[0].squeeze(-1).expand(mid.shape[:-1]), post
+
+    return Mlp(
+        ln2=ln2, W_in=_own(mlp.W_in), b_in=_own(mlp.b_in), nonlinearity=mlp.act_fn,
+        norm=through if norm is not None else None, W_out=_own(mlp.W_out), b_out=_own(mlp.b_out),
     )  # fmt: skip
 
 
@@ -183,9 +285,10 @@ def check_model(model: Any) -> None:
     """Refuse what the probes cannot read, in one line."""
     if model.cfg.attn_only:
         raise UserError("the model has no MLP: the probes are about what stands in its middle")
-    if model.cfg.n_layers != 1:
+    if not isinstance(model.ln_final, LayerNorm | LayerNormPre | RMSNorm | RMSNormPre):
         raise UserError(
-            f"the model has {model.cfg.n_layers} layers: these probes are exact for one layer only"
+            f"the model's final norm is {type(model.ln_final).__name__}: the closed forms need LayerNorm "
+            "or RMSNorm before the unembedding"
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

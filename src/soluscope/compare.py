@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ STATIC = ("solu_gain", "solu_frozen_ln")
 """The class C: variants whose output scale is the same for every token."""
 CHAIN = ("solu", "solu_gain", "solu_frozen_ln", "solu_ln_det", "solu_ln")
 """Each adds one thing: a gain; centring, affine; a scale of each token's own; its gradient."""
+PRIMARY = ("static - LN", "Phi_dyn")
+"""Quantities whose test is of the primary family: the second is 0 where the first is."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Arms:
         group: str = "",
         unit: str = "nats / token",
         note: str = "",
+        p: float | None = None,
     ) -> Row:
         return Row(
             study=self.study,
@@ -110,6 +113,7 @@ class _Arms:
             group=group,
             low=interval.low,
             high=interval.high,
+            p=p,
             n=n_seeds,
             n_clusters=n_seeds if cluster == "seed" else interval.n_clusters,
             cluster=cluster,
@@ -128,11 +132,11 @@ class _Arms:
         difference = self.difference(a, b, seeds)
         new_seeds = stats.seeds_and_documents(difference, self.counts)
         new_documents = stats.document_bootstrap(difference.mean(axis=0), self.counts)
-        p = "" if new_seeds.p is None or len(seeds) == 1 else f"sign-flip p = {new_seeds.p:.3g}"
-        notes = "; ".join(text for text in (note, p) if text)
         n_seeds = len(seeds)
+        p = new_seeds.p if n_seeds > 1 else None  # one seed flips to itself: no test
+        notes = _also(note, "" if p is None else f"sign-flip p = {p:.3g}")
         return [
-            self.row(quantity, arm, new_seeds, "seed", n_seeds, group=group, note=notes),
+            self.row(quantity, arm, new_seeds, "seed", n_seeds, group=group, note=notes, p=p),
             self.row(quantity, arm, new_documents, "document", n_seeds, group=group, note=note),
         ]
 
@@ -158,12 +162,14 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
         `static - LN`, L(best static) - L(solu_ln), its equivalence verdict in `note`;
         `Phi_dyn`, `static - LN` as a share of `gain of LN`, or None and a note that starts with
         `UNDEFINED`; `telescoping: a - b`, which sum to the gain of LN.
+        Differences over two seeds or more have the exact sign-flip `p`. `static - LN` and `Phi_dyn`
+        of all solu_ln arms are the primary family, with `p_adj` after Holm's correction.
 
     Raises:
         UserError: if a run was not measured on the documents of the others, or two runs have the
             same arm and seed.
 
-    Source: science.md section 4.
+    Source: science.md sections 4 and 5.
     """
     arms = _read(study, losses, commit)
     rows = []
@@ -190,7 +196,28 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
             rows += _phi_dyn(arms, plain[0], *static, ln)
         if plain is not None:
             rows += _telescoping(arms, ln)
-    return rows
+    return _adjust_primary(rows)
+
+
+def _adjust_primary(rows: list[Row]) -> list[Row]:
+    """The same rows, where those that answer "is Phi_dyn 0?" have p corrected for asking each arm.
+
+    Phi_dyn is 0 where its numerator is, so the numerator's p is its own. The family holds all
+    solu_ln arms, also those whose Phi_dyn is undefined: the tests must not depend on the outcome.
+    """
+    family = {row.arm: row.p for row in rows if row.quantity == "static - LN" and row.p is not None}
+    adjusted = stats.holm(family)
+
+    def with_p(row: Row) -> Row:
+        asked = row.quantity in PRIMARY and row.cluster == "seed" and row.value is not None
+        if not asked or row.arm not in family:
+            return row
+        note = f"Holm-adjusted p = {adjusted[row.arm]:.3g} over {', '.join(family)}"
+        if row.quantity == "Phi_dyn":
+            note = f"sign-flip p of its numerator = {family[row.arm]:.3g}; {note}"
+        return replace(row, p=family[row.arm], p_adj=adjusted[row.arm], note=_also(row.note, note))
+
+    return [with_p(row) for row in rows]
 
 
 def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Row]:
@@ -226,10 +253,12 @@ def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> l
     check = stats.fieller(num, den, arms.counts)
     ends = "no interval" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
     interval = stats.two_level_bootstrap_ratio(num, den, arms.counts)
-    method = f"interval from seeds and documents resampled; Fieller's is {ends}"
+    method = f"BCa interval from seeds and documents resampled; Fieller's is {ends}"
     if interval.low is None:
         interval = check
-        method = f"Fieller's interval: {len(seeds)} seeds are too few to resample"
+        few = len(seeds) < stats.MIN_SEEDS_TO_RESAMPLE
+        why = f"{len(seeds)} seeds are too few to resample" if few else "resampling gives none"
+        method = f"Fieller's interval: {why}"
     note = f"{method}; {best}"
     return [arms.row("Phi_dyn", ln, interval, "seed", len(seeds), unit="share", note=note)]
 
@@ -266,6 +295,10 @@ def _telescoping(arms: _Arms, ln: _Arm) -> list[Row]:
         note = _stand_in(to_name, b, choice)
         rows.append(arms.row(quantity, ln, interval, "seed", len(seeds), note=note))
     return rows
+
+
+def _also(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
 
 
 def _stand_in(variant: str, arm: _Arm, choice: str) -> str:

@@ -31,7 +31,8 @@ class Row:
 
     study: str
     probe: str
-    """Name of a file in probes/, or `loss`, `training`, `comparison`."""
+    """Name of a file in probes/, or `loss`, `training`, `tokens`, `comparison`, `controls`,
+    `false positives`."""
     quantity: str
     """What was measured: `r`, `gain`, `loss`, `gain of LN`, …"""
     value: float | None
@@ -56,6 +57,10 @@ class Row:
     low: float | None = None
     high: float | None = None
     """Ends of the 95% interval. None: no interval can be given."""
+    p: float | None = None
+    """Two-sided p of "no difference", where it was tested."""
+    p_adj: float | None = None
+    """The same after Holm's correction within its family."""
     n: int = 0
     """How many values went in: tokens, or strings; for comparisons, seeds."""
     n_clusters: int = 0

@@ -8,21 +8,32 @@ Source: science.md sections 4 and 5.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, ndtri
 from scipy.stats import t as student_t
 
 Floats = NDArray[np.float64]
+Method = Literal["bca", "percentile"]
 Verdict = Literal["equivalent", "different", "inconclusive"]
 
 MIN_CLUSTERS = 20
-"""Fewer documents or strings give no interval: the percentiles would be too narrow."""
+"""Fewer documents or strings give no interval: it would be too narrow.
+
+In simulation, with 30% of the variance between clusters, 95% intervals from 20 clusters cover a
+mean, a ratio, a median or a share of 16% in 93 to 95% of cases, an sd or a correlation in 92%, a
+5% quantile or a share of 2% in 89 to 91%; from 120 clusters all of these in 93 to 96%. For values
+with a long tail the sd stays low: 80% from 20 clusters, 87% from 120 (lognormal).
+"""
 MIN_SEEDS_TO_RESAMPLE = 5
 """Fewer seeds give no bootstrap interval: 2 seeds have 3 resamples, 4 have 35."""
+MAX_UNDEFINED = 0.05
+"""Share of resamples in which a number may be undefined; with more there is no interval."""
 MAX_SEEDS_TO_FLIP = 20
 """2^20 patterns of signs; with more seeds the t interval needs no check."""
 
@@ -60,16 +71,69 @@ class Fit:
 # ---------------------------------------------------------------- inside a model: documents
 
 
+def bootstrap_sums(
+    sums: ArrayLike,
+    value: Callable[[Floats], Floats],
+    n: int,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    method: Method = "bca",
+) -> Interval:
+    """A number that follows from sums over clusters, with the interval from resampling clusters.
+
+    `bca` corrects the percentiles for the bias of the draws and for a spread that changes with the
+    number (acceleration, from leaving out one cluster at a time). Both methods widen the level for
+    the number of clusters, see `_z`.
+
+    Args:
+        sums: one row a cluster, [cluster part].
+        value: from sums [draw part] to the number [draw]; nan where it is not defined.
+        n: how many values went in.
+        n_draws: resamples.
+        seed: of the resampling.
+        level: of the interval.
+        method: `bca` or `percentile`.
+
+    Returns:
+        The number from all clusters. No ends below `MIN_CLUSTERS` clusters, where more than
+        `MAX_UNDEFINED` of the resamples leave the number undefined, or where BCa has none: with all
+        draws on one side of the number, or a number that hangs on one cluster. Where all draws are
+        equal, both ends are the number: the sample tells no more (a share of 0 in n clusters may
+        still be 3/n).
+
+    Raises:
+        ValueError: if `sums` is not a table.
+
+    Source: Efron 1987; Efron and Tibshirani 1993, section 14.3; science.md section 5.
+    """
+    per_cluster = _table(sums)
+    n_clusters = len(per_cluster)
+    if n_clusters == 0:
+        return Interval(float("nan"), None, None, n, 0)
+    acceleration = None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = value(_weights(n_clusters, n_draws, seed) @ per_cluster)
+        if method == "bca" and len(draws) > 1:
+            acceleration = _acceleration(value(_without_each(per_cluster)))
+    low, high = _ends(draws, n_clusters, level, acceleration)
+    return Interval(float(draws[0]), low, high, n, n_clusters)
+
+
 def cluster_bootstrap(
     values: ArrayLike,
     clusters: ArrayLike,
     statistic: str = "mean",
     n_draws: int = 2000,
     seed: int = 0,
+    level: float = 0.95,
+    method: Method = "bca",
 ) -> Interval:
-    """One number for many tokens, with a percentile interval from resampling whole clusters.
+    """One number for many tokens, with an interval from resampling whole clusters.
 
-    Tokens of a document depend on each other, so documents are drawn, not tokens.
+    Tokens of a document depend on each other, so documents are drawn, not tokens. Quantiles have a
+    percentile interval whatever the `method`: BCa's acceleration comes from the jackknife, which is
+    not consistent for them (Efron and Tibshirani 1993, chapter 11, "Failure of the jackknife").
 
     Args:
         values: one number a token; nan means "has none" and is left out.
@@ -77,10 +141,12 @@ def cluster_bootstrap(
         statistic: `mean`, `median`, `q05` (any two digits), `sd` (population), `share above 0.5`.
         n_draws: resamples.
         seed: of the resampling.
+        level: of the interval.
+        method: `bca` or `percentile`.
 
     Returns:
         The statistic of all values (nan where there are none), without ends below `MIN_CLUSTERS`
-        clusters.
+        clusters and in the cases of `bootstrap_sums`.
 
     Raises:
         ValueError: if the statistic is unknown, or the lengths differ.
@@ -96,15 +162,24 @@ def cluster_bootstrap(
     kept = ~np.isnan(numbers)
     numbers = numbers[kept]
     unique, owner = np.unique(names[kept], return_inverse=True)
-    if len(numbers) == 0:
+    n_clusters = len(unique)
+    q = _quantile_named(statistic)
+    if q is None:
+        sums, value = _sums(numbers, owner, n_clusters, statistic)
+        return bootstrap_sums(sums, value, len(numbers), n_draws, seed, level, method)
+    if n_clusters == 0:
         return Interval(float("nan"), None, None, 0, 0)
-    weights = _weights(len(unique), n_draws, seed)
-    estimates = _statistic(numbers, owner, weights, statistic)
-    return _percentile(estimates, len(numbers), len(unique))
+    draws = _quantile(numbers, owner, _weights(n_clusters, n_draws, seed), q)
+    return Interval(float(draws[0]), *_ends(draws, n_clusters, level), len(numbers), n_clusters)
 
 
 def document_bootstrap(
-    sums: ArrayLike, counts: ArrayLike, n_draws: int = 2000, seed: int = 0
+    sums: ArrayLike,
+    counts: ArrayLike,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    method: Method = "bca",
 ) -> Interval:
     """`cluster_bootstrap` of a mean, from each document's sum and token count.
 
@@ -114,18 +189,81 @@ def document_bootstrap(
     Returns:
         sum(sums) / sum(counts), `n` tokens, without ends below `MIN_CLUSTERS` documents.
     """
-    per_document = np.stack([np.asarray(sums, np.float64), np.asarray(counts, np.float64)])
-    n_documents = per_document.shape[1]
-    top, bottom = per_document @ _weights(n_documents, n_draws, seed).T  # [draw] each
-    return _percentile(top / bottom, int(per_document[1].sum()), n_documents)
+    per_document = np.stack([np.asarray(sums, np.float64), np.asarray(counts, np.float64)], axis=1)
+    n_tokens = int(per_document[:, 1].sum())
+    return bootstrap_sums(per_document, _quotient, n_tokens, n_draws, seed, level, method)
 
 
-def _percentile(estimates: Floats, n: int, n_clusters: int) -> Interval:
-    """The first of `estimates`, and the middle 95% of the others where there are any."""
-    if len(estimates) == 1:
-        return Interval(float(estimates[0]), None, None, n, n_clusters)
-    low, high = np.nanquantile(estimates[1:], [0.025, 0.975])
-    return Interval(float(estimates[0]), float(low), float(high), n, n_clusters)
+def _ends(
+    draws: Floats, n_units: int, level: float, acceleration: float | None = None
+) -> tuple[float | None, float | None]:
+    """Ends of the interval of `draws[0]` from the other draws; percentile without an acceleration.
+
+    Draws that equal the number (up to rounding) count half as below it, half as above, so that
+    numbers with few values have a bias correction too.
+    """
+    number, drawn = draws[0], draws[1:][np.isfinite(draws[1:])]
+    if not np.isfinite(number) or len(drawn) == 0:
+        return None, None
+    if len(drawn) < (1 - MAX_UNDEFINED) * (len(draws) - 1):
+        return None, None
+    equal = np.isclose(drawn, number, rtol=1e-12, atol=0)
+    if equal.all():
+        return float(number), float(number)
+    z = _z(level, n_units)
+    if acceleration is not None:
+        below = np.mean(np.where(equal, 0.5, drawn < number))
+        if below in (0, 1):
+            return None, None
+        bias = ndtri(below)
+        stretch = 1 - acceleration * (bias + z)
+        if not (stretch > 0).all():
+            return None, None
+        z = bias + (bias + z) / stretch
+    low, high = np.quantile(drawn, ndtr(z))
+    return float(low), float(high)
+
+
+def _z(level: float, n_units: int) -> Floats:
+    """Normal quantiles of the two ends, widened for how few units are resampled.
+
+    Resamples of n units have (n - 1) / n of the unbiased variance, and normal ends leave out that
+    the variance is itself estimated. Without this, 95% intervals cover 92% with 20 clusters and 90%
+    with 8 seeds.
+
+    Source: Hesterberg 2015, "What teachers should know about the bootstrap", expanded percentiles.
+    """
+    one_side = np.sqrt(n_units / (n_units - 1)) * student_t.ppf((1 + level) / 2, n_units - 1)
+    return np.array([-one_side, one_side])
+
+
+def _acceleration(*left_out: Floats) -> float:
+    """Skewness of the number's influences / 6, from its values with each unit left out.
+
+    Args:
+        left_out: an array for each kind of unit that is resampled, such as seeds and documents.
+
+    Source: Efron and Tibshirani 1993, equations 14.15 and, for several kinds, 15.36.
+    """
+    cubes = squares = 0.0
+    for numbers in left_out:
+        influence = (numbers.mean() - numbers) * (len(numbers) - 1) / len(numbers)
+        cubes += float((influence**3).sum())
+        squares += float((influence**2).sum())
+    return cubes / (6 * squares**1.5) if squares else 0.0
+
+
+def _table(sums: ArrayLike) -> Floats:
+    per_cluster = np.asarray(sums, dtype=np.float64)
+    if per_cluster.ndim != 2:
+        raise ValueError(f"sums {per_cluster.shape}: wants one row a cluster, [cluster part]")
+    return per_cluster
+
+
+def _without_each(per_unit: Floats) -> Floats:
+    """Sums over all units but one, for each unit, [unit ...]."""
+    left: Floats = per_unit.sum(axis=0) - per_unit
+    return left
 
 
 @lru_cache(maxsize=4)
@@ -144,29 +282,43 @@ def _weights(n_clusters: int, n_draws: int, seed: int) -> Floats:
     return weights
 
 
-def _statistic(values: Floats, owner: NDArray[np.intp], weights: Floats, name: str) -> Floats:
-    """The statistic `name` under each row of cluster weights, [draw]."""
-    if name == "mean":
-        return _mean(values, owner, weights)
-    if name == "sd":
-        centred = values - values.mean()  # keeps the difference of the two moments accurate
-        variance = _mean(centred**2, owner, weights) - _mean(centred, owner, weights) ** 2
-        return np.sqrt(np.maximum(variance, 0))
-    if name == "median":
-        return _quantile(values, owner, weights, 0.5)
-    if len(name) == 3 and name[0] == "q" and name[1:].isdigit():
-        return _quantile(values, owner, weights, int(name[1:]) / 100)
-    if name.startswith("share above "):
-        above = values > float(name.removeprefix("share above "))
-        return _mean(above.astype(np.float64), owner, weights)
-    raise ValueError(f"no statistic called {name!r}: mean, median, q05, sd, share above 0.5")
+def _quantile_named(statistic: str) -> float | None:
+    """0.05 for `q05`; None for what is not a quantile."""
+    if statistic == "median":
+        return 0.5
+    if len(statistic) == 3 and statistic[0] == "q" and statistic[1:].isdigit():
+        return int(statistic[1:]) / 100
+    return None
 
 
-def _mean(values: Floats, owner: NDArray[np.intp], weights: Floats) -> Floats:
-    n_clusters = weights.shape[1]
-    sums = np.bincount(owner, values, minlength=n_clusters)
-    counts = np.bincount(owner, minlength=n_clusters)
-    result: Floats = (weights @ sums) / (weights @ counts)
+def _sums(
+    values: Floats, owner: NDArray[np.intp], n_clusters: int, statistic: str
+) -> tuple[Floats, Callable[[Floats], Floats]]:
+    """Sums over each cluster [cluster part], and how the statistic follows from them."""
+    value = _quotient
+    if statistic == "mean":
+        parts = [values]
+    elif statistic == "sd":
+        centred = values - (values.mean() if len(values) else 0)  # small moments differ accurately
+        parts, value = [centred, centred**2], _sd
+    elif statistic.startswith("share above "):
+        parts = [(values > float(statistic.removeprefix("share above "))).astype(np.float64)]
+    else:
+        raise ValueError(
+            f"no statistic called {statistic!r}: mean, median, q05, sd, share above 0.5"
+        )
+    columns = [np.bincount(owner, part, n_clusters) for part in (*parts, np.ones(len(values)))]
+    return np.stack(columns, axis=1), value
+
+
+def _quotient(sums: Floats) -> Floats:
+    result: Floats = sums[:, 0] / sums[:, 1]
+    return result
+
+
+def _sd(sums: Floats) -> Floats:
+    total, squares, count = sums.T
+    result: Floats = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
     return result
 
 
@@ -203,6 +355,115 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
         upper = ordered[start + (running <= above[block, None]).sum(axis=1)]
         result[block] = lower + (rank - below)[block] * (upper - lower)
     return result
+
+
+# ---------------------------------------------------------------- is it 0?
+
+
+def mean_p(sums: ArrayLike, counts: ArrayLike) -> Floats:
+    """Two-sided p of "the mean is 0" for many columns at once, such as neurons.
+
+    Student's t of the mean over its jackknife error: clusters are left out one at a time.
+
+    Args:
+        sums: of each column over each cluster's tokens, [cluster neuron].
+        counts: tokens, [cluster], or [cluster neuron] where columns have tokens of their own.
+
+    Returns:
+        One p a column, [neuron]: nan below `MIN_CLUSTERS` clusters, and for a column that is 0
+        everywhere. For a list, go on with `benjamini_hochberg`.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: Miller 1974, "The jackknife: a review"; Efron and Tibshirani 1993, chapter 11; science.md
+    section 5.
+    """
+    totals, tokens = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    if totals.ndim != 2 or tokens.shape not in (totals.shape, totals.shape[:1]):
+        raise ValueError(
+            f"sums {totals.shape} and counts {tokens.shape}: wants [cluster neuron], [cluster]"
+        )
+    tokens = tokens.reshape(len(totals), -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = totals.sum(axis=0) / tokens.sum(axis=0)
+        return _jackknife_p(mean, _without_each(totals) / _without_each(tokens))
+
+
+def cluster_p(sums: ArrayLike, value: Callable[[Floats], Floats]) -> float:
+    """Two-sided p of "the number is 0", for a number that follows from sums over clusters.
+
+    Args:
+        sums: one row a cluster, [cluster part].
+        value: from sums [draw part] to the number [draw], as in `bootstrap_sums`.
+
+    Returns:
+        p by Student's t of the number over its jackknife error; nan below `MIN_CLUSTERS` clusters,
+        where the number is not defined, and where it is 0 whichever cluster is left out.
+
+    Raises:
+        ValueError: if `sums` is not a table.
+
+    Source: Miller 1974, "The jackknife: a review"; Efron and Tibshirani 1993, chapter 11.
+    """
+    per_cluster = _table(sums)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        number = value(per_cluster.sum(axis=0, keepdims=True))
+        return float(_jackknife_p(number, value(_without_each(per_cluster))[:, None])[0])
+
+
+def _jackknife_p(number: Floats, left_out: Floats) -> Floats:
+    """p [...] of numbers [...], from their values with each cluster left out, [cluster ...]."""
+    n = len(left_out)
+    if n < MIN_CLUSTERS:
+        return np.full(number.shape, np.nan)
+    variance = (n - 1) / n * ((left_out - left_out.mean(axis=0)) ** 2).sum(axis=0)
+    p: Floats = 2 * student_t.sf(np.abs(number) / np.sqrt(variance), n - 1)
+    return p
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values of one family of tests, adjusted by Holm's method.
+
+    Calling those up to .05 gives at most 5% chance of any false finding, however they depend on each
+    other.
+
+    Args:
+        p: by name of the test; nan is no test.
+
+    Returns:
+        Adjusted p by name, nan where there was none.
+
+    Source: Holm 1979; science.md section 5.
+    """
+    return dict(zip(p, _adjusted(list(p.values()), "holm").tolist(), strict=True))
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """p-values of a long list, adjusted by Benjamini and Hochberg's method.
+
+    Of those called up to q, the expected share of false findings is at most q, for tests that are
+    independent or depend on each other positively.
+
+    Args:
+        p: of any shape, such as [neuron]; nan is no test.
+
+    Returns:
+        Adjusted p of the same shape, nan where there was none.
+
+    Source: Benjamini and Hochberg 1995; science.md section 5.
+    """
+    return _adjusted(p, "fdr_bh")
+
+
+def _adjusted(p: ArrayLike, method: str) -> Floats:
+    from statsmodels.stats.multitest import multipletests  # 1 s to import
+
+    adjusted = np.array(p, dtype=np.float64)
+    tested = ~np.isnan(adjusted)
+    if tested.any():
+        adjusted[tested] = multipletests(adjusted[tested], method=method)[1]
+    return adjusted
 
 
 # ---------------------------------------------------------------- across models: seeds
@@ -314,13 +575,22 @@ def fieller(num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike) -> Inte
 
 
 def two_level_bootstrap_ratio(
-    num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike, n_draws: int = 2000, seed: int = 0
+    num_sums: ArrayLike,
+    den_sums: ArrayLike,
+    counts: ArrayLike,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
-    """Ratio of two mean differences, resampling seeds and documents; percentile interval.
+    """Ratio of two mean differences, resampling seeds and documents; BCa interval.
 
     One draw of documents serves all seeds of a resample, because they were measured on the same
     documents: drawing them afresh for each seed would average away what the seeds share, and give
     an interval that is too narrow.
+
+    The acceleration is that of several samples: seeds and documents are left out in turn. The level
+    is widened for the number of seeds, see `_z`; where documents and not seeds make the spread, and
+    seeds are few, the interval errs on the wide side, as Fieller's does.
 
     Args:
         num_sums: differences of loss sums, [seed document], nats.
@@ -328,12 +598,13 @@ def two_level_bootstrap_ratio(
         counts: target tokens, [document].
         n_draws: resamples.
         seed: of the resampling.
+        level: of the interval.
 
     Returns:
         The ratio of the means over seeds. No ends below `MIN_SEEDS_TO_RESAMPLE` seeds or
         `MIN_CLUSTERS` documents: use `fieller` there.
 
-    Source: science.md section 4.
+    Source: science.md section 4; Efron and Tibshirani 1993, sections 14.3 and 15.4.
     """
     pair = np.stack([np.asarray(num_sums, np.float64), np.asarray(den_sums, np.float64)])
     _, n_seeds, n_documents = pair.shape
@@ -345,29 +616,36 @@ def two_level_bootstrap_ratio(
     seeds = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)
     documents = _weights(n_documents, n_draws, seed + 1)[1:]
     # Token counts are those of the documents in both means, and cancel.
-    drawn = np.einsum("ds,qsd->qd", seeds, pair @ documents.T)
-    low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
-    return Interval(ratio, float(low), float(high), n_seeds, n_documents)
+    num_draws, den_draws = np.einsum("ds,qsd->qd", seeds, pair @ documents.T)
+    by_seed, by_document = pair.sum(axis=2).T, pair.sum(axis=1).T  # [unit, num and den]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        acceleration = _acceleration(
+            _quotient(_without_each(by_seed)), _quotient(_without_each(by_document))
+        )
+        draws = np.concatenate([[ratio], num_draws / den_draws])
+    return Interval(ratio, *_ends(draws, n_seeds, level, acceleration), n_seeds, n_documents)
 
 
-def equivalence(interval: Interval, margin: float) -> Verdict:
-    """Two one-sided tests at 5% each, read off the 90% interval of a difference.
+def equivalence(interval: Interval, margin: float, around: float = 0.0) -> Verdict:
+    """Two one-sided tests at 5% each, read off the 90% interval of a number.
 
     Args:
         interval: at level .90, in the unit of `margin`.
         margin: the difference that is too small to matter.
+        around: what the number is held against.
 
     Returns:
-        `equivalent` if the whole interval is closer to 0 than the margin; `different` if the whole
-        interval is farther; `inconclusive` else, also where there is no interval.
+        `equivalent` if the whole interval is closer to `around` than the margin; `different` if the
+        whole interval is farther; `inconclusive` else, also where there is no interval.
 
     Source: Schuirmann 1987; science.md section 4.
     """
     if interval.low is None or interval.high is None:
         return "inconclusive"
-    if -margin < interval.low and interval.high < margin:
+    low, high = interval.low - around, interval.high - around
+    if -margin < low and high < margin:
         return "equivalent"
-    if interval.low > margin or interval.high < -margin:
+    if low > margin or high < -margin:
         return "different"
     return "inconclusive"
 

@@ -6,6 +6,7 @@ prose     English: docstrings of Python's standard library
 code      Python: source files of the standard library
 repeated  BOS w w w ..., one word a string (the study's Figure 2)
 random    strings of random words (its Figure 3)
+pairs: …  clean prompts, each with five corruptions: pairs.py has the families
 
 `prose` and `code` keep to files whose hash puts them into the report share, so that a model trained
 on the standard library has not seen them.
@@ -16,12 +17,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from soluscope import plugins
+from soluscope import pairs, plugins
 from soluscope.data.cache import Split, TokenCache, split_of
 from soluscope.errors import UserError
 
@@ -34,6 +35,8 @@ N_REPEATED_WORDS = 20
 N_RANDOM_STRINGS = 200
 MADE_UP = ("repeated", "random")
 """Streams whose units are strings and not documents."""
+PAIRS = "pairs: "
+"""How the names of streams of prompt pairs begin."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Stream:
     keep: Tensor
     """bool [row pos]: False at padding."""
     bos: int
+    vocab: tuple[str, ...] = ()
+    """Text of each token of the vocabulary, where it is known."""
 
     @property
     def n_tokens(self) -> int:
@@ -98,7 +103,20 @@ def from_texts(
         raise UserError(
             f"the text for {name!r} is shorter than 2 tokens: give at least one longer text"
         )
-    return from_rows(rows, bos, ctx, name)
+    return replace(from_rows(rows, bos, ctx, name), vocab=vocabulary(tokenizer))
+
+
+def unit_of(name: str) -> str:
+    """What the strings of a stream are, and so what its intervals resample."""
+    if name.startswith(PAIRS):
+        return "pair"
+    return "string" if name in MADE_UP else "document"
+
+
+def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Text of each token, as it is spelt in a text."""
+    ids = range(tokenizer.get_vocab_size())
+    return tuple(tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False))
 
 
 def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) -> Stream:
@@ -120,6 +138,13 @@ def make(
     name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int
 ) -> Stream:
     """One of the named streams, of at most about `n_tokens` tokens."""
+    made = _make(name, cache, tokenizer, ctx, n_tokens, seed)
+    return made if made.vocab else replace(made, vocab=vocabulary(tokenizer))
+
+
+def _make(
+    name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int
+) -> Stream:
     bos = cache.meta["bos"]
     match name:
         case "natural":
@@ -138,6 +163,10 @@ def make(
             else:
                 n_rows = max(20, min(N_RANDOM_STRINGS, n_tokens // ctx))
                 rows = [(i, rng.choice(words, size=ctx - 1).tolist()) for i in range(n_rows)]
+            return from_rows(rows, bos, ctx, name)
+        case _ if name.startswith(PAIRS) and name.removeprefix(PAIRS) in pairs.FAMILIES:
+            words, family = single_token_words(tokenizer), name.removeprefix(PAIRS)
+            rows = pairs.make(family, cache, tokenizer, words, ctx, n_tokens, seed)
             return from_rows(rows, bos, ctx, name)
     raise UserError(f"no stream called {name!r}")
 

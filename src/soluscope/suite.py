@@ -1,16 +1,18 @@
-"""Run folders x probes -> rows. Means, intervals and splits are made here, for all probes alike.
+"""Run folders x probes -> rows of the study, probe by probe, going on where it was interrupted.
 
-runs/<study>/<run>/probes/<probe>.parquet   one row a token
-runs/<study>/<run>/probes/<probe>.jsonl     its summary rows; written last, so its presence means done
-runs/<study>/<run>/probes/loss.parquet      one row a document: what comparisons resample
-runs/<study>/results.jsonl                  all rows of the study, comparisons included
+runs/<study>/<run>/probes/<probe>.parquet          one row a token
+runs/<study>/<run>/probes/<probe>-neurons.parquet  one row a neuron, of the probes that have such
+runs/<study>/<run>/probes/<probe>.jsonl            summary rows; written last: its presence means done
+runs/<study>/<run>/probes/loss.parquet             one row a document: what comparisons resample
+runs/<study>/.controls/<probe>.jsonl               what the probe found on the models with known answers
+runs/<study>/results.jsonl                         all rows of the study, comparisons included
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,9 @@ import torch
 from tokenizers import Tokenizer
 
 from soluscope import plugins, results, streams
+from soluscope.ablation import loss_at_post
 from soluscope.activations import HookedRun, observe
+from soluscope.calibration import check_gates, false_positives
 from soluscope.checkpoint import Facts, code_hash, commit, load_facts, lock
 from soluscope.compare import compare
 from soluscope.config import EvalConfig, read_config
@@ -30,22 +34,14 @@ from soluscope.convert import SoluscopeTransformer, load
 from soluscope.data.cache import TokenCache, open_cache, prepare
 from soluscope.errors import UserError
 from soluscope.files import digest, replacing, write_text
-from soluscope.probes import Probe, Quantity
+from soluscope.probes import Probe
 from soluscope.results import Row
-from soluscope.stats import cluster_bootstrap, document_bootstrap
+from soluscope.stats import document_bootstrap
+from soluscope.summaries import parameters, summarise, token_table
 
 PACKAGE = "soluscope.probes"
-CURVE_POINTS = 24
+CONTROLS = ".controls"
 TRAINING_POINTS = 60
-
-POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
-    "not BOS": lambda pos: pos > 0,
-    "BOS": lambda pos: pos == 0,
-    "1": lambda pos: pos == 1,
-    "2-15": lambda pos: (pos >= 2) & (pos <= 15),
-    ">=16": lambda pos: pos >= 16,
-}
-"""The prefix rules of science.md section 5. BOS is never averaged with the rest."""
 
 Say = Callable[[str], None]
 
@@ -64,6 +60,9 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     """
     run_dirs = finished_runs(folder if folder.name else folder.resolve())  # "." has no parent
     study_dir = run_dirs[0].parent
+    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
+    for name in names:
+        controls(study_dir, name, say)
     for number, run_dir in enumerate(run_dirs, start=1):
         place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"
         _evaluate_run(run_dir, config, partial(_say_at, say, place))
@@ -84,9 +83,56 @@ def finished_runs(folder: Path) -> list[Path]:
     return found
 
 
+def controls(study_dir: Path, name: str, say: Say) -> None:
+    """Put a probe before the models with known answers, unless this code has been there already."""
+    folder = study_dir / CONTROLS
+    _same_or_new(folder, json.dumps({"code": code_hash()}) + "\n")
+    if not (folder / f"{name}.jsonl").is_file():
+        say(f"controls of {name}")
+        results.write(folder / f"{name}.jsonl", check_gates(name, study_dir.name))
+
+
+def calibrate(what: str, config: EvalConfig, study_dir: Path | None) -> None:
+    """Print what the probes find where the answer is known; with a study, keep it for its report.
+
+    Args:
+        what: `controls`, or `false-positives`.
+        config: whose `probes` are asked; all of them if not set.
+        study_dir: a folder of runs.
+
+    Raises:
+        UserError: if a control fails, after all are printed.
+    """
+    from rich.console import Console
+
+    from soluscope.report import matrix
+
+    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
+    ask = check_gates if what == "controls" else false_positives
+    rows: list[Row] = []
+    with Console(stderr=True).status("") as progress:
+        for name in names:
+            progress.update(name)
+            found = list(ask(name, study=study_dir.name if study_dir else ""))
+            rows += found
+            if study_dir:
+                folder = study_dir / CONTROLS
+                _same_or_new(folder, json.dumps({"code": code_hash()}) + "\n")
+                prefix = "" if what == "controls" else "false-positives-"
+                results.write(folder / f"{prefix}{name}.jsonl", found)
+    Console().print(matrix(rows))
+    if study_dir:
+        write_results(study_dir)
+    failed = sorted({row.quantity for row in rows if row.note.startswith("FAIL")})
+    if failed and what == "controls":
+        raise UserError(f"not to be believed until it is mended: {', '.join(failed)}")
+
+
 def write_results(study_dir: Path) -> Path:
     """Gather the rows of all runs that were evaluated, compare them, and write results.jsonl."""
     rows: list[Row] = []
+    for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
+        rows += results.read(path)
     losses = []
     for run_dir in finished_runs(study_dir):
         folder = run_dir / "probes"
@@ -119,15 +165,22 @@ def probe(
     """
     names = list(probes) if probes is not None else plugins.names(PACKAGE)
     chosen = {name: plugins.pick(PACKAGE, name) for name in names}
+    for name in [name for name, one in chosen.items() if not _reads_texts(one)]:
+        if probes is not None:
+            raise UserError(
+                f"{name} is measured on pairs of prompts, and not on a text of your own"
+            )
+        del chosen[name]
     texts = [text] if isinstance(text, str) else list(text)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
     stream = streams.from_texts(texts, tokenizer, model.facts.bos, model.facts.ctx, 10**9, "text")
     run = observe(model, stream)
-    base = _base_row(model.facts)
+    base, defaults = _base_row(model.facts), EvalConfig()
     tables, figures = [], Figures()
     for name, one in chosen.items():
         table = token_table(one, run)
-        rows = list(summarise(table, one, replace(base, probe=name, stream="text"), EvalConfig()))
+        row = replace(base, probe=name, stream="text")
+        rows = list(summarise(one, run, table, row, defaults.n_draws, defaults.seed))
         figures.update(_draw(rows, one))
         long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
         tables.append(long.assign(probe=name))
@@ -136,6 +189,10 @@ def probe(
         tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]
     ]
     return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
+
+
+def _reads_texts(one: Probe) -> bool:
+    return any(not name.startswith(streams.PAIRS) for name in one.streams)
 
 
 class Figures(dict[str, Any]):
@@ -149,7 +206,8 @@ class Figures(dict[str, Any]):
 def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
     from soluscope.report.figures import draw
 
-    return {spec.title: draw(rows, replace(spec, streams=())) for spec in one.figures}
+    drawn = {spec.title: draw(rows, replace(spec, streams=())) for spec in one.figures}
+    return {title: figure for title, figure in drawn.items() if figure.data}
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -162,13 +220,12 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
 
 def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
-    mark, made_with = folder / "made_with.json", _made_with(run_dir, config)
-    if not mark.is_file() or mark.read_text(encoding="utf8") != made_with:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_text(mark, made_with)
+    _same_or_new(folder, _made_with(run_dir, config))
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
     waiting = [
-        name for name in ("training", "loss", *names) if not (folder / f"{name}.jsonl").is_file()
+        name
+        for name in ("training", "loss", "tokens", *names)
+        if not (folder / f"{name}.jsonl").is_file()
     ]
     if not waiting:
         say("probed already")
@@ -177,15 +234,26 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     base = _base_row(facts)
     model = load(run_dir, config.device)
     observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
-    for name in waiting:
-        say(name)
+    for place, name in enumerate(waiting, start=1):
+        say(f"{name} ({place} of {len(waiting)})")
+        row = replace(base, probe=name)
         if name == "training":
-            rows = training_rows(run_dir, replace(base, probe=name))
+            rows = training_rows(run_dir, row)
         elif name == "loss":
-            rows = _loss_rows(observed, folder, facts, replace(base, probe=name), config)
+            rows = _loss_rows(observed, folder, facts, row, config)
+        elif name == "tokens":
+            rows = token_rows(observed("natural"), row)
         else:
-            rows = _probe_rows(name, observed, folder, replace(base, probe=name), config)
+            rows = _probe_rows(name, observed, folder, row, config)
         results.write(folder / f"{name}.jsonl", rows)
+
+
+def _same_or_new(folder: Path, made_with: str) -> None:
+    """Empty `folder` unless what is in it rests on the same inputs and code."""
+    mark = folder / "made_with.json"
+    if not mark.is_file() or mark.read_text(encoding="utf8") != made_with:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(mark, made_with)
 
 
 def _made_with(run_dir: Path, config: EvalConfig) -> str:
@@ -238,21 +306,47 @@ def _probe_rows(
     name: str, observed: _Observed, folder: Path, base: Row, config: EvalConfig
 ) -> list[Row]:
     one: Probe = plugins.pick(PACKAGE, name)
+    n_layers = observed.model.cfg.n_layers
+    if one.one_layer and n_layers > 1:
+        return [_left_out(base, f"exact for one layer only, and the model has {n_layers}")]
     rows: list[Row] = []
     tables = []
     for stream in one.streams:
-        table = token_table(one, observed(stream))
-        rows += summarise(table, one, replace(base, stream=stream), config)
+        run = observed(stream)
+        table = token_table(one, run)
+        row = replace(base, stream=stream)
+        rows += summarise(one, run, table, row, config.n_draws, config.seed)
         tables.append(table.assign(stream=stream))
     _write_parquet(folder / f"{name}.parquet", pd.concat(tables, ignore_index=True))
-    return rows
+    if one.neurons is not None:
+        columns = one.neurons(observed(one.streams[0]), parameters(one))
+        neurons = pd.DataFrame({key: values.numpy() for key, values in columns.items()})
+        _write_parquet(folder / f"{name}-neurons.parquet", neurons)
+    return rows or [_left_out(base, "this model has nothing of what it measures")]
 
 
-def token_table(one: Probe, run: HookedRun) -> pd.DataFrame:
-    """The probe's values with each token's place: string, pos, token, then one column a quantity."""
-    measured = one.measure(run, one.params() if one.params is not type(None) else None)
-    place = {"string": run.string, "pos": run.pos, "token": run.tokens}
-    return pd.DataFrame({name: values.numpy() for name, values in (place | measured).items()})
+def _left_out(base: Row, why: str) -> Row:
+    return replace(base, quantity="left out", note=why)
+
+
+def token_rows(run: HookedRun, base: Row) -> list[Row]:
+    """The first text of `run`, token by token: what the report's token view shows."""
+    end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
+    text = run.subset(torch.arange(len(run.pos)) < end)
+    variance = text.mid.double().var(dim=-1, correction=0)
+    columns = {
+        "gain": ("1 / activation", text.gain),
+        "r": ("share", variance / (variance + text.eps) if text.eps is not None else variance * 0),
+        "ablation effect": ("nats", loss_at_post(text, torch.zeros_like(text.post)) - text.loss),
+    }
+    return [
+        replace(
+            base, quantity=name, unit=unit, stream=run.stream, positions="all", x=float(place),
+            value=float(value), n=1, note=text.vocab[int(text.tokens[place])],
+        )
+        for name, (unit, values) in columns.items()
+        for place, value in enumerate(values)
+    ]  # fmt: skip
 
 
 def _loss_rows(
@@ -336,60 +430,3 @@ def _write_parquet(path: Path, table: pd.DataFrame) -> None:
             table.to_parquet(beside, index=False)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free disk space") from error
-
-
-# --- from tokens to rows --------------------------------------------------------------------------
-
-
-def summarise(table: pd.DataFrame, one: Probe, base: Row, config: EvalConfig) -> Iterator[Row]:
-    """Every statistic that the probe's quantities ask for, each with a document-cluster interval."""
-    for name, quantity in one.quantities.items():
-        if table[name].notna().any():
-            yield from _quantity_rows(
-                table, name, quantity, replace(base, quantity=name, unit=quantity.unit), config
-            )
-    if one.per_string is None:
-        return
-    strings = pd.concat(
-        [one.per_string(part).assign(string=key) for key, part in table.groupby("string")]
-    )
-    for name, quantity in one.string_quantities.items():
-        if strings[name].notna().any():
-            row = replace(base, quantity=name, unit=quantity.unit)
-            yield _summary(strings, name, "mean", row, config)
-
-
-def _quantity_rows(
-    table: pd.DataFrame, name: str, quantity: Quantity, base: Row, config: EvalConfig
-) -> Iterator[Row]:
-    if quantity.curve:
-        last = int(table["pos"].max())
-        for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
-            here = table[table["pos"] == pos]
-            yield _summary(here, name, "mean", replace(base, x=float(pos)), config)
-        return
-    for positions, mask in POSITIONS.items():
-        here = table[mask(table["pos"])]
-        if here[name].notna().any():
-            for statistic in quantity.statistics:
-                yield _summary(here, name, statistic, replace(base, positions=positions), config)
-    content = table[(table["pos"] > 0) & table[name].notna()]
-    for column in quantity.split_by:
-        if content[column].nunique() < 4:
-            continue  # one constant: there are no quartiles
-        quartile = pd.qcut(content[column], 4, labels=False, duplicates="drop")
-        for q in sorted(quartile.dropna().unique()):
-            row = replace(base, group=f"{column} Q{int(q) + 1}")
-            yield _summary(content[quartile == q], name, "mean", row, config)
-
-
-def _summary(table: pd.DataFrame, name: str, statistic: str, base: Row, config: EvalConfig) -> Row:
-    values = table[name]
-    interval = cluster_bootstrap(values, table["string"], statistic, config.n_draws, config.seed)
-    base = replace(base, statistic=statistic, value=interval.value)
-    if len(values) > 1 and values.nunique() == 1:  # BOS has one context, a static norm one gain
-        return replace(base, n=1, note=results.ONE_NUMBER)
-    return replace(
-        base, low=interval.low, high=interval.high, n=interval.n, n_clusters=interval.n_clusters,
-        cluster="string" if base.stream in streams.MADE_UP else "document",
-    )  # fmt: skip

@@ -1,8 +1,10 @@
 """What a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
 
-A probe turns one model's activations into one value a token. It never sees a variant's name or a
-config, and it does not average, draw or save: suite.py makes the summaries, with their intervals,
-for all probes alike, and the report draws what `figures` asks for.
+A probe turns one model's activations into values by token (`measure`), and where the answer is not
+an average over tokens (a correlation, a ratio, a curve over ranks), into sums by document and the
+number that follows from them (`estimate`). It never sees a variant's name or a config, and it does
+not average, resample, draw or save: suite.py makes the summaries, with their intervals, for all
+probes alike, and the report draws what `figures` asks for.
 
 Probe files import torch inside functions, so that names, questions and parameters can be read
 without it.
@@ -15,7 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from soluscope.activations import HookedRun
@@ -37,6 +41,57 @@ class Quantity:
     split_by: tuple[str, ...] = ()
     """Other columns of the probe by whose quartiles the tokens are also summarised."""
     more_smeared_when: Direction = "neither"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that is not a mean over tokens: a function of sums over strings (documents).
+
+    Its interval comes from resampling strings, so `value` must hold for any weighted sum of rows.
+    `_estimates.py` makes the usual ones: ratios, correlations, shares of variance.
+    """
+
+    quantity: str
+    """A key of the probe's `estimates`."""
+    sums: NDArray[np.float64]
+    """[string part], one row for each string that has anything."""
+    value: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """From weighted sums [draw part] to the number [draw]; nan where it is not defined."""
+    n: int
+    """How many tokens (or pairs of prompts) went in."""
+    x: float | None = None
+    """Place on the horizontal axis, where it is a point of a curve."""
+    group: str = ""
+    """Which curve, or which split."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a probe must find on a model whose answer is known, or it is not believed elsewhere.
+
+    A positive control has `above` or `below`: the 95% interval lies wholly beyond it, and within 5%
+    of `truth` where there is one. A negative control has `within`: two one-sided tests place the
+    estimate closer than that to `around`.
+
+    Source: science.md section 7, "Control pass rule".
+    """
+
+    control: str
+    """Name of a file in controls/."""
+    quantity: str
+    above: float | None = None
+    below: float | None = None
+    within: float | None = None
+    around: float = 0.0
+    truth: float | None = None
+    """The analytic value, derived in the control's docstring."""
+    statistic: str = "mean"
+    positions: str = "not BOS"
+    group: str = ""
+    x: float | None = None
+    stream: str = "natural"
+    """Which of the control's streams."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +136,28 @@ class Probe:
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Streams it is measured on, of those in streams.py."""
+    formula: str
+    """What is computed, in one or two lines of plain text."""
+    gates: tuple[Gate, ...]
+    """Positive and negative controls."""
     known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
     """Runs with planted activations and, by quantity, the value at each token, worked by hand."""
     params: type = type(None)
-    per_string: Callable[[pd.DataFrame], pd.DataFrame] | None = None
-    """From a string's tokens (the probe's own table) to one row of further values for it."""
-    string_quantities: dict[str, Quantity] = field(default_factory=dict)
-    """What the columns of `per_string` are."""
+    estimate: Callable[[HookedRun, pd.DataFrame, Any], Iterator[Estimate]] | None = None
+    """From a run, the table of its tokens (string, pos, token and the measured columns) and the
+    parameters to the numbers that are not averages over tokens."""
+    estimates: dict[str, Quantity] = field(default_factory=dict)
+    """What they are."""
+    neurons: Callable[[HookedRun, Any], dict[str, Tensor]] | None = None
+    """Columns of a table with one row a neuron, saved beside the tokens' for whoever wants to look."""
+    one_layer: bool = False
+    """Exact, or meaningful, only where the model has one layer; left out by name for deeper ones,
+    whose last layer all other probes read."""
+    tested: str = ""
+    """The quantity or estimate whose rate of false positives is measured: it is 0 where there is
+    nothing to find."""
+    shuffle: str = ""
+    """Field of the run which, permuted over tokens, leaves nothing for `tested` to find."""
     figures: tuple[Figure, ...] = ()
     source: str = ""
     """Paper and section, or science.md section."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from soluscope.probes import Figure, Probe, Quantity
+from soluscope.probes import Figure, Gate, Probe, Quantity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +64,15 @@ PROBE = Probe(
     reading="r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true "
     "LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out there. "
     "Models whose gain is one constant have r = 0 by construction.",
+    tested="r",
     pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
     "The variance is the population's; epsilon is read from the module.",
+    formula="r = s2 / (s2 + eps), s2 the population variance of a = mid over neurons; elasticity of g to s is -r",
+    gates=(
+        Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),
+        Gate("uniform", "r", above=0.5, statistic="median", truth=1.0),
+        Gate("pinned", "r", within=0.01),
+    ),
     measure=measure,
     known=known,
     quantities={

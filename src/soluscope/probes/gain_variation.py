@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from soluscope.probes import Figure, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import mean_over_strings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,15 +56,25 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def fits(string: pd.DataFrame) -> pd.DataFrame:
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Mean over strings of what `fits` gives for each."""
+    import numpy as np
+
+    rows = [fits(string) for _, string in table.groupby("string")]
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        if not np.isnan(values).all():
+            yield mean_over_strings(name, values)
+
+
+def fits(string: pd.DataFrame) -> dict[str, float]:
     """Which curve a string's values follow: a + b / n or a + b log n, by corrected AIC.
 
     Returns:
-        One row: for each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits
-        better), nan where the gain does not vary; and sd of log gain over the string.
+        For each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits better), nan
+        where the gain does not vary; and sd of log gain over the string.
     """
     import numpy as np
-    import pandas as pd
 
     string = string[string["pos"] >= 1]
     n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
@@ -73,7 +84,7 @@ def fits(string: pd.DataFrame) -> pd.DataFrame:
         y = string[name].to_numpy(float)
         flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
         row[f"AICc(log) - AICc(1/n): {name}"] = np.nan if flat else _preference(n, y)
-    return pd.DataFrame([row])
+    return row
 
 
 def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
@@ -113,6 +124,14 @@ PROBE = Probe(
     "published aggregations move and the last token's gain is flat, what moves is BOS's share in an average.",
     pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
     "repeated token still sees its position change. hook_scale is 1 / gain.",
+    formula="g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS, and "
+    "1/std of the whole [pos d_mlp] tensor; a + b/n against a + b log n by AICc; sd of log g within a string.",
+    gates=(
+        Gate("smear_shared", "sd of log gain", above=0.5),
+        Gate("bos_gain", "sd of log gain", within=0.01),
+        Gate("bos_gain", "AICc(log) - AICc(1/n): mean with BOS (as published)", above=10.0),
+    ),
+    tested="sd of log gain",
     measure=measure,
     known=known,
     quantities={
@@ -120,8 +139,8 @@ PROBE = Probe(
         for name, meaning in AGGREGATIONS.items()
     },
     streams=("prefixes", "repeated", "random"),
-    per_string=fits,
-    string_quantities={
+    estimate=estimate,
+    estimates={
         "sd of log gain": Quantity(
             "log gain",
             "spread of the gain over one string's tokens, BOS left out",

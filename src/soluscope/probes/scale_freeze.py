@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from soluscope.probes import Figure, Probe, Quantity
+from soluscope.probes import Figure, Gate, Probe, Quantity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
     gain is one number, so freezing it there changes nothing); and the constant with the least mean
     loss over tokens that are not BOS, sought for each string on all the others.
-    Each with ln_final live, and the first with ln_final's scale frozen too.
+    Each with ln_final live, and with ln_final's scale kept as it was.
     """
     import torch
 
@@ -35,12 +35,14 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     content = ~run.is_bos
     geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
     gains = torch.stack([log_gain, geomean, _best_constant(run, geomean)], dim=-1).exp()
-    loss = loss_at_gain(run, gains.to(run.post.dtype))
-    frozen = loss_at_gain(run, gains[:, :2].to(run.post.dtype), final_norm="frozen")
+    live, frozen = (
+        loss_at_gain(run, gains.to(run.post.dtype), final_norm) for final_norm in ("live", "frozen")
+    )
     return {
-        "frozen at geometric mean": loss[:, 1] - loss[:, 0],
-        "frozen at best constant": loss[:, 2] - loss[:, 0],
-        "frozen, final norm frozen too": frozen[:, 1] - frozen[:, 0],
+        "frozen at geometric mean": live[:, 1] - live[:, 0],
+        "frozen at best constant": live[:, 2] - live[:, 0],
+        "geometric mean, final norm frozen": frozen[:, 1] - frozen[:, 0],
+        "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
         "gain": run.gain,
         "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
         "surprisal": run.loss,
@@ -89,7 +91,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 _FREEZES = {
     "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
     "frozen at best constant": "the same at the constant of least loss, chosen for each document on all others",
-    "frozen, final norm frozen too": "at the geometric mean, with ln_final's scale kept as it was",
+    "geometric mean, final norm frozen": "at the geometric mean, with ln_final's scale kept as it was",
+    "best constant, final norm frozen": "at the best constant, with ln_final's scale kept as it was",
 }
 
 PROBE = Probe(
@@ -101,6 +104,20 @@ PROBE = Probe(
     "gain is one constant is unchanged by construction at its mean.",
     pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
     "training a static arm decides, not this. The final norm may absorb the scale: both ways are shown.",
+    formula="dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the constant "
+    "of least mean loss on the other documents; ln_final's scale live, or frozen at what it was",
+    gates=(
+        Gate("smear_shared", "frozen at geometric mean", above=0.1),
+        Gate("smear_shared", "frozen at best constant", above=0.1),
+        Gate("disjoint", "frozen at geometric mean", above=0.1),
+        *(
+            Gate(negative, f"frozen at {constant}", within=0.001)
+            for negative in ("pinned", "uniform", "absorbed")
+            for constant in ("geometric mean", "best constant")
+        ),
+    ),
+    one_layer=True,
+    tested="frozen at best constant",
     measure=measure,
     known=known,
     quantities={

@@ -1,6 +1,7 @@
 """From rows to a page and a terminal table. Reads stored rows only; never sees a model.
 
-`build` writes the page; `table` is for the terminal; `figures.draw` draws one figure of a probe.
+`build` writes the page; `table` and `matrix` are for the terminal; `figures.draw` draws one figure of
+a probe.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from typing import TYPE_CHECKING
 
 from soluscope import results
 from soluscope.files import write_text
-from soluscope.report import page, words
+from soluscope.report import controls, page, words
+from soluscope.report.controls import matrix
+from soluscope.report.findings import arms_of, comparisons, engagement, estimate, span
 from soluscope.results import Row
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+__all__ = ["build", "matrix", "publish", "table"]
 
 
 def publish(study_dir: Path) -> Path:
@@ -43,12 +48,12 @@ def _write(study_dir: Path, rows: list[Row]) -> Path:
 
 
 def table(rows: list[Row]) -> Group:
-    """For the terminal: one line an arm, and the headline sentences under it."""
+    """For the terminal: one line an arm, whether the controls passed, and the headline sentences."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    references = words.arms_of(rows, "solu_ln")
+    references = arms_of(rows, "solu_ln")
     made = Table()
     for heading in (
         "arm",
@@ -58,18 +63,19 @@ def table(rows: list[Row]) -> Group:
         "median r",
     ):
         made.add_column(Text(heading))
-    for row in words.comparisons(rows, "loss"):
+    for row in comparisons(rows, "loss"):
         differences = (
-            words.comparisons(rows, "difference", arm=row.arm, group=f"minus {reference}")
+            comparisons(rows, "difference", arm=row.arm, group=f"minus {reference}")
             for reference in references
         )
-        engaged = words.engagement(rows, row.arm, "not BOS")
+        engaged = engagement(rows, row.arm, "not BOS")
         cells = [
             row.arm,
             str(row.n),
-            words.estimate(row, decimals=4),
-            *(words.estimate(found[0], decimals=4) if found else "" for found in differences),
-            words.span([r.value for r in engaged]),
+            estimate(row, decimals=4),
+            *(estimate(found[0], decimals=4) if found else "" for found in differences),
+            span([r.value for r in engaged]),
         ]
         made.add_row(*(Text(cell) for cell in cells))
-    return Group(made, *(Text(f"- {sentence}") for sentence in words.headline(rows)))
+    passed = Text(controls.summary(rows))
+    return Group(made, passed, *(Text(f"- {sentence}") for sentence in words.headline(rows)))

@@ -6,6 +6,7 @@ Plotly reads `<b>` and its like in labels, so whatever comes from data is escape
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from soluscope.probes import Figure
-from soluscope.report import words
+from soluscope.report.findings import by_stream, estimate
 from soluscope.results import Row
 
 # Okabe and Ito's colours, without the yellow that white swallows: told apart by colour-blind eyes.
@@ -24,6 +25,11 @@ INK, GRID = "#222222", "#e4e4e4"
 N_COLUMNS = 3
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
+QUARTILE = re.compile(r".* Q[1-4]")
+"""Groups that are quartiles of a split; any other group is a line or a kind of its own."""
+
+Panels = dict[tuple[str, ...], list[Row]]
+"""Rows by what tells the panels apart: quantity, group, stream, in that order."""
 
 
 @dataclass(frozen=True)
@@ -56,38 +62,147 @@ def draw(rows: Sequence[Row], spec: Figure, look: Mapping[str, Style] | None = N
     Returns:
         A figure that shows itself in notebooks; without traces if no row fits `spec`.
     """
+    panels = _panels(rows, spec)
+    title = html.escape(spec.title)
+    if not panels:
+        return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
+    look = look or styles(rows)
+    figure = (_curves if spec.kind == "curve" else _dots)(panels, spec, look)
+    return figure.update_layout(title=title)
+
+
+def against_dose(
+    rows: Sequence[Row], spec: Figure, look: Mapping[str, Style], doses: Doses
+) -> go.Figure:
+    """The same numbers against the dose, for variants that were trained at several.
+
+    Args:
+        rows: of one probe.
+        spec: what to draw of them, of kind `dots`.
+        look: a style for each arm; a variant has that of its first.
+        doses: of each run.
+
+    Returns:
+        One panel a quantity, group, stream and kind of dose, one thin line a seed and variant;
+        without traces if no variant has several doses.
+    """
+    several = doses.several()
+    panels: Panels = {}
+    for key, found in _panels(rows, spec).items():
+        for row in found:
+            dose = doses.of.get(row.run)
+            if row.variant in several and dose is not None:
+                panels.setdefault((*key, dose.name), []).append(replace(row, x=dose.value))
+    if not panels:
+        return go.Figure()
+    figure = _grid(panels, replace(spec, kind="curve"), row_height=270, shared_x=False)
+    named: set[str] = set()
+    for place, (key, found) in enumerate(panels.items()):
+        for variant, seed in sorted({(row.variant, row.seed or 0) for row in found}):
+            mine = [row for row in found if (row.variant, row.seed or 0) == (variant, seed)]
+            mine.sort(key=lambda row: row.x or 0.0)
+            style = look[min(row.arm for row in found if row.variant == variant)]
+            trace = _intervals(mine, [row.x or 0.0 for row in mine], style, width=1, upright=True)
+            trace.update(
+                mode="lines+markers",
+                marker_size=6,
+                line={"color": style.colour, "width": 1, "dash": style.dash},
+                name=html.escape(variant),
+                legendgroup=html.escape(variant),
+                showlegend=variant not in named,
+            )
+            named.add(variant)
+            _add(figure, trace, place)
+        figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(place))
+        unit = html.escape(found[0].unit)
+        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
+        if not spec.log_y:
+            _mark_zero(figure, found, place, upright=True)
+    return figure
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How strongly an arm's scale is set from outside."""
+
+    name: str
+    """`kappa` where the norm has an epsilon, else `gain`."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Doses:
+    """The dose of each run, and whose it is."""
+
+    of: Mapping[str, Dose]
+    """By run."""
+    arms: Mapping[str, tuple[str, Dose]]
+    """By arm: its variant, and the dose of its first seed."""
+
+    def several(self) -> set[str]:
+        """Variants that were trained at more than one dose."""
+        seen: dict[str, set[str]] = {}
+        for variant, dose in self.arms.values():
+            seen.setdefault(variant, set()).add(f"{dose.value:.3g}")
+        return {variant for variant, values in seen.items() if len(values) > 1}
+
+    def caption(self) -> str:
+        """Each arm's dose in words, where there is nothing to draw it against."""
+        if not self.arms or self.several():
+            return ""
+        each = (f"{arm} {dose.name} {dose.value:.3g}" for arm, (_, dose) in self.arms.items())
+        return f"Dose: {', '.join(each)}."
+
+
+def doses(rows: Iterable[Row]) -> Doses:
+    """kappa = eps * d_mlp^2 of arms with an epsilon, the median gain of arms without.
+
+    Source: science.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
+    """
+    wanted = {"kappa": 0, "gain": 1}  # the kappa of a static arm is not there
+    found = [
+        row
+        for row in rows
+        if row.probe == "engagement" and row.quantity in wanted and row.statistic == "median"
+        if (row.stream, row.positions, row.group) == ("natural", "not BOS", "") and row.value
+    ]
+    found.sort(key=lambda row: (wanted[row.quantity], row.arm, row.seed or 0))
+    of: dict[str, Dose] = {}
+    arms: dict[str, tuple[str, Dose]] = {}
+    for row in found:
+        if row.value is not None and row.value > 0:  # the axis is logarithmic
+            dose = of.setdefault(row.run, Dose(row.quantity, row.value))
+            arms.setdefault(row.arm, (row.variant, dose))
+    return Doses(of, dict(sorted(arms.items())))
+
+
+def _panels(rows: Sequence[Row], spec: Figure) -> Panels:
+    """The rows that `spec` asks for, by quantity, group and stream."""
     wanted = [
         row
         for row in rows
         if row.quantity in spec.quantities
-        and row.statistic == spec.statistic
+        and row.statistic in (spec.statistic, "")  # an estimate has no statistic
         and row.value is not None
         and (not spec.streams or row.stream in spec.streams)
         and (row.x is not None) == (spec.kind == "curve")
         and (spec.kind == "curve" or row.positions == spec.positions)
         and _in_group(row, spec)
     ]
-    title = html.escape(spec.title)
-    if not wanted:
-        return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     order = {quantity: i for i, quantity in enumerate(spec.quantities)}
-    panels: dict[tuple[str, str, str], list[Row]] = {}
-    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, words.by_stream(r))):
+    panels: Panels = {}
+    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, by_stream(r))):
         panels.setdefault((row.quantity, row.group, row.stream), []).append(row)
-    look = look or styles(rows)
-    figure = (_curves if spec.kind == "curve" else _dots)(panels, spec, look)
-    return figure.update_layout(title=title)
+    return panels
 
 
 def _in_group(row: Row, spec: Figure) -> bool:
-    if spec.kind == "curve" and not spec.group:
-        return True
-    return row.group.startswith(f"{spec.group} Q") if spec.group else row.group == ""
+    if spec.group:
+        return row.group == spec.group or row.group.startswith(f"{spec.group} Q")
+    return not QUARTILE.fullmatch(row.group)
 
 
-def _dots(
-    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, look: Mapping[str, Style]
-) -> go.Figure:
+def _dots(panels: Panels, spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """One panel a quantity, group and stream; arms down the side, one dot a seed."""
     arms = sorted({row.arm for rows in panels.values() for row in rows})
     figure = _grid(panels, spec, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
@@ -104,11 +219,11 @@ def _dots(
     return figure
 
 
-def _curves(
-    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, look: Mapping[str, Style]
-) -> go.Figure:
+def _curves(panels: Panels, spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """One panel a quantity, group and stream; one thin line a run, its interval as a band."""
     figure = _grid(panels, spec, row_height=270, shared_x=False)
+    if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
+        figure.update_yaxes(matches="y")  # kinds of one number, to be read against each other
     named: set[str] = set()
     for place, rows in enumerate(panels.values()):
         for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
@@ -160,7 +275,7 @@ def losses(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
 
 def differences(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
     """Paired differences of losses, one panel a reference."""
-    panels: dict[tuple[str, str, str], list[Row]] = {}
+    panels: Panels = {}
     for row in rows:
         if row.probe == "comparison" and row.quantity == "difference":
             panels.setdefault((row.group, "", ""), []).append(row)
@@ -170,7 +285,7 @@ def differences(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
 
 def terms(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
     """The gain of LN, its telescoping terms and `static - LN`, one panel a solu_ln arm."""
-    panels: dict[tuple[str, str, str], list[Row]] = {}
+    panels: Panels = {}
     labels: dict[str, str] = {}
     for row in rows:
         shown = row.quantity in ("gain of LN", "static - LN") or row.quantity.startswith(
@@ -183,7 +298,7 @@ def terms(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
 
 
 def _forest(
-    panels: Mapping[tuple[str, str, str], list[Row]],
+    panels: Panels,
     labels: Mapping[str, str],
     look: Mapping[str, Style],
 ) -> go.Figure:
@@ -230,37 +345,38 @@ def _frame(rows: Sequence[Row]) -> list[float]:
 
 def _intervals(
     rows: Sequence[Row],
-    heights: Sequence[float],
+    places: Sequence[float],
     style: Style,
     width: float = 1.6,
     marked: bool = True,
+    upright: bool = False,
 ) -> go.Scatter:
-    """Points with horizontal bars; an open mark has no interval."""
+    """Points with bars, horizontal at heights `places` or upright; an open mark has no interval."""
+    along, across = ("y", "x") if upright else ("x", "y")
     values = [row.value if row.value is not None else float("nan") for row in rows]
     known = [row.low is not None and row.high is not None for row in rows]
     texts = []
     for row in rows:
         name = row.run or row.arm
         unit = f"{row.n_clusters} {row.cluster}s" if row.cluster else f"n = {row.n}"
-        texts.append(html.escape(f"{name}: {words.estimate(row)} {row.unit}, {unit}"))
+        texts.append(html.escape(f"{name}: {estimate(row)} {row.unit}, {unit}"))
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": [_gap(row.high, value) for row, value in zip(rows, values, strict=True)],
+        "arrayminus": [-_gap(row.low, value) for row, value in zip(rows, values, strict=True)],
+        "color": style.colour,
+        "thickness": width,
+        "width": 0,
+    }
     return go.Scatter(
-        x=values,
-        y=list(heights),
+        {along: values, across: list(places), f"error_{along}": bars},
         mode="markers",
         marker={
             "color": style.colour,
             "size": 9 if marked else 0.1,
             "symbol": [style.symbol if has else f"{style.symbol}-open" for has in known],
             "line": {"width": 1.5, "color": style.colour},
-        },
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [_gap(row.high, value) for row, value in zip(rows, values, strict=True)],
-            "arrayminus": [-_gap(row.low, value) for row, value in zip(rows, values, strict=True)],
-            "color": style.colour,
-            "thickness": width,
-            "width": 0,
         },
         text=texts,
         hovertemplate="%{text}<extra></extra>",
@@ -288,19 +404,18 @@ def _band(line: Sequence[Row], style: Style) -> go.Scatter:
     )
 
 
-def _grid(
-    panels: Mapping[tuple[str, str, str], list[Row]], spec: Figure, row_height: int, shared_x: bool
-) -> go.Figure:
+def _grid(panels: Panels, spec: Figure, row_height: int, shared_x: bool) -> go.Figure:
     """An empty figure with a titled panel for each of `panels`, three side by side."""
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
     bottom = 92 if spec.kind == "curve" else 56  # only curves have a legend
     inner = n_rows * row_height + (n_rows - 1) * 84
     height = TOP + inner + bottom
-    several = {i: len({key[i] for key in panels}) > 1 for i in range(3)}
+    several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
     titles = []
     for key in panels:
-        named = [part for i, part in enumerate(key) if part and several[i]] or [key[2] or key[0]]
+        named = [part for part, differs in zip(key, several, strict=True) if part and differs]
+        named = named or [key[2] or key[0]]
         titles.append("<br>".join(html.escape(part) for part in named))
     figure = make_subplots(
         rows=n_rows,
@@ -354,16 +469,20 @@ def _spread(n: int) -> list[float]:
     return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
-def _alike(panels: Mapping[tuple[str, str, str], list[Row]]) -> bool:
+def _alike(panels: Panels) -> bool:
     """Whether the panels show one quantity, so that one axis makes them comparable."""
     return len({key[0] for key in panels}) == 1
 
 
-def _mark_zero(figure: go.Figure, rows: Sequence[Row], place: int) -> None:
+def _mark_zero(figure: go.Figure, rows: Sequence[Row], place: int, upright: bool = False) -> None:
     """A line at 0 where there are values on both sides of it."""
     ends = [end for row in rows for end in (row.low, row.value, row.high) if end is not None]
     if min(ends) < 0 < max(ends):
-        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
+        line = {"color": INK, "width": 1, "dash": "dot"}
+        if upright:
+            figure.add_hline(y=0, line=line, **_at(place))
+        else:
+            figure.add_vline(x=0, line=line, **_at(place))
 
 
 def _at(place: int) -> dict[str, int]:

@@ -6,9 +6,22 @@ new seeds and new documents leaves out 0, and two seeds are always called two se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from soluscope.results import MARGIN, ONE_NUMBER, Row
+from soluscope.report import controls
+from soluscope.report.findings import (
+    arms_of,
+    comparisons,
+    engagement,
+    envelope,
+    measured,
+    number,
+    seeds,
+    seeds_of,
+    signed,
+    span,
+)
+from soluscope.results import MARGIN, Row
 
 ENGAGED, IDLE = 0.5, 0.05
 """Median r above which a mid norm counts as active, and below which as a static gain."""
@@ -35,115 +48,25 @@ def headline(rows: list[Row]) -> list[str]:
     for gain in gains:
         sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
         sentences += _twins(rows, gain.arm)
+    said = {"engagement": _engagement, "scale_freeze": _freeze}
+    wrong = {probe: controls.failures(rows, probe) for probe in said}
     for arm in normed:
-        sentences += [*_engagement(rows, arm), *_freeze(rows, arm)]
+        for probe, say in said.items():
+            sentences += [] if wrong[probe] else say(rows, arm)
+    sentences += [not_citable(probe, bad) for probe, bad in wrong.items() if bad]
     return sentences
 
 
-# ---------------------------------------------------------------- finding rows
-
-
-def comparisons(
-    rows: Iterable[Row],
-    quantity: str,
-    arm: str | None = None,
-    group: str | None = None,
-    cluster: str = "seed",
-) -> list[Row]:
-    """Comparison rows of a quantity; by default those with the interval for new seeds."""
-    return [
-        row
-        for row in rows
-        if row.probe == "comparison"
-        and row.quantity == quantity
-        and row.cluster == cluster
-        and (arm is None or row.arm == arm)
-        and (group is None or row.group == group)
-    ]
-
-
-def arms_of(rows: Iterable[Row], variant: str) -> list[str]:
-    return sorted({row.arm for row in rows if row.variant == variant and row.arm})
-
-
-def seeds_of(rows: Iterable[Row], arm: str) -> int:
-    return len({row.seed for row in rows if row.arm == arm and row.seed is not None})
-
-
-def by_stream(row: Row) -> tuple[bool, str]:
-    """Sorts natural text first, then the other streams by name."""
-    return row.stream != "natural", row.stream
-
-
-def engagement(rows: Iterable[Row], arm: str, positions: str) -> list[Row]:
-    """An arm's median r on natural text, one row a seed."""
-    return [
-        row
-        for row in rows
-        if row.probe == "engagement"
-        and (row.quantity, row.statistic, row.stream, row.group) == ("r", "median", "natural", "")
-        and (row.arm, row.positions) == (arm, positions)
-        and row.x is None
-        and row.value is not None
-    ]
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def number(value: float | None, decimals: int | None = None) -> str:
-    """`decimals` places, or three significant digits; "undefined" for None."""
-    if value is None:
-        return "undefined"
-    if decimals is not None:
-        return f"{value:.{decimals}f}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
-
-
-def signed(value: float) -> str:
-    """Four places and a sign; what rounds to 0 is +0.0000."""
-    return f"{round(value, 4) + 0.0:+.4f}"
-
-
-def estimate(row: Row, decimals: int | None = None) -> str:
-    """`value [low, high]`, `value (no interval)`, `value (constant)`, or `undefined`."""
-    value = number(row.value, decimals)
-    if row.value is None:
-        return value
-    if row.low is None or row.high is None:
-        return f"{value} ({'constant' if row.note == ONE_NUMBER else 'no interval'})"
-    return f"{value} [{number(row.low, decimals)}, {number(row.high, decimals)}]"
-
-
-def span(values: Iterable[float | None], decimals: int | None = None) -> str:
-    """`low to high` of what the seeds gave, or the one number they all gave."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    low, high = number(min(known), decimals), number(max(known), decimals)
-    return low if low == high else f"{low} to {high}"
-
-
-def seeds(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+def not_citable(probe: str, wrong: Sequence[str]) -> str:
+    """What to say in place of a probe's numbers where it failed its gate."""
+    noun = "control" if len(wrong) == 1 else "controls"
+    return f"{probe} failed its {noun} {', '.join(wrong)}: its numbers are not to be cited."
 
 
 def _ends(row: Row) -> str:
     if row.low is None or row.high is None:
         return "no interval can be given"
     return f"95% interval {signed(row.low)} to {signed(row.high)}"
-
-
-def _envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """From the lowest to the highest end of the rows' intervals; None if one has no interval."""
-    lows = [row.low for row in rows if row.low is not None]
-    highs = [row.high for row in rows if row.high is not None]
-    if not rows or len(lows) < len(rows) or len(highs) < len(rows):
-        return None
-    return min(lows), max(highs)
-
-
-# ---------------------------------------------------------------- sentences
 
 
 def _basis(rows: list[Row]) -> str:
@@ -290,7 +213,7 @@ def _engagement(rows: list[Row], arm: str) -> list[str]:
     content = engagement(rows, arm, "not BOS")
     if not content:
         return []
-    ends = _envelope(content)
+    ends = envelope(content)
     values = [row.value for row in content]
     if ends is None:
         verdict = "how far LayerNorm is engaged has no interval"
@@ -321,18 +244,11 @@ def _freeze(rows: list[Row], arm: str) -> list[str]:
     """What one gain for all tokens costs a trained model."""
     parts = []
     for quantity, name in FREEZES:
-        found = [
-            row
-            for row in rows
-            if row.probe == "scale_freeze"
-            and (row.arm, row.quantity, row.group) == (arm, quantity, "")
-            and (row.stream, row.positions, row.statistic) == ("natural", "not BOS", "mean")
-            and row.value is not None
-        ]
+        found = measured(rows, "scale_freeze", quantity, arm)
         if not found:
             continue
         text = f"at {name} the loss changes by {_signed_span(found)} nats"
-        ends = _envelope(found)
+        ends = envelope(found)
         if ends is None:
             parts.append(f"{text} (no interval)")
             continue

@@ -1,0 +1,264 @@
+"""Can the probes be believed? What they find where the answer is known, and where there is nothing.
+
+`check_gates` puts a probe before its positive and negative controls. `false_positives` counts how
+often its test speaks where it should not: on untrained models, and on shuffled labels.
+
+Source: science.md sections 5 ("Null calibration") and 7 ("Control pass rule").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import binomtest
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from soluscope import plugins, streams
+from soluscope.activations import HookedRun, observe
+from soluscope.checkpoint import commit
+from soluscope.probes import Gate, Probe
+from soluscope.results import Row
+from soluscope.stats import (
+    Interval,
+    bootstrap_sums,
+    cluster_bootstrap,
+    equivalence,
+    paired_seeds,
+)
+from soluscope.summaries import POSITIONS, estimates, token_table
+
+NEAR = 0.05
+"""How far from the analytic truth a positive control may be, as a share of it."""
+
+NOMINAL = 0.05
+N_PAIRS = 8
+"""Pairs of untrained models behind one comparison, as many as there are seeds in a study."""
+N_MODELS = 320
+"""Untrained models of which each comparison draws its own 16."""
+N_TEXTS, WIDTH = 48, 32
+BOS = 256
+"""After the 256 bytes, which are the tokens here."""
+
+
+@lru_cache(maxsize=32)
+def control_run(name: str, stream: str) -> HookedRun:
+    """What a control's activations are on one of its streams."""
+    planted = plugins.pick("soluscope.controls", name).build()
+    return observe(planted.model, planted.streams[stream])
+
+
+def check_gates(name: str, study: str = "") -> Iterator[Row]:
+    """A row for each gate of a probe; its note begins with `pass` or `FAIL`.
+
+    Raises:
+        UserError: if there is no such probe or control.
+    """
+    one: Probe = plugins.pick("soluscope.probes", name)
+    for gate in one.gates:
+        run = control_run(gate.control, gate.stream)
+        table = token_table(one, run)
+        # Two one-sided tests at 5% are read off the 90% interval.
+        interval = _estimate(one, run, table, gate, level=0.95 if gate.within is None else 0.90)
+        verdict, asked = judge(gate, interval)
+        known = one.quantities | one.estimates
+        how = f" ({gate.statistic})" if gate.quantity in one.quantities else ""
+        where = "".join(f", {part}" for part in (gate.group, gate.x) if part not in ("", None))
+        yield Row(
+            study=study, probe="controls", quantity=name, value=interval.value,
+            unit=known[gate.quantity].unit, statistic=f"{gate.quantity}{how}{where}",
+            stream=gate.stream, positions=gate.positions, group=gate.control, low=interval.low,
+            high=interval.high, n=interval.n, n_clusters=interval.n_clusters, cluster="string",
+            note=f"{verdict}: {asked}", commit=commit(),
+        )  # fmt: skip
+
+
+def judge(gate: Gate, interval: Interval) -> tuple[str, str]:
+    """`pass` or `FAIL`, and what was asked."""
+    if gate.within is not None:
+        held = equivalence(interval, gate.within, gate.around) == "equivalent"
+        asked = f"within {gate.within:g} of {gate.around:g} (90% interval)"
+    elif gate.above is not None:
+        held = interval.low is not None and interval.low > gate.above
+        asked = f"above {gate.above:g}"
+    else:
+        assert gate.below is not None, "a gate has above, below or within"
+        held = interval.high is not None and interval.high < gate.below
+        asked = f"below {gate.below:g}"
+    if gate.truth is not None:
+        held = held and abs(interval.value - gate.truth) <= NEAR * abs(gate.truth)
+        asked += f", truth {gate.truth:g}"
+    if interval.low is None:
+        asked += f"; no interval from {interval.n_clusters} strings"
+    return ("pass" if held else "FAIL"), asked
+
+
+def _estimate(
+    one: Probe, run: HookedRun, table: pd.DataFrame, gate: Gate, level: float, n_draws: int = 2000
+) -> Interval:
+    """The number that a gate is about."""
+    how: dict[str, Any] = {"level": level, "n_draws": n_draws}
+    if gate.quantity in one.quantities:
+        here = table[POSITIONS[gate.positions](table["pos"])]
+        return cluster_bootstrap(here[gate.quantity], here["string"], gate.statistic, **how)
+    wanted = (gate.quantity, gate.group, gate.x)
+    for estimate in estimates(one, run, table):
+        if (estimate.quantity, estimate.group, estimate.x) == wanted:
+            return bootstrap_sums(estimate.sums, estimate.value, estimate.n, **how)
+    return Interval(float("nan"), None, None, 0, 0)
+
+
+# --- false positives ------------------------------------------------------------------------------
+
+
+def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[Row]:
+    """How often a probe's test finds something where there is nothing, with its binomial interval.
+
+    Untrained models: two groups of eight models that differ in nothing but their seeds, compared as
+    two variants would be, by the t interval of their paired differences.
+    Shuffled labels: the field that the probe names in `shuffle` is permuted over tokens, and the
+    interval of what it tests is asked for 0. Where it names none, the labels are those of two groups
+    of documents, dealt at random, and the interval is of the groups' difference.
+
+    The note begins with `pass` where the nominal 5% lies inside the interval.
+
+    Raises:
+        UserError: if there is no such probe.
+    """
+    one: Probe = plugins.pick("soluscope.probes", name)
+    tallies = {
+        "untrained models": _untrained(one, n_draws),
+        "shuffled labels": _shuffled(one, n_draws),
+    }
+    known = one.quantities | one.estimates
+    for group, found in tallies.items():
+        base = Row(
+            study=study, probe="false positives", quantity=name, group=group, unit="share",
+            value=None, statistic=one.tested, cluster="draw", commit=commit(),
+            note=f"{one.tested or 'nothing tested'} is not defined there",
+        )  # fmt: skip
+        if one.tested in known and len(found):
+            test = binomtest(int(found.sum()), len(found))
+            low, high = test.proportion_ci()
+            verdict = "pass" if low <= NOMINAL <= high else "FAIL"
+            base = replace(
+                base, value=float(found.mean()), low=float(low), high=float(high), n=len(found),
+                n_clusters=len(found), note=f"{verdict}: nominal {NOMINAL:g}",
+            )  # fmt: skip
+        yield base
+
+
+def _untrained(one: Probe, n_draws: int) -> np.ndarray:
+    """For each draw, whether a difference was found between models that differ in their seeds."""
+    values = np.array(
+        [_tested(one, untrained_run(seed, one.streams[0])) for seed in range(N_MODELS)]
+    )
+    values = values[~np.isnan(values)]
+    if len(values) < 2 * N_PAIRS:
+        return np.array([])
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(n_draws):
+        left, right = generator.choice(values, size=(2, N_PAIRS), replace=False)
+        found.append(_leaves_out_zero(paired_seeds(left - right)))
+    return np.array(found)
+
+
+def _shuffled(one: Probe, n_draws: int) -> np.ndarray:
+    """For each draw, whether something was found in labels that were dealt at random."""
+    generator = np.random.default_rng(1)
+    found = []
+    for draw in range(n_draws):
+        run = untrained_run(draw, one.streams[0])
+        if one.shuffle:
+            interval = _interval(one, _permuted(run, one.shuffle, generator))
+        else:
+            interval = _between_halves(one, run, generator)
+        if interval.low is not None:
+            found.append(_leaves_out_zero(interval))
+    return np.array(found)
+
+
+def _permuted(run: HookedRun, field: str, generator: np.random.Generator) -> HookedRun:
+    """`run` with one field permuted over the tokens that are not BOS."""
+    values = getattr(run, field).clone()
+    content = (~run.is_bos).nonzero().squeeze(-1)
+    values[content] = values[content[torch.from_numpy(generator.permutation(len(content)))]]
+    return replace(run, **{field: values})
+
+
+def _between_halves(one: Probe, run: HookedRun, generator: np.random.Generator) -> Interval:
+    """Difference of what is tested between two halves of the strings, dealt at random."""
+    strings = run.string.unique().numpy()
+    half = torch.from_numpy(generator.permutation(strings)[: len(strings) // 2])
+    inside = torch.isin(run.string, half)
+    intervals = [_interval(one, run.subset(part)) for part in (inside, ~inside)]
+    widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
+    if len(widths) < 2:
+        return Interval(float("nan"), None, None, 0, 0)
+    value = intervals[0].value - intervals[1].value
+    half_width = float(np.hypot(widths[0], widths[1]))  # independent documents: the variances add
+    return Interval(value, value - half_width, value + half_width, len(run.pos), len(strings))
+
+
+def _interval(one: Probe, run: HookedRun, n_draws: int = 1000) -> Interval:
+    statistic = one.quantities[one.tested].statistics[0] if one.tested in one.quantities else "mean"
+    gate = Gate("", one.tested, statistic=statistic)
+    return _estimate(one, run, token_table(one, run), gate, 0.95, n_draws)
+
+
+def _tested(one: Probe, run: HookedRun) -> float:
+    return _interval(one, run, n_draws=2).value  # the estimate alone
+
+
+def _leaves_out_zero(interval: Interval) -> bool:
+    low, high = interval.low, interval.high
+    return low is not None and high is not None and not low <= 0 <= high
+
+
+def untrained_run(seed: int, stream: str) -> HookedRun:
+    """A SoLU model with an active LayerNorm as it was initialised, on bytes of Python's library."""
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=32, n_ctx=WIDTH, d_head=16, n_heads=2, d_mlp=64, d_vocab=BOS + 1,
+        act_fn="solu_ln", normalization_type="LN", init_weights=False, device="cpu",
+    )  # fmt: skip
+    model = HookedTransformer(config, move_to_device=False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not name.endswith((".b_Q", ".b_K", ".b_V")):
+            parameter.data.normal_(0, 0.3, generator=generator)
+        else:
+            parameter.data.fill_(1.0 if name.endswith(".w") else 0.0)
+    model.blocks[0].mlp.ln.eps = 1e-12
+    return observe(model, _byte_pairs() if stream.startswith(streams.PAIRS) else _byte_texts())
+
+
+@lru_cache(maxsize=1)
+def _byte_texts() -> streams.Stream:
+    """Stretches of 31 bytes, each from another file."""
+    texts = (text.encode() for text in streams.standard_library("code", 0.0, 1.0))
+    long_enough = (text for text in texts if len(text) > 1000 + 40 * WIDTH)
+    rows = [
+        (i, list(text[1000 + 40 * i : 999 + 40 * i + WIDTH]))
+        for i, text in enumerate(islice(long_enough, N_TEXTS))
+    ]
+    return _of_bytes(rows, "natural")
+
+
+@lru_cache(maxsize=1)
+def _byte_pairs() -> streams.Stream:
+    """Five corruptions to a clean row, all of random letters: nothing sets them apart."""
+    generator = np.random.default_rng(2)
+    rows = [(i, generator.integers(97, 123, 8).tolist()) for i in range(N_TEXTS) for _ in range(6)]
+    return _of_bytes(rows, f"{streams.PAIRS}letters")
+
+
+def _of_bytes(rows: list[tuple[int, list[int]]], name: str) -> streams.Stream:
+    vocab = (*(bytes([b]).decode("latin1") for b in range(BOS)), "<|BOS|>")
+    return replace(streams.from_rows(rows, BOS, WIDTH, name), vocab=vocab)

@@ -1,0 +1,34 @@
+"""C9: only BOS has another gain. The hackathon study's curves without any growth of the gain.
+
+The content tokens are those of `uniform`: permutations of one vector, so one gain to the last digit. BOS
+has x = 6 on one neuron and 0 on the others, hence s2 = a^2 31/32^2 with a = 6 e^6 / (e^6 + 31) = 5.5718,
+and a gain of 32 / (sqrt(31) 5.5718) = 1.03150, against 10.1374 for content. The mean gain of the first n
+tokens of a row, BOS included, is therefore
+
+    g_content - (g_content - g_BOS) / n
+
+exactly: it grows with n, by BOS's share in the average alone. Without BOS it is flat, and the spread
+sd(log g) over content tokens is 0.
+
+Source: science.md section 6, C9, and section 1.6.
+"""
+
+from __future__ import annotations
+
+from soluscope.controls import Control, Planted, _shell, uniform
+
+
+def build() -> Planted:
+    pre = uniform.pre()
+    pre[_shell.BOS] = 6 * _shell.one_hot(1, uniform.N)[0]
+    effect = _shell.random_effect(1, _shell.post(pre, uniform.EPS), len(uniform.VOCAB))
+    model = _shell.anchored(pre, effect, uniform.EPS)
+    return Planted(model, {"natural": _shell.natural(model, uniform.VOCAB)})
+
+
+CONTROL = Control(
+    section="C9",
+    truth="BOS has a tenth of the gain that every other token has; the mean over a row, BOS included, grows "
+    "as 1/n and nothing else does.",
+    build=build,
+)

@@ -1,0 +1,143 @@
+"""The usual numbers that follow from sums over strings, each as an `Estimate`.
+
+Sums are over tokens, one row a string, so that resampling strings is a matrix product whatever the
+number of tokens. Values that are nan are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from soluscope.probes import Estimate
+
+Floats = NDArray[np.float64]
+
+
+def sums_by_string(parts: Iterable[ArrayLike], string: ArrayLike) -> tuple[Floats, int]:
+    """Sums of columns over each string's tokens, [string part], and the number of tokens.
+
+    Args:
+        parts: columns, each [token]; a token counts where none of them is nan.
+        string: which string each token is of.
+    """
+    table = np.stack([np.asarray(part, dtype=np.float64) for part in parts], axis=1)
+    kept = ~np.isnan(table).any(axis=1)
+    _, owner = np.unique(np.asarray(string)[kept], return_inverse=True)
+    sums = np.zeros((int(owner.max()) + 1 if len(owner) else 0, table.shape[1]))
+    np.add.at(sums, owner, table[kept])
+    return sums, int(kept.sum())
+
+
+def mean_over_strings(quantity: str, values: ArrayLike, **place: object) -> Estimate:
+    """Mean of one value a string."""
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    sums = np.stack([numbers, np.ones_like(numbers)], axis=1)
+    return _estimate(quantity, sums, _quotient, len(numbers), place)
+
+
+def ratio(
+    quantity: str, top: ArrayLike, bottom: ArrayLike, string: ArrayLike, **place: object
+) -> Estimate:
+    """Sum of `top` over sum of `bottom`, both [token]: a ratio of means, not a mean of ratios."""
+    sums, n = sums_by_string([top, bottom], string)
+    return _estimate(quantity, sums, _quotient, n, place)
+
+
+def slope(
+    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **place: object
+) -> Estimate:
+    """Least-squares slope of `y` on `x`, both [token], with an intercept."""
+    sums, n = sums_by_string(_moments(x, y), string)
+
+    def value(sums: Floats) -> Floats:
+        xy, xx, _ = _covariances(sums)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = np.where(xx > 0, xy / xx, np.nan)
+        return found
+
+    return _estimate(quantity, sums, value, n, place)
+
+
+def correlation(
+    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **place: object
+) -> Estimate:
+    """Pearson's correlation over tokens."""
+    sums, n = sums_by_string(_moments(x, y), string)
+
+    def value(sums: Floats) -> Floats:
+        xy, xx, yy = _covariances(sums)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = np.where(xx * yy > 0, xy / np.sqrt(xx * yy), np.nan)
+        return found
+
+    return _estimate(quantity, sums, value, n, place)
+
+
+def rank_correlation(
+    quantity: str,
+    x: ArrayLike,
+    y: ArrayLike,
+    string: ArrayLike,
+    given: Iterable[ArrayLike] = (),
+    **place: object,
+) -> Estimate:
+    """Spearman's correlation over tokens, partial where there is something `given`.
+
+    Ranks are taken once, over all tokens; resampling moves the weights of strings. The partial
+    correlation is that of the ranks' residuals on the ranks of what is given.
+    """
+    from scipy.stats import rankdata  # a second to load, which the report need not wait for
+
+    columns = [np.asarray(column, dtype=np.float64) for column in (x, y, *given)]
+    kept = ~np.isnan(np.stack(columns)).any(axis=0)
+    ranks = [rankdata(column[kept]) / max(1, kept.sum()) - 0.5 for column in columns]
+    k = len(ranks)
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]
+    parts = [np.ones(kept.sum()), *ranks, *(ranks[i] * ranks[j] for i, j in pairs)]
+    sums, n = sums_by_string(parts, np.asarray(string)[kept])
+
+    def value(sums: Floats) -> Floats:
+        mean = sums[:, 1 : 1 + k] / sums[:, :1]
+        covariance = np.empty((len(sums), k, k))
+        for place_, (i, j) in enumerate(pairs):
+            joint = sums[:, 1 + k + place_] / sums[:, 0] - mean[:, i] * mean[:, j]
+            covariance[:, i, j] = covariance[:, j, i] = joint
+        own, others = covariance[:, :2, :2], covariance[:, :2, 2:]
+        if k > 2:
+            own = own - others @ np.linalg.pinv(covariance[:, 2:, 2:]) @ others.swapaxes(1, 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scale = own[:, 0, 0] * own[:, 1, 1]
+            found: Floats = np.where(scale > 1e-20, own[:, 0, 1] / np.sqrt(np.abs(scale)), np.nan)
+        return found
+
+    return _estimate(quantity, sums, value, n, place)
+
+
+def _moments(x: ArrayLike, y: ArrayLike) -> list[Floats]:
+    """1, x, y and their products, about their means: differences of large squares lose digits."""
+    a, b = (np.asarray(column, dtype=np.float64) for column in (x, y))
+    kept = ~(np.isnan(a) | np.isnan(b))
+    a, b = (np.where(kept, v - v[kept].mean() if kept.any() else v, np.nan) for v in (a, b))
+    return [np.where(kept, 1.0, np.nan), a, b, a * b, a * a, b * b]
+
+
+def _covariances(sums: Floats) -> tuple[Floats, Floats, Floats]:
+    """xy, xx and yy from sums of `_moments`."""
+    n, x, y, xy, xx, yy = sums.T
+    return xy / n - (x / n) * (y / n), xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
+
+
+def _quotient(sums: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = sums[:, 0] / sums[:, 1]
+    return found
+
+
+def _estimate(
+    quantity: str, sums: Floats, value: Callable[[Floats], Floats], n: int, place: dict[str, object]
+) -> Estimate:
+    return Estimate(quantity, sums, value, n, **place)  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""Labelled features of tokens, and how well a number tells the tokens that have one from the others.
+
+A feature is something that can be read off the text: which token it is, what its characters are
+(a bank of regular expressions), or what stands before it (the token before, brackets that are open).
+
+Source: science.md section 7, P11 ("known token/regex/context features").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from soluscope.activations import HookedRun
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+N_TOKEN_CLASSES = 50
+"""How many of the most frequent tokens are features of their own."""
+MIN_TOKENS = 10
+"""A feature counts where at least so many tokens have it, and so many lack it, in both halves."""
+
+KEYWORDS = (
+    "and|as|assert|async|await|break|class|continue|def|del|elif|else|except|finally|for|from|global|"
+    "if|import|in|is|lambda|not|or|pass|raise|return|try|while|with|yield|None|True|False"
+)
+TEXT = {
+    "starts with a space": r"\A ",
+    "new line": r"\n",
+    "white space": r"\A\s+\Z",
+    "digit": r"\d",
+    "number": r"\A\s*\d+\Z",
+    "starts with a capital": r"\A\s*[A-Z]",
+    "all capitals": r"\A\s*[A-Z]{2,}\Z",
+    "lower-case letters": r"\A\s*[a-z]+\Z",
+    "rest of a word": r"\A[a-z]+\Z",
+    "mixed case": r"[a-z][A-Z]",
+    "single letter": r"\A\s*[A-Za-z]\Z",
+    "ends in -ing, -ed or -ly": r"[a-z](?:ing|ed|ly)\Z",
+    "punctuation": r"\A\s*[^\w\s]+\Z",
+    "comma": r",",
+    "full stop": r"\.",
+    "comma, stop or colon": r"[,.:;]",
+    "quotation mark": r"[\"'`]",
+    "opening bracket": r"[(\[{<]",
+    "closing bracket": r"[)\]}>]",
+    "operator": r"\A\s*[-=+*/%&|^~<>!@]+\Z",
+    "underscore": r"_",
+    "keyword": rf"\A\s*(?:{KEYWORDS})\Z",
+    "hexadecimal": r"\A\s*(?:0x[0-9a-fA-F]*|(?=[a-fA-F]*\d)(?=\d*[a-fA-F])[0-9a-fA-F]{2,})\Z",
+    "base64": r"\A(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[A-Za-z0-9+/=]{3,}\Z",
+    "not ASCII": r"[^\x00-\x7f]",
+}
+"""What a token's text looks like; a space before a word belongs to the token."""
+BEFORE = (
+    "starts with a space", "new line", "digit", "starts with a capital", "lower-case letters",
+    "punctuation", "comma", "opening bracket", "closing bracket", "operator", "quotation mark",
+    "keyword",
+)  # fmt: skip
+"""Those of `TEXT` that are also asked of the token before."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which tokens have which feature."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    """`token` (which token it is), `text` (its characters) or `context` (what stands before it)."""
+    holds: Bools
+    """[feature token], the run's tokens; False at BOS."""
+
+
+def label(run: HookedRun) -> Features:
+    """All features that enough tokens have and enough lack, in both halves of the documents.
+
+    Of features that hold at the same tokens the first is kept. Without the vocabulary's texts,
+    which token it is is all that can be known.
+    """
+    content = ~run.is_bos.numpy()
+    halves = [content & half for half in (first_half(run), ~first_half(run))]
+    found: dict[bytes, tuple[str, str, Bools]] = {}
+    for name, kind, everywhere in _candidates(run):
+        holds = everywhere & content
+        counts = [(int((holds & half).sum()), int((~holds & half).sum())) for half in halves]
+        if min(min(pair) for pair in counts) >= MIN_TOKENS:
+            found.setdefault(np.packbits(holds).tobytes(), (name, kind, holds))
+    kept = list(found.values())
+    return Features(
+        names=tuple(name for name, _, _ in kept),
+        kinds=tuple(kind for _, kind, _ in kept),
+        holds=np.array([holds for _, _, holds in kept], dtype=bool).reshape(
+            len(kept), len(content)
+        ),
+    )
+
+
+def first_half(run: HookedRun) -> Bools:
+    """Whether a token's document has an even rank among the run's: what things are chosen on. [token]"""
+    _, rank = np.unique(run.string.numpy(), return_inverse=True)
+    even: Bools = rank % 2 == 0
+    return even
+
+
+def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
+    """(name, kind, [token])"""
+    tokens, starts = run.tokens.numpy(), run.is_bos.numpy()
+    ids, counts = np.unique(tokens[~starts], return_counts=True)
+    for token in ids[np.argsort(-counts, kind="stable")][:N_TOKEN_CLASSES]:
+        name = repr(run.vocab[token]) if run.vocab else str(token)
+        yield f"token {name}", "token", tokens == token
+    if not run.vocab:
+        return
+    used, place = np.unique(tokens, return_inverse=True)
+    texts = [run.vocab[token] for token in used]
+    looks = {
+        name: np.array([bool(re.search(pattern, text)) for text in texts])[place] & ~starts
+        for name, pattern in TEXT.items()
+    }
+    for name, holds in looks.items():
+        yield name, "text", holds
+    for name in BEFORE:
+        yield f"after: {name}", "context", np.roll(looks[name], 1) & ~starts
+    yield from _in_brackets([texts[i] for i in place], starts)
+
+
+def _in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bools]]:
+    """Where brackets are open, and whether a comma has passed since: left and right in a list."""
+    inside, later = (np.zeros(len(texts), dtype=bool) for _ in range(2))
+    commas: list[bool] = []  # one entry an open bracket: has a comma passed in it?
+    for i, text in enumerate(texts):
+        if starts[i]:
+            commas = []
+            continue
+        inside[i], later[i] = bool(commas), bool(commas) and commas[-1]
+        for character in text:
+            if character in "([{":
+                commas.append(False)
+            elif character in ")]}" and commas:
+                commas.pop()
+            elif character == "," and commas:
+                commas[-1] = True
+    yield "inside brackets", "context", inside
+    yield "first in a list", "context", inside & ~later
+    yield "later in a list", "context", later
+
+
+def sums_by_document(columns: NDArray[Any], string: NDArray[np.int64]) -> Floats:
+    """Sums over each document's tokens, [document part], for hundreds of columns [token part]."""
+    order = np.argsort(string, kind="stable")
+    starts = np.flatnonzero(np.diff(string[order], prepend=-1))
+    ordered = columns if (np.diff(order) == 1).all() else columns[order]
+    sums: Floats = np.add.reduceat(ordered.astype(np.float64, copy=False), starts, axis=0)
+    return sums
+
+
+def levels(values: NDArray[np.floating]) -> Floats:
+    """Values told apart to a millionth of their column's largest, so that rounding breaks no tie.
+
+    A column without anything above a billionth of the largest of all is rounding throughout.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    largest = np.abs(numbers).max(axis=0, initial=0.0)  # [column]
+    unit = np.maximum(1e-6 * largest, 1e-9 * largest.max(initial=0.0))
+    rounded: Floats = np.round(numbers / np.where(unit > 0, unit, 1.0))
+    return rounded
+
+
+def auroc(values: NDArray[np.floating], holds: Bools) -> Floats:
+    """Probability that a token with the feature has the higher value, ties counting half.
+
+    Args:
+        values: [token column].
+        holds: [feature token].
+
+    Returns:
+        [feature column]; nan where all tokens or none have the feature.
+    """
+    from scipy.stats import rankdata
+
+    ranks = rankdata(levels(values), axis=0)
+    n = holds.sum(axis=1, keepdims=True).astype(np.float64)
+    above = holds.astype(np.float64) @ ranks - n * (n + 1) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = above / (n * (holds.shape[1] - n))
+    return found
+
+
+def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.int64]) -> Floats:
+    """Sums by document from which `auroc_of` makes AUROCs, [string column*4].
+
+    A token's placement is the share of tokens of the other class on its right side. The AUROC is the
+    mean placement of the tokens that have the feature, and also that of the others; its interval
+    needs the two sums and the two counts, and no scores.
+
+    Args:
+        values: [token column].
+        holds: [token], the same for all columns.
+        string: [token], of which document it is.
+
+    Source: DeLong, DeLong and Clarke-Pearson 1988, "structural components".
+    """
+    from scipy.stats import rankdata
+
+    rounded = levels(values)
+    ranks = rankdata(rounded, axis=0)
+    placed = np.empty_like(rounded)
+    for own in (holds, ~holds):
+        below = ranks[own] - rankdata(rounded[own], axis=0)  # of the other class, ties half
+        share = below / max(1, int((~own).sum()))
+        placed[own] = share if own is holds else 1 - share
+    parts = [part for one in placed.T for part in (one * holds, holds, one * ~holds, ~holds)]
+    return sums_by_document(np.stack(parts, axis=1), string)
+
+
+def auroc_of(sums: Floats, everything: Floats) -> Floats:
+    """AUROCs from weighted sums of the rows of `auroc_sums`, [draw column].
+
+    Args:
+        sums: [draw column*4].
+        everything: the unweighted sum of the rows, [column*4]. At these weights the result is exact;
+            at others it is the AUROC to first order in the weights: the sum of the two mean
+            placements less the AUROC of all.
+    """
+
+    def means(sums: Floats) -> tuple[Floats, Floats]:
+        own, n_own, other, n_other = np.moveaxis(sums.reshape(len(sums), -1, 4), -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return own / n_own, other / n_other
+
+    own, other = means(sums)
+    return own + other - means(everything[None])[0]
+
+
+def mean_of_defined(values: Floats) -> Floats:
+    """Mean over the last axis of what is not nan; nan where nothing is."""
+    defined = ~np.isnan(values)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = np.where(defined, values, 0.0).sum(axis=-1) / defined.sum(axis=-1)
+    return found
+
+
+def median_of_defined(values: Floats) -> Floats:
+    """Median over the last axis of what is not nan; nan where nothing is."""
+    ordered = np.sort(values, axis=-1)  # nan comes last
+    n = (~np.isnan(ordered)).sum(axis=-1, keepdims=True)
+    middle = np.concatenate([(n - 1) // 2, n // 2], axis=-1).clip(0)
+    found: Floats = np.take_along_axis(ordered, middle, axis=-1).mean(axis=-1)
+    return found

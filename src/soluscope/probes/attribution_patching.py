@@ -1,0 +1,286 @@
+"""P18: how well does attribution patching stand in for exact ablation, and does the mid gain spoil it?
+
+Attribution patching replaces an ablation by the gradient times the change of the activation. It goes
+wrong where the loss bends: in the softmax over the vocabulary, in ln_final, and, for activations before
+the mid norm, in that norm's gain. The last part is told from the others by holding the gain fixed
+in the gradient.
+
+Source: Nanda 2023, "Attribution Patching"; Baroni et al. 2025 (arXiv 2507.02559), where removing
+LayerNorm does not help much; science.md section 7, P18, by sections 8.2, 8.3 and 8.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import correlation, ratio
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+EVERY = 7
+"""All neurons are ablated at every 7th token that is not BOS and has a target."""
+TOLERANCE = 1e-6
+"""Nats: how exact an ablation must be. Signs of smaller changes are not compared."""
+N_TOP = 10
+N_BINS = 10
+
+METHODS = {
+    "first order": "-h_j dl/dh_j, against setting post_j to 0",
+    "second order": "first and second cumulant of the change of logits, against setting post_j to 0",
+    "before the norm": "-a_j dl/da_j, the gradient going through the gain, against setting mid_j to 0",
+    "before the norm, gain detached": "the same with the gain held fixed in the gradient",
+}
+OF_POST = ("first order", "second order")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every neuron at some of the tokens; changes of loss, [t d_mlp], nats."""
+
+    tokens: Tensor
+    exact: dict[str, Tensor]
+    """By method: what it stands in for."""
+    found: dict[str, Tensor]
+    """By method."""
+
+
+@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
+def pairs(run: HookedRun) -> Pairs:
+    """All (token, neuron) pairs that the probe's numbers come from."""
+    from soluscope.ablation import Ablation
+    from soluscope.probes._attribution import spread_tokens
+
+    tokens = spread_tokens(run, EVERY)
+    ablation = Ablation(run)
+    gradient = ablation.gradient(tokens).double()
+    bounds = ablation.bounds(tokens)
+    post, mid = (
+        edit(tokens, tolerance=TOLERANCE).double() for edit in (ablation.post, ablation.mid)
+    )
+    through, detached = gradients_of_mid(run, tokens, gradient)
+    a = run.mid[tokens].double()
+    found = {
+        "first order": -run.post[tokens].double() * gradient,
+        "second order": (bounds.first + bounds.second / 2).double(),
+        "before the norm": -a * through,
+        "before the norm, gain detached": -a * detached,
+    }
+    exact = {name: post if name in OF_POST else mid for name in METHODS}
+    return Pairs(tokens, exact, found)
+
+
+def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """dl/da_j with the gain following a_j, and with the gain held fixed; both [t d_mlp].
+
+    post = g gamma (a - m) + beta gives dl/da_j = g (G_j - mean G) + dg/da_j sum_i (a_i - m) G_i with
+    G_i = gamma_i dl/dh_i, and g = (s2 + eps)^(-1/2) gives dg/da_j = -(a_j - m) g^3 / N. Without
+    centring m and mean G are 0; with a constant gain dg/da_j is.
+    """
+    G = gradient * run.readout.gamma.double()
+    a, gain = run.mid[tokens].double(), run.gain[tokens, None].double()
+    if run.centres:
+        a = a - a.mean(-1, keepdim=True)
+        G = G - G.mean(-1, keepdim=True)
+    detached = gain * G
+    if run.eps is None:
+        return detached, detached
+    slope = -a * gain.pow(3) / a.shape[-1]
+    return detached + slope * (a * G).sum(-1, keepdim=True), detached
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Errors and effects summed over neurons, sign agreement and overlap; nan but at every `EVERY`-th token."""
+    import torch
+
+    from soluscope.probes._attribution import scattered
+
+    at = pairs(run)
+    values: dict[str, Tensor] = {
+        "effect after the norm": at.exact["first order"].abs().sum(-1),
+        "effect before the norm": at.exact["before the norm"].abs().sum(-1),
+    }
+    for name, found in at.found.items():
+        exact = at.exact[name]
+        counted = exact.abs() > TOLERANCE
+        same = (found.sign() == exact.sign()) & counted
+        k = min(N_TOP, exact.shape[-1])
+        best, guessed = (
+            torch.zeros_like(counted).scatter(-1, part.abs().topk(k).indices, True)
+            for part in (exact, found)
+        )
+        values[f"error: {name}"] = (found - exact).abs().sum(-1)
+        values[f"sign agreement: {name}"] = same.sum(-1) / counted.sum(-1)
+        values[f"top-10 overlap: {name}"] = (best & guessed).sum(-1) / k
+    through, detached = (at.found[n] for n in METHODS if n not in OF_POST)
+    values["error of detaching the gain"] = (through - detached).abs().sum(-1)
+    return {name: scattered(run, at.tokens, column) for name, column in values.items()}
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
+    import numpy as np
+
+    at = pairs(run)
+    if not len(at.tokens):
+        return
+    string = table["string"]
+    here = run.string[at.tokens].numpy()
+    owner = np.repeat(here, run.mid.shape[1])
+    for name, found in at.found.items():
+        effect = "effect after the norm" if name in OF_POST else "effect before the norm"
+        exact = at.exact[name].numpy()
+        yield ratio(f"NMAE: {name}", table[f"error: {name}"], table[effect], string)
+        yield correlation(f"Pearson: {name}", found.numpy().ravel(), exact.ravel(), owner)
+        size, error = np.abs(exact), np.abs(found.numpy() - exact)
+        edges = np.quantile(size, np.linspace(0, 1, N_BINS + 1)[1:-1])
+        bins = np.searchsorted(edges, size)
+        for number in range(N_BINS):
+            inside = bins == number
+            yield ratio(
+                f"NMAE by |dl|: {name}", (error * inside).sum(-1), (size * inside).sum(-1), here,
+                x=(number + 0.5) / N_BINS,
+            )  # fmt: skip
+    yield ratio(
+        "share of detaching the gain",
+        table["error of detaching the gain"], table["effect before the norm"], string,
+    )  # fmt: skip
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two neurons, of which the first writes x = post on logits of -x and x; S is 1, and x = 1.
+
+    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The loss f(x) = log(1 +
+    e^(-2x)) has slope -2q, q = 1 / (1 + e^2), and the logits' difference 2x has variance 4q(1 - q)
+    under p. With a = (3/2, 1/2) and a constant gain of 2, x is the difference of the two: dl/da is
+    (-2q, 2q), and setting the first to 0 makes x -1/2, the second 3/2. A LayerNorm of two neurons
+    gives (1, -1), the larger first, whatever they are: the gradient through the gain is 0, setting
+    the first to 0 swaps the two, and setting the second to 0 does nothing.
+    """
+    import math
+    from dataclasses import replace
+
+    import torch
+
+    from soluscope.activations import planted
+    from soluscope.probes._attribution import with_readout
+
+    def reading_out(run: HookedRun) -> HookedRun:
+        run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
+        return with_readout(
+            run,
+            resid_mid=torch.zeros_like(run.resid_mid),
+            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
+            W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
+        )
+
+    def loss(x: float) -> float:
+        return math.log1p(math.exp(-2 * x))
+
+    a = torch.tensor([[[1.5, 0.5]] * 3])
+    nan, q = math.nan, 1 / (1 + math.exp(2))
+    removed, first, second = (loss(x) - loss(1) for x in (0, -0.5, 1.5))
+    yield (
+        reading_out(planted(a, gain=2.0)),
+        {
+            "effect after the norm": [nan, removed, nan],
+            "error: first order": [nan, removed - 2 * q, nan],
+            "error: second order": [nan, abs(removed - 2 * q - 2 * q * (1 - q)), nan],
+            "sign agreement: first order": [nan, 1, nan],
+            "top-10 overlap: first order": [nan, 1, nan],
+            "effect before the norm": [nan, first - second, nan],
+            "error: before the norm": [nan, abs(3 * q - first) + abs(-q - second), nan],
+            "sign agreement: before the norm": [nan, 1, nan],
+            "NMAE: first order": (removed - 2 * q) / removed,
+            "share of detaching the gain": 0,
+        },
+    )
+    yield (
+        reading_out(planted(a, eps=1e-16)),
+        {
+            "effect before the norm": [nan, loss(-1) - loss(1), nan],
+            "error: before the norm": [nan, loss(-1) - loss(1), nan],
+            "error: before the norm, gain detached": [nan, 2 - 3 * q + q, nan],
+        },
+    )
+
+
+_AT = f"at every {EVERY}th token"
+
+PROBE = Probe(
+    name="Attribution patching against exact ablation",
+    section="P18",
+    question="Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that "
+    "it misses?",
+    reading="An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain "
+    "detached as with the gradient through it says that the gain answers to no neuron: pinned by epsilon, "
+    "or a constant. With an active LayerNorm, detaching it changes the answer by the share shown. Removing "
+    "LayerNorm is expected to help little (Baroni et al.): the softmax over the vocabulary bends most.",
+    pitfalls="Errors sit in the few large effects: read them by size. Signs are compared only where the "
+    "change is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0 "
+    "before the norm is not one after it: a neuron at 0 comes out below the mean.",
+    formula="-h_j dl/dh_j against l(post_j = 0) - l; E_p[delta] - delta_y + Var_p[delta] / 2 against the "
+    "same; -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l; NMAE = sum |found - exact| / sum "
+    "|exact|",
+    gates=(
+        Gate("smear_shared", "share of detaching the gain", above=0.1),
+        Gate("pinned", "share of detaching the gain", within=0.01),
+    ),
+    tested="NMAE: first order",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        "effect after the norm": Quantity("nats", f"sum over neurons of |change|, post_j set to 0, {_AT}"),
+        "effect before the norm": Quantity("nats", f"sum over neurons of |change|, mid_j set to 0, {_AT}"),
+        "error of detaching the gain": Quantity(
+            "nats", f"sum over neurons of |through the gain - detached|, {_AT}"
+        ),
+        **{
+            f"{what}: {name}": Quantity(unit, f"{meaning}, {_AT}; {method}")
+            for name, method in METHODS.items()
+            for what, unit, meaning in (
+                ("error", "nats", "sum over neurons of |found - exact|"),
+                ("sign agreement", "share of neurons", "found and exact have one sign"),
+                ("top-10 overlap", "share of 10", "of the ten largest, how many are found"),
+            )
+        },
+    },
+    estimates={
+        **{
+            f"{what}: {name}": Quantity(unit, f"{meaning}; {method}")
+            for name, method in METHODS.items()
+            for what, unit, meaning in (
+                ("NMAE", "share of the effect", "sum of |found - exact| over sum of |exact|"),
+                ("Pearson", "correlation", "of found and exact, over pairs"),
+                ("NMAE by |dl|", "share of the effect", "by tenth of |exact|, the smallest first"),
+            )
+        },
+        "share of detaching the gain": Quantity(
+            "share of the effect", "sum of |through the gain - detached| over sum of |exact|, before the norm"
+        ),
+    },
+    streams=("natural",),
+    figures=(
+        Figure("Error of attribution patching", tuple(f"NMAE: {name}" for name in METHODS)),
+        Figure("What detaching the gain changes", ("share of detaching the gain",)),
+        Figure("Correlation with exact ablation, over pairs", tuple(f"Pearson: {name}" for name in METHODS)),
+        Figure(
+            "Sign agreement and top-10 overlap",
+            tuple(f"{what}: {name}" for what in ("sign agreement", "top-10 overlap") for name in METHODS),
+        ),
+        Figure(
+            "Error by size of the effect", tuple(f"NMAE by |dl|: {name}" for name in METHODS),
+            kind="curve", x_title="rank of |exact|, as a share",
+        ),
+    ),
+    source="Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7 "
+    "P18 and 8.3",
+)  # fmt: skip

@@ -1,0 +1,400 @@
+"""P10: tokens where the MLP's direct logit attribution is high but no single neuron's is. Figure 6, both ways.
+
+The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse
+outlier score", took the ten highest positions, and asked whether LayerNorm turns these up more than
+random positions. Three things are wrong with it (science.md section 1.6). max a - mean a grows with
+the standard deviation s of a, so the selection by its inverse is a selection by 1/s, which is what
+the gain is. The ablation loss is the prompt's mean, so short prompts win. And what was compared, the outlier
+score after LayerNorm over the one before, is the gain itself, with BOS among the random positions.
+
+The corrected score is the token's own change of loss times K_dla, the number of neurons that share the
+attribution, which no gain can change; its rank correlation with log g is given what else goes with both.
+
+Source: Baginski et al. 2023 (hackathon study), part 3, Figure 6 and its notebook SoLU_LN_3; Nanda's
+problem 4.39c; science.md sections 1.6 and 7, P10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+HIGH_DLA = 1.0
+"""Logits; above it the MLP's attribution counts as high."""
+HIGH_NEURON = 0.25
+"""Share of the MLP's attribution; a neuron that has more counts as high."""
+TOP = 0.05
+"""Share of positions that count as those with the highest score: the study took 10 of about 210."""
+FLAT = 1e-9
+"""A spread of log gain below this is rounding: there are no ranks to correlate with."""
+FELT = 1e-3
+"""Nats: a smaller change of loss does not matter (the margin of equivalence), and its score is 0."""
+N_BINS = 10
+N_TYPES = 24
+"""Token types shown, the commonest first."""
+MIN_STRINGS = 20
+"""A type seen in fewer documents is not shown in the corrected figure."""
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Attribution, its concentration, ablation loss and both scores, one value a token.
+
+    Returns:
+        nan where there is no target, but for the published score, which is 0 there (removing a
+        prompt's last token changes no loss), and for the inverse outlier score, which needs none. K
+        and the share are nan where no neuron contributes.
+    """
+    import torch
+
+    from soluscope.ablation import loss_at_post
+    from soluscope.probes._attribution import contributions
+
+    c = contributions(run).double()
+    size = c.abs()
+    total, largest, dla = size.sum(-1), size.amax(-1), c.sum(-1)
+    loss = loss_at_post(run, run.post).double()  # run.loss is fp32, whatever the model
+    removed = loss_at_post(run, torch.zeros_like(run.post)).double() - loss
+    neurons = total.square() / size.square().sum(-1)
+    diffuse = (dla > HIGH_DLA) & (largest < HIGH_NEURON * dla)
+    # As published: all of mid set to 0, so the mid norm's bias is left, and the mean over the prompt.
+    silent = run.readout.beta.expand_as(run.post)
+    row = run.is_bos.cumsum(0)
+    n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row]
+    diluted = (loss_at_post(run, silent).double() - loss).nan_to_num(0.0) / n_targets
+    mid = run.mid.double()
+    outlier = mid.amax(-1) - mid.mean(-1)
+    inverse = (1 / outlier).where(outlier > 0, torch.nan)
+    return {
+        "MLP DLA": dla,
+        "sum |c|": total,
+        "K_dla": neurons,
+        "largest neuron's share": largest / total,
+        "diffuse and high": diffuse.double().where(run.target >= 0, torch.nan),
+        "ablation loss": removed,
+        "score": (removed * neurons).where(~(removed.abs() <= FELT), 0.0),
+        "inverse outlier score (as published)": inverse,
+        "score (as published)": diluted * inverse,
+    }
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """What goes with the gain, and Figure 6; BOS is left out of all that is not "as published"."""
+    import numpy as np
+
+    gain, content = run.gain.double().numpy(), table["pos"].to_numpy() > 0
+    if not table["score"][content].notna().any():
+        return
+    if np.ptp(np.log(gain[content])) > FLAT:
+        yield from _against_gain(run, table, np.log(gain))
+    for name, rows in (("score", content), ("score (as published)", content | True)):
+        words, here = name.removeprefix("score"), table[rows]
+        yield _top_over_all(
+            f"gain at top positions over all{words}", gain[rows],
+            here[name].to_numpy(), here["string"].to_numpy(),
+        )  # fmt: skip
+    yield from _by_type(table, run)
+    yield from _by_k(table[content])
+
+
+def _against_gain(
+    run: HookedRun, table: pd.DataFrame, log_gain: NDArray[np.float64]
+) -> Iterator[Estimate]:
+    """Rank correlations with log gain, and the published score's with 1/s."""
+    import numpy as np
+
+    content = table["pos"].to_numpy() > 0
+    here = table[content]
+    string = here["string"]
+    _, code, counts = np.unique(run.tokens.numpy(), return_inverse=True, return_counts=True)
+    given = [
+        column[content]
+        for column in (
+            run.loss.numpy(),
+            run.pos.numpy(),
+            np.log(counts[code]),
+            run.resid_mid.norm(dim=-1).numpy(),
+        )
+    ]
+    log_gain = log_gain[content]
+    found, null = (
+        rank_correlation(name, score, log_gain, string, given)
+        for name, score in (
+            (PARTIAL, here["score"]),
+            (f"{PARTIAL}, W_out permuted", _null_score(run)[content]),
+        )
+    )
+    yield from (found, null)
+    if found.sums.shape[0] == null.sums.shape[0]:
+        yield _difference(f"{PARTIAL}, less permuted", found, null)
+    inverse_s = 1 / run.mid.double().std(dim=-1, correction=0).numpy()[content]
+    for name in ("inverse outlier score", "score"):
+        values = here[f"{name} (as published)"]
+        yield rank_correlation(f"{name} (as published) against 1/s", values, inverse_s, string)
+
+
+def _null_score(run: HookedRun) -> NDArray[np.float64]:
+    """The score if the neurons' output weights were dealt to other neurons, [token].
+
+    One fixed permutation; each token's activations are scaled so that its sum |c| stays what it was.
+    """
+    import torch
+
+    from soluscope.ablation import loss_at_post
+    from soluscope.probes._attribution import (
+        contributions,
+        final_scale,
+        resid_final,
+        target_direction,
+    )
+
+    out = run.readout
+    order = torch.randperm(len(out.W_out), generator=torch.Generator().manual_seed(0))
+    dealt = replace(run, readout=replace(out, W_out=out.W_out[order]))
+    scale = final_scale(run, resid_final(run))[:, None]
+    size = (run.post * (target_direction(run) @ dealt.readout.W_out.T) / scale).abs().double()
+    factor = contributions(run).abs().sum(-1, dtype=torch.float64) / size.sum(-1)
+    post = run.post * factor.nan_to_num(1.0, posinf=1.0)[:, None].to(run.post.dtype)
+    without = loss_at_post(run, torch.zeros_like(run.post)).double()
+    removed = without - loss_at_post(dealt, post).double()
+    values: NDArray[np.float64] = (removed * size.sum(-1).square() / size.square().sum(-1)).numpy()
+    return values
+
+
+def _difference(quantity: str, one: Estimate, other: Estimate) -> Estimate:
+    """Of two estimates over the same tokens."""
+    import numpy as np
+
+    width = one.sums.shape[1]
+    sums = np.concatenate([one.sums, other.sums], axis=1)
+    return Estimate(
+        quantity, sums, lambda s: one.value(s[:, :width]) - other.value(s[:, width:]), one.n
+    )
+
+
+def _top_over_all(
+    quantity: str,
+    gain: NDArray[np.float64],
+    score: NDArray[np.float64],
+    string: NDArray[np.int64],
+) -> Estimate:
+    """Mean gain where the score is among the highest, over the mean gain of all, less 1."""
+    import numpy as np
+
+    top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
+    sums, n = sums_by_string([top * gain, top, gain, np.ones_like(gain)], string)
+
+    def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3]) - 1
+        return found
+
+    return Estimate(quantity, sums, value, n)
+
+
+def _by_type(table: pd.DataFrame, run: HookedRun) -> Iterator[Estimate]:
+    """Figure 6: mean DLA of the commonest token types; as published BOS is one, and rare ones are."""
+    with_target = table[table["MLP DLA"].notna()]
+    for name in ("MLP DLA by token", "MLP DLA by token (as published)"):
+        published = name.endswith("(as published)")
+        rows = with_target if published else with_target[with_target["pos"] > 0]
+        types = rows.groupby("token")["string"].agg(["size", "nunique"])
+        if not published:
+            types = types[types["nunique"] >= MIN_STRINGS]
+        types = types.reset_index().sort_values(["size", "token"], ascending=[False, True])
+        for rank, token in enumerate(types["token"][:N_TYPES], start=1):
+            mine = (rows["token"] == token).to_numpy()
+            yield ratio(
+                name, rows["MLP DLA"][mine], mine[mine], rows["string"][mine], x=float(rank),
+                note=run.vocab[int(token)] if run.vocab else str(token),
+            )  # fmt: skip
+
+
+def _by_k(table: pd.DataFrame) -> Iterator[Estimate]:
+    """Mean DLA by tenth of K_dla, each at its own mean K: is what many neurons share small?"""
+    import numpy as np
+
+    rows = table[table["K_dla"].notna()].sort_values("K_dla", kind="stable")
+    for part in np.array_split(np.arange(len(rows)), N_BINS):
+        tenth = rows.iloc[part]
+        if len(tenth):
+            yield ratio(
+                "MLP DLA by K_dla", tenth["MLP DLA"], np.ones(len(tenth)), tenth["string"],
+                x=float(tenth["K_dla"].mean()),
+            )  # fmt: skip
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two neurons at (a, -a) that write c = (4, 2) times a to a logit of x against -x; S is 1.
+
+    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The target's centred
+    logit is 6a, and without the MLP 0, so the loss is log(1 + e^(-12a)) against log 2. Signs: the
+    second neuron's activation is -a and its weight negative. K = (4 + 2)^2 / (16 + 4) = 1.8.
+    """
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+    from soluscope.probes._attribution import with_readout
+
+    a = 0.5
+    run = planted(torch.tensor([[[a, -a]] * 3]))
+    run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
+    run = with_readout(
+        run,
+        resid_mid=torch.zeros(3, 2, dtype=torch.float64),
+        W_out=torch.tensor([[4.0, 0.0], [-2.0, 0.0]], dtype=torch.float64),
+        W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
+    )
+    change = math.log(2) - math.log1p(math.exp(-12 * a))
+    nan = math.nan
+    yield (
+        run,
+        {
+            "MLP DLA": [3, 3, nan],
+            "sum |c|": [3, 3, nan],
+            "K_dla": [1.8, 1.8, nan],
+            "largest neuron's share": [2 / 3, 2 / 3, nan],
+            "diffuse and high": [0, 0, nan],
+            "ablation loss": [change, change, nan],
+            "score": [1.8 * change, 1.8 * change, nan],
+            "inverse outlier score (as published)": [2, 2, 2],
+            "score (as published)": [
+                change / 2 * 2,
+                change / 2 * 2,
+                0,
+            ],  # two targets in the prompt
+        },
+    )
+
+
+PARTIAL = "partial rho of score and log gain"
+
+PROBE = Probe(
+    name="High MLP attribution without a high neuron",
+    section="P10",
+    question="Are tokens whose MLP attribution is high but spread over many neurons those that the gain "
+    "turns up?",
+    reading="Smearing predicts a partial correlation above 0 and above that with W_out permuted, together "
+    "with a gain at the top positions that is well above the gain of all. Without smearing the correlation "
+    "is 0, or the gain ratio is. A static gain gives no correlation: there is nothing to rank. What is "
+    "marked as published shows what the study's own test finds on the same tokens, whether there is "
+    "smearing or not.",
+    pitfalls="Ranks see an order in a gain that moves by a millionth: a model pinned by epsilon can have a "
+    "high correlation, and the gain ratio, 0 there, is what tells the two apart. Circular as published: 1 / "
+    "(max a - mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is "
+    "given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17). "
+    "Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types whatever "
+    "their number, BOS included.",
+    formula="c_tj = h_tj W_out[j].u_y / S; K_dla = (sum |c|)^2 / sum c^2; score = dl_t K_dla, dl_t the "
+    "change of the token's loss with the MLP's post at 0; partial Spearman(score, log g | surprisal, "
+    "position, log token count, |resid_mid|)",
+    gates=(
+        Gate("smear_shared", PARTIAL, above=0.1),
+        Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
+        Gate("smear_shared", "gain at top positions over all", above=0.1),
+        *(
+            Gate(negative, "gain at top positions over all", within=0.01)
+            for negative in ("monosemantic", "pinned", "absorbed")
+        ),
+        Gate("monosemantic", "diffuse and high", within=0.01),
+    ),
+    tested=PARTIAL,
+    shuffle="scale",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        "MLP DLA": Quantity(
+            "logits", "the MLP's direct attribution to the target's centred logit",
+            ("mean", "median", "q05", "q95"),
+        ),
+        "sum |c|": Quantity("logits", "sum of the neurons' attributions without their signs"),
+        "K_dla": Quantity(
+            "neurons", "(sum |c|)^2 / sum c^2, how many neurons share the attribution", ("mean", "median"),
+            more_smeared_when="higher",
+        ),
+        "largest neuron's share": Quantity("share", "max |c| / sum |c|", ("mean", "median")),
+        "diffuse and high": Quantity(
+            "share", "DLA above 1 logit, and no neuron with as much as a quarter of it",
+            more_smeared_when="higher",
+        ),
+        "ablation loss": Quantity("nats", "loss without the MLP less loss with it", ("mean", "median")),
+        "score": Quantity(
+            "nats x neurons", "ablation loss x K_dla; 0 for a loss below .001 nats", ("mean", "median")
+        ),
+        "inverse outlier score (as published)": Quantity("1 / activation", "1 / (max a - mean a)"),
+        "score (as published)": Quantity(
+            "nats / activation", "change of the prompt's mean loss, mid set to 0, x inverse outlier score"
+        ),
+    },
+    estimates={
+        PARTIAL: Quantity(
+            "correlation", "ranks, given surprisal, position, log token count and |resid_mid|",
+            more_smeared_when="higher",
+        ),
+        f"{PARTIAL}, W_out permuted": Quantity(
+            "correlation", "the same with output weights dealt to other neurons, at the same sum |c|"
+        ),
+        f"{PARTIAL}, less permuted": Quantity(
+            "correlation", "the difference of the two", more_smeared_when="higher"
+        ),
+        "inverse outlier score (as published) against 1/s": Quantity(
+            "correlation", "near 1: selecting by this score is selecting by the gain, whatever the model does"
+        ),
+        "score (as published) against 1/s": Quantity("correlation", "ranks; the score's share in that"),
+        "gain at top positions over all": Quantity(
+            "ratio less 1", "mean gain of the top 5% of tokens by score over the mean of all, without BOS"
+        ),
+        "gain at top positions over all (as published)": Quantity(
+            "ratio less 1", "the same by the published score, BOS among all; the study's ratio test"
+        ),
+        "MLP DLA by K_dla": Quantity(
+            "logits", "mean attribution of tokens by how many neurons share it", more_smeared_when="higher"
+        ),
+        "MLP DLA by token": Quantity(
+            "logits", "mean over a token type's occurrences, the commonest first, without BOS"
+        ),
+        "MLP DLA by token (as published)": Quantity(
+            "logits", "Figure 6: the same with BOS as one of the types, and rare types in"
+        ),
+    },
+    streams=("natural",),
+    figures=(
+        Figure("Score against log gain, partial rank correlation", (PARTIAL, f"{PARTIAL}, W_out permuted")),
+        Figure(
+            "The study's ratio test: gain at top positions over gain at all, less 1",
+            ("gain at top positions over all", "gain at top positions over all (as published)"),
+        ),
+        Figure(
+            "Circularity: the published score against 1/s",
+            ("inverse outlier score (as published) against 1/s", "score (as published) against 1/s"),
+        ),
+        Figure("MLP attribution", ("MLP DLA", "sum |c|", "diffuse and high")),
+        Figure("How many neurons share it, median token", ("K_dla",), statistic="median"),
+        Figure(
+            "MLP attribution by the number of neurons that share it", ("MLP DLA by K_dla",), kind="curve",
+            log_x=True, x_title="K_dla, mean of a tenth of the tokens",
+        ),
+        Figure(
+            "Figure 6: MLP attribution by token type",
+            ("MLP DLA by token", "MLP DLA by token (as published)"),
+            kind="curve",
+            x_title="token type, the commonest first",
+        ),
+    ),
+    source="Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md "
+    "sections 1.6 and 7 P10",
+)  # fmt: skip

@@ -1,0 +1,455 @@
+"""P19: neurons that act through a norm's scale and not through logits: entropy, frequency and gain neurons.
+
+An entropy neuron writes where the unembedding hardly reads: it lengthens the residual stream, ln_final
+divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. Their
+analogue at the mid norm is a gain neuron: taking it out moves the mid LayerNorm's gain, and so all other
+neurons, by more than what it writes itself.
+
+Source: Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md
+section 7, P19, by sections 8.2 and 8.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import ratio, sums_by_string
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+EVERY = 11
+"""All neurons are ablated at every 11th token that is not BOS and has a target."""
+TOLERANCE = 1e-6
+"""Nats: how exact a change of loss must be."""
+NULL_SHARE = 0.01
+"""Of the singular directions of W_U: those that count as its null space."""
+Q = 0.05
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp], nats."""
+
+    tokens: Tensor
+    total: Tensor
+    """TE: change of entropy with post_tj at 0, ln_final live."""
+    direct: Tensor
+    """DE: the same with ln_final's scale as it was."""
+    loss: Tensor
+    """Change of loss with mid_tj at 0, the mid norm's mean and gain held (8.2)."""
+    loss_through: Tensor
+    """Change of loss with mid_tj at 0, the mid norm live (8.5), less `loss`."""
+
+
+@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
+def effects(run: HookedRun) -> Effects:
+    """All (token, neuron) ablations that the probe's numbers come from."""
+    from soluscope.ablation import Ablation
+    from soluscope.probes._attribution import spread_tokens
+
+    tokens = spread_tokens(run, EVERY)
+    live = Ablation(run)
+    written = run.gain[tokens, None] * run.mid[tokens] * run.readout.gamma
+    held = live.post(tokens, run.post[tokens] - written, tolerance=TOLERANCE).double()
+    return Effects(
+        tokens=tokens,
+        total=live.entropy(tokens).double(),
+        direct=Ablation(run, "frozen").entropy(tokens).double(),
+        loss=held,
+        loss_through=live.mid(tokens, tolerance=TOLERANCE).double() - held,
+    )
+
+
+def gain_elasticity(run: HookedRun) -> Tensor:
+    """|a_j dlog g/da_j| = |a_j (a_j - m)| g^2 / N, [token d_mlp]: how far a neuron moves its token's gain.
+
+    0 where the gain is one constant; m is 0 in a norm that does not centre.
+    """
+    import torch
+
+    a = run.mid.double()
+    if run.eps is None:
+        return torch.zeros_like(a)
+    about = a - a.mean(-1, keepdim=True) if run.centres else a
+    return (a * about).abs() * run.gain.double().square()[:, None] / a.shape[-1]
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Means over neurons of the sizes of their effects; nan but at every `EVERY`-th token, save the gain's."""
+    from soluscope.probes._attribution import scattered
+
+    at = effects(run)
+    through = (at.total - at.direct).abs()
+    values = {
+        "entropy: total effect": at.total.abs().mean(-1),
+        "entropy: direct effect": at.direct.abs().mean(-1),
+        "entropy: through ln_final": through.mean(-1),
+        "loss: mid norm held": at.loss.abs().mean(-1),
+        "loss: through the mid norm": at.loss_through.abs().mean(-1),
+    }
+    columns = {name: scattered(run, at.tokens, column) for name, column in values.items()}
+    return columns | {"log gain moved": gain_elasticity(run).mean(-1)}
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """The largest neuron's means, how many neurons are discovered, and shares; facts of the weights."""
+    import numpy as np
+
+    at = effects(run)
+    if not len(at.tokens):
+        return
+    string = run.string[at.tokens].numpy()
+    through = (at.total - at.direct).numpy()
+    yield _over_neurons("largest mean TE - DE", through, string, lambda means: abs(means).max(-1))
+    yield _over_neurons("mean TE - DE", through, string, lambda means: means.mean(-1))
+    sums, n = _excess_sums(at, string)
+    yield Estimate(
+        "share of neurons discovered as entropy neurons", sums,
+        lambda sums: _discovered(sums).mean(-1), n,
+    )  # fmt: skip
+    content = ~run.is_bos
+    yield _over_neurons(
+        "log gain moved by the largest gain neuron",
+        gain_elasticity(run)[content].numpy(), run.string[content].numpy(), lambda m: m.max(-1),
+    )  # fmt: skip
+    for name, through_norm, otherwise in (
+        ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
+        ("loss effect through the mid norm", "loss: through the mid norm", "loss: mid norm held"),
+    ):
+        part, rest = table[through_norm], table[otherwise]
+        yield ratio(f"share of {name}", part, part + rest, table["string"])
+    for name, column in _WEIGHTS.items():
+        values = column(weights(run))
+        if values.isfinite().any():
+            # One row, so no interval: another text would not move it (or, for the unigram, hardly).
+            fact = np.array([[values[values.isfinite()].max().item()]])
+            yield Estimate(name, fact, lambda sums: sums[:, 0], len(values))
+
+
+def _over_neurons(
+    quantity: str,
+    values: NDArray[np.float64],
+    string: NDArray[np.int64],
+    reduce: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+) -> Estimate:
+    """A function of each neuron's mean over tokens; `values` are [t d_mlp]."""
+    import numpy as np
+
+    sums, n = sums_by_string([*values.T, np.ones(len(values))], string)
+    return Estimate(quantity, sums, lambda sums: reduce(sums[:, :-1] / sums[:, -1:]), n)
+
+
+def _excess_sums(at: Effects, string: NDArray[np.int64]) -> tuple[NDArray[np.float64], int]:
+    """Sums over strings from which `_p` tests each neuron's mean of |TE - DE| - |DE|.
+
+    Columns: 1, count and count^2 of a string, then for each neuron the string's sum x, x^2 and x count.
+    """
+    import numpy as np
+
+    excess = ((at.total - at.direct).abs() - at.direct.abs()).numpy()
+    sums, n = sums_by_string([np.ones(len(excess)), *excess.T], string)
+    count, x = sums[:, :1], sums[:, 1:]
+    return np.concatenate([count**0, count, count**2, x, x**2, x * count], axis=1), n
+
+
+def _p(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Each neuron's mean and its two-sided p over strings, [draw d_mlp], from `_excess_sums`.
+
+    Student's t with the ratio estimator's linear standard error: unlike a jackknife it follows
+    from sums alone, so that resampled strings are tested as these are.
+    """
+    import numpy as np
+    from scipy.stats import t as student_t
+
+    n_strings, count, count2 = (sums[:, i : i + 1] for i in range(3))
+    x, x2, x_count = np.split(sums[:, 3:], 3, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = x / count
+        square = (x2 - 2 * mean * x_count + mean**2 * count2).clip(min=0)
+        error = np.sqrt(square * n_strings / (n_strings - 1)) / count
+        p = 2 * student_t.sf(np.abs(mean) / error, n_strings - 1)
+    return mean, p
+
+
+def _discovered(sums: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Neurons whose mean of |TE - DE| - |DE| is above 0 by Benjamini-Hochberg at q = .05, [draw d_mlp]."""
+    import numpy as np
+
+    from soluscope.stats import benjamini_hochberg
+
+    mean, p = _p(sums)
+    adjusted = np.stack([benjamini_hochberg(row) for row in p])
+    return (mean > 0) & (adjusted < Q)
+
+
+def weights(run: HookedRun) -> dict[str, Tensor]:
+    """What can be said of each neuron without activations, [d_mlp] each.
+
+    W_U is taken with ln_final's weights on it, without what ln_final's centring takes out, and
+    centred over the vocabulary, so that its null space is what no probability reads. W_out's rows
+    are taken after the centring alone; nothing of the mid norm (gamma, centring) is folded into them.
+
+    Returns:
+        norm of the row of W_out; LogitVar, the variance over the vocabulary of its cosine with W_U's
+        columns; the share of its squared norm in the lowest 1% (at least one) of W_U's singular
+        directions, and in those past the knee, the largest drop among the lower half of the log
+        singular values; the correlation of what it adds to logits with the log unigram, over the
+        tokens that the run has (nan if fewer than three).
+    """
+    import torch
+
+    out = run.readout
+    d_model = len(out.W_U)
+    W = out.W_out.double()
+    U = out.W_U.double() * out.ln_w.double()[:, None]
+    if out.ln_centred:
+        # An orthonormal basis of what is left of the residual stream: all but the direction (1, ..., 1).
+        ones = torch.ones(d_model, 1, dtype=torch.float64)
+        basis = torch.linalg.qr(
+            torch.cat([ones, torch.eye(d_model, dtype=torch.float64)[:, 1:]], 1)
+        )
+        W, U = W @ basis.Q[:, 1:], basis.Q[:, 1:].T @ U
+    U = U - U.mean(-1, keepdim=True)
+    norm = W.norm(dim=-1)
+    unit = W / norm[:, None]
+    length = U.norm(dim=0)
+    cosine = (unit @ U)[:, length > 0] / length[length > 0]
+    left, spectrum = _singular(U)
+    share = (unit @ left).square()  # [d_mlp direction], the largest singular value first
+    # Below 1e-7 of the largest, singular values of U U^T are rounding.
+    drops = -spectrum.clamp(min=1e-7 * spectrum[0]).log().diff()
+    drops[: len(drops) // 2] = -torch.inf
+    knee = 1 + int(drops.argmax()) if len(drops) else 1
+    n_null = max(1, round(NULL_SHARE * d_model))
+    return {
+        "W_out norm": out.W_out.double().norm(dim=-1),
+        "LogitVar": cosine.var(dim=-1, correction=0),
+        "null share, lowest 1%": share[:, -n_null:].sum(-1),
+        "null share, past the knee": share[:, knee:].sum(-1),
+        "correlation with log unigram": _with_unigram(W @ U, run),
+    }
+
+
+def _singular(U: Tensor) -> tuple[Tensor, Tensor]:
+    """All left singular directions [d d] and values [d], from the largest; from U U^T, which is small."""
+    import torch
+
+    values, directions = torch.linalg.eigh(U @ U.T)
+    return directions.flip(-1), values.flip(-1).clamp(min=0).sqrt()
+
+
+def _with_unigram(added: Tensor, run: HookedRun) -> Tensor:
+    """Correlation over the vocabulary of what a neuron adds to logits with the log of token counts."""
+    import torch
+
+    counts = torch.bincount(run.tokens[~run.is_bos], minlength=added.shape[1])
+    seen = counts > 0
+    if int(seen.sum()) < 3:
+        return torch.full_like(added[:, 0], torch.nan)
+    y = counts[seen].double().log()
+    x, y = added[:, seen] - added[:, seen].mean(-1, keepdim=True), y - y.mean()
+    correlation: Tensor = (x @ y) / (x.norm(dim=-1) * y.norm())
+    return correlation
+
+
+_WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
+    "largest share in W_U's null space": lambda facts: facts["null share, lowest 1%"],
+    "largest |correlation| with log unigram": lambda facts: facts[
+        "correlation with log unigram"
+    ].abs(),
+}
+
+
+def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Facts of the weights, mean effects, and the adjusted p of acting through ln_final more than directly."""
+    import torch
+
+    from soluscope.stats import benjamini_hochberg
+
+    at = effects(run)
+    sums, _ = _excess_sums(at, run.string[at.tokens].numpy())
+    _, p = _p(sums.sum(0, keepdims=True))
+    content = ~run.is_bos
+    return {
+        **weights(run),
+        "TE": at.total.mean(0),
+        "DE": at.direct.mean(0),
+        "TE - DE": (at.total - at.direct).mean(0),
+        "adjusted p of |TE - DE| - |DE|": torch.from_numpy(benjamini_hochberg(p[0])),
+        "is entropy neuron": torch.from_numpy(_discovered(sums.sum(0, keepdims=True))[0]),
+        "log gain moved": gain_elasticity(run)[content].mean(0),
+        "|dl|, mid norm held": at.loss.abs().mean(0),
+        "|dl| through the mid norm": at.loss_through.abs().mean(0),
+    }
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """A neuron that only lengthens the residual stream, and two in a LayerNorm of two.
+
+    First: RMS final norm, logits of -x and x with x the first coordinate over S. Before the MLP the
+    stream is (3, 0) and the first neuron adds (0, 4), so x = .6 sqrt 2 with it and sqrt 2 without,
+    while with S held x does not move. Entropy is that of a coin of chance 1 / (1 + e^(-2x)).
+
+    Second: a = (3/2, 1/2), so post = (1, -1) and the gain is 2; |a (a - m)| g^2 / N is 3/2 and 1/2.
+    x is the first neuron's post (S constant by a large epsilon). Its mid at 0 with the norm held leaves
+    1 - 2 * 3/2 = -2, with the norm live -1. The second neuron writes nothing and, gone, moves nothing.
+    """
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+    from soluscope.probes._attribution import with_readout
+
+    def entropy(x: float) -> float:
+        p = 1 / (1 + math.exp(-2 * x))
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    def loss(x: float) -> float:
+        return math.log1p(math.exp(-2 * x))
+
+    nan = math.nan
+    unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    run = planted(torch.tensor([[[2.0, -2.0]] * 3]))
+    run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
+    moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
+    yield (
+        with_readout(
+            run,
+            resid_mid=torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3, 2),
+            W_out=torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64),
+            W_U=unembed,
+        ),
+        {
+            "entropy: total effect": [nan, moved / 2, nan],
+            "entropy: direct effect": [nan, 0, nan],
+            "entropy: through ln_final": [nan, moved / 2, nan],
+            "log gain moved": [0, 0, 0],
+            "loss: through the mid norm": [nan, 0, nan],
+            "largest mean TE - DE": moved,
+            "mean TE - DE": -moved / 2,
+            "largest share in W_U's null space": 1,
+        },
+    )
+    run = planted(torch.tensor([[[1.5, 0.5]] * 3]), eps=1e-16)
+    run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
+    yield (
+        with_readout(
+            run,
+            resid_mid=torch.zeros_like(run.resid_mid),
+            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
+            W_U=unembed * 1e12,
+        ),
+        {
+            "log gain moved": [1, 1, 1],
+            "loss: mid norm held": [nan, (loss(-2) - loss(1)) / 2, nan],
+            "loss: through the mid norm": [nan, (loss(-2) - loss(-1)) / 2, nan],
+            "entropy: through ln_final": [nan, 0, nan],
+            "log gain moved by the largest gain neuron": 1.5,
+        },
+    )
+
+
+_AT = f"mean over neurons, at every {EVERY}th token"
+
+PROBE = Probe(
+    name="Entropy, frequency and gain neurons",
+    section="P19",
+    question="Are there neurons that act by moving a norm's scale rather than by what they write to the "
+    "logits?",
+    reading="An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from "
+    "0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must vanish "
+    "where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some, as the gain "
+    "has to be moved by something; without them (log gain moved near 0) no neuron steers the others through "
+    "the gain.",
+    pitfalls="One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean "
+    "over texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one "
+    "whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's gamma "
+    "and centring.",
+    formula="TE - DE: change of entropy at post_j = 0, ln_final live less frozen; LogitVar_j = Var_v "
+    "cos(w_j, u_v); null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2; log gain moved = "
+    "|a_j (a_j - m)| g^2 / N; loss through the mid norm = (8.5) - (8.2) at mid_j = 0",
+    gates=(
+        Gate("entropy_neuron", "largest mean TE - DE", above=0.1),
+        Gate(
+            "entropy_neuron", "share of neurons discovered as entropy neurons", above=0.01, truth=1 / 32
+        ),
+        *(
+            Gate(negative, quantity, within=margin)
+            for negative in ("uniform", "monosemantic")
+            for quantity, margin in (
+                ("largest mean TE - DE", 0.001),
+                ("share of neurons discovered as entropy neurons", 0.01),
+            )
+        ),
+    ),
+    tested="mean TE - DE",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    neurons=neurons,
+    quantities={
+        "entropy: total effect": Quantity("nats", f"|change of entropy| at post_j = 0, ln_final live, {_AT}"),
+        "entropy: direct effect": Quantity("nats", f"the same with ln_final's scale frozen, {_AT}"),
+        "entropy: through ln_final": Quantity("nats", f"|total - direct effect|, {_AT}"),
+        "loss: mid norm held": Quantity(
+            "nats", f"|change of loss| at mid_j = 0, the mid norm's mean and gain held, {_AT}"
+        ),
+        "loss: through the mid norm": Quantity(
+            "nats", f"|the same with the mid norm live, less held|, {_AT}", more_smeared_when="higher"
+        ),
+        "log gain moved": Quantity(
+            "log gain",
+            "|a_j (a_j - m)| g^2 / N: to first order what removing a neuron does to the gain; mean over neurons",
+            more_smeared_when="higher",
+        ),
+    },
+    estimates={
+        "largest mean TE - DE": Quantity("nats", "size of the mean over tokens, of the neuron with the largest"),
+        "mean TE - DE": Quantity("nats", "over tokens and neurons"),
+        "share of neurons discovered as entropy neurons": Quantity(
+            "share", "mean of |TE - DE| - |DE| above 0 over documents, Benjamini-Hochberg at q = .05"
+        ),
+        "share of entropy effect through ln_final": Quantity(
+            "share", "sum of |TE - DE| over that and sum of |DE|"
+        ),
+        "share of loss effect through the mid norm": Quantity(
+            "share", "sum of |through the norm| over that and sum of |norm held|", more_smeared_when="higher"
+        ),
+        "log gain moved by the largest gain neuron": Quantity(
+            "log gain", "mean over tokens, of the neuron with the largest", more_smeared_when="higher"
+        ),
+        "largest share in W_U's null space": Quantity(
+            "share", "of a neuron's squared norm in the lowest 1% of W_U's singular directions"
+        ),
+        "largest |correlation| with log unigram": Quantity(
+            "correlation", "of what a neuron adds to logits, over the tokens of the text"
+        ),
+    },
+    streams=("natural",),
+    figures=(
+        Figure("Entropy: the neuron that moves it most through ln_final", ("largest mean TE - DE",)),
+        Figure(
+            "How much goes through a norm",
+            ("share of entropy effect through ln_final", "share of loss effect through the mid norm"),
+        ),
+        Figure("Entropy neurons discovered", ("share of neurons discovered as entropy neurons",)),
+        Figure("Log gain moved by the largest gain neuron", ("log gain moved by the largest gain neuron",)),
+        Figure(
+            "Facts of the weights",
+            ("largest share in W_U's null space", "largest |correlation| with log unigram"),
+        ),
+    ),
+    source="Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md "
+    "section 7 P19",
+)  # fmt: skip

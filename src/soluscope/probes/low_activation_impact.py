@@ -1,0 +1,600 @@
+"""P9: do neurons with a low activation before LayerNorm matter as much as others after it? Figures 4, 5, both ways.
+
+The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each
+to 0 after it, and plotted the change of the prompt's loss against the activation, looking for a second
+cluster. None can appear (science.md section 1.6): with a constant gain the effect is, to first order,
+linear in a, whether or not the model smears. Two more things hide what there is: the prompt's mean divides each
+change by the prompt's length, and the lowest signed activations are SoLU's negative ones, not the small.
+
+Here: exact changes of the token's own loss; ranks by |a| within the token and within the neuron; and
+the same ablations in the static surrogate, which is the same model with one gain for all tokens
+(c = exp(mean log g)). The smearing residual D is what the surrogate does not have. Small effects add
+up, so the real test is the set curve: all of a token's lowest neurons at once.
+
+Source: Baginski et al. 2023 (hackathon study), part 2; Nanda's problem 4.39b; science.md sections 1.6
+and 7, P9, by the closed form of section 8.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+EVERY = 7
+"""All neurons are ablated at every 7th token that is not BOS and has a target."""
+TOLERANCE = 1e-6
+"""Nats: how exact a change of loss must be."""
+LOWEST = 0.1
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Of a token's neurons, ablated together."""
+N_BINS = 10
+"""Ranks are summarised by tenths."""
+FLAT = 1e-9
+"""A spread of log gain below this is rounding: the surrogate is then the model."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp]."""
+
+    tokens: Tensor
+    live: HookedRun
+    """These tokens."""
+    fixed: HookedRun
+    """The static surrogate at these tokens."""
+    post_mean: Tensor
+    """Mean of each neuron's post over all other strings."""
+    zero: Tensor
+    """Change of loss with post_tj at 0."""
+    mean: Tensor
+    """With post_tj at `post_mean`."""
+    static: Tensor
+    """With post_tj at 0 in the static surrogate, against the surrogate's own loss."""
+    in_token: Tensor
+    """Rank of |a_tj| among the token's neurons, 0 to d_mlp - 1."""
+    in_neuron: Tensor
+    """Rank of |a_tj| among the neuron's values at these tokens, as a share from 0 to below 1."""
+
+
+@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
+def pairs(run: HookedRun) -> Pairs:
+    """All (token, neuron) ablations that the probe's numbers come from."""
+    import torch
+
+    from soluscope.ablation import Ablation, disjoint_mean, loss_at_post
+    from soluscope.probes._attribution import spread_tokens
+
+    tokens = spread_tokens(run, EVERY)
+    mask = torch.zeros(run.pos.shape, dtype=torch.bool)
+    mask[tokens] = True
+    live = run.subset(mask)
+    live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32, whatever the model
+    fixed = surrogate(live, static_gain(run))
+    post_mean = disjoint_mean(run, "post")[tokens]
+    every = torch.arange(len(tokens))
+    ablation = Ablation(live)
+    return Pairs(
+        tokens=tokens,
+        live=live,
+        fixed=fixed,
+        post_mean=post_mean,
+        zero=ablation.post(every, tolerance=TOLERANCE).double(),
+        mean=ablation.post(every, post_mean, tolerance=TOLERANCE).double(),
+        static=Ablation(fixed).post(every, tolerance=TOLERANCE).double(),
+        in_token=_ranks(live.mid.abs(), -1),
+        in_neuron=_ranks(live.mid.abs(), 0) / max(1, len(tokens)),
+    )
+
+
+def static_gain(run: HookedRun) -> float:
+    """The geometric mean of the gain over tokens that are not BOS."""
+    return float(run.gain[~run.is_bos].double().log().mean().exp())
+
+
+def surrogate(run: HookedRun, gain: float) -> HookedRun:
+    """The same weights and tokens with one gain for all."""
+    import torch
+
+    from soluscope.ablation import loss_at_post
+
+    factor = (gain * run.scale.double()).to(run.post.dtype)[:, None]
+    beta = run.readout.beta
+    post = beta + (run.post - beta) * factor
+    static = replace(run, post=post, scale=torch.full_like(run.scale, 1 / gain), eps=None)
+    return replace(static, loss=loss_at_post(static, post))
+
+
+def _ranks(values: Tensor, dim: int) -> Tensor:
+    """0 for the least; ties in order of place."""
+    return values.argsort(dim=dim, stable=True).argsort(dim=dim).double()
+
+
+def _lowest(rank: Tensor, share: float) -> Tensor:
+    """The `share` of each token's neurons with the lowest rank, at least one: [t d_mlp] of bool."""
+    return rank < max(1, round(share * rank.shape[-1]))
+
+
+def sets(found: Pairs, share: float) -> dict[str, Tensor]:
+    """Which neurons go together, [t d_mlp] of bool.
+
+    The lowest by |a| in the token; a random set of as many; random neurons, in order, for as
+    long as their sum of |n| (n: after the mid norm, before its gain and bias) does not exceed the
+    lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
+    order = _ranks(shuffled, -1)
+    lowest = _lowest(found.in_token, share)
+    mid = found.live.mid.double()
+    mass = mid - (mid.mean(-1, keepdim=True) if found.live.centres else 0.0)
+    mass = mass.abs()  # |n| over the token's gain
+    allowed = (mass * lowest).sum(-1, keepdim=True)
+    by_order = order.argsort(-1)
+    running = mass.gather(-1, by_order).cumsum(-1)
+    within = torch.zeros_like(lowest).scatter(-1, by_order, running <= allowed * (1 + 1e-12))
+    return {
+        "lowest": lowest,
+        "random": _lowest(order, share),
+        "same |n|": within,
+        "lowest in neuron": found.in_neuron < share,
+    }
+
+
+def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
+    """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
+    import torch
+
+    from soluscope.ablation import loss_at_post
+
+    live, fixed = found.live, found.fixed
+    zero, mean = torch.zeros_like(live.post), found.post_mean
+    chosen = sets(found, share)
+
+    def change(of: HookedRun, which: str, to: Tensor) -> Tensor:
+        return (loss_at_post(of, to.where(chosen[which], of.post)) - of.loss).double()
+
+    effects = {
+        "lowest": change(live, "lowest", zero),
+        "random": change(live, "random", zero),
+        "same |n|": change(live, "same |n|", zero),
+        "lowest, to the mean": change(live, "lowest", mean),
+        "random, to the mean": change(live, "random", mean),
+        "lowest, static gain": change(fixed, "lowest", zero),
+        "lowest in neuron": change(live, "lowest in neuron", zero),
+        "lowest in neuron, static gain": change(fixed, "lowest in neuron", zero),
+    }
+    for name in ("lowest", "lowest in neuron"):
+        effects[f"{name}, D"] = effects[name] - effects[f"{name}, static gain"]
+    return effects
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Effects of single neurons and of the lowest half, and the smearing residual.
+
+    Returns:
+        nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
+    """
+    import torch
+
+    from soluscope.probes._attribution import scattered
+
+    found = pairs(run)
+    low = _lowest(found.in_token, LOWEST)
+    D = found.zero - found.static
+    together = set_effects(found, 0.5)
+    above = found.live.gain.double() > static_gain(run)
+    values = {
+        "|dl|, all": found.zero.abs().mean(-1),
+        "|dl|, lowest tenth": (found.zero.abs() * low).sum(-1) / low.sum(-1),
+        "D": D.sum(-1),
+        "D where the gain is high": D.sum(-1).where(above, torch.nan),
+        "D where the gain is low": D.sum(-1).where(~above, torch.nan),
+        "|D|": D.abs().sum(-1),
+        "lowest half ablated": together["lowest"],
+        "random half ablated": together["random"],
+        "lowest half ablated, D": together["lowest, D"],
+    }
+    columns = {name: scattered(run, found.tokens, column) for name, column in values.items()}
+    return columns | {"gain": run.gain}
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Lifts, curves over ranks and over sets, and the published figures."""
+    found = pairs(run)
+    if not len(found.tokens):
+        return
+    string = run.string[found.tokens].numpy()
+    yield from _lifts(found, string)
+    yield from _deciles(found, string)
+    yield from _residual(run, table)
+    for share in SHARES:
+        for name, effect in set_effects(found, share).items():
+            values = effect.numpy()
+            yield ratio(f"set: {name}", values, values * 0 + 1, string, x=share)
+    yield from _published(run, found, string)
+
+
+def _lifts(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+    """E[|dl| | lowest tenth of |a|] / E[|dl|], a ratio of two means over pairs."""
+    n_neurons = found.zero.shape[1]
+    low_sets = {
+        "in token": _lowest(found.in_token, LOWEST),
+        "in neuron": found.in_neuron < LOWEST,
+    }
+    for to, effect in (("", found.zero), (", to the mean", found.mean)):
+        size = effect.abs()
+        for within, low in low_sets.items():
+            parts = [
+                (size * low).sum(-1).numpy(), low.sum(-1).numpy(),
+                size.sum(-1).numpy(), low.sum(-1).numpy() * 0.0 + n_neurons,
+            ]  # fmt: skip
+            sums, n = sums_by_string(parts, string)
+            yield Estimate(f"lift, lowest {within}{to}", sums, _ratio_of_means, n)
+
+
+def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
+    return value
+
+
+def _deciles(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+    """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
+    import numpy as np
+
+    n_neurons = found.zero.shape[1]
+    size, static = found.zero.abs().numpy(), found.static.abs().numpy()
+    tenths = {
+        "in token": (found.in_token / n_neurons * N_BINS).long().numpy(),
+        "in neuron": (found.in_neuron * N_BINS).long().numpy(),
+    }
+    for tenth in range(N_BINS):
+        x = (tenth + 0.5) / N_BINS
+        for within, place in tenths.items():
+            inside = place == tenth
+            yield ratio(
+                f"mean |dl| by rank {within}",
+                (size * inside).sum(-1), inside.sum(-1), string, x=x,
+            )  # fmt: skip
+        inside = tenths["in token"] == tenth
+        owner = np.repeat(string, inside.sum(-1))
+        for q in (0.95, 0.99):
+            yield _quantile(f"{q:.0%} quantile of |dl| by rank", size[inside], owner, q, x)
+        high = np.quantile(static[inside], 0.99) if inside.any() else np.inf
+        expected = (inside & (static > high)).sum(-1)
+        if expected.any():
+            yield ratio(
+                "density of high |dl| over surrogate's by rank",
+                (inside & (size > high)).sum(-1), expected, string, x=x,
+            )  # fmt: skip
+
+
+def _quantile(
+    quantity: str, values: NDArray[np.float64], string: NDArray[np.int64], q: float, x: float
+) -> Estimate:
+    """A quantile as a function of sums: counts up to edges, with straight lines between them.
+
+    The edges are quantiles of all values, a hundredth of the tail 1 - q apart, from four times the
+    tail to its end.
+    """
+    import numpy as np
+
+    ranks = 1 - (1 - q) * np.linspace(4, 0, 401)
+    edges = np.quantile(values, ranks) if len(values) else np.zeros(1)
+    names, owner = np.unique(string, return_inverse=True)
+    counts = np.zeros((len(names), len(edges) + 1))
+    np.add.at(counts, (owner, np.searchsorted(edges, values)), 1)
+    sums = counts.cumsum(axis=1)  # up to each edge, and all
+
+    def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        wanted = q * sums[:, -1:]
+        after = np.minimum((sums[:, :-1] < wanted).sum(1), len(edges) - 1)
+        before = np.maximum(after - 1, 0)
+        rows = np.arange(len(sums))
+        low, high = sums[rows, before], sums[rows, after]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            part = np.where(high > low, (wanted[:, 0] - low) / (high - low), 1.0)
+        found: NDArray[np.float64] = edges[before] + part.clip(0, 1) * (
+            edges[after] - edges[before]
+        )
+        return found
+
+    return Estimate(quantity, sums, value, len(values), x=x)
+
+
+def _residual(run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
+    """How large D is against the effects, and whether it goes with the gain."""
+    import numpy as np
+
+    n_neurons = run.mid.shape[1]
+    string = table["string"]
+    yield ratio("|D| over |dl|", table["|D|"], table["|dl|, all"] * n_neurons, string)
+    log_gain = run.gain.double().log().numpy()
+    if np.ptp(log_gain[table["D"].notna()]) > FLAT:
+        yield correlation("correlation of D and log gain", log_gain, table["D"], string)
+        yield slope("slope of D on log gain", log_gain, table["D"], string)
+
+
+def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+    """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
+    import numpy as np
+    import torch
+
+    row = run.is_bos.cumsum(0)
+    n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
+    change = (found.zero / n_targets[:, None]).numpy()
+    activation = run.mid[found.tokens].double().numpy()
+    signed = _ranks(run.mid[found.tokens], -1)
+    for figure, kept in (("Figure 4", _lowest(signed, LOWEST)), ("Figure 5", signed >= 0)):
+        inside = kept.numpy()
+        a, y = activation[inside], change[inside]
+        owner = np.repeat(string, inside.sum(-1))
+        yield correlation(f"{figure} (as published): correlation", a, y, owner)
+        bins = (_rank(a) * N_BINS // len(a)).astype(int)
+        for number in range(N_BINS):
+            mine = bins == number
+            if mine.any():
+                yield ratio(
+                    f"{figure} (as published)", y[mine], np.ones(mine.sum()), owner[mine],
+                    x=float(a[mine].mean()),
+                )  # fmt: skip
+
+
+def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    import numpy as np
+
+    ranks: NDArray[np.intp] = np.argsort(np.argsort(values, kind="stable"))
+    return ranks
+
+
+def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """For each neuron: its mean |dl| and mean D, and the chance of such a mean D where there is none.
+
+    The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
+    at most a share q of the neurons is there by chance.
+    """
+    import torch
+
+    from soluscope.stats import benjamini_hochberg, mean_p
+
+    found = pairs(run)
+    D = found.zero - found.static
+    string = run.string[found.tokens].numpy()
+    sums, _ = sums_by_string([*D.T.numpy(), D[:, 0].numpy() * 0 + 1], string)
+    return {
+        "mean |dl|": found.zero.abs().mean(0),
+        "mean D": D.mean(0),
+        "adjusted p of mean D": torch.from_numpy(
+            benjamini_hochberg(mean_p(sums[:, :-1], sums[:, -1]))
+        ),
+    }
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two neurons, of which the first writes x = post on logits of -x and x; S is 1.
+
+    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The loss is
+    log(1 + e^(-2x)), log 2 without the neuron. Gains of 1/3 and 3 have the geometric mean 1. At the
+    token after BOS (the only one of three that is looked at) a = (3, -3) and post is 1, under the
+    surrogate's gain 3. With equal |a| the first neuron comes first, and is both the lowest tenth and
+    the lowest half. Then the same with one gain for all, where there is no residual.
+    """
+    import math
+
+    import torch
+
+    from soluscope.activations import planted
+    from soluscope.probes._attribution import with_readout
+
+    def loss(x: float) -> float:
+        return math.log1p(math.exp(-2 * x))
+
+    def reading_out(run: HookedRun) -> HookedRun:
+        run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
+        return with_readout(
+            run,
+            resid_mid=torch.zeros_like(run.resid_mid),
+            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
+            W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
+        )
+
+    a = torch.tensor([[[1.0, -1.0], [3.0, -3.0], [1 / 3, -1 / 3]]])
+    nan, effect, at_constant = math.nan, loss(0) - loss(1), loss(0) - loss(3)
+    yield (
+        reading_out(planted(a, eps=1e-14)),
+        {
+            "|dl|, all": [nan, effect / 2, nan],
+            "|dl|, lowest tenth": [nan, effect, nan],
+            "D": [nan, effect - at_constant, nan],
+            "lowest half ablated": [nan, effect, nan],
+            "lowest half ablated, D": [nan, effect - at_constant, nan],
+            "|D| over |dl|": (at_constant - effect) / effect,
+            "lift, lowest in token": 2,
+            "lift, lowest in neuron": 1,
+        },
+    )
+    yield (
+        reading_out(planted(a, gain=2.0)),
+        {
+            "D": [nan, 0, nan],
+            "lowest half ablated": [nan, loss(0) - loss(6), nan],
+            "|D| over |dl|": 0,
+        },
+    )
+
+
+SET_CURVES = {
+    "lowest": "the lowest by |a|, post set to 0",
+    "random": "as many random neurons, post set to 0",
+    "same |n|": "random neurons with the lowest set's sum of |n|, post set to 0",
+    "lowest, to the mean": "the lowest by |a|, each set to its mean over all other documents",
+    "random, to the mean": "as many random neurons, set to their means",
+    "lowest, static gain": "the lowest by |a| in the model with one gain for all tokens",
+    "lowest, D": "the lowest by |a|: the model's change less the static surrogate's",
+    "lowest in neuron": "neurons whose |a| is among the lowest of their own values, post set to 0",
+    "lowest in neuron, static gain": "the same neurons in the model with one gain for all tokens",
+    "lowest in neuron, D": "the same neurons: the model's change less the static surrogate's",
+}
+_AT = f"at every {EVERY}th token"
+
+PROBE = Probe(
+    name="Low activation, high impact",
+    section="P9",
+    question="Do activations that are small before LayerNorm carry loss after it, and is it the per-token "
+    "gain that makes them?",
+    reading="Smearing: a token's low activations, ablated together, cost loss, and at tokens of high gain "
+    "cost less under one gain for all (D above 0 where the gain is high). Static smuggling: the set costs "
+    "loss and D is 0. Neither: the set costs no more than random neurons with as much |n|. The published "
+    "scatters have the same shape in all three cases.",
+    pitfalls="Post at 0 is LayerNorm's mean, not 'off': both 0 and the mean over other documents are given. "
+    "Single neurons cannot show a code spread over many: read the set curve. Each change is exact to 1e-6 "
+    "nats, so |D| has a floor of that size a neuron. The surrogate is off its training distribution, like "
+    "any freeze (P4): D at tokens of low gain, which it turns up, says how far. As published: with a "
+    "constant gain the effect is linear in a, so no cluster can appear; the prompt's mean divides each "
+    "change by the number of targets; the lowest signed activations are negative ones, not small ones.",
+    formula="dl_tj = l_t(post_tj = 0 or its mean) - l_t; lift = E[|dl| | lowest tenth of |a|] / E[|dl|]; "
+    "D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS; sets: the lowest 10% "
+    "to 90% of a token's |a| at once",
+    gates=(
+        Gate("smear_shared", "D where the gain is high", above=0.1),
+        Gate("smear_shared", "|D| over |dl|", above=0.1),
+        Gate("pinned", "lowest half ablated", above=0.001),
+        Gate("pinned", "|D| over |dl|", within=0.01),
+        Gate("pinned", "D", within=0.001),
+        Gate("pinned", "lowest half ablated, D", within=0.001),
+        Gate("uniform", "|D| over |dl|", within=0.01),
+        Gate("monosemantic", "|D| over |dl|", within=0.01),
+    ),
+    tested="D",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    neurons=neurons,
+    quantities={
+        "|dl|, all": Quantity("nats / neuron", f"size of a neuron's effect, mean over all neurons, {_AT}"),
+        "|dl|, lowest tenth": Quantity(
+            "nats / neuron", f"the same over the tenth of the token's neurons with the least |a|, {_AT}"
+        ),
+        "D": Quantity(
+            "nats", f"smearing residual: effects less those under one gain, summed over neurons, {_AT}",
+            split_by=("gain",), more_smeared_when="higher",
+        ),
+        "D where the gain is high": Quantity(
+            "nats", "D at tokens whose gain is above the surrogate's: what their own gain adds",
+            more_smeared_when="higher",
+        ),
+        "D where the gain is low": Quantity(
+            "nats", "D at the other tokens, which the surrogate turns up: off its training distribution"
+        ),
+        "|D|": Quantity("nats", f"size of the residual, summed over neurons, {_AT}"),
+        "lowest half ablated": Quantity(
+            "nats", f"change of loss, the half of the neurons with the least |a| at 0 together, {_AT}",
+            split_by=("gain",), more_smeared_when="higher",
+        ),
+        "random half ablated": Quantity("nats", f"the same with a random half, {_AT}"),
+        "lowest half ablated, D": Quantity(
+            "nats", f"lowest half: the model's change less the static surrogate's, {_AT}",
+            split_by=("gain",), more_smeared_when="higher",
+        ),
+    },
+    estimates={
+        **{
+            f"lift, lowest in {place}{to}": Quantity(
+                "ratio", f"E[|dl| | lowest tenth of |a| in the {place}] / E[|dl|]; post set to {what}",
+                more_smeared_when="higher",
+            )
+            for place in ("token", "neuron")
+            for to, what in (("", "0"), (", to the mean", "its mean over other documents"))
+        },
+        **{
+            f"mean |dl| by rank in {place}": Quantity(
+                "nats / neuron", f"size of the effect by tenth of |a| within the {place}"
+            )
+            for place in ("token", "neuron")
+        },
+        **{
+            f"{q}% quantile of |dl| by rank": Quantity(
+                "nats / neuron", f"{q}% of effects are smaller, by tenth of |a| within the token"
+            )
+            for q in (95, 99)
+        },
+        "density of high |dl| over surrogate's by rank": Quantity(
+            "ratio",
+            "pairs with |dl| above the surrogate's 99% quantile in that tenth of |a|, over the surrogate's own",
+        ),
+        "|D| over |dl|": Quantity(
+            "ratio", "sum of |D| over sum of |dl|: share of the effects that one gain for all would not give",
+            more_smeared_when="higher",
+        ),
+        "correlation of D and log gain": Quantity(
+            "correlation", "over tokens, D summed over neurons", more_smeared_when="higher"
+        ),
+        "slope of D on log gain": Quantity("nats", "the same as a slope", more_smeared_when="higher"),
+        **{
+            f"set: {name}": Quantity("nats", f"change of loss: {meaning}")
+            for name, meaning in SET_CURVES.items()
+        },
+        **{
+            f"{figure} (as published)": Quantity(
+                "nats of a prompt's mean loss", f"mean change by activation, {which}"
+            )
+            for figure, which in (("Figure 4", "lowest tenth of signed a"), ("Figure 5", "all"))
+        },
+        **{
+            f"{figure} (as published): correlation": Quantity(
+                "correlation", "of the activation and the change of the prompt's mean loss, over pairs"
+            )
+            for figure in ("Figure 4", "Figure 5")
+        },
+    },
+    streams=("natural",),
+    figures=(
+        Figure(
+            "Set curve: a share of each token's neurons ablated at once",
+            tuple(f"set: {name}" for name in SET_CURVES),
+            kind="curve", x_title="share of the token's neurons",
+        ),
+        Figure(
+            "Smearing residual D",
+            ("D where the gain is high", "D where the gain is low", "lowest half ablated, D", "|D| over |dl|"),
+        ),
+        Figure("D of the lowest half, by quartile of gain", ("lowest half ablated, D",), group="gain"),
+        Figure(
+            "Lift of the lowest tenth of |a|",
+            tuple(f"lift, lowest in {place}{to}" for place in ("token", "neuron") for to in ("", ", to the mean")),
+        ),
+        Figure(
+            "Effect of a neuron by the rank of its |a|",
+            (
+                "mean |dl| by rank in token", "mean |dl| by rank in neuron",
+                "95% quantile of |dl| by rank", "99% quantile of |dl| by rank",
+                "density of high |dl| over surrogate's by rank",
+            ),
+            kind="curve", x_title="rank of |a|, as a share",
+        ),
+        Figure(
+            "Figures 4 and 5 as published: change of the prompt's loss against the activation",
+            ("Figure 4 (as published)", "Figure 5 (as published)"),
+            kind="curve", x_title="activation before LayerNorm",
+        ),
+    ),
+    source="Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b; "
+    "science.md sections 1.6, 7 P9 and 8.2",
+)  # fmt: skip

@@ -1,0 +1,302 @@
+"""P16: turn the residual stream away from its direction: does what the MLP writes follow smoothly?
+
+The path starts at a token's own residual stream, less what ln2 takes away, and turns in the plane of
+a second direction v at constant length: |resid| (u cos theta + v sin theta). LayerNorm makes ln2's
+output depend on direction alone, so this is the path u cos theta + v sin theta after ln2's
+normalisation; ln2's own gain and bias, and all of the MLP, act on it as they stand.
+
+What the mid norm adds is seen by following the same path with the token's gain held at its value at
+theta = 0. Where the gain is one constant the two are the same path.
+
+Source: asked for in the comments of Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP
+Layers are Monosemantic"; Janiak et al. 2024 for plateaus; science.md section 7, P16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import ratio
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+N_TOKENS = 64
+"""Tokens whose paths are followed, evenly spaced over those that are not BOS."""
+N_STEPS = 256
+"""Steps from theta = 0 to pi."""
+TOKENS_AT_ONCE = 8
+KINDS = {
+    "random": "v is a random direction",
+    "token": "v is the direction of another token's residual stream, made orthogonal",
+}
+STATISTICS = {
+    "length": ("ratio", "path length over the distance of its ends, theta from 0 to pi/2"),
+    "longest step": (
+        "share of length",
+        "length of the longest step over that of all, from 0 to pi",
+    ),
+    "longest step, added by the gain": (
+        "share of length",
+        "the same, less what it is with the gain held at its value at theta = 0",
+    ),
+    "turning": ("rad / rad", "angle that the motion of O turns through, over that of a circle"),
+    "sign switches": ("per neuron", "changes of sign of x from 0 to pi"),
+    "argmax switches": ("count", "how often another neuron takes over the largest x, from 0 to pi"),
+    "plateau": ("share of pi/2", "how far to turn until O is half as far away as it is at pi/2"),
+}
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Shape of the path of O = post W_out from `N_TOKENS` tokens.
+
+    Returns:
+        nan at all other tokens; where there is no second direction, since the other token's is the
+        same; and, but for switches and turning, where O(0) is 0 or O stands still.
+    """
+    import torch
+
+    chosen = _spread_tokens(run)
+    values = {}
+    for kind in KINDS:
+        paths = _Paths(run, chosen, kind)
+        for name, column in paths.statistics().items():
+            everywhere = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
+            values[f"{name}: {kind}"] = everywhere.index_copy(0, chosen, column)
+    return values
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
+    import numpy as np
+
+    chosen = _spread_tokens(run)
+    string = run.string[chosen].numpy()
+    for kind in KINDS:
+        distance = _Paths(run, chosen, kind).distance
+        for step in range(0, N_STEPS + 1, N_STEPS // 16):
+            yield ratio(
+                f"D: {kind}",
+                distance[:, step].numpy(),
+                np.ones(len(chosen)),
+                string,
+                x=180 * step / N_STEPS,
+            )
+
+
+def _spread_tokens(run: HookedRun) -> Tensor:
+    """At most `N_TOKENS` token numbers, evenly spaced over tokens that are not BOS."""
+    import torch
+
+    content = (~run.is_bos).nonzero().squeeze(-1)
+    n = min(len(content), N_TOKENS)
+    return content[torch.arange(n) * len(content) // n]
+
+
+class _Paths:
+    """Paths of O from the chosen tokens, [token step], and what the pre-activations do on the way."""
+
+    def __init__(self, run: HookedRun, chosen: Tensor, kind: str) -> None:
+        import torch
+
+        start, side = _plane(run, chosen, kind)
+        theta = torch.linspace(0, torch.pi, N_STEPS + 1, dtype=start.dtype)[:, None]
+        blocks = []
+        for block in torch.arange(len(chosen)).split(TOKENS_AT_ONCE):
+            path = start[block, None] * theta.cos() + side[block, None] * theta.sin()
+            stages = run.mlp(path.to(run.resid_mid.dtype))
+            out = (stages.post @ run.mlp.W_out).double()  # [token step d_model]
+            static = (run.readout.beta @ run.mlp.W_out).double()
+            held = static + (out - static) * (stages.scale / stages.scale[:, :1])[..., None]
+            away, motion = out - out[:, :1], out.diff(dim=1)
+            lengths = [_relative(vectors, out) for vectors in (away, motion, held.diff(dim=1))]
+            turning = _angles(motion).nansum(-1) / (torch.pi * (N_STEPS - 1) / N_STEPS)
+            sign_switches = _switches(stages.pre > 0).double().mean(-1)
+            leaders = _switches(stages.pre.argmax(-1)).double()
+            blocks.append((*lengths, turning, sign_switches, leaders))
+        no_side = (side == 0).all(-1)
+        self.distance, self.steps, self.held, self.turning, self.signs, self.leaders = (
+            torch.cat(parts).index_fill(0, no_side.nonzero().squeeze(-1), torch.nan)
+            for parts in zip(*blocks, strict=True)
+        )
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Each of `STATISTICS`, [token]."""
+        import torch
+
+        quarter = N_STEPS // 2
+        end = self.distance[:, quarter]
+        reached = self.distance[:, : quarter + 1] >= end[:, None] / 2
+        plateau = reached.double().argmax(-1).double() / quarter
+        longest, held = (steps.amax(-1) / steps.sum(-1) for steps in (self.steps, self.held))
+        values = (
+            self.steps[:, :quarter].sum(-1) / end, longest, longest - held, self.turning, self.signs,
+            self.leaders, plateau.where(end > 0, torch.nan),
+        )  # fmt: skip
+        return dict(zip(STATISTICS, values, strict=True))
+
+
+def _relative(vectors: Tensor, out: Tensor) -> Tensor:
+    """Lengths of `vectors` [token step d_model] in units of |O(0)|; nan where that is 0."""
+    import torch
+
+    lengths: Tensor = vectors.norm(dim=-1)
+    start: Tensor = out[:, :1].norm(dim=-1)
+    return lengths / start.where(start > 0, torch.nan)
+
+
+def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The path's start and, at the same length and orthogonal to it, its quarter point."""
+    import torch
+
+    start = run.resid_mid[chosen].double()
+    if kind == "token":
+        side = start.roll(len(start) // 2, 0)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        side = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+    if _ln2_centres(run, chosen):
+        start, side = (each - each.mean(-1, keepdim=True) for each in (start, side))
+    length = start.norm(dim=-1, keepdim=True)
+    unit = start / length
+    across = side - (side * unit).sum(-1, keepdim=True) * unit
+    size = across.norm(dim=-1, keepdim=True)
+    same = size <= 1e-6 * side.norm(dim=-1, keepdim=True)
+    return start, (length * across / size).masked_fill(same, 0.0)
+
+
+def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
+    """Whether ln2 takes away the mean over d_model: read off."""
+    import torch
+
+    resid = run.resid_mid[chosen]
+    before, after = (run.mlp.ln2(r) for r in (resid, resid + resid.abs().mean()))
+    return torch.allclose(before, after, rtol=1e-3, atol=1e-4)
+
+
+def _angles(motion: Tensor) -> Tensor:
+    """Angles between successive steps, [token step]; nan beside a step that goes nowhere."""
+    import torch
+
+    unit = motion / motion.norm(dim=-1, keepdim=True)
+    one, two = unit[:, :-1], unit[:, 1:]
+    # Twice the half-angle: arccos of their product would lose small angles to rounding.
+    return 2 * torch.atan2((one - two).norm(dim=-1), (one + two).norm(dim=-1))
+
+
+def _switches(state: Tensor) -> Tensor:
+    """How often `state` [token step ...] changes from one step to the next."""
+    return (state[:, 1:] != state[:, :-1]).sum(1)
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """An MLP that is the identity, and one that is ReLU, on two neurons.
+
+    Identity: O goes round a circle. Every step is a chord of angle h = pi / 256; D = 2 sin(theta / 2); at
+    pi/2 it is sqrt 2, half of which is first reached at step 59 of 128. Each of two neurons changes
+    sign once in half a turn, and so does their difference.
+    ReLU from (1, 1): x = sqrt 2 (cos(theta - pi/4), cos(theta + pi/4)), or the same the other way
+    round. A circle's arc to pi/4, where one neuron stops; then straight to (1, 0) at pi/2 and on to
+    (0, 0) at 3/4 pi, where the other stops: sqrt 2 in all. O(pi/2) is 1 from O(0); its distance is
+    2 sqrt 2 sin(theta / 2), which first passes 1/2 at step 29 of 128. It turns by h between the arc's
+    64 chords, the last of which is h/2 short of straight down; then by pi/2 + h/2: 191.5 h in all.
+    """
+    from dataclasses import replace
+    from math import nan, pi, sin, sqrt
+
+    import torch
+
+    from soluscope.activations import planted
+
+    chord = 2 * sin(pi / (2 * N_STEPS))
+    eye = torch.eye(2, dtype=torch.float64)
+    run = planted(torch.tensor([[[5.0, 1.0], [1.0, 2.0], [3.0, -1.0]]]))
+    run = replace(run, mlp=replace(run.mlp, norm=None, W_out=eye))
+    circle = {
+        "length": N_STEPS // 2 * chord / sqrt(2),
+        "longest step": 1 / N_STEPS,
+        "longest step, added by the gain": 0,
+        "turning": 1,
+        "sign switches": 1,
+        "argmax switches": 1,
+        "plateau": 59 / 128,
+    }
+    yield run, {f"{name}: {kind}": [nan, v, v] for kind in KINDS for name, v in circle.items()}
+
+    run = planted(torch.ones(1, 3, 2))
+    run = replace(run, mlp=replace(run.mlp, norm=None, W_out=eye, nonlinearity=torch.relu))
+    arc = N_STEPS // 4 * sqrt(2) * chord
+    bent = {
+        "length": arc + sqrt(2) - 1,
+        "longest step": sqrt(2) * chord / (arc + sqrt(2)),
+        "longest step, added by the gain": 0,
+        "turning": 191.5 / 255,
+        "sign switches": 1,
+        "plateau": 29 / 128,
+    }
+    yield (
+        run,
+        {f"{name}: random": [nan, v, v] for name, v in bent.items()}
+        | {f"{name}: token": [nan, nan, nan] for name in STATISTICS},
+    )
+
+
+PROBE = Probe(
+    name="Rotation smoothness",
+    section="P16",
+    question="When the residual stream turns away from a token's direction, does the MLP's output turn smoothly or "
+    "in steps?",
+    reading="A smooth MLP follows: length near 1.11, a longest step near 1/256 and half of the way at .46 of "
+    "pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions, each "
+    "with a meaning of its own. A norm that smears adds to them: on the way from one neuron's region to "
+    "the next it turns the small activations in between up to full size, so the longest step grows with "
+    "it. If holding the gain changes nothing, what steps there are come from the nonlinearity.",
+    pitfalls="A random direction leaves the places where text is; another token's does not. Without biases every "
+    "neuron changes sign exactly once in half a turn, in any model. A step shorter than pi/256 is not "
+    f"resolved. {N_TOKENS} evenly spaced tokens; nan elsewhere. Softmax makes steps without any norm: "
+    "compare arms.",
+    formula="path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps; D = |O(theta) - O(0)| / "
+    "|O(0)|; length = sum |dO| / |O(pi/2) - O(0)|; plateau = first theta with D >= D(pi/2) / 2, over pi/2",
+    gates=(
+        # Turning away from an A token, x falls from 12 to -12 on its neuron and returns to 0 elsewhere: at
+        # pi all that is left of a is -12 e^-12 / 31 = -2e-6, which a norm without epsilon turns up.
+        Gate("smear_shared", "longest step, added by the gain: token", above=0.05),
+        Gate("pinned", "longest step, added by the gain: token", within=0.01),
+        Gate("pinned", "longest step, added by the gain: random", within=0.01),
+    ),
+    tested="length: random",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        f"{name}: {kind}": Quantity(unit, f"{meaning}; {which}", ("mean", "median"))
+        for kind, which in KINDS.items()
+        for name, (unit, meaning) in STATISTICS.items()
+    },
+    estimates={
+        f"D: {kind}": Quantity("relative", f"|O(theta) - O(0)| / |O(0)|; {which}")
+        for kind, which in KINDS.items()
+    },
+    streams=("natural",),
+    figures=(
+        *(
+            Figure(
+                f"How far O has gone, where {which}",
+                (f"D: {kind}",),
+                kind="curve",
+                x_title="degrees turned",
+            )
+            for kind, which in KINDS.items()
+        ),
+        *(
+            Figure(f"Shape of the path, where {which}", tuple(f"{s}: {kind}" for s in STATISTICS))
+            for kind, which in KINDS.items()
+        ),
+    ),
+    source="Jorgensen 2023, comments; science.md section 7 P16",
+)

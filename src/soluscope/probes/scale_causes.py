@@ -1,0 +1,348 @@
+"""P3: what makes a token's scale large or small: magnitude, peakedness, or how many neurons share?
+
+With a = x * softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the largest
+a and the largest x are the same neuron), exactly
+
+    log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N
+
+pmax = e^xmax / Z; K = |a|^2 / max(a)^2, how many neurons share the norm; mbar = mean(a)^2 / mean(a^2).
+So each term's covariance with log s, over the variance of log s, is a share, and the shares sum to 1.
+
+Source: science.md section 7, P3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+TERMS = {
+    "log xmax": "magnitude: the largest pre-activation",
+    "log pmax": "peakedness: the softmax weight of the largest",
+    "half log K": "effective number of neurons: .5 log(|a|^2 / max(a)^2)",
+    "centring": ".5 log(1 - mean(a)^2 / mean(a^2)); 0 where the norm does not centre",
+}
+"""What log s is the sum of, but for -.5 log N."""
+OTHER_SPLITS = {
+    "log amax": "the largest activation, log xmax + log pmax where the nonlinearity is SoLU",
+    "log s(q)": "log of the scale of q = x e^x",
+    "-log Z": "less the log of softmax's denominator: log s = log s(q) - log Z",
+}
+CHANGES = {
+    "x halved": "change of log g when the pre-activations are halved",
+    "x doubled": "change of log g when the pre-activations are doubled",
+    "softmax at temperature 2": "change of log g when only the softmax's argument is halved",
+    "softmax at temperature 1/2": "change of log g when only the softmax's argument is doubled",
+    "another's magnitude": "change of log g when xmax becomes another token's, every x / xmax its own",
+    "another's shape": "change of log g when every x / xmax becomes another token's, xmax its own",
+    "another's both": "the other token's log g less its own",
+}
+FLAT = 1e-9
+"""A spread of logs below this is rounding: there is nothing to share out."""
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """The terms, three effective numbers, and what interventions on x do to the gain, each [token].
+
+    `log s` is of what the norm divides by, without epsilon: about the mean, or about 0 in a norm
+    that has an epsilon and does not centre. The interventions compute the gain anew by its formula,
+    (s^2 + eps)^(-1/2).
+
+    Returns:
+        nan where no activation is above 0; where a term needs the softmax and the nonlinearity is
+        not SoLU; and, for changes of the gain, where it is one constant. BOS has no partner.
+    """
+    import math
+
+    import torch
+
+    mid, pre = run.mid.double(), run.pre.double()
+    nothing = torch.full_like(mid[:, 0], torch.nan)
+    square = mid.square()
+    largest = mid.amax(-1)
+    largest = largest.where(largest > 0, torch.nan)
+    mean_share = mid.mean(-1).square() / square.mean(-1)
+    uncentred = run.eps is not None and not run.centres
+    k_eff = square.sum(-1) / largest.square()
+    centring = torch.zeros_like(largest) if uncentred else 0.5 * torch.log1p(-mean_share)
+    log_s = largest.log() + 0.5 * k_eff.log() + centring - 0.5 * math.log(mid.shape[-1])
+    values = {
+        "log s": log_s,
+        "half log K": 0.5 * k_eff.log(),
+        "centring": centring.where(largest > 0, torch.nan),
+        "log amax": largest.log(),
+        "K": k_eff,
+        "PR": square.sum(-1).square() / square.square().sum(-1),
+    }
+    of_softmax = ("log xmax", "log pmax", "log s(q)", "-log Z", "exp(H(p))")
+    if not run.is_solu:
+        return values | dict.fromkeys((*of_softmax, *CHANGES), nothing)
+    xmax, log_z, log_p = pre.amax(-1), pre.logsumexp(-1), pre.log_softmax(-1)
+    return {
+        **values,
+        "log xmax": xmax.where(xmax > 0, torch.nan).log(),
+        "log pmax": (xmax - log_z).where(xmax > 0, torch.nan),
+        "log s(q)": log_s + log_z,
+        "-log Z": -log_z,
+        "exp(H(p))": (-(log_p.exp() * log_p).sum(-1)).exp(),
+        **(_changes(run) if run.eps is not None else dict.fromkeys(CHANGES, nothing)),
+    }
+
+
+def _changes(run: HookedRun) -> dict[str, Tensor]:
+    """Log of the gain under an intervention less the token's own, by the norm's formula.
+
+    The gain does not depend on the order of neurons: a token's ranks filled with another token's
+    magnitudes have that token's gain exactly. So the swap is of xmax against the sizes
+    relative to it, the only pair of factors of x that the gain can tell apart. The partner is half
+    the stream away.
+    """
+    import torch
+
+    pre = run.pre.double()
+    own = _log_gain(run, pre)
+    changes = {
+        "x halved": _log_gain(run, pre / 2) - own,
+        "x doubled": _log_gain(run, pre * 2) - own,
+        "softmax at temperature 2": _log_gain(run, pre, temperature=2.0) - own,
+        "softmax at temperature 1/2": _log_gain(run, pre, temperature=0.5) - own,
+    }
+    xmax = pre.amax(-1)
+    chosen = (~run.is_bos & (xmax > 0)).nonzero().squeeze(-1)
+    partner = chosen.roll(len(chosen) // 2)
+    factor = (xmax[partner] / xmax[chosen])[:, None]
+    swapped = {
+        "another's magnitude": _log_gain(run, pre[chosen] * factor) - own[chosen],
+        "another's shape": _log_gain(run, pre[partner] / factor) - own[chosen],
+        "another's both": own[partner] - own[chosen],
+    }
+    for name, change in swapped.items():
+        changes[name] = torch.full_like(own, torch.nan).index_copy(0, chosen, change)
+    return changes
+
+
+def _log_gain(run: HookedRun, pre: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log of the gain that SoLU(pre) has in a norm with an epsilon, [token]."""
+    assert run.eps is not None
+    mid = pre * (pre / temperature).softmax(-1)
+    centre = mid.mean(-1, keepdim=True) if run.centres else 0.0
+    return -0.5 * ((mid - centre).square().mean(-1) + run.eps).log()
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Shares of the variance of log s and of log g, over tokens that are not BOS.
+
+    For log g the chain rule runs through epsilon: along the straight line from the tokens' mean
+    terms to a token's own, log g changes by its elasticity -r times the change of log s, so a term
+    contributes the mean elasticity on the way times its own change. These sum to log g exactly.
+    A pair of tokens whose magnitude and shape were swapped counts to the first one's string.
+    """
+    import numpy as np
+
+    table = table[(table["pos"] > 0) & np.isfinite(table["log s"])]  # -inf: all activations equal
+    string, log_s = table["string"].to_numpy(), table["log s"].to_numpy()
+    if not len(table):
+        return
+    names = [name for name in (*TERMS, *OTHER_SPLITS) if table[name].notna().any()]
+    varies = np.ptp(log_s) > FLAT
+    for name in names:
+        term = table[name].to_numpy()
+        yield _covariance(f"covariance with log s: {name}", term, log_s, string)
+        if varies:
+            yield slope(f"share of log s: {name}", log_s, term, string)
+    if run.eps is None or not varies:
+        return
+    log_g = -0.5 * np.logaddexp(2 * log_s, np.log(run.eps))
+    if np.ptp(log_g) > FLAT:
+        elasticity = _mean_elasticity(log_s, run.eps)
+        for name in names:
+            term = table[name].to_numpy()
+            yield slope(f"share of log g: {name}", log_g, elasticity * (term - term.mean()), string)
+    log_k = 2 * table["half log K"].to_numpy()
+    if np.ptp(log_k) > FLAT:
+        own_log_g = run.gain.double().log().numpy()[table.index]
+        yield correlation("corr(log g, log K)", own_log_g, log_k, string)
+    total = table["another's both"].to_numpy()
+    if run.is_solu and np.nanmax(np.abs(total)) > FLAT:
+        magnitude, shape = (table[f"another's {what}"] for what in ("magnitude", "shape"))
+        both_orders = 0.5 * (magnitude + total - shape).to_numpy()
+        yield ratio("swap share: magnitude", both_orders * total, total**2, string)
+        yield ratio("swap share: shape", (total - both_orders) * total, total**2, string)
+
+
+def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
+    """d log g / d log s averaged between the mean of log s and each token's own; between -1 and 0."""
+    import numpy as np
+
+    def log_g(log_s: Any) -> Any:
+        return -0.5 * np.logaddexp(2 * log_s, np.log(eps))
+
+    middle = log_s.mean()
+    step = log_s - middle
+    near = np.abs(step) < 1e-6  # where the quotient would be rounding
+    local = -1 / (1 + eps * np.exp(-2 * middle))
+    found: NDArray[np.float64] = np.where(
+        near, local, (log_g(log_s) - log_g(middle)) / np.where(near, 1.0, step)
+    )
+    return found
+
+
+def _covariance(
+    quantity: str, x: NDArray[np.float64], y: NDArray[np.float64], string: NDArray[np.int64]
+) -> Estimate:
+    """Covariance over tokens; sums are about the means, so that no digits are lost."""
+    import numpy as np
+
+    x, y = x - x.mean(), y - y.mean()
+    sums, n = sums_by_string([np.ones_like(x), x, y, x * y], string)
+
+    def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        n, x, y, xy = sums.T
+        return np.asarray(xy / n - (x / n) * (y / n))
+
+    return Estimate(quantity, sums, value, n)
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Four neurons, one or two of them on, through SoLU; and one on without a softmax.
+
+    x = (log 3, 0, 0, 0): Z = 6, p = (1/2, 1/6, 1/6, 1/6), a = (log 3 / 2, 0, 0, 0), entropy
+    .5 log 2 + .5 log 6. x = (1, 1, 0, 0): Z = 2e + 2, p = e / Z on the two that are on. With two
+    equal ones of four mean(a)^2 / mean(a^2) = 1/2 and s = max(a) / 2, with one 1/4 and s = sqrt(3)/4 max(a).
+    """
+    import math
+    from dataclasses import replace
+
+    import torch
+
+    from soluscope.activations import planted
+
+    log3, z = math.log(3), 2 * math.e + 2
+    pre = torch.tensor([[log3, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
+    run = replace(planted((pre * pre.softmax(-1))[None], eps=1e-5), pre=pre)
+    yield (
+        run,
+        {
+            "log s": [math.log(math.sqrt(3) / 4 * log3 / 2), math.log(math.e / z / 2)],
+            "log xmax": [math.log(log3), 0],
+            "log pmax": [math.log(0.5), math.log(math.e / z)],
+            "half log K": [0, 0.5 * math.log(2)],
+            "centring": [0.5 * math.log(3 / 4), 0.5 * math.log(1 / 2)],
+            "-log Z": [-math.log(6), -math.log(z)],
+            "K": [1, 2],
+            "PR": [1, 2],
+            "exp(H(p))": [
+                math.sqrt(12),
+                math.exp(math.log(z) - 2 * math.e / z),  # entropy is log Z - E x
+            ],
+        },
+    )
+    run = planted(torch.tensor([[[4.0, 0.0], [-1.0, -3.0]]]), gain=2.0)
+    yield (
+        run,
+        {
+            "log s": [math.log(2), math.nan],
+            "log amax": [math.log(4), math.nan],
+            "log xmax": [math.nan] * 2,
+            "x doubled": [math.nan] * 2,
+        },
+    )
+
+
+PROBE = Probe(
+    name="Causes of the scale",
+    section="P3",
+    question="Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?",
+    reading="Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the "
+    "variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax alone "
+    "carries it, the gain answers to how strongly neurons fire and not to how many do. Read amplitude "
+    "first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L: correlation .66, "
+    "amplitude .4%).",
+    pitfalls="Shares can be negative or above 1, since terms cancel: the covariances are given too. K, exp(H(p)) "
+    "and the participation ratio are three different effective numbers. The gain is blind to which neuron "
+    "holds which value, so swaps exchange magnitude and relative sizes, not ranks.",
+    formula="log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N; share = Cov(term, log s) / "
+    "Var(log s). For log g each term is weighted with the elasticity -r, averaged from the mean token to "
+    "this one.",
+    gates=(
+        # Two kinds of tokens: a share is the difference of a term over that of log s, 4.396. Terms at A
+        # and B: log 12, 0; -.0002, 1 - log(8e + 24); 0, .5 log 8; .5 log(31/32), .5 log(3/4).
+        Gate("smear_shared", "share of log s: log xmax", above=0.5, truth=0.5652),
+        Gate("smear_shared", "share of log g: log pmax", above=0.6, truth=0.6422),
+        Gate("smear_shared", "share of log g: half log K", below=-0.2, truth=-0.2365),
+        Gate("smear_shared", "corr(log g, log K)", above=0.9, truth=1.0),
+        *(Gate("uniform", f"covariance with log s: {name}", within=0.01) for name in TERMS),
+    ),
+    tested="corr(log g, log K)",
+    shuffle="scale",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        "log s": Quantity(
+            "log activation", "log of the standard deviation of a over neurons", ("mean", "sd")
+        ),
+        **{
+            name: Quantity("log", meaning, ("mean", "sd"))
+            for name, meaning in (TERMS | OTHER_SPLITS).items()
+        },
+        "K": Quantity("neurons", "|a|^2 / max(a)^2", ("median",)),
+        "exp(H(p))": Quantity("neurons", "exponential of the softmax's entropy", ("median",)),
+        "PR": Quantity("neurons", "participation ratio, (sum a^2)^2 / sum a^4", ("median",)),
+        **{name: Quantity("log gain", meaning) for name, meaning in CHANGES.items()},
+    },
+    estimates={
+        **{
+            f"{what} log s: {name}": Quantity(unit, meaning)
+            for what, unit in (("share of", "share of variance"), ("covariance with", "log^2"))
+            for name, meaning in (TERMS | OTHER_SPLITS).items()
+        },
+        **{
+            f"share of log g: {name}": Quantity("share of variance", meaning)
+            for name, meaning in (TERMS | OTHER_SPLITS).items()
+        },
+        "corr(log g, log K)": Quantity(
+            "correlation",
+            "above 0: the gain is high where many neurons share the norm",
+            more_smeared_when="higher",
+        ),
+        "swap share: magnitude": Quantity(
+            "share of squared difference",
+            "of two tokens' difference in log g, what goes with xmax, both orders averaged",
+        ),
+        "swap share: shape": Quantity(
+            "share of squared difference",
+            "what goes with the sizes relative to xmax",
+            more_smeared_when="higher",
+        ),
+    },
+    streams=("natural",),
+    figures=(
+        Figure(
+            "Shares of the variance of log s", tuple(f"share of log s: {name}" for name in TERMS)
+        ),
+        Figure(
+            "Shares of the variance of log g", tuple(f"share of log g: {name}" for name in TERMS)
+        ),
+        Figure(
+            "Two tokens' gains: what swapping magnitude and shape carries",
+            ("swap share: magnitude", "swap share: shape"),
+        ),
+        Figure("Correlation of log gain with log K", ("corr(log g, log K)",)),
+        Figure(
+            "Effective number of neurons", ("K", "exp(H(p))", "PR"), statistic="median", log_y=True
+        ),
+    ),
+    source="science.md section 7 P3",
+)

@@ -1,0 +1,216 @@
+"""P15: does the MLP answer to a direction alone, whatever its length? Before ln2, and across the mid norm.
+
+A LayerNorm without epsilon maps lambda * v to what it maps v to, so that each direction of the residual
+stream has one meaning (Jorgensen). Epsilon takes it away: for the mid norm exactly
+
+    |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps))
+
+1 at every lambda where r = s2 / (s2 + eps) is 1 (invariant), and lambda where r is 0 (linear).
+
+Source: Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP Layers are Monosemantic";
+science.md section 7, P15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import ratio
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from soluscope.activations import HookedRun
+
+LAMBDAS = tuple(2.0**power for power in range(-6, 7))
+N_TOKENS = 1000
+"""How many tokens' residual streams are put through the MLP at each lambda, evenly spaced."""
+
+MID_ERRORS = {
+    "invariance error of n": "| |n(lambda a)| / |n(a)| - 1 |: 0 where the mid norm is invariant",
+    "linearity error of n": "| |n(lambda a)| / (lambda |n(a)|) - 1 |: 0 where the mid norm is linear",
+}
+RESIDUAL_ERRORS = {
+    "relative change of post": "|post(lambda resid) - post| / |post|",
+    "1 - cosine of post": "1 - cos(post(lambda resid), post)",
+    "relative change of O": "|O(lambda resid) - O| / |O|, O = post W_out",
+    "1 - cosine of O": "1 - cos(O(lambda resid), O)",
+}
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
+
+    Returns:
+        nan at the other tokens, and where there is nothing to compare: post or O is zero.
+    """
+    import torch
+
+    values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
+    chosen = _spread_tokens(run)
+    for name, error in _residual_errors(run, chosen, 2.0).items():
+        column = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
+        values[f"{name} at 2"] = column.index_copy(0, chosen, error)
+    return values
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Every error against lambda, averaged over tokens that are not BOS."""
+    import numpy as np
+
+    content = run.subset(~run.is_bos)
+    chosen = _spread_tokens(content)
+    for factor in LAMBDAS:
+        errors = [
+            (_mid_errors(content, factor), content.string),
+            (_residual_errors(content, chosen, factor), content.string[chosen]),
+        ]
+        for values, string in errors:
+            for name, error in values.items():
+                ones = np.ones(len(error))
+                yield ratio(name, error.numpy(), ones, string.numpy(), x=factor)
+
+
+def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
+    """By the closed form; a constant gain, or no norm, is linear."""
+    import torch
+
+    mid = run.mid.double()
+    grown = torch.full_like(mid[:, 0], factor)
+    if run.eps is not None:
+        centre = mid.mean(-1, keepdim=True) if run.centres else 0.0
+        variance = (mid - centre).square().mean(-1)
+        grown = factor * ((variance + run.eps) / (factor**2 * variance + run.eps)).sqrt()
+    errors = (grown - 1).abs(), (grown / factor - 1).abs()
+    return dict(zip(MID_ERRORS, errors, strict=True))
+
+
+def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str, Tensor]:
+    resid = run.resid_mid[chosen]
+    own, other = (run.mlp(scaled).post.double() for scaled in (resid, factor * resid))
+    W_out = run.mlp.W_out.double()
+    values: dict[str, Tensor] = {}
+    errors = iter(RESIDUAL_ERRORS)
+    for before, after in ((own, other), (own @ W_out, other @ W_out)):
+        size = before.norm(dim=-1)
+        values[next(errors)] = (after - before).norm(dim=-1) / size
+        # Half the squared distance of the two unit vectors: 1 - cos without its cancellation.
+        apart = before / size[:, None] - after / after.norm(dim=-1, keepdim=True)
+        values[next(errors)] = apart.square().sum(-1) / 2
+    return values
+
+
+def _spread_tokens(run: HookedRun) -> Tensor:
+    """At most `N_TOKENS` token numbers, evenly spaced."""
+    import torch
+
+    n = min(len(run.pos), N_TOKENS)
+    return torch.arange(n) * len(run.pos) // n
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two neurons at +1 and -1 (s2 = 1). eps = 4: |n(2a)| / |n(a)| = 2 sqrt(5 / 8).
+
+    ln2 and W_in are the identity, so doubling the residual stream doubles a; n keeps its direction.
+    Without an epsilon the gain is one constant, and all is linear.
+    """
+    import math
+    from dataclasses import replace
+
+    import torch
+
+    from soluscope.activations import planted
+
+    mid = torch.tensor([[[1.0, -1.0]]])
+    grown = 2 * math.sqrt(5 / 8)
+    run = planted(mid, eps=4.0)
+    run = replace(run, mlp=replace(run.mlp, W_out=torch.eye(2, dtype=torch.float64)))
+    yield (
+        run,
+        {
+            "invariance error of n at 2": [grown - 1],
+            "linearity error of n at 2": [1 - grown / 2],
+            "relative change of post at 2": [grown - 1],
+            "relative change of O at 2": [grown - 1],
+            "1 - cosine of post at 2": [0],
+            "1 - cosine of O at 2": [0],
+        },
+    )
+    yield (
+        planted(mid, gain=3.0),
+        {
+            "invariance error of n at 2": [1],
+            "linearity error of n at 2": [0],
+            "relative change of post at 2": [1],
+            "relative change of O at 2": [math.nan],  # W_out is zero
+        },
+    )
+
+
+PROBE = Probe(
+    name="Scale invariance",
+    section="P15",
+    question="Does a direction mean the same at any length, into the MLP and across its mid norm?",
+    reading="Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda), as a "
+    "LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays small. "
+    "Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until lambda takes "
+    "the residual stream down to ln2's own epsilon.",
+    pitfalls="The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid "
+    "norm. Invariance holds for one direction scaled as a whole, not for one of several that are added. "
+    f"The MLP is evaluated at {N_TOKENS} evenly spaced tokens; the mid norm's closed form at all.",
+    formula="|n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)); and post and O at lambda * "
+    "resid against lambda = 1, lambda from 2^-6 to 2^6",
+    gates=(
+        Gate("uniform", "linearity error of n at 2", above=0.4, truth=0.5),
+        Gate("uniform", "invariance error of n at 2", within=0.01),
+        Gate("smear_shared", "invariance error of n at 2", within=0.01),
+        Gate("pinned", "invariance error of n at 2", above=0.9, truth=1.0),
+        Gate("pinned", "linearity error of n at 2", within=0.01),
+    ),
+    tested="relative change of O at 2",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        **{
+            f"{name} at 2": Quantity(
+                "relative",
+                meaning,
+                more_smeared_when="lower" if name == "invariance error of n" else "neither",
+            )
+            for name, meaning in MID_ERRORS.items()
+        },
+        **{f"{name} at 2": Quantity("relative", text) for name, text in RESIDUAL_ERRORS.items()},
+    },
+    estimates={
+        name: Quantity("relative", meaning)
+        for name, meaning in (MID_ERRORS | RESIDUAL_ERRORS).items()
+    },
+    streams=("natural",),
+    figures=(
+        *(
+            Figure(
+                title,
+                (name,),
+                kind="curve",
+                log_x=True,
+                log_y=True,
+                x_title="lambda",
+            )
+            for title, name in (
+                ("Mid norm: how far from invariant", "invariance error of n"),
+                ("Mid norm: how far from linear", "linearity error of n"),
+                ("Residual stream scaled: change of what the MLP writes", "relative change of O"),
+                ("Residual stream scaled: change of its direction", "1 - cosine of O"),
+            )
+        ),
+        Figure(
+            "Mid norm at lambda = 2",
+            ("invariance error of n at 2", "linearity error of n at 2"),
+        ),
+    ),
+    source="Jorgensen 2023; science.md section 7 P15",
+)

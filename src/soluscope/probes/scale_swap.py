@@ -1,0 +1,335 @@
+"""P5: would another token's gain do as well? Swaps between like tokens, and a dose curve of each.
+
+A swap stays within what the model knows: the gain that a token gets is one that a token like it
+has. Which token gives to which is a random order within each class (position group, fifth of the
+surprisal), each giving to the next, from a fixed seed; so the donors of a class are the class, and its
+log ratios add up to 0.
+
+Source: science.md section 7, P5, by the closed form of section 8.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._estimates import ratio, slope, sums_by_string
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from soluscope.ablation import FinalNorm
+    from soluscope.activations import HookedRun
+
+POSITION_GROUPS = (2, 16)
+"""Where the second and the third begin; science.md section 5."""
+N_SURPRISAL_BINS = 5
+SEED = 0
+SAME = 1e-5
+"""Log ratio of gains that are equal but for rounding."""
+
+DOUBLINGS = tuple(i / 4 for i in range(-8, 9))
+DOSES = tuple(2**x for x in DOUBLINGS)
+N_DOSED = 2048
+"""Tokens with a dose curve, at most, evenly spaced."""
+FLAT = 1e-6
+"""Nats: a curve that moves by less is rounding, and has no lowest point."""
+
+FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
+
+
+def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+    """Change of each token's loss with another gain, in nats; nan at BOS and without a target.
+
+    Returns:
+        With ln_final live, and with its scale frozen:
+        the change in absolute value, with its sign, and with its sign where the gain went up and where
+        it went down; nan where no other token is like it;
+        the dose curve l(alpha g) - l(g) at `DOSES`, log2 of the alpha where it is lowest (by the
+        parabola through the lowest three; nan where it is flat), and its second derivative in
+        log alpha at 1, by differences: all nan but at `N_DOSED` evenly spaced tokens;
+        and the log ratio of the two gains.
+    """
+    import torch
+
+    gain = run.gain.double()
+    donor = matched(run)
+    swapped = donor >= 0
+    log_ratio = torch.where(swapped, (gain[donor] / gain).log(), torch.nan)
+    dosed = _evenly_spaced(~run.is_bos & (run.target >= 0))
+    doses = run.gain[:, None] * torch.tensor(DOSES, dtype=run.gain.dtype)
+    step = (DOUBLINGS[1] - DOUBLINGS[0]) * torch.tensor(2.0).log()
+    middle = DOSES.index(1.0)
+    columns = {"log(g_u / g_t)": log_ratio}
+    for final_norm, how in FINAL_NORMS.items():
+        change = _changes(run, swapped, run.gain[donor, None], final_norm).squeeze(-1)
+        curve = _changes(run, dosed, doses, final_norm)
+        bend = curve[:, middle - 1] - 2 * curve[:, middle] + curve[:, middle + 1]
+        columns |= {
+            f"swap, absolute{how}": change.abs(),
+            f"swap, signed{how}": change,
+            f"swap up, signed{how}": change.where(log_ratio > SAME, torch.nan),
+            f"swap down, signed{how}": change.where(log_ratio < -SAME, torch.nan),
+            f"log2 of the best dose{how}": torch.from_numpy(lowest(curve.numpy())),
+            f"curvature at the own gain{how}": bend / step.square(),
+        }
+        columns |= {_at(dose, how): curve[:, i] for i, dose in enumerate(DOSES)}
+    return columns
+
+
+def matched(run: HookedRun) -> Tensor:
+    """For each token the one whose gain it gets, of its position group and fifth of the surprisal.
+
+    Returns:
+        int64 [token]; -1 at BOS, without a target, and where no other token is alike.
+    """
+    import torch
+
+    content = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
+    group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
+    shares = torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS
+    surprisal = run.loss.double()
+    edges = surprisal[content].quantile(shares.double())
+    likeness = group * N_SURPRISAL_BINS + torch.bucketize(surprisal, edges)
+    generator = torch.Generator().manual_seed(SEED)
+    content = content[torch.randperm(len(content), generator=generator)]
+    donor = torch.full_like(run.pos, -1)
+    for kind in likeness[content].unique():
+        members = content[likeness[content] == kind]
+        if len(members) > 1:
+            donor[members] = members.roll(1)
+    return donor
+
+
+def _evenly_spaced(candidates: Tensor) -> Tensor:
+    """At most `N_DOSED` of the tokens that are candidates. [token], bool"""
+    import torch
+
+    places = candidates.nonzero().squeeze(-1)
+    n = min(len(places), N_DOSED)
+    chosen = torch.zeros_like(candidates)
+    chosen[places[torch.linspace(0, len(places) - 1, n, dtype=torch.float64).long()]] = True
+    return chosen
+
+
+def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm) -> Tensor:
+    """Loss at `gains` [token edit] less loss at the own gain; nan where not `kept`. fp64"""
+    import torch
+
+    from soluscope.ablation import loss_at_gain
+
+    part = run.subset(kept)
+    losses = loss_at_gain(part, torch.cat([part.gain[:, None], gains[kept]], dim=1), final_norm)
+    losses = losses.double()
+    changes = losses.new_full(gains.shape, torch.nan)
+    changes[kept] = losses[:, 1:] - losses[:, :1]
+    return changes
+
+
+def lowest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log2 of the dose at which each curve [... dose] is lowest; the end where that is an end.
+
+    Between doses by the parabola through the lowest three; nan where the curve is flat.
+    """
+    import numpy as np
+
+    last = len(DOUBLINGS) - 1
+    place = np.nan_to_num(curves, nan=0.0).argmin(-1)
+    inner = np.clip(place, 1, last - 1)[..., None]
+    left, middle, right = (
+        np.take_along_axis(curves, inner + k, axis=-1)[..., 0] for k in (-1, 0, 1)
+    )
+    bend = left - 2 * middle + right
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = place + 0.5 * (left - right) / bend
+    ends = (place == 0) | (place == last)
+    where = DOUBLINGS[0] + (DOUBLINGS[1] - DOUBLINGS[0]) * np.where(ends, place, between)
+    found: NDArray[np.float64] = np.where(np.ptp(curves, axis=-1) > FLAT, where, np.nan)
+    return found
+
+
+def _at(dose: float, how: str) -> str:
+    return f"l({dose:.3g} g) - l(g){how}"
+
+
+def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+    """Slopes of the change on log(g_u / g_t), of all swaps and of each sign; the mean dose curve.
+
+    Swaps between equal gains change nothing, and count for both signs. No slopes where all gains
+    are equal.
+    """
+    import numpy as np
+
+    string, log_ratio = table["string"], table["log(g_u / g_t)"]
+    signs = {"": log_ratio.notna(), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
+    for how in FINAL_NORMS.values():
+        for sign, rows in signs.items():
+            if rows.any() and np.ptp(log_ratio[rows]) > SAME:
+                change = table.loc[rows, f"swap, signed{how}"]
+                yield slope(f"slope{sign}{how}", log_ratio[rows], change, string[rows])
+        columns = [table[_at(dose, how)] for dose in DOSES]
+        counted = np.ones(len(table))
+        for dose, column in zip(DOSES, columns, strict=True):
+            yield ratio(f"dose curve{how}", column, counted, string, x=dose)
+        sums, n = sums_by_string([*columns, counted], string)
+        yield Estimate(f"log2 of the best dose for all{how}", sums, _lowest_mean, n)
+
+
+def _lowest_mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return lowest(sums[:, :-1] / sums[:, -1:])
+
+
+def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
+    """Two tokens alike but for their gains, 1 and 1/3, whose loss is log(1 + 3^alpha) at alpha times those.
+
+    post is (1, -1) at both, W_out copies it, and ln_final's epsilon is so large that its scale is one
+    constant; W_U makes (alpha ln 3, 0) of it, and the target is the second token.
+    """
+    from dataclasses import replace
+    from math import log, nan
+
+    import torch
+
+    from soluscope.activations import planted
+
+    mid = torch.tensor([[[1.0, -1.0]] * 3, [[3.0, -3.0]] * 3])
+    run = planted(mid, eps=1e-12)
+    unembed = 1e6 * log(3) / 2 * torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    readout = replace(run.readout, W_out=torch.eye(2).double(), ln_eps=1e12, W_U=unembed)
+    run = replace(run, readout=readout, resid_mid=torch.zeros_like(run.resid_mid))
+    up, down = log(28) - log(4), log(1 + 3 ** (1 / 3)) - log(4)
+    yield (
+        run,
+        {
+            "log(g_u / g_t)": [nan, -log(3), nan, nan, log(3), nan],
+            "swap, absolute": [nan, -down, nan, nan, up, nan],
+            "swap, signed, final norm frozen": [nan, down, nan, nan, up, nan],
+            "swap up, signed": [nan, nan, nan, nan, up, nan],
+            "swap down, signed": [nan, down, nan, nan, nan, nan],
+            _at(2, ""): [nan, log(10) - log(4), nan, nan, log(10) - log(4), nan],
+            "log2 of the best dose": [nan, -2, nan, nan, -2, nan],
+        },
+    )
+    yield planted(mid, gain=7.0), {"swap, absolute": [nan, 0, nan, nan, 0, nan]}
+
+
+def _by_final_norm(quantities: dict[str, Quantity]) -> dict[str, Quantity]:
+    from dataclasses import replace
+
+    return {
+        f"{name}{how}": replace(quantity, meaning=quantity.meaning + how)
+        for how in FINAL_NORMS.values()
+        for name, quantity in quantities.items()
+    }
+
+
+PROBE = Probe(
+    name="Scale swap and dose curve",
+    section="P5",
+    question="Does a token need its own gain, or would that of another token like it, or half or twice its own, "
+    "do as well?",
+    reading="Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative one "
+    "down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap changes "
+    "nothing: where the gain is one constant exactly, where it varies to no effect within .001 nats. A steep "
+    "dose curve alone says that the output scale matters, which a static gain has too.",
+    pitfalls="Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that "
+    "up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs apart. The "
+    "best dose of a single token is where its one target is likeliest, often an end of the range; only the best "
+    "dose for all says whether gains are right. A swapped gain is off the token's own distribution, though not "
+    f"off the model's. Tokens are matched within one stream; dose curves are of {N_DOSED} evenly spaced tokens at "
+    "most.",
+    formula="l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the surprisal; "
+    "its slope on log(g_u / g_t); l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps",
+    gates=(
+        Gate("smear_shared", "swap, absolute", above=0.1),
+        Gate("smear_shared", "swap, absolute, final norm frozen", above=0.1),
+        Gate("smear_shared", "swap up, signed", above=0.1),
+        Gate("smear_shared", "swap down, signed", above=0.1),
+        Gate("smear_shared", "slope, up", above=0.1),
+        Gate("smear_shared", "slope, down", below=-0.1),
+        Gate("smear_shared", "log2 of the best dose for all", within=0.25),
+        *(
+            Gate(negative, f"swap, absolute{how}", within=0.001)
+            for negative in ("absorbed", "uniform", "pinned")
+            for how in FINAL_NORMS.values()
+        ),
+    ),
+    one_layer=True,
+    tested="swap, signed",
+    measure=measure,
+    known=known,
+    estimate=estimate,
+    quantities={
+        "log(g_u / g_t)": Quantity("log gain", "how far apart the swapped gains are", ("sd",)),
+        **_by_final_norm(
+            {
+                "swap, absolute": Quantity(
+                    "nats",
+                    "size of the change of loss with a like token's gain",
+                    ("mean", "median"),
+                    more_smeared_when="higher",
+                ),
+                "swap, signed": Quantity(
+                    "nats",
+                    "change of loss with a like token's gain",
+                    more_smeared_when="higher",
+                ),
+                "swap up, signed": Quantity("nats", "the same where that gain is higher"),
+                "swap down, signed": Quantity("nats", "the same where that gain is lower"),
+                "log2 of the best dose": Quantity(
+                    "doublings of the gain",
+                    "where the token's dose curve is lowest",
+                    ("median", "q05", "q95", "sd"),
+                ),
+                "curvature at the own gain": Quantity(
+                    "nats / (log gain)^2", "second derivative of the dose curve at 1"
+                ),
+                **{
+                    _at(dose, ""): Quantity(
+                        "nats", f"change of loss at {dose:.3g} times the gain", ()
+                    )
+                    for dose in DOSES
+                },
+            }
+        ),
+    },
+    estimates=_by_final_norm(
+        {
+            "slope": Quantity("nats / log gain", "slope of the change on log(g_u / g_t)"),
+            "slope, up": Quantity(
+                "nats / log gain",
+                "the same over swaps to a gain as high or higher",
+                more_smeared_when="higher",
+            ),
+            "slope, down": Quantity(
+                "nats / log gain",
+                "the same over swaps to a gain as low or lower",
+                more_smeared_when="lower",
+            ),
+            "dose curve": Quantity("nats", "mean change of loss at x times the own gain"),
+            "log2 of the best dose for all": Quantity(
+                "doublings of the gain", "where the mean dose curve is lowest"
+            ),
+        }
+    ),
+    streams=("natural",),
+    figures=(
+        Figure(
+            "Change of loss with the gain of another token like it",
+            ("swap, absolute", "swap up, signed", "swap down, signed"),
+        ),
+        Figure(
+            "Dose curve: change of loss at a multiple of the own gain",
+            tuple(f"dose curve{how}" for how in FINAL_NORMS.values()),
+            kind="curve",
+            log_x=True,
+            x_title="multiple of the token's own gain",
+        ),
+        Figure("Where the mean dose curve is lowest", ("log2 of the best dose for all",)),
+    ),
+    source="science.md sections 7 P5 and 8.4",
+)

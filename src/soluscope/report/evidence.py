@@ -1,0 +1,343 @@
+"""Hypothesis x evidence on one page: what each account of LayerNorm expects, and what was seen.
+
+The verdicts follow from rules that use intervals and nothing else, and only those of probes that passed
+their gate. An intervention on a trained model can speak for an account that expects no effect, or
+against one that expects one; an effect speaks against none, since a refit of the readout may
+remove it (the control `disjoint` has such an effect and needs no LayerNorm).
+
+Source: science.md section 9.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from soluscope.report import controls
+from soluscope.report.findings import (
+    Side,
+    arms_of,
+    comparisons,
+    envelope,
+    measured,
+    number,
+    seeds,
+    side,
+    side_of_zero,
+    span,
+)
+from soluscope.report.markup import Mark, bullets, fold, marked, paragraph, table_of_cells
+from soluscope.results import Row
+
+HYPOTHESES = ("H0-opt, H-aff", "H-static-smuggle", "H-smear")
+MEANINGS = (
+    "H0-opt, H-aff: LayerNorm helps by its output scale at the start of training, or by its affine part.",
+    "H-static-smuggle: small activations carry information through one constant gain.",
+    "H-smear: they do so through a scale of each token's own.",
+)
+HIGH = 0.5
+"""Median r above which LayerNorm is active at the typical token."""
+NO_COST = 0.001
+"""Nats: a smaller change of the loss is none."""
+NO_SHARE = 0.01
+"""The same for shares and correlations."""
+
+Verdict = Literal["consistent", "inconsistent", "not settled"]
+MARKS: dict[Verdict, Mark] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
+OPEN: tuple[Verdict, ...] = ("not settled",) * 3
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was observed in one arm, and what it says of each of `HYPOTHESES`."""
+
+    observed: tuple[str, ...]
+    """One line each."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Empty where the observation may not be used."""
+    arm: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One line of the matrix."""
+
+    section: str
+    name: str
+    expected: tuple[str, str, str]
+    """Under each of `HYPOTHESES`."""
+    rule: str
+    """How the verdicts follow."""
+    probe: str = ""
+    """Whose gate must have been passed; empty where no planted model can be asked."""
+    see: Callable[[Sequence[Row], str], Seen | None] = lambda rows, arm: None
+    """From all rows and an arm; None where the rows are not there."""
+
+
+def matrix(rows: Sequence[Row]) -> list[tuple[Evidence, list[Seen]]]:
+    """Each line with what was seen in each solu_ln arm."""
+    arms = arms_of(rows, "solu_ln")
+    return [(one, _seen(one, rows, arms)) for one in EVIDENCE]
+
+
+def section(rows: Sequence[Row]) -> str:
+    """The matrix as HTML; nothing where there is no solu_ln arm."""
+    arms = arms_of(rows, "solu_ln")
+    if not arms:
+        return ""
+    lines = [_line(one, seen, named=len(arms) > 1) for one, seen in matrix(rows)]
+    said = (
+        "Intervals are of these trained models on other documents, natural text without BOS; for "
+        "Phi_dyn, of new seeds. Consistent is not proof: an account may expect what others do too."
+    )
+    rules = [f"{one.section} {one.name}: {one.rule}" for one in EVIDENCE if one.rule]
+    return (
+        bullets(MEANINGS)
+        + paragraph(said, style="soft")
+        + table_of_cells(["evidence", "observed", *HYPOTHESES], lines)
+        + fold("How the verdicts follow", bullets(rules))
+    )
+
+
+def _seen(one: Evidence, rows: Sequence[Row], arms: Sequence[str]) -> list[Seen]:
+    found = []
+    gate = controls.gate(rows, one.probe) if one.probe else "passed"
+    for arm in arms:
+        seen = one.see(rows, arm)
+        if seen is None:
+            continue
+        if gate == "failed":
+            seen = Seen(("not citable (control failed)",))
+        elif gate == "not run":
+            seen = Seen((*seen.observed, "no control run"), OPEN)
+        found.append(Seen(seen.observed, seen.verdicts, arm))
+    return found
+
+
+def _line(one: Evidence, seen: Sequence[Seen], named: bool) -> str:
+    """Cells of one line; the arms are named where there are several."""
+
+    def cell(parts: Sequence[str], style: str = "text") -> str:
+        return f'<td class="{style}">{"".join(parts)}</td>'
+
+    def label(one_seen: Seen, text: str) -> str:
+        return f"{one_seen.arm}: {text}" if named else text
+
+    cells = [cell([html.escape(f"{one.section} {one.name}")])]
+    observed = [
+        f"<div>{'<br>'.join(map(html.escape, (*[s.arm] * named, *s.observed)))}</div>" for s in seen
+    ]
+    cells.append(cell(observed or ["not measured"], "wide"))
+    for i, expected in enumerate(one.expected):
+        verdicts = [
+            marked(MARKS[s.verdicts[i]], label(s, s.verdicts[i])) for s in seen if s.verdicts
+        ]
+        wanted = f'<div class="soft">expected: {html.escape(expected)}</div>'
+        cells.append(cell([wanted, *verdicts], "verdict"))
+    return "".join(cells)
+
+
+# ---------------------------------------------------------------- what was seen
+
+
+def _engagement(rows: Sequence[Row], arm: str) -> Seen | None:
+    found = measured(rows, "engagement", "r", arm, "median")
+    if not found:
+        return None
+    ends = envelope(found)
+    smear: Verdict = "not settled"
+    if ends is not None and (ends[0] > HIGH or ends[1] < HIGH):
+        smear = "consistent" if ends[0] > HIGH else "inconsistent"
+    return Seen((_said(found),), ("consistent", "consistent", smear))
+
+
+def _edit(probe: str, quantity: str) -> Callable[[Sequence[Row], str], Seen | None]:
+    """What a change of the gain costs a trained model, overall and where the gain is highest."""
+
+    def see(rows: Sequence[Row], arm: str) -> Seen | None:
+        found = measured(rows, probe, quantity, arm)
+        if not found:
+            return None
+        at_high_gain = measured(rows, probe, quantity, arm, group="gain Q4")
+        said = [_said(found)]
+        if at_high_gain:
+            said.append(f"at the quartile of highest gain {_said(at_high_gain)}")
+        smear = _if_above(side_of_zero(at_high_gain or found, NO_COST))
+        none = _if_zero(side_of_zero(found, NO_COST))
+        return Seen(tuple(said), (none, none, smear))
+
+    return see
+
+
+def _phi_dyn(rows: Sequence[Row], arm: str) -> Seen | None:
+    found = comparisons(rows, "static - LN", arm=arm)
+    if not found:
+        return None
+    numerator, phi = found[0], next(iter(comparisons(rows, "Phi_dyn", arm=arm)), None)
+    where = "zero" if numerator.note.startswith("equivalent") else side_of_zero(found, 0.0)
+    if where == "above" and (phi is None or phi.low is None or phi.low <= 0):
+        where = "open"  # few seeds make the ratio's resampled interval a little too narrow
+    said = [f"best static arm less this one {_said(found)}"]
+    if phi is not None:
+        said.insert(0, "undefined" if phi.value is None else _said([phi]))
+    smear = _if_above(where)
+    static = _OPPOSITE[smear]  # below 0: a static gain is better still
+    return Seen(tuple(said), (static, static, smear))
+
+
+def _low_set(rows: Sequence[Row], arm: str) -> Seen | None:
+    probe, quantity = "low_activation_impact", "lowest half ablated, D"
+    lowest = measured(rows, probe, "set: lowest", arm, x=0.5)
+    share = measured(rows, probe, "set: same |n|", arm, x=0.5)
+    residual = measured(rows, probe, quantity, arm)
+    if not (lowest and residual):
+        return None
+    high = measured(rows, probe, quantity, arm, group="gain Q4") or residual
+    size = side(_least_and_most(lowest, share), NO_COST)
+    said = (
+        f"lowest half {_said(lowest)}",
+        f"random neurons of the same |n| {_said(share)}" if share else "",
+        f"D {_said(residual)}",
+        f"D at the quartile of highest gain {_said(high)}",
+    )
+    none: Verdict = "not settled"
+    if size == "above":
+        none = "inconsistent"
+    elif size != "open":
+        none = _if_zero(side_of_zero(residual, NO_COST))
+    static: Verdict = "not settled"
+    if size in ("zero", "below"):
+        static = "inconsistent"
+    elif size == "above":
+        static = _if_zero(side_of_zero(residual, NO_COST))
+    smear = _if_above(side_of_zero(high, NO_COST))
+    if smear == "consistent" and size != "above":
+        smear = "not settled" if size == "open" else "inconsistent"
+    return Seen(tuple(filter(None, said)), (none, static, smear))
+
+
+def _specificity(rows: Sequence[Row], arm: str) -> Seen | None:
+    found = measured(rows, "specificity", "A (gain only)", arm)
+    if not found:
+        return None
+    where = side_of_zero(found, NO_SHARE)
+    none: Verdict = "inconsistent" if where in ("above", "below") else _if_zero(where)
+    return Seen((_said(found),), (none, none, _if_above(where)))
+
+
+def _two_by_two(rows: Sequence[Row], arm: str) -> Seen | None:
+    cells = [measured(rows, "lateral_inhibition", name, arm) for name in ("g const", "Z const")]
+    if not all(cells):
+        return None
+    gain, softmax = (side_of_zero(found, NO_COST) for found in cells)
+    idle = _if_zero("zero" if gain == softmax == "zero" else "open")
+    said = (f"g const {_said(cells[0])}", f"Z const {_said(cells[1])}")
+    return Seen(said, (idle, idle, _if_above(gain)))
+
+
+def _if_zero(where: Side) -> Verdict:
+    """For an account that expects no effect of an edit: an effect may vanish with a refit."""
+    return "consistent" if where == "zero" else "not settled"
+
+
+def _if_above(where: Side) -> Verdict:
+    """For an account that expects an effect above 0."""
+    if where == "open":
+        return "not settled"
+    return "consistent" if where == "above" else "inconsistent"
+
+
+_OPPOSITE: dict[Verdict, Verdict] = {
+    "consistent": "inconsistent",
+    "inconsistent": "consistent",
+    "not settled": "not settled",
+}
+
+
+def _least_and_most(rows: Sequence[Row], less: Sequence[Row]) -> tuple[float, float] | None:
+    """How far `rows` may lie above `less`, seed by seed, were both at the ends of their intervals."""
+    ends = [(envelope([a]), envelope([b])) for a, b in zip(rows, less, strict=False)]
+    if len(rows) != len(less) or any(a is None or b is None for a, b in ends):
+        return None
+    gaps = [(a[0] - b[1], a[1] - b[0]) for a, b in ends if a is not None and b is not None]
+    return min(low for low, _ in gaps), max(high for _, high in gaps)
+
+
+def _said(rows: Sequence[Row]) -> str:
+    """Estimates over seeds, and how far their intervals reach."""
+    ends = envelope(rows)
+    reach = "no interval" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+    n = rows[0].n if rows[0].cluster == "seed" else len(rows)
+    return f"{span(row.value for row in rows)} {rows[0].unit} [{reach}], {seeds(n)}"
+
+
+# ---------------------------------------------------------------- the lines
+
+EVIDENCE = (
+    Evidence(
+        "P1",
+        "engagement: r at the typical token",
+        ("any", "any, low", "high (above .5)"),
+        "any r is consistent with what expects any; H-smear takes all intervals to lie above .5.",
+        "engagement",
+        _engagement,
+    ),
+    Evidence(
+        "P4",
+        "freeze: loss with one gain for all tokens, at the best constant, less loss as it is",
+        ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
+        "0 is closer than .001 nats. A cost without a refit rules out no static account; H-smear is judged at the "
+        "quartile of highest gain.",
+        "scale_freeze",
+        _edit("scale_freeze", "frozen at best constant"),
+    ),
+    Evidence(
+        "P5",
+        "swap: loss with the gain of another token like it less loss as it is",
+        ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
+        "as for the freeze; H-smear is judged over all tokens where there are no quartiles.",
+        "scale_swap",
+        _edit("scale_swap", "swap, signed"),
+    ),
+    Evidence(
+        "P8",
+        "Phi_dyn: share of LayerNorm's gain that no static arm reaches",
+        ("about 0", "about 0", "above 0, interval off 0"),
+        "about 0: the best static arm is equivalent (closer than .005 nats) or better; above 0: the intervals of "
+        "Phi_dyn and of its numerator both lie above 0. No planted model is trained, so there is no gate.",
+        see=_phi_dyn,
+    ),
+    Evidence(
+        "P9",
+        "lowest half of a token's activations ablated together; D, the part that one gain would not give",
+        ("small; D 0", "large; D 0", "large; D above 0"),
+        "large: above random neurons of the same |n| wherever in their intervals both lie; small: below, or closer "
+        "than .001 nats; H-smear's D is that at the quartile of highest gain.",
+        "low_activation_impact",
+        _low_set,
+    ),
+    Evidence(
+        "P11",
+        "A, gain only: specificity of weak activations before less after a per-token gain",
+        ("0", "0", "above 0"),
+        "0 is closer than .01.",
+        "specificity",
+        _specificity,
+    ),
+    Evidence(
+        "P20",
+        "2x2: loss with the gain, or softmax's Z, one constant less loss as it is",
+        ("Z and g idle", "idle", "g main effect"),
+        "idle: both closer to 0 than .001 nats. A cost without a refit rules out no static account.",
+        "lateral_inhibition",
+        _two_by_two,
+    ),
+    Evidence(
+        "P23",
+        "gap at convergence (a study of training: not measured yet)",
+        ("vanishes with tuning of lr and gain", "the same", "persists"),
+        "",
+    ),
+)

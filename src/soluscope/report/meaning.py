@@ -1,0 +1,111 @@
+"""What a probe's result means, from its rows: never more than the intervals say.
+
+The intervals are those of trained models on other documents, so a sentence is about these models;
+what holds of a variant is for the paired differences to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from soluscope.probes import Gate, Probe, Quantity
+from soluscope.report.findings import (
+    Side,
+    arms_of,
+    by_stream,
+    envelope,
+    number,
+    seeds,
+    side,
+    span,
+)
+from soluscope.results import Row
+
+NEGLIGIBLE = {"nats": 0.001, "correlation": 0.01, "difference": 0.01}
+"""By a word of the units that have a sign: closer to 0 than this is as good as 0.
+
+Source: science.md section 7, "Control pass rule"."""
+
+TWINS = ("solu_ln", "solu_frozen_ln")
+"""Variants whose numbers are put into words: LayerNorm, and the same with one gain for all."""
+
+
+def sentences(one: Probe, rows: Sequence[Row]) -> list[str]:
+    """One sentence for each LayerNorm arm and static twin; none where there is nothing to say.
+
+    They are about the quantity that the probe is tested by, or else the first that says which way
+    smearing lies.
+    """
+    known = one.quantities | one.estimates
+    leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
+    for name in [one.tested] * (one.tested in known) + leaning:
+        found = _main(rows, name, known[name])
+        arms = [arm for variant in TWINS for arm in arms_of(found, variant)]
+        if arms:
+            each = ([row for row in found if row.arm == arm] for arm in arms)
+            return [_sentence(one, mine) for mine in each]
+    return []
+
+
+def _main(rows: Iterable[Row], name: str, quantity: Quantity) -> list[Row]:
+    """The quantity's rows on its first stream, unsplit, by its first statistic."""
+    found = [
+        row
+        for row in rows
+        if row.quantity == name and row.statistic in (*quantity.statistics[:1], "")
+        if row.x is None and row.value is not None and (row.group, row.positions) == ("", "not BOS")
+    ]
+    stream = min(map(by_stream, found), default=None)
+    return [row for row in found if by_stream(row) == stream]
+
+
+def _sentence(one: Probe, rows: Sequence[Row]) -> str:
+    first = rows[0]
+    what = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
+    text = f"{first.arm}, {first.stream}: {what} is {span(r.value for r in rows)} {first.unit}"
+    ends = envelope(rows)
+    if ends is None:
+        return f"{text} over {seeds(len(rows))}, without an interval."
+    each = "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach"
+    text += f" ({each} {number(ends[0])} to {number(ends[1])})"
+    judged = _judged(one, first, ends)
+    return f"{text}: {judged}." if judged else f"{text}."
+
+
+def _judged(one: Probe, row: Row, ends: tuple[float, float]) -> str:
+    """What an interval settles: by what the controls had to show, and by its sign; or nothing."""
+    low, high = ends
+    gates = [g for g in one.gates if _is_about(g, row)]
+    for gate in gates:
+        if gate.within is not None and max(gate.around - low, high - gate.around) < gate.within:
+            return f"within {gate.within:g} of {gate.around:g}, as where there is nothing to find"
+    margins = [margin for word, margin in NEGLIGIBLE.items() if word in row.unit]
+    if margins:
+        return _sign(
+            side(ends, margins[0]), margins[0], (one.quantities | one.estimates)[row.quantity]
+        )
+    for gate in gates:
+        if gate.above is not None and low > gate.above:
+            return f"above {gate.above:g}, as on the control {gate.control}"
+        if gate.below is not None and high < gate.below:
+            return f"below {gate.below:g}, as on the control {gate.control}"
+    return ""
+
+
+def _is_about(gate: Gate, row: Row) -> bool:
+    place = (gate.quantity, gate.group, gate.x, gate.positions)
+    return place == (row.quantity, "", None, row.positions) and row.statistic in (
+        gate.statistic,
+        "",
+    )
+
+
+def _sign(where: Side, margin: float, quantity: Quantity) -> str:
+    if where == "zero":
+        return f"closer to 0 than {margin:g}, as good as 0"
+    if where == "open":
+        return "which side of 0 is not settled"
+    if quantity.more_smeared_when == "neither":
+        return f"{where} 0"
+    predicted = (where == "above") == (quantity.more_smeared_when == "higher")
+    return f"{where} 0, the side that smearing {'predicts' if predicted else 'does not predict'}"

@@ -1,0 +1,495 @@
+"""P11, P13 and P14 against brute force, scipy and closed forms; and the labelled features they share."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats as scipy_stats
+
+from soluscope import plugins
+from soluscope.activations import HookedRun, planted
+from soluscope.calibration import check_gates, control_run
+from soluscope.probes import _features, neuron_statistics, specificity, two_tier_features
+from soluscope.stats import bootstrap_sums
+from soluscope.summaries import token_table
+
+NAMES = ("specificity", "neuron_statistics", "two_tier_features")
+
+
+def run_of(mid, tokens, vocab=(), **norm) -> HookedRun:
+    """A planted run with a token and its text at each place. [row pos d_mlp], [row pos]"""
+    norm = norm or {"gain": 1.0}
+    made = planted(torch.as_tensor(mid), **norm)
+    return replace(made, tokens=torch.as_tensor(tokens).flatten(), vocab=tuple(vocab))
+
+
+def random_run(seed=0, n_rows=40, width=51, d_mlp=12, n_kinds=6, share=0.5) -> HookedRun:
+    """Each token's own Gaussian vector plus noise of its own, `share` of the variance its own."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 1 + n_kinds, (n_rows, width))
+    tokens[:, 0] = 0
+    own = rng.normal(size=(1 + n_kinds, d_mlp))
+    own = (own - own[1:].mean(0)) / own[1:].std(0)
+    noise = rng.normal(size=(n_rows, width, d_mlp))
+    return run_of(np.sqrt(share) * own[tokens] + np.sqrt(1 - share) * noise, tokens)
+
+
+def estimates_of(name, run):
+    probe = plugins.pick("soluscope.probes", name)
+    return {
+        (e.quantity, e.group, e.x): e for e in probe.estimate(run, token_table(probe, run), None)
+    }
+
+
+def number(estimate, weights=None):
+    weights = np.ones(len(estimate.sums)) if weights is None else weights
+    return float(estimate.value(weights[None] @ estimate.sums)[0])
+
+
+def numbers_of(name, run):
+    return {key: number(estimate) for key, estimate in estimates_of(name, run).items()}
+
+
+def brute_auroc(scores, has, weights=None):
+    """Over all pairs of a token that has the feature and one that has not."""
+    weights = np.ones(len(scores)) if weights is None else weights
+    wins = np.sign(scores[has][:, None] - scores[~has][None]) / 2 + 0.5
+    pairs = weights[has][:, None] * weights[~has][None]
+    return float((wins * pairs).sum() / pairs.sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_probe_says_yes_and_no_where_its_controls_do(name):
+    rows = list(check_gates(name))
+    assert [f"{row.group}: {row.note}" for row in rows if not row.note.startswith("pass")] == []
+
+
+# --- features -------------------------------------------------------------------------------------
+
+TEXTS = ("<|BOS|>", " the", " Foo", "(", "12", ",", " bar", ")", "\n", "0xff", "aB3x", "for")
+
+
+def labelled(*texts, n_rows=24):
+    """Features of one line of tokens, as often as it takes to count; [position] of each."""
+    line = [0, *(TEXTS.index(text) for text in texts)]
+    run = run_of(torch.zeros(n_rows, len(line), 2), [line] * n_rows, TEXTS)
+    found = _features.label(run)
+    holds = found.holds.reshape(len(found.names), n_rows, len(line))
+    assert (holds == holds[:, :1]).all()
+    assert not holds[:, :, 0].any(), "BOS has no features"
+    return {
+        name: [texts[i - 1] for i in np.flatnonzero(row[0])]
+        for name, row in zip(found.names, holds, strict=True)
+    }
+
+
+def test_text_features_are_read_off_a_tokens_characters():
+    found = labelled(" the", " Foo", "12", "0xff", "aB3x", "\n", "for")
+    assert found["starts with a space"] == [" the", " Foo"]
+    assert found["digit"] == ["12", "0xff", "aB3x"]
+    assert found["lower-case letters"] == [" the", "for"]
+    assert found["token ' the'"] == [" the"]
+    # What holds at the same tokens as something earlier is the same feature.
+    assert not {"number", "hexadecimal", "base64", "new line", "keyword"} & found.keys()
+    assert found["token '0xff'"] == ["0xff"]
+
+
+def test_context_features_are_of_what_stands_before():
+    found = labelled("(", " bar", ",", " the", ")", " bar", "\n", " Foo")
+    assert found["inside brackets"] == [" bar", ",", " the", ")"]
+    assert found["first in a list"] == [" bar", ","]
+    assert found["later in a list"] == [" the", ")"]
+    assert found["after: starts with a space"] == [",", ")", "\n"]
+    assert "after: opening bracket" in found
+
+
+def test_a_bracket_left_open_is_forgotten_at_the_next_row():
+    assert labelled("(", " bar", "12")["inside brackets"] == [" bar", "12"]
+
+
+def test_without_texts_only_which_token_it_is_is_known():
+    run = random_run()
+    assert _features.label(run).kinds == ("token",) * 6
+
+
+def test_a_feature_counts_only_where_enough_tokens_have_it_in_both_halves():
+    tokens = torch.ones(20, 12, dtype=torch.long)
+    tokens[:, 0] = 0
+    tokens[::2, 1] = 2  # ten in the first half of the documents, none in the second
+    tokens[:, 2] = 3  # ten in each
+    found = _features.label(run_of(torch.zeros(20, 12, 2), tokens))
+    assert {"token 3"} <= set(found.names)
+    assert "token 2" not in found.names
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_the_share_of_pairs_in_order(ties):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(200, 3))
+    values = values.round(0) if ties else values
+    holds = rng.random((2, 200)) < 0.3
+    found = _features.auroc(values, holds)
+    for feature in range(2):
+        for column in range(3):
+            wanted = brute_auroc(values[:, column], holds[feature])
+            assert found[feature, column] == pytest.approx(wanted, abs=1e-12)
+
+
+def test_rounding_breaks_no_tie():
+    values = np.array([1.0, 1.0, 0.5, 0.5, 0.0])[:, None] * (1 + 1e-13 * np.arange(5))[:, None]
+    assert (np.diff(_features.levels(values), axis=0)[[0, 2]] == 0).all()
+    noise = np.array([[1.0, 1e-17], [2.0, 3e-17]])
+    assert (_features.levels(noise)[:, 1] == 0).all()
+
+
+def test_auroc_from_sums_is_exact_for_all_documents_and_first_order_for_others():
+    rng = np.random.default_rng(1)
+    string = np.sort(rng.integers(0, 30, 600))
+    has = rng.random(600) < 0.3
+    scores = (rng.normal(size=(600, 2)) + has[:, None]).round(3)
+    sums = _features.auroc_sums(scores, has, string)
+    total = sums.sum(axis=0)
+    weights = rng.normal(size=30)
+    errors = []
+    for step in (0.0, 0.1, 0.01):
+        drawn = 1 + step * weights
+        found = _features.auroc_of(drawn[None] @ sums, total)[0]
+        wanted = [brute_auroc(column, has, drawn[string]) for column in scores.T]
+        errors.append(np.abs(found - wanted).max())
+    assert errors[0] < 1e-12
+    assert errors[2] < errors[1] / 50, "the error is of second order"
+
+
+def test_sums_by_document_are_pandas():
+    rng = np.random.default_rng(2)
+    columns, string = rng.normal(size=(100, 3)), rng.integers(0, 9, 100)
+    wanted = pd.DataFrame(columns).groupby(string).sum().to_numpy()
+    np.testing.assert_allclose(_features.sums_by_document(columns, string), wanted)
+
+
+# --- P11 ------------------------------------------------------------------------------------------
+
+
+def brute_specificity(values, n, has):
+    """P(feature) in ranks n/2^b to n/2^(b-1) from the top, b = 1..4, each token cut into 16."""
+    order = np.argsort(-values)
+    fine = np.repeat(has[order], 16)
+    return [fine[n * 16 // 2**b : n * 16 // 2 ** (b - 1)].mean() for b in (1, 2, 3, 4)]
+
+
+def test_specificity_is_a_count_over_sorted_activations():
+    run = random_run(seed=3)
+    run = replace(run, scale=torch.rand(run.pos.shape, dtype=torch.float64) + 0.1)
+    found = numbers_of("specificity", run)
+    half = _features.first_half(run)
+    content = ~run.is_bos.numpy()
+    mid, gain = run.mid.numpy(), run.gain.numpy()[:, None]
+    labels = np.stack([run.tokens.numpy() == token for token in range(1, 7)])
+    stages = {
+        "before": mid,
+        "gain only": gain * mid,
+        "centring only": mid - mid.mean(1, keepdims=True),
+        "both": gain * (mid - mid.mean(1, keepdims=True)),
+    }
+    spec = {stage: [] for stage in stages}
+    for neuron in range(mid.shape[1]):
+        chosen = content & half
+        scores = [brute_auroc(mid[chosen, neuron], has[chosen]) for has in labels]
+        has = labels[int(np.argmax(scores))][content & ~half]
+        n = int((mid[content & ~half, neuron] > 0).sum())
+        for stage, values in stages.items():
+            spec[stage].append(brute_specificity(values[content & ~half, neuron], n, has))
+    for part in ("gain only", "centring only", "both"):
+        wanted = np.mean(spec["before"]) - np.mean(spec[part])
+        assert found[f"A ({part})", "", None] == pytest.approx(wanted, abs=1e-12)
+    assert found["specificity", "before", 1.0] == pytest.approx(np.mean(spec["before"], axis=0)[0])
+
+
+def test_a_gain_that_is_constant_has_no_signature_of_its_own():
+    run = random_run(seed=4)
+    assert numbers_of("specificity", run)["A (gain only)", "", None] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_norm_that_does_not_centre_has_none_by_centring():
+    run = random_run(seed=4)
+    run = replace(run, post=run.mid)
+    found = numbers_of("specificity", run)
+    assert found["A (centring only)", "", None] == 0
+
+
+def test_a_feature_chosen_on_the_same_tokens_looks_specific_where_there_is_none():
+    """The published way finds a neuron for everything; held out, there is nothing."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(1, 9, (20, 33))
+    tokens[:, 0] = 0
+    run = run_of(rng.normal(size=(20, 33, 24)), tokens)
+    found = numbers_of("specificity", run)
+    base_rate = 1 / 8
+    assert found["AUROC of the matched neurons", "", None] == pytest.approx(0.5, abs=0.03)
+    published = specificity._matched(run, chosen_on="all")
+    aurocs = [
+        brute_auroc(values, has)
+        for values, has in zip(published.values["before"].T, published.holds.T, strict=True)
+    ]
+    assert np.mean(aurocs) > 0.54
+    assert found["specificity", "before", 1.0] == pytest.approx(base_rate, abs=0.03)
+
+
+def test_permuting_tokens_leaves_no_signature():
+    """On the model that has the strongest one."""
+    run = control_run("smear_graded", "natural")
+    content = (~run.is_bos).nonzero().squeeze(-1)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(20):
+        tokens = run.tokens.clone()
+        order = torch.randperm(len(content), generator=generator)
+        tokens[content] = tokens[content[order]]
+        made = next(plugins.pick("soluscope.probes", "specificity").estimate(
+            replace(run, tokens=tokens), None, None
+        ))  # fmt: skip
+        assert made.quantity == "A (gain only)"
+        found.append(number(made))
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(20)
+    assert max(np.abs(found)) < 0.05
+
+
+# --- P13 ------------------------------------------------------------------------------------------
+
+
+def test_skewness_and_kurtosis_are_scipys():
+    run = random_run(seed=6, share=0.9)
+    run = replace(run, mid=run.mid.exp())
+    table = neuron_statistics.neurons(run, None)
+    content = run.mid[~run.is_bos].numpy()
+    skewness, kurtosis = scipy_stats.skew(content), scipy_stats.kurtosis(content)
+    np.testing.assert_allclose(table["skewness: mid"], skewness, rtol=1e-9)
+    np.testing.assert_allclose(table["excess kurtosis: mid"], kurtosis, rtol=1e-9)
+    density = np.abs(content).mean(0) ** 2 / (content**2).mean(0)
+    np.testing.assert_allclose(table["density: mid"], density, rtol=1e-9)
+    found = numbers_of("neuron_statistics", run)
+    assert found["skewness: mid", "", None] == pytest.approx(np.median(skewness))
+    assert found["excess kurtosis: mid", "", None] == pytest.approx(np.median(kurtosis))
+
+
+def test_the_interval_of_a_kurtosis_follows_its_first_order_in_the_weights():
+    run = random_run(seed=7, d_mlp=1)
+    run = replace(run, mid=run.mid.exp())
+    made = estimates_of("neuron_statistics", run)
+    content = run.subset(~run.is_bos)
+    x = content.mid[:, 0].numpy()
+    tilt = np.random.default_rng(0).normal(size=40)
+
+    def brute(weights, power):
+        w = weights[content.string.numpy()]
+        z = x - np.average(x, weights=w)
+        return np.average(z**power, weights=w) / np.average(z**2, weights=w) ** (power / 2)
+
+    for name, power in (("skewness", 3), ("excess kurtosis", 4)):
+        errors = []
+        for step in (0.1, 0.01):
+            weights = 1 + step * tilt
+            wanted = brute(weights, power) - (3 if power == 4 else 0)
+            errors.append(abs(number(made[f"{name}: mid", "", None], weights) - wanted))
+        assert errors[1] < errors[0] / 50, "the error is of second order"
+
+
+def test_a_neuron_that_never_varies_has_no_shape_and_spoils_no_median():
+    run = random_run(seed=8)
+    mid = run.mid.clone()
+    mid[:, 0] = 0.3
+    run = replace(run, mid=mid)
+    table = neuron_statistics.neurons(run, None)
+    assert table["excess kurtosis: mid"][0].isnan()
+    wanted = np.median(scipy_stats.kurtosis(mid[~run.is_bos, 1:].numpy()))
+    found = numbers_of("neuron_statistics", run)["excess kurtosis: mid", "", None]
+    assert found == pytest.approx(wanted)
+
+
+def test_a_rotated_basis_is_not_privileged():
+    """C10, and the same activations seen in another basis."""
+    run = control_run("monosemantic", "natural")
+    rotation = scipy_stats.ortho_group(32, seed=np.random.default_rng(1)).rvs()
+    rotated = replace(run, mid=run.mid @ torch.from_numpy(rotation))
+    quantity = ("privileged basis: mid", "", None)
+    own, other = (numbers_of("neuron_statistics", r)[quantity] for r in (run, rotated))
+    assert own > 20
+    assert abs(other) < 0.05 * own
+
+
+def test_solu_of_gaussians_has_the_gaussians_kurtosis():
+    run = random_run(seed=9, n_rows=400, share=0.0, d_mlp=16)
+    pre = 0.4 * run.pre
+
+    def solu(pre):
+        return pre * pre.softmax(-1)
+
+    run = replace(run, pre=pre, mid=solu(pre), mlp=replace(run.mlp, nonlinearity=solu))
+    found = numbers_of("neuron_statistics", run)
+    assert found["excess kurtosis: pre", "", None] == pytest.approx(0, abs=0.1)
+    assert found["excess kurtosis: mid", "", None] > 2, "SoLU makes tails"
+    assert found["kurtosis over Gaussian: mid", "", None] == pytest.approx(0, abs=0.4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_token_information_is_the_share_of_variance_between_tokens(share):
+    """Known by construction, and not pulled down by the noise of the means that predict."""
+    runs = [random_run(seed, n_rows=40, n_kinds=60, share=share) for seed in range(8)]
+    found = [
+        number(
+            next(plugins.pick("soluscope.probes", "neuron_statistics").estimate(run, None, None))
+        )
+        for run in runs
+    ]
+    assert np.mean(found) == pytest.approx(share, abs=0.03)
+
+
+def test_one_document_alone_has_no_token_information_and_all_else():
+    found = numbers_of("neuron_statistics", random_run(n_rows=1))
+    assert np.isnan(found["token information: mid", "", None])
+    assert np.isfinite(found["excess kurtosis: mid", "", None])
+
+
+def test_the_three_counts_of_neurons_agree_where_k_are_alike():
+    """k equal activations of N: participation ratio k, K_eff k, active share k / N."""
+    mid = torch.zeros(1, 3, 8)
+    mid[0, 0, :1], mid[0, 1, :4], mid[0, 2, :] = 2.0, 0.5, -1.0
+    found = neuron_statistics.measure(planted(mid, gain=1.0), None)
+    for name in ("participation ratio", "K_eff"):
+        assert found[f"{name}: mid"].tolist() == pytest.approx([1, 4, 8])
+    assert found["active neurons: mid"].tolist() == pytest.approx([1 / 8, 4 / 8, 1])
+
+
+# --- P14 ------------------------------------------------------------------------------------------
+
+
+def test_the_probe_on_one_neuron_is_the_best_neuron_of_the_first_half():
+    run = random_run(seed=10)
+    features = _features.label(run)
+    decoding = two_tier_features._decode(run, "mid", features)
+    total = decoding.sums.sum(axis=0)
+    found = _features.auroc_of(total[:, :1].reshape(1, -1), total[:, :1].ravel())[0]
+    content, half = ~run.is_bos.numpy(), _features.first_half(run)
+    fitted, tested = run.mid.numpy()[content & half], run.mid.numpy()[content & ~half]
+    for feature, holds in enumerate(features.holds):
+        has = holds[content & half]
+        difference = (fitted[has].mean(0) - fitted[~has].mean(0)) / fitted.std(0)
+        best = int(np.abs(difference).argmax())
+        scores = tested[:, best] * np.sign(difference[best])
+        assert found[feature] == pytest.approx(brute_auroc(scores, holds[content & ~half]))
+
+
+def test_the_full_probe_is_ridge_regression():
+    """The direction of least squares with a penalty, by lstsq on augmented rows."""
+    run = random_run(seed=11)
+    features = _features.label(run)
+    decoding = two_tier_features._decode(run, "mid", features)
+    fitted_on = ~run.is_bos.numpy() & _features.first_half(run)
+    x = run.mid.numpy()[fitted_on]
+    z = (x - x.mean(0)) / x.std(0)
+    k = z.shape[1]
+    for feature, holds in enumerate(features.holds):
+        y = holds[fitted_on] - holds[fitted_on].mean()
+        rows = np.concatenate([z, np.sqrt(k) * np.eye(k)])
+        wanted = np.linalg.lstsq(rows, np.concatenate([y, np.zeros(k)]), rcond=None)[0] / x.std(0)
+        found = decoding.directions[feature]
+        cosine = found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted)
+        assert cosine == pytest.approx(1, abs=1e-10)
+
+
+def spread_run(n_spread):
+    """Two kinds of tokens told by the mean of `n_spread` of 64 noisy neurons, at gains 1 and e."""
+    rng = np.random.default_rng(12)
+    tokens = rng.integers(1, 3, (60, 41))
+    tokens[:, 0] = 0
+    mid = rng.normal(size=(60, 41, 64))
+    mid[:, :, :n_spread] += 2.5 / np.sqrt(n_spread) * (tokens == 1)[:, :, None]
+    run = run_of(mid, tokens)
+    return replace(run, scale=torch.where(run.tokens == 1, np.exp(-1.0), 1.0).double())
+
+
+def test_the_index_grows_with_the_neurons_that_a_feature_is_spread_over():
+    found = [numbers_of("two_tier_features", spread_run(n)) for n in (1, 4, 64)]
+    index = [one["distribution index: mid", "", None] for one in found]
+    assert index[0] == 1
+    assert 2 <= index[1] <= 4
+    assert index[2] > 16
+    assert [one["tier gap: mid", "", None] for one in found] == [0, 0, 1]
+    # AUROC of two Gaussians 2.5 apart, on all neurons that carry anything.
+    wanted = scipy_stats.norm.cdf(2.5 / np.sqrt(2)) - 0.5
+    assert found[0]["AUROC above chance: mid", "", None] == pytest.approx(wanted, abs=0.02)
+
+
+def test_the_second_tier_of_the_shared_code_is_its_b_tokens_at_their_gain():
+    """C1: from mid, A tokens take one neuron, B tokens all 32; after the norm none takes many."""
+    run = control_run("smear_shared", "natural")
+    features = _features.label(run)
+    index = {
+        stage: two_tier_features._decode(run, stage, features).index_of_all()
+        for stage in ("mid", "post")
+    }
+    for name, kind, before, after in zip(
+        features.names, features.kinds, index["mid"], index["post"], strict=True
+    ):
+        if kind == "token":
+            assert (before, after <= 8) == (1 if name.startswith("token 'A") else 32, True), name
+
+
+def test_removing_a_direction_is_what_brute_force_hooks_do():
+    planted_model = plugins.pick("soluscope.controls", "smear_shared").build()
+    run = control_run("smear_shared", "natural")
+    features = _features.label(run)
+    decoding = two_tier_features._decode(run, "post", features)
+    in_few = two_tier_features._decode(run, "mid", features).index_of_all() <= 16
+    content, half = ~run.is_bos.numpy(), _features.first_half(run)
+    mean = run.post[torch.from_numpy(content & half)].mean(0)
+    tokens = planted_model.streams["natural"].tokens
+    removable = torch.from_numpy(content & ~half) & (run.target >= 0)
+    total, count = (torch.zeros(len(run.pos), dtype=torch.float64) for _ in range(2))
+    for feature in np.flatnonzero(~np.isnan(decoding.index_of_all()) & ~in_few):
+        w = torch.from_numpy(decoding.directions[feature])
+        w = w / w.norm()
+        log_p = planted_model.model.run_with_hooks(
+            tokens,
+            fwd_hooks=[
+                ("blocks.0.mlp.hook_post", lambda post, hook, w=w: post - ((post - mean) @ w)[..., None] * w)
+            ],
+        ).log_softmax(-1)  # fmt: skip
+        loss = -log_p.flatten(0, 1).gather(-1, run.target.clamp(min=0)[:, None]).squeeze(-1)
+        own = -planted_model.model(tokens).log_softmax(-1).flatten(0, 1)
+        own = own.gather(-1, run.target.clamp(min=0)[:, None]).squeeze(-1)
+        change = (loss - own).detach()
+        here = torch.from_numpy(features.holds[feature]) & removable
+        if int(here.sum()) > two_tier_features.MAX_REMOVED:
+            kept = here.nonzero().squeeze(-1)
+            some = np.linspace(0, len(kept) - 1, two_tier_features.MAX_REMOVED).astype(int)
+            here = torch.zeros_like(here)
+            here[kept[some]] = True
+        total += torch.where(here, change, 0.0)
+        count += here
+    found = two_tier_features.measure(run, None)[two_tier_features.REMOVED["many"]]
+    assert int((count > 0).sum()) > 100
+    torch.testing.assert_close(found, total / count, rtol=0, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["specificity", "two_tier_features"])
+def test_where_nothing_can_be_labelled_nothing_is_estimated(name):
+    run = random_run(n_rows=2, width=5)
+    probe = plugins.pick("soluscope.probes", name)
+    table = token_table(probe, run)
+    assert table[list(probe.quantities)].isna().all(axis=None)
+    assert list(probe.estimate(run, table, None)) == []
+
+
+def test_permuting_tokens_leaves_nothing_to_decode():
+    run = control_run("monosemantic", "natural")
+    generator = torch.Generator().manual_seed(1)
+    content = (~run.is_bos).nonzero().squeeze(-1)
+    tokens = run.tokens.clone()
+    tokens[content] = tokens[content[torch.randperm(len(content), generator=generator)]]
+    made = estimates_of("two_tier_features", replace(run, tokens=tokens))
+    estimate = made["AUROC above chance: post", "", None]
+    interval = bootstrap_sums(estimate.sums, estimate.value, estimate.n)
+    assert interval.low < 0 < interval.high
