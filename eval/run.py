@@ -13,6 +13,7 @@ Words are a folder, key=value, or YAML files. Goes on where an interrupted evalu
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from soluscope import plugins
@@ -35,22 +36,23 @@ def main(arguments: list[str]) -> None:
         print(to_yaml(config), end="")
         return
     calibrated = [switch for switch in switches[1:] if switch in arguments]
-    if calibrated:
-        from soluscope.suite import calibrate
-
-        folder = Path(folders[0]) if folders else None
-        calibrate(calibrated[0].strip("-"), config, folder)
-        return
-    if len(folders) != 1:
+    if len(calibrated) > 1:
+        raise UserError(f"{' and '.join(calibrated)} given, wanted one of them at a time")
+    if len(folders) > 1 or not (folders or calibrated):
         raise UserError(
             f"{len(folders)} folders given, wanted one, as in: python eval/run.py runs/demo"
         )
-    if not Path(folders[0]).is_dir():
-        raise UserError(f"no folder {folders[0]}: name a study or a run, as in runs/demo")
-    from soluscope.suite import evaluate  # here, so that the lines above answer at once
+    folder = Path(folders[0]) if folders else None
+    if folder and not folder.is_dir():
+        raise UserError(f"no folder {folder}: name a study or a run, as in runs/demo")
+    from soluscope.suite import calibrate, evaluate  # here, so that the lines above answer at once
 
-    path = evaluate(Path(folders[0]), config, lambda text: print(text, file=sys.stderr))
-    print(f"{path} is written; 'python eval/report.py {path.parent}' makes the report")
+    say = partial(print, file=sys.stderr)
+    if calibrated:
+        calibrate(calibrated[0].strip("-"), config, folder, say)
+    elif folder:
+        path = evaluate(folder, config, say)
+        print(f"{path} is written; 'python eval/report.py {path.parent}' makes the report")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 
 from soluscope import stats
-from soluscope.compare import UNDEFINED, compare
+from soluscope.compare import UNDEFINED, compare, confirm
 from soluscope.errors import UserError
+from soluscope.results import Row
 
 N_DOCUMENTS = 40
 
@@ -299,3 +302,35 @@ def test_too_few_documents_give_no_interval_and_no_phi():
     rows = compare("study", few, "abc")
     assert find(rows, "gain of LN").low is None
     assert "19 documents are too few for an interval" in find(rows, "Phi_dyn").note
+
+
+def probe_rows(arm, values, quantity="A", probe="specificity"):
+    base = Row(study="s", probe=probe, quantity=quantity, value=None, unit="share", commit="c")
+    return [
+        replace(base, run=f"{arm}-s{seed}", arm=arm, variant=arm, seed=seed, value=value, stream=stream)
+        for seed, by_stream in enumerate(values)
+        for stream, value in by_stream.items()
+    ]  # fmt: skip
+
+
+def test_a_probe_is_confirmed_by_pairs_of_seeds_with_the_static_twin():
+    """Differences .1, .2, .3, .4, .5, .6 at six seeds: p = 2 / 2^6, doubled by a second test."""
+    ln = [{"natural": 0.2 + 0.1 * s, "code": 0.0 + 0.1 * s} for s in range(6)]
+    static = [{"natural": 0.0, "code": 0.0} for _ in range(6)]
+    rows = [
+        *probe_rows("solu_ln", ln), *probe_rows("solu_frozen_ln", static),
+        *probe_rows("solu_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+        *probe_rows("solu_frozen_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+    ]  # fmt: skip
+    first, second = confirm(rows, {"specificity": "A", "scale_patching": "B"})
+    assert first.quantity == "specificity: A"
+    assert first.value == pytest.approx(np.mean([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
+    assert (first.p, first.p_adj) == pytest.approx((2 / 64, 4 / 64))
+    assert (second.value, second.p, second.p_adj) == (0, 1, 1)
+    assert (first.cluster, first.n, first.group) == ("seed", 6, "minus solu_frozen_ln")
+
+
+def test_what_the_static_twin_does_not_have_is_not_confirmed():
+    rows = probe_rows("solu_ln", [{"natural": 1.0}] * 3)
+    rows += probe_rows("solu_frozen_ln", [{"natural": None}] * 3)
+    assert confirm(rows, {"specificity": "A"}) == []

@@ -161,3 +161,45 @@ def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(
     assert {row["run"] for row in rows if row["run"]} == {
         f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)
     } - {"solu-s0"}
+
+
+def test_false_positives_are_kept_for_the_report_and_controls_are_not_asked_twice(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    words = ("probes=[scale_invariance]", "runs/e2e")
+    asked = run(tmp_path, ROOT / "eval" / "run.py", "--false-positives", *words)
+    assert "false-positives of scale_invariance" in asked.stderr
+    again = run(tmp_path, ROOT / "eval" / "run.py", "--false-positives", *words)
+    assert again.stderr == ""
+    assert again.stdout == asked.stdout
+    rows = [json.loads(line) for line in (copy / "results.jsonl").open()]
+    kept = [row for row in rows if row["probe"] == "false positives"]
+    assert {row["group"] for row in kept} == {"untrained models", "shuffled labels"}
+    assert all(row["n"] == 200 for row in kept)
+    controls = run(tmp_path, ROOT / "eval" / "run.py", "--controls", *words)
+    assert controls.stderr == ""
+    assert "pinned" in controls.stdout
+
+
+def test_a_changed_probe_is_made_anew_and_the_others_stay(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    mark = copy / "solu-s0" / "probes" / "made_with.json"
+    stamps = json.loads(mark.read_text())
+    mark.write_text(json.dumps(stamps | {"probes/engagement.py": "another"}))
+    tokens = Path(json.loads((copy / "data.json").read_text())["path"])
+    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
+    prepared = f"prepared={study[0].parents[1] / tokens}"
+    done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
+    assert "solu-s0: engagement has changed and is made anew" in done.stderr
+    assert "solu-s0: engagement (1 of 1)" in done.stderr
+    assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
+
+
+def test_a_folder_without_runs_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = [ROOT / "eval" / "run.py", "--controls", "empty"]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: no finished run in empty")
+    assert not (tmp_path / "empty" / ".controls").exists()

@@ -111,7 +111,7 @@ def test_no_two_probes_have_one_section():
     sections = [plugins.pick("soluscope.probes", name).section for name in PROBES]
     assert len(set(sections)) == len(sections)
     wanted = {*range(1, 7), *range(9, 12), *range(13, 23)}
-    assert {f"P{n}" for n in wanted} == set(sections)
+    assert {f"P{n}" for n in wanted} <= set(sections)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -407,13 +407,16 @@ def test_a_spelt_out_bos_is_text_and_not_a_token(cache_of):
 
 def test_one_number_for_all_tokens_has_no_interval_and_says_so():
     table = pd.DataFrame({"string": np.arange(60) // 2, "pos": 1, "r": 0.0})
+    table.loc[59, "r"] = np.nan
     probe = plugins.pick("soluscope.probes", "engagement")
     table = table.assign(**{name: np.nan for name in probe.quantities if name != "r"})
     run = planted(torch.zeros(1, 2, 2))
     made = summarise(probe, run, table, BASE, n_draws=100, seed=0)
     rows = [row for row in made if row.positions == "1"]
     assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
-    assert all((row.low, row.n) == (None, 1) and "same at every token" in row.note for row in rows)
+    assert all((row.low, row.n) == (None, 59) and "same at every token" in row.note for row in rows)
+    few = summarise(probe, run, table[:20], BASE, n_draws=100, seed=0)
+    assert {row.note for row in few} == {"no interval from 10 documents, it takes 20"}
 
 
 # --- the suite ------------------------------------------------------------------------------------

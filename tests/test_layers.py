@@ -99,7 +99,7 @@ ALLOWED = {
     "soluscope.ablation": {"activations", "errors"},
     "soluscope.summaries": {"activations", "probes", "results", "stats", "streams"},
     "soluscope.calibration": {
-        "plugins", "activations", "checkpoint", "probes", "results", "stats", "streams",
+        "plugins", "activations", "checkpoint", "probes", "probes._estimates", "results", "stats", "streams",
         "summaries",
     },
     "soluscope.compare": {"stats", "errors", "files", "results"},

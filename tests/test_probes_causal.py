@@ -325,6 +325,38 @@ def test_a_model_that_tells_no_answers_apart_gives_no_shares_and_says_that_no_pa
     assert (only.quantity, only.note) == ("pairs left", "0 of 1 pairs")
 
 
+def test_c1s_shares_are_those_of_its_table_of_logits():
+    """With the anchor logits are linear in g: an A token's are 81.13 times its own at B's gain."""
+    from soluscope.calibration import control_run
+
+    planted_model = plugins.pick("soluscope.controls", "smear_shared").build()
+    with torch.no_grad():
+        table = planted_model.model(torch.arange(65)[:, None])[:, 0]
+    tokens = planted_model.streams["pairs"].tokens.view(-1, 6, 5)
+    a_hi, a_lo = 12 * np.exp(12) / (np.exp(12) + 31), np.e / (8 * np.e + 24)
+    ratio = 4 / (np.sqrt(3) * a_lo) / (32 / (np.sqrt(31) * a_hi))
+    moved, total = {"denoise": 0.0, "noise": 0.0}, 0.0
+    for clean, *corrupt in tokens.tolist():
+        for row in corrupt:
+            (m_clean, m_corrupt) = (
+                (table[own[-2], clean[-1]] - table[own[-2], row[-1]]).item() for own in (clean, row)
+            )
+            up = ratio if clean[-2] > 32 else 1 / ratio  # what the clean gain does to a corrupt run
+            moved["denoise"] += (up - 1) * m_corrupt
+            moved["noise"] += (1 - 1 / up) * m_clean
+            total += m_clean - m_corrupt
+    probe = plugins.pick("soluscope.probes", "scale_patching")
+    run = control_run("smear_shared", "pairs")
+    found = {e.quantity: e for e in estimates(probe, run, token_table(probe, run))}
+    truths = {gate.quantity: gate.truth for gate in probe.gates if gate.control == "smear_shared"}
+    for way, what in moved.items():
+        sums = found[f"{way}: gain"].sums
+        assert found[f"{way}: gain"].value(sums.sum(0)[None])[0] == pytest.approx(
+            what / total, rel=1e-3
+        )
+        assert truths[f"{way}: gain"] == pytest.approx(what / total, rel=1e-3)
+
+
 @pytest.mark.parametrize("n_rows", [3, 6])
 def test_rows_that_are_not_pairs_of_prompts_are_refused(n_rows):
     run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens(n_rows)))

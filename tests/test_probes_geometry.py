@@ -1,7 +1,8 @@
-"""P3, P15, P16, P21 and P22 against brute force: scales, directions, rotations, means and blocks."""
+"""P1, P3, P15, P16, P21 and P22 against brute force: scales, directions, rotations, means and blocks."""
 
 import dataclasses
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,47 @@ def same(found, wanted, atol=1e-10):
     torch.testing.assert_close(
         torch.as_tensor(found), torch.as_tensor(wanted), rtol=0, atol=atol, equal_nan=True
     )
+
+
+# --- P1 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1e-1])
+@pytest.mark.parametrize("centred", [True, False])
+def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(centred, eps):
+    """-r = d log g / d log a, by a central difference of the norm's own denominator."""
+    _, _, run = observed()
+    mid, out = run.mid + 0.05, run.readout  # a mean that matters
+
+    def scale_of(mid):
+        seen = mid - mid.mean(-1, keepdim=True) if centred else mid
+        return (seen.square().mean(-1) + eps).sqrt(), seen
+
+    scale, seen = scale_of(mid)
+    run = dataclasses.replace(
+        run, mid=mid, scale=scale, eps=eps, post=seen / scale[:, None] * out.gamma + out.beta
+    )
+    assert run.centres == centred
+    values = probe_named("engagement").measure(run, None)
+    step = 1e-5
+    up, down = (-scale_of(mid * math.exp(h))[0].log() for h in (step, -step))
+    same(values["r"], (down - up) / (2 * step), 1e-8)
+    same(values["vq"] / (values["vq"] + values["kappa"]), values["r"], 1e-12)
+    assert values["residual"].max() < 1e-12
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_post_is_affine_in_mid_and_the_fit_leaves_what_polyfit_leaves(variant):
+    _, _, run = observed(variant, n_rows=2)
+    assert probe_named("engagement").measure(run, None)["residual"].max() < 1e-12
+    noise = torch.randn(run.post.shape, generator=torch.Generator().manual_seed(0)).double()
+    noisy = dataclasses.replace(run, post=run.post + run.post.std() * noise)
+    found = probe_named("engagement").measure(noisy, None)["residual"]
+    for t in (1, 30):
+        seen = run.mid[t] - run.mid[t].mean() * run.centres
+        line, post = run.readout.gamma * seen, noisy.post[t] - run.readout.beta
+        rest = np.linalg.lstsq(line.numpy()[:, None], post.numpy(), rcond=None)[1][0]
+        assert found[t].item() == pytest.approx(math.sqrt(rest) / post.norm().item(), rel=1e-9)
 
 
 # --- P3 -------------------------------------------------------------------------------------------
@@ -344,6 +386,7 @@ def test_a_linear_mlp_gives_the_closed_forms():
         length = quad(speed, 0, math.pi / 2)[0] / (O_v - O_u)[row].norm().item()
         assert values["length: token"][token].item() == pytest.approx(length, rel=1e-4)
     assert (values["sign switches: token"][chosen] == 1).all()
+    assert (values["effective polytopes: token"][chosen] > 1).all()
     assert values["longest step, added by the gain: token"][chosen].abs().max() < 1e-12
 
 
@@ -371,21 +414,26 @@ def brute_path(hooked, tokens, run, token, side, hold_gain=False):
     return (post[:, pos] @ hooked.W_out[0]).detach(), pre[:, pos].detach()
 
 
+@pytest.mark.parametrize("kind", ["token", "feature"])
 @pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln", "solu"])
-def test_a_path_is_what_replacing_the_residual_stream_gives(variant):
+def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
     hooked, tokens, run = observed(variant, n_rows=2)
     values = probe_named("rotation").measure(run, None)
+    ln2 = hooked.blocks[0].ln2
     content = (~run.is_bos).nonzero().squeeze(-1)
     partner = content.roll(len(content) // 2)
     for place in (0, 17, 61):
         token = int(content[place])
         side = run.resid_mid[partner[place]]
+        if kind == "feature":  # all else of ln2's Jacobian is along the token itself and the mean
+            strongest = int(run.pre[partner[place]].argmax())
+            side = (ln2.w * hooked.W_in[0][:, strongest]).detach()
         out, pre = brute_path(hooked, tokens, run, token, side)
         steps = out.diff(dim=0).norm(dim=-1)
         away = (out - out[0]).norm(dim=-1)
-        found = {name: values[f"{name}: token"][token].item() for name in rotation.STATISTICS}
+        found = {name: values[f"{name}: {kind}"][token].item() for name in rotation.STATISTICS}
         assert found["length"] == pytest.approx((steps[:128].sum() / away[128]).item(), rel=1e-9)
-        longest = (steps.max() / steps.sum()).item()
+        longest = (steps[:128].max() / steps[:128].sum()).item()
         assert found["longest step"] == pytest.approx(longest, rel=1e-9)
         assert found["plateau"] == (away[:129] >= away[128] / 2).nonzero()[0].item() / 128
         unit = out.diff(dim=0) / steps[:, None]
@@ -393,9 +441,12 @@ def test_a_path_is_what_replacing_the_residual_stream_gives(variant):
         assert found["turning"] == pytest.approx(turned.item(), rel=1e-6)
         assert found["argmax switches"] == (pre.argmax(-1).diff() != 0).sum()
         assert found["sign switches"] == ((pre > 0).int().diff(dim=0) != 0).sum() / 128
+        stays = Counter(map(tuple, (pre > 0).tolist()))
+        entropy = -sum(n / 257 * math.log(n / 257) for n in stays.values())
+        assert found["effective polytopes"] == pytest.approx(math.exp(entropy), rel=1e-9)
         if variant != "solu":
             held, _ = brute_path(hooked, tokens, run, token, side, hold_gain=True)
-            held_steps = held.diff(dim=0).norm(dim=-1)
+            held_steps = held[:129].diff(dim=0).norm(dim=-1)
             added = longest - (held_steps.max() / held_steps.sum()).item()
             assert found["longest step, added by the gain"] == pytest.approx(added, abs=1e-11)
 
@@ -551,3 +602,28 @@ def test_c1s_blocks_hold_what_its_docstring_says():
     is_a = (run.tokens >= 1) & (run.tokens <= 32)
     same(spread[is_a], torch.full_like(spread[is_a], gap * math.sqrt(3) / 4), 1e-6)
     assert gap * math.sqrt(3) / 4 == pytest.approx(6.58, abs=0.01)
+
+
+def test_c1s_gain_adds_the_step_that_its_gates_comment_derives():
+    """Between two A tokens: 6 sqrt 2 + 1 of a quarter circle's angle a unit of theta, live; less, held."""
+    from soluscope.calibration import control_run
+
+    run = control_run("smear_shared", "natural")
+    values = probe_named("rotation").measure(run, None)
+    chosen = rotation._spread_tokens(run)
+    is_a = (run.tokens[chosen] >= 1) & (run.tokens[chosen] <= 32)
+    a_to_a = chosen[is_a & is_a.roll(len(chosen) // 2)]
+    theta = torch.linspace(0, math.pi / 2, 129, dtype=torch.float64)
+    x = 12 * torch.stack([theta.cos(), theta.sin()], dim=-1)
+    a = x * x.exp() / (x.exp().sum(-1, keepdim=True) + 30)
+    held = a.diff(dim=0).norm(dim=-1)
+    live = (6 * math.sqrt(2) + 1) * math.pi / 256 / (math.pi / 2)
+    assert live == pytest.approx(0.0741, abs=1e-4)
+    assert (held.max() / held.sum()).item() == pytest.approx(0.0379, abs=1e-4)
+    found = {
+        name: values[f"{name}: token"][a_to_a].nanmean().item()
+        for name in ("longest step", "longest step, added by the gain")
+    }
+    assert found["longest step"] == pytest.approx(live, rel=0.05)
+    added = live - (held.max() / held.sum()).item()
+    assert found["longest step, added by the gain"] == pytest.approx(added, rel=0.1)

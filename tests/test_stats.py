@@ -267,8 +267,6 @@ def test_sums_must_be_a_table():
     empty = stats.bootstrap_sums(np.ones((0, 2)), mean_of, 0)
     assert np.isnan(empty.value)
     assert empty.low is None
-    with pytest.raises(ValueError, match=r"sums \(30,\): wants one row a cluster"):
-        stats.cluster_p(np.ones(30), mean_of)
 
 
 # ---------------------------------------------------------------- coverage
@@ -407,14 +405,16 @@ def test_mean_p_of_equal_documents_is_the_t_test():
     np.testing.assert_allclose(ours, scipy.stats.ttest_1samp(means, 0).pvalue, rtol=1e-9)
 
 
-def test_mean_p_of_many_columns_is_cluster_p_of_each():
+def test_mean_p_of_many_columns_is_the_jackknifes_t_of_each():
     random = np.random.default_rng(34)
     counts = random.integers(1, 40, (30, 5)).astype(float)
     sums = counts * random.normal(0.2, size=(30, 5))
     ours = stats.mean_p(sums, counts)
-    one_by_one = [
-        stats.cluster_p(np.stack([s, c], 1), mean_of) for s, c in zip(sums.T, counts.T, strict=True)
-    ]
+    one_by_one = []
+    for s, c in zip(sums.T, counts.T, strict=True):
+        left_out = np.array([np.delete(s, i).sum() / np.delete(c, i).sum() for i in range(30)])
+        error = np.sqrt(29 / 30 * ((left_out - left_out.mean()) ** 2).sum())
+        one_by_one.append(2 * scipy.stats.t.sf(abs(s.sum() / c.sum()) / error, 29))
     np.testing.assert_allclose(ours, one_by_one, rtol=1e-9)
     np.testing.assert_allclose(
         stats.mean_p(sums, counts[:, 0]), stats.mean_p(sums, np.tile(counts[:, :1], 5))
@@ -432,23 +432,11 @@ def test_p_of_the_mean_is_uniform_where_there_is_nothing():
     assert np.mean(p < 0.05) == pytest.approx(0.05, abs=0.012)
 
 
-def test_p_of_a_correlation_is_uniform_where_there_is_none():
-    random = np.random.default_rng(36)
-    p = []
-    for _ in range(1500):
-        x, owner = documents(random, 60)
-        y = np.sqrt(0.7) * random.normal(size=len(x)) + np.sqrt(0.3) * random.normal(size=60)[owner]
-        p.append(stats.cluster_p(moments(x, y, owner), correlation_of))
-    assert scipy.stats.kstest(p, "uniform").pvalue > 0.05
-    assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.017)
-
-
 def test_there_is_no_p_of_a_dead_neuron_or_of_few_documents():
     sums = np.random.default_rng(37).normal(size=(25, 3))
     sums[:, 1] = 0
     assert np.isnan(stats.mean_p(sums, np.ones(25))).tolist() == [False, True, False]
     assert np.isnan(stats.mean_p(sums[:19], np.ones(19))).all()
-    assert np.isnan(stats.cluster_p(np.ones((19, 2)), mean_of))
     with pytest.raises(ValueError, match=r"sums \(25, 3\) and counts \(24,\)"):
         stats.mean_p(sums, np.ones(24))
 

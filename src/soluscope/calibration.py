@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins, streams
 from soluscope.activations import HookedRun, observe
 from soluscope.checkpoint import commit
-from soluscope.probes import Gate, Probe
+from soluscope.probes import Estimate, Gate, Probe
+from soluscope.probes._estimates import ratio
 from soluscope.results import Row
 from soluscope.stats import (
     Interval,
@@ -41,7 +42,7 @@ NOMINAL = 0.05
 N_PAIRS = 8
 """Pairs of untrained models behind one comparison, as many as there are seeds in a study."""
 N_MODELS = 320
-"""Untrained models of which each comparison draws its own 16."""
+"""Untrained models of which each comparison draws 16."""
 N_TEXTS, WIDTH = 48, 32
 BOS = 256
 """After the 256 bytes, which are the tokens here."""
@@ -100,17 +101,16 @@ def judge(gate: Gate, interval: Interval) -> tuple[str, str]:
 
 
 def _estimate(
-    one: Probe, run: HookedRun, table: pd.DataFrame, gate: Gate, level: float, n_draws: int = 2000
+    one: Probe, run: HookedRun, table: pd.DataFrame, gate: Gate, level: float
 ) -> Interval:
     """The number that a gate is about."""
-    how: dict[str, Any] = {"level": level, "n_draws": n_draws}
     if gate.quantity in one.quantities:
         here = table[POSITIONS[gate.positions](table["pos"])]
-        return cluster_bootstrap(here[gate.quantity], here["string"], gate.statistic, **how)
+        return cluster_bootstrap(here[gate.quantity], here["string"], gate.statistic, level=level)
     wanted = (gate.quantity, gate.group, gate.x)
     for estimate in estimates(one, run, table):
         if (estimate.quantity, estimate.group, estimate.x) == wanted:
-            return bootstrap_sums(estimate.sums, estimate.value, estimate.n, **how)
+            return bootstrap_sums(estimate.sums, estimate.value, estimate.n, level=level)
     return Interval(float("nan"), None, None, 0, 0)
 
 
@@ -118,14 +118,16 @@ def _estimate(
 
 
 def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[Row]:
-    """How often a probe's test finds something where there is nothing, with its binomial interval.
+    """How often what is computed from a probe says "a difference" where there is none.
 
     Untrained models: two groups of eight models that differ in nothing but their seeds, compared as
-    two variants would be, by the t interval of their paired differences.
+    two variants would be, by the t interval of their paired differences. This is the error of
+    comparisons between variants; a probe's own offset cancels in it, and is what the negative controls ask for.
     Shuffled labels: the field that the probe names in `shuffle` is permuted over tokens, and the
     interval of what it tests is asked for 0. Where it names none, the labels are those of two groups
     of documents, dealt at random, and the interval is of the groups' difference.
 
+    The models are drawn from a pool of 320, so draws share some; the binomial interval leaves that out.
     The note begins with `pass` where the nominal 5% lies inside the interval.
 
     Raises:
@@ -136,14 +138,13 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
         "untrained models": _untrained(one, n_draws),
         "shuffled labels": _shuffled(one, n_draws),
     }
-    known = one.quantities | one.estimates
     for group, found in tallies.items():
         base = Row(
             study=study, probe="false positives", quantity=name, group=group, unit="share",
             value=None, statistic=one.tested, cluster="draw", commit=commit(),
-            note=f"{one.tested or 'nothing tested'} is not defined there",
+            note=f"{one.tested} is not defined there",
         )  # fmt: skip
-        if one.tested in known and len(found):
+        if len(found):
             test = binomtest(int(found.sum()), len(found))
             low, high = test.proportion_ci()
             verdict = "pass" if low <= NOMINAL <= high else "FAIL"
@@ -154,35 +155,58 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
         yield base
 
 
-def _untrained(one: Probe, n_draws: int) -> np.ndarray:
+def _untrained(one: Probe, n_draws: int) -> NDArray[np.bool_]:
     """For each draw, whether a difference was found between models that differ in their seeds."""
-    values = np.array(
-        [_tested(one, untrained_run(seed, one.streams[0])) for seed in range(N_MODELS)]
-    )
+    made = (_tested(one, untrained_run(seed, one.streams[0])) for seed in range(N_MODELS))
+    values = np.array([float(each.value(each.sums.sum(0)[None])[0]) for each in made if each])
     values = values[~np.isnan(values)]
     if len(values) < 2 * N_PAIRS:
-        return np.array([])
+        return np.array([], dtype=bool)
     generator = np.random.default_rng(0)
-    found = []
-    for _ in range(n_draws):
-        left, right = generator.choice(values, size=(2, N_PAIRS), replace=False)
-        found.append(_leaves_out_zero(paired_seeds(left - right)))
-    return np.array(found)
+    groups = [generator.choice(values, size=(2, N_PAIRS), replace=False) for _ in range(n_draws)]
+    return np.array([_leaves_out_zero(paired_seeds(left - right)) for left, right in groups])
 
 
-def _shuffled(one: Probe, n_draws: int) -> np.ndarray:
+def _shuffled(one: Probe, n_draws: int) -> NDArray[np.bool_]:
     """For each draw, whether something was found in labels that were dealt at random."""
     generator = np.random.default_rng(1)
     found = []
     for draw in range(n_draws):
         run = untrained_run(draw, one.streams[0])
         if one.shuffle:
-            interval = _interval(one, _permuted(run, one.shuffle, generator))
-        else:
-            interval = _between_halves(one, run, generator)
+            run = _permuted(run, one.shuffle, generator)
+        estimate = _tested(one, run)
+        if estimate is None:
+            continue
+        if not one.shuffle:
+            estimate = _between_halves(estimate, generator)
+        interval = bootstrap_sums(estimate.sums, estimate.value, estimate.n, n_draws=1000)
         if interval.low is not None:
             found.append(_leaves_out_zero(interval))
-    return np.array(found)
+    return np.array(found, dtype=bool)
+
+
+def _tested(one: Probe, run: HookedRun) -> Estimate | None:
+    """What the probe tests, as a function of sums over strings; of a column of tokens, its mean."""
+    table = token_table(one, run)
+    if one.tested in one.quantities:
+        content = table[table["pos"] > 0]
+        values = content[one.tested]
+        return ratio(one.tested, values, values * 0 + 1, content["string"])
+    wanted = (each for each in estimates(one, run, table) if each.quantity == one.tested)
+    return next(wanted, None)
+
+
+def _between_halves(estimate: Estimate, generator: np.random.Generator) -> Estimate:
+    """Difference of an estimate between two halves of the strings, dealt at random."""
+    n_strings, n_parts = estimate.sums.shape
+    inside = (generator.permutation(n_strings) < n_strings // 2)[:, None]
+    sums = np.concatenate([estimate.sums * inside, estimate.sums * ~inside], axis=1)
+
+    def difference(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return estimate.value(sums[:, :n_parts]) - estimate.value(sums[:, n_parts:])
+
+    return replace(estimate, sums=sums, value=difference)
 
 
 def _permuted(run: HookedRun, field: str, generator: np.random.Generator) -> HookedRun:
@@ -191,30 +215,6 @@ def _permuted(run: HookedRun, field: str, generator: np.random.Generator) -> Hoo
     content = (~run.is_bos).nonzero().squeeze(-1)
     values[content] = values[content[torch.from_numpy(generator.permutation(len(content)))]]
     return replace(run, **{field: values})
-
-
-def _between_halves(one: Probe, run: HookedRun, generator: np.random.Generator) -> Interval:
-    """Difference of what is tested between two halves of the strings, dealt at random."""
-    strings = run.string.unique().numpy()
-    half = torch.from_numpy(generator.permutation(strings)[: len(strings) // 2])
-    inside = torch.isin(run.string, half)
-    intervals = [_interval(one, run.subset(part)) for part in (inside, ~inside)]
-    widths = [(i.high - i.low) / 2 for i in intervals if i.low is not None and i.high is not None]
-    if len(widths) < 2:
-        return Interval(float("nan"), None, None, 0, 0)
-    value = intervals[0].value - intervals[1].value
-    half_width = float(np.hypot(widths[0], widths[1]))  # independent documents: the variances add
-    return Interval(value, value - half_width, value + half_width, len(run.pos), len(strings))
-
-
-def _interval(one: Probe, run: HookedRun, n_draws: int = 1000) -> Interval:
-    statistic = one.quantities[one.tested].statistics[0] if one.tested in one.quantities else "mean"
-    gate = Gate("", one.tested, statistic=statistic)
-    return _estimate(one, run, token_table(one, run), gate, 0.95, n_draws)
-
-
-def _tested(one: Probe, run: HookedRun) -> float:
-    return _interval(one, run, n_draws=2).value  # the estimate alone
 
 
 def _leaves_out_zero(interval: Interval) -> bool:

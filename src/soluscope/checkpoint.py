@@ -224,10 +224,22 @@ def _git(*words: str) -> str:
 
 
 @cache
-def code_hash() -> str:
-    """Hash of the package's own source: what a stored number was computed by."""
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return digest([[path.name, path.read_text(encoding="utf8")] for path in sources])
+def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
+    """Hash of the package's own source: what a stored number was computed by.
+
+    Args:
+        places: beginnings of paths inside the package, such as `probes/engagement.py`; all if none.
+        but: beginnings of paths to leave out.
+    """
+    root = Path(__file__).parent
+    sources = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    return digest(
+        [
+            [name, path.read_text(encoding="utf8")]
+            for name, path in sources.items()
+            if name.startswith(places or ("",)) and not name.startswith(but)
+        ]
+    )
 
 
 @cache

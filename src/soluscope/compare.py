@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ STATIC = ("solu_gain", "solu_frozen_ln")
 """The class C: variants whose output scale is the same for every token."""
 CHAIN = ("solu", "solu_gain", "solu_frozen_ln", "solu_ln_det", "solu_ln")
 """Each adds one thing: a gain; centring, affine; a scale of each token's own; its gradient."""
+TWIN = "solu_frozen_ln"
+"""What differs from solu_ln in nothing but having one gain for all tokens."""
 PRIMARY = ("static - LN", "Phi_dyn")
 """Quantities whose test is of the primary family: the second is 0 where the first is."""
 
@@ -218,6 +220,77 @@ def _adjust_primary(rows: list[Row]) -> list[Row]:
         return replace(row, p=family[row.arm], p_adj=adjusted[row.arm], note=_also(row.note, note))
 
     return [with_p(row) for row in rows]
+
+
+def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
+    """Do probes find more in LayerNorm than in its static twin, seed by seed?
+
+    The confirmatory family: for each solu_ln arm and each probe, the paired difference of what the
+    probe tests, with the exact sign-flip p, corrected after Holm over all of them.
+
+    Args:
+        rows: of the study's runs.
+        tested: quantity by probe.
+
+    Returns:
+        Rows of probe `comparison`, quantity `probe: tested`, group `minus` and the twin's arm; none
+        where the twin has no number (what is undefined under one gain cannot be compared).
+
+    Source: science.md section 5, "Families".
+    """
+    found = []
+    twins = sorted({row.arm for row in rows if row.variant == TWIN})
+    for arm in sorted({row.arm for row in rows if row.variant == "solu_ln" and row.run}):
+        for twin in twins:
+            for probe, quantity in tested.items():
+                found += _paired_probe(rows, probe, quantity, arm, twin)
+    names = [f"{row.arm} {row.quantity} {row.group}" for row in found]
+    adjusted = stats.holm(
+        {name: row.p for name, row in zip(names, found, strict=True) if row.p is not None}
+    )
+    return [
+        replace(
+            row, p_adj=adjusted[name],
+            note=_also(row.note, f"Holm-adjusted p = {adjusted[name]:.3g} over {len(adjusted)} tests"),
+        ) if name in adjusted else row
+        for name, row in zip(names, found, strict=True)
+    ]  # fmt: skip
+
+
+def _paired_probe(rows: Sequence[Row], probe: str, quantity: str, arm: str, twin: str) -> list[Row]:
+    """One confirmatory test; a run's number is the mean over the streams that both arms have."""
+    numbers: dict[str, dict[int, dict[str, float]]] = {arm: {}, twin: {}}
+    unit = ""
+    for row in rows:
+        asked = (row.probe, row.quantity, row.group, row.x) == (probe, quantity, "", None)
+        headline = row.positions == "not BOS" and row.statistic in ("", "mean")
+        if not (asked and headline and row.arm in numbers):
+            continue
+        if row.value is not None and row.seed is not None:
+            numbers[row.arm].setdefault(row.seed, {})[row.stream] = row.value
+            unit = row.unit
+    seeds = sorted(numbers[arm].keys() & numbers[twin].keys())
+    differences = []
+    for seed in seeds:
+        here, there = numbers[arm][seed], numbers[twin][seed]
+        shared = here.keys() & there.keys()
+        if shared:
+            differences.append(
+                float(np.mean([here[name] - there[name] for name in sorted(shared)]))
+            )
+    if not differences:
+        return []
+    interval = stats.paired_seeds(differences)
+    base = next(row for row in rows if row.arm == arm and row.run)
+    return [
+        Row(
+            study=base.study, probe="comparison", quantity=f"{probe}: {quantity}", arm=arm,
+            variant=base.variant, group=f"minus {twin}", value=interval.value, unit=unit,
+            low=interval.low, high=interval.high, p=interval.p if len(differences) > 1 else None,
+            n=interval.n, n_clusters=interval.n_clusters, cluster="seed", commit=base.commit,
+            note=f"sign-flip p = {interval.p:.3g}" if len(differences) > 1 else "",
+        )
+    ]  # fmt: skip
 
 
 def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Row]:

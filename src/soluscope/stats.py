@@ -390,28 +390,6 @@ def mean_p(sums: ArrayLike, counts: ArrayLike) -> Floats:
         return _jackknife_p(mean, _without_each(totals) / _without_each(tokens))
 
 
-def cluster_p(sums: ArrayLike, value: Callable[[Floats], Floats]) -> float:
-    """Two-sided p of "the number is 0", for a number that follows from sums over clusters.
-
-    Args:
-        sums: one row a cluster, [cluster part].
-        value: from sums [draw part] to the number [draw], as in `bootstrap_sums`.
-
-    Returns:
-        p by Student's t of the number over its jackknife error; nan below `MIN_CLUSTERS` clusters,
-        where the number is not defined, and where it is 0 whichever cluster is left out.
-
-    Raises:
-        ValueError: if `sums` is not a table.
-
-    Source: Miller 1974, "The jackknife: a review"; Efron and Tibshirani 1993, chapter 11.
-    """
-    per_cluster = _table(sums)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        number = value(per_cluster.sum(axis=0, keepdims=True))
-        return float(_jackknife_p(number, value(_without_each(per_cluster))[:, None])[0])
-
-
 def _jackknife_p(number: Floats, left_out: Floats) -> Floats:
     """p [...] of numbers [...], from their values with each cluster left out, [cluster ...]."""
     n = len(left_out)

@@ -123,6 +123,8 @@ def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) 
     """Rows given as (string's number, its tokens without BOS)."""
     import torch
 
+    if not rows:
+        raise UserError(f"nothing for the stream {name!r}: no text of the report split fills a row")
     width = min(ctx, 1 + max(len(ids) for _, ids in rows))
     tokens = torch.full((len(rows), width), bos)
     string = torch.zeros_like(tokens)

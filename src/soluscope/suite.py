@@ -4,7 +4,7 @@ runs/<study>/<run>/probes/<probe>.parquet          one row a token
 runs/<study>/<run>/probes/<probe>-neurons.parquet  one row a neuron, of the probes that have such
 runs/<study>/<run>/probes/<probe>.jsonl            summary rows; written last: its presence means done
 runs/<study>/<run>/probes/loss.parquet             one row a document: what comparisons resample
-runs/<study>/.controls/<probe>.jsonl               what the probe found on the models with known answers
+runs/<study>/.controls/controls-<probe>.jsonl      what the probe found on models with known answers
 runs/<study>/results.jsonl                         all rows of the study, comparisons included
 """
 
@@ -25,10 +25,10 @@ from tokenizers import Tokenizer
 
 from soluscope import plugins, results, streams
 from soluscope.ablation import loss_at_post
-from soluscope.activations import HookedRun, observe
+from soluscope.activations import HookedRun, check_model, observe
 from soluscope.calibration import check_gates, false_positives
 from soluscope.checkpoint import Facts, code_hash, commit, load_facts, lock
-from soluscope.compare import compare
+from soluscope.compare import compare, confirm
 from soluscope.config import EvalConfig, read_config
 from soluscope.convert import SoluscopeTransformer, load
 from soluscope.data.cache import TokenCache, open_cache, prepare
@@ -58,11 +58,10 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     Raises:
         UserError: if there is no finished run, one cannot be read, or its tokens are gone.
     """
-    run_dirs = finished_runs(folder if folder.name else folder.resolve())  # "." has no parent
+    run_dirs = finished_runs(folder)
     study_dir = run_dirs[0].parent
-    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
-    for name in names:
-        controls(study_dir, name, say)
+    for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
+        _calibrated("controls", name, study_dir, say)
     for number, run_dir in enumerate(run_dirs, start=1):
         place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"
         _evaluate_run(run_dir, config, partial(_say_at, say, place))
@@ -75,6 +74,7 @@ def _say_at(say: Say, place: str, text: str) -> None:
 
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs: `folder` itself, or those directly in it."""
+    folder = folder if folder.name else folder.resolve()  # "." has no parent
     if (folder / "done.json").is_file():
         return [folder]
     found = sorted(path.parent for path in folder.glob("*/done.json"))
@@ -83,49 +83,50 @@ def finished_runs(folder: Path) -> list[Path]:
     return found
 
 
-def controls(study_dir: Path, name: str, say: Say) -> None:
-    """Put a probe before the models with known answers, unless this code has been there already."""
-    folder = study_dir / CONTROLS
-    _same_or_new(folder, json.dumps({"code": code_hash()}) + "\n")
-    if not (folder / f"{name}.jsonl").is_file():
-        say(f"controls of {name}")
-        results.write(folder / f"{name}.jsonl", check_gates(name, study_dir.name))
-
-
-def calibrate(what: str, config: EvalConfig, study_dir: Path | None) -> None:
+def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
     """Print what the probes find where the answer is known; with a study, keep it for its report.
 
     Args:
         what: `controls`, or `false-positives`.
         config: whose `probes` are asked; all of them if not set.
-        study_dir: a folder of runs.
+        folder: a study, or a run in it. What was kept there by the same code is not asked again.
+        say: where progress goes.
 
     Raises:
-        UserError: if a control fails, after all are printed.
+        UserError: if there is no finished run in `folder`; or a control fails, after all are printed.
     """
     from rich.console import Console
 
     from soluscope.report import matrix
 
-    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
-    ask = check_gates if what == "controls" else false_positives
+    study_dir = finished_runs(folder)[0].parent if folder else None
     rows: list[Row] = []
-    with Console(stderr=True).status("") as progress:
-        for name in names:
-            progress.update(name)
-            found = list(ask(name, study=study_dir.name if study_dir else ""))
-            rows += found
-            if study_dir:
-                folder = study_dir / CONTROLS
-                _same_or_new(folder, json.dumps({"code": code_hash()}) + "\n")
-                prefix = "" if what == "controls" else "false-positives-"
-                results.write(folder / f"{prefix}{name}.jsonl", found)
+    for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
+        rows += _calibrated(what, name, study_dir, say)
     Console().print(matrix(rows))
-    if study_dir:
+    if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
         write_results(study_dir)
     failed = sorted({row.quantity for row in rows if row.note.startswith("FAIL")})
     if failed and what == "controls":
         raise UserError(f"not to be believed until it is mended: {', '.join(failed)}")
+
+
+def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[Row]:
+    """A probe's rows on the planted models or on nothing, read where this code has made them."""
+    ask = check_gates if what == "controls" else false_positives
+    if study_dir is None:
+        say(f"{what} of {name}")
+        return list(ask(name))
+    folder = study_dir / CONTROLS
+    _discard_stale(folder, code_hash(but=("report/", *_probe_files())), say)
+    path = folder / f"{what}-{name}.jsonl"
+    if path.is_file():
+        return results.read(path)
+    say(f"{what} of {name}")
+    rows = list(ask(name, study=study_dir.name))
+    if rows:  # a probe that names no control leaves nothing to read
+        results.write(path, rows)
+    return rows
 
 
 def write_results(study_dir: Path) -> Path:
@@ -141,6 +142,8 @@ def write_results(study_dir: Path) -> Path:
         rows += [row for path in sorted(folder.glob("*.jsonl")) for row in results.read(path)]
         losses.append(pd.read_parquet(folder / "loss.parquet"))
     rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
+    asked = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
+    rows += confirm(rows, {name: one.tested for name, one in asked.items() if one.confirmatory})
     path = study_dir / "results.jsonl"
     results.write(path, rows)
     return path
@@ -165,11 +168,9 @@ def probe(
     """
     names = list(probes) if probes is not None else plugins.names(PACKAGE)
     chosen = {name: plugins.pick(PACKAGE, name) for name in names}
-    for name in [name for name, one in chosen.items() if not _reads_texts(one)]:
+    for name, why in _cannot(chosen, model.cfg.n_layers).items():
         if probes is not None:
-            raise UserError(
-                f"{name} is measured on pairs of prompts, and not on a text of your own"
-            )
+            raise UserError(f"{name} is {why}")
         del chosen[name]
     texts = [text] if isinstance(text, str) else list(text)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
@@ -191,8 +192,15 @@ def probe(
     return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
 
 
-def _reads_texts(one: Probe) -> bool:
-    return any(not name.startswith(streams.PAIRS) for name in one.streams)
+def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
+    """Which probes have nothing to say about a text of one's own, and why."""
+    why = {}
+    for name, one in chosen.items():
+        if all(stream.startswith(streams.PAIRS) for stream in one.streams):
+            why[name] = "measured on pairs of prompts, and not on a text of your own"
+        elif one.one_layer and n_layers > 1:
+            why[name] = f"exact for one layer only, and the model has {n_layers}"
+    return why
 
 
 class Figures(dict[str, Any]):
@@ -220,7 +228,7 @@ def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
 
 def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
-    _same_or_new(folder, _made_with(run_dir, config))
+    _discard_stale(folder, _rests_on(run_dir, config), say)
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
     waiting = [
         name
@@ -233,6 +241,7 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     facts = load_facts(run_dir)
     base = _base_row(facts)
     model = load(run_dir, config.device)
+    check_model(model)
     observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
     for place, name in enumerate(waiting, start=1):
         say(f"{name} ({place} of {len(waiting)})")
@@ -248,21 +257,44 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
         results.write(folder / f"{name}.jsonl", rows)
 
 
-def _same_or_new(folder: Path, made_with: str) -> None:
-    """Empty `folder` unless what is in it rests on the same inputs and code."""
+def _discard_stale(folder: Path, shared: str, say: Say) -> None:
+    """Delete what was made from other inputs or by other code.
+
+    Args:
+        folder: of files named after probes.
+        shared: hash of what all of them rest on; a probe's own file counts for its own rows alone.
+        say: told where anything goes.
+    """
     mark = folder / "made_with.json"
-    if not mark.is_file() or mark.read_text(encoding="utf8") != made_with:
+    now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
+    before = json.loads(mark.read_text(encoding="utf8")) if mark.is_file() else {}
+    if before == now:
+        return
+    if before.get("shared") != shared:
+        if before:
+            say("other inputs or code than last time: all is made anew")
         shutil.rmtree(folder, ignore_errors=True)
-        write_text(mark, made_with)
+    for path in _probe_files():
+        if path in before and before[path] != now[path]:
+            name = Path(path).stem
+            say(f"{name} has changed and is made anew")
+            for stale in (f"{name}.jsonl", f"{name}.parquet", f"{name}-neurons.parquet",
+                          f"controls-{name}.jsonl", f"false-positives-{name}.jsonl"):  # fmt: skip
+                (folder / stale).unlink(missing_ok=True)
+    write_text(mark, json.dumps(now) + "\n")
 
 
-def _made_with(run_dir: Path, config: EvalConfig) -> str:
-    """What the summaries of a run rest on; where it differs, they are made anew."""
+def _probe_files() -> tuple[str, ...]:
+    return tuple(f"probes/{name}.py" for name in plugins.names(PACKAGE))
+
+
+def _rests_on(run_dir: Path, config: EvalConfig) -> str:
+    """Hash of what all summaries of a run rest on, the probes' own files left out."""
     settings = {
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
     trained = digest((run_dir / "done.json").read_text(encoding="utf8"))
-    return json.dumps({"evaluation": settings, "trained": trained, "code": code_hash()}) + "\n"
+    return digest([settings, trained, code_hash(but=("report/", "controls/", *_probe_files()))])
 
 
 def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
@@ -310,15 +342,19 @@ def _probe_rows(
     if one.one_layer and n_layers > 1:
         return [_left_out(base, f"exact for one layer only, and the model has {n_layers}")]
     rows: list[Row] = []
-    tables = []
+    tables = {}
     for stream in one.streams:
-        run = observed(stream)
-        table = token_table(one, run)
         row = replace(base, stream=stream)
-        rows += summarise(one, run, table, row, config.n_draws, config.seed)
-        tables.append(table.assign(stream=stream))
-    _write_parquet(folder / f"{name}.parquet", pd.concat(tables, ignore_index=True))
-    if one.neurons is not None:
+        try:
+            run = observed(stream)
+        except UserError as error:  # this corpus or tokenizer does not give the stream
+            rows.append(_left_out(row, str(error)))
+            continue
+        tables[stream] = token_table(one, run).assign(stream=stream)
+        rows += summarise(one, run, tables[stream], row, config.n_draws, config.seed)
+    if tables:
+        _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
+    if one.neurons is not None and one.streams[0] in tables:
         columns = one.neurons(observed(one.streams[0]), parameters(one))
         neurons = pd.DataFrame({key: values.numpy() for key, values in columns.items()})
         _write_parquet(folder / f"{name}-neurons.parquet", neurons)

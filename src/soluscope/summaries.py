@@ -87,9 +87,12 @@ def _quantity_rows(
     for column in quantity.split_by:
         if content[column].nunique() < 4:
             continue  # one constant: there are no quartiles
-        quartile = pd.qcut(content[column], 4, labels=False, duplicates="drop")
-        for q in sorted(quartile.dropna().unique()):
-            row = replace(base, group=f"{column} Q{int(q) + 1}")
+        edges = content[column].quantile([0.25, 0.5, 0.75])
+        quartile = pd.Series(np.searchsorted(edges, content[column]), index=content.index)
+        for q in sorted(
+            quartile.unique()
+        ):  # with ties some are empty, and the others keep their names
+            row = replace(base, group=f"{column} Q{q + 1}")
             yield make.of_tokens(content[quartile == q], name, "mean", row)
 
 
@@ -100,12 +103,14 @@ class _Summary:
         self.cluster, self.n_draws, self.seed = cluster, n_draws, seed
 
     def of_tokens(self, table: pd.DataFrame, name: str, statistic: str, base: Row) -> Row:
+        table = table[table[name].notna()]
         values = table[name]
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
-        base = replace(base, statistic=statistic)
-        if len(values) > 1 and values.nunique() == 1:  # BOS has one context, a static norm one gain
-            return replace(base, value=interval.value, n=1, note=results.ONE_NUMBER)
-        return self._filled(base, interval)
+        row = self._filled(replace(base, statistic=statistic), interval)
+        if values.nunique() == 1 and interval.n_clusters >= MIN_CLUSTERS:
+            # BOS has one context, a static norm one gain: nothing varies that could be resampled.
+            return replace(row, low=None, high=None, note=results.ONE_NUMBER)
+        return row
 
     def of_sums(self, estimate: Estimate, base: Row) -> Row:
         interval = bootstrap_sums(

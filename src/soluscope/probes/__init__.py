@@ -154,10 +154,12 @@ class Probe:
     """Exact, or meaningful, only where the model has one layer; left out by name for deeper ones,
     whose last layer all other probes read."""
     tested: str = ""
-    """The quantity or estimate whose rate of false positives is measured: it is 0 where there is
-    nothing to find."""
+    """The quantity or estimate whose rate of false positives is measured, and which is compared with
+    the static twin's where the probe is confirmatory."""
     shuffle: str = ""
-    """Field of the run which, permuted over tokens, leaves nothing for `tested` to find."""
+    """Field of the run which, permuted over tokens, leaves nothing for `tested` to find: it is 0."""
+    confirmatory: bool = False
+    """One of the tests that are corrected together for their number (science.md section 5)."""
     figures: tuple[Figure, ...] = ()
     source: str = ""
     """Paper and section, or science.md section."""

@@ -26,6 +26,8 @@ N_TOKEN_CLASSES = 50
 """How many of the most frequent tokens are features of their own."""
 MIN_TOKENS = 10
 """A feature counts where at least so many tokens have it, and so many lack it, in both halves."""
+MIN_DOCUMENTS = 4
+"""Of fewer, a half is one document, and what is chosen there is chosen for that document."""
 
 KEYWORDS = (
     "and|as|assert|async|await|break|class|continue|def|del|elif|else|except|finally|for|from|global|"
@@ -82,12 +84,13 @@ def label(run: HookedRun) -> Features:
     """All features that enough tokens have and enough lack, in both halves of the documents.
 
     Of features that hold at the same tokens the first is kept. Without the vocabulary's texts,
-    which token it is is all that can be known.
+    which token it is is all that can be known. With fewer than `MIN_DOCUMENTS` there is no feature.
     """
     content = ~run.is_bos.numpy()
-    halves = [content & half for half in (first_half(run), ~first_half(run))]
+    enough = len(np.unique(run.string.numpy()[content])) >= MIN_DOCUMENTS
+    halves = [measured for _, measured in folds(run, content)]
     found: dict[bytes, tuple[str, str, Bools]] = {}
-    for name, kind, everywhere in _candidates(run):
+    for name, kind, everywhere in _candidates(run) if enough else ():
         holds = everywhere & content
         counts = [(int((holds & half).sum()), int((~holds & half).sum())) for half in halves]
         if min(min(pair) for pair in counts) >= MIN_TOKENS:
@@ -102,11 +105,30 @@ def label(run: HookedRun) -> Features:
     )
 
 
-def first_half(run: HookedRun) -> Bools:
-    """Whether a token's document has an even rank among the run's: what things are chosen on. [token]"""
-    _, rank = np.unique(run.string.numpy(), return_inverse=True)
-    even: Bools = rank % 2 == 0
+def first_half(run: HookedRun, among: Bools | None = None) -> Bools:
+    """Whether a token's document has an even rank among the run's, or those of some tokens. [token]"""
+    string = run.string.numpy()
+    documents = np.unique(string if among is None else string[among])
+    even: Bools = np.searchsorted(documents, string) % 2 == 0
     return even
+
+
+def folds(run: HookedRun, among: Bools) -> Iterator[tuple[Bools, Bools]]:
+    """Halves of some documents: what is chosen on either one is measured on the other.
+
+    So every document is measured, and none by a choice that it had a part in. Which features there
+    are is the one thing that both halves decide, by their counts alone: see `label`.
+
+    Args:
+        run: activations.
+        among: [token], whose documents are halved.
+
+    Yields:
+        (tokens to choose on, tokens to measure on), each [token], for each of the two folds.
+    """
+    first = first_half(run, among)
+    yield among & first, among & ~first
+    yield among & ~first, among & first
 
 
 def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:

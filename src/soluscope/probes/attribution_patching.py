@@ -232,8 +232,18 @@ PROBE = Probe(
     gates=(
         Gate("smear_shared", "share of detaching the gain", above=0.1),
         Gate("pinned", "share of detaching the gain", within=0.01),
+        # Near-linear: in `absorbed` no edit of the MLP changes a loss by 1e-5. In `lateral` eight neurons make
+        # logits of standard deviation 4, so that one moves them by more than 1, and the softmax bends.
+        *(
+            gate
+            for order in ("first order", "second order")
+            for gate in (
+                Gate("absorbed", f"NMAE: {order}", within=0.01),
+                Gate("lateral", f"NMAE: {order}", above=0.1),
+            )
+        ),
     ),
-    tested="NMAE: first order",
+    tested="share of detaching the gain",
     measure=measure,
     known=known,
     estimate=estimate,

@@ -118,7 +118,9 @@ PROBE = Probe(
     reading="A joint gain lets a block that is silent at a token be turned up, or down, by what the others do: "
     "smearing across blocks. Then gains differ between the blocks of a token and the loss rises when each "
     "keeps to its own. A change within .001 nats says that one gain for all neurons carries nothing that "
-    "a block's own would not. A norm that epsilon pins has the same gain in every block.",
+    "a block's own would not. A norm that epsilon pins has the same gain in every block. The loss also rises where "
+    "a gain for each neuron could do what the joint one does (C2, `disjoint`): whether a gain by token is "
+    "needed is for P7 and P8.",
     pitfalls="The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not "
     "trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model "
     "trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with "
@@ -132,6 +134,9 @@ PROBE = Probe(
         Gate("smear_shared", "sd of log g, 4 blocks", above=2.0),
         Gate("smear_shared", "own gains, 4 blocks", above=0.05),
         Gate("smear_shared", "own gains, matched, 4 blocks", above=0.05),
+        # No gain by token is needed there. Most of the rise is each block's constant, which matching takes up.
+        Gate("disjoint", "own gains, 4 blocks", above=0.05),
+        Gate("disjoint", "own gains, matched, 4 blocks", above=0.001),
         Gate("pinned", "sd of log g, 4 blocks", within=0.01),
         Gate("pinned", "own gains, 4 blocks", within=0.001),
         Gate("pinned", "own gains, matched, 4 blocks", within=0.001),

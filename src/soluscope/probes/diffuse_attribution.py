@@ -37,10 +37,15 @@ HIGH_NEURON = 0.25
 """Share of the MLP's attribution; a neuron that has more counts as high."""
 TOP = 0.05
 """Share of positions that count as those with the highest score: the study took 10 of about 210."""
-FLAT = 1e-9
-"""A spread of log gain below this is rounding: there are no ranks to correlate with."""
+FLAT = 0.01
+"""Standard deviation of log gain below which no rank correlation is given: ranks see an order in a
+gain that moves by a millionth, as it does where epsilon pins the norm."""
+ROUNDING = 1e-9
+"""A spread of log s below this is rounding."""
 FELT = 1e-3
 """Nats: a smaller change of loss does not matter (the margin of equivalence), and its score is 0."""
+N_DEALS = 8
+"""Permutations of W_out over which the null is averaged."""
 N_BINS = 10
 N_TYPES = 24
 """Token types shown, the commonest first."""
@@ -83,10 +88,15 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "largest neuron's share": largest / total,
         "diffuse and high": diffuse.double().where(run.target >= 0, torch.nan),
         "ablation loss": removed,
-        "score": (removed * neurons).where(~(removed.abs() <= FELT), 0.0),
+        "score": _score(removed, neurons),
         "inverse outlier score (as published)": inverse,
         "score (as published)": diluted * inverse,
     }
+
+
+def _score(removed: Tensor, neurons: Tensor) -> Tensor:
+    """Ablation loss times the neurons that share the attribution; 0 where the loss is not felt."""
+    return (removed * neurons).where(~(removed.abs() <= FELT), 0.0)
 
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
@@ -96,14 +106,17 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     gain, content = run.gain.double().numpy(), table["pos"].to_numpy() > 0
     if not table["score"][content].notna().any():
         return
-    if np.ptp(np.log(gain[content])) > FLAT:
+    if np.log(gain[content]).std() > FLAT and table["score"][content].nunique() > 1:
         yield from _against_gain(run, table, np.log(gain))
+    yield from _circular(run, table[content])
     for name, rows in (("score", content), ("score (as published)", content | True)):
         words, here = name.removeprefix("score"), table[rows]
-        yield _top_over_all(
-            f"gain at top positions over all{words}", gain[rows],
-            here[name].to_numpy(), here["string"].to_numpy(),
-        )  # fmt: skip
+        score = here[name].to_numpy()
+        top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
+        if np.nanmean(top) <= 2 * TOP:  # more are ties: of one score all tokens are the top
+            yield _top_over_all(
+                f"gain at top positions over all{words}", gain[rows], top, here["string"].to_numpy()
+            )
     yield from _by_type(table, run)
     yield from _by_k(table[content])
 
@@ -111,7 +124,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 def _against_gain(
     run: HookedRun, table: pd.DataFrame, log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
-    """Rank correlations with log gain, and the published score's with 1/s."""
+    """Rank correlations of the score and of its null with log gain."""
     import numpy as np
 
     content = table["pos"].to_numpy() > 0
@@ -128,26 +141,34 @@ def _against_gain(
         )
     ]
     log_gain = log_gain[content]
-    found, null = (
-        rank_correlation(name, score, log_gain, string, given)
-        for name, score in (
-            (PARTIAL, here["score"]),
-            (f"{PARTIAL}, W_out permuted", _null_score(run)[content]),
-        )
-    )
-    yield from (found, null)
-    if found.sums.shape[0] == null.sums.shape[0]:
-        yield _difference(f"{PARTIAL}, less permuted", found, null)
-    inverse_s = 1 / run.mid.double().std(dim=-1, correction=0).numpy()[content]
-    for name in ("inverse outlier score", "score"):
-        values = here[f"{name} (as published)"]
-        yield rank_correlation(f"{name} (as published) against 1/s", values, inverse_s, string)
+    found = rank_correlation(PARTIAL, here["score"], log_gain, string, given)
+    nulls = [
+        rank_correlation(PARTIAL, score[content], log_gain, string, given)
+        for score in _null_scores(run)
+    ]
+    yield found
+    yield _weighted(f"{PARTIAL}, W_out permuted", nulls, [1 / N_DEALS] * N_DEALS)
+    yield _weighted(f"{PARTIAL}, less permuted", [found, *nulls], [1.0, *[-1 / N_DEALS] * N_DEALS])
 
 
-def _null_score(run: HookedRun) -> NDArray[np.float64]:
-    """The score if the neurons' output weights were dealt to other neurons, [token].
+def _circular(run: HookedRun, here: pd.DataFrame) -> Iterator[Estimate]:
+    """The published score's rank correlation with 1/s, s the standard deviation of the token's a."""
+    import numpy as np
 
-    One fixed permutation; each token's activations are scaled so that its sum |c| stays what it was.
+    s = run.mid.double().std(dim=-1, correction=0).numpy()[here.index]
+    if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
+        for name in ("inverse outlier score", "score"):
+            values = here[f"{name} (as published)"]
+            yield rank_correlation(
+                f"{name} (as published) against 1/s", values, 1 / s, here["string"]
+            )
+
+
+def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
+    """Scores if the neurons' output weights were dealt to other neurons, each [token].
+
+    Of `N_DEALS` fixed permutations; each token's activations are scaled so that its sum |c| stays
+    what it was, and what is not felt scores 0, as in the score itself.
     """
     import torch
 
@@ -160,39 +181,53 @@ def _null_score(run: HookedRun) -> NDArray[np.float64]:
     )
 
     out = run.readout
-    order = torch.randperm(len(out.W_out), generator=torch.Generator().manual_seed(0))
-    dealt = replace(run, readout=replace(out, W_out=out.W_out[order]))
-    scale = final_scale(run, resid_final(run))[:, None]
-    size = (run.post * (target_direction(run) @ dealt.readout.W_out.T) / scale).abs().double()
-    factor = contributions(run).abs().sum(-1, dtype=torch.float64) / size.sum(-1)
-    post = run.post * factor.nan_to_num(1.0, posinf=1.0)[:, None].to(run.post.dtype)
+    generator = torch.Generator().manual_seed(0)
+    direction, scale = target_direction(run), final_scale(run, resid_final(run))[:, None]
+    total = contributions(run).abs().sum(-1, dtype=torch.float64)
     without = loss_at_post(run, torch.zeros_like(run.post)).double()
-    removed = without - loss_at_post(dealt, post).double()
-    values: NDArray[np.float64] = (removed * size.sum(-1).square() / size.square().sum(-1)).numpy()
-    return values
+    for _ in range(N_DEALS):
+        order = torch.randperm(len(out.W_out), generator=generator)
+        dealt = replace(run, readout=replace(out, W_out=out.W_out[order]))
+        size = (run.post * (direction @ dealt.readout.W_out.T) / scale).abs().double()
+        factor = (total / size.sum(-1)).nan_to_num(1.0, posinf=1.0)
+        post = run.post * factor[:, None].to(run.post.dtype)
+        removed = without - loss_at_post(dealt, post).double()
+        score: NDArray[np.float64] = _score(
+            removed, size.sum(-1).square() / size.square().sum(-1)
+        ).numpy()
+        yield score
 
 
-def _difference(quantity: str, one: Estimate, other: Estimate) -> Estimate:
-    """Of two estimates over the same tokens."""
+def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Estimate:
+    """Sum of estimates over the same tokens, each times its weight."""
     import numpy as np
 
-    width = one.sums.shape[1]
-    sums = np.concatenate([one.sums, other.sums], axis=1)
-    return Estimate(
-        quantity, sums, lambda s: one.value(s[:, :width]) - other.value(s[:, width:]), one.n
-    )
+    ends = np.cumsum([part.sums.shape[1] for part in parts])[:-1]
+
+    def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = np.sum(
+            [
+                weight * part.value(own)
+                for weight, part, own in zip(
+                    weights, parts, np.split(sums, ends, axis=1), strict=True
+                )
+            ],
+            axis=0,
+        )
+        return found
+
+    return Estimate(quantity, np.concatenate([p.sums for p in parts], axis=1), value, parts[0].n)
 
 
 def _top_over_all(
     quantity: str,
     gain: NDArray[np.float64],
-    score: NDArray[np.float64],
+    top: NDArray[np.float64],
     string: NDArray[np.int64],
 ) -> Estimate:
-    """Mean gain where the score is among the highest, over the mean gain of all, less 1."""
+    """Mean gain at the top tokens (1, others 0, nan without a score), over the mean of all, less 1."""
     import numpy as np
 
-    top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
     sums, n = sums_by_string([top * gain, top, gain, np.ones_like(gain)], string)
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -288,13 +323,16 @@ PROBE = Probe(
     question="Are tokens whose MLP attribution is high but spread over many neurons those that the gain "
     "turns up?",
     reading="Smearing predicts a partial correlation above 0 and above that with W_out permuted, together "
-    "with a gain at the top positions that is well above the gain of all. Without smearing the correlation "
-    "is 0, or the gain ratio is. A static gain gives no correlation: there is nothing to rank. What is "
+    "with a gain at the top positions that is well above the gain of all. Where the gain is one constant (sd of "
+    "log gain below .01) there is nothing to rank, and no correlation is given. The converse does not hold: a "
+    "correlation above 0 says that the gain is high where many neurons share a felt attribution, also where "
+    "a gain for each neuron could do it (`disjoint`: .69); whether it is needed is for P7 and P8. What is "
     "marked as published shows what the study's own test finds on the same tokens, whether there is "
     "smearing or not.",
-    pitfalls="Ranks see an order in a gain that moves by a millionth: a model pinned by epsilon can have a "
-    "high correlation, and the gain ratio, 0 there, is what tells the two apart. Circular as published: 1 / "
-    "(max a - mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is "
+    pitfalls="Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73 "
+    "(`pinned`), so read the gain at the top positions beside them. "
+    "If more than a tenth of the tokens tie for the top score, no gain at the top is given. Circular as published: "
+    "1 / (max a - mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is "
     "given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17). "
     "Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types whatever "
     "their number, BOS included.",
@@ -304,10 +342,14 @@ PROBE = Probe(
     gates=(
         Gate("smear_shared", PARTIAL, above=0.1),
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
+        Gate("smear_shared", f"{PARTIAL}, W_out permuted", within=0.1),
         Gate("smear_shared", "gain at top positions over all", above=0.1),
+        # A gain for each neuron would do there: neither is proof that one for each token is needed.
+        Gate("disjoint", PARTIAL, above=0.1),
+        Gate("disjoint", "gain at top positions over all", above=0.1),
         *(
             Gate(negative, "gain at top positions over all", within=0.01)
-            for negative in ("monosemantic", "pinned", "absorbed")
+            for negative in ("monosemantic", "pinned", "lateral")
         ),
         Gate("monosemantic", "diffuse and high", within=0.01),
     ),
@@ -342,14 +384,13 @@ PROBE = Probe(
     },
     estimates={
         PARTIAL: Quantity(
-            "correlation", "ranks, given surprisal, position, log token count and |resid_mid|",
-            more_smeared_when="higher",
+            "correlation", "ranks, given surprisal, position, log token count and |resid_mid|"
         ),
         f"{PARTIAL}, W_out permuted": Quantity(
-            "correlation", "the same with output weights dealt to other neurons, at the same sum |c|"
+            "correlation", "the same, output weights dealt to other neurons at the same sum |c|; mean of 8 deals"
         ),
         f"{PARTIAL}, less permuted": Quantity(
-            "correlation", "the difference of the two", more_smeared_when="higher"
+            "correlation", "the difference of the two"
         ),
         "inverse outlier score (as published) against 1/s": Quantity(
             "correlation", "near 1: selecting by this score is selecting by the gain, whatever the model does"

@@ -20,15 +20,20 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Engagement and what it depends on, one value a token.
 
     Returns:
-        r = s2 / (s2 + eps), with s2 the population variance of mid; 0 where the gain is one constant.
-        gain, 1 / hook_scale. kappa = eps * d_mlp^2, nan without an epsilon. max_p and log_z of
-        softmax(pre), nan where the nonlinearity is not SoLU. k_eff = |a|^2 / max(a)^2.
+        r = s2 / (s2 + eps), with s2 what the norm takes for the variance of mid: the population's, or
+        the mean square where it does not centre; 0 where the gain is one constant.
+        gain, 1 / hook_scale. kappa = eps * d_mlp^2, nan without an epsilon, and Vq = s2 * d_mlp^2, so that
+        r = Vq / (Vq + kappa). max_p and log_z of softmax(pre), nan where the nonlinearity is not SoLU.
+        k_eff = |a|^2 / max(a)^2. residual: what the best multiple of gamma * (a - m) leaves of
+        post - beta, relative to its norm, with m 0 where the norm does not centre; nan where that
+        norm is 0.
     """
     import torch
 
     mid = run.mid.double()
     nothing = torch.full_like(mid[:, 0], torch.nan)
-    variance = mid.var(dim=-1, correction=0)
+    centred = mid - mid.mean(-1, keepdim=True) if run.centres else mid
+    variance = centred.square().mean(-1)
     pre = run.pre.double()
     return {
         # From the variance, never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
@@ -37,15 +42,31 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "kappa": nothing
         if run.eps is None
         else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
+        "vq": variance * mid.shape[-1] ** 2,
         "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
         "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
         "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
+        "residual": _residual(run, centred),
     }
 
 
+def _residual(run: HookedRun, centred: Tensor) -> Tensor:
+    """Norm of post - beta outside the line through gamma * (a - m), as a share of its norm. [token]"""
+    line = run.readout.gamma * centred
+    post = run.post.double() - run.readout.beta
+    slope = (post * line).sum(-1, keepdim=True) / line.square().sum(-1, keepdim=True)
+    residual: Tensor = (post - slope * line).norm(dim=-1) / post.norm(dim=-1)
+    return residual
+
+
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1, mean 2 and variance 1."""
+    """Two neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1, mean 2 and variance 1.
+
+    A norm that leaves the mean in takes the mean square, 1 and 5. A post of (.4, 0) where a - m is
+    (1, -1) is as much off that line as along it.
+    """
     import math
+    from dataclasses import replace
 
     import torch
 
@@ -53,7 +74,22 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
     with_eps = planted(mid, eps=3.0)
-    yield with_eps, {"r": [0.25, 0.25], "gain": [0.5, 0.5], "kappa": [12, 12], "k_eff": [2, 10 / 9]}
+    yield (
+        with_eps,
+        {
+            "r": [0.25, 0.25],
+            "gain": [0.5, 0.5],
+            "kappa": [12, 12],
+            "vq": [4, 4],
+            "k_eff": [2, 10 / 9],
+            "residual": [0, 0],
+        },
+    )
+    scale = torch.tensor([4.0, 8.0]).double().sqrt()  # of mean squares 1 and 5
+    uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None])
+    yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
+    bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
+    yield bent, {"residual": [0, 0.5**0.5]}
     yield planted(mid, gain=7.0), {"r": [0, 0], "gain": [7, 7], "kappa": [math.nan, math.nan]}
 
 
@@ -63,15 +99,19 @@ PROBE = Probe(
     question="Does the mid LayerNorm scale each token by its own activations, or all by one constant?",
     reading="r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true "
     "LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out there. "
-    "Models whose gain is one constant have r = 0 by construction.",
+    "Models whose gain is one constant have r = 0 by construction. The residual of the affine fit is a test of "
+    "the probe itself: 0 but for rounding, or what stands at hook_post is not a norm of hook_mid.",
     tested="r",
     pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
-    "The variance is the population's; epsilon is read from the module.",
-    formula="r = s2 / (s2 + eps), s2 the population variance of a = mid over neurons; elasticity of g to s is -r",
+    "The variance is the population's, the mean square in a norm that does not centre; epsilon is read from the "
+    "module.",
+    formula="r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = "
+    "s2 d_mlp^2; elasticity of g to s is -r; residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted",
     gates=(
         Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),
         Gate("uniform", "r", above=0.5, statistic="median", truth=1.0),
         Gate("pinned", "r", within=0.01),
+        *(Gate(control, "residual", within=1e-5) for control in ("smear_shared", "pinned")),
     ),
     measure=measure,
     known=known,
@@ -79,15 +119,25 @@ PROBE = Probe(
         "r": Quantity(
             "share",
             "var / (var + eps) of mid",
-            ("median", "q05", "q95", "share above 0.05", "share above 0.5"),
+            (
+                "median",
+                *("q01", "q05", "q25", "q75", "q95", "q99"),
+                *("share above 0.05", "share above 0.5"),
+            ),
             more_smeared_when="higher",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
         "kappa": Quantity("eps * d_mlp^2", "the dose of epsilon", ("median",)),
+        "vq": Quantity(
+            "var * d_mlp^2", "what the dose of epsilon is set against", ("median", "q05", "q95")
+        ),
         "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
         "log_z": Quantity("nats", "log of softmax's denominator", ("median", "q05", "q95")),
         "k_eff": Quantity(
             "neurons", "|a|^2 / max(a)^2, how many neurons share the norm", ("median",)
+        ),
+        "residual": Quantity(
+            "share of norm", "what no multiple of gamma (a - m) explains of post", ("median", "q99")
         ),
     },
     streams=("natural", "prose", "code", "repeated", "random"),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio, sums_by_string
+from soluscope.probes._features import folds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
 TOLERANCE = 1e-6
-"""Nats: how exact a change of loss must be."""
+"""Nats: how exact a change of loss must be, and from where on an excess is more than rounding."""
 NULL_SHARE = 0.01
 """Of the singular directions of W_U: those that count as its null space."""
 Q = 0.05
@@ -110,17 +111,13 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
         return
     string = run.string[at.tokens].numpy()
     through = (at.total - at.direct).numpy()
-    yield _over_neurons("largest mean TE - DE", through, string, lambda means: abs(means).max(-1))
-    yield _over_neurons("mean TE - DE", through, string, lambda means: means.mean(-1))
-    sums, n = _excess_sums(at, string)
-    yield Estimate(
-        "share of neurons discovered as entropy neurons", sums,
-        lambda sums: _discovered(sums).mean(-1), n,
-    )  # fmt: skip
-    content = ~run.is_bos
-    yield _over_neurons(
+    yield _of_the_largest("largest mean TE - DE", through, at.tokens.numpy(), run)
+    yield ratio("mean TE - DE", through.mean(-1), np.ones(len(through)), string)
+    yield from _of_the_discovered(at, run)
+    content = (~run.is_bos).nonzero().squeeze(-1)
+    yield _of_the_largest(
         "log gain moved by the largest gain neuron",
-        gain_elasticity(run)[content].numpy(), run.string[content].numpy(), lambda m: m.max(-1),
+        gain_elasticity(run)[content].numpy(), content.numpy(), run,
     )  # fmt: skip
     for name, through_norm, otherwise in (
         ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
@@ -131,65 +128,98 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     for name, column in _WEIGHTS.items():
         values = column(weights(run))
         if values.isfinite().any():
-            # One row, so no interval: another text would not move it (or, for the unigram, hardly).
-            fact = np.array([[values[values.isfinite()].max().item()]])
-            yield Estimate(name, fact, lambda sums: sums[:, 0], len(values))
+            yield _fact(name, values[values.isfinite()].max().item(), len(values))
 
 
-def _over_neurons(
-    quantity: str,
-    values: NDArray[np.float64],
-    string: NDArray[np.int64],
-    reduce: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+def _fact(quantity: str, value: float, n: int) -> Estimate:
+    """One row, so no interval: of the weights, or of a number of discoveries, which resampling inflates."""
+    import numpy as np
+
+    return Estimate(quantity, np.array([[value]]), lambda sums: sums[:, 0], n)
+
+
+def _halves(
+    tokens: NDArray[np.intp], run: HookedRun
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Which of some tokens choose and which measure, each [t], for both folds of their documents."""
+    import numpy as np
+
+    among = np.zeros(len(run.pos), dtype=bool)
+    among[tokens] = True
+    for chosen, measured in folds(run, among):
+        yield chosen[tokens], measured[tokens]
+
+
+def _of_the_largest(
+    quantity: str, values: NDArray[np.float64], tokens: NDArray[np.intp], run: HookedRun
 ) -> Estimate:
-    """A function of each neuron's mean over tokens; `values` are [t d_mlp]."""
-    import numpy as np
+    """Mean over tokens of the neuron with the largest |mean|, in the direction of that mean.
 
-    sums, n = sums_by_string([*values.T, np.ones(len(values))], string)
-    return Estimate(quantity, sums, lambda sums: reduce(sums[:, :-1] / sums[:, -1:]), n)
+    Both are chosen on the other half of the documents, so where there is nothing the mean is 0.
 
-
-def _excess_sums(at: Effects, string: NDArray[np.int64]) -> tuple[NDArray[np.float64], int]:
-    """Sums over strings from which `_p` tests each neuron's mean of |TE - DE| - |DE|.
-
-    Columns: 1, count and count^2 of a string, then for each neuron the string's sum x, x^2 and x count.
+    Args:
+        values: [t d_mlp], at `tokens`.
+        tokens: [t] row numbers.
     """
     import numpy as np
 
-    excess = ((at.total - at.direct).abs() - at.direct.abs()).numpy()
-    sums, n = sums_by_string([np.ones(len(excess)), *excess.T], string)
-    count, x = sums[:, :1], sums[:, 1:]
-    return np.concatenate([count**0, count, count**2, x, x**2, x * count], axis=1), n
+    found = np.full(len(values), np.nan)
+    for chosen, measured in _halves(tokens, run):
+        if chosen.any():
+            mean = values[chosen].mean(0)
+            largest = abs(mean).argmax()
+            found[measured] = np.sign(mean[largest]) * values[measured, largest]
+    return ratio(quantity, found, found * 0 + 1, run.string.numpy()[tokens])
 
 
-def _p(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Each neuron's mean and its two-sided p over strings, [draw d_mlp], from `_excess_sums`.
+def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
+    """Neurons discovered on one half of the documents: how many the other half confirms, and by how much.
 
-    Student's t with the ratio estimator's linear standard error: unlike a jackknife it follows
-    from sums alone, so that resampled strings are tested as these are.
+    The excess is the other half's mean of |TE - DE| - |DE| over the discovered neurons, 0 without any.
     """
     import numpy as np
-    from scipy.stats import t as student_t
 
-    n_strings, count, count2 = (sums[:, i : i + 1] for i in range(3))
-    x, x2, x_count = np.split(sums[:, 3:], 3, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = x / count
-        square = (x2 - 2 * mean * x_count + mean**2 * count2).clip(min=0)
-        error = np.sqrt(square * n_strings / (n_strings - 1)) / count
-        p = 2 * student_t.sf(np.abs(mean) / error, n_strings - 1)
-    return mean, p
+    excess, string = _excess(at), run.string[at.tokens].numpy()
+    n_confirmed, kept = [], np.zeros(len(excess))
+    for chosen, measured in _halves(at.tokens.numpy(), run):
+        found = _discovered(excess[chosen], string[chosen])
+        again = excess[measured].mean(0) > 0 if measured.any() else np.zeros_like(found)
+        again &= _p(excess[measured], string[measured]) < Q
+        n_confirmed.append((found & again).mean())
+        if found.any():
+            kept[measured] = excess[measured][:, found].mean(-1)
+    yield _fact(
+        "share of neurons confirmed as entropy neurons", float(np.mean(n_confirmed)), len(excess)
+    )
+    yield ratio("excess of discovered entropy neurons", kept, np.ones(len(kept)), string)
 
 
-def _discovered(sums: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Neurons whose mean of |TE - DE| - |DE| is above 0 by Benjamini-Hochberg at q = .05, [draw d_mlp]."""
+def _excess(at: Effects) -> NDArray[np.float64]:
+    """|TE - DE| - |DE|, [t d_mlp]: by how much a neuron acts through ln_final more than directly."""
+    values: NDArray[np.float64] = ((at.total - at.direct).abs() - at.direct.abs()).numpy()
+    return values
+
+
+def _p(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each neuron's two-sided p over strings of a mean of 0, [d_mlp]; nan from too few strings."""
+    import numpy as np
+
+    from soluscope.stats import mean_p
+
+    sums, _ = sums_by_string([np.ones(len(excess)), *excess.T], string)
+    return mean_p(sums[:, 1:], sums[:, 0])
+
+
+def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Neurons whose mean excess is above 0 by Benjamini-Hochberg at q = .05, [d_mlp]."""
     import numpy as np
 
     from soluscope.stats import benjamini_hochberg
 
-    mean, p = _p(sums)
-    adjusted = np.stack([benjamini_hochberg(row) for row in p])
-    return (mean > 0) & (adjusted < Q)
+    if not len(excess):
+        return np.zeros(excess.shape[1], dtype=bool)
+    felt: NDArray[np.bool_] = excess.mean(0) > TOLERANCE
+    return felt & (benjamini_hochberg(_p(excess, string)) < Q)
 
 
 def weights(run: HookedRun) -> dict[str, Tensor]:
@@ -277,16 +307,15 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     from soluscope.stats import benjamini_hochberg
 
     at = effects(run)
-    sums, _ = _excess_sums(at, run.string[at.tokens].numpy())
-    _, p = _p(sums.sum(0, keepdims=True))
+    excess, string = _excess(at), run.string[at.tokens].numpy()
     content = ~run.is_bos
     return {
         **weights(run),
         "TE": at.total.mean(0),
         "DE": at.direct.mean(0),
         "TE - DE": (at.total - at.direct).mean(0),
-        "adjusted p of |TE - DE| - |DE|": torch.from_numpy(benjamini_hochberg(p[0])),
-        "is entropy neuron": torch.from_numpy(_discovered(sums.sum(0, keepdims=True))[0]),
+        "adjusted p of |TE - DE| - |DE|": torch.from_numpy(benjamini_hochberg(_p(excess, string))),
+        "is entropy neuron": torch.from_numpy(_discovered(excess, string)),
         "log gain moved": gain_elasticity(run)[content].mean(0),
         "|dl|, mid norm held": at.loss.abs().mean(0),
         "|dl| through the mid norm": at.loss_through.abs().mean(0),
@@ -295,6 +324,9 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """A neuron that only lengthens the residual stream, and two in a LayerNorm of two.
+
+    In twelve equal documents, of which the first and the last are looked at: one chooses the largest
+    neuron for the other.
 
     First: RMS final norm, logits of -x and x with x the first coordinate over S. Before the MLP the
     stream is (3, 0) and the first neuron adds (0, 4), so x = .6 sqrt 2 with it and sqrt 2 without,
@@ -315,33 +347,37 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         p = 1 / (1 + math.exp(-2 * x))
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
+    def twice(value: float) -> list[float]:
+        """At the first and the last document's one token after BOS that has a target."""
+        return [nan, value, nan, *elsewhere, nan, value, nan]
+
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
 
-    nan = math.nan
+    nan, elsewhere = math.nan, [math.nan] * 3 * (EVERY - 1)
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    run = planted(torch.tensor([[[2.0, -2.0]] * 3]))
+    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
     moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
     yield (
         with_readout(
             run,
-            resid_mid=torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3, 2),
+            resid_mid=torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3 * (1 + EVERY), 2),
             W_out=torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64),
             W_U=unembed,
         ),
         {
-            "entropy: total effect": [nan, moved / 2, nan],
-            "entropy: direct effect": [nan, 0, nan],
-            "entropy: through ln_final": [nan, moved / 2, nan],
-            "log gain moved": [0, 0, 0],
-            "loss: through the mid norm": [nan, 0, nan],
+            "entropy: total effect": twice(moved / 2),
+            "entropy: direct effect": twice(0),
+            "entropy: through ln_final": twice(moved / 2),
+            "log gain moved": [0] * 3 * (1 + EVERY),
+            "loss: through the mid norm": twice(0),
             "largest mean TE - DE": moved,
             "mean TE - DE": -moved / 2,
             "largest share in W_U's null space": 1,
         },
     )
-    run = planted(torch.tensor([[[1.5, 0.5]] * 3]), eps=1e-16)
+    run = planted(torch.tensor([[[1.5, 0.5]] * 3] * (1 + EVERY)), eps=1e-16)
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
     yield (
         with_readout(
@@ -351,10 +387,10 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             W_U=unembed * 1e12,
         ),
         {
-            "log gain moved": [1, 1, 1],
-            "loss: mid norm held": [nan, (loss(-2) - loss(1)) / 2, nan],
-            "loss: through the mid norm": [nan, (loss(-2) - loss(-1)) / 2, nan],
-            "entropy: through ln_final": [nan, 0, nan],
+            "log gain moved": [1] * 3 * (1 + EVERY),
+            "loss: mid norm held": twice((loss(-2) - loss(1)) / 2),
+            "loss: through the mid norm": twice((loss(-2) - loss(-1)) / 2),
+            "entropy: through ln_final": twice(0),
             "log gain moved by the largest gain neuron": 1.5,
         },
     )
@@ -381,15 +417,13 @@ PROBE = Probe(
     "|a_j (a_j - m)| g^2 / N; loss through the mid norm = (8.5) - (8.2) at mid_j = 0",
     gates=(
         Gate("entropy_neuron", "largest mean TE - DE", above=0.1),
-        Gate(
-            "entropy_neuron", "share of neurons discovered as entropy neurons", above=0.01, truth=1 / 32
-        ),
+        Gate("entropy_neuron", "excess of discovered entropy neurons", above=0.1),
+        Gate("entropy_neuron", "mean TE - DE", below=-0.01),
         *(
-            Gate(negative, quantity, within=margin)
+            Gate(negative, quantity, within=0.001)
             for negative in ("uniform", "monosemantic")
-            for quantity, margin in (
-                ("largest mean TE - DE", 0.001),
-                ("share of neurons discovered as entropy neurons", 0.01),
+            for quantity in (
+                "largest mean TE - DE", "excess of discovered entropy neurons", "mean TE - DE",
             )
         ),
     ),
@@ -415,10 +449,18 @@ PROBE = Probe(
         ),
     },
     estimates={
-        "largest mean TE - DE": Quantity("nats", "size of the mean over tokens, of the neuron with the largest"),
+        "largest mean TE - DE": Quantity(
+            "nats",
+            "mean over tokens, in its direction, of the neuron where it is largest on the other half of documents",
+        ),
         "mean TE - DE": Quantity("nats", "over tokens and neurons"),
-        "share of neurons discovered as entropy neurons": Quantity(
-            "share", "mean of |TE - DE| - |DE| above 0 over documents, Benjamini-Hochberg at q = .05"
+        "share of neurons confirmed as entropy neurons": Quantity(
+            "share",
+            "|TE - DE| - |DE| above 0 on one half of the documents (Benjamini-Hochberg, q = .05), and on the other "
+            "(p < .05); mean over both ways",
+        ),
+        "excess of discovered entropy neurons": Quantity(
+            "nats", "mean of |TE - DE| - |DE| on the other half of documents, of those discovered; 0 without any"
         ),
         "share of entropy effect through ln_final": Quantity(
             "share", "sum of |TE - DE| over that and sum of |DE|"
@@ -427,7 +469,8 @@ PROBE = Probe(
             "share", "sum of |through the norm| over that and sum of |norm held|", more_smeared_when="higher"
         ),
         "log gain moved by the largest gain neuron": Quantity(
-            "log gain", "mean over tokens, of the neuron with the largest", more_smeared_when="higher"
+            "log gain", "mean over tokens, of the neuron with the largest; chosen on the other half of documents",
+            more_smeared_when="higher",
         ),
         "largest share in W_U's null space": Quantity(
             "share", "of a neuron's squared norm in the lowest 1% of W_U's singular directions"
@@ -443,7 +486,8 @@ PROBE = Probe(
             "How much goes through a norm",
             ("share of entropy effect through ln_final", "share of loss effect through the mid norm"),
         ),
-        Figure("Entropy neurons discovered", ("share of neurons discovered as entropy neurons",)),
+        Figure("Excess of the entropy neurons discovered", ("excess of discovered entropy neurons",)),
+        Figure("Entropy neurons confirmed", ("share of neurons confirmed as entropy neurons",)),
         Figure("Log gain moved by the largest gain neuron", ("log gain moved by the largest gain neuron",)),
         Figure(
             "Facts of the weights",

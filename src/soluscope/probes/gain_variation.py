@@ -132,6 +132,7 @@ PROBE = Probe(
         Gate("bos_gain", "AICc(log) - AICc(1/n): mean with BOS (as published)", above=10.0),
     ),
     tested="sd of log gain",
+    confirmatory=True,
     measure=measure,
     known=known,
     quantities={

@@ -140,9 +140,10 @@ PROBE = Probe(
     question="Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a pointwise "
     "unit?",
     reading="A rise of the loss with Z const says that the softmax's denominator carries something: lateral "
-    "inhibition. A rise with g const and none with Z const is the main effect that smearing predicts. Both "
-    "within .001 nats: the MLP does what x e^x times one number does. The interaction says how much of the one "
-    "coupling rests on the other.",
+    "inhibition. A rise with g const and none with Z const is the main effect that smearing predicts; it is also "
+    "there where a gain for each neuron could do it (C2, `disjoint`), so whether it is needed is for P7 and P8. "
+    "Both within .001 nats: the MLP does what x e^x times one number does. The interaction says how much of the "
+    "one coupling rests on the other.",
     pitfalls="Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by "
     "construction: read it with r, and with the gain const. All cells but the first are off the training "
     "distribution. The off-diagonal share counts sensitivities, not effects: it may be large where Z hardly "
@@ -152,6 +153,7 @@ PROBE = Probe(
     gates=(
         *(Gate("lateral", f"Z const{how}", above=0.1) for how in FINAL_NORMS.values()),
         Gate("smear_shared", "g const", above=0.1),
+        Gate("disjoint", "g const", above=0.1),  # though no gain by token is needed
         *(
             Gate(negative, f"{cell}{how}", within=0.001)
             for how in FINAL_NORMS.values()

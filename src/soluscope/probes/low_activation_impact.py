@@ -8,8 +8,15 @@ change by the prompt's length, and the lowest signed activations are SoLU's nega
 
 Here: exact changes of the token's own loss; ranks by |a| within the token and within the neuron; and
 the same ablations in the static surrogate, which is the same model with one gain for all tokens
-(c = exp(mean log g)). The smearing residual D is what the surrogate does not have. Small effects add
-up, so the real test is the set curve: all of a token's lowest neurons at once.
+(c = exp(mean log g)). D is the effect less the surrogate's. Of one neuron it says little: to first
+order dl is linear in the gain, so D is (1 - c/g) dl, above 0 at high gains in whatever model has an
+effect. Small effects add up, so the real test is the set curve: all of a token's lowest neurons at once.
+
+Two ways to take a set out. Post at 0 leaves the mean of LayerNorm's output, but also undoes the -g m
+that centring gave to neurons at a = 0: in a model with a neuron for each class of tokens (the control
+`monosemantic`) this costs loss although no small activation says anything. Removal takes out g gamma a
+alone, mean and gain held: it is 0 where the low activations are 0, whatever the mean. So removal of
+the lowest nine tenths speaks of static smuggling, and its D of the gain.
 
 Source: Baginski et al. 2023 (hackathon study), part 2; Nanda's problem 4.39b; science.md sections 1.6
 and 7, P9, by the closed form of section 8.2.
@@ -40,6 +47,9 @@ TOLERANCE = 1e-6
 LOWEST = 0.1
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Of a token's neurons, ablated together."""
+MOST = 0.9
+"""The share whose removal is read: what is not among the top tenth, as codes of a few neurons are not."""
+REMOVED = f"lowest {MOST:.0%} removed"
 N_BINS = 10
 """Ranks are summarised by tenths."""
 FLAT = 1e-9
@@ -117,9 +127,22 @@ def surrogate(run: HookedRun, gain: float) -> HookedRun:
     return replace(static, loss=loss_at_post(static, post))
 
 
-def _ranks(values: Tensor, dim: int) -> Tensor:
-    """0 for the least; ties in order of place."""
-    return values.argsort(dim=dim, stable=True).argsort(dim=dim).double()
+def _ranks(sizes: Tensor, dim: int) -> Tensor:
+    """0 for the least; ties in an order drawn at random.
+
+    Sizes closer than a millionth of themselves are tied, and so are all below 1e-12 of the largest:
+    rounding orders nothing. Softmax spreads sizes over many powers of ten, so that their steps are
+    relative.
+    """
+    import torch
+
+    numbers = sizes.double()
+    least = 1e-12 * float(numbers.max()) if len(numbers) else 0.0
+    steps = (numbers.clamp(min=least).log() / 1e-6).round()
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.rand(sizes.shape, generator=generator, dtype=torch.float64).argsort(dim)
+    order = drawn.gather(dim, steps.gather(dim, drawn).argsort(dim=dim, stable=True))
+    return order.argsort(dim).double()
 
 
 def _lowest(rank: Tensor, share: float) -> Tensor:
@@ -131,14 +154,14 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
     """Which neurons go together, [t d_mlp] of bool.
 
     The lowest by |a| in the token; a random set of as many; random neurons, in order, for as
-    long as their sum of |n| (n: after the mid norm, before its gain and bias) does not exceed the
+    long as their sum of |n| (n: after the mid norm, before its gain and bias) is at most the
     lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
     """
     import torch
 
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
-    order = _ranks(shuffled, -1)
+    order = shuffled.argsort(-1).argsort(-1).double()
     lowest = _lowest(found.in_token, share)
     mid = found.live.mid.double()
     mass = mid - (mid.mean(-1, keepdim=True) if found.live.centres else 0.0)
@@ -168,6 +191,9 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     def change(of: HookedRun, which: str, to: Tensor) -> Tensor:
         return (loss_at_post(of, to.where(chosen[which], of.post)) - of.loss).double()
 
+    def removed(of: HookedRun) -> Tensor:
+        return change(of, "lowest", of.post - of.gain[:, None] * of.mid * of.readout.gamma)
+
     effects = {
         "lowest": change(live, "lowest", zero),
         "random": change(live, "random", zero),
@@ -175,16 +201,18 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
         "lowest, to the mean": change(live, "lowest", mean),
         "random, to the mean": change(live, "random", mean),
         "lowest, static gain": change(fixed, "lowest", zero),
+        "lowest, removed": removed(live),
+        "lowest, removed, static gain": removed(fixed),
         "lowest in neuron": change(live, "lowest in neuron", zero),
         "lowest in neuron, static gain": change(fixed, "lowest in neuron", zero),
     }
-    for name in ("lowest", "lowest in neuron"):
+    for name in ("lowest", "lowest, removed", "lowest in neuron"):
         effects[f"{name}, D"] = effects[name] - effects[f"{name}, static gain"]
     return effects
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Effects of single neurons and of the lowest half, and the smearing residual.
+    """Effects of single neurons and of the lowest together, and how these differ from the surrogate's.
 
     Returns:
         nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
@@ -196,7 +224,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     found = pairs(run)
     low = _lowest(found.in_token, LOWEST)
     D = found.zero - found.static
-    together = set_effects(found, 0.5)
+    half, most = set_effects(found, 0.5), set_effects(found, MOST)
     above = found.live.gain.double() > static_gain(run)
     values = {
         "|dl|, all": found.zero.abs().mean(-1),
@@ -205,9 +233,12 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "D where the gain is high": D.sum(-1).where(above, torch.nan),
         "D where the gain is low": D.sum(-1).where(~above, torch.nan),
         "|D|": D.abs().sum(-1),
-        "lowest half ablated": together["lowest"],
-        "random half ablated": together["random"],
-        "lowest half ablated, D": together["lowest, D"],
+        "lowest half ablated": half["lowest"],
+        "random half ablated": half["random"],
+        "lowest half ablated, D": half["lowest, D"],
+        REMOVED: most["lowest, removed"],
+        f"{REMOVED}, D": most["lowest, removed, D"],
+        f"{REMOVED}, D where the gain is high": most["lowest, removed, D"].where(above, torch.nan),
     }
     columns = {name: scattered(run, found.tokens, column) for name, column in values.items()}
     return columns | {"gain": run.gain}
@@ -341,7 +372,7 @@ def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Itera
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
     change = (found.zero / n_targets[:, None]).numpy()
     activation = run.mid[found.tokens].double().numpy()
-    signed = _ranks(run.mid[found.tokens], -1)
+    signed = run.mid[found.tokens].argsort(stable=True).argsort().double()
     for figure, kept in (("Figure 4", _lowest(signed, LOWEST)), ("Figure 5", signed >= 0)):
         inside = kept.numpy()
         a, y = activation[inside], change[inside]
@@ -392,9 +423,10 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     An epsilon of 1e24 under weights 1e12 times as large makes S one number. The loss is
     log(1 + e^(-2x)), log 2 without the neuron. Gains of 1/3 and 3 have the geometric mean 1. At the
-    token after BOS (the only one of three that is looked at) a = (3, -3) and post is 1, under the
-    surrogate's gain 3. With equal |a| the first neuron comes first, and is both the lowest tenth and
-    the lowest half. Then the same with one gain for all, where there is no residual.
+    token after BOS (the only one of three that is looked at) a = (2, -4), less the mean (3, -3), and post
+    is 1, under the surrogate's gain 3. The first neuron is the lowest tenth, half and nine tenths (of
+    two the odd one is left). Removed, it is left with a - m = 1, so that post is 1/3, under the
+    surrogate 1. Then the same with one gain for all, where there is no residual.
     """
     import math
 
@@ -415,7 +447,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
         )
 
-    a = torch.tensor([[[1.0, -1.0], [3.0, -3.0], [1 / 3, -1 / 3]]])
+    a = torch.tensor([[[1.0, -1.0], [3.0, -3.0], [1 / 3, -1 / 3]]]) - 1
     nan, effect, at_constant = math.nan, loss(0) - loss(1), loss(0) - loss(3)
     yield (
         reading_out(planted(a, eps=1e-14)),
@@ -425,6 +457,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "D": [nan, effect - at_constant, nan],
             "lowest half ablated": [nan, effect, nan],
             "lowest half ablated, D": [nan, effect - at_constant, nan],
+            "lowest 90% removed": [nan, loss(1 / 3) - loss(1), nan],
+            "lowest 90% removed, D": [nan, loss(1 / 3) - loss(1) - (loss(1) - loss(3)), nan],
             "|D| over |dl|": (at_constant - effect) / effect,
             "lift, lowest in token": 2,
             "lift, lowest in neuron": 1,
@@ -435,6 +469,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         {
             "D": [nan, 0, nan],
             "lowest half ablated": [nan, loss(0) - loss(6), nan],
+            "lowest 90% removed": [nan, loss(2) - loss(6), nan],
+            "lowest 90% removed, D": [nan, 0, nan],
             "|D| over |dl|": 0,
         },
     )
@@ -443,15 +479,19 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 SET_CURVES = {
     "lowest": "the lowest by |a|, post set to 0",
     "random": "as many random neurons, post set to 0",
-    "same |n|": "random neurons with the lowest set's sum of |n|, post set to 0",
+    "same |n|": "random neurons with at most as much |n| as the lowest set has, post set to 0",
     "lowest, to the mean": "the lowest by |a|, each set to its mean over all other documents",
     "random, to the mean": "as many random neurons, set to their means",
     "lowest, static gain": "the lowest by |a| in the model with one gain for all tokens",
     "lowest, D": "the lowest by |a|: the model's change less the static surrogate's",
+    "lowest, removed": "the lowest by |a|, g gamma a taken off post: mean and gain held",
+    "lowest, removed, static gain": "the same removal in the model with one gain for all tokens",
+    "lowest, removed, D": "the same removal: the model's change less the static surrogate's",
     "lowest in neuron": "neurons whose |a| is among the lowest of their own values, post set to 0",
     "lowest in neuron, static gain": "the same neurons in the model with one gain for all tokens",
     "lowest in neuron, D": "the same neurons: the model's change less the static surrogate's",
 }
+_BY_REMOVAL = (REMOVED, f"{REMOVED}, D", f"{REMOVED}, D where the gain is high")
 _AT = f"at every {EVERY}th token"
 
 PROBE = Probe(
@@ -459,30 +499,46 @@ PROBE = Probe(
     section="P9",
     question="Do activations that are small before LayerNorm carry loss after it, and is it the per-token "
     "gain that makes them?",
-    reading="Smearing: a token's low activations, ablated together, cost loss, and at tokens of high gain "
-    "cost less under one gain for all (D above 0 where the gain is high). Static smuggling: the set costs "
-    "loss and D is 0. Neither: the set costs no more than random neurons with as much |n|. The published "
-    "scatters have the same shape in all three cases.",
-    pitfalls="Post at 0 is LayerNorm's mean, not 'off': both 0 and the mean over other documents are given. "
-    "Single neurons cannot show a code spread over many: read the set curve. Each change is exact to 1e-6 "
+    reading="Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they "
+    "carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two apart: 0 if one "
+    "gain does the same, above 0 at tokens of high gain if their own is what makes them felt. It is also "
+    "above 0 where a gain for each neuron could do it (`disjoint`); whether it is needed is for P7 and P8. "
+    "That the low set costs less than random neurons of as much |n| says nothing: it does in both smearing "
+    "controls. The published scatters have the same shape in all cases.",
+    pitfalls="Removal cannot tell a code of many equal neurons that is meant to be read so from a static "
+    "smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at 0 is "
+    "LayerNorm's mean, not 'off', and takes back what centring took; the mean over other documents is given too. "
+    "Single neurons cannot show a code spread over many, and their D is above 0 at high gain by construction, "
+    "(1 - c/g) dl to first order: read the set curve. Each change is exact to 1e-6 "
     "nats, so |D| has a floor of that size a neuron. The surrogate is off its training distribution, like "
     "any freeze (P4): D at tokens of low gain, which it turns up, says how far. As published: with a "
     "constant gain the effect is linear in a, so no cluster can appear; the prompt's mean divides each "
     "change by the number of targets; the lowest signed activations are negative ones, not small ones.",
     formula="dl_tj = l_t(post_tj = 0 or its mean) - l_t; lift = E[|dl| | lowest tenth of |a|] / E[|dl|]; "
     "D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS; sets: the lowest 10% "
-    "to 90% of a token's |a| at once",
+    "to 90% of a token's |a| at once; removed: post_j - g gamma_j a_j for the set's j",
     gates=(
-        Gate("smear_shared", "D where the gain is high", above=0.1),
+        *(
+            Gate(positive, quantity, above=0.1)
+            for positive in ("smear_shared", "smear_graded")
+            for quantity in (REMOVED, f"{REMOVED}, D where the gain is high")
+        ),
+        Gate("smear_shared", f"{REMOVED}, D", above=0.1),
+        # A gain for each neuron would do: D is no proof that one for each token is needed.
+        Gate("disjoint", f"{REMOVED}, D", above=0.05),
+        Gate("pinned", REMOVED, above=0.1),
+        Gate("monosemantic", REMOVED, within=0.001),
+        *(
+            Gate(negative, f"{REMOVED}, D", within=0.001)
+            for negative in ("pinned", "monosemantic", "uniform")
+        ),
         Gate("smear_shared", "|D| over |dl|", above=0.1),
-        Gate("pinned", "lowest half ablated", above=0.001),
-        Gate("pinned", "|D| over |dl|", within=0.01),
-        Gate("pinned", "D", within=0.001),
-        Gate("pinned", "lowest half ablated, D", within=0.001),
-        Gate("uniform", "|D| over |dl|", within=0.01),
-        Gate("monosemantic", "|D| over |dl|", within=0.01),
+        *(
+            Gate(negative, "|D| over |dl|", within=0.01)
+            for negative in ("pinned", "uniform", "monosemantic")
+        ),
     ),
-    tested="D",
+    tested=f"{REMOVED}, D",
     measure=measure,
     known=known,
     estimate=estimate,
@@ -493,24 +549,34 @@ PROBE = Probe(
             "nats / neuron", f"the same over the tenth of the token's neurons with the least |a|, {_AT}"
         ),
         "D": Quantity(
-            "nats", f"smearing residual: effects less those under one gain, summed over neurons, {_AT}",
-            split_by=("gain",), more_smeared_when="higher",
+            "nats", f"single neurons' effects less those under one gain, summed over neurons, {_AT}",
+            split_by=("gain",),
         ),
         "D where the gain is high": Quantity(
-            "nats", "D at tokens whose gain is above the surrogate's: what their own gain adds",
-            more_smeared_when="higher",
+            "nats", "D at tokens whose gain is above the surrogate's: there (1 - c/g) is above 0",
         ),
         "D where the gain is low": Quantity(
             "nats", "D at the other tokens, which the surrogate turns up: off its training distribution"
         ),
         "|D|": Quantity("nats", f"size of the residual, summed over neurons, {_AT}"),
+        f"{REMOVED}, D where the gain is high": Quantity(
+            "nats", "the same at tokens whose gain is above the surrogate's", more_smeared_when="higher"
+        ),
         "lowest half ablated": Quantity(
             "nats", f"change of loss, the half of the neurons with the least |a| at 0 together, {_AT}",
-            split_by=("gain",), more_smeared_when="higher",
+            split_by=("gain",),
         ),
         "random half ablated": Quantity("nats", f"the same with a random half, {_AT}"),
         "lowest half ablated, D": Quantity(
             "nats", f"lowest half: the model's change less the static surrogate's, {_AT}",
+            split_by=("gain",),
+        ),
+        REMOVED: Quantity(
+            "nats", f"change of loss, g gamma a of the 90% of neurons with the least |a| taken off post, {_AT}",
+            split_by=("gain",),
+        ),
+        f"{REMOVED}, D": Quantity(
+            "nats", f"the same removal: the model's change less the static surrogate's, {_AT}",
             split_by=("gain",), more_smeared_when="higher",
         ),
     },
@@ -518,7 +584,6 @@ PROBE = Probe(
         **{
             f"lift, lowest in {place}{to}": Quantity(
                 "ratio", f"E[|dl| | lowest tenth of |a| in the {place}] / E[|dl|]; post set to {what}",
-                more_smeared_when="higher",
             )
             for place in ("token", "neuron")
             for to, what in (("", "0"), (", to the mean", "its mean over other documents"))
@@ -541,12 +606,11 @@ PROBE = Probe(
         ),
         "|D| over |dl|": Quantity(
             "ratio", "sum of |D| over sum of |dl|: share of the effects that one gain for all would not give",
-            more_smeared_when="higher",
         ),
         "correlation of D and log gain": Quantity(
-            "correlation", "over tokens, D summed over neurons", more_smeared_when="higher"
+            "correlation", "over tokens, D summed over neurons; above 0 by construction"
         ),
-        "slope of D on log gain": Quantity("nats", "the same as a slope", more_smeared_when="higher"),
+        "slope of D on log gain": Quantity("nats", "the same as a slope"),
         **{
             f"set: {name}": Quantity("nats", f"change of loss: {meaning}")
             for name, meaning in SET_CURVES.items()
@@ -571,11 +635,12 @@ PROBE = Probe(
             tuple(f"set: {name}" for name in SET_CURVES),
             kind="curve", x_title="share of the token's neurons",
         ),
+        Figure("Lowest nine tenths removed, and what one gain for all would not give", _BY_REMOVAL),
+        Figure("D of that removal, by quartile of gain", (f"{REMOVED}, D",), group="gain"),
         Figure(
-            "Smearing residual D",
+            "D of single neurons and of the lowest half at 0",
             ("D where the gain is high", "D where the gain is low", "lowest half ablated, D", "|D| over |dl|"),
         ),
-        Figure("D of the lowest half, by quartile of gain", ("lowest half ablated, D",), group="gain"),
         Figure(
             "Lift of the lowest tenth of |a|",
             tuple(f"lift, lowest in {place}{to}" for place in ("token", "neuron") for to in ("", ", to the mean")),

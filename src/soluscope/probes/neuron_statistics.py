@@ -338,6 +338,8 @@ PROBE = Probe(
     gates=(
         Gate("monosemantic", "privileged basis: mid", above=1.0),
         Gate("monosemantic", "token information: mid", above=0.5, truth=1.0),
+        # 29.7 in the classes' own basis; two bases of no meaning differ by about .3 (controls/rotated.py).
+        *(Gate("rotated", f"privileged basis: {stage}", within=1.0) for stage in STAGES),
         Gate("monosemantic", "kurtosis, post less mid", within=0.01),
         Gate("uniform", "kurtosis, post less mid", within=0.01),
         Gate("smear_shared", "kurtosis, post less mid", below=-1.0),

@@ -6,7 +6,9 @@ output depend on direction alone, so this is the path u cos theta + v sin theta 
 normalisation; ln2's own gain and bias, and all of the MLP, act on it as they stand.
 
 What the mid norm adds is seen by following the same path with the token's gain held at its value at
-theta = 0. Where the gain is one constant the two are the same path.
+theta = 0. Where the gain is one constant the two are the same path. That is asked from 0 to pi/2 alone:
+around the token's antipode, where pre-activations are the opposite of what any text gives, a norm without
+epsilon turns the last bit of activation up to full size, and that one jump would be the answer.
 
 Source: asked for in the comments of Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP
 Layers are Monosemantic"; Janiak et al. 2024 for plateaus; science.md section 7, P16.
@@ -31,15 +33,18 @@ N_TOKENS = 64
 N_STEPS = 256
 """Steps from theta = 0 to pi."""
 TOKENS_AT_ONCE = 8
+ROUNDING = 1e-6
+"""A pre-activation below this share of the largest one is 0."""
 KINDS = {
     "random": "v is a random direction",
     "token": "v is the direction of another token's residual stream, made orthogonal",
+    "feature": "v is the direction in which another token's strongest neuron fires more",
 }
 STATISTICS = {
     "length": ("ratio", "path length over the distance of its ends, theta from 0 to pi/2"),
     "longest step": (
         "share of length",
-        "length of the longest step over that of all, from 0 to pi",
+        "length of the longest step over that of all, theta from 0 to pi/2",
     ),
     "longest step, added by the gain": (
         "share of length",
@@ -47,6 +52,10 @@ STATISTICS = {
     ),
     "turning": ("rad / rad", "angle that the motion of O turns through, over that of a circle"),
     "sign switches": ("per neuron", "changes of sign of x from 0 to pi"),
+    "effective polytopes": (
+        "count",
+        "exp of the entropy of the time spent at each pattern of signs of x, from 0 to pi",
+    ),
     "argmax switches": ("count", "how often another neuron takes over the largest x, from 0 to pi"),
     "plateau": ("share of pi/2", "how far to turn until O is half as far away as it is at pi/2"),
 }
@@ -116,11 +125,20 @@ class _Paths:
             away, motion = out - out[:, :1], out.diff(dim=1)
             lengths = [_relative(vectors, out) for vectors in (away, motion, held.diff(dim=1))]
             turning = _angles(motion).nansum(-1) / (torch.pi * (N_STEPS - 1) / N_STEPS)
-            sign_switches = _switches(stages.pre > 0).double().mean(-1)
+            fires = stages.pre > ROUNDING * stages.pre.abs().amax(-1, keepdim=True)
+            sign_switches = _switches(fires).double().mean(-1)
             leaders = _switches(stages.pre.argmax(-1)).double()
-            blocks.append((*lengths, turning, sign_switches, leaders))
+            blocks.append((*lengths, turning, sign_switches, _effective_number(fires), leaders))
         no_side = (side == 0).all(-1)
-        self.distance, self.steps, self.held, self.turning, self.signs, self.leaders = (
+        (
+            self.distance,
+            self.steps,
+            self.held,
+            self.turning,
+            self.signs,
+            self.patterns,
+            self.leaders,
+        ) = (
             torch.cat(parts).index_fill(0, no_side.nonzero().squeeze(-1), torch.nan)
             for parts in zip(*blocks, strict=True)
         )
@@ -133,10 +151,11 @@ class _Paths:
         end = self.distance[:, quarter]
         reached = self.distance[:, : quarter + 1] >= end[:, None] / 2
         plateau = reached.double().argmax(-1).double() / quarter
-        longest, held = (steps.amax(-1) / steps.sum(-1) for steps in (self.steps, self.held))
+        steps, held = self.steps[:, :quarter], self.held[:, :quarter]
+        longest, longest_held = (each.amax(-1) / each.sum(-1) for each in (steps, held))
         values = (
-            self.steps[:, :quarter].sum(-1) / end, longest, longest - held, self.turning, self.signs,
-            self.leaders, plateau.where(end > 0, torch.nan),
+            steps.sum(-1) / end, longest, longest - longest_held, self.turning, self.signs,
+            self.patterns, self.leaders, plateau.where(end > 0, torch.nan),
         )  # fmt: skip
         return dict(zip(STATISTICS, values, strict=True))
 
@@ -157,6 +176,9 @@ def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     start = run.resid_mid[chosen].double()
     if kind == "token":
         side = start.roll(len(start) // 2, 0)
+    elif kind == "feature":
+        strongest = run.pre[chosen].argmax(-1).roll(len(chosen) // 2, 0)
+        side = _rise(run, chosen, strongest)
     else:
         generator = torch.Generator().manual_seed(0)
         side = torch.randn(start.shape, generator=generator, dtype=start.dtype)
@@ -168,6 +190,19 @@ def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     size = across.norm(dim=-1, keepdim=True)
     same = size <= 1e-6 * side.norm(dim=-1, keepdim=True)
     return start, (length * across / size).masked_fill(same, 0.0)
+
+
+def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
+    """Gradient of each token's x at its `neuron` with respect to the residual stream, [token d_model].
+
+    A neuron's column of W_in, by way of ln2's gain.
+    """
+    import torch
+
+    resid, reads = run.resid_mid[chosen], run.mlp.W_in.T[neuron]
+    _, gradient = torch.autograd.functional.vjp(run.mlp.ln2, resid, reads.to(resid.dtype))
+    found: Tensor = gradient.double()
+    return found
 
 
 def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
@@ -194,12 +229,24 @@ def _switches(state: Tensor) -> Tensor:
     return (state[:, 1:] != state[:, :-1]).sum(1)
 
 
+def _effective_number(patterns: Tensor) -> Tensor:
+    """exp of the entropy of how often each pattern occurs, [token]; patterns are [token step neuron]."""
+    import torch
+
+    found = []
+    for path in patterns:
+        counts = torch.unique(path, dim=0, return_counts=True)[1]
+        share = counts.double() / counts.sum()
+        found.append((-(share * share.log()).sum()).exp())
+    return torch.stack(found)
+
+
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """An MLP that is the identity, and one that is ReLU, on two neurons.
 
-    Identity: O goes round a circle. Every step is a chord of angle h = pi / 256; D = 2 sin(theta / 2); at
-    pi/2 it is sqrt 2, half of which is first reached at step 59 of 128. Each of two neurons changes
-    sign once in half a turn, and so does their difference.
+    Identity: O goes round a circle. Every step is a chord of angle h = pi / 256, 128 of them to pi/2;
+    D = 2 sin(theta / 2); at pi/2 it is sqrt 2, half of which is first reached at step 59 of 128. Each of two
+    neurons changes sign once in half a turn, and so does their difference.
     ReLU from (1, 1): x = sqrt 2 (cos(theta - pi/4), cos(theta + pi/4)), or the same the other way
     round. A circle's arc to pi/4, where one neuron stops; then straight to (1, 0) at pi/2 and on to
     (0, 0) at 3/4 pi, where the other stops: sqrt 2 in all. O(pi/2) is 1 from O(0); its distance is
@@ -219,7 +266,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     run = replace(run, mlp=replace(run.mlp, norm=None, W_out=eye))
     circle = {
         "length": N_STEPS // 2 * chord / sqrt(2),
-        "longest step": 1 / N_STEPS,
+        "longest step": 2 / N_STEPS,
         "longest step, added by the gain": 0,
         "turning": 1,
         "sign switches": 1,
@@ -233,7 +280,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     arc = N_STEPS // 4 * sqrt(2) * chord
     bent = {
         "length": arc + sqrt(2) - 1,
-        "longest step": sqrt(2) * chord / (arc + sqrt(2)),
+        "longest step": sqrt(2) * chord / (arc + sqrt(2) - 1),
         "longest step, added by the gain": 0,
         "turning": 191.5 / 255,
         "sign switches": 1,
@@ -241,7 +288,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     }
     yield (
         run,
-        {f"{name}: random": [nan, v, v] for name, v in bent.items()}
+        {f"{name}: {k}": [nan, v, v] for k in ("random", "feature") for name, v in bent.items()}
         | {f"{name}: token": [nan, nan, nan] for name in STATISTICS},
     )
 
@@ -251,25 +298,46 @@ PROBE = Probe(
     section="P16",
     question="When the residual stream turns away from a token's direction, does the MLP's output turn smoothly or "
     "in steps?",
-    reading="A smooth MLP follows: length near 1.11, a longest step near 1/256 and half of the way at .46 of "
+    reading="A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of "
     "pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions, each "
     "with a meaning of its own. A norm that smears adds to them: on the way from one neuron's region to "
     "the next it turns the small activations in between up to full size, so the longest step grows with "
-    "it. If holding the gain changes nothing, what steps there are come from the nonlinearity.",
+    "it. If holding the gain changes nothing, what steps there are come from the nonlinearity. The gain also adds "
+    "steps where a gain for each neuron could do its work (C2, `disjoint`): need is for P7 and P8.",
     pitfalls="A random direction leaves the places where text is; another token's does not. Without biases every "
-    "neuron changes sign exactly once in half a turn, in any model. A step shorter than pi/256 is not "
+    "neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much above 256 every step "
+    "has a pattern of its own and there are 257 effective polytopes. A step shorter than pi/256 is not "
     f"resolved. {N_TOKENS} evenly spaced tokens; nan elsewhere. Softmax makes steps without any norm: "
     "compare arms.",
     formula="path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps; D = |O(theta) - O(0)| / "
-    "|O(0)|; length = sum |dO| / |O(pi/2) - O(0)|; plateau = first theta with D >= D(pi/2) / 2, over pi/2",
+    "|O(0)|; length = sum |dO| / |O(pi/2) - O(0)|; plateau = first theta with D >= D(pi/2) / 2, over pi/2; "
+    "feature direction: d x_j / d resid, j = argmax x of the other token",
     gates=(
-        # Turning away from an A token, x falls from 12 to -12 on its neuron and returns to 0 elsewhere: at
-        # pi all that is left of a is -12 e^-12 / 31 = -2e-6, which a norm without epsilon turns up.
-        Gate("smear_shared", "longest step, added by the gain: token", above=0.05),
+        # From one A token to another x is 12 cos and 12 sin theta, and O, of one length under a live norm,
+        # turns by atan(tan(theta) e^d), d = 12 (sin - cos): at 45 degrees by 6 sqrt 2 + 1 for each unit of
+        # theta. One step is thus (6 sqrt 2 + 1) pi / 256 = .1164 of a quarter circle, .0741 of the path. With
+        # the gain held O goes in and out again, and no step exceeds .0379 of that: .036 is added.
+        # A to B and back add more, B to B nothing; the four are about equally frequent.
+        Gate("smear_shared", "longest step, added by the gain: token", above=0.02),
+        Gate("disjoint", "longest step, added by the gain: token", above=0.02),
+        # What ReLU's edges do, and what a linear MLP does (closed forms in their docstrings).
+        Gate("relu_few", "longest step: token", above=0.02, truth=0.030390),
+        Gate("relu_few", "length: token", above=1.2, truth=1.36931),
+        Gate("relu_few", "effective polytopes: token", above=2, truth=2.4472),
+        *(
+            Gate("linear_mlp", f"{name}: {kind}", within=0.01, around=around)
+            for kind in ("token", "feature")
+            for name, around in (("length", 1.09798), ("longest step", 0.0079))
+        ),
+        *(
+            Gate("linear_mlp", f"longest step, added by the gain: {kind}", within=0.01)
+            for kind in KINDS
+        ),
+        Gate("pinned", "longest step, added by the gain: feature", within=0.01),
         Gate("pinned", "longest step, added by the gain: token", within=0.01),
         Gate("pinned", "longest step, added by the gain: random", within=0.01),
     ),
-    tested="length: random",
+    tested="longest step, added by the gain: token",
     measure=measure,
     known=known,
     estimate=estimate,

@@ -285,6 +285,7 @@ PROBE = Probe(
         *(Gate("uniform", f"covariance with log s: {name}", within=0.01) for name in TERMS),
     ),
     tested="corr(log g, log K)",
+    confirmatory=True,
     shuffle="scale",
     measure=measure,
     known=known,

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
     from soluscope.activations import HookedRun
 
-SEARCH, N_SEARCHED = 0.7, 29
-"""How far from the geometric mean the best constant is sought, in log gain, and at how many places."""
+REACH = 0.7
+"""How far beyond the tokens' own gains the best constant is sought, in log gain."""
+N_FAR, N_NEAR = 21, 21
+"""At how many places: over the whole range, and around the best of these."""
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
@@ -45,34 +47,53 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
         "gain": run.gain,
         "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
-        "surprisal": run.loss,
+        # Between own and frozen, or sorting by noise in the one would pass for an effect.
+        "surprisal": (live[:, 0] + live[:, 1]) / 2,
     }
 
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     """Log of the constant with the least mean loss on all other strings than the token's. [token]
 
-    The loss is computed on a grid of constants around `start`, summed by string; for each string the
-    others' sum is minimised, between grid points by the parabola through the lowest three.
+    The loss is computed at constants from `REACH` below the least gain to `REACH` above the largest, then
+    more closely around the best of them, and summed by string. For each string the others' sum is
+    minimised over all these, and between the close ones by the parabola through the lowest three.
     """
     import torch
 
     from soluscope.ablation import loss_at_gain
 
-    shifts = torch.linspace(-SEARCH, SEARCH, N_SEARCHED, dtype=start.dtype)
     counted = ~run.is_bos & (run.target >= 0)
-    gains = (start[counted, None] + shifts).exp().to(run.post.dtype)
-    losses = loss_at_gain(run.subset(counted), gains).double()  # [token shift]
+    some = run.subset(counted)
+    if not len(some.pos):
+        return start
     _, owner = run.string.unique(return_inverse=True)
-    n_strings = int(owner.max()) + 1
-    by_string = torch.zeros(n_strings, N_SEARCHED, dtype=losses.dtype)
-    by_string.index_add_(0, owner[counted], losses)
-    others = by_string.sum(0) - by_string if n_strings > 1 else by_string
-    lowest = others.argmin(-1).clamp(1, N_SEARCHED - 2)[:, None]
-    left, middle, right = (others.gather(-1, lowest + k).squeeze(-1) for k in (-1, 0, 1))
-    offset = (0.5 * (left - right) / (left - 2 * middle + right)).nan_to_num().clamp(-1, 1)
-    step = shifts[1] - shifts[0]
-    return start + (shifts[lowest.squeeze(-1)] + offset * step)[owner]
+    centre = float(start[0])
+    spread = run.gain[counted].double().log() - centre
+
+    def others(shifts: Tensor) -> Tensor:
+        """Sum of losses on all other strings, [string shift]."""
+        gains = (centre + shifts).exp().to(run.post.dtype).expand(len(some.pos), -1)
+        losses = loss_at_gain(some, gains).double()  # [token shift]
+        sums = losses.new_zeros(int(owner.max()) + 1, len(shifts))
+        sums.index_add_(0, owner[counted], losses)
+        return sums.sum(0) - sums if len(sums) > 1 else sums
+
+    far = torch.linspace(
+        float(spread.min()) - REACH, float(spread.max()) + REACH, N_FAR, dtype=start.dtype
+    )
+    best = int(others(far).sum(0).argmin())
+    low, high = far[max(0, best - 1)], far[min(N_FAR - 1, best + 1)]
+    near = torch.linspace(float(low), float(high), N_NEAR, dtype=start.dtype)
+    sums = others(near)
+    lowest = sums.argmin(-1)  # [string]
+    inside = lowest.clamp(1, N_NEAR - 2)[:, None]
+    left, middle, right = (sums.gather(-1, inside + k).squeeze(-1) for k in (-1, 0, 1))
+    bend = left - 2 * middle + right
+    vertex = (0.5 * (left - right) / bend).clamp(-1, 1)
+    refined = (lowest == inside.squeeze(-1)) & (bend > 0)  # at an end there is no lower neighbour
+    offset = vertex.where(refined, torch.zeros_like(vertex))
+    return start + (near[lowest] + offset * (near[1] - near[0]))[owner]
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
@@ -103,13 +124,19 @@ PROBE = Probe(
     "neurons. A change within .001 nats says that the per-token scale carries nothing at inference. A model whose "
     "gain is one constant is unchanged by construction at its mean.",
     pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
-    "training a static arm decides, not this. The final norm may absorb the scale: both ways are shown.",
+    "training a static arm decides, not this. It costs where a gain for each neuron would do, too (C2 `disjoint`). "
+    "The best constant is an estimate from the other documents, whose error alone costs about 1 / (2 n) nats for n "
+    "tokens. The final norm may absorb the scale: both ways are shown.",
     formula="dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the constant "
     "of least mean loss on the other documents; ln_final's scale live, or frozen at what it was",
     gates=(
         Gate("smear_shared", "frozen at geometric mean", above=0.1),
         Gate("smear_shared", "frozen at best constant", above=0.1),
         Gate("disjoint", "frozen at geometric mean", above=0.1),
+        Gate("smear_shared", "geometric mean, final norm frozen", above=0.1),
+        Gate("smear_shared", "best constant, final norm frozen", above=0.1),
+        Gate("pinned", "geometric mean, final norm frozen", within=0.001),
+        Gate("uniform", "best constant, final norm frozen", within=0.001),
         *(
             Gate(negative, f"frozen at {constant}", within=0.001)
             for negative in ("pinned", "uniform", "absorbed")

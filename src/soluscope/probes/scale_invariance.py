@@ -169,6 +169,11 @@ PROBE = Probe(
         Gate("smear_shared", "invariance error of n at 2", within=0.01),
         Gate("pinned", "invariance error of n at 2", above=0.9, truth=1.0),
         Gate("pinned", "linearity error of n at 2", within=0.01),
+        # Their ln2 has an epsilon of 1e-12, so doubling the residual stream is nothing to the MLP.
+        *(
+            Gate(control, "relative change of O at 2", within=0.001)
+            for control in ("uniform", "pinned")
+        ),
     ),
     tested="relative change of O at 2",
     measure=measure,

@@ -43,7 +43,8 @@ COMPONENTS = {
     "mean": "mean over neurons alone, the gain staying as it was",
 }
 INTERACTION = "interaction"
-FINAL_NORMS = {"live": "", "frozen": ", final norm frozen"}
+FROZEN = ", final norm frozen"
+FINAL_NORMS = {"live": "", "frozen": FROZEN}
 DIFFERENCE = "m_clean - m_corrupt"
 
 
@@ -229,9 +230,11 @@ PROBE = Probe(
     question="Does the gain carry what tells a prompt from its corruption, on its own or together with the "
     "direction?",
     reading="Smearing predicts that the gain alone moves the logit difference in at least one direction: "
-    "denoising if it is enough, noising if it is needed, both if it is both. Without it the gain moves nothing "
-    "either way (within .01), and content and direction move all there is. An interaction above 0 says that gain "
-    "and content work together. Where the gain is one constant its shares are exactly 0.",
+    "denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of it: a "
+    "receiver that says the opposite says it louder with a higher gain, so in C1 (`smear_shared`) the shares are "
+    "far below 0. Without smearing the gain moves nothing either way (within .01), and content and direction move "
+    "all there is. An interaction above 0 says that gain and content work together. Where the gain is one constant "
+    "its shares are exactly 0.",
     pitfalls="Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may "
     "overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is left out: see "
     "how many are left. Which word corrupts matters, so there are five. The residual stream before the MLP and "
@@ -250,8 +253,21 @@ PROBE = Probe(
         ),
         Gate("or_gate", "denoise: gain", above=0.5, truth=0.999, stream="pairs"),
         Gate("or_gate", "noise: gain", within=0.01, stream="pairs"),
+        # With ln_final's scale held the logits follow g: 5 u / S with u of 400 for .4, and 20.4 for 420.
+        Gate("or_gate", f"denoise: gain{FROZEN}", above=10, truth=20.38, stream="pairs"),
+        Gate("or_gate", f"noise: gain{FROZEN}", above=0.5, truth=0.9708, stream="pairs"),
+        Gate("and_gate", f"noise: gain{FROZEN}", above=0.5, truth=0.98767, stream="pairs"),
+        Gate("and_gate", f"denoise: gain{FROZEN}", within=0.01, stream="pairs"),
+        # m is linear in g there: A's at B's gain is 81.13 m_A, B's at A's gain m_B / 81.13. Half of the
+        # pairs have a clean A; over all, by |m_clean - m_corrupt|, from the table of the model's logits:
         *(
-            Gate("uniform", f"{way}: {part}{how}", within=0.01, stream="pairs")
+            Gate("smear_shared", f"{way}: gain{how}", below=-1, truth=truth, stream="pairs")
+            for way, truth in (("denoise", -13.229), ("noise", -26.788))
+            for how in FINAL_NORMS.values()
+        ),
+        *(
+            Gate(negative, f"{way}: {part}{how}", within=0.01, stream="pairs")
+            for negative in ("uniform", "pinned")
             for part in ("gain", INTERACTION)
             for way in WAYS
             for how in FINAL_NORMS.values()
@@ -259,6 +275,7 @@ PROBE = Probe(
     ),
     one_layer=True,
     tested="denoise: gain",
+    confirmatory=True,
     measure=measure,
     known=known,
     estimate=estimate,
@@ -271,9 +288,7 @@ PROBE = Probe(
     },
     estimates={
         **{
-            f"{way}: {part}{how}": Quantity(
-                "share", meaning, more_smeared_when="higher" if part == "gain" else "neither"
-            )
+            f"{way}: {part}{how}": Quantity("share", meaning)
             for (way, part, how), meaning in _MEANINGS.items()
         },
         "pairs left": Quantity("share", "pairs with |m_clean - m_corrupt| of .5 or more"),

@@ -235,7 +235,8 @@ PROBE = Probe(
     reading="Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative one "
     "down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap changes "
     "nothing: where the gain is one constant exactly, where it varies to no effect within .001 nats. A steep "
-    "dose curve alone says that the output scale matters, which a static gain has too.",
+    "dose curve alone says that the output scale matters, which a static gain has too. Swaps also cost loss where "
+    "a gain for each neuron could do it (C2, `disjoint`): whether a gain by token is needed is for P7 and P8.",
     pitfalls="Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that "
     "up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs apart. The "
     "best dose of a single token is where its one target is likeliest, often an end of the range; only the best "
@@ -252,6 +253,7 @@ PROBE = Probe(
         Gate("smear_shared", "slope, up", above=0.1),
         Gate("smear_shared", "slope, down", below=-0.1),
         Gate("smear_shared", "log2 of the best dose for all", within=0.25),
+        Gate("disjoint", "swap, absolute", above=0.1),  # though no gain by token is needed
         *(
             Gate(negative, f"swap, absolute{how}", within=0.001)
             for negative in ("absorbed", "uniform", "pinned")

@@ -10,21 +10,27 @@ Bins halve: the lower half of a neuron's positive activations, then the next qua
 to the top 1/128. In bins of one size whatever a norm moves up would come down elsewhere, and their
 mean would be blind to it; and the bottom of the range is far from any feature before the norm too.
 
+Neurons and their features are chosen on either half of the documents and measured on the other. Ranks
+are taken within a half, and a mean over neurons is over the choices of both: a neuron that both halves
+chose counts twice, be it with one feature or with two, and one that a single half chose counts once.
+
 Source: science.md section 7, P11; Elhage et al. 2022, section 6.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._features import (
+    Features,
     auroc,
     auroc_of,
     auroc_sums,
-    first_half,
+    folds,
     label,
     levels,
     mean_of_defined,
@@ -71,80 +77,93 @@ class _Pairs:
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Of the neurons that a token activates weakly, the share whose feature the token has.
 
-    Weakly: in the weaker half of the neuron's bins of rank. One value a token of the second half of
-    the documents, nan elsewhere and where it activates none weakly.
+    Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
+    documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
     """
     import numpy as np
     import torch
 
-    pairs = _matched(run, chosen_on="first half")
-    found = {}
-    for stage, name in SHARES.items():
-        weak = _bins_by_rank(pairs, stage)[:, :, LOW].sum(axis=2)  # [token pair]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = (weak * pairs.holds).sum(axis=1) / weak.sum(axis=1)
-        column = np.full(len(run.pos), np.nan)
-        column[pairs.measured] = share
-        found[name] = torch.from_numpy(column)
-    return found
+    found = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
+    for pairs in _cross_fit(run):
+        for stage, name in SHARES.items():
+            weak = _bins_by_rank(pairs, stage)[:, :, LOW].sum(axis=2)  # [token pair]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = (weak * pairs.holds).sum(axis=1) / weak.sum(axis=1)
+            found[name][pairs.measured] = share
+    return {name: torch.from_numpy(column) for name, column in found.items()}
 
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """A by part of the norm, the curves behind it, and both as published."""
     import numpy as np
+    from scipy.linalg import block_diag
 
-    pairs = _matched(run, chosen_on="first half")
-    if not pairs.holds.size:
+    halves = _cross_fit(run)
+    if not halves:
         return
-    bins = {stage: _bins_by_rank(pairs, stage) for stage in STAGES}
+    bins = {stage: [_bins_by_rank(pairs, stage) for pairs in halves] for stage in STAGES}
     for part in PARTS:
-        yield _difference(f"A ({part})", pairs, bins["before"], bins[part])
+        yield _difference(f"A ({part})", halves, bins["before"], bins[part])
     for stage in STAGES:
-        yield from _curve("specificity", pairs, bins[stage], stage)
-    whole = _matched(run, chosen_on="all")
-    before, both = (_bins_by_value(whole, stage) for stage in ("before", "both"))
-    yield _difference("A by value (as published)", whole, before, both)
+        yield from _curve("specificity", halves, bins[stage], stage)
+    content = ~run.is_bos.numpy()
+    whole = _matched(run, label(run), chosen=content, measured=content)
+    before, both = ([_bins_by_value(whole, stage)] for stage in ("before", "both"))
+    yield _difference("A by value (as published)", [whole], before, both)
     for stage, by_value in (("before", before), ("both", both)):
-        yield from _curve("specificity by value (as published)", whole, by_value, stage)
-    by_pair = [
-        auroc_sums(pairs.values["before"][:, [pair]], holds, pairs.string)
-        for pair, holds in enumerate(pairs.holds.T)
+        yield from _curve("specificity by value (as published)", [whole], by_value, stage)
+    by_half = [
+        np.concatenate(
+            [
+                auroc_sums(values[:, None], holds, pairs.string)
+                for values, holds in zip(pairs.values["before"].T, pairs.holds.T, strict=True)
+            ],
+            axis=1,
+        )
+        for pairs in halves
     ]
-    sums = np.concatenate(by_pair, axis=1)
+    sums = block_diag(*by_half)
     total = sums.sum(axis=0)
     yield Estimate(
         "AUROC of the matched neurons",
         sums,
         lambda drawn: mean_of_defined(auroc_of(drawn, total)),
-        len(pairs.string),
+        _n_tokens(halves),
     )
 
 
-def _matched(run: HookedRun, chosen_on: str) -> _Pairs:
+@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
+def _cross_fit(run: HookedRun) -> tuple[_Pairs, ...]:
+    """The pairs that either half of the documents chose, on the other half; a half may have none."""
+    features = label(run)
+    if not features.names:
+        return ()
+    content = ~run.is_bos.numpy()
+    halves = (_matched(run, features, *fold) for fold in folds(run, content))
+    return tuple(pairs for pairs in halves if pairs.holds.size)
+
+
+def _matched(
+    run: HookedRun, features: Features, chosen: NDArray[np.bool_], measured: NDArray[np.bool_]
+) -> _Pairs:
     """Each neuron's best feature by AUROC of mid, for the neurons where that is highest.
 
     Args:
         run: activations.
-        chosen_on: `first half`: chosen on half of the documents, to be measured on the other half;
-            or `all`: both on all of them.
+        features: at least one.
+        chosen: the tokens on which neurons and features are chosen, [token].
+        measured: the tokens to measure, [token].
     """
     import numpy as np
 
-    features, content = label(run), ~run.is_bos.numpy()
-    chosen = measured = content
-    if chosen_on == "first half":
-        chosen, measured = content & first_half(run), content & ~first_half(run)
     mid, gain = run.mid.numpy().astype(np.float64), run.gain.numpy().astype(np.float64)[:, None]
-    mean = mid.mean(axis=1, keepdims=True) * run.centres
-    if features.names:
-        scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
-        fires = np.flatnonzero((levels(mid[chosen]) > 0).any(axis=0))
-        clearest = np.argsort(-scores.max(axis=0)[fires], kind="stable")[:N_NEURONS]
-        neurons = fires[clearest]
-        best = scores.argmax(axis=0)[neurons]
-    else:
-        neurons = best = np.zeros(0, dtype=int)
-    a, m, g = mid[measured][:, neurons], mean[measured], gain[measured]
+    scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
+    fires = np.flatnonzero((levels(mid[chosen]) > 0).any(axis=0))
+    clearest = np.argsort(-scores.max(axis=0)[fires], kind="stable")[:N_NEURONS]
+    neurons = fires[clearest]
+    best = scores.argmax(axis=0)[neurons]
+    a, g = mid[measured][:, neurons], gain[measured]
+    m = mid[measured].mean(axis=1, keepdims=True) * run.centres
     return _Pairs(
         values=dict(zip(STAGES, (a, g * a, a - m, g * (a - m)), strict=True)),
         holds=features.holds[best][:, measured].T,
@@ -184,53 +203,77 @@ def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
     return shares
 
 
-def _difference(quantity: str, pairs: _Pairs, before: Floats, after: Floats) -> Estimate:
-    """Mean over neurons of the mean over weak bins of P(feature | bin), before less after.
+def _difference(
+    quantity: str, halves: Sequence[_Pairs], before: Sequence[Floats], after: Sequence[Floats]
+) -> Estimate:
+    """Mean over pairs of the mean over weak bins of P(feature | bin), before less after.
 
     A bin without tokens in one of the stages (by value, or in a resample) is left out there.
+
+    Args:
+        quantity: its name.
+        halves: disjoint documents, each with its pairs.
+        before: bins of each half before the norm, [token pair bin].
+        after: and after it.
     """
     import numpy as np
 
-    bins = np.concatenate([before[:, :, LOW], after[:, :, LOW]], axis=2)
-    n_pairs, n_bins = bins.shape[1:]
+    bins = [
+        np.concatenate([one[:, :, LOW], other[:, :, LOW]], axis=2)
+        for one, other in zip(before, after, strict=True)
+    ]
+    shape = (sum(one.shape[1] for one in bins), 2, bins[0].shape[2] // 2)
 
     def value(sums: Floats) -> Floats:
-        inside = _specificity(sums).reshape(len(sums), n_pairs, 2, n_bins // 2)
+        inside = _specificity(sums).reshape(len(sums), *shape)
         return mean_of_defined(np.subtract(*np.moveaxis(mean_of_defined(inside), -1, 0)))
 
-    return Estimate(quantity, _sums(pairs, bins), value, len(pairs.string))
+    return Estimate(quantity, _sums(halves, bins), value, _n_tokens(halves))
 
 
-def _curve(quantity: str, pairs: _Pairs, bins: Floats, stage: str) -> Iterator[Estimate]:
-    """Mean over neurons of P(feature | bin), a point a bin."""
+def _curve(
+    quantity: str, halves: Sequence[_Pairs], bins: Sequence[Floats], stage: str
+) -> Iterator[Estimate]:
+    """Mean over pairs of P(feature | bin), a point a bin."""
 
     def value(sums: Floats) -> Floats:
         return mean_of_defined(_specificity(sums))
 
     for b in range(N_BINS):
-        here = bins[:, :, b : b + 1]
-        if here.any():
-            sums, n = _sums(pairs, here), len(pairs.string)
+        here = [one[:, :, b : b + 1] for one in bins]
+        if any(one.any() for one in here):
+            sums, n = _sums(halves, here), _n_tokens(halves)
             yield Estimate(quantity, sums, value, n, x=float(b + 1), group=stage)
 
 
-def _sums(pairs: _Pairs, bins: Floats) -> Floats:
-    """By document and pair and bin: tokens with the feature, then all. [document 2*pair*bin]"""
-    import numpy as np
+def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
+    """By document, pair of either half and bin: tokens with the feature, and all. [document pair*bin*2]
 
-    having = bins * pairs.holds[:, :, None]
-    parts = [part.reshape(len(bins), -1) for part in (having, bins)]
-    return sums_by_document(np.concatenate(parts, axis=1), pairs.string)
+    A document has nothing in the columns of the pairs that it had a part in choosing.
+    """
+    import numpy as np
+    from scipy.linalg import block_diag
+
+    by_half = []
+    for pairs, shares in zip(halves, bins, strict=True):
+        parts = np.stack([shares * pairs.holds[:, :, None], shares], axis=3)
+        by_half.append(sums_by_document(parts.reshape(len(parts), -1), pairs.string))
+    sums: Floats = block_diag(*by_half)
+    return sums
 
 
 def _specificity(sums: Floats) -> Floats:
     """P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
     import numpy as np
 
-    having, of_all = np.split(sums, 2, axis=1)
+    having, of_all = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
     return found
+
+
+def _n_tokens(halves: Sequence[_Pairs]) -> int:
+    return sum(len(pairs.string) for pairs in halves)
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
@@ -250,15 +293,15 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     from soluscope.activations import planted
 
-    n_pairs_of_documents = 6  # the first of each chooses the features, the second measures
+    n_documents = 12
 
     def run(strong: list[float], weak: list[float], b: list[float], **norm: float) -> HookedRun:
         document = torch.tensor([[0.0] * 4, *[strong] * 2, *[weak] * 2, *[b] * 12])
-        tokens = torch.tensor([0, *[1] * 4, *[2] * 12]).repeat(2 * n_pairs_of_documents)
-        made = planted(document.expand(2 * n_pairs_of_documents, -1, -1), **norm)
+        tokens = torch.tensor([0, *[1] * 4, *[2] * 12]).repeat(n_documents)
+        made = planted(document.expand(n_documents, -1, -1), **norm)
         return replace(made, tokens=tokens, vocab=("<|BOS|>", "A", "b"))
 
-    shares = ([math.nan] * 18 + [1.0] * 4 + [0.0] * 12) * n_pairs_of_documents
+    shares = ([math.nan] + [1.0] * 4 + [0.0] * 12) * n_documents
     # All means are 0. Gain times neuron 0: 1.63 at strong, .016 at weak, 1.41 at b.
     by_gain = run([8, 0, -4, -4], [1, 100, -50.5, -50.5], [0.05, 0, -0.05, 0], eps=1e-12)
     answers: dict[str, Any] = dict.fromkeys(SHARES.values(), shares)
@@ -287,13 +330,13 @@ PROBE = Probe(
     pitfalls="Elhage et al. set levels by value, and judged the tokens on which the feature had been found. "
     "Equal values are not comparable before and after a norm that compresses the range: a bin then holds other "
     "numbers of tokens, and the base rate does the rest. And a feature that was chosen on the same data looks too "
-    "specific. Here levels are ranks and the feature is chosen on the other half of the documents; the figure as "
-    "published is beside it. Ranks are blind to a gain that compresses without changing the order within a neuron: "
-    "for that read the scale freeze. A neuron counts with its best feature, also where that is not good: see its "
-    "AUROC. Gamma and beta are left out.",
+    "specific. Here levels are ranks, and what is chosen on either half of the documents is measured on the other; "
+    "the figure as published is beside it. Ranks are blind to a gain that compresses without changing the order "
+    "within a neuron: for that read the scale freeze. A neuron counts once for each half that chose it, with its "
+    "best feature, also where that is not good: see its AUROC. Gamma and beta are left out.",
     formula="A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with post = "
     "g a, a - m or g (a - m); weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0; "
-    "f has the highest AUROC for a_j on the other half of the documents",
+    "f has the highest AUROC for a_j on the other half of the documents; both halves' neurons together",
     gates=(
         Gate("smear_graded", "A (gain only)", above=0.2),
         Gate("smear_graded", "A (centring only)", within=0.01),
@@ -306,6 +349,7 @@ PROBE = Probe(
         ),
     ),
     tested="A (gain only)",
+    confirmatory=True,
     shuffle="tokens",
     measure=measure,
     known=known,
@@ -336,7 +380,8 @@ PROBE = Probe(
             "P(feature)", "of the tokens in a bin of values, feature chosen on the same tokens"
         ),
         "AUROC of the matched neurons": Quantity(
-            "AUROC", "how well mid tells the feature that was chosen on the other documents"
+            "AUROC",
+            "how well mid tells the feature that was chosen on the other half of the documents",
         ),
     },
     figures=(

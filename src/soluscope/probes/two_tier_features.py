@@ -6,6 +6,12 @@ feature of the second tier is decoded by many neurons together and by no few of 
 tokens with a high gain. Whether the model reads what the probe reads is asked of the loss: the probe's
 direction is taken out of post.
 
+Probes are fitted on either half of the documents and tried on the other, and a feature's AUROC is the
+mean of the two: its index and its tier follow from that mean, so that each feature counts once. A
+removal needs the direction and the tier before it is measured; both come from the other half of the
+documents, the tier by halving that half again. So a feature may be removed from the one half and not
+from the other, or in another tier there.
+
 Source: science.md section 7, P14; Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing.
 """
 
@@ -13,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
@@ -20,7 +27,7 @@ from soluscope.probes._features import (
     Features,
     auroc_of,
     auroc_sums,
-    first_half,
+    folds,
     label,
     mean_of_defined,
     median_of_defined,
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 
     from soluscope.activations import HookedRun
 
+    Bools = NDArray[np.bool_]
     Floats = NDArray[np.float64]
 
 STAGES = ("mid", "post")
@@ -45,7 +53,15 @@ DECODED = 0.75
 FEW = 16
 """A feature that needs more neurons than this is of the second tier."""
 MAX_REMOVED = 200
-"""Tokens at which a feature's direction is removed, at most so many, evenly spaced."""
+"""Tokens of a half at which a feature's direction is removed, at most so many, evenly spaced."""
+HALVES_AGREE = 2**0.5
+"""What the spread of a mean of two AUROCs is multiplied by, as if they were one number.
+
+Where there is nothing to find, they nearly are: both grow with D'(C^-1)E, for the differences D and E
+between the classes in the two halves. Resampling at fixed probes takes them for two, and would find
+something in 2 Phi(-1.96 / sqrt 2) = 17% of draws. Where probes are good it was right, and intervals
+are too wide by up to this factor: as wide as those of one half.
+"""
 
 REMOVED = {
     "few": f"removed: features in at most {FEW} neurons",
@@ -55,15 +71,16 @@ REMOVED = {
 
 
 @dataclass(frozen=True)
-class _Decoding:
-    """Probes of each feature from its best k neurons, fitted on the first half of the documents."""
+class _CrossFit:
+    """Probes of each feature from its best k neurons, fitted on either half of some documents."""
 
     sizes: NDArray[np.int64]
-    """k: 1, 2, 4, ..., all neurons."""
+    """k, ascending; the last is all neurons."""
     directions: Floats
-    """[feature neuron]: of the probe on all neurons, in units of the activations."""
+    """[fold feature neuron]: of the probe on all neurons, in units of the activations."""
     sums: Floats
-    """[document feature size 4]: what `auroc_of` makes AUROCs of, on the second half."""
+    """[document fold feature size 4]: what `auroc_of` makes AUROCs of, on the other half of the
+    documents; 0 in the fold that a document was fitted in."""
 
     def index(self, aurocs: Floats) -> Floats:
         """Distribution index, [draw feature], from AUROCs [draw feature size]; nan where not decoded."""
@@ -77,9 +94,7 @@ class _Decoding:
 
     def index_of_all(self) -> Floats:
         """The index itself, without resampling. [feature]"""
-        total = self.sums.sum(axis=0)
-        aurocs = auroc_of(total.reshape(1, -1), total.ravel()).reshape(1, *total.shape[:2])
-        index: Floats = self.index(aurocs)[0]
+        index: Floats = self.index(_mean_aurocs(self.sums.sum(axis=0)[None], self.sums))[0]
         return index
 
 
@@ -88,59 +103,78 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
     One feature at a time, of those that are decoded from post. Mean over those that the token has: the
     ones that few neurons of mid tell, the others, and both when as long a piece of a random direction
-    is removed. At some tokens of the second half of the documents, nan elsewhere. ln_final is live.
+    is removed. At some of the tokens that have a target, nan elsewhere. ln_final is live.
     """
     import numpy as np
     import torch
 
     from soluscope.ablation import loss_at_post
 
-    features, content = label(run), ~run.is_bos.numpy()
-    before, decoding = (_decode(run, stage, features) for stage in STAGES)
-    in_few, decoded = before.index_of_all() <= FEW, ~np.isnan(decoding.index_of_all())
-    mean = run.post[torch.from_numpy(content & first_half(run))].mean(0)
-    removable = content & ~first_half(run) & (run.target >= 0).numpy()
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
-    for feature in np.flatnonzero(decoded):
-        tokens = np.flatnonzero(features.holds[feature] & removable)
+    for tier, tokens, mean, direction in _removals(run):
         some = np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_REMOVED)).astype(int)
         chosen = torch.zeros(len(run.pos), dtype=torch.bool)
         chosen[tokens[some]] = True
         here = run.subset(chosen)
         read, elsewhere = (
             torch.from_numpy(vector / np.linalg.norm(vector)).to(run.post.dtype)
-            for vector in (decoding.directions[feature], generator.standard_normal(len(mean)))
+            for vector in (direction, generator.standard_normal(len(direction)))
         )
         length = (here.post - mean) @ read  # [token]
         own = loss_at_post(here, here.post)
-        tier = "few" if in_few[feature] else "many"
-        for name, direction in ((tier, read), ("random", elsewhere)):
-            change = loss_at_post(here, here.post - length[:, None] * direction) - own
+        for name, removed in ((tier, read), ("random", elsewhere)):
+            change = loss_at_post(here, here.post - length[:, None] * removed) - own
             totals[name][chosen] += torch.stack([change, torch.ones_like(change)], -1).double()
     return {name: totals[tier][:, 0] / totals[tier][:, 1] for tier, name in REMOVED.items()}
+
+
+def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
+    """What is removed where, all of it chosen on the half of the documents without these tokens.
+
+    Yields:
+        For each half and each feature that is decoded from post: its tier by mid, the places of the
+        tokens that have it and a target, the mean of post [d_mlp], and the direction [d_mlp].
+    """
+    import numpy as np
+    import torch
+
+    fits = _cross_fits(run)
+    if not fits:
+        return
+    features, content, has_target = label(run), ~run.is_bos.numpy(), (run.target >= 0).numpy()
+    for fold, (chosen_on, measured_on) in enumerate(folds(run, content)):
+        of_mid, of_post = (
+            _cross_fit(run, stage, features, chosen_on, most=FEW).index_of_all() for stage in STAGES
+        )
+        mean = run.post[torch.from_numpy(chosen_on)].mean(0)
+        for feature in np.flatnonzero(~np.isnan(of_post)):
+            tier = "few" if of_mid[feature] <= FEW else "many"
+            tokens = np.flatnonzero(features.holds[feature] & measured_on & has_target)
+            yield tier, tokens, mean, fits["post"].directions[fold, feature]
 
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """How many neurons tell a feature, from post and from mid, and the gain where it takes many."""
     import numpy as np
 
-    features = label(run)
-    if not features.names:
+    fits = _cross_fits(run)
+    if not fits:
         return
-    tested_on = ~run.is_bos.numpy() & ~first_half(run)
-    has = features.holds[:, tested_on].T  # [token feature]
-    log_gain = run.gain.double().log().numpy()[tested_on]
-    at_feature = np.stack([has * log_gain[:, None], has], axis=2)  # [token feature 2]
-    string, n = run.string.numpy()[tested_on], len(log_gain)
-    gains = sums_by_document(at_feature.reshape(n, -1), string)
-    gains = gains.reshape(len(gains), -1, 2)
+    features, content = label(run), ~run.is_bos.numpy()
+    log_gain, string = run.gain.double().log().numpy(), run.string.numpy()
+    by_fold = []
+    for _, measured in folds(run, content):
+        has = features.holds[:, measured].T  # [token feature]
+        at_feature = np.stack([has * log_gain[measured, None], has], axis=2)  # [token feature 2]
+        by_fold.append(sums_by_document(at_feature.reshape(len(has), -1), string[measured]))
+    gains = np.concatenate(by_fold).reshape(-1, len(features.names), 2)
     for stage in reversed(STAGES):
-        yield from _tiers(stage, _decode(run, stage, features), gains, features, n)
+        yield from _tiers(stage, fits[stage], gains, features, int(content.sum()))
 
 
 def _tiers(
-    stage: str, decoding: _Decoding, gains: Floats, features: Features, n: int
+    stage: str, decoding: _CrossFit, gains: Floats, features: Features, n: int
 ) -> Iterator[Estimate]:
     """What follows from the AUROCs of one stage.
 
@@ -149,7 +183,7 @@ def _tiers(
         decoding: of that stage.
         gains: sums of log gain over the tokens of a feature, and their number, [document feature 2].
         features: what was decoded.
-        n: tokens of the second half.
+        n: tokens that are not BOS.
     """
     import numpy as np
 
@@ -173,11 +207,11 @@ def _tiers(
         many, few = (np.where(tier, mean, np.nan) for tier in (index > FEW, index <= FEW))
         return mean_of_defined(many) - mean_of_defined(few)
 
-    full = decoding.sums[:, :, -1:]
+    full = decoding.sums[:, :, :, -1:]
     yield _from_aurocs(f"AUROC above chance: {stage}", full, above_chance, n)
     for kind in ("", *dict.fromkeys(features.kinds)):
         mine = np.array([kind in ("", own) for own in features.kinds])
-        sums = decoding.sums[:, mine]
+        sums = decoding.sums[:, :, mine]
         for quantity, number in (
             (f"distribution index: {stage}", median_index),
             (f"tier gap: {stage}", second_tier),
@@ -187,7 +221,7 @@ def _tiers(
             f"log gain of the second tier: {stage}", sums, tier_gain, n, gains[:, mine], group=kind
         )
     for place, size in enumerate(decoding.sizes):
-        sums = decoding.sums[:, :, place : place + 1]
+        sums = decoding.sums[:, :, :, place : place + 1]
         x = float(size)
         yield _from_aurocs("AUROC by neurons", sums, mean_auroc, n, x=x, group=stage)
 
@@ -204,7 +238,7 @@ def _from_aurocs(
 
     Args:
         quantity: its name.
-        sums: [document feature size 4].
+        sums: [document fold feature size 4].
         number: given the AUROCs, and the weighted sums of `more` where there are any.
         n: tokens.
         more: sums of something else, [document ...].
@@ -213,56 +247,121 @@ def _from_aurocs(
     import numpy as np
 
     flat = sums.reshape(len(sums), -1)
-    total, width, shape = flat.sum(axis=0), flat.shape[1], sums.shape[1:3]
+    width = flat.shape[1]
 
     def value(drawn: Floats) -> Floats:
-        aurocs = auroc_of(drawn[:, :width], total).reshape(-1, *shape)
+        aurocs = _mean_aurocs(drawn[:, :width].reshape(-1, *sums.shape[1:]), sums)
         return number(aurocs) if more is None else number(aurocs, drawn[:, width:])
 
     together = flat if more is None else np.concatenate([flat, more.reshape(len(more), -1)], 1)
     return Estimate(quantity, together, value, n, **place)
 
 
-def _decode(run: HookedRun, stage: str, features: Features) -> _Decoding:
+def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
+    """Mean of a feature's two AUROCs, [draw feature size], where draws spread as if these agreed.
+
+    A fold in which a draw leaves the feature, or its absence, to no token is left out.
+
+    Args:
+        drawn: weighted sums over documents, [draw fold feature size 4].
+        sums: of each document, [document fold feature size 4].
+    """
+    import numpy as np
+
+    total = sums.sum(axis=0)
+    shape = total.shape[:-1]
+    own, found = (
+        auroc_of(each.reshape(len(each), -1), total.ravel()).reshape(-1, *shape)
+        for each in (total[None], drawn)
+    )  # [1 or draw, fold feature size]
+    mean, deviation = (mean_of_defined(np.moveaxis(each, 1, -1)) for each in (own, found - own))
+    spread: Floats = mean + HALVES_AGREE * deviation
+    return spread
+
+
+@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
+def _cross_fits(run: HookedRun) -> dict[str, _CrossFit]:
+    """By stage, of all documents; nothing where no feature can be labelled."""
+    features, content = label(run), ~run.is_bos.numpy()
+    if not features.names:
+        return {}
+    return {stage: _cross_fit(run, stage, features, content) for stage in STAGES}
+
+
+def _cross_fit(
+    run: HookedRun, stage: str, features: Features, among: Bools, most: int | None = None
+) -> _CrossFit:
+    """Probes of one stage, fitted on either half of some documents and tried on the other.
+
+    Args:
+        run: activations.
+        stage: mid or post.
+        features: at least one.
+        among: tokens of the documents to halve, [token].
+        most: no probe of more neurons than this but that on all; without it, every power of 2.
+    """
+    import numpy as np
+    from scipy.linalg import block_diag
+
+    values = getattr(run, stage).numpy().astype(np.float64)
+    n_neurons = values.shape[1]
+    powers = 2 ** np.arange((n_neurons - 1).bit_length())
+    sizes = np.array([*powers[powers <= (most or n_neurons)], n_neurons])
+    directions, sums = [], []
+    for fitted_on, tested_on in folds(run, among):
+        weights, unit = _fit(values[fitted_on], features.holds[:, fitted_on], sizes)
+        tested, string = values[tested_on] / unit, run.string.numpy()[tested_on]
+        by_feature = [
+            auroc_sums(tested @ own, holds, string)
+            for own, holds in zip(weights, features.holds[:, tested_on], strict=True)
+        ]
+        directions.append(weights[:, :, -1] / unit)
+        sums.append(np.concatenate(by_feature, axis=1))
+    by_document = block_diag(*sums).reshape(-1, 2, len(features.names), len(sizes), 4)
+    return _CrossFit(sizes, np.stack(directions), by_document)
+
+
+def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Least-squares probes of every feature from its best k neurons.
 
     Neurons are standardised and ranked by the difference of the two classes' means. With C the
     correlation matrix of k of them over T tokens, the direction is (C + k/T)^-1 times that difference:
     Fisher's discriminant, with a ridge as strong as the sampling noise of C.
+
+    Args:
+        values: [token neuron].
+        holds: [feature token].
+        sizes: k, ascending; the last is all neurons.
+
+    Returns:
+        Weights of the standardised neurons, [feature neuron size], 0 for a feature that all tokens have
+        or none; and each neuron's sd, [neuron], infinite where it is 0.
     """
     import numpy as np
 
-    content, half = ~run.is_bos.numpy(), first_half(run)
-    fitted_on, tested_on = content & half, content & ~half
-    values = getattr(run, stage).numpy().astype(np.float64)
-    n_neurons, n = values.shape[1], max(1, int(fitted_on.sum()))
-    sizes = np.array([*2 ** np.arange((n_neurons - 1).bit_length()), n_neurons])
-    if not features.names:
-        return _Decoding(sizes, np.zeros((0, n_neurons)), np.zeros((1, 0, len(sizes), 4)))
-    mean, sd = values[fitted_on].mean(axis=0), values[fitted_on].std(axis=0)
-    dead = sd <= 1e-6 * np.abs(values).max()
-    unit = np.where(dead, np.inf, sd)
-    x, tested = (values[fitted_on] - mean) / unit, (values[tested_on] - mean) / unit
-    has = features.holds[:, fitted_on].astype(np.float64)
-    difference = (has @ x / has.sum(axis=1, keepdims=True)) - (
-        (1 - has) @ x / (1 - has).sum(axis=1, keepdims=True)
-    )  # [feature neuron]
+    n, n_neurons = values.shape
+    mean, sd = values.mean(axis=0), values.std(axis=0)
+    unit = np.where(sd <= 1e-6 * np.abs(values).max(), np.inf, sd)
+    x = (values - mean) / unit
+    has = holds.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = (has @ x / has.sum(axis=1, keepdims=True)) - (
+            (1 - has) @ x / (1 - has).sum(axis=1, keepdims=True)
+        )  # [feature neuron]
+    difference = np.nan_to_num(difference)
     correlation = x.T @ x / n
-    full = np.linalg.solve(correlation + n_neurons / n * np.eye(n_neurons), difference.T).T
     best_first = np.argsort(-np.abs(difference), axis=1, kind="stable")
-    string, sums = run.string.numpy()[tested_on], []
+    weights = np.zeros((len(holds), n_neurons, len(sizes)))
+    ridge = n_neurons / n * np.eye(n_neurons)
+    weights[:, :, -1] = np.linalg.solve(correlation + ridge, difference.T).T
     for feature, order in enumerate(best_first):
-        weights = np.zeros((n_neurons, len(sizes)))
-        weights[:, -1] = full[feature]
         for place, k in enumerate(sizes[:-1]):
             chosen = order[:k]
             ridge = k / n * np.eye(k)
-            weights[chosen, place] = np.linalg.solve(
+            weights[feature, chosen, place] = np.linalg.solve(
                 correlation[np.ix_(chosen, chosen)] + ridge, difference[feature, chosen]
             )
-        sums.append(auroc_sums(tested @ weights, features.holds[feature, tested_on], string))
-    by_feature = np.stack(sums, axis=1)  # [document feature size*4]
-    return _Decoding(sizes, full / unit, by_feature.reshape(*by_feature.shape[:2], len(sizes), 4))
+    return weights, unit
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
@@ -292,10 +391,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         return replace(planted(document.expand(n_rows, -1, -1), gain=2.0), tokens=tokens)
 
     width = 1 + len(order)
-    unchanged = [math.nan] * width + [math.nan, *[0.0] * (width - 2), math.nan]
-    answers: dict[str, Any] = dict.fromkeys(
-        [REMOVED["few"], REMOVED["random"]], unchanged * (n_rows // 2)
-    )
+    unchanged = [math.nan, *[0.0] * (width - 2), math.nan]
+    answers: dict[str, Any] = dict.fromkeys([REMOVED["few"], REMOVED["random"]], unchanged * n_rows)
     for stage in STAGES:
         answers[f"distribution index: {stage}"] = 1.0
         answers[f"tier gap: {stage}"] = 0.0
@@ -328,10 +425,13 @@ PROBE = Probe(
     "direction, which removes as much from the same tokens. Features that are unions of others (all capitals) "
     "take many neurons in any model: compare kinds, and tokens' identities first. The index asks for 95% of what "
     "all neurons give, and moves in powers of two. The ridge grows with the number of neurons; with few tokens "
-    "all neurons may tell less than some of them. Intervals are for other documents at the same probes.",
+    "all neurons may tell less than some of them. Intervals are for other documents at the same probes, and as "
+    "wide as those of one half: too wide where probes are good. What to remove is chosen on quarters of the "
+    "documents, where fewer features are decoded.",
     formula="least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class "
-    "means) on the k neurons of the largest standardised difference, fitted on one half of the documents, AUROC on "
-    "the other; tier gap = share of decoded features with k > 16; removal: post - ((post - mean) . w) w",
+    "means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of the "
+    "documents, fitted on the other; tier gap = share of decoded features with k > 16; removal: "
+    "post - ((post - mean) . w) w, with w and the mean of post from the other half",
     gates=(
         Gate("smear_shared", "tier gap: mid", above=0.2, group="token"),
         Gate("smear_shared", "tier gap: post", within=0.01, group="token"),

@@ -13,7 +13,7 @@ from soluscope import results
 from soluscope.files import write_text
 from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
-from soluscope.report.findings import arms_of, comparisons, engagement, estimate, span
+from soluscope.report.findings import NORMED, arms_of, comparisons, engagement, estimate, span
 from soluscope.results import Row
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def table(rows: list[Row]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    references = arms_of(rows, "solu_ln")
+    references = arms_of(rows, NORMED)
     made = Table()
     for heading in (
         "arm",

@@ -25,6 +25,8 @@ CONTROLS = "controls"
 FALSE_POSITIVES = "false positives"
 PACKAGE = "soluscope.controls"
 PROBES = "soluscope.probes"
+N_COLUMNS = 8
+"""Controls side by side in a terminal of 80 columns, so that the names of probes fit beside them."""
 
 Gate = Literal["passed", "failed", "not run"]
 
@@ -91,7 +93,8 @@ def summary(rows: Sequence[Row]) -> str:
 def matrix(rows: Sequence[Row]) -> Group:
     """For the terminal: probe x control with pass or fail, then the numbers of what failed.
 
-    Controls head the columns by their number in science.md section 6, with a key below.
+    Controls head the columns by their number in science.md section 6, with a key below; those that do
+    not fit beside the others are a table of their own.
     """
     from rich.console import Group
     from rich.text import Text
@@ -101,7 +104,10 @@ def matrix(rows: Sequence[Row]) -> Group:
         controls = sorted({row.group for row in rows if row.probe == CONTROLS}, key=_by_section)
         key = (f"{_section(name)} {name}" for name in controls if _section(name))
         parts += [
-            _gates(rows, probes, controls),
+            *(
+                _gates(rows, probes, controls[i : i + N_COLUMNS])
+                for i in range(0, len(controls), N_COLUMNS)
+            ),
             Text(", ".join(key)),
             *(
                 Text(f"- {probe} on {name}: {line(row)}")
@@ -120,16 +126,12 @@ def matrix(rows: Sequence[Row]) -> Group:
 def _gates(rows: Sequence[Row], probes: Sequence[str], controls: Sequence[str]) -> Table:
     from rich.text import Text
 
-    made = _table(["", "probe", *(_section(name) or name for name in controls), "failed"])
+    made = _table(["", "probe", *(_section(name) or name for name in controls)])
     for probe in probes:
         found = gates(rows, probe)
-        n_failed = len(failures(rows, probe))
-        made.add_row(
-            Text(_section(probe, PROBES)),
-            Text(probe),
-            *(_cell(found.get(name)) for name in controls),
-            Text(str(n_failed), style="bold red" if n_failed else ""),
-        )
+        if set(controls) & set(found):
+            cells = (_cell(found.get(name)) for name in controls)
+            made.add_row(Text(_section(probe, PROBES)), Text(probe), *cells)
     return made
 
 
@@ -149,7 +151,7 @@ def _table(heads: Iterable[str]) -> Table:
 
     made = Table(box=None, padding=(0, 1, 0, 0))
     for head in heads:
-        made.add_column(Text(head), no_wrap=len(head) <= 3)
+        made.add_column(Text(head), no_wrap=len(head) <= 3, overflow="fold")
     return made
 
 

@@ -3,7 +3,8 @@
 The verdicts follow from rules that use intervals and nothing else, and only those of probes that passed
 their gate. An intervention on a trained model can speak for an account that expects no effect, or
 against one that expects one; an effect speaks against none, since a refit of the readout may
-remove it (the control `disjoint` has such an effect and needs no LayerNorm).
+remove it (the control `disjoint` has such an effect and needs no LayerNorm). "Inconsistent" is never
+said of an account that is true of a planted model.
 
 Source: science.md section 9.
 """
@@ -17,6 +18,10 @@ from typing import Literal
 
 from soluscope.report import controls
 from soluscope.report.findings import (
+    ENGAGED,
+    IDLE,
+    NO_COST,
+    NORMED,
     Side,
     arms_of,
     comparisons,
@@ -24,7 +29,6 @@ from soluscope.report.findings import (
     measured,
     number,
     seeds,
-    side,
     side_of_zero,
     span,
 )
@@ -37,16 +41,16 @@ MEANINGS = (
     "H-static-smuggle: small activations carry information through one constant gain.",
     "H-smear: they do so through a scale of each token's own.",
 )
-HIGH = 0.5
-"""Median r above which LayerNorm is active at the typical token."""
-NO_COST = 0.001
-"""Nats: a smaller change of the loss is none."""
 NO_SHARE = 0.01
-"""The same for shares and correlations."""
+"""What `NO_COST` is for the loss, for shares and correlations."""
+CONSTANTS = ("geometric mean", "best constant")
+"""That a freeze may put in the gain's place."""
 
 Verdict = Literal["consistent", "inconsistent", "not settled"]
 MARKS: dict[Verdict, Mark] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
 OPEN: tuple[Verdict, ...] = ("not settled",) * 3
+HIGH_GAIN = "gain Q4"
+"""The split in which H-smear expects its effects."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,14 @@ class Evidence:
 
 
 def matrix(rows: Sequence[Row]) -> list[tuple[Evidence, list[Seen]]]:
-    """Each line with what was seen in each solu_ln arm."""
-    arms = arms_of(rows, "solu_ln")
+    """Each line with what was seen in each arm with LayerNorm."""
+    arms = arms_of(rows, NORMED)
     return [(one, _seen(one, rows, arms)) for one in EVIDENCE]
 
 
 def section(rows: Sequence[Row]) -> str:
-    """The matrix as HTML; nothing where there is no solu_ln arm."""
-    arms = arms_of(rows, "solu_ln")
+    """The matrix as HTML; nothing where no arm has LayerNorm."""
+    arms = arms_of(rows, NORMED)
     if not arms:
         return ""
     lines = [_line(one, seen, named=len(arms) > 1) for one, seen in matrix(rows)]
@@ -148,27 +152,43 @@ def _engagement(rows: Sequence[Row], arm: str) -> Seen | None:
         return None
     ends = envelope(found)
     smear: Verdict = "not settled"
-    if ends is not None and (ends[0] > HIGH or ends[1] < HIGH):
-        smear = "consistent" if ends[0] > HIGH else "inconsistent"
+    if ends is not None and ends[0] > ENGAGED:
+        smear = "consistent"
+    elif ends is not None and ends[1] < IDLE:
+        smear = "inconsistent"
     return Seen((_said(found),), ("consistent", "consistent", smear))
 
 
-def _edit(probe: str, quantity: str) -> Callable[[Sequence[Row], str], Seen | None]:
-    """What a change of the gain costs a trained model, overall and where the gain is highest."""
+def _freeze(rows: Sequence[Row], arm: str) -> Seen | None:
+    """What one gain for all tokens costs a trained model, at the constant that costs less.
 
-    def see(rows: Sequence[Row], arm: str) -> Seen | None:
-        found = measured(rows, probe, quantity, arm)
+    A constant is a static gain too: that of least loss on other documents may be off for these, and the
+    geometric mean may be far from the least loss. One that costs nothing is enough.
+    """
+    said, overall, at_high_gain = [], [], []
+    for constant in CONSTANTS:
+        found = measured(rows, "scale_freeze", f"frozen at {constant}", arm)
         if not found:
-            return None
-        at_high_gain = measured(rows, probe, quantity, arm, group="gain Q4")
-        said = [_said(found)]
-        if at_high_gain:
-            said.append(f"at the quartile of highest gain {_said(at_high_gain)}")
-        smear = _if_above(side_of_zero(at_high_gain or found, NO_COST))
-        none = _if_zero(side_of_zero(found, NO_COST))
-        return Seen(tuple(said), (none, none, smear))
+            continue
+        highest = measured(rows, "scale_freeze", f"frozen at {constant}", arm, group=HIGH_GAIN)
+        said.append(f"{constant} {_said(found)}")
+        if highest:
+            said.append(f"{constant}, at the quartile of highest gain {_said(highest)}")
+        overall.append(side_of_zero(found, NO_COST))
+        at_high_gain.append(side_of_zero(highest or found, NO_COST))
+    if not said:
+        return None
+    none = _if_zero(_least(overall))
+    return Seen(tuple(said), (none, none, _if_above(_least(at_high_gain))))
 
-    return see
+
+def _swap(rows: Sequence[Row], arm: str) -> Seen | None:
+    found = measured(rows, "scale_swap", "swap, signed", arm)
+    if not found:
+        return None
+    where = side_of_zero(found, NO_COST)
+    none = _if_zero(where)
+    return Seen((_said(found),), (none, none, _if_above(where)))
 
 
 def _phi_dyn(rows: Sequence[Row], arm: str) -> Seen | None:
@@ -176,9 +196,13 @@ def _phi_dyn(rows: Sequence[Row], arm: str) -> Seen | None:
     if not found:
         return None
     numerator, phi = found[0], next(iter(comparisons(rows, "Phi_dyn", arm=arm)), None)
-    where = "zero" if numerator.note.startswith("equivalent") else side_of_zero(found, 0.0)
-    if where == "above" and (phi is None or phi.low is None or phi.low <= 0):
+    off_zero = phi is not None and phi.low is not None and phi.low > 0
+    where = side_of_zero(found, 0.0)
+    if where == "above" and not off_zero:
         where = "open"  # few seeds make the ratio's resampled interval a little too narrow
+    if numerator.note.startswith("equivalent"):
+        # There, but so little that it does not matter, is neither account's.
+        where = "open" if where == "above" else "zero"
     said = [f"best static arm less this one {_said(found)}"]
     if phi is not None:
         said.insert(0, "undefined" if phi.value is None else _said([phi]))
@@ -188,43 +212,37 @@ def _phi_dyn(rows: Sequence[Row], arm: str) -> Seen | None:
 
 
 def _low_set(rows: Sequence[Row], arm: str) -> Seen | None:
-    probe, quantity = "low_activation_impact", "lowest half ablated, D"
-    lowest = measured(rows, probe, "set: lowest", arm, x=0.5)
-    share = measured(rows, probe, "set: same |n|", arm, x=0.5)
-    residual = measured(rows, probe, quantity, arm)
+    """Judged by what the low activations add, and not beside random neurons of the same |n|.
+
+    A set that carries nothing rules out no code of small activations: it may lie outside the set.
+    """
+    probe, removed = "low_activation_impact", "lowest 90% removed"
+    lowest = measured(rows, probe, removed, arm)
+    residual = measured(rows, probe, f"{removed}, D", arm)
     if not (lowest and residual):
         return None
-    high = measured(rows, probe, quantity, arm, group="gain Q4") or residual
-    size = side(_least_and_most(lowest, share), NO_COST)
-    said = (
-        f"lowest half {_said(lowest)}",
-        f"random neurons of the same |n| {_said(share)}" if share else "",
-        f"D {_said(residual)}",
-        f"D at the quartile of highest gain {_said(high)}",
-    )
-    none: Verdict = "not settled"
-    if size == "above":
-        none = "inconsistent"
-    elif size != "open":
-        none = _if_zero(side_of_zero(residual, NO_COST))
-    static: Verdict = "not settled"
-    if size in ("zero", "below"):
-        static = "inconsistent"
-    elif size == "above":
-        static = _if_zero(side_of_zero(residual, NO_COST))
-    smear = _if_above(side_of_zero(high, NO_COST))
-    if smear == "consistent" and size != "above":
-        smear = "not settled" if size == "open" else "inconsistent"
-    return Seen(tuple(filter(None, said)), (none, static, smear))
+    at_high_gain = measured(rows, probe, f"{removed}, D where the gain is high", arm)
+    same_mass = measured(rows, probe, "set: same |n|", arm, x=0.9)
+    said = [f"{removed} {_said(lowest)}", f"D {_said(residual)}"]
+    if at_high_gain:
+        said.append(f"D where the gain is high {_said(at_high_gain)}")
+    if same_mass:
+        said.append(f"random neurons of the same |n| at 0 {_said(same_mass)}")
+    size = side_of_zero(lowest, NO_COST)
+    D_is_zero = _if_zero(side_of_zero(residual, NO_COST))
+    none, static = (D_is_zero if size == wanted else "not settled" for wanted in ("zero", "above"))
+    by_gain = _if_above(side_of_zero(at_high_gain or residual, NO_COST))
+    return Seen(tuple(said), (none, static, by_gain if size == "above" else "not settled"))
 
 
 def _specificity(rows: Sequence[Row], arm: str) -> Seen | None:
+    """A gain may vary, and carry all, without a change of order: no A is no sign of no smearing."""
     found = measured(rows, "specificity", "A (gain only)", arm)
     if not found:
         return None
     where = side_of_zero(found, NO_SHARE)
-    none: Verdict = "inconsistent" if where in ("above", "below") else _if_zero(where)
-    return Seen((_said(found),), (none, none, _if_above(where)))
+    none = _if_zero(where)
+    return Seen((_said(found),), (none, none, "consistent" if where == "above" else "not settled"))
 
 
 def _two_by_two(rows: Sequence[Row], arm: str) -> Seen | None:
@@ -256,13 +274,10 @@ _OPPOSITE: dict[Verdict, Verdict] = {
 }
 
 
-def _least_and_most(rows: Sequence[Row], less: Sequence[Row]) -> tuple[float, float] | None:
-    """How far `rows` may lie above `less`, seed by seed, were both at the ends of their intervals."""
-    ends = [(envelope([a]), envelope([b])) for a, b in zip(rows, less, strict=False)]
-    if len(rows) != len(less) or any(a is None or b is None for a, b in ends):
-        return None
-    gaps = [(a[0] - b[1], a[1] - b[0]) for a, b in ends if a is not None and b is not None]
-    return min(low for low, _ in gaps), max(high for _, high in gaps)
+def _least(sides: Sequence[Side]) -> Side:
+    """Where the cheapest of several edits lies, as far as their intervals tell."""
+    by_cost: tuple[Side, ...] = ("zero", "below", "open", "above")
+    return next(where for where in by_cost if where in sides)
 
 
 def _said(rows: Sequence[Row]) -> str:
@@ -280,41 +295,45 @@ EVIDENCE = (
         "P1",
         "engagement: r at the typical token",
         ("any", "any, low", "high (above .5)"),
-        "any r is consistent with what expects any; H-smear takes all intervals to lie above .5.",
+        "any r is consistent with what expects any; H-smear takes all intervals to lie above .5, and is "
+        "inconsistent where all lie below .05.",
         "engagement",
         _engagement,
     ),
     Evidence(
         "P4",
-        "freeze: loss with one gain for all tokens, at the best constant, less loss as it is",
+        "freeze: loss with one gain for all tokens less loss as it is",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "0 is closer than .001 nats. A cost without a refit rules out no static account; H-smear is judged at the "
-        "quartile of highest gain.",
+        "about 0 is closer than .001 nats, above 0 is by more. The constant that costs less counts. A cost without "
+        "a refit rules out no static account; H-smear is judged at the quartile of highest gain.",
         "scale_freeze",
-        _edit("scale_freeze", "frozen at best constant"),
+        _freeze,
     ),
     Evidence(
         "P5",
         "swap: loss with the gain of another token like it less loss as it is",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "as for the freeze; H-smear is judged over all tokens where there are no quartiles.",
+        "as for the freeze; a swap has no quartiles, so that H-smear is judged over all tokens.",
         "scale_swap",
-        _edit("scale_swap", "swap, signed"),
+        _swap,
     ),
     Evidence(
         "P8",
         "Phi_dyn: share of LayerNorm's gain that no static arm reaches",
         ("about 0", "about 0", "above 0, interval off 0"),
         "about 0: the best static arm is equivalent (closer than .005 nats) or better; above 0: the intervals of "
-        "Phi_dyn and of its numerator both lie above 0. No planted model is trained, so there is no gate.",
+        "Phi_dyn and of its numerator both lie above 0; both at once, so little that it does not matter, is not "
+        "settled. No planted model is trained, so there is no gate.",
         see=_phi_dyn,
     ),
     Evidence(
         "P9",
-        "lowest half of a token's activations ablated together; D, the part that one gain would not give",
+        "lowest 90% of a token's activations removed together; D, the part that one gain would not give",
         ("small; D 0", "large; D 0", "large; D above 0"),
-        "large: above random neurons of the same |n| wherever in their intervals both lie; small: below, or closer "
-        "than .001 nats; H-smear's D is that at the quartile of highest gain.",
+        "large costs more than .001 nats, small is closer to 0; D 0 is closer than .001 nats, above 0 is by more. "
+        "H-smear's D is that at tokens whose gain is above the geometric mean. Only a large set with no D above 0 "
+        "there speaks against it: a code may lie outside the set. Random neurons of the same |n| are shown, and "
+        "judge nothing.",
         "low_activation_impact",
         _low_set,
     ),
@@ -322,7 +341,8 @@ EVIDENCE = (
         "P11",
         "A, gain only: specificity of weak activations before less after a per-token gain",
         ("0", "0", "above 0"),
-        "0 is closer than .01.",
+        "0 is closer than .01, above 0 is by more. An A of 0 rules out no smearing: a gain that carries all may "
+        "change no order. An A off 0 rules out no static account: a gain may change an order that nothing reads.",
         "specificity",
         _specificity,
     ),
@@ -330,7 +350,8 @@ EVIDENCE = (
         "P20",
         "2x2: loss with the gain, or softmax's Z, one constant less loss as it is",
         ("Z and g idle", "idle", "g main effect"),
-        "idle: both closer to 0 than .001 nats. A cost without a refit rules out no static account.",
+        "idle: both closer to 0 than .001 nats; g has a main effect if it costs more. A cost without a refit rules "
+        "out no static account.",
         "lateral_inhibition",
         _two_by_two,
     ),

@@ -7,6 +7,14 @@ from typing import Literal
 
 from soluscope.results import ONE_NUMBER, Row
 
+NORMED, TWIN = "solu_ln", "solu_frozen_ln"
+"""The variants that the report is about: LayerNorm, and the same with one gain for all tokens."""
+
+ENGAGED, IDLE = 0.5, 0.05
+"""Median r above which a mid norm counts as active, and below which as a static gain."""
+NO_COST = 0.001
+"""Nats: an edit that changes the loss by less changes nothing (science.md section 7, P4)."""
+
 Side = Literal["zero", "above", "below", "open"]
 
 
@@ -112,7 +120,7 @@ def seeds(n: int) -> str:
 def envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
     """From the lowest to the highest end of the rows' intervals; None if one has no interval.
 
-    A number that is the same at every token is its own interval.
+    A number that is the same at every token is its own interval; no other is without its ends.
     """
     ends = [
         (row.value, row.value) if row.note == ONE_NUMBER else (row.low, row.high) for row in rows
@@ -125,17 +133,21 @@ def envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
 
 
 def side_of_zero(rows: Sequence[Row], margin: float) -> Side:
-    """Where all of the rows' intervals lie: closer to 0 than `margin`, above it, below it, or open."""
+    """Where all of the rows' intervals lie, taken together: see `side`."""
     return side(envelope(rows), margin)
 
 
 def side(ends: tuple[float, float] | None, margin: float) -> Side:
-    """The same for one interval."""
+    """Which side of 0 an interval settles, where closer to 0 than `margin` is as good as 0.
+
+    Wholly inside the margin: zero; wholly beyond one of its ends: above or below. What reaches over an
+    end is open, also where it leaves out 0, and so is what has no interval.
+    """
     if ends is None:
         return "open"
     low, high = ends
-    if max(-low, high) < margin:
+    if -margin < low and high < margin:
         return "zero"
-    if low > 0:
+    if low > margin:
         return "above"
-    return "below" if high < 0 else "open"
+    return "below" if high < -margin else "open"

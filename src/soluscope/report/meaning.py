@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from soluscope.probes import Gate, Probe, Quantity
 from soluscope.report.findings import (
-    Side,
+    NO_COST,
+    NORMED,
+    TWIN,
     arms_of,
     by_stream,
     envelope,
@@ -21,42 +23,43 @@ from soluscope.report.findings import (
 )
 from soluscope.results import Row
 
-NEGLIGIBLE = {"nats": 0.001, "correlation": 0.01, "difference": 0.01}
+NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
 """By a word of the units that have a sign: closer to 0 than this is as good as 0.
 
 Source: science.md section 7, "Control pass rule"."""
-
-TWINS = ("solu_ln", "solu_frozen_ln")
-"""Variants whose numbers are put into words: LayerNorm, and the same with one gain for all."""
 
 
 def sentences(one: Probe, rows: Sequence[Row]) -> list[str]:
     """One sentence for each LayerNorm arm and static twin; none where there is nothing to say.
 
     They are about the quantity that the probe is tested by, or else the first that says which way
-    smearing lies.
+    smearing lies; on natural text, or on each of the streams where none is natural.
     """
     known = one.quantities | one.estimates
     leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
     for name in [one.tested] * (one.tested in known) + leaning:
         found = _main(rows, name, known[name])
-        arms = [arm for variant in TWINS for arm in arms_of(found, variant)]
-        if arms:
-            each = ([row for row in found if row.arm == arm] for arm in arms)
-            return [_sentence(one, mine) for mine in each]
+        arms = [arm for variant in (NORMED, TWIN) for arm in arms_of(found, variant)]
+        streams = sorted({by_stream(row) for row in found})
+        each = (
+            [row for row in found if row.arm == arm and by_stream(row) == stream]
+            for arm in arms
+            for stream in streams
+        )
+        if said := [_sentence(one, mine) for mine in each if mine]:
+            return said
     return []
 
 
 def _main(rows: Iterable[Row], name: str, quantity: Quantity) -> list[Row]:
-    """The quantity's rows on its first stream, unsplit, by its first statistic."""
+    """The quantity's rows, unsplit, by its first statistic; on natural text where there is any."""
     found = [
         row
         for row in rows
         if row.quantity == name and row.statistic in (*quantity.statistics[:1], "")
         if row.x is None and row.value is not None and (row.group, row.positions) == ("", "not BOS")
     ]
-    stream = min(map(by_stream, found), default=None)
-    return [row for row in found if by_stream(row) == stream]
+    return [row for row in found if row.stream == "natural"] or found
 
 
 def _sentence(one: Probe, rows: Sequence[Row]) -> str:
@@ -81,9 +84,7 @@ def _judged(one: Probe, row: Row, ends: tuple[float, float]) -> str:
             return f"within {gate.within:g} of {gate.around:g}, as where there is nothing to find"
     margins = [margin for word, margin in NEGLIGIBLE.items() if word in row.unit]
     if margins:
-        return _sign(
-            side(ends, margins[0]), margins[0], (one.quantities | one.estimates)[row.quantity]
-        )
+        return _sign(ends, margins[0], (one.quantities | one.estimates)[row.quantity])
     for gate in gates:
         if gate.above is not None and low > gate.above:
             return f"above {gate.above:g}, as on the control {gate.control}"
@@ -100,11 +101,17 @@ def _is_about(gate: Gate, row: Row) -> bool:
     )
 
 
-def _sign(where: Side, margin: float, quantity: Quantity) -> str:
+def _sign(ends: tuple[float, float], margin: float, quantity: Quantity) -> str:
+    low, high = ends
+    where = side(ends, margin)
     if where == "zero":
         return f"closer to 0 than {margin:g}, as good as 0"
-    if where == "open":
+    if where == "open" and low <= 0 <= high:
         return "which side of 0 is not settled"
+    if where == "open":
+        return (
+            f"{'above' if low > 0 else 'below'} 0, but not settled whether by as much as {margin:g}"
+        )
     if quantity.more_smeared_when == "neither":
         return f"{where} 0"
     predicted = (where == "above") == (quantity.more_smeared_when == "higher")

@@ -41,6 +41,9 @@ N_SENTENCES = 10
 """Of the headline, in view; with many arms it would push all else off the first page."""
 LEFT_OUT = "left out"
 """Quantity of a row that says why a probe has no numbers for a run."""
+NOT_COUNTED = (
+    "False positives: not counted for this study (python eval/run.py --false-positives DIR)."
+)
 STEPS = {
     "solu - solu_gain": "an output scale, one number for all tokens",
     "solu_gain - solu_frozen_ln": "centring and LayerNorm's affine parameters",
@@ -66,6 +69,7 @@ def render(rows: list[Row]) -> str:
         ("Loss", page.loss()),
         ("Paired differences", page.differences()),
         ("Phi_dyn and its terms", page.terms()),
+        ("Probes against the static twin", page.confirmed()),
         ("Training", page.training()),
         ("Token view", tokens.view(rows)),
     ]
@@ -200,6 +204,29 @@ class _Page:
             + self._contrasts(rows, label)
         )
 
+    def confirmed(self) -> str:
+        """The confirmatory tests: a probe's number less the static twin's, by seed."""
+        rows = [
+            row
+            for row in self.rows
+            if row.probe == "comparison" and ": " in row.quantity and row.group.startswith("minus ")
+        ]
+        if not rows:
+            return ""
+        said = paragraph(
+            "What these probes found in an arm less what they found in the arm that differs from it "
+            "in having one gain for all tokens, at the same seeds; mean over their streams. All "
+            "of them are corrected together for their number; what else the page holds is exploratory."
+        )
+        lines = [
+            [
+                f"{row.arm} {row.group}: {row.quantity}, {row.unit}",
+                estimate(row), str(row.n), row.note,
+            ]
+            for row in rows
+        ]  # fmt: skip
+        return said + table(["", "difference [95%, new seeds]", "seeds", "note"], lines)
+
     def _contrasts(self, rows: Sequence[Row], label: Callable[[Row], str]) -> str:
         """A table of comparison rows, each with both of its intervals."""
         lines: list[list[str | list[str]]] = []
@@ -253,7 +280,8 @@ class _Page:
         body = f"<p><strong>{html.escape(one.question)}</strong></p>\n{body}"
         first, *others = [self._drawn(rows, spec) for spec in one.figures] or [""]
         body += first + fold("More figures", "".join(others)) + _probe_tables(rows, quantities)
-        said = [] if wrong else meaning.sentences(one, rows)
+        passed = controls.gate(self.gates, name) == "passed"
+        said = meaning.sentences(one, rows) if passed else []
         if said:
             body += paragraph("These trained models, BOS left out.", "What this result means.")
             body += bullets(said)
@@ -263,6 +291,8 @@ class _Page:
         rates = controls.false_positives(self.gates, name)
         if rates:
             body += paragraph("; ".join(map(controls.rate, rates)) + ".", "False positives.")
+        else:
+            body += paragraph(NOT_COUNTED, style="soft")
         if one.source:
             body += paragraph(f"Source: {one.source}", style="soft")
         return f"{one.section} {one.name}".strip() + _FAILED * bool(wrong), body

@@ -11,7 +11,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from soluscope.report.findings import number
+from soluscope.report.findings import NORMED, number
 from soluscope.report.markup import fold, paragraph
 from soluscope.results import Row
 
@@ -45,7 +45,7 @@ def view(rows: Iterable[Row]) -> str:
         f'<label for="by-{name}">{html.escape(quantity)}</label>'
         for i, (name, quantity) in enumerate(QUANTITIES.items())
     )
-    shown = next((key for key in texts if key[1] == "solu_ln"), next(iter(texts)))
+    shown = next((key for key in texts if key[1] == NORMED), next(iter(texts)))
     blocks = "".join(
         fold(f"{key[0]}, seed {key[2]}", _block(tokens), opened=key == shown)
         for key, tokens in texts.items()

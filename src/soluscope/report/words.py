@@ -10,6 +10,11 @@ from collections.abc import Sequence
 
 from soluscope.report import controls
 from soluscope.report.findings import (
+    ENGAGED,
+    IDLE,
+    NO_COST,
+    NORMED,
+    TWIN,
     arms_of,
     comparisons,
     engagement,
@@ -23,10 +28,6 @@ from soluscope.report.findings import (
 )
 from soluscope.results import MARGIN, Row
 
-ENGAGED, IDLE = 0.5, 0.05
-"""Median r above which a mid norm counts as active, and below which as a static gain."""
-NO_COST = 0.001
-"""Nats: a freeze that changes the loss by less carries nothing (science.md section 7, P4)."""
 FREEZES = (
     ("frozen at geometric mean", "the geometric mean"),
     ("frozen at best constant", "the best constant for the other documents"),
@@ -36,12 +37,12 @@ FREEZES = (
 def headline(rows: list[Row]) -> list[str]:
     """Plain sentences, the most important one first; shared by page and terminal."""
     sentences = [_basis(rows)]
-    normed = arms_of(rows, "solu_ln")
+    normed = arms_of(rows, NORMED)
     gains = [gain for arm in normed for gain in comparisons(rows, "gain of LN", arm=arm)]
     if not gains:
         sentences.insert(
             0,
-            "No verdict on LayerNorm: that takes runs of both solu and solu_ln that share a seed.",
+            f"No verdict on LayerNorm: that takes runs of both solu and {NORMED} that share a seed.",
         )
     for place, gain in enumerate(gains):
         sentences.insert(place, _verdict(rows, gain))
@@ -49,11 +50,15 @@ def headline(rows: list[Row]) -> list[str]:
         sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
         sentences += _twins(rows, gain.arm)
     said = {"engagement": _engagement, "scale_freeze": _freeze}
-    wrong = {probe: controls.failures(rows, probe) for probe in said}
+    gates = {probe: controls.gate(rows, probe) for probe in said}
     for arm in normed:
         for probe, say in said.items():
-            sentences += [] if wrong[probe] else say(rows, arm)
-    sentences += [not_citable(probe, bad) for probe, bad in wrong.items() if bad]
+            sentences += say(rows, arm) if gates[probe] == "passed" else []
+    for probe, gate in gates.items():
+        if gate == "failed":
+            sentences.append(not_citable(probe, controls.failures(rows, probe)))
+        elif gate == "not run" and any(row.probe == probe for row in rows):
+            sentences.append(f"{probe} was put before no control: nothing is said of its numbers.")
     return sentences
 
 
@@ -195,7 +200,7 @@ def _twins(rows: list[Row], arm: str) -> list[str]:
     """The trained arms that differ from `arm` only in having one gain for all tokens."""
     sentences = []
     for row in comparisons(rows, "difference", group=f"minus {arm}"):
-        if row.variant != "solu_frozen_ln":
+        if row.variant != TWIN:
             continue
         judged = ""
         if row.low is not None and row.high is not None and max(-row.low, row.high) < MARGIN:

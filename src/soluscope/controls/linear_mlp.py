@@ -1,0 +1,34 @@
+"""P16's negative control: a linear MLP, whose output turns as smoothly as the residual stream does.
+
+The 16 neurons and the readout of `relu_few` with no nonlinearity, no bias and no mid norm; token k has x = 1
+on neuron k. On the way from token j to token k
+
+    O = cos(theta) u_j + sin(theta) u_k     |dO / dtheta|^2 = |u|^2 (1 + sin(2 theta) / 15)
+
+since rows u of W_out have one length and cosine -1/15. From 0 to pi/2 the path has length
+|u| integral sqrt(1 + sin(2 theta) / 15) = 1.60370 |u|, its ends are |u| sqrt(32 / 15) apart, a ratio of
+1.09798; and no step is longer than sqrt(16 / 15) |u| pi / 256, .0079 of the length (1/128 = .0078 were all
+alike). A circle, which orthogonal rows would give, has 1.1107 and .0078.
+
+Source: science.md section 7, P16, "C- linear MLP".
+"""
+
+from __future__ import annotations
+
+from soluscope.controls import Control, Planted, _shell, _unnormed
+from soluscope.controls.relu_few import LOGIT, VOCAB, N
+
+
+def build() -> Planted:
+    import torch
+
+    pre = torch.nn.functional.pad(torch.eye(N, dtype=torch.float64), (0, 0, 1, 0))
+    model = _unnormed.unnormed(pre, _unnormed.next_in_line(N, LOGIT), lambda x: x)
+    return Planted(model, {"natural": _shell.natural(model, VOCAB)})
+
+
+CONTROL = Control(
+    section="P16 C-",
+    truth="The MLP is linear: what it writes follows the residual stream's direction without a step.",
+    build=build,
+)

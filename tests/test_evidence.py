@@ -1,0 +1,70 @@
+"""The matrix of hypotheses and evidence on models whose answer is known: it rules out nothing that is true."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from soluscope import plugins
+from soluscope.calibration import control_run
+from soluscope.report import evidence
+from soluscope.report.findings import NORMED
+from soluscope.results import Row
+from soluscope.summaries import summarise, token_table
+
+H0, STATIC, SMEAR = range(3)
+"""Places in `evidence.HYPOTHESES`."""
+TRUE_OF = {
+    "smear_shared": SMEAR,
+    "smear_graded": SMEAR,
+    "disjoint": H0,
+    "pinned": STATIC,
+    "uniform": H0,
+    "absorbed": H0,
+}
+PROBES = tuple(one.probe for one in evidence.EVIDENCE if one.probe)
+
+
+@cache
+def seen(control: str) -> dict[str, evidence.Seen]:
+    """By section, what the matrix says of a planted model, as if it were the study's solu_ln run."""
+    rows: list[Row] = []
+    for probe in PROBES:
+        one = plugins.pick("soluscope.probes", probe)
+        run = control_run(control, "natural")
+        base = Row(
+            study="planted", probe=probe, quantity="", value=None, unit="", run=f"{NORMED}-s0",
+            arm=NORMED, variant=NORMED, seed=0, stream="natural",
+        )  # fmt: skip
+        rows += summarise(one, run, token_table(one, run), base, n_draws=500, seed=0)
+        rows.append(
+            Row(
+                study="planted", probe="controls", quantity=probe, value=None, unit="",
+                group=control, note="pass: as if",
+            )
+        )  # fmt: skip
+    lines = ((one.section, found) for one, found in evidence.matrix(rows) if one.probe)
+    return {section: found for section, (found,) in lines}
+
+
+@pytest.mark.parametrize("control", TRUE_OF)
+def test_no_account_that_is_true_of_a_planted_model_is_inconsistent(control):
+    found = seen(control)
+    assert len(found) == len(PROBES) == 6
+    said = {section: one.verdicts[TRUE_OF[control]] for section, one in found.items()}
+    assert "inconsistent" not in said.values(), said
+    assert "consistent" in said.values(), said
+
+
+@pytest.mark.parametrize("control", ["pinned", "uniform", "absorbed"])
+def test_smearing_is_ruled_out_where_no_token_needs_a_scale_of_its_own(control):
+    said = {section: one.verdicts[SMEAR] for section, one in seen(control).items()}
+    assert {said["P4"], said["P5"], said["P20"]} == {"inconsistent"}
+    assert "consistent" not in {said["P9"], said["P11"]}
+
+
+def test_a_set_is_large_by_what_it_costs_and_not_beside_neurons_of_its_mass():
+    """In `pinned` random neurons of the same |n| carry more, and the low ones do carry loss."""
+    found = seen("pinned")["P9"]
+    assert found.verdicts == ("not settled", "consistent", "inconsistent")
