@@ -243,7 +243,7 @@ def untrained_run(seed: int, stream: str) -> HookedRun:
 def _byte_texts() -> streams.Stream:
     """Stretches of 31 bytes, each from another file."""
     texts = (text.encode() for text in streams.standard_library("code", 0.0, 1.0))
-    long_enough = (text for text in texts if len(text) > 1000 + 40 * WIDTH)
+    long_enough = (text for text in texts if len(text) > 1000 + 40 * N_TEXTS + WIDTH)
     rows = [
         (i, list(text[1000 + 40 * i : 999 + 40 * i + WIDTH]))
         for i, text in enumerate(islice(long_enough, N_TEXTS))
