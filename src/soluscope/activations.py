@@ -113,6 +113,18 @@ class HookedRun:
         """What the mid norm multiplies a token's centred activations by: 1 / hook_scale."""
         return self.scale.reciprocal()
 
+    @property
+    def engagement(self) -> Float[Tensor, " token"]:
+        """r = s2 / (s2 + eps), fp64: 0 where the gain is one constant, 1 in a LayerNorm without epsilon.
+
+        s2 is the variance over neurons, or the mean square where the norm does not centre. From s2
+        and never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
+        """
+        mid = self.mid.double()
+        centred = mid - mid.mean(-1, keepdim=True) if self.centres else mid
+        s2 = centred.square().mean(-1)
+        return torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
+
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
         """The same run with some of its tokens only."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}

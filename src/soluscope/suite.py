@@ -369,10 +369,9 @@ def token_rows(run: HookedRun, base: Row) -> list[Row]:
     """The first text of `run`, token by token: what the report's token view shows."""
     end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
     text = run.subset(torch.arange(len(run.pos)) < end)
-    variance = text.mid.double().var(dim=-1, correction=0)
     columns = {
         "gain": ("1 / activation", text.gain),
-        "r": ("share", variance / (variance + text.eps) if text.eps is not None else variance * 0),
+        "r": ("share", text.engagement),
         "ablation effect": ("nats", loss_at_post(text, torch.zeros_like(text.post)) - text.loss),
     }
     return [

@@ -85,3 +85,19 @@ def scattered(
     full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64)
     full[tokens] = values.double().cpu()
     return full
+
+
+def reading_one_neuron(run: HookedRun) -> HookedRun:
+    """A planted run of two neurons whose first one writes x = post on logits of -x and x.
+
+    An epsilon of 1e24 under weights 1e12 times as large makes ln_final's scale one number.
+    """
+    import torch
+
+    run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
+    return with_readout(
+        run,
+        resid_mid=torch.zeros_like(run.resid_mid),
+        W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
+        W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
+    )

@@ -165,21 +165,11 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     the first to 0 swaps the two, and setting the second to 0 does nothing.
     """
     import math
-    from dataclasses import replace
 
     import torch
 
     from soluscope.activations import planted
-    from soluscope.probes._attribution import with_readout
-
-    def reading_out(run: HookedRun) -> HookedRun:
-        run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
-        return with_readout(
-            run,
-            resid_mid=torch.zeros_like(run.resid_mid),
-            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
-            W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
-        )
+    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
@@ -188,7 +178,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     nan, q = math.nan, 1 / (1 + math.exp(2))
     removed, first, second = (loss(x) - loss(1) for x in (0, -0.5, 1.5))
     yield (
-        reading_out(planted(a, gain=2.0)),
+        reading_one_neuron(planted(a, gain=2.0)),
         {
             "effect after the norm": [nan, removed, nan],
             "error: first order": [nan, removed - 2 * q, nan],
@@ -203,7 +193,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         },
     )
     yield (
-        reading_out(planted(a, eps=1e-16)),
+        reading_one_neuron(planted(a, eps=1e-16)),
         {
             "effect before the norm": [nan, loss(-1) - loss(1), nan],
             "error: before the norm": [nan, loss(-1) - loss(1), nan],

@@ -36,8 +36,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     variance = centred.square().mean(-1)
     pre = run.pre.double()
     return {
-        # From the variance, never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
-        "r": torch.zeros_like(variance) if run.eps is None else variance / (variance + run.eps),
+        "r": run.engagement,
         "gain": run.gain.double(),
         "kappa": nothing
         if run.eps is None

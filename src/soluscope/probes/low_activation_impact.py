@@ -433,24 +433,15 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     import torch
 
     from soluscope.activations import planted
-    from soluscope.probes._attribution import with_readout
+    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
 
-    def reading_out(run: HookedRun) -> HookedRun:
-        run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
-        return with_readout(
-            run,
-            resid_mid=torch.zeros_like(run.resid_mid),
-            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
-            W_U=torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64) * 1e12,
-        )
-
     a = torch.tensor([[[1.0, -1.0], [3.0, -3.0], [1 / 3, -1 / 3]]]) - 1
     nan, effect, at_constant = math.nan, loss(0) - loss(1), loss(0) - loss(3)
     yield (
-        reading_out(planted(a, eps=1e-14)),
+        reading_one_neuron(planted(a, eps=1e-14)),
         {
             "|dl|, all": [nan, effect / 2, nan],
             "|dl|, lowest tenth": [nan, effect, nan],
@@ -465,7 +456,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         },
     )
     yield (
-        reading_out(planted(a, gain=2.0)),
+        reading_one_neuron(planted(a, gain=2.0)),
         {
             "D": [nan, 0, nan],
             "lowest half ablated": [nan, loss(0) - loss(6), nan],
