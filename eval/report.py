@@ -1,6 +1,8 @@
-"""Make a study's report from its results.jsonl alone.
+"""Make a study's report from its results.jsonl alone; with --wandb, its dashboard too.
 
 python eval/report.py runs/demo
+python eval/report.py runs/demo --wandb entity/project
+python eval/report.py runs/demo --wandb entity/project --dry-run    # prints the dashboard, sends nothing
 """
 
 from pathlib import Path
@@ -12,13 +14,30 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments:
         print(__doc__)
         return
-    if len(arguments) != 1:
+    place = None
+    rest = [word for word in arguments if word != "--dry-run"]
+    if "--wandb" in rest:
+        at = rest.index("--wandb")
+        place = next(iter(rest[at + 1 :]), "")
+        rest = rest[:at] + rest[at + 2 :]
+    if len(rest) != 1:
         raise UserError(
-            f"{len(arguments)} words given, wanted one folder, as in: python eval/report.py runs/demo"
+            f"{len(rest)} words given, wanted one folder, as in: python eval/report.py runs/demo"
         )
-    from soluscope.report import publish
+    if "--dry-run" in arguments and place is None:
+        raise UserError("--dry-run shows what --wandb would save: give --wandb entity/project too")
+    from soluscope.report import dashboard, publish
 
-    print(f"report: {publish(Path(arguments[0]))}")
+    folder = Path(rest[0])
+    where = None if place is None else dashboard.place(place)
+    if where and "--dry-run" in arguments:
+        print(dashboard.preview(folder, where))
+        return
+    if where:
+        dashboard.sign_in()
+    print(f"report: {publish(folder)}")
+    if where:
+        print(f"dashboard: {dashboard.publish(folder, where)}")
 
 
 if __name__ == "__main__":

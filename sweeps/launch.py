@@ -1,28 +1,43 @@
-"""Train a grid of runs from a sweep file, one after another, then probe and report them.
+"""Run a sweep: its jobs that are not done, then the probes and the report.
 
-    python sweeps/launch.py sweeps/demo.yaml study=mine train.steps=2000 eval.n_tokens=4000
+    python sweeps/launch.py sweeps/variants.yaml study=first engine=ray eval.n_tokens=4000
+    python sweeps/launch.py sweeps/variants.yaml study=first --dry-run
+    python sweeps/launch.py --status runs/first
 
-Words are the sweep file and key=value, which go to every run; those with `eval.` before them go to
-the evaluation. What is finished is not trained again.
+Words are a sweep file and key=value; keys that are not below go to every run (train/run.py --help).
+The same command goes on where an interrupted one stopped; what is finished is not done again.
+  --dry-run       the jobs, where they stand, and the tokens and FLOPs to go; then stop
+  --status STUDY  where a study's jobs stand, live on a terminal
+  --retry-failed  run jobs again that failed
+  --help          this text and every key, its default and its meaning
 """
 
 from pathlib import Path
 
+from soluscope import jobs, launch
 from soluscope.errors import UserError, run_command
-from soluscope.sweep import run
 
 
 def main(arguments: list[str]) -> None:
     if "--help" in arguments:
-        print(__doc__)
+        print(f"{__doc__}\n{launch.launch_help()}")
         return
-    files = [word for word in arguments if "=" not in word]
-    if len(files) != 1:
+    flags = {word for word in arguments if word.startswith("--")}
+    paths = [word for word in arguments if "=" not in word and word not in flags]
+    unknown = sorted(flags - {"--dry-run", "--status", "--retry-failed"})
+    if unknown:
         raise UserError(
-            f"{len(files)} sweep files given, wanted one, as in: python sweeps/launch.py sweeps/demo.yaml"
+            f"no flag {unknown[0]}: there are --dry-run, --status, --retry-failed, --help"
         )
-    page = run(Path(files[0]), [word for word in arguments if "=" in word])
-    print(f"report: {page}")
+    if len(paths) != 1:
+        raise UserError(
+            f"{len(paths)} sweep files given, wanted one, as in: python sweeps/launch.py sweeps/demo.yaml"
+        )
+    if "--status" in flags:
+        jobs.follow(Path(paths[0]))
+        return
+    words = [word for word in arguments if "=" in word]
+    launch.launch(Path(paths[0]), words, "--dry-run" in flags, "--retry-failed" in flags)
 
 
 if __name__ == "__main__":

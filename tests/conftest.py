@@ -17,6 +17,8 @@ from soluscope.config import Config, load_config
 # Models this small gain nothing from a second thread, and where other processes hold the cores the
 # threads wait for each other: 20 times slower on two cores with -n 2. Children inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests that are about wandb say where their curves go; the others have none.
+os.environ["WANDB_MODE"] = "disabled"
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import soluscope
 from soluscope import results
-from soluscope.checkpoint import last_checkpoint, lock
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Row
+from soluscope.run_folder import last_checkpoint, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
 HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")
@@ -59,11 +59,11 @@ def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, locks left out."""
+    """Every file below a folder, without locks and without why its last try failed."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and not path.name.endswith("lock") and path.name != "failed.json"
     }
 
 
@@ -95,8 +95,8 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
     (LAUNCH, "broken.yaml"): "broken.yaml is not YAML",
     (LAUNCH, "random.yaml"): "random.yaml is not a sweep: wanted 'method: grid' and 'parameters:'",
-    (LAUNCH, "twice.yaml"): "gives two runs the folder runs/default/solu-s0-x",
-    (LAUNCH, "empty.yaml"): "wanted 'values: [...]' or 'value: ...' below variant, not solu",
+    (LAUNCH, "twice.yaml"): "gives two jobs the folder runs/default/solu-s0-x",
+    (LAUNCH, "empty.yaml"): "is an empty grid at variant: wanted 'values: [...]'",
     (LAUNCH, "studies.yaml"): "studies.yaml is of several studies, wanted one: a, b",
     (LAUNCH, "grid.yaml", "train.stepz=3"): "Did you mean 'train.steps'?",
     (LAUNCH, "grid.yaml", "eval.n_tokenz=300"): "Did you mean 'n_tokens'?",
@@ -141,7 +141,8 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
     assert ", engagement, " in eval_help
     assert "n_tokens: 300\n" in eval_cfg
     assert "eval/report.py runs/demo" in report_help
-    assert "sweeps/launch.py sweeps/demo.yaml" in launch_help
+    assert "sweeps/launch.py sweeps/variants.yaml" in launch_help
+    assert "\n  ray.cpus " in launch_help
     assert not list(tmp_path.iterdir())
 
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from conftest import tiny_config
 
 from soluscope import stats
-from soluscope.compare import UNDEFINED, compare, confirm
+from soluscope.checkpoint import Facts
+from soluscope.compare import SETTINGS, UNDEFINED, compare, confirm
+from soluscope.config import to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Row
+from soluscope.suite import _settings
 
 N_DOCUMENTS = 40
+ALIKE = {
+    "d_model": 64, "d_mlp": 256, "n_layers": 1, "n_heads": 4, "ctx": 64, "tokens": 1_843_200,
+    "lr": 0.002, "kappa": np.nan, "gain": np.nan,
+}  # fmt: skip
+"""What all arms of a study have in common, if not told otherwise."""
 
 
 def make_losses(
@@ -24,10 +35,11 @@ def make_losses(
     seed_noise: float = 0.0005,
     document_noise: float = 0.0,
     worse: dict[str, float] | None = None,
+    settings: dict[str, dict[str, float | str]] | None = None,
 ) -> pd.DataFrame:
     """Losses a token as given for each arm, `variant` or `variant-more`, with noise a seed.
 
-    `worse` adds to the losses of single runs.
+    `worse` adds to the losses of single runs; `settings` are of arms that differ from `ALIKE`.
     """
     random = np.random.default_rng(0)
     counts = {split: random.integers(50, 200, N_DOCUMENTS) for split in ("select", "report")}
@@ -51,6 +63,9 @@ def make_losses(
                         "loss_sum": per_token[i] * counts[split][i],
                         "n_tokens": counts[split][i],
                         "config": f"hash of {arm}",
+                        "family": arm,
+                        **ALIKE,
+                        **(settings or {}).get(arm, {}),
                     }
                     for i in range(N_DOCUMENTS)
                 ]
@@ -165,7 +180,7 @@ def test_p_is_of_differences_over_seeds_and_of_nothing_else():
     rows = compare("study", make_losses(SIX), "abc")
     assert find(rows, "difference", arm="solu", group="minus gelu").p == 2 / 256
     assert find(rows, "gain of LN").p == 2 / 256
-    assert {row.p for row in rows if row.cluster == "document" or row.quantity == "loss"} == {None}
+    assert {row.p for row in rows if row.cluster != "seed" or row.quantity == "loss"} == {None}
     adjusted = {row.quantity for row in rows if row.p_adj is not None}
     assert adjusted == {"static - LN", "Phi_dyn"}
     one_seed = compare("study", make_losses(SIX, n_seeds=1), "abc")
@@ -262,9 +277,9 @@ def test_telescoping_terms_sum_to_the_gain_of_ln(missing, steps):
 
 def test_missing_arms_leave_their_rows_out():
     rows = compare("study", make_losses({"gelu": 3.0, "solu": 3.1}), "abc")
-    assert {row.quantity for row in rows} == {"loss", "difference"}
+    assert {row.quantity for row in rows} == {"loss", "difference", "setting"}
     rows = compare("study", make_losses({"solu_ln": 3.0}), "abc")
-    assert {row.quantity for row in rows} == {"loss"}
+    assert {row.quantity for row in rows} == {"loss", "setting"}
 
 
 def test_rows_do_not_depend_on_the_order_of_the_losses():
@@ -334,3 +349,293 @@ def test_what_the_static_twin_does_not_have_is_not_confirmed():
     rows = probe_rows("solu_ln", [{"natural": 1.0}] * 3)
     rows += probe_rows("solu_frozen_ln", [{"natural": None}] * 3)
     assert confirm(rows, {"specificity": "A"}) == []
+
+
+def test_a_probe_is_not_confirmed_across_sizes_nor_at_a_rate_that_was_not_chosen():
+    arms = {"solu_ln-d64": 3.02, "solu_ln-d128": 2.52, "solu_frozen_ln-d64": 3.04}
+    arms |= {"solu_frozen_ln-d128-lr1": 2.54, "solu_frozen_ln-d128-lr2": 2.60}
+    told = {arm: LARGE if "d128" in arm else {} for arm in arms}
+    for arm, lr in (("solu_frozen_ln-d128-lr1", 0.001), ("solu_frozen_ln-d128-lr2", 0.002)):
+        told[arm] = LARGE | {"lr": lr, "family": "solu_frozen_ln-d128"}
+    compared = compare("s", make_losses(arms, 3, settings=told), "c")
+    probed = [
+        replace(row, variant=arm.split("-")[0])
+        for arm in arms
+        for row in probe_rows(arm, [{"natural": 1.0}] * 3)
+    ]
+    assert {
+        (row.arm, row.group) for row in confirm([*probed, *compared], {"specificity": "A"})
+    } == {
+        ("solu_ln-d64", "minus solu_frozen_ln-d64"),
+        ("solu_ln-d128", "minus solu_frozen_ln-d128-lr1"),
+    }
+
+
+# ---------------------------------------------------------------- sizes
+
+LARGE = {"d_model": 128, "d_mlp": 512, "n_heads": 8}
+NUMBERS = ("quantity", "arm", "group", "cluster", "value", "low", "high", "p", "n", "n_clusters")
+
+
+def two_sizes() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Losses of two sizes together, of the small one, and of the large one, which is better throughout."""
+    small = {f"{arm}-d64": loss for arm, loss in SIX.items()}
+    large = {f"{arm}-d128": loss - 0.5 for arm, loss in SIX.items()}
+    both = make_losses(small | large, settings=dict.fromkeys(large, LARGE))
+    is_small = both.arm.isin(small)
+    return both, both[is_small], both[~is_small]
+
+
+def test_two_sizes_are_compared_as_if_each_were_alone():
+    both, *alone = two_sizes()
+    together = [[getattr(row, name) for name in NUMBERS] for row in compare("study", both, "abc")]
+    apart = [
+        [getattr(row, name) for name in NUMBERS]
+        for losses in alone
+        for row in compare("study", losses, "abc")
+    ]
+    assert sorted(together, key=str) == sorted(apart, key=str)
+
+
+def test_a_larger_model_does_not_stand_for_a_smaller_one():
+    rows = compare("study", two_sizes()[0], "abc")
+    for size in ("d64", "d128"):
+        row = find(rows, "static - LN", arm=f"solu_ln-{size}")
+        assert row.value == pytest.approx(0.02, abs=0.001)
+        assert f"best static is solu_frozen_ln-{size}, chosen" in row.note
+        assert find(rows, "Phi_dyn", arm=f"solu_ln-{size}").value == pytest.approx(0.25, abs=0.02)
+    for row in rows:
+        other = "d64" if row.arm.endswith("d128") else "d128"
+        if row.quantity == "difference":
+            assert other not in row.group
+
+
+def test_each_row_of_several_sizes_says_which_and_of_one_does_not():
+    both, small, _ = two_sizes()
+    for row in compare("study", both, "abc"):
+        width = "d_model 128, d_mlp 512, n_heads 8" if row.arm.endswith("d128") else "d_model 64"
+        assert width in row.note
+    assert not any("d_model" in row.note for row in compare("study", small, "abc"))
+
+
+def test_more_training_is_another_size():
+    arms = {"solu": 3.1, "solu_ln": 3.02, "solu-long": 2.9, "solu_ln-long": 2.7}
+    told = {arm: {"tokens": 10_000_000} for arm in arms if arm.endswith("long")}
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    assert find(rows, "gain of LN", arm="solu_ln").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, "gain of LN", arm="solu_ln-long").value == pytest.approx(0.2, abs=0.001)
+    assert "tokens 1843200" in find(rows, "gain of LN", arm="solu_ln").note
+
+
+def test_sizes_may_be_measured_on_other_targets():
+    """Another context length has another number of first tokens, which are no targets."""
+    both, *_ = two_sizes()
+    large = both.arm.str.endswith("d128")
+    longer = both.assign(n_tokens=both.n_tokens + large, ctx=both.ctx.where(~large, 128))
+    rows = compare("study", longer, "abc")
+    assert find(rows, "gain of LN", arm="solu_ln-d64").value == pytest.approx(0.08, abs=0.001)
+
+
+def test_the_primary_family_holds_the_arms_of_all_sizes():
+    rows = compare("study", two_sizes()[0], "abc")
+    adjusted = [row for row in rows if row.quantity == "static - LN" and row.p_adj is not None]
+    assert [row.p_adj for row in adjusted] == pytest.approx([4 / 256] * 2)
+
+
+# ---------------------------------------------------------------- rates, gains, settings
+
+
+def tuned(**optimum: float) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
+    """Arms at four rates and their settings; each loses .01 nats a doubling away from its optimum."""
+    arms, told = {}, {}
+    for variant, best in optimum.items():
+        for lr in (0.001, 0.002, 0.004, 0.008):
+            arm = f"{variant}-lr{lr}"
+            arms[arm] = SIX[variant] + 0.01 * abs(math.log2(lr / best))
+            told[arm] = {"lr": lr, "family": variant}
+    return arms, told
+
+
+OPTIMA = {"gelu": 0.002, "solu": 0.008, "solu_frozen_ln": 0.004, "solu_ln": 0.002}
+
+
+def test_arms_are_compared_at_their_own_best_rates():
+    arms, told = tuned(**OPTIMA)
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    chosen = {f"{variant}-lr{lr}" for variant, lr in OPTIMA.items()}
+    for quantity in ("difference", "gain of LN", "static - LN", "Phi_dyn"):
+        assert {row.arm for row in rows if row.quantity == quantity} <= chosen
+    row = find(rows, "gain of LN", arm="solu_ln-lr0.002")
+    assert row.value == pytest.approx(0.08, abs=0.001)
+    assert "solu is solu-lr0.008, the best of 4 rates on the select split" in row.note
+    assert find(rows, "Phi_dyn").value == pytest.approx(0.25, abs=0.02)
+    steps = [row for row in rows if row.quantity.startswith("telescoping")]
+    assert sum(row.value for row in steps) == pytest.approx(row.value, abs=1e-12)
+
+
+def test_the_rate_is_chosen_on_select_and_the_curve_holds_its_losses():
+    arms, told = tuned(**OPTIMA)
+    select = arms | {"solu_ln-lr0.004": 2.9}
+    losses = make_losses(arms, select=select, settings=told)
+    rows = compare("study", losses, "abc")
+    curve = [
+        row for row in rows if row.quantity == "select loss by lr" and row.variant == "solu_ln"
+    ]
+    assert [row.x for row in curve] == [0.001, 0.002, 0.004, 0.008]
+    assert {row.group for row in curve} == {"solu_ln-lr0.004"}
+    assert {row.stream for row in curve} == {"select"}
+    for row in curve:
+        mine = losses[(losses.arm == row.arm) & (losses.split == "select")]
+        by_seed = mine.groupby("seed")[["loss_sum", "n_tokens"]].sum()
+        assert row.value == pytest.approx((by_seed.loss_sum / by_seed.n_tokens).mean())
+        assert row.low < row.value < row.high
+    assert [row.arm for row in rows if row.quantity == "gain of LN" and row.cluster == "seed"] == [
+        "solu_ln-lr0.004"
+    ]
+
+
+def test_an_optimum_at_an_edge_of_its_grid_is_said():
+    arms, told = tuned(solu=0.008, solu_ln=0.002, gelu=0.001)
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    notes = {row.arm: row.note for row in rows if row.quantity == "select loss by lr" and row.note}
+    assert notes == {
+        "gelu-lr0.001": "chosen, at the lower edge of the grid",
+        "solu-lr0.008": "chosen, at the upper edge of the grid",
+        "solu_ln-lr0.002": "chosen, inside the grid",
+    }
+
+
+def test_a_rate_does_not_win_by_its_seeds():
+    """The easy seed 0 is .5 nats below the others, and the worse rate was trained at it alone."""
+    arms, told = tuned(solu_ln=0.002)
+    easy = {f"{arm}-s0": -0.5 for arm in arms}
+    losses = make_losses(arms, n_seeds=3, worse=easy, settings=told)
+    losses = losses[(losses.arm != "solu_ln-lr0.008") | (losses.seed == 0)]
+    curve = [row for row in compare("s", losses, "c") if row.quantity == "select loss by lr"]
+    assert {row.group for row in curve} == {"solu_ln-lr0.002"}
+    assert {row.n for row in curve} == {1}
+
+
+def test_a_common_rate_gives_what_a_study_of_that_rate_gives():
+    arms, told = tuned(**OPTIMA)
+    losses = make_losses(arms, settings=told)
+    rows = compare("study", losses, "abc")
+    for lr in (0.001, 0.002, 0.004, 0.008):
+        alone = compare("study", losses[losses.lr == lr], "abc")
+        for quantity in ("gain of LN", "static - LN", "Phi_dyn"):
+            there = find(alone, quantity)
+            here = find(rows, f"{quantity} at a common rate", x=lr)
+            assert (here.value, here.low, here.high) == (there.value, there.low, there.high)
+            assert (here.arm, here.group) == (f"solu_ln-lr{lr}", "solu_ln-lr0.002")
+            assert here.p_adj is None
+    assert find(rows, "gain of LN at a common rate", x=0.001).value == pytest.approx(0.1, abs=0.001)
+
+
+def test_a_rate_that_not_all_have_is_not_common():
+    arms, told = tuned(solu=0.008, solu_ln=0.002, solu_gain=0.002)
+    losses = make_losses(arms, settings=told)
+    rows = compare("study", losses[losses.arm != "solu-lr0.001"], "abc")
+    shared = {row.x for row in rows if row.quantity == "Phi_dyn at a common rate"}
+    assert shared == {0.002, 0.004, 0.008}
+
+
+def test_one_rate_under_two_names_is_no_choice_of_rates():
+    arms = {"solu": 3.1, "solu_ln": 3.02, "solu_ln-again": 3.03}
+    told = {arm: {"family": arm.split("-")[0]} for arm in arms}
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    assert rows == compare("study", make_losses(arms), "abc")
+    assert find(rows, "gain of LN", arm="solu_ln-again").value == pytest.approx(0.07, abs=0.001)
+
+
+def test_gains_are_chosen_each_at_its_best_rate():
+    arms, told = {"solu": 3.1, "solu_ln": 3.02}, {}
+    for gain, loss, best in ((8.0, 3.06, 0.002), (32.0, 3.04, 0.004), (128.0, 3.05, 0.008)):
+        for lr in (0.001, 0.002, 0.004, 0.008):
+            arm = f"solu_gain-gain{gain}-lr{lr}"
+            arms[arm] = loss + 0.01 * abs(math.log2(lr / best))
+            told[arm] = {"lr": lr, "gain": gain, "family": f"gain {gain}"}
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    curve = [row for row in rows if row.quantity == "select loss by gain"]
+    assert [(row.x, row.arm) for row in curve] == [
+        (8, "solu_gain-gain8.0-lr0.002"),
+        (32, "solu_gain-gain32.0-lr0.004"),
+        (128, "solu_gain-gain128.0-lr0.008"),
+    ]
+    assert {row.group for row in curve} == {"solu_gain-gain32.0-lr0.004"}
+    assert [row.note for row in curve] == ["", "chosen, inside the grid", ""]
+    assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.001)
+
+
+def test_where_nothing_is_chosen_there_are_no_curves():
+    told = {
+        "solu_ln": {"kappa": 42.0},
+        "solu_gain": {"gain": 30.0},
+        "solu_frozen_ln": {"gain": 31.0},
+    }
+    rows = compare("study", make_losses(SIX, settings=told), "abc")
+    assert not any("select" in row.quantity or "common" in row.quantity for row in rows)
+
+
+def test_each_kappa_has_its_own_share_against_the_same_static_arm():
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_frozen_ln": 3.07}
+    arms |= {"solu_ln-a": 3.02, "solu_ln-b": 3.05}
+    told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}}
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    kappa = {
+        row.arm: row.value for row in rows if row.quantity == "setting" and row.group == "kappa"
+    }
+    share = {kappa[row.arm]: row.value for row in rows if row.quantity == "Phi_dyn"}
+    assert share == pytest.approx({4e-5: 0.5, 41.94: 0.2}, abs=0.03)
+    for arm in kappa:
+        assert "best static is solu_gain" in find(rows, "static - LN", arm=arm).note
+
+
+def test_settings_are_told_without_parsing_names():
+    told = {"solu_ln": {"kappa": 41.94}, "solu_gain": {"gain": 30.0, "lr": 0.004}}
+    rows = compare("study", make_losses(SIX, settings=told), "abc")
+    of = {
+        arm: {row.group: row.value for row in rows if row.quantity == "setting" and row.arm == arm}
+        for arm in ("solu", "solu_ln", "solu_gain")
+    }
+    alike = {name: value for name, value in ALIKE.items() if not math.isnan(value)}
+    assert of == {
+        "solu": alike, "solu_ln": alike | {"kappa": 41.94}, "solu_gain": alike | {"gain": 30, "lr": 0.004}
+    }  # fmt: skip
+
+
+def test_a_gain_that_was_measured_by_seed_is_one_setting():
+    losses = make_losses({"solu_gain": 3.06}, n_seeds=3)
+    losses["gain"] = losses.seed.map({0: 38.0, 1: 39.0, 2: 41.0})
+    rows = compare("study", losses, "abc")
+    assert [row.value for row in rows if row.group == "gain"] == [39.0]
+
+
+@pytest.mark.parametrize("name", ["lr", "kappa", "d_mlp", "tokens"])
+def test_an_arm_of_two_settings_is_refused(name):
+    losses = make_losses({"solu": 3.1, "solu_ln": 3.0}, n_seeds=2)
+    other = (losses.arm == "solu_ln") & (losses.seed == 1)
+    losses[name] = np.where(other, 7.0, 5.0)
+    with pytest.raises(UserError, match=rf"runs of arm 'solu_ln' differ in {name} \(5 and 7\)"):
+        compare("study", losses, "abc")
+
+
+def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
+    def told(**changes):
+        """What the suite reads in the folder of a run with these words."""
+        words = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+        config = tiny_config(tmp_path, "variant=solu_ln", *words)
+        facts = {field.name: None for field in fields(Facts)}
+        facts |= {"eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "model.json").write_text(json.dumps(facts))
+        return _settings(folder)
+
+    first = told(train__lr=0.001, seed=0, tag="a")
+    assert first.keys() == {*SETTINGS, "family"}
+    assert (first["lr"], first["kappa"]) == (0.001, pytest.approx(0.001 * 128**2))
+    assert math.isnan(first["gain"])
+    assert told(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]
+    assert told(train__lr=0.001, mid__kappa=3)["family"] != first["family"]
+    assert told(train__lr=0.001, train__weight_decay=0)["family"] != first["family"]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from soluscope import plugins
-from soluscope.sweep import expand
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
@@ -66,8 +65,8 @@ def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
 
 def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
     _, first, again = study
-    assert "12 runs, 0 finished already, 12 to train" in first.stderr
-    assert "12 runs, 12 finished already, 0 to train" in again.stderr
+    assert "demo: 12 jobs: 12 waiting" in first.stderr
+    assert "demo: 12 jobs: 12 done" in again.stderr
     assert again.stderr.count("probed already") == 12
 
 
@@ -141,12 +140,6 @@ def test_other_tokens_than_those_trained_on_are_refused(study, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "was trained on the tokens another" in done.stderr.splitlines()[-1]
-
-
-def test_an_override_takes_the_place_of_a_sweeps_values():
-    configs = expand(ROOT / "sweeps" / "demo.yaml", ["study=mine", "seed=2"])
-    assert {config.seed for config in configs} == {2}
-    assert len(configs) == len(VARIANTS)
 
 
 def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(study, tmp_path):

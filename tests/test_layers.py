@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "soluscope"
 ENTRY_POINTS = ("train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py")
 OPEN_SETS = (
-    "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources"
+    "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources",
+    "soluscope.engines",
 )  # fmt: skip
 SLOW = {"torch", "lightning", "transformer_lens", "transformers", "datasets"}
 
@@ -30,6 +31,7 @@ MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 VARIANTS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.variants")))
 PROBES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.probes")))
 CONTROLS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.controls")))
+ENGINES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.engines")))
 REPORT = tuple(sorted(m for m in MODULES if m.startswith("soluscope.report")))
 
 
@@ -104,11 +106,20 @@ ALLOWED = {
     },
     "soluscope.compare": {"stats", "errors", "files", "results"},
     "soluscope.model": {"config", "norms", "variants"},
-    "soluscope.checkpoint": {"plugins", "config", "errors", "files", "model"},
+    "soluscope.checkpoint": {"plugins", "config", "errors", "files", "model", "run_folder"},
     "soluscope.convert": {
         "plugins", "config", "errors", "checkpoint", "model", "norms", "variants",
     },
-    "soluscope.sweep": {"config", "errors", "report", "suite", "training"},
+    "soluscope.run_folder": {"errors", "files"},
+    "soluscope.wandb_client": {"errors"},
+    "soluscope.processes": {"config", "errors", "run_folder"},
+    "soluscope.tracking": {"plugins", "config", "errors", "files", "report.figures", "results", "wandb_client"},
+    "soluscope.sweep": {"config", "errors"},
+    "soluscope.jobs": {"config", "errors", "files", "processes", "run_folder", "training"},
+    "soluscope.launch": {
+        "config", "data.cache", "errors", "jobs", "plugins", "report", "run_folder", "suite", "sweep",
+        "tracking",
+    },
 }  # fmt: skip
 
 
@@ -131,7 +142,7 @@ def test_imports_never_go_in_a_circle() -> None:
 
 
 def test_nothing_imports_the_entry_points_and_only_they_run_the_top_layer() -> None:
-    top = {"soluscope.suite", "soluscope.training", "soluscope.sweep"}
+    top = {"soluscope.suite", "soluscope.training", "soluscope.jobs", "soluscope.launch", *ENGINES}
     for module in MODULES:
         assert not {"train", "eval", "sweeps", "benchmarks"} & imports(MODULES[module]), module
         if module not in top:
@@ -140,7 +151,7 @@ def test_nothing_imports_the_entry_points_and_only_they_run_the_top_layer() -> N
 
 @pytest.mark.parametrize("script", ENTRY_POINTS)
 def test_entry_point_loads_only_what_answers_at_once(script: str) -> None:
-    light = {"config", "errors", "plugins", "sweep"}
+    light = {"config", "errors", "plugins", "run_folder", "jobs", "launch"}
     names = imports(ROOT / script, at_load=True)
     assert {n for n in names if n.startswith("soluscope.")} <= {f"soluscope.{n}" for n in light}
     assert {n for n in names if not n.startswith("soluscope.")} <= sys.stdlib_module_names
@@ -192,7 +203,7 @@ def test_members_of_open_sets_can_be_read_without_torch(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module", ["soluscope", "soluscope.config", "soluscope.results", "soluscope.data.cache",
-               "soluscope.sweep", "soluscope.report"]
+               "soluscope.sweep", "soluscope.jobs", "soluscope.launch", "soluscope.report", *ENGINES]
 )  # fmt: skip
 def test_module_is_loaded_without_torch(module: str) -> None:
     assert not SLOW & reached(module)

@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 from rich.console import Console
-from test_compare import SIX, make_losses
+from test_compare import LARGE, OPTIMA, SIX, make_losses, tuned
 
 from soluscope import plugins, report, results
 from soluscope.compare import UNDEFINED, compare
@@ -1116,3 +1116,202 @@ def test_confirmatory_tests_have_their_own_table():
     assert "solu_ln minus solu_frozen_ln: specificity: A (gain only)" in body
     assert "0.02 [-0.1, 0.14]" in body
     assert "Holm-adjusted p = 1 over 3 tests" in body
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def sweep(
+    arms: dict[str, float], settings: dict[str, dict[str, float | str]], n_seeds: int = 3
+) -> list[Row]:
+    """The comparisons of a study of these arms, and the median r of each run."""
+    losses = make_losses(arms, n_seeds, seed_noise=0.0005, settings=settings)
+    made = compare("synthetic", losses, "abc1234")
+    r = {"statistic": "median", "unit": "share"}
+    runs = losses[["run", "arm", "variant", "seed"]].drop_duplicates().itertuples(index=False)
+    for i, (run, arm, variant, seed) in enumerate(runs):
+        named = {"run": run, "arm": arm, "variant": variant, "seed": int(seed)}
+        made.append(number("engagement", "r", 0.9 - 0.001 * i, 0.01, **r, **named))
+    return made
+
+
+def headings(rows: list[Row]) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", text(page.render(rows)))
+
+
+def drawn(rows: list[Row], heading: str) -> list[go.Figure]:
+    """The figures of a section of the page, as a browser would draw them."""
+    body = page.render(rows).split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
+    found = re.findall(r'<script type="application/json">(.*?)</script>', body, flags=re.S)
+    return [go.Figure(json.loads(one)) for one in found]
+
+
+def points(figure: go.Figure) -> set[tuple[float, float]]:
+    """The points that are joined by lines."""
+    joined = (trace for trace in figure.data if trace.mode == "lines+markers")
+    return {(x, y) for trace in joined for x, y in zip(trace.x, trace.y, strict=True)}
+
+
+def rings(figure: go.Figure) -> set[tuple[float, float]]:
+    ringed = (trace for trace in figure.data if trace.marker.symbol == "circle-open")
+    return {(x, y) for trace in ringed for x, y in zip(trace.x, trace.y, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def swept() -> list[Row]:
+    """Three rates inside whose grid all optima lie but solu's, and LayerNorm at two kappas."""
+    arms, told = tuned(**OPTIMA)
+    for arm in list(arms):
+        if arm.startswith("solu_ln"):
+            told[arm] |= {"kappa": 0.42}
+            other = arm.replace("solu_ln", "solu_ln-kappa42")
+            arms[other] = arms[arm] + 0.01
+            told[other] = told[arm] | {"kappa": 42.0, "family": "solu_ln-kappa42"}
+        if arm.startswith("solu_frozen_ln"):
+            told[arm] |= {"gain": 30.0}
+            for gain, more in ((4.0, 0.01), (200.0, 0.02)):
+                other = arm.replace("solu_frozen_ln", f"solu_frozen_ln-gain{gain}")
+                arms[other] = arms[arm] + more
+                told[other] = told[arm] | {"gain": gain, "family": f"gain {gain}"}
+    return sweep(arms, told)
+
+
+def test_a_study_of_one_rate_and_kappa_has_no_sections_on_sweeps(rows):
+    assert not {"Tuning", "Dose: kappa"} & set(headings(rows))
+    assert "common rate" not in text(page.render(rows))
+
+
+def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):
+    by_rate, by_gain = drawn(swept, "Tuning")
+    for figure, quantity in ((by_rate, "select loss by lr"), (by_gain, "select loss by gain")):
+        curve = [row for row in swept if row.quantity == quantity]
+        assert points(figure) == {(row.x, row.value) for row in curve}
+        assert rings(figure) == {(row.x, row.value) for row in curve if row.arm == row.group}
+    assert {axis.type for axis in by_rate.select_xaxes() if axis.title.text} == {"log"}
+    lines = [trace for trace in by_rate.data if trace.mode == "lines+markers"]
+    assert {trace.name for trace in lines} == {
+        "gelu", "solu", "solu_frozen_ln, gain 4", "solu_frozen_ln, gain 30", "solu_frozen_ln, gain 200",
+        "solu_ln, kappa 0.42", "solu_ln, kappa 42",
+    }  # fmt: skip
+    assert all(len(trace.x) == 4 for trace in lines)
+    assert all(any(trace.error_y.array) for trace in lines)
+
+
+def test_an_optimum_at_the_edge_comes_before_all_verdicts(swept):
+    first = words.headline(swept)[0]
+    assert first.startswith("No comparison here is to be believed yet")
+    assert (
+        "for solu-lr0.008 (lr 0.008 is the highest of 0.001, 0.002, 0.004, 0.008). Widen" in first
+    )
+    body = text(page.render(swept))
+    assert body.count(markup.escape(first)) == 2
+    assert '<p class="warn">No comparison' in body
+
+
+def test_optima_inside_their_grids_leave_the_verdict_first():
+    arms, told = tuned(**OPTIMA | {"solu": 0.004})
+    made = sweep(arms, told)
+    assert "to be believed" not in text(page.render(made))
+    assert words.headline(made)[0].startswith(
+        "LayerNorm lowers the loss (solu_ln-lr0.002, 3 seeds)"
+    )
+
+
+def test_a_gain_at_the_edge_of_its_grid_is_said():
+    arms = {"solu": 3.1, "solu_ln": 3.02, "solu_gain-a": 3.06, "solu_gain-b": 3.04}
+    told = {"solu_gain-a": {"gain": 8.0}, "solu_gain-b": {"gain": 32.0}}
+    first = words.headline(sweep(arms, told))[0]
+    assert "for solu_gain-b (gain 32 is the highest of 8, 32). Widen" in first
+
+
+def test_the_page_compares_arms_at_the_rates_that_were_chosen(swept):
+    passed_over = {f"gelu-lr{lr}" for lr in (0.001, 0.004, 0.008)}
+    body = text(page.render(swept))
+    tuning = body.index("<h2>Tuning</h2>"), body.index("<h2>Loss</h2>")
+    where = body.index("<h2>Where this comes from</h2>")
+    for arm in passed_over:
+        assert arm in body[slice(*tuning)]
+        assert arm not in body[tuning[1] : where]
+    assert "gelu-lr0.002" in body[tuning[1] : where]
+
+
+def test_phi_dyn_is_drawn_against_kappa_and_against_a_common_rate(swept):
+    (dose,) = drawn(swept, "Dose: kappa")
+    kappa = {row.arm: row.value for row in swept if row.group == "kappa"}
+    chosen = {"solu_ln-lr0.002", "solu_ln-kappa42-lr0.002"}
+    wanted = {
+        (kappa[row.arm], row.value)
+        for row in swept
+        if row.arm in chosen and row.cluster == "seed"
+        if row.quantity in ("loss", "static - LN", "Phi_dyn")
+    }
+    r = {
+        (kappa[row.arm], row.value)
+        for arm in chosen
+        for row in findings.engagement(swept, arm, "not BOS")
+    }
+    assert len(wanted) == 6
+    assert len(r) == 6
+    assert points(dose) == wanted | r
+    *_, common = drawn(swept, "Phi_dyn and its terms")
+    at_rates = {
+        (row.x, row.value)
+        for row in swept
+        if row.quantity.endswith(" at a common rate") and row.cluster == "seed"
+        if row.value is not None
+    }
+    assert points(common) == at_rates
+    assert len({x for x, _ in at_rates}) == 4
+
+
+def test_an_undefined_phi_dyn_has_no_point_and_is_named():
+    arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-a": 2.98, "solu_ln-b": 3.04}
+    told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
+    made = sweep(arms, told, n_seeds=8)
+    assert "Phi_dyn is undefined at kappa 42: see above." in text(page.render(made))
+    (figure,) = drawn(made, "Dose: kappa")
+    phi = next(row for row in made if row.quantity == "Phi_dyn" and row.value is not None)
+    assert (0.42, phi.value) in points(figure)
+
+
+def test_one_size_has_its_own_figures_and_terminal_table():
+    small = {f"{arm}-d64": loss for arm, loss in SIX.items()}
+    large = {f"{arm}-d128": loss - 0.5 for arm, loss in SIX.items()}
+    made = sweep(small | large, dict.fromkeys(large, LARGE))
+    of_small, of_large = drawn(made, "Paired differences")
+    for figure, mine, other in ((of_small, "-d64", "-d128"), (of_large, "-d128", "-d64")):
+        shown = figure.to_json()
+        assert mine in shown
+        assert other not in shown
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(report.table(made))
+    shown = console.export_text()
+    assert shown.index("d_model 64, d_mlp 256, n_heads 4") < shown.index("solu_ln-d64")
+    assert shown.index("solu_ln-d64") < shown.index("d_model 128, d_mlp 512, n_heads 8")
+    assert len(re.findall(r"minus solu_ln-d64 *\u2503", shown)) == 1
+
+
+def test_the_terminal_says_what_was_chosen_and_whether_it_is_at_the_edge(swept):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(report.table(swept))
+    shown = console.export_text()
+    lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in shown.splitlines()]
+    grid = "0.001, 0.002, 0.004, 0.008"
+    assert ["solu-lr0.008", "lr 0.008", grid, "AT THE UPPER EDGE"] in lines
+    assert ["solu_ln-lr0.002", "lr 0.002", grid, "inside"] in lines
+    assert ["solu_frozen_ln-lr0.004", "gain 30", "4, 30, 200", "inside"] in lines
+    doses = [line for line in lines if line and line[0] in ("0.42", "42")]
+    assert [len(line) for line in doses] == [4, 4]
+    assert "more in the report" in shown
+
+
+def test_names_in_sweeps_are_escaped(swept):
+    bad = "<b>x</b>"
+    marked = [
+        replace(row, arm=row.arm.replace("gelu", bad), variant=row.variant.replace("gelu", bad),
+                group=row.group.replace("gelu", bad))
+        for row in swept
+    ]  # fmt: skip
+    assert bad not in text(page.render(marked))
+    for figure in drawn(marked, "Tuning"):
+        assert bad not in str(figure.to_plotly_json())

@@ -139,6 +139,32 @@ def test_sigterm_saves_where_it_was(tmp_path):
     assert torch.load(saved, weights_only=True)["global_step"] in (20, 21)
 
 
+def test_ctrl_c_within_a_step_is_heard_after_it_and_the_run_goes_on_bit_for_bit(
+    tmp_path, monkeypatch
+):
+    words = ["variant=solu_ln", "train.steps=12"]
+    whole = train_silently(tiny_config(tmp_path, "study=whole", *words))
+    real, steps = torch.optim.AdamW.step, []
+
+    def interrupted(self, *rest, **options):
+        done = real(self, *rest, **options)
+        steps.append(len(steps) + 1)
+        if len(steps) == 7:  # the weights have moved, and Lightning has not counted it yet
+            os.kill(os.getpid(), signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    config = tiny_config(tmp_path, "study=stopped", *words)
+    with pytest.raises(KeyboardInterrupt):
+        train_silently(config)
+    assert len(steps) == 7
+    saved = config.run_dir / "checkpoints" / "last.ckpt"
+    assert torch.load(saved, weights_only=True)["global_step"] == 7
+    train_silently(config)
+    left, right = (load_file(run / "model.safetensors") for run in (whole, config.run_dir))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
 def test_a_finished_run_is_left_alone(tmp_path):
     config = tiny_config(tmp_path, "variant=gelu", "train.steps=3", "train.warmup_steps=0")
     run_dir = train_silently(config)

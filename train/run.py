@@ -9,6 +9,7 @@ Words are key=value, or YAML files whose keys come before the command line's.
 
 from soluscope.config import load_config, to_yaml, train_help
 from soluscope.errors import run_command
+from soluscope.run_folder import is_done
 
 
 def main(arguments: list[str]) -> None:
@@ -21,7 +22,7 @@ def main(arguments: list[str]) -> None:
         return
     from soluscope.training import train  # here, so that the lines above answer at once
 
-    was_done = (config.run_dir / "done.json").is_file()
+    was_done = is_done(config.run_dir)
     run_dir = train(config)
     print(f"{run_dir} {'was finished already' if was_done else 'is finished'}")
 

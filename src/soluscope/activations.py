@@ -1,7 +1,7 @@
 """What a probe sees: one layer's activations on one stream of text, token by token.
 
-Models reach this module as HookedTransformers, wherever they come from; nothing here knows how they
-were trained.
+Models reach this module as HookedTransformers, wherever they come from, or under the same names
+(bridge.py); nothing here knows how they were trained.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.components import LayerNorm, LayerNormPre, RMSNorm, RMSNormPre
 
 from soluscope.errors import UserError
 from soluscope.streams import Stream
 
 ROWS_AT_ONCE = 16
+
+CENTRES = {
+    "LayerNorm": True, "LayerNormPre": True, "RMSNorm": False, "RMSNormPre": False,
+    "NormalizationBridge": True, "LayerNormPreBridge": True,
+    "RMSNormalizationBridge": False, "RMSNormPreBridge": False,
+}  # fmt: skip
+"""Whether a final norm subtracts the mean, by its class in TransformerLens: four of 3.9, four of 4.x."""
 
 
 @dataclass(frozen=True)
@@ -262,15 +268,18 @@ def _readout(model: Any, block: Any) -> Readout:
         W_out=_own(mlp.W_out), b_out=_own(mlp.b_out), gamma=_own(getattr(norm, "w", None), n, 1.0, mlp),
         beta=_own(getattr(norm, "b", None), n, 0.0, mlp), ln_w=_own(getattr(final, "w", None), d, 1.0, mlp),
         ln_b=_own(getattr(final, "b", None), d, 0.0, mlp), ln_eps=final.eps,
-        ln_centred=isinstance(final, LayerNorm | LayerNormPre),
+        ln_centred=CENTRES[type(final).__name__],
         W_U=_own(model.unembed.W_U), b_U=_own(model.unembed.b_U),
     )  # fmt: skip
 
 
 def _own(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
-    """A weight on the CPU, outside the graph; where there is none, what its absence means."""
+    """A weight on the CPU, outside the graph; where there is none, what its absence means.
+
+    4.x stores transposes. Products with those round otherwise, so they are laid out as in 3.9.
+    """
     if weight is not None:
-        return weight.detach().cpu()
+        return weight.detach().cpu().contiguous()
     return torch.full((n,), otherwise, dtype=like.W_out.dtype)
 
 
@@ -297,7 +306,7 @@ def check_model(model: Any) -> None:
     """Refuse what the probes cannot read, in one line."""
     if model.cfg.attn_only:
         raise UserError("the model has no MLP: the probes are about what stands in its middle")
-    if not isinstance(model.ln_final, LayerNorm | LayerNormPre | RMSNorm | RMSNormPre):
+    if type(model.ln_final).__name__ not in CENTRES:
         raise UserError(
             f"the model's final norm is {type(model.ln_final).__name__}: the closed forms need LayerNorm "
             "or RMSNorm before the unembedding"

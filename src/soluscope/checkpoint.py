@@ -6,15 +6,13 @@ model.safetensors    final weights under TransformerLens's names
 model.json           facts about the model (`Facts`)
 metrics.jsonl        loss by step and tokens
 done.json            written last; its absence means: resume
+failed.json          why the last try ended, until the next one begins
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +28,7 @@ from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
+from soluscope.run_folder import forget_failure, is_done, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,15 @@ def claim(config: Config) -> str:
         UserError: if the folder is of another configuration, or cannot be written.
     """
     saved = config.run_dir / "config.yaml"
-    if (config.run_dir / "done.json").is_file():
+    if is_done(config.run_dir):
         state = "done"
     else:
         state = "resume" if last_checkpoint(config.run_dir).is_file() else "start"
     if state == "start":  # what a start that was refused left behind binds nobody
         write_text(saved, to_yaml(config))
     else:
+        if not saved.is_file():
+            raise UserError(f"{saved} is missing: delete {config.run_dir} to train the run again")
         differing = differences(read_config(saved), config)
         if differing:
             raise UserError(
@@ -101,31 +102,10 @@ def claim(config: Config) -> str:
                 + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
                 + "): set tag= or study= to train this one beside it"
             )
+    if state != "done":
+        (config.run_dir / "done.json").unlink(missing_ok=True)  # of a folder that is not whole
+        forget_failure(config.run_dir)
     return state
-
-
-@contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process. The kernel lets go when the process ends, however it ends."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {run_dir}: {error.strerror}; choose another runs_dir"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is at work in {run_dir}: wait for it, or set tag= or study="
-            ) from error
-        yield
-
-
-def last_checkpoint(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / "last.ckpt"
 
 
 def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:

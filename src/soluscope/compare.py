@@ -5,15 +5,19 @@ measured on the same documents. Each difference comes twice: with the interval f
 new documents (`cluster="seed"`), which a claim about a variant needs, and with the interval for
 these trained models on new documents (`cluster="document"`).
 
-Source: science.md sections 4 and 5.
+Models of one size are compared with each other and with no others, and an arm that was trained at
+several learning rates with its best one.
+
+Source: science.md sections 4, 5 and 10.2.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -37,13 +41,25 @@ TWIN = "solu_frozen_ln"
 """What differs from solu_ln in nothing but having one gain for all tokens."""
 PRIMARY = ("static - LN", "Phi_dyn")
 """Quantities whose test is of the primary family: the second is 0 where the first is."""
+SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
+"""Settings that make models comparable: differences are never taken between two sizes."""
+SETTINGS = (*SIZE, "lr", "kappa", "gain")
+"""What is told of each arm; `kappa` and `gain` of those whose mid norm has one."""
+SETTING = "setting"
+"""Quantity of a row that tells one of them, its name in `group`."""
+BY_RATE, BY_GAIN = "select loss by lr", "select loss by gain"
+"""Quantities of the points of the curves on which a rate and a gain were chosen."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Arm:
     name: str
     variant: str
     config: str
+    family: str
+    """The same for arms that differ in nothing but their learning rate."""
+    settings: dict[str, float]
+    """Those of `SETTINGS` that it has; a gain that differs by seed is the seeds' median."""
     select: dict[int, float]
     """Loss on the select split by seed, nats a token: for choosing."""
     report: dict[int, Floats]
@@ -52,34 +68,54 @@ class _Arm:
 
 @dataclass(frozen=True)
 class _Arms:
-    """What was measured, and the choices made among it."""
+    """What was measured of one size, and the choices made among it."""
 
     study: str
     commit: str
+    size: str
+    """What tells this size from the study's others, in words; empty if there is one."""
     counts: Floats
     """Target tokens of the report split, [document]."""
     arms: tuple[_Arm, ...]
 
-    def of(self, variants: Iterable[str]) -> list[_Arm]:
-        wanted = set(variants)
-        return [arm for arm in self.arms if arm.variant in wanted]
+    @cached_property
+    def families(self) -> list[list[_Arm]]:
+        """Arms that differ in nothing but their rate, from the lowest rate up.
 
-    def best(self, variants: Sequence[str]) -> tuple[_Arm, str] | None:
-        """The arm with the lowest mean loss on select, and how it was chosen; None without one.
-
-        Chosen once and for all seeds, on documents that are not reported: the best of several on
-        the report split itself would be too good. Seeds that not all have are left out, so that an
-        arm does not win by its seeds.
+        Those of one rate under two names, such as on two machines, were named apart to be compared.
         """
-        candidates = self.of(variants)
+        found: dict[str, list[_Arm]] = {}
+        for arm in self.arms:
+            found.setdefault(arm.family, []).append(arm)
+        families = []
+        for alike in found.values():
+            alike.sort(key=lambda arm: arm.settings["lr"])
+            apart = len({arm.settings["lr"] for arm in alike}) < len(alike)
+            families += [[arm] for arm in alike] if apart else [alike]
+        return families
+
+    @cached_property
+    def tuned(self) -> list[_Arm]:
+        """The best rate's arm of each family: what is compared."""
+        chosen = {_choose(family)[0].name for family in self.families}
+        return [arm for arm in self.arms if arm.name in chosen]
+
+    def family(self, of: _Arm) -> list[_Arm]:
+        return next(family for family in self.families if of in family)
+
+    def best(self, variants: Sequence[str], lr: float | None = None) -> tuple[_Arm, str] | None:
+        """The best of the variants' arms and how it was chosen; None without one.
+
+        Each arm at its own best rate, or at the rate `lr` where that is given.
+        """
+        arms = self.tuned if lr is None else [a for a in self.arms if a.settings["lr"] == lr]
+        candidates = [arm for arm in arms if arm.variant in variants]
         if not candidates:
             return None
-        shared = set.intersection(*(set(arm.select) for arm in candidates))
-        losses = {
-            arm.name: float(np.mean([arm.select[seed] for seed in shared or arm.select]))
-            for arm in candidates
-        }
-        chosen = min(candidates, key=lambda arm: (losses[arm.name], arm.name))
+        chosen, losses = _choose(candidates)
+        n_rates = len(self.family(chosen)) if lr is None else 1
+        if len(candidates) == 1 and n_rates > 1:
+            return chosen, f"{chosen.name}, the best of {n_rates} rates on the select split"
         if len(candidates) == 1:
             return chosen, f"{chosen.name}, the only arm"
         return chosen, (
@@ -119,7 +155,7 @@ class _Arms:
             n=n_seeds,
             n_clusters=n_seeds if cluster == "seed" else interval.n_clusters,
             cluster=cluster,
-            note=note,
+            note=_also(note, self.size),
             commit=self.commit,
             config=arm.config,
         )
@@ -143,17 +179,39 @@ class _Arms:
         ]
 
 
+def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
+    """The arm with the lowest mean loss on select, and the losses of all by name.
+
+    Chosen once and for all seeds, on documents that are not reported: the best of several on the
+    report split itself would be too good.
+    """
+    losses = {name: float(np.mean(by_seed)) for name, by_seed in _select(candidates).items()}
+    return min(candidates, key=lambda arm: (losses[arm.name], arm.name)), losses
+
+
+def _select(candidates: Sequence[_Arm]) -> dict[str, list[float]]:
+    """Losses on the select split by arm, one a seed.
+
+    Seeds that not all have are left out, so that an arm does not win by its seeds.
+    """
+    shared = set.intersection(*(set(arm.select) for arm in candidates))
+    return {arm.name: [arm.select[seed] for seed in shared or arm.select] for arm in candidates}
+
+
 def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
     """All comparisons that the arms of a study allow; what needs a missing arm is not there.
 
-    Where a variant other than `solu_ln` has several arms (gains, learning rates), the one with the
-    lowest loss on the select split stands for it; each `solu_ln` arm is compared by itself.
+    Sizes are compared each by itself. Of arms that differ in nothing but their learning rate, the
+    one with the lowest loss on the select split is compared. Where a variant other than `solu_ln` then
+    has several arms (gains), the one with the lowest loss on select stands for it; each `solu_ln`
+    arm (kappas) is compared by itself.
 
     Args:
         study: name of the study.
         losses: one row a (run, split, document), with columns run, arm, variant, seed, split
             (`select` or `report`), document, loss_sum (nats, over targets that are not BOS),
-            n_tokens (those targets), config.
+            n_tokens (those targets), config, family (the same for runs that differ in nothing but
+            seed and learning rate), and `SETTINGS` (nan for what a run has not).
         commit: of the code that measured.
 
     Returns:
@@ -163,17 +221,33 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
         `gain of LN`, L(solu) - L(solu_ln), for each solu_ln arm;
         `static - LN`, L(best static) - L(solu_ln), its equivalence verdict in `note`;
         `Phi_dyn`, `static - LN` as a share of `gain of LN`, or None and a note that starts with
-        `UNDEFINED`; `telescoping: a - b`, which sum to the gain of LN.
-        Differences over two seeds or more have the exact sign-flip `p`. `static - LN` and `Phi_dyn`
-        of all solu_ln arms are the primary family, with `p_adj` after Holm's correction.
+        `UNDEFINED`; `telescoping: a - b`, which sum to the gain of LN;
+        `BY_RATE` and `BY_GAIN`, the points of the curves on which a rate or a gain was chosen,
+        stream `select`, the setting in `x`, the chosen arm in `group`, and in the chosen arm's
+        `note` whether it lies inside the grid;
+        the first three terms with ` at a common rate`, the rate in `x` and the tuned arm in
+        `group`, where a solu_ln arm was trained at several; `SETTING` of each arm.
+        Where there are several sizes, `note` ends with the row's. Differences over two seeds or
+        more have the exact sign-flip `p`. `static - LN` and `Phi_dyn` of all solu_ln arms are the
+        primary family, with `p_adj` after Holm's correction.
 
     Raises:
-        UserError: if a run was not measured on the documents of the others, or two runs have the
-            same arm and seed.
+        UserError: if a run was not measured on the documents of the others of its size, two runs
+            have the same arm and seed, or an arm's runs differ in their settings.
 
-    Source: science.md sections 4 and 5.
+    Source: science.md sections 4, 5 and 10.2.
     """
-    arms = _read(study, losses, commit)
+    if losses.empty:
+        raise UserError("no losses to compare: measure them with 'python eval/run.py'")
+    _check_settings(losses)
+    sizes = [_read(study, table, commit, size) for size, table in _by_size(losses)]
+    rows = [row for arms in sizes for row in _compared(arms)]
+    rows += [row for arms in sizes for row in (*_tuning(arms), *_settings(arms))]
+    return _adjust_primary(rows)
+
+
+def _compared(arms: _Arms) -> list[Row]:
+    """The comparisons within one size, each arm at its own best rate."""
     rows = []
     for arm in arms.arms:
         per_seed = [arm.report[seed].sum() / arms.counts.sum() for seed in sorted(arm.report)]
@@ -182,23 +256,87 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
         rows.append(arms.row("loss", arm, interval, "seed", len(per_seed), note=note))
 
     gelu = arms.best(["gelu"])
-    normed = arms.of(["solu_ln"])
+    normed = [arm for arm in arms.tuned if arm.variant == "solu_ln"]
     for reference in ([gelu[0]] if gelu else []) + normed:
-        for arm in arms.arms:
+        for arm in arms.tuned:
             if arm is not reference:
                 rows += arms.contrast("difference", arm, arm, reference, f"minus {reference.name}")
-
-    plain, static = arms.best(["solu"]), arms.best(STATIC)
     for ln in normed:
-        if plain is not None:
-            rows += arms.contrast("gain of LN", ln, plain[0], ln, note=_stand_in("solu", *plain))
-        if static is not None:
-            rows += _static_minus_ln(arms, *static, ln)
-        if plain is not None and static is not None:
-            rows += _phi_dyn(arms, plain[0], *static, ln)
-        if plain is not None:
-            rows += _telescoping(arms, ln)
-    return _adjust_primary(rows)
+        rows += _share(arms, ln)
+        rows += _telescoping(arms, ln)
+    return rows
+
+
+def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Row]:
+    """The gain of LN, what of it the best static arm does not reach, and the share of the one in the other."""
+    rows = []
+    plain, static = arms.best(["solu"], lr), arms.best(STATIC, lr)
+    if plain is not None:
+        rows += arms.contrast("gain of LN", ln, plain[0], ln, note=_stand_in("solu", *plain))
+    if static is not None:
+        rows += _static_minus_ln(arms, *static, ln)
+    if plain is not None and static is not None:
+        rows += _phi_dyn(arms, plain[0], *static, ln)
+    return rows
+
+
+def _tuning(arms: _Arms) -> list[Row]:
+    """The curves on which rates and gains were chosen, and what a rate common to all arms would give."""
+    rows = []
+    for family in arms.families:
+        if len(family) > 1:
+            rows += _curve(arms, BY_RATE, "lr", family)
+    for variant in sorted({arm.variant for arm in arms.tuned}):
+        static = [arm for arm in arms.tuned if arm.variant == variant and "gain" in arm.settings]
+        if len({arm.settings["gain"] for arm in static}) > 1:
+            rows += _curve(arms, BY_GAIN, "gain", static)
+    for ln in arms.tuned:
+        family = arms.family(ln) if ln.variant == "solu_ln" else []
+        for one in family if len(family) > 1 else []:
+            lr = one.settings["lr"]
+            rows += [
+                replace(row, quantity=f"{row.quantity} at a common rate", x=lr, group=ln.name)
+                for row in _share(arms, one, lr)
+            ]
+    return rows
+
+
+def _curve(arms: _Arms, quantity: str, setting: str, candidates: Sequence[_Arm]) -> list[Row]:
+    """Loss on the select split against a setting, and where on the grid the least of it lies.
+
+    Source: science.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
+    """
+    chosen, _ = _choose(candidates)
+    grid = [arm.settings[setting] for arm in candidates]
+    at = chosen.settings[setting]
+    place = (
+        "at the lower edge of the grid" if at == min(grid)
+        else "at the upper edge of the grid" if at == max(grid)
+        else "inside the grid"
+    )  # fmt: skip
+    rows = []
+    for arm in sorted(candidates, key=lambda arm: arm.settings[setting]):
+        by_seed = _select(candidates)[arm.name]
+        note = f"chosen, {place}" if arm is chosen else ""
+        row = arms.row(
+            quantity, arm, stats.paired_seeds(by_seed), "seed", len(by_seed), chosen.name, note=note
+        )
+        rows.append(replace(row, stream="select", x=arm.settings[setting]))
+    return rows
+
+
+def _settings(arms: _Arms) -> list[Row]:
+    """Each arm's settings, so that readers need not take its name apart."""
+    units = {"gain": "1 / activation", "kappa": "eps d_mlp^2", "tokens": "tokens"}
+    return [
+        Row(
+            study=arms.study, probe="comparison", quantity=SETTING, group=name, value=value,
+            unit=units.get(name, ""), arm=arm.name, variant=arm.variant, positions="all",
+            n=len(arm.report), note=arms.size, commit=arms.commit, config=arm.config,
+        )
+        for arm in arms.arms
+        for name, value in arm.settings.items()
+    ]  # fmt: skip
 
 
 def _adjust_primary(rows: list[Row]) -> list[Row]:
@@ -229,7 +367,8 @@ def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
     probe tests, with the exact sign-flip p, corrected after Holm over all of them.
 
     Args:
-        rows: of the study's runs.
+        rows: of the study's runs, and `compare`'s: arms of another size, and those whose rate was
+            not chosen, are left out.
         tested: quantity by probe.
 
     Returns:
@@ -239,9 +378,14 @@ def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
     Source: science.md section 5, "Families".
     """
     found = []
-    twins = sorted({row.arm for row in rows if row.variant == TWIN})
-    for arm in sorted({row.arm for row in rows if row.variant == "solu_ln" and row.run}):
+    passed_over = {row.arm for row in rows if row.quantity == BY_RATE and row.arm != row.group}
+    sizes = {row.arm: row.note for row in rows if row.quantity == SETTING}
+    twins = sorted({row.arm for row in rows if row.variant == TWIN} - passed_over)
+    normed = {row.arm for row in rows if row.variant == "solu_ln" and row.run}
+    for arm in sorted(normed - passed_over):
         for twin in twins:
+            if sizes.get(arm) != sizes.get(twin):
+                continue
             for probe, quantity in tested.items():
                 found += _paired_probe(rows, probe, quantity, arm, twin)
     names = [f"{row.arm} {row.quantity} {row.group}" for row in found]
@@ -383,12 +527,30 @@ def _shared(*arms: _Arm) -> list[int]:
     return sorted(set.intersection(*(set(arm.report) for arm in arms)))
 
 
-def _read(study: str, losses: pd.DataFrame, commit: str) -> _Arms:
-    """Losses as arrays over one order of documents, or the run that does not fit the others."""
+def _check_settings(losses: pd.DataFrame) -> None:
+    """One arm is one setting, whatever the seed; a gain measured at the start has the seed's value."""
+    for arm, table in losses.groupby("arm"):
+        for name in SETTINGS:
+            values = sorted(table[name].dropna().unique())
+            if len(values) > 1 and name != "gain":
+                raise UserError(
+                    f"runs of arm {arm!r} differ in {name} ({values[0]:g} and {values[-1]:g}), and an arm is"
+                    " one setting at several seeds: move one of them to another study"
+                )
+
+
+def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The losses of each size, the smallest first, and what tells it from the others."""
+    sizes = list(losses.groupby(list(SIZE), sort=True))
+    differing = [i for i in range(len(SIZE)) if len({shape[i] for shape, _ in sizes}) > 1]
+    for shape, table in sizes:
+        yield ", ".join(f"{SIZE[i]} {shape[i]:.0f}" for i in differing), table
+
+
+def _read(study: str, losses: pd.DataFrame, commit: str, size: str) -> _Arms:
+    """Losses of one size as arrays over one order of documents, or the run that does not fit the others."""
     ordered = losses.sort_values(["run", "split", "document"], kind="stable")
     runs = {str(name): table for name, table in ordered.groupby("run", sort=True)}
-    if not runs:
-        raise UserError("no losses to compare: measure them with 'python eval/run.py'")
     measured = {
         name: digest(table[["split", "document", "n_tokens"]].to_numpy().tolist())
         for name, table in runs.items()
@@ -407,11 +569,20 @@ def _read(study: str, losses: pd.DataFrame, commit: str) -> _Arms:
         select, report = (table[table["split"] == split] for split in ("select", "report"))
         if select.empty or report.empty:
             raise UserError(f"run {name!r} of {study!r} lacks the select or the report split")
-        fresh = _Arm(str(first["arm"]), str(first["variant"]), str(first["config"]), {}, {})
-        arm = arms.setdefault(fresh.name, fresh)
+        arm = arms.setdefault(str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]]))
         if seed in arm.report:
             raise UserError(f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}")
         arm.select[seed] = float(select["loss_sum"].sum() / select["n_tokens"].sum())
         arm.report[seed] = report["loss_sum"].to_numpy(dtype=np.float64)
     counts = report["n_tokens"].to_numpy(dtype=np.float64)
-    return _Arms(study, commit, counts, tuple(arms[name] for name in sorted(arms)))
+    return _Arms(study, commit, size, counts, tuple(arms[name] for name in sorted(arms)))
+
+
+def _arm(table: pd.DataFrame) -> _Arm:
+    """An arm before its losses, from the rows of all of its runs."""
+    first = table.iloc[0]
+    settings = table.groupby("run")[list(SETTINGS)].first().median()
+    return _Arm(
+        str(first["arm"]), str(first["variant"]), str(first["config"]), str(first["family"]),
+        {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},
+    )  # fmt: skip

@@ -53,6 +53,17 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the initial weights; W_pos starts at half of it."""
 
+    def training_flops(self, d_vocab: int) -> float:
+        """Floating-point operations of the matrix products of one training step, a token of it.
+
+        Forward once and backward twice that: 2 operations a weight and token, and attention's two products
+        over the whole ctx; the last place of a row has no target, hence no logits.
+        """
+        weights = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
+        attention = self.n_layers * 2 * self.ctx * self.d_model
+        logits = d_vocab * self.d_model * (self.ctx - 1) / self.ctx
+        return 3 * 2 * (weights + attention + logits)
+
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_mlp", "n_layers"):
             check(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be 1 or more")
@@ -133,11 +144,16 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     threads: int | None = None
-    """CPU threads; sums depend on it in their last bits. null: one for each core of the process."""
+    """CPU threads; sums depend on it in their last bits. null: the process's cores, shared
+    between train.devices."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on cuda, fp32 on cpu. The mid norm is fp32 in both."""
     compile: bool | None = None
     """torch.compile. null: on cuda."""
+    devices: int = 1
+    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch."""
+    nodes: int = 1
+    """Machines that train this one model together; each starts the same command."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -147,6 +163,8 @@ class TrainConfig:
             "log_every",
             "checkpoint_every",
             "threads",
+            "devices",
+            "nodes",
         )
         for name in counts:
             value = getattr(self, name)
@@ -154,6 +172,11 @@ class TrainConfig:
         check(
             self.batch_size % self.micro_batches == 0,
             f"train.micro_batches={self.micro_batches} does not divide train.batch_size={self.batch_size}",
+        )
+        check(
+            self.batch_size % (self.micro_batches * self.n_processes) == 0,
+            f"train.devices={self.devices} times train.nodes={self.nodes} does not divide a micro-batch's "
+            f"{self.batch_size // self.micro_batches} rows: set train.batch_size",
         )
         check(
             0 <= self.warmup_steps <= self.steps,
@@ -170,6 +193,11 @@ class TrainConfig:
         share = self.final_lr_share
         check(0 <= share <= 1, f"train.final_lr_share={share} must be in [0, 1]")
         check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must be 0 or more")
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that train one model together."""
+        return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
@@ -188,6 +216,9 @@ class Config:
     """Tells arms of one variant apart; goes into the run folder's name."""
     runs_dir: str = "runs"
     """Where studies lie."""
+    wandb: Literal["offline", "online", "off"] | None = None
+    """Where curves go beside metrics.jsonl. null: online with a wandb key, offline without one, off
+    where wandb is not installed. WANDB_PROJECT and WANDB_ENTITY say where to; `wandb sync` uploads."""
     mid: Any = None
     """The variant's own parameters, below."""
     corpus: Any = None
@@ -256,9 +287,9 @@ class EvalConfig:
 
 # Keys that move no number beyond rounding, so that a run may be resumed with others; of which tokens
 # it is made is held by the study's data.json.
-_PLACES = ("study", "tag", "runs_dir", "tokens.cache_dir", "tokens.prepared", "train.rates",
+_PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates",
            "train.log_every", "train.checkpoint_every", "train.device", "train.threads",
-           "train.compile")  # fmt: skip
+           "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
 def _determining(values: dict[str, Any]) -> dict[str, Any]:
@@ -323,7 +354,7 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     """The layers merged and typed, relations not yet checked: what `--cfg` prints."""
     files, overrides = _split_arguments(arguments)
     layers = [read_yaml(configs_dir() / "base.yaml"), *(read_yaml(path) for path in files)]
-    command_line = _from_dotlist(overrides)
+    command_line = _from_dotlist(_spell_out_arm(overrides))
     chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
     groups = {
         "data": chosen.get("data"),
@@ -364,6 +395,10 @@ def _typed_base(variant: str, data: str) -> DictConfig:
 def read_config(path: Path) -> Config:
     """The resolved configuration saved with a run."""
     check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
+    check(
+        path.read_bytes().endswith(b"\n"),
+        f"{path} was cut: delete {path.parent} to train the run again",
+    )
     saved = read_yaml(path)
     for key in ("variant", "data"):
         check(
@@ -372,10 +407,12 @@ def read_config(path: Path) -> Config:
     return to_config(_merge(_typed_base(saved.variant, saved.data), saved))
 
 
-def load_typed(schema: type[T], arguments: Sequence[str], default_file: str) -> T:
+def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
     """A configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
     files, overrides = _split_arguments(arguments)
-    layers = [read_yaml(configs_dir() / default_file), *(read_yaml(path) for path in files)]
+    if default_file is not None:
+        files.insert(0, configs_dir() / default_file)
+    layers = [read_yaml(path) for path in files]
     merged = _merge(OmegaConf.structured(schema), *layers, _from_dotlist(overrides))
     loaded: T = _to_object(merged)
     return loaded
@@ -462,13 +499,45 @@ def read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
+def _spell_out_arm(overrides: list[str]) -> list[str]:
+    """`arm="solu_ln mid.kappa=42"` in its parts: a variant and its own words, which name the run too.
+
+    So one parameter of a sweep holds arms that differ in several keys, and in different ones.
+    """
+    spelled: list[str] = []
+    tags: list[str] = []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key != "arm":
+            spelled.append(word)
+            continue
+        variant, *parts = value.split() or [""]
+        for part in parts:
+            check("=" in part, f"arm={value!r}: wanted a variant and key=value words, not {part!r}")
+        spelled += [f"variant={variant}", *parts]
+        tags = [short_name(*part.split("=", 1)) for part in parts]
+    if not tags:
+        return spelled
+    given = [word.partition("=")[2] for word in spelled if word.startswith("tag=")]
+    rest = [word for word in spelled if not word.startswith("tag=")]
+    return [*rest, "tag=" + "-".join([*tags, *(tag for tag in given[-1:] if tag)])]
+
+
+def short_name(key: str, value: object) -> str:
+    """`kappa0.42` for mid.kappa=0.42: how a value is told in a run's name."""
+    return f"{key.rpartition('.')[2]}{value}"
+
+
 def _from_dotlist(overrides: list[str]) -> DictConfig:
     for word in overrides:
         try:
             OmegaConf.from_dotlist([word])
         except Exception as error:
             raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
-    return OmegaConf.from_dotlist(overrides)
+    layer = OmegaConf.from_dotlist(overrides)
+    if layer.get("wandb") is False:  # YAML reads `off` so
+        layer.wandb = "off"
+    return layer
 
 
 def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:

@@ -27,8 +27,8 @@ from soluscope import plugins, results, streams
 from soluscope.ablation import loss_at_post
 from soluscope.activations import HookedRun, check_model, observe
 from soluscope.calibration import check_gates, false_positives
-from soluscope.checkpoint import Facts, code_hash, commit, load_facts, lock
-from soluscope.compare import compare, confirm
+from soluscope.checkpoint import Facts, code_hash, commit, load_facts
+from soluscope.compare import SETTINGS, compare, confirm
 from soluscope.config import EvalConfig, read_config
 from soluscope.convert import SoluscopeTransformer, load
 from soluscope.data.cache import TokenCache, open_cache, prepare
@@ -36,8 +36,10 @@ from soluscope.errors import UserError
 from soluscope.files import digest, replacing, write_text
 from soluscope.probes import Probe
 from soluscope.results import Row
+from soluscope.run_folder import is_done, lock
 from soluscope.stats import document_bootstrap
 from soluscope.summaries import parameters, summarise, token_table
+from soluscope.tracking import send_probes
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
@@ -75,9 +77,9 @@ def _say_at(say: Say, place: str, text: str) -> None:
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if (folder / "done.json").is_file():
+    if is_done(folder):
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/done.json"))
+    found = sorted(path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
     return found
@@ -140,13 +142,23 @@ def write_results(study_dir: Path) -> Path:
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
         rows += [row for path in sorted(folder.glob("*.jsonl")) for row in results.read(path)]
-        losses.append(pd.read_parquet(folder / "loss.parquet"))
+        losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run_dir)))
     rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
     asked = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
     rows += confirm(rows, {name: one.tested for name, one in asked.items() if one.confirmatory})
     path = study_dir / "results.jsonl"
     results.write(path, rows)
     return path
+
+
+def _settings(run_dir: Path) -> dict[str, float | str]:
+    """What tells a run's arm from others, as `compare` asks for it; nan for what the run has not."""
+    facts, config = load_facts(run_dir), read_config(run_dir / "config.yaml")
+    family = replace(config, seed=0, train=replace(config.train, lr=None))
+    told = {name: getattr(facts, name) for name in SETTINGS}
+    return {name: np.nan if value is None else value for name, value in told.items()} | {
+        "family": family.hash
+    }
 
 
 def probe(
@@ -224,6 +236,7 @@ def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
 def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     with lock(run_dir):
         _probe_run(run_dir, config, say)
+        send_probes(run_dir)
 
 
 def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
@@ -294,7 +307,9 @@ def _rests_on(run_dir: Path, config: EvalConfig) -> str:
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
     trained = digest((run_dir / "done.json").read_text(encoding="utf8"))
-    return digest([settings, trained, code_hash(but=("report/", "controls/", *_probe_files()))])
+    moves_nothing = ("report/", "controls/", "engines/", "sweep.py", "launch.py", "jobs.py", "processes.py",
+                     "run_folder.py", "tracking.py", "wandb_client.py")  # fmt: skip
+    return digest([settings, trained, code_hash(but=(*moves_nothing, *_probe_files()))])
 
 
 def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:

@@ -1,98 +1,116 @@
-"""A grid of runs from one file, trained one after another, then probed and reported.
+"""A sweep file and its jobs: each a configuration, its id the hash of that.
 
-The file is a wandb sweep (program, method: grid, parameters with dotted keys), so that the same file
-also serves wandb's own agents. What is done is known from the run folders alone.
+The file is a wandb sweep (program, command, method: grid, parameters with dotted or nested keys), so
+that the same file also serves wandb's own agents.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from soluscope.config import Config, EvalConfig, check, load_config, load_typed, read_yaml
+from soluscope.config import Config, check, load_config, read_yaml, short_name
 from soluscope.errors import UserError
 
-_NAMED = ("variant", "seed", "study", "tag")
+_NAMED = ("variant", "arm", "seed", "study", "tag")
 """Parameters that are in a run's path already."""
 
 
-def expand(path: Path, overrides: Sequence[str]) -> list[Config]:
-    """The configurations of a sweep file, in the order of its parameters, the last one fastest.
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of jobs of one study."""
 
-    A parameter with several values, other than variant and seed, goes into the run's name. An
-    override of a parameter takes the place of its values.
+    path: Path
+    """The file it was read from."""
+    words: tuple[str, ...]
+    """Overrides for every job, `key=value`."""
+    parameters: Mapping[str, tuple[Any, ...]]
+    """The grid: values by dotted key, those that `words` override left out, the tag put in."""
+    configs: tuple[Config, ...]
+    """One a job, in the order of the parameters, the last one fastest."""
 
-    Raises:
-        UserError: not a grid, a parameter that no configuration has, two runs of one name, or two studies.
-    """
-    sweep: Any = OmegaConf.to_container(read_yaml(path))
-    parameters = sweep.get("parameters")
-    check(sweep.get("method") == "grid" and isinstance(parameters, dict) and bool(parameters),
-          f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
-    overridden = {word.split("=", 1)[0] for word in overrides}
-    axes = {k: _values(path, k, spec) for k, spec in parameters.items() if k not in overridden}
-    configs: dict[Path, Config] = {}
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        words = [f"{key}={'null' if value is None else value}" for key, value in chosen.items()]
-        tag = "-".join(
-            f"{key.rsplit('.', 1)[-1]}{value}"
-            for key, value in chosen.items()
-            if len(axes[key]) > 1 and key not in _NAMED
-        )
-        config = load_config([*words, *([f"tag={tag}"] if tag else []), *overrides])
-        if config.run_dir in configs:
-            raise UserError(
-                f"{path} gives two runs the folder {config.run_dir}: they differ in nothing that names it"
-            )
-        configs[config.run_dir] = config
-    studies = sorted({config.study for config in configs.values()})
-    check(len(studies) == 1, f"{path} is of several studies, wanted one: {', '.join(studies)}")
-    return list(configs.values())
+    @property
+    def study_dir(self) -> Path:
+        return self.configs[0].study_dir
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
 
 
-def _values(path: Path, key: str, spec: Any) -> list[Any]:
-    """The values of one parameter."""
-    if isinstance(spec, dict) and "value" in spec:
-        return [spec["value"]]
-    values = spec.get("values") if isinstance(spec, dict) else None
-    if not isinstance(values, list) or not values:
-        raise UserError(f"{path}: wanted 'values: [...]' or 'value: ...' below {key}, not {spec}")
-    return values
+def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
+    """The jobs of a sweep file.
 
-
-def run(path: Path, words: Sequence[str]) -> Path:
-    """Train what is not finished, then probe and report the study.
+    Parameters with several values that are in no run's name go into the tag, unless the file has a tag
+    of its own. A word that overrides a parameter takes the place of its values.
 
     Args:
-        path: a sweep file.
-        words: overrides for every run; those that begin with `eval.` are for the evaluation.
+        path: a wandb sweep file with `method: grid`.
+        words: `key=value` for every job.
 
-    Returns:
-        The report.
+    Raises:
+        UserError: not a grid, an empty one, a parameter that no configuration has, two jobs with one id
+            or one folder, or several studies.
     """
-    configs = expand(path, [word for word in words if not word.startswith("eval.")])
-    evaluation = load_typed(
-        EvalConfig, [w.removeprefix("eval.") for w in words if w.startswith("eval.")], "eval.yaml"
-    )
-    waiting = [config for config in configs if not (config.run_dir / "done.json").is_file()]
-    done = len(configs) - len(waiting)
-    _say(f"{path.stem}: {len(configs)} runs, {done} finished already, {len(waiting)} to train")
-    from soluscope import report, suite  # here, so that a mistake above is answered at once
-    from soluscope.training import progress_bars, train
-
-    with progress_bars() as progress:
-        for config in configs:  # finished ones too: it checks that they are of this configuration
-            train(config, progress)
-    study_dir = configs[0].study_dir
-    suite.evaluate(study_dir, evaluation, _say)
-    return report.publish(study_dir)
+    file: Any = OmegaConf.to_container(read_yaml(path))
+    grid = file.get("parameters")
+    check(file.get("method") == "grid" and isinstance(grid, dict),
+          f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
+    overridden = {word.split("=", 1)[0] for word in words}
+    axes = {key: values for key, values in _axes(path, grid) if key not in overridden}
+    check(bool(axes), f"{path} is an empty grid: wanted parameters that no word overrides")
+    own = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
+    if own and not {"tag"} & (axes.keys() | overridden):
+        axes["tag"] = ("-".join(short_name(key, f"${{{key}}}") for key in own),)
+    configs = [load_config([*chosen, *words]) for chosen in _points(axes)]
+    _check_apart(path, configs)
+    return Sweep(path, tuple(words), axes, tuple(configs))
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple]]:  # type: ignore[type-arg]
+    """(dotted key, values) of wandb's parameters, nested ones included."""
+    for name, spec in grid.items():
+        key = f"{prefix}{name}"
+        if isinstance(spec, dict) and isinstance(spec.get("parameters"), dict):
+            yield from _axes(path, spec["parameters"], f"{key}.")
+        elif isinstance(spec, dict) and "value" in spec:
+            yield key, (spec["value"],)
+        else:
+            values = spec.get("values") if isinstance(spec, dict) else None
+            if not isinstance(values, list) or not values:
+                raise UserError(
+                    f"{path} is an empty grid at {key}: wanted 'values: [...]' or 'value: ...' below it, "
+                    f"not {spec}"
+                )
+            yield key, tuple(values)
+
+
+def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[list[str]]:
+    for values in itertools.product(*axes.values()):
+        chosen = zip(axes, values, strict=True)
+        yield [f"{key}={'null' if value is None else value}" for key, value in chosen]
+
+
+def _check_apart(path: Path, configs: Sequence[Config]) -> None:
+    """Each job in a folder of its own, none twice, all of one study."""
+    studies = sorted({config.study for config in configs})
+    check(len(studies) == 1, f"{path} is of several studies, wanted one: {', '.join(studies)}")
+    ids: dict[str, Config] = {}
+    folders: dict[Path, Config] = {}
+    for config in configs:
+        if config.run_dir in folders:
+            raise UserError(
+                f"{path} gives two jobs the folder {config.run_dir}: they differ in nothing that names it; "
+                "put what differs into tag, as in tag: {value: 'lr${train.lr}'}"
+            )
+        if config.hash in ids:
+            raise UserError(
+                f"{path} gives two jobs the id {config.hash}: {ids[config.hash].run_name} and "
+                f"{config.run_name} differ in nothing that moves a number"
+            )
+        folders[config.run_dir] = ids[config.hash] = config

@@ -3,6 +3,9 @@
 A batch is a function of (seed, step) alone, and initial values of (seed, tensor name) alone: two
 variants with one seed differ in their variant and in nothing else, and a run that was killed goes on
 bit for bit as if it had not been.
+
+Several processes (train.devices, train.nodes) share the rows of each batch: train.batch_size is of all of
+them together, so that their number moves no loss beyond rounding.
 """
 
 from __future__ import annotations
@@ -12,39 +15,43 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from soluscope import plugins
+from soluscope import plugins, processes
 from soluscope.checkpoint import (
     Facts,
     build_model,
     claim,
     commit,
-    last_checkpoint,
     load_checkpoint,
     load_model,
-    lock,
     save_model,
     versions,
 )  # fmt: skip
 from soluscope.config import Config
-from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare
+from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare, share_with_study
 from soluscope.errors import UserError
-from soluscope.files import replacing, write_bytes, write_text
+from soluscope.files import replacing, write_text
 from soluscope.model import LanguageModel, Record
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.processes import Place
+from soluscope.run_folder import last_checkpoint, lock, record_failure
 from soluscope.streams import spread
+from soluscope.tracking import Tracker, check_login, tracked
 
 if TYPE_CHECKING:  # a bare machine trains without them
     from jaxtyping import Int
@@ -62,60 +69,167 @@ DIVERGED_ABOVE = 2.0
 def train(config: Config, progress: Progress | NoProgress | None = None) -> Path:
     """Train the model of `config` to its end, resuming what is there; a finished run is left alone.
 
+    What makes it fail is left in its folder, as failed.json. With several processes only the first one
+    returns: the others end here, since what comes after training is not theirs to do again.
+
     Returns:
         The run's folder.
 
     Raises:
         UserError: bad input, a folder of another configuration or in use, a diverged loss.
     """
-    torch.set_num_threads(config.train.threads or _n_cores())
     config = _with_precision(config)
-    with lock(config.run_dir):
+    _set_threads(config)
+    here = processes.place(config)
+    if here.rank > 0:
+        help_to_train(config)
+    with _others_dismissed(config, here), lock(config.run_dir):
         state = claim(config)
-        if state == "done":
-            return config.run_dir
-        cache = prepare(config)
-        for split in SPLITS:
-            cache.rows(split, config.model.ctx)  # refuse a ctx that is too long before training
-        _share_with_study(config, cache)
-        if progress is None:
-            with progress_bars() as own:
-                _fit(config, cache, state, own)
-        else:
-            _fit(config, cache, state, progress)
+        if state != "done":
+            check_login(config.wandb)
+            try:
+                _train_first(config, state, here, progress)
+            except Exception as error:
+                record_failure(config.run_dir, error)
+                raise
     return config.run_dir
 
 
-def _fit(config: Config, cache: TokenCache, state: str, progress: Progress | NoProgress) -> None:
+def _train_first(
+    config: Config, state: str, here: Place, progress: Progress | NoProgress | None
+) -> None:
+    """The first process's part, and with one process all of it."""
+    cache = prepare(config)
+    for split in SPLITS:
+        cache.rows(split, config.model.ctx)  # refuse a ctx that is too long before training
+    share_with_study(cache, config.study_dir)
     module = TrainingModule(config, cache)
     if state == "resume":
         _check_fits(last_checkpoint(config.run_dir), module)
-    folder = RunFolder(config, progress)
+    own = progress_bars() if progress is None else nullcontext(progress)
+    with own as bars, tracked(config) as tracker:
+        folder = RunFolder(config, bars, tracker)
+        try:
+            with processes.others(config, here), _trainer(config, here, folder) as trainer:
+                here.met = True
+                _meet(trainer, state)
+                _fit(config, cache, module, state, trainer)
+        except RuntimeError as error:
+            if processes.is_lost(error):
+                raise processes.lost(config) from error
+            raise
+        _finish(config, cache, module.model, folder.seconds, tracker)
+
+
+def help_to_train(config: Config) -> NoReturn:
+    """What every process but the first does: its share of the rows, and nothing else. Ends the process.
+
+    Where the first one knows what happened it is silent, and has succeeded; it speaks of what is its own.
+    """
+    _set_threads(config)
+    here = processes.place(config)
+    folder = RunFolder(config, NoProgress(), writes=False)
+    try:
+        with processes.others(config, here), _trainer(config, here, folder) as trainer:
+            state = _meet(trainer)
+            if state != "done":
+                cache = prepare(config)
+                _fit(config, cache, TrainingModule(config, cache), state, trainer)
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not processes.is_lost(error):
+            raise
+    sys.exit(0)
+
+
+@contextmanager
+def _others_dismissed(config: Config, here: Place) -> Iterator[None]:
+    """Processes that wait for the first one's word are told where there is nothing to do, or no way to."""
+
+    def dismiss() -> None:
+        if here.met or not here.started:
+            return
+        soon = timedelta(minutes=1)
+        with (
+            suppress(RuntimeError),  # who does not come needs no word
+            processes.others(config, here),
+            _trainer(config, here, timeout=soon) as trainer,
+        ):
+            _meet(trainer, "done")
+
+    try:
+        yield
+    except Exception:
+        dismiss()
+        raise
+    dismiss()
+
+
+@contextmanager
+def _trainer(
+    config: Config, here: Place, *callbacks: RunFolder, timeout: timedelta = timedelta(minutes=30)
+) -> Iterator[Any]:
+    """Lightning's trainer, which leaves the other processes at the end: it may meet others in a next run.
+
+    Args:
+        config: what it trains.
+        here: this process.
+        callbacks: what is called at each step.
+        timeout: how long one process waits for the others.
+    """
     with _quiet():
         trainer = lightning.Trainer(
             accelerator="cuda" if _on_cuda(config) else "cpu",
-            devices=1,
+            devices=config.train.devices,
+            num_nodes=config.train.nodes,
+            strategy=DDPStrategy(timeout=timeout) if config.train.n_processes > 1 else "auto",
+            plugins=[here.environment],
+            use_distributed_sampler=False,  # Batches shares out the rows
             precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
             max_steps=config.train.steps,
             accumulate_grad_batches=config.train.micro_batches,
             gradient_clip_val=config.train.clip,
-            callbacks=[folder],
+            callbacks=[*callbacks],
             logger=False,
             enable_checkpointing=False,  # RunFolder saves beside and renames
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=config.run_dir,
         )
-        resume = last_checkpoint(config.run_dir) if state == "resume" else None
-        batches = Batches(config, cache)
+        try:
+            yield trainer
+        finally:
+            if config.train.n_processes > 1 and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def _meet(trainer: Any, state: str = "") -> str:
+    """Wait until all processes are there; what is left to do, as the first one says."""
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()
+    told: str = trainer.strategy.broadcast(state)
+    return told
+
+
+def _fit(
+    config: Config, cache: TokenCache, module: TrainingModule, state: str, trainer: Any
+) -> None:
+    resume = last_checkpoint(config.run_dir) if state == "resume" else None
+    batches = Batches(config, cache, trainer.global_rank)
+    with processes.stopping_held_back():
         try:
             trainer.fit(module, datamodule=batches, ckpt_path=resume, weights_only=True)
-        except SystemExit as stop:  # what Lightning makes of SIGTERM and Ctrl-C, once it has saved
+        except SystemExit as stop:  # what SIGTERM and Ctrl-C become, once all is saved
             raise KeyboardInterrupt from stop
-    _finish(config, cache, module.model, folder.seconds)
 
 
-def _finish(config: Config, cache: TokenCache, model: LanguageModel, seconds: float) -> None:
+def _finish(
+    config: Config, cache: TokenCache, model: LanguageModel, seconds: float, tracker: Tracker
+) -> None:
     facts = facts_of(config, cache, model)
     save_model(config.run_dir, model, facts)
     losses = {
@@ -128,10 +242,13 @@ def _finish(config: Config, cache: TokenCache, model: LanguageModel, seconds: fl
             f"{config.train.lr:g}, and delete {config.run_dir}"
         )
     n_rows = len(cache.rows("train", config.model.ctx))
+    weights = config.run_dir / "model.safetensors"
     done = losses | {
         "steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1),
+        "weights_bytes": weights.stat().st_size,
         "epochs": round(config.train.steps * config.train.batch_size / n_rows, 3),
     }  # fmt: skip
+    tracker.finish(done, asdict(facts))
     write_text(config.run_dir / "done.json", json.dumps(done) + "\n")
 
 
@@ -284,11 +401,15 @@ def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:
 
 
 class Batches(lightning.LightningDataModule):
-    """Rows of the train split, from the step that the trainer has reached."""
+    """Rows of the train split, from the step that the trainer has reached.
 
-    def __init__(self, config: Config, cache: TokenCache) -> None:
+    Of n processes, process r takes rows r, r + n, ... of each micro-batch.
+    """
+
+    def __init__(self, config: Config, cache: TokenCache, rank: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.share = slice(rank, None, config.train.n_processes)
         self.rows = cache.rows("train", config.model.ctx)
 
     def train_dataloader(self) -> Any:
@@ -314,7 +435,7 @@ class _FromGlobalStep:
         first = self.batches.trainer.global_step * config.train.batch_size
         for start in itertools.count(first, ahead):
             rows = rows_in_order(config.seed, start, ahead, n_rows)
-            yield from rows.reshape(-1, size)
+            yield from rows.reshape(-1, size)[:, self.batches.share]
 
 
 class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -385,10 +506,22 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
 
 
 class RunFolder(lightning.Callback):
-    """Progress, metrics.jsonl, checkpoints, and the check that the loss is a loss."""
+    """Progress, metrics.jsonl, checkpoints, and the check that the loss is a loss.
 
-    def __init__(self, config: Config, progress: Progress | NoProgress) -> None:
+    Each process has one, since all take part in checks and checkpoints; only the first one's writes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress | NoProgress,
+        tracker: Tracker | None = None,
+        writes: bool = True,
+    ) -> None:
         self.config = config
+        self.tracker = tracker or Tracker()
+        self.writes = writes
+        self.stop = processes.Stop()
         self.progress = progress
         self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
         self.part: Tensor | float = 0.0
@@ -405,11 +538,15 @@ class RunFolder(lightning.Callback):
         self.began = self.logged = time.perf_counter()
         self.logged_step = trainer.global_step
         self.saved_step = trainer.global_step if trainer.global_step else -1
+        self.stop.listen()
+        if trainer.world_size > 1:
+            _set_threads(self.config)  # Lightning has set its own
         self.metrics = self.config.run_dir / "metrics.jsonl"
-        kept = [
-            line for line in _lines(self.metrics) if json.loads(line)["step"] <= trainer.global_step
-        ]
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        if self.writes:
+            rows = _lines(self.metrics)
+            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
+            self.tracker.catch_up([json.loads(line) for line in kept])
         self.progress.update(self.bar, completed=trainer.global_step)
 
     def on_train_batch_end(
@@ -426,36 +563,34 @@ class RunFolder(lightning.Callback):
         last = step == train.steps
         log, save = step % train.log_every == 0 or last, step % train.checkpoint_every == 0 or last
         if log or save:
-            loss = self._check_losses()
-            if log:
+            loss = self._check_losses(trainer)
+            if log and self.writes:
                 self._log(step, loss, module, batch)
             if save:
                 self._save(trainer)
         if last:
             self.seconds = time.perf_counter() - self.began
-
-    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
-        """SIGTERM and Ctrl-C keep the work done; a diverged or unwritable run keeps its last good one.
-
-        Inside a step of several micro-batches nothing is saved: that step could not be resumed.
-        """
-        between_steps = not isinstance(self.part, Tensor)
-        ahead = trainer.global_step > max(0, self.saved_step)
-        if between_steps and ahead and not isinstance(exception, UserError):
+        if self.stop.agreed(trainer):
             if self.losses:
-                self._check_losses()
+                self._check_losses(trainer)
             self._save(trainer)
+            raise SystemExit
 
-    def _check_losses(self) -> float:
+    def _check_losses(self, trainer: Any) -> float:
         """The last loss, if all since the last check are sound: one transfer from the device for all.
+
+        A loss is the batch's: the mean over the processes, which all come to the same answer.
 
         Raises:
             UserError: with the first bad step, its batch, and the last good checkpoint.
         """
-        loss, norm = torch.stack([both for _, both in self.losses]).cpu().unbind(-1)
+        both = trainer.strategy.reduce(torch.stack([both for _, both in self.losses]))
+        loss, norm = both.cpu().unbind(-1)
         limit = DIVERGED_ABOVE * math.log(self.vocabulary)
         bad = (~((loss <= limit) & norm.isfinite())).nonzero()
         if len(bad):
+            if not self.writes:  # the first process says it
+                raise SystemExit
             first = int(bad[0])
             step, what = self.losses[first][0], f"loss is {float(loss[first]):.4g}"
             if loss[first] <= limit:
@@ -493,6 +628,7 @@ class RunFolder(lightning.Callback):
             raise UserError(
                 f"cannot write {self.metrics}: {error.strerror}; the last good checkpoint is {self.checkpoint}"
             ) from error
+        self.tracker.log(row)
         self.progress.update(
             self.bar, completed=step, loss=f"loss {loss:.3f}", speed=f"{speed / 1000:.1f}k tok/s"
         )
@@ -502,10 +638,17 @@ class RunFolder(lightning.Callback):
         if self.saved_step == trainer.global_step:
             return
         try:
-            self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.checkpoint) as beside:
-                trainer.save_checkpoint(beside)
+            if self.writes:
+                self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(self.checkpoint) as beside:
+                    trainer.save_checkpoint(beside)
+            else:
+                trainer.save_checkpoint(
+                    self.checkpoint
+                )  # writes nothing, but the first one waits for it
         except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            if processes.is_lost(error):
+                raise
             kept = (
                 f"step {self.saved_step} stays in {self.checkpoint}"
                 if self.saved_step >= 0
@@ -558,21 +701,6 @@ def progress_bars() -> Iterator[Progress | NoProgress]:
         yield progress
 
 
-def _share_with_study(config: Config, cache: TokenCache) -> None:
-    """The tokenizer and the facts of the data, once for the study; a study has one of each."""
-    saved = config.study_dir / "data.json"
-    if saved.is_file():
-        there = json.loads(saved.read_text(encoding="utf8"))
-        if there["key"] != cache.meta["key"]:
-            raise UserError(
-                f"{config.study_dir} was trained on other tokens (cache {there['key']}, now "
-                f"{cache.meta['key']}): runs of one study share their data; choose another study="
-            )
-        return
-    write_bytes(config.study_dir / "tokenizer.json", cache.tokenizer_path.read_bytes())
-    write_text(saved, json.dumps(cache.meta | {"path": str(cache.path)}, indent=1) + "\n")
-
-
 def _check_fits(path: Path, module: nn.Module) -> None:
     """Refuse a checkpoint of other shapes before anything is overwritten."""
     state = load_checkpoint(path).get("state_dict", {})
@@ -595,6 +723,10 @@ def _with_precision(config: Config) -> Config:
     return replace(config, train=replace(config.train, precision=precision))
 
 
+def _set_threads(config: Config) -> None:
+    torch.set_num_threads(config.train.threads or max(1, _n_cores() // config.train.devices))
+
+
 def _n_cores() -> int:
     """Cores that this process may use."""
     try:
@@ -606,7 +738,13 @@ def _n_cores() -> int:
 def _on_cuda(config: Config) -> bool:
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no GPU here: set train.device=cpu")
-    return config.train.device != "cpu" and torch.cuda.is_available()
+    n_gpus = 0 if config.train.device == "cpu" else torch.cuda.device_count()
+    if 0 < n_gpus < config.train.devices:
+        raise UserError(
+            f"train.devices={config.train.devices}, but torch sees {n_gpus} GPUs here: "
+            f"set train.devices={n_gpus}, or let each process see all GPUs of its node"
+        )
+    return n_gpus > 0
 
 
 def _lines(path: Path) -> list[str]:

@@ -39,7 +39,7 @@ from soluscope.config import Config, TokensConfig
 from soluscope.data import tokenizer
 from soluscope.data.sources import Source, warn
 from soluscope.errors import UserError
-from soluscope.files import digest
+from soluscope.files import digest, write_bytes, write_text
 
 Split = Literal["train", "select", "report"]
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -69,7 +69,7 @@ def prepare(config: Config) -> TokenCache:
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.with_name(f".{key}.lock")):
+            with _lock(folder.with_name(f".{key}.lock"), "prepares the same tokens"):
                 if not folder.exists():
                     _make(config, key, folder)
         except OSError as error:
@@ -78,6 +78,38 @@ def prepare(config: Config) -> TokenCache:
                 "free it or choose another tokens.cache_dir"
             ) from error
     return open_cache(folder)
+
+
+def share_with_study(cache: TokenCache, study_dir: Path) -> None:
+    """Leave the tokenizer and the facts of the data with the study: it has one of each.
+
+    Raises:
+        UserError: if the study's runs are of other tokens.
+    """
+    saved, tokenizer = study_dir / "data.json", study_dir / "tokenizer.json"
+    own = cache.tokenizer_path.read_bytes()
+    try:
+        study_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(study_dir / ".data.lock", "shares its tokens with the study"):
+            if not saved.is_file():
+                write_bytes(tokenizer, own)
+                facts = cache.meta | {"path": str(cache.path)}
+                write_text(saved, json.dumps(facts, indent=1) + "\n")
+            there = json.loads(saved.read_text(encoding="utf8"))["key"]
+            whole = tokenizer.is_file() and tokenizer.read_bytes() == own
+            if there == cache.meta["key"] and not whole:  # of a study that was copied half-way
+                write_bytes(tokenizer, own)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{saved} is broken ({error}): delete {saved} to make it again") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write {study_dir}: {error.strerror}; choose another runs_dir"
+        ) from error
+    if there != cache.meta["key"]:
+        raise UserError(
+            f"{study_dir} was trained on other tokens (cache {there}, now {cache.meta['key']}): "
+            "runs of one study share their data; choose another study="
+        )
 
 
 def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
@@ -498,12 +530,12 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file `path`, waiting for a process that does."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("waiting: another process prepares the same tokens", file=sys.stderr)
+            print(f"waiting: another process {doing}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

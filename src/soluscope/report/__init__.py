@@ -6,6 +6,7 @@ a probe.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,23 @@ from soluscope import results
 from soluscope.files import write_text
 from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
-from soluscope.report.findings import NORMED, arms_of, comparisons, engagement, estimate, span
+from soluscope.report.findings import (
+    NORMED,
+    arms_of,
+    by_kappa,
+    choices,
+    comparisons,
+    engagement,
+    estimate,
+    sizes,
+    span,
+    tuned,
+)
 from soluscope.results import Row
 
 if TYPE_CHECKING:
     from rich.console import Group
+    from rich.table import Table
 
 __all__ = ["build", "matrix", "publish", "table"]
 
@@ -48,34 +61,84 @@ def _write(study_dir: Path, rows: list[Row]) -> Path:
 
 
 def table(rows: list[Row]) -> Group:
-    """For the terminal: one line an arm, whether the controls passed, and the headline sentences."""
+    """For the terminal: one line an arm, what was chosen, the doses, the controls, the headline sentences."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
+    compared = tuned(rows)
+    tables = [made for size, mine in sizes(compared).items() for made in _of_size(size, mine)]
+    passed = Text(controls.summary(rows))
+    said = [f"- {sentence}" for sentence in words.headline(rows)]
+    if len(said) > 1 + page.N_SENTENCES:
+        more = f"- {len(said) - page.N_SENTENCES} more in the report"
+        said = [*said[: page.N_SENTENCES], more]
+    return Group(*tables, *_chosen(rows), passed, *map(Text, said))
+
+
+def _of_size(size: str, rows: list[Row]) -> Iterator[Table]:
+    """The losses of a size's arms; and what LayerNorm does at each kappa, where there are several."""
     references = arms_of(rows, NORMED)
-    made = Table()
-    for heading in (
-        "arm",
-        "seeds",
-        "loss, nats / token",
-        *(f"minus {a}" for a in references),
-        "median r",
-    ):
-        made.add_column(Text(heading))
+    kappas = by_kappa(rows)
+    if kappas:
+        references = []  # a column each would leave the others no room; they have a table of their own
+    lines = []
     for row in comparisons(rows, "loss"):
         differences = (
             comparisons(rows, "difference", arm=row.arm, group=f"minus {reference}")
             for reference in references
         )
-        engaged = engagement(rows, row.arm, "not BOS")
-        cells = [
-            row.arm,
-            str(row.n),
-            estimate(row, decimals=4),
-            *(estimate(found[0], decimals=4) if found else "" for found in differences),
-            span([r.value for r in engaged]),
+        lines.append(
+            [
+                row.arm,
+                str(row.n),
+                estimate(row, decimals=4),
+                *(estimate(found[0], decimals=4) if found else "" for found in differences),
+                span([r.value for r in engagement(rows, row.arm, "not BOS")]),
+            ]
+        )
+    heads = ["arm", "seeds", "loss, nats / token", *(f"minus {a}" for a in references), "median r"]
+    if lines:
+        yield _table(heads, lines, size)
+    terms = {"gain of LN": 4, "static - LN": 4, "Phi_dyn": 2}
+    if kappas:
+        doses = [
+            [
+                f"{kappa:.3g}",
+                *(
+                    estimate(found[0], decimals) if found else ""
+                    for term, decimals in terms.items()
+                    for found in [comparisons(rows, term, arm=arm)]
+                ),
+            ]
+            for arm, kappa in kappas.items()
         ]
-        made.add_row(*(Text(cell) for cell in cells))
-    passed = Text(controls.summary(rows))
-    return Group(made, passed, *(Text(f"- {sentence}") for sentence in words.headline(rows)))
+        yield _table(["kappa", *terms], doses, size)
+
+
+def _chosen(rows: list[Row]) -> Iterator[Table]:
+    """Which rate and which gain each arm was given on the select split, and from what."""
+    made = choices(rows)
+    lines = [
+        [
+            one.chosen.arm,
+            f"{one.setting} {one.chosen.x:.3g}",
+            one.grid,
+            f"AT THE {one.edge.upper()} EDGE" if one.edge else "inside",
+        ]
+        for one in made
+    ]
+    if lines:
+        yield _table(["chosen on the select split", "", "of", "optimum"], lines)
+
+
+def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A table whose cells are text as it is: rich would read markup in names."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=Text(title) if title else None, title_justify="left")
+    for heading in heads:
+        made.add_column(Text(heading))
+    for line in lines:
+        made.add_row(*map(Text, line))
+    return made

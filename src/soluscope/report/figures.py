@@ -100,24 +100,64 @@ def against_dose(
     for place, (key, found) in enumerate(panels.items()):
         for variant, seed in sorted({(row.variant, row.seed or 0) for row in found}):
             mine = [row for row in found if (row.variant, row.seed or 0) == (variant, seed)]
-            mine.sort(key=lambda row: row.x or 0.0)
             style = look[min(row.arm for row in found if row.variant == variant)]
-            trace = _intervals(mine, [row.x or 0.0 for row in mine], style, width=1, upright=True)
-            trace.update(
-                mode="lines+markers",
-                marker_size=6,
-                line={"color": style.colour, "width": 1, "dash": style.dash},
-                name=html.escape(variant),
-                legendgroup=html.escape(variant),
-                showlegend=variant not in named,
-            )
-            named.add(variant)
-            _add(figure, trace, place)
+            _add(figure, _joined(mine, style, variant, named), place)
         figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(place))
         unit = html.escape(found[0].unit)
         figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
         if not spec.log_y:
             _mark_zero(figure, found, place, upright=True)
+    return figure
+
+
+def along(
+    panels: Mapping[str, Sequence[Row]],
+    x_title: str,
+    look: Mapping[str, Style],
+    names: Mapping[str, str],
+    ringed: bool = False,
+    one_scale: bool = False,
+) -> go.Figure:
+    """Comparisons against a setting, such as a learning rate or kappa.
+
+    Args:
+        panels: rows by title, the setting in `x` and the line they are a point of in `group`. Points
+            with the interval for new seeds are joined; thick bars are of these models on other documents.
+        x_title: what the setting is; its axis is logarithmic.
+        look: a style for each line.
+        names: what the legend calls each line.
+        ringed: mark the points whose arm the line is called after, those that were chosen.
+        one_scale: whether the panels share their vertical axis.
+
+    Returns:
+        A figure, without traces if there are no rows.
+    """
+    filled: Panels = {(title, "", ""): list(rows) for title, rows in panels.items() if rows}
+    if not filled:
+        return go.Figure()
+    spec = Figure("", (), kind="curve")
+    figure = _grid(filled, spec, row_height=270, shared_x=False, gap=112)  # labels are slanted
+    named: set[str] = set()
+    for place, rows in enumerate(filled.values()):
+        for line in sorted({row.group for row in rows}, key=lambda line: list(names).index(line)):
+            style = look[line]
+            mine = [row for row in rows if row.group == line]
+            fixed = [row for row in mine if row.cluster == "document" and row.run == ""]
+            if fixed:
+                x = [row.x or 0.0 for row in fixed]
+                _add(figure, _intervals(fixed, x, style, 5, marked=False, upright=True), place)
+            joined = [row for row in mine if row not in fixed]
+            _add(figure, _joined(joined, style, names[line], named), place)
+            for row in joined:
+                if ringed and row.arm == line:
+                    _add(figure, _ring(row, style), place)
+        tried = sorted({row.x for row in rows if row.x is not None})
+        ticks = {"tickvals": tried, "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40}
+        figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(place))
+        told = [row for each in filled.values() for row in each] if one_scale else rows
+        frame = _frame(told, with_zero="loss" not in rows[0].quantity)  # losses lie far from 0
+        figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(place))
+        _mark_zero(figure, rows, place, upright=True)
     return figure
 
 
@@ -325,9 +365,9 @@ def _forest(
     return figure
 
 
-def _frame(rows: Sequence[Row]) -> list[float]:
+def _frame(rows: Sequence[Row], with_zero: bool = True) -> list[float]:
     """Room for all estimates and document intervals, and for seed intervals up to a limit."""
-    inner = [0.0] + [row.value for row in rows if row.value is not None]
+    inner = [0.0] * with_zero + [row.value for row in rows if row.value is not None]
     outer = list(inner)
     for row in rows:
         ends = [end for end in (row.low, row.high) if end is not None]
@@ -384,6 +424,37 @@ def _intervals(
     )
 
 
+def _joined(rows: Sequence[Row], style: Style, name: str, named: set[str]) -> go.Scatter:
+    """Points with upright bars, joined by a thin line from the lowest `x` up.
+
+    `named` holds what the legend has already, and is told of this line.
+    """
+    line = sorted(rows, key=lambda row: row.x or 0.0)
+    trace = _intervals(line, [row.x or 0.0 for row in line], style, width=1, upright=True)
+    trace.update(
+        mode="lines+markers",
+        marker_size=6,
+        line={"color": style.colour, "width": 1, "dash": style.dash},
+        name=html.escape(name),
+        legendgroup=html.escape(name),
+        showlegend=name not in named,
+    )
+    named.add(name)
+    return trace
+
+
+def _ring(row: Row, style: Style) -> go.Scatter:
+    """Round a point that was chosen."""
+    return go.Scatter(
+        x=[row.x],
+        y=[row.value],
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 16, "color": style.colour, "line": {"width": 2}},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
 def _gap(end: float | None, value: float) -> float:
     return 0.0 if end is None else end - value
 
@@ -404,12 +475,17 @@ def _band(line: Sequence[Row], style: Style) -> go.Scatter:
     )
 
 
-def _grid(panels: Panels, spec: Figure, row_height: int, shared_x: bool) -> go.Figure:
-    """An empty figure with a titled panel for each of `panels`, three side by side."""
+def _grid(
+    panels: Panels, spec: Figure, row_height: int, shared_x: bool, gap: int = 84
+) -> go.Figure:
+    """An empty figure with a titled panel for each of `panels`, three side by side.
+
+    `gap` is the pixels between two rows of panels: their labels below and titles above.
+    """
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
     bottom = 92 if spec.kind == "curve" else 56  # only curves have a legend
-    inner = n_rows * row_height + (n_rows - 1) * 84
+    inner = n_rows * row_height + (n_rows - 1) * gap
     height = TOP + inner + bottom
     several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
     titles = []
@@ -422,7 +498,7 @@ def _grid(panels: Panels, spec: Figure, row_height: int, shared_x: bool) -> go.F
         cols=n_columns,
         subplot_titles=titles,
         shared_xaxes="all" if shared_x else False,
-        vertical_spacing=84 / inner if n_rows > 1 else 0,
+        vertical_spacing=gap / inner if n_rows > 1 else 0,
         horizontal_spacing=0.09 if spec.kind == "curve" else 0.04,
     )
     figure.update_layout(

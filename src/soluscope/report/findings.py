@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from soluscope.results import ONE_NUMBER, Row
@@ -16,6 +17,123 @@ NO_COST = 0.001
 """Nats: an edit that changes the loss by less changes nothing (science.md section 7, P4)."""
 
 Side = Literal["zero", "above", "below", "open"]
+
+CHOSEN_ON = {"select loss by lr": "lr", "select loss by gain": "gain"}
+"""Quantities of the points of the curves on which a setting was chosen, and the setting."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was chosen on the select split, and the grid it was chosen from."""
+
+    setting: str
+    """`lr` or `gain`."""
+    points: tuple[Row, ...]
+    """Losses on the select split, the setting in `x`, from the lowest setting up."""
+    chosen: Row
+    """The one of the points with the least loss."""
+
+    @property
+    def edge(self) -> str:
+        """`lower` or `upper` where the optimum is an end of the grid, and may lie beyond; else empty."""
+        if self.chosen.x == self.points[0].x:
+            return "lower"
+        return "upper" if self.chosen.x == self.points[-1].x else ""
+
+    @property
+    def grid(self) -> str:
+        """The settings tried, in words."""
+        return ", ".join(f"{row.x:.3g}" for row in self.points)
+
+
+def choices(rows: Iterable[Row]) -> list[Choice]:
+    """Each choice that a study's comparison made, rates before gains."""
+    curves: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.probe == "comparison" and row.quantity in CHOSEN_ON:
+            curves.setdefault((row.quantity, row.group), []).append(row)
+    made = []
+    for (quantity, chosen), found in curves.items():
+        points = tuple(sorted(found, key=lambda row: row.x or 0.0))
+        at = next(row for row in points if row.arm == chosen)
+        made.append(Choice(CHOSEN_ON[quantity], points, at))
+    return sorted(made, key=lambda one: one.setting, reverse=True)
+
+
+def passed_over(rows: Iterable[Row]) -> set[str]:
+    """Arms that are compared with none, since another rate was better."""
+    return {
+        row.arm
+        for one in choices(rows)
+        for row in one.points
+        if one.setting == "lr" and row is not one.chosen
+    }
+
+
+def tuned(rows: Sequence[Row]) -> list[Row]:
+    """All but the rows of arms whose rate was not chosen."""
+    without = passed_over(rows)
+    return [row for row in rows if row.arm not in without]
+
+
+def settings(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
+    """What each arm was trained with, by name: `lr`, `kappa`, `gain`, `d_mlp`, …"""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.probe == "comparison" and row.quantity == "setting" and row.value is not None:
+            found.setdefault(row.arm, {})[row.group] = row.value
+    return found
+
+
+def sizes(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each size's arms, by what tells the size from the others, the smallest first."""
+    size_of = {
+        row.arm: row.note for row in rows if row.probe == "comparison" and row.quantity == "setting"
+    }
+    found: dict[str, list[Row]] = {size: [] for size in dict.fromkeys(size_of.values())}
+    for row in rows:
+        if row.arm:
+            found.setdefault(size_of.get(row.arm, ""), []).append(row)
+    return found
+
+
+def of_size(caption: str, size: str) -> str:
+    """A caption, and the size where there are several."""
+    return f"{caption}: {size}" if size else caption
+
+
+def titles(rows: Sequence[Row]) -> dict[str, str]:
+    """A short name for each arm whose rate was chosen: its variant, and its kappa or gain if it has several.
+
+    The arm's own name where this would name two arms.
+    """
+    of = settings(rows)
+    variants = {row.arm: row.variant for row in tuned(rows) if row.arm in of}
+    made = {}
+    for arm, variant in variants.items():
+        alike = [of[other] for other, its in variants.items() if its == variant]
+        told = [
+            f"{name} {of[arm][name]:.3g}"
+            for name in ("kappa", "gain")
+            if name in of[arm] and len({one.get(name) for one in alike}) > 1
+        ]
+        made[arm] = ", ".join([variant, *told])
+    made = dict(sorted(made.items(), key=lambda item: _by_setting(variants[item[0]], of[item[0]])))
+    several = [title for title in made.values() if list(made.values()).count(title) > 1]
+    return {arm: arm if title in several else title for arm, title in made.items()}
+
+
+def _by_setting(variant: str, of: Mapping[str, float]) -> tuple[str, float, float]:
+    return variant, of.get("kappa", 0.0), of.get("gain", 0.0)
+
+
+def by_kappa(rows: Sequence[Row]) -> Mapping[str, float]:
+    """Kappa of each arm with LayerNorm, from the lowest up, where there are several; else empty."""
+    of = settings(rows)
+    found = {arm: of[arm]["kappa"] for arm in arms_of(rows, NORMED) if "kappa" in of.get(arm, {})}
+    if len(set(found.values())) < 2:
+        return {}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def comparisons(

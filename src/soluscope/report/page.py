@@ -13,9 +13,9 @@ from plotly.offline import get_plotlyjs
 
 from soluscope import plugins
 from soluscope.probes import Figure, Probe, Quantity
-from soluscope.report import controls, evidence, figures, meaning, tokens, words
+from soluscope.report import controls, evidence, figures, meaning, tokens, tuning, words
 from soluscope.report.figures import QUARTILE, Style
-from soluscope.report.findings import by_stream, comparisons, estimate
+from soluscope.report.findings import by_stream, comparisons, estimate, of_size, sizes, tuned
 from soluscope.report.markup import (
     DRAW,
     HEAD,
@@ -65,15 +65,17 @@ def render(rows: list[Row]) -> str:
         _found(rows),
     ]
     sections: list[tuple[str, str]] = [
-        ("Hypotheses and evidence", evidence.section(rows)),
+        ("Hypotheses and evidence", evidence.section(page.rows)),
+        ("Tuning", tuning.section(rows, page.look, page.figure)),
         ("Loss", page.loss()),
         ("Paired differences", page.differences()),
         ("Phi_dyn and its terms", page.terms()),
+        ("Dose: kappa", tuning.dose(page.rows, page.look, page.figure)),
         ("Probes against the static twin", page.confirmed()),
         ("Training", page.training()),
-        ("Token view", tokens.view(rows)),
+        ("Token view", tokens.view(page.rows)),
     ]
-    names = {row.probe for row in rows} - NOT_PROBES
+    names = {row.probe for row in page.rows} - NOT_PROBES
     sections += [page.probe(name) for name in sorted(names, key=controls.by_section)]
     sections.append(("Where this comes from", _provenance(rows)))
     kept = [(heading, body) for heading, body in sections if body]
@@ -103,12 +105,17 @@ def _found(rows: list[Row]) -> str:
 
 
 class _Page:
-    """Sections that share one look for each arm and one count of figures."""
+    """Sections that share one look for each arm and one count of figures.
+
+    All but the tuning are about arms at their chosen rates.
+    """
 
     def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self.look: Mapping[str, Style] = figures.styles(rows)
-        self.doses = figures.doses(rows)
+        self.tried = rows
+        self.rows = tuned(rows)
+        self.sizes = sizes(self.rows)
+        self.look: Mapping[str, Style] = figures.styles(self.rows)
+        self.doses = figures.doses(self.rows)
         self.gates = [row for row in rows if row.probe in NOT_PROBES]
         self.n_figures = 0
 
@@ -171,7 +178,10 @@ class _Page:
                 "which a claim about a variant needs; where it runs out of the frame, the table "
                 "has its ends. An open mark has no interval."
             )
-            + self.figure(figures.differences(self.rows, self.look))
+            + "".join(
+                self.figure(figures.differences(mine, self.look), size)
+                for size, mine in self.sizes.items()
+            )
             + self._contrasts(rows, lambda row: f"{row.arm} {row.group}")
         )
 
@@ -202,6 +212,7 @@ class _Page:
             )
             + self.figure(figures.terms(self.rows, self.look))
             + self._contrasts(rows, label)
+            + tuning.common_rate(self.tried, self.look, self.figure)
         )
 
     def confirmed(self) -> str:
@@ -342,8 +353,12 @@ class _Page:
         )
         if not (drawn and dots):
             return drawn
-        against = figures.against_dose(rows, spec, self.look, self.doses)
-        return drawn + self.figure(against, f"{spec.title}, against the dose")
+        for size, its in self.sizes.items():
+            arms = {row.arm for row in its}
+            mine = [row for row in rows if row.arm in arms]
+            against = figures.against_dose(mine, spec, self.look, figures.doses(its))
+            drawn += self.figure(against, of_size(f"{spec.title}, against the dose", size))
+        return drawn
 
 
 # ---------------------------------------------------------------- tables

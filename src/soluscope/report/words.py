@@ -16,6 +16,8 @@ from soluscope.report.findings import (
     NORMED,
     TWIN,
     arms_of,
+    by_kappa,
+    choices,
     comparisons,
     engagement,
     envelope,
@@ -24,10 +26,14 @@ from soluscope.report.findings import (
     seeds,
     seeds_of,
     signed,
+    sizes,
     span,
+    tuned,
 )
 from soluscope.results import MARGIN, Row
 
+N_NAMED = 12
+"""Arms that are named one by one; of more, their variants are."""
 FREEZES = (
     ("frozen at geometric mean", "the geometric mean"),
     ("frozen at best constant", "the best constant for the other documents"),
@@ -36,8 +42,33 @@ FREEZES = (
 
 def headline(rows: list[Row]) -> list[str]:
     """Plain sentences, the most important one first; shared by page and terminal."""
+    return [*edges(rows), *_headline(tuned(rows))]
+
+
+def edges(rows: list[Row]) -> list[str]:
+    """That a rate or a gain may be better yet beyond its grid, so that nothing follows; or nothing.
+
+    Source: science.md section 10.2 (c).
+    """
+    extreme = {"lower": "lowest", "upper": "highest"}
+    open_ended = [
+        f"{one.chosen.arm} ({one.setting} {one.chosen.x:.3g} is the {extreme[one.edge]} of {one.grid})"
+        for one in choices(rows)
+        if one.edge
+    ]
+    if not open_ended:
+        return []
+    return [
+        "No comparison here is to be believed yet: on the select split the best of what was tried lies at "
+        f"the edge of its grid for {', '.join(open_ended)}. Widen these grids."
+    ]
+
+
+def _headline(rows: list[Row]) -> list[str]:
     sentences = [_basis(rows)]
-    normed = arms_of(rows, NORMED)
+    normed = [
+        arm for mine in sizes(rows).values() for arm in (by_kappa(mine) or arms_of(mine, NORMED))
+    ]
     gains = [gain for arm in normed for gain in comparisons(rows, "gain of LN", arm=arm)]
     if not gains:
         sentences.insert(
@@ -83,7 +114,8 @@ def _basis(rows: list[Row]) -> str:
     n_runs, n_arms = (
         f"{len(x)} {w}{'s'[: len(x) != 1]}" for x, w in ((runs, "run"), (arms, "arm"))
     )
-    text = f"Compared here: {n_runs} of {n_arms} ({', '.join(arms)}), {each} {noun} an arm"
+    named = arms if len(arms) <= N_NAMED else sorted({row.variant for row in rows if row.variant})
+    text = f"Compared here: {n_runs} of {n_arms} ({', '.join(named)}), {each} {noun} an arm"
     measured_on = [row for row in rows if row.probe == "loss" and row.run]
     documents = max((row.n_clusters for row in measured_on), default=0)
     tokens = max((row.n for row in measured_on), default=0)

@@ -1,0 +1,260 @@
+"""A job is one run of a sweep: training it to its end, and what its run folder says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from soluscope.config import Config, read_config
+from soluscope.errors import UserError
+from soluscope.files import write_text
+from soluscope.run_folder import Busy, at_work, failure, is_done, last_checkpoint, last_row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+State = Literal["done", "running", "failed", "resume", "waiting"]
+
+POLL_S = 0.5
+"""Seconds between looks at a run folder in which another process is at work."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a status needs to know of a job before its folder is there; kept in the study's sweep.json."""
+
+    id: str
+    """Hash of its configuration."""
+    run: str
+    """Name of its run folder in the study's."""
+    steps: int
+    tokens_a_step: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a job stands, from its run folder alone."""
+
+    state: State
+    """`resume` was interrupted and has a checkpoint, `waiting` begins at step 0."""
+    step: int
+    loss: float | None
+    """Nats a token: of the last logged step, or on the report split where the run is done."""
+    seconds_left: float | None
+    """Of a running job, at its last speed."""
+    error: str | None
+    """The last line of what made it fail."""
+
+
+# --- running one ----------------------------------------------------------------------------------
+
+
+def execute(config: Config, progress: Any = None) -> bool:
+    """Train one job to its end; where another process is at work on it, wait for that first.
+
+    A failure is told in one line on stderr and kept in the run folder; it is not raised, so that the other
+    jobs of a sweep go on.
+
+    Returns:
+        Whether the run is done.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, with the checkpoint saved.
+    """
+    from soluscope.processes import place
+    from soluscope.training import train
+
+    try:
+        while True:
+            if place(config).rank == 0:  # the others follow the first one, which holds the folder
+                _wait_for_others(config)
+            with suppress(Busy):  # somebody was quicker
+                train(config, progress)
+                break
+    except UserError as error:
+        _say(f"{config.run_name} failed: {error}")
+    except Exception as error:  # a bug or a machine's fault: the other jobs need not share it
+        _say(f"{config.run_name} failed: {type(error).__name__}: {error}")
+    return is_done(config.run_dir)
+
+
+def _wait_for_others(config: Config) -> None:
+    if at_work(config.run_dir):
+        _say(f"{config.run_name}: another process is at work on it, waiting")
+        while at_work(config.run_dir):
+            time.sleep(POLL_S)
+
+
+# --- where they stand -----------------------------------------------------------------------------
+
+
+def job_of(config: Config) -> Job:
+    """The part of a configuration that a status shows."""
+    return Job(config.hash, config.run_name, config.train.steps,
+               config.train.batch_size * config.model.ctx)  # fmt: skip
+
+
+def standing(study_dir: Path, job: Job) -> Standing:
+    """Where a job stands now. Makes nothing."""
+    run_dir = study_dir / job.run
+    row = last_row(run_dir)
+    step, loss = row.get("step", 0), row.get("loss")
+    if is_done(run_dir):
+        done = json.loads((run_dir / "done.json").read_text(encoding="utf8"))
+        return Standing("done", job.steps, done["report_loss"], None, None)
+    if at_work(run_dir):
+        speed = row.get("tokens_per_s")
+        left = (job.steps - step) * job.tokens_a_step / speed if speed else None
+        return Standing("running", step, loss, left, None)
+    error = failure(run_dir)
+    if error is not None:
+        return Standing("failed", step, loss, None, error)
+    interrupted = last_checkpoint(run_dir).is_file()
+    return Standing("resume" if interrupted else "waiting", step, loss, None, None)
+
+
+def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
+    """Keep a sweep's jobs with its study, beside those that earlier launches of it left there."""
+    listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
+    record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
+    write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
+
+
+def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
+    """Name of the sweep that a study is of, and its jobs; None and [] if no sweep made it.
+
+    Raises:
+        UserError: if the list cannot be read.
+    """
+    path = study_dir / "sweep.json"
+    if not path.is_file():
+        return None, []
+    try:
+        record = json.loads(path.read_text(encoding="utf8"))
+        return record["sweep"], [Job(**job) for job in record["jobs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is broken ({error}): delete it and launch the sweep again"
+        ) from error
+
+
+def listed(study_dir: Path) -> list[Job]:
+    """The sweep's jobs, and runs that were trained beside them by hand.
+
+    Raises:
+        UserError: if there is no such study, or nothing in it.
+    """
+    if not study_dir.is_dir():
+        raise UserError(f"no folder {study_dir}: name a study, as in runs/first")
+    jobs = read_list(study_dir)[1]
+    known = {job.run for job in jobs}
+    saved = sorted(study_dir.glob("*/config.yaml"))
+    jobs += [job_of(read_config(path)) for path in saved if path.parent.name not in known]
+    if not jobs:
+        raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
+    return jobs
+
+
+def table(study_dir: Path, jobs: Sequence[Job]) -> Table:
+    """For the terminal: a line a job."""
+    from rich.text import Text
+
+    found = [standing(study_dir, job) for job in jobs]
+    states = [one.state for one in found]
+    made = new_table(f"{study_dir}: {counted(states)}", "run", "state")
+    for heading in ("step", "loss", "time left"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    made.add_column("error", overflow="fold")
+    for job, now in zip(jobs, found, strict=True):
+        cells = (
+            job.run,
+            now.state,
+            f"{now.step}/{job.steps}",
+            "" if now.loss is None else f"{now.loss:.4f}",
+            "" if now.seconds_left is None else _duration(now.seconds_left),
+            now.error or "",
+        )
+        made.add_row(*(Text(cell) for cell in cells))
+    return made
+
+
+def new_table(title: str, *headings: str) -> Table:
+    """An empty table with its first columns."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for heading in headings:
+        made.add_column(heading, no_wrap=True)
+    return made
+
+
+def console() -> Console:
+    """Of stdout; in a file or a pipe, wide enough for the names of runs."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def counted(states: Sequence[State]) -> str:
+    """`4 jobs: 1 done, 3 waiting`."""
+    kinds: tuple[State, ...] = ("done", "running", "resume", "waiting", "failed")
+    parts = [f"{states.count(kind)} {kind}" for kind in kinds if kind in states]
+    return f"{len(states)} {'job' if len(states) == 1 else 'jobs'}: {', '.join(parts)}"
+
+
+@contextmanager
+def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
+    """A table of the jobs that is brought up to date at each call; off a terminal, a line a change.
+
+    On stderr: what a command is asked for goes to stdout.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    terminal = Console(stderr=True)
+    if terminal.is_terminal:
+        with Live(table(study_dir, jobs), console=terminal, auto_refresh=False) as shown:
+            yield lambda: shown.update(table(study_dir, jobs), refresh=True)
+        return
+    before: dict[str, State] = {}
+
+    def tell() -> None:
+        for job in jobs:
+            now = standing(study_dir, job)
+            if before.get(job.run) != now.state:
+                loss = "" if now.loss is None else f", loss {now.loss:.4f}"
+                _say(f"{job.run}: {now.error or now.state + loss}")
+            before[job.run] = now.state
+
+    yield tell
+
+
+def follow(study_dir: Path) -> None:
+    """Show where a study's jobs stand: live on a terminal until all have ended, else once."""
+    jobs = listed(study_dir)
+    if not sys.stdout.isatty():
+        console().print(table(study_dir, jobs))
+        return
+    with live(study_dir, jobs) as show:
+        while True:
+            show()
+            if all(standing(study_dir, job).state in {"done", "failed"} for job in jobs):
+                return
+            time.sleep(2)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,470 @@
+"""A study's rows as one wandb run, and the project's dashboard of the study, written as code.
+
+Losses, r and gain of the training runs are read from those runs; intervals and Phi_dyn are not theirs
+to know, so the comparison is logged as a run of its own, and the dashboard shows its table and figures.
+The study's name fixes the ids of both: the same command again replaces, it does not add.
+
+Keys that the training runs are read by: config `variant`, `arm`, `seed`, `study`, `size`, `kappa`, `lr`;
+curves `tokens`, `loss`, `r`, `gain`, `grad_norm`, `tokens_per_s`; numbers `report_loss`, `r`, `gain`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import plotly.graph_objects as go
+
+from soluscope import results, wandb_client
+from soluscope.errors import UserError
+from soluscope.files import digest
+from soluscope.probes import Figure
+from soluscope.report import controls, figures, page, tuning, words
+from soluscope.report.figures import Dose, Doses
+from soluscope.report.findings import comparisons, estimate, number, settings
+from soluscope.results import Row
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2.interface import PanelTypes
+    from wandb_workspaces.workspaces import Section, Workspace
+
+TABLE = "comparison"
+BARS, PHI_DYN = "figures/final_loss", "figures/phi_dyn_by_kappa"
+SECTIONS = {
+    "tuning": "Tuning",
+    "loss": "Loss of each run",
+    "differences": "Paired differences",
+    "terms": "Gain of LN and its terms",
+    "dose": "Dose",
+    "training": "Training",
+}
+"""Sections of the report's page that have figures, and what they are called here."""
+NO_PHI_DYN = "No Phi_dyn: it takes runs of solu, of solu_ln and of a static arm that share a seed."
+COLUMNS = (
+    "quantity", "arm", "variant", "kappa", "group", "x", "value", "low", "high", "unit", "n",
+    "cluster", "n_clusters", "p", "p_adj", "note",
+)  # fmt: skip
+"""Of the table: kappa, and fields of the row. Each difference is there twice, by `cluster`."""
+PINNED = (
+    "config:variant.value", "config:seed.value", "config:study.value", "config:size.value",
+    "config:kappa.value", "config:lr.value", "summary:report_loss", "summary:r", "summary:gain",
+)  # fmt: skip
+"""Columns of the runs table, after the run's name. The app files a config key under `.value`."""
+MAX_RUNS = 100
+"""Runs behind a panel; the app takes the first 10 unless told."""
+START_SECONDS, FINISH_SECONDS = 30, 600
+"""How long a server may take that does not answer, before the report gives up."""
+TITLE_HEIGHT = 40
+"""Pixels that a title takes: the report's page has headings instead."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in wandb."""
+
+    entity: str
+    project: str
+
+
+def place(text: str) -> Place:
+    """Where `entity/project` is.
+
+    Raises:
+        UserError: if `text` is not of that form.
+    """
+    if not re.fullmatch(r"[^\s/\\#?%:]+/[^/\\#?%:]+", text.strip()):
+        raise UserError(f"--wandb {text!r} is not entity/project, as in: --wandb my-team/soluscope")
+    return Place(*text.strip().split("/"))
+
+
+def sign_in() -> None:
+    """Make sure that wandb takes this user's key, before anything is sent.
+
+    Raises:
+        UserError: if wandb is not installed, there is no key, or the server refuses it or is not there.
+    """
+    _installed()
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":
+        raise UserError(f"WANDB_MODE={mode} with --wandb, which sends: unset it, or add --dry-run")
+    wandb_client.sign_in("--wandb", "add --dry-run, which needs none")
+
+
+def preview(study_dir: Path, where: Place) -> str:
+    """The dashboard as JSON, as it would be saved. Nothing is sent.
+
+    Raises:
+        UserError: if there are no results, or wandb is not installed.
+    """
+    _installed()
+    rows = results.read(study_dir / "results.jsonl")
+    made = _workspace(rows, drawings(rows), where)
+    return json.dumps(made._to_model().model_dump(by_alias=True, exclude_none=True), indent=1)
+
+
+def publish(study_dir: Path, where: Place) -> str:
+    """Log the study's comparison, save its dashboard, and return the dashboard's address.
+
+    Raises:
+        UserError: if there are no results, or the server refuses one of the two.
+    """
+    import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+    from wandb_workspaces.workspaces.errors import SpecVersionError
+
+    rows = results.read(study_dir / "results.jsonl")
+    drawn = drawings(rows)
+    try:
+        _log(rows, drawn, where)
+        return _save(_workspace(rows, drawn, where), _study(rows))
+    except (wandb.Error, WandbApiFailedError, SpecVersionError, TimeoutError) as error:
+        raise UserError(
+            f"wandb did not take the study into --wandb {where.entity}/{where.project}: "
+            f"{wandb_client.one_line(error)}"
+        ) from error
+
+
+# ---------------------------------------------------------------- the comparison, as a run
+
+
+def _log(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> None:
+    import wandb
+
+    study = _study(rows)
+    with (
+        TemporaryDirectory() as scratch,
+        wandb.init(
+            entity=where.entity,
+            project=where.project,
+            id=_run_id(study),
+            resume="allow",
+            name=study,
+            group=study,
+            job_type="report",
+            config={"study": study, "commit": ", ".join(sorted({r.commit for r in rows} - {""}))},
+            dir=scratch,
+            mode="online",
+            settings=wandb.Settings(
+                console="off",
+                init_timeout=START_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        ) as run,
+    ):
+        table = wandb.Table(columns=list(COLUMNS), data=_table(rows), allow_mixed_types=True)
+        run.log({TABLE: table, **{key: wandb.Plotly(figure) for key, figure in drawn.items()}})
+        run.summary.update(_final(rows))
+
+
+def _table(rows: Sequence[Row]) -> list[list[Any]]:
+    """All comparisons, one line each, in the order of `COLUMNS`."""
+    kappas = _kappas(rows)
+    return [
+        [kappas.get(row.arm) if name == "kappa" else getattr(row, name) for name in COLUMNS]
+        for row in rows
+        if row.probe == "comparison"
+    ]
+
+
+def _final(rows: Sequence[Row]) -> dict[str, float | str | None]:
+    """The comparisons with the interval for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
+
+    What is undefined says so in its note, which takes the number's place. Ends that are not there are
+    None and not left out, so that a second report of the study does not keep the first one's.
+    """
+    found: dict[str, float | str | None] = {}
+    for row in rows:
+        if row.probe != "comparison" or row.cluster != "seed":
+            continue
+        key = "/".join(part for part in (row.quantity, row.arm, row.group) if part)
+        found[key] = row.note if row.value is None else row.value
+        found |= {f"{key}/low": row.low, f"{key}/high": row.high}
+    return found
+
+
+def drawings(rows: Sequence[Row]) -> dict[str, go.Figure]:
+    """The figures of the report and two more, by the key under which they are logged."""
+    drawn = _Drawn(list(rows))
+    found = {
+        BARS: _titled(_bars(drawn), "Final loss and its 95% interval for new seeds"),
+        PHI_DYN: _titled(_phi_dyn(drawn), "Phi_dyn and its 95% interval for new seeds"),
+    }
+    found = {key: figure for key, figure in found.items() if figure.data}
+    sections: dict[str, Callable[[], str]] = {
+        "tuning": lambda: tuning.section(drawn.tried, drawn.look, drawn.figure),
+        "loss": drawn.loss,
+        "differences": drawn.differences,
+        "terms": drawn.terms,
+        "dose": lambda: tuning.dose(drawn.rows, drawn.look, drawn.figure),
+        "training": drawn.training,
+    }
+    for name, draw in sections.items():
+        draw()
+        found |= drawn.take(f"figures/{name}", SECTIONS[name])
+    names = {row.probe for row in drawn.rows} - page.NOT_PROBES
+    for name in sorted(names, key=controls.by_section):
+        heading, _ = drawn.probe(name)
+        found |= drawn.take(f"probes/{name}", heading)
+    return found
+
+
+class _Drawn(page._Page):
+    """The report's page, of which only the figures are kept."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__(rows)
+        self.waiting: list[tuple[str, go.Figure]] = []
+
+    def figure(self, figure: go.Figure, caption: str = "", below: str = "") -> str:
+        if figure.data:
+            self.waiting.append((caption, figure))
+        return ""
+
+    def take(self, key: str, heading: str) -> dict[str, go.Figure]:
+        """What was drawn since the last time: `key`/1, `key`/2, … under titles that tell the section."""
+        taken = {
+            f"{key}/{i}": _titled(figure, f"{heading}: {caption}" if caption else heading)
+            for i, (caption, figure) in enumerate(self.waiting, start=1)
+        }
+        self.waiting = []
+        return taken
+
+
+def _bars(drawn: _Drawn) -> go.Figure:
+    """Mean loss by arm, nats a token. Bars begin at 0, so the numbers stand in them."""
+    means = comparisons(drawn.rows, "loss")
+    ends = [(row.value or 0.0, row.low, row.high) for row in means]
+    bars = go.Bar(
+        x=[value for value, _, _ in ends],
+        y=[html.escape(row.arm) for row in means],
+        orientation="h",
+        marker={"color": [drawn.look[row.arm].colour for row in means]},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [0.0 if high is None else high - value for value, _, high in ends],
+            "arrayminus": [0.0 if low is None else value - low for value, low, _ in ends],
+        },
+        text=[f"{estimate(row, decimals=4)}, n = {row.n}" for row in means],
+        textposition="inside",
+        insidetextanchor="start",
+    )
+    layout = {"template": "none", "height": 120 + 34 * len(means), "margin": {"l": 130, "t": 20}}
+    figure = go.Figure([bars] if means else [], layout)
+    figure.update_xaxes(title_text="nats / token")
+    return figure.update_yaxes(autorange="reversed")
+
+
+def _phi_dyn(drawn: _Drawn) -> go.Figure:
+    """Phi_dyn against kappa, or by arm where all have one kappa; no traces where it is undefined."""
+    spec = Figure("", ("Phi_dyn",))
+    found = [replace(row, run=row.arm) for row in comparisons(drawn.rows, "Phi_dyn")]
+    of = {arm: Dose("kappa", kappa) for arm, kappa in _kappas(drawn.rows).items()}
+    doses = Doses(of, {row.arm: (row.variant, of[row.arm]) for row in found if row.arm in of})
+    figure = figures.against_dose(found, spec, drawn.look, doses)
+    if not figure.data:
+        return figures.draw(found, spec, drawn.look)
+    return figure.update_traces(mode="markers")  # a line would cross the kappas without a Phi_dyn
+
+
+def _titled(figure: go.Figure, title: str) -> go.Figure:
+    """The figure with room above its panels for a title."""
+    if figure.layout.height is None:
+        return figure.update_layout(title=html.escape(title))
+    return figure.update_layout(
+        title={"text": html.escape(title), "font": {"size": 14}},
+        height=figure.layout.height + TITLE_HEIGHT,
+        margin_t=figure.layout.margin.t + TITLE_HEIGHT,
+    )
+
+
+# ---------------------------------------------------------------- the dashboard
+
+
+def _workspace(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> Workspace:
+    """The study's dashboard: the runs of the study, grouped by variant, and its comparison."""
+    import wandb_workspaces.workspaces as ws
+
+    study = _study(rows)
+    made = ws.Workspace(
+        entity=where.entity,
+        project=where.project,
+        name=study.replace("+", "-"),  # the library takes + for an emoji
+        sections=_sections(rows, drawn),
+        settings=ws.WorkspaceSettings(max_runs=MAX_RUNS),
+        runset_settings=ws.RunsetSettings(
+            filters=f"Config('study') == {study!r}",
+            groupby=[ws.Config("variant")],
+            pinned_columns=list(PINNED),
+            pinned_runs=[_run_id(study)],  # fetched whatever else is, so that its figures show
+        ),
+    )
+    for section in made.sections:
+        for i, panel in enumerate(section.panels):
+            panel._id = digest([study, section.name, i])  # else random: links to panels would break
+    made._internal_name = f"nw-{_view_id(study)}-v"
+    return made
+
+
+def _save(made: Workspace, study: str) -> str:
+    """Save the dashboard in the place of the study's last one; its address."""
+    from wandb_workspaces.workspaces.internal import get_view_dict
+
+    # Without an id there is no last one yet, which the library says by a ValueError.
+    with suppress(ValueError):
+        made._internal_id = get_view_dict(made.entity, made.project, _view_id(study))["id"]
+    return str(made.save().url)
+
+
+def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    headline = "\n".join(f"- {sentence}" for sentence in words.headline(list(rows)))
+    pairs = {(row.variant, row.arm) for row in rows if row.arm}
+    several = len(pairs) > len({variant for variant, _ in pairs})
+    keys = ("variant", "arm_name") if several else ("variant",)
+    by_section: dict[str, list[str]] = {}
+    for key in drawn:
+        by_section.setdefault(key.rpartition("/")[0], []).append(key)
+
+    def curves(name: str, log_y: bool) -> list[PanelTypes]:
+        return [
+            wr.LinePlot(
+                title=f"{name} by {key}",
+                x="tokens",
+                y=[name],
+                log_y=log_y,
+                groupby=wr.Config(key),
+                groupby_aggfunc="mean",
+                groupby_rangefunc="minmax",
+                max_runs_to_show=MAX_RUNS,
+            )
+            for key in keys
+        ]
+
+    def bars(name: str) -> list[PanelTypes]:
+        return [
+            wr.BarPlot(
+                title=f"{name} by {key}: mean of the runs, lowest to highest",
+                metrics=[wr.SummaryMetric(name)],
+                groupby=wr.Config(key),
+                groupby_aggfunc="mean",
+                groupby_rangefunc="minmax",
+                max_runs_to_show=MAX_RUNS,
+            )
+            for key in keys
+        ]
+
+    def media(title: str, logged: Sequence[str]) -> list[PanelTypes]:
+        return [wr.MediaBrowser(title=title, media_keys=logged, num_columns=1)] if logged else []
+
+    def shown(*names: str) -> list[PanelTypes]:
+        return [
+            panel
+            for name in names
+            for panel in media(SECTIONS[name], by_section.get(f"figures/{name}", []))
+        ]
+
+    return [
+        ws.Section(
+            name="What was found",
+            panels=[
+                wr.MarkdownPanel(markdown=headline),
+                wr.WeavePanelSummaryTable(table_name=TABLE),
+            ],
+            is_open=True,
+            pinned=True,
+        ),
+        ws.Section(
+            name="Loss",
+            panels=[
+                *curves("loss", log_y=True),
+                *bars("report_loss"),
+                *media("Final loss with intervals", [BARS] if BARS in drawn else []),
+                *shown("loss", "differences", "terms"),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Phi_dyn by kappa",
+            panels=[
+                wr.MarkdownPanel(markdown=_phi_dyn_in_words(rows)),
+                *media("Phi_dyn by kappa", [PHI_DYN] if PHI_DYN in drawn else []),
+                *shown("dose"),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="r and gain",
+            panels=[
+                *curves("r", log_y=False),
+                *curves("gain", log_y=True),
+                *bars("r"),
+                *bars("gain"),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Training",
+            panels=[
+                *curves("grad_norm", log_y=True),
+                *curves("tokens_per_s", log_y=False),
+                *shown("tuning", "training"),
+            ],
+        ),
+        ws.Section(
+            name="Probes",
+            panels=[
+                panel
+                for name, logged in by_section.items()
+                if name.startswith("probes/")
+                for panel in media(name.removeprefix("probes/"), logged)
+            ],
+        ),
+    ]
+
+
+def _phi_dyn_in_words(rows: Sequence[Row]) -> str:
+    """One line an arm: kappa, Phi_dyn and how it was made, or why there is none."""
+    kappas = _kappas(rows)
+    lines = [
+        f"- {row.arm}, kappa {number(kappas[row.arm]) if row.arm in kappas else 'not measured'}: "
+        + (row.note if row.value is None else f"{estimate(row, decimals=2)}; {row.note}")
+        for row in comparisons(rows, "Phi_dyn")
+    ]
+    return "\n".join(lines) or NO_PHI_DYN
+
+
+def _kappas(rows: Sequence[Row]) -> dict[str, float]:
+    """kappa by arm, of those whose norm has an epsilon."""
+    return {arm: of["kappa"] for arm, of in settings(rows).items() if "kappa" in of}
+
+
+def _study(rows: Sequence[Row]) -> str:
+    return rows[0].study
+
+
+def _run_id(study: str) -> str:
+    return f"report-{digest(study)}"
+
+
+def _view_id(study: str) -> str:
+    return digest(study)[:11]  # as long as the app's own
+
+
+def _installed() -> None:
+    missing = [name for name in ("wandb", "wandb_workspaces") if find_spec(name) is None]
+    if missing:
+        package = missing[0].replace("_", "-")
+        raise UserError(f"--wandb wants {package}: pip install wandb wandb-workspaces")

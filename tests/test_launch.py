@@ -1,0 +1,328 @@
+"""A launch: what is done is not done twice, states are the run folders', mistakes come before any job starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_python
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from soluscope import jobs
+from soluscope.checkpoint import build_model
+from soluscope.config import load_config, read_config
+from soluscope.data.cache import cache_key
+from soluscope.errors import UserError
+from soluscope.jobs import job_of, standing
+from soluscope.launch import launch
+from soluscope.run_folder import lock
+from soluscope.sweep import read_sweep
+
+LAUNCH = ROOT / "sweeps" / "launch.py"
+SMOKE = ROOT / "sweeps" / "smoke.yaml"
+
+
+def here(runs_dir: Path, *words: str) -> list[str]:
+    """The smoke sweep's words for a place of its own."""
+    places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
+    return [*places, "wandb=off", "train.threads=1", "train.precision=fp32", *words]
+
+
+def standings(runs_dir: Path, *words: str) -> dict[str, jobs.Standing]:
+    configs = read_sweep(SMOKE, here(runs_dir, *words)).configs
+    return {config.run_name: standing(config.study_dir, job_of(config)) for config in configs}
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of the smoke sweep, launched once inline without a report. To change them, copy them first."""
+    runs_dir = tmp_path_factory.mktemp("launched")
+    launch(SMOKE, here(runs_dir, "report=off"))
+    return runs_dir
+
+
+@pytest.fixture
+def runs_dir(launched: Path, tmp_path: Path) -> Path:
+    """A copy of them."""
+    return Path(shutil.copytree(launched, tmp_path / "runs"))
+
+
+def weights(runs_dir: Path) -> dict[str, bytes]:
+    return {
+        path.parent.name: path.read_bytes() for path in runs_dir.glob("smoke/*/model.safetensors")
+    }
+
+
+def test_every_job_is_done_and_its_run_is_of_the_sweeps_configuration(launched: Path) -> None:
+    assert {now.state for now in standings(launched).values()} == {"done"}
+    for config in read_sweep(SMOKE, here(launched)).configs:
+        assert read_config(config.run_dir / "config.yaml") == config
+        done = json.loads((config.run_dir / "done.json").read_text())
+        assert standing(config.study_dir, job_of(config)).loss == done["report_loss"]
+
+
+def test_what_is_done_is_not_done_again_and_what_was_lost_is(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(runs_dir)
+    lost, kept = runs_dir / "smoke" / "solu-s1", runs_dir / "smoke" / "solu-s0" / "done.json"
+    shutil.rmtree(lost)
+    made = kept.stat().st_mtime_ns
+    launch(SMOKE, here(runs_dir, "report=off"))
+    assert "smoke: 4 jobs: 3 done, 1 waiting" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == made
+    assert weights(runs_dir) == before
+
+
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
+    runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, fresh = runs_dir / "smoke" / "solu-s0", runs_dir / "smoke" / "solu_ln-s1"
+    shutil.rmtree(fresh)
+    for name in ("done.json", "model.safetensors", "model.json"):
+        (begun / name).unlink()
+    rows = (begun / "metrics.jsonl").read_text().splitlines()
+    (begun / "metrics.jsonl").write_text(rows[0] + "\n")  # step 10 of 12
+    files = sorted(tmp_path.rglob("*"))
+    launch(SMOKE, here(runs_dir), dry_run=True)
+    printed = capsys.readouterr().out
+    assert files == sorted(tmp_path.rglob("*"))
+    assert re.search(r"solu-s0 .* resume 10/12", printed)
+    assert re.search(r"solu_ln-s1 .* waiting", printed)
+    assert re.search(r"solu_ln-s0 .* done", printed)
+    assert (
+        "4 jobs: 2 done, 1 resume, 1 waiting; to go: 3,584 tokens" in printed
+    )  # 8 * 32 * (2 + 12)
+    for config in read_sweep(SMOKE, here(runs_dir)).configs:
+        assert re.search(rf"{config.run_name} .* {config.hash}", printed)
+
+
+def test_the_estimated_flops_are_those_that_torch_counts() -> None:
+    config = load_config(["variant=solu_ln", "size=demo", "model.n_layers=2"])
+    model = build_model(config, config.tokens.d_vocab)
+    tokens = torch.randint(3, config.tokens.d_vocab, (4, config.model.ctx))
+    # The counter knows matrix products, and not the CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(tokens, bos=0).backward()
+    estimated = config.model.training_flops(config.tokens.d_vocab) * tokens.numel()
+    assert counter.get_total_flops() == pytest.approx(estimated, rel=0.01)
+
+
+def test_states_are_read_from_the_run_folders_alone(runs_dir: Path) -> None:
+    study = runs_dir / "smoke"
+    (study / "sweep.json").unlink()
+    for name in ("done.json", "model.safetensors"):
+        (study / "solu-s0" / name).unlink()
+    (study / "solu-s1" / "model.safetensors").write_bytes(b"cut")
+    (study / "solu-s1" / "checkpoints" / "last.ckpt").unlink()
+    (study / "solu_ln-s0" / "done.json").unlink()
+    (study / "solu_ln-s0" / "failed.json").write_text('{"error": "the last line"}')
+    with lock(study / "solu_ln-s1"):
+        (study / "solu_ln-s1" / "done.json").unlink()
+        found = standings(runs_dir)
+        assert {name: now.state for name, now in found.items()} == {
+            "solu-s0": "resume", "solu-s1": "waiting", "solu_ln-s0": "failed", "solu_ln-s1": "running"
+        }  # fmt: skip
+        assert found["solu_ln-s0"].error == "the last line"
+        running = found["solu_ln-s1"]
+    row = json.loads((study / "solu_ln-s1" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (running.step, running.loss, running.seconds_left) == (12, row["loss"], 0)
+    (job,) = (job for job in jobs.listed(study) if job.run == "solu_ln-s1")
+    (study / "solu_ln-s1" / "metrics.jsonl").write_text(json.dumps(row | {"step": 2}) + "\n")
+    with lock(study / "solu_ln-s1"):
+        left = standing(study, job).seconds_left
+    assert left == pytest.approx(10 * 8 * 32 / row["tokens_per_s"])
+
+
+def test_the_status_shows_jobs_that_have_no_folder_yet_and_runs_made_by_hand(
+    runs_dir: Path,
+) -> None:
+    study = runs_dir / "smoke"
+    shutil.rmtree(study / "solu-s1")
+    hand = Path(shutil.copytree(study / "solu_ln-s1", study / "by-hand"))
+    saved = (hand / "config.yaml").read_text()
+    (hand / "config.yaml").write_text(saved.replace("tag: ''", "tag: hand"))
+    hand.rename(study / "solu_ln-s1-hand")
+    shown = run_python(LAUNCH, "--status", study).stdout
+    assert "5 jobs: 4 done, 1 waiting" in shown
+    assert "solu_ln-s1-hand" in shown
+    assert re.search(r"solu-s1 .*waiting.* 0/12", shown)
+
+
+def failing(runs_dir: Path) -> list[str]:
+    """Words with which every job diverges at once."""
+    return here(runs_dir, "report=off", "train.lr=1e9", "train.lr_rest=1e9", "train.log_every=1")
+
+
+def test_a_job_that_fails_stops_no_other_and_is_run_again_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError) as told:
+        launch(SMOKE, failing(tmp_path))
+    assert "4 jobs: 4 failed" in str(told.value)
+    assert "--retry-failed" in str(told.value)
+    assert "\n" not in str(told.value)
+    found = standings(tmp_path, *failing(tmp_path)[-3:])
+    assert {now.state for now in found.values()} == {"failed"}
+    assert all("lower train.lr" in str(now.error) for now in found.values())
+    config = tmp_path / "smoke" / "solu-s0" / "config.yaml"
+    before = config.stat().st_mtime_ns
+    with pytest.raises(UserError, match="4 failed"):
+        launch(SMOKE, failing(tmp_path))
+    assert config.stat().st_mtime_ns == before, (
+        "a failed job was tried again without --retry-failed"
+    )
+    with pytest.raises(UserError, match="4 failed"):
+        launch(SMOKE, failing(tmp_path), retry=True)
+    assert config.stat().st_mtime_ns > before
+    capsys.readouterr()
+
+
+def test_more_seeds_join_a_study_of_the_same_sweep(runs_dir: Path) -> None:
+    launch(SMOKE, here(runs_dir, "report=off", "seed=2"))
+    names = [job.run for job in jobs.listed(runs_dir / "smoke")]
+    assert sorted(names) == sorted(f"{v}-s{s}" for v in ("solu", "solu_ln") for s in (0, 1, 2))
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from soluscope.config import load_config
+from soluscope.data.cache import prepare, share_with_study
+config = load_config(sys.argv[2:])
+while time.time() < float(sys.argv[1]):
+    pass
+cache = prepare(config)
+share_with_study(cache, config.study_dir)
+print(cache.path)
+"""
+
+
+def test_four_processes_that_start_together_make_the_tokens_once(tmp_path: Path) -> None:
+    words = [*here(tmp_path, "variant=solu", "size=tiny", "corpus.max_mb=1")]
+    start = str(time.time() + 6)  # when all have imported
+    commands = [[sys.executable, "-c", RACE, start, *words, f"study=s{i % 2}"] for i in range(4)]
+    started = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in commands
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0] * 4, ended
+    places = {out.strip() for out, _ in ended}
+    assert places == {str(tmp_path / ".tokens" / cache_key(load_config(words)))}
+    made = [err for _, err in ended if "waiting: another process prepares" not in err]
+    assert len(made) == 1, "each of the others waits for the one that makes the tokens"
+    left = {path.name for path in (tmp_path / ".tokens").iterdir() if not path.name.startswith(".")}
+    assert left == {Path(places.pop()).name}
+    for study in ("s0", "s1"):
+        cache = tmp_path / ".tokens" / next(iter(left))
+        shared = (tmp_path / study / "tokenizer.json").read_bytes()
+        assert shared == (cache / "tokenizer.json").read_bytes()
+        assert json.loads((tmp_path / study / "data.json").read_text())["path"] == str(cache)
+
+
+def test_a_job_waits_while_another_process_is_at_work_on_it(
+    runs_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config, *_) = read_sweep(SMOKE, here(runs_dir)).configs
+    held = lock(config.run_dir)
+    held.__enter__()
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            held.__exit__(None, None, None)
+
+    monkeypatch.setattr(jobs.time, "sleep", sleep)
+    assert jobs.execute(config)
+    assert looks == [jobs.POLL_S] * 3
+    assert "another process is at work on it, waiting" in capsys.readouterr().err
+
+
+MISTAKES = {
+    ("engine=rya",): "no engine called 'rya'. Did you mean 'ray'?",
+    ("ray.cpus=2",): "ray.cpus=2 is for engine=ray, not engine=inline",
+    ("engine=ray", "ray.cpu=2"): "no key called 'cpu'. Did you mean 'cpus'?",
+    ("train.stepz=2",): "no key called 'train.stepz'",
+    ("eval.n_tokens=2",): "n_tokens=2 must be 100 or more",
+    ("report=maybe",): "report: Value 'maybe'",
+    ("--dry",): "no flag --dry: there are --dry-run",
+    ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
+    ("variant=solu", "seed=0", "size=tiny", "study=x", "corpus.max_mb=1", "train.steps=12",
+     "train.checkpoint_every=5"): "is an empty grid",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=lambda words: words[0])
+def test_a_mistake_is_one_line_and_status_2_before_any_job_starts(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    told = run_python(LAUNCH, SMOKE, *here(tmp_path / "runs"), *words)
+    assert told.returncode == 2
+    assert told.stderr.startswith("error: ")
+    assert told.stderr.count("\n") == 1
+    assert MISTAKES[words] in told.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_of_another_sweep_is_refused_and_untouched(runs_dir: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in runs_dir.rglob("*")}
+    with pytest.raises(
+        UserError, match=r"is a study of the sweep 'smoke', this is 'demo': choose another"
+    ):
+        launch(ROOT / "sweeps" / "demo.yaml", here(runs_dir, "study=smoke", "size=tiny"))
+    assert files == {path: path.stat().st_mtime_ns for path in runs_dir.rglob("*")}
+
+
+def test_a_run_of_another_configuration_is_refused_before_any_job_starts(runs_dir: Path) -> None:
+    shutil.rmtree(runs_dir / "smoke" / "solu-s0")
+    with pytest.raises(
+        UserError, match=r"is of another configuration \(train.clip=1.0 there, 2.0 here\)"
+    ):
+        launch(SMOKE, here(runs_dir, "train.clip=2"))
+    assert not (runs_dir / "smoke" / "solu-s0").exists()
+
+
+def test_jobs_of_several_vocabularies_are_refused_before_any_job_starts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SMOKE.read_text() + "  tokens.d_vocab: {values: [400, 500]}\n")
+    with pytest.raises(UserError, match="are of other tokens: runs of one study share"):
+        launch(path, here(tmp_path / "runs", "report=off"))
+    assert not (tmp_path / "runs" / "smoke").exists()
+
+
+def test_a_status_of_nothing_is_refused(tmp_path: Path) -> None:
+    assert "no folder" in run_python(LAUNCH, "--status", tmp_path / "none").stderr
+    assert "no runs in" in run_python(LAUNCH, "--status", tmp_path).stderr
+
+
+def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    words = here(tmp_path, "report=off", "train.steps=3000", "variant=solu")
+    process = subprocess.Popen(
+        [sys.executable, LAUNCH, SMOKE, *words], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "smoke" / "solu-s0" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while not (metrics.is_file() and metrics.stat().st_size):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10
+    assert process.returncode == 130, told
+    assert "the same command goes on from here" in told
+    now = standing(metrics.parents[1], jobs.Job("", "solu-s0", 3000, 256))
+    assert now.state == "resume"

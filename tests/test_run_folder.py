@@ -1,0 +1,187 @@
+"""What a run folder says of its run: whole, half copied, at work, failed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, train_silently
+from safetensors.torch import load_file
+
+from soluscope import training
+from soluscope.config import Config
+from soluscope.errors import UserError
+from soluscope.run_folder import (
+    at_work,
+    failure,
+    is_done,
+    last_checkpoint,
+    last_row,
+    lock,
+    record_failure,
+)
+
+WORDS = ("variant=solu_ln", "train.checkpoint_every=5", "wandb=off")
+DONE = "done.json"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny_config(tmp_path, *WORDS)
+
+
+def copied(whole: Path, config: Config, *names: str) -> Path:
+    """`config`'s run folder with some of a finished run's files."""
+    for name in names:
+        (config.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole / name, config.run_dir / name)
+    return config.run_dir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_silently(tiny_config(tmp_path_factory.mktemp("whole"), *WORDS))
+
+
+def test_done_knows_how_many_bytes_the_weights_have(whole: Path) -> None:
+    assert is_done(whole)
+    done = json.loads((whole / DONE).read_text())
+    assert done["weights_bytes"] == len((whole / "model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("missing", [DONE, "model.json", "model.safetensors"])
+def test_a_folder_without_one_of_its_files_is_not_done(
+    whole: Path, config: Config, missing: str
+) -> None:
+    names = {DONE, "model.json", "model.safetensors"} - {missing}
+    assert not is_done(copied(whole, config, *names))
+
+
+def test_a_folder_whose_weights_or_last_word_are_cut_is_not_done(
+    whole: Path, config: Config
+) -> None:
+    run_dir = copied(whole, config, DONE, "model.json", "model.safetensors")
+    assert is_done(run_dir)
+    weights, done = run_dir / "model.safetensors", run_dir / DONE
+    content, word = weights.read_bytes(), done.read_text()
+    weights.write_bytes(content[:-1])
+    assert not is_done(run_dir)
+    weights.write_bytes(content)
+    done.write_text(word[: len(word) // 2])
+    assert not is_done(run_dir)
+
+
+def test_a_run_that_an_older_version_finished_is_done(whole: Path, config: Config) -> None:
+    run_dir = copied(whole, config, DONE, "model.json", "model.safetensors")
+    done = json.loads((run_dir / DONE).read_text())
+    del done["weights_bytes"]
+    (run_dir / DONE).write_text(json.dumps(done))
+    assert is_done(run_dir)
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_half_copied_run_is_finished_again_with_the_same_weights(
+    whole: Path, config: Config, has_checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["config.yaml", "metrics.jsonl", DONE, "model.json", "model.safetensors"]
+    run_dir = copied(whole, config, *names)
+    if has_checkpoint:
+        copied(whole, config, "checkpoints/last.ckpt")
+    content = (run_dir / "model.safetensors").read_bytes()
+    (run_dir / "model.safetensors").write_bytes(content[: len(content) // 2])
+    began_at: list[int] = []
+    real = training.RunFolder.on_train_batch_end
+
+    def counting(self, trainer, *rest):  # type: ignore[no-untyped-def]
+        began_at.append(trainer.global_step)
+        assert not (run_dir / DONE).exists()
+        real(self, trainer, *rest)
+
+    monkeypatch.setattr(training.RunFolder, "on_train_batch_end", counting)
+    train_silently(config)
+    assert began_at == ([] if has_checkpoint else list(range(1, 13)))
+    assert is_done(run_dir)
+    again, before = (load_file(run / "model.safetensors") for run in (run_dir, whole))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert [row["step"] for row in map(json.loads, (run_dir / "metrics.jsonl").open())] == [10, 12]
+
+
+def test_a_run_that_failed_says_why_until_it_is_tried_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = training.TrainingModule.training_step
+
+    def breaking(self, tokens, index):  # type: ignore[no-untyped-def]
+        if self.trainer.global_step == 7:
+            raise RuntimeError("the machine\nran out of something")
+        return real(self, tokens, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.TrainingModule, "training_step", breaking)
+        with pytest.raises(RuntimeError, match="ran out of something"):
+            train_silently(config)
+    assert failure(config.run_dir) == "RuntimeError: ran out of something"
+    assert not at_work(config.run_dir)
+
+    seen: list[str | None] = []
+
+    def looking(self, tokens, index):  # type: ignore[no-untyped-def]
+        seen.append(failure(config.run_dir))
+        return real(self, tokens, index)
+
+    monkeypatch.setattr(training.TrainingModule, "training_step", looking)
+    train_silently(config)
+    assert seen == [None] * 7  # from step 5, its last checkpoint: what came in a step is not kept
+    assert failure(config.run_dir) is None
+
+
+def test_what_is_refused_because_it_is_another_run_is_no_failure_of_this_one(
+    whole: Path, config: Config
+) -> None:
+    copied(whole, config, "config.yaml", DONE, "model.json", "model.safetensors")
+    root = config.run_dir.parents[1]
+    with pytest.raises(UserError, match="is of another configuration"):
+        train_silently(tiny_config(root, *WORDS, "train.lr_rest=0.5"))
+    assert failure(config.run_dir) is None
+    assert is_done(config.run_dir)
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path: Path) -> None:
+    record_failure(tmp_path / "file.txt" / "run", ValueError("the first"))  # nor is it raised
+    (tmp_path / "file.txt").touch()
+    record_failure(tmp_path / "file.txt" / "run", ValueError("the second"))
+
+
+def test_a_question_about_the_lock_makes_nothing_and_does_not_keep_a_run_from_starting(
+    tmp_path: Path,
+) -> None:
+    run_dir = tmp_path / "run"
+    assert not at_work(run_dir)
+    assert not run_dir.exists()
+    with lock(run_dir):
+        assert at_work(run_dir)
+        with pytest.raises(UserError, match="another process is at work"), lock(run_dir):
+            pass
+    assert not at_work(run_dir)
+    with (run_dir / ".lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not at_work(run_dir)  # one question does not answer another
+        with pytest.raises(UserError), lock(run_dir):
+            pass
+    with lock(run_dir):
+        assert at_work(run_dir)
+
+
+def test_the_last_row_is_the_last_whole_one(whole: Path, config: Config) -> None:
+    assert last_row(config.run_dir) == {}
+    run_dir = copied(whole, config, "metrics.jsonl")
+    rows = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert last_row(run_dir) == json.loads(rows[-1])
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    assert last_row(run_dir) == json.loads(rows[-1])
+    assert last_checkpoint(whole).is_file()

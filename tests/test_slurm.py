@@ -1,0 +1,281 @@
+"""engine=slurm, on a real SLURM of one node on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from _slurm_cluster import NoCluster, slurm_cluster, wait_until
+from conftest import ROOT, run_python, tiny_config, train_silently
+
+from soluscope import jobs
+from soluscope.config import EvalConfig
+from soluscope.engines import slurm
+from soluscope.errors import UserError
+from soluscope.launch import Evaluate
+from soluscope.sweep import Sweep, read_sweep
+
+LONG = 500
+"""Steps of a job that is disturbed: some seconds."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    pytest.importorskip("submitit")
+    try:
+        with (
+            slurm_cluster(tmp_path_factory.mktemp("slurm")) as conf,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setenv("SLURM_CONF", str(conf))
+            yield conf
+    except NoCluster as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests' tokens lie."""
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """The long job, trained in this process and never stopped."""
+    return train_silently(tiny_config(tmp_path_factory.mktemp("undisturbed"), *long_words(tokens)))
+
+
+def long_words(tokens: Path) -> list[str]:
+    """One that writes no checkpoint unless it is stopped."""
+    return [
+        f"tokens.cache_dir={tokens}", "study=long", "variant=solu_ln", "seed=0", f"train.steps={LONG}",
+        "train.log_every=5", "train.checkpoint_every=100000", "wandb=off",
+    ]  # fmt: skip
+
+
+def sweep_file(path: Path, *variants: str) -> Path:
+    grid = {"method": "grid", "parameters": {"variant": {"values": list(variants)}}}
+    path.write_text(json.dumps(grid))
+    return path
+
+
+def launch(runs_dir: Path, *words: str | Path) -> list[str]:
+    """What the launcher said."""
+    result = run_python(
+        ROOT / "sweeps" / "launch.py", "engine=slurm", "slurm.cpus=1", "report=false", "wandb=off",
+        f"runs_dir={runs_dir}", *words,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stderr.splitlines()
+
+
+def launch_long(tmp_path: Path, tokens: Path) -> Path:
+    """Put the long job into the queue. Its run folder."""
+    runs_dir = tmp_path / "runs"
+    config = tiny_config(runs_dir, *long_words(tokens))
+    words = [word for word in long_words(tokens) if not word.startswith("variant=")]
+    small = ("size=tiny", "corpus.max_mb=1", "train.threads=1", "train.precision=fp32")
+    launch(runs_dir, sweep_file(tmp_path / "long.yaml", "solu_ln"), *small, *words)
+    return config.run_dir
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    def reached() -> bool:
+        metrics = run_dir / "metrics.jsonl"
+        return metrics.is_file() and len(metrics.read_text().splitlines()) * 5 >= step
+
+    wait_until(reached, 60)
+
+
+def queue() -> list[str]:
+    """Ids of SLURM's jobs that wait, run or end."""
+    return subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, check=True
+    ).stdout.split()  # fmt: skip
+
+
+def wait_for_the_queue_to_empty() -> None:
+    wait_until(lambda: not queue(), 90)
+
+
+def logs(study_dir: Path) -> str:
+    return "".join(path.read_text() for path in sorted((study_dir / "slurm").glob("*.out")))
+
+
+def weights(run_dir: Path) -> bytes:
+    return (run_dir / "model.safetensors").read_bytes()
+
+
+def states(study_dir: Path) -> list[str]:
+    return [jobs.standing(study_dir, job).state for job in jobs.listed(study_dir)]
+
+
+def test_a_sweep_ends_done_with_the_weights_that_one_process_gives(
+    cluster: Path, tokens: Path, tmp_path: Path
+) -> None:
+    words = ("seed=0", "train.precision=fp32", f"tokens.cache_dir={tokens}")
+    said = launch(tmp_path, ROOT / "sweeps" / "smoke.yaml", *words)
+    assert f"where they stand: python sweeps/launch.py --status {tmp_path / 'smoke'}" in said
+    wait_for_the_queue_to_empty()
+    assert states(tmp_path / "smoke") == ["done", "done"]
+    for variant in ("solu", "solu_ln"):
+        own = tiny_config(
+            tmp_path / "own", f"variant={variant}", f"tokens.cache_dir={tokens}",
+            "train.checkpoint_every=5", "wandb=off",
+        )  # fmt: skip
+        assert weights(train_silently(own)) == weights(tmp_path / "smoke" / f"{variant}-s0")
+    # The last job has seen all the others done.
+    assert f"{tmp_path / 'smoke'}: 2 jobs: 2 done\n" in logs(tmp_path / "smoke")
+
+
+def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
+    cluster: Path, tokens: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = launch_long(tmp_path, tokens)
+    wait_for_step(run_dir, 50)
+    # What SLURM does 90 seconds before the limit, at once.
+    subprocess.run(["scancel", "--me", "--state=RUNNING", "--signal=USR2"], check=True)
+    wait_until(lambda: "Requeued job" in logs(run_dir.parent), 30)
+    checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 50 <= checkpoint["global_step"] < LONG
+    wait_for_the_queue_to_empty()
+    assert states(run_dir.parent) == ["done"]
+    assert weights(run_dir) == weights(undisturbed)
+    assert f"{run_dir.parent}: 1 job: 1 done\n" in logs(run_dir.parent)  # not before
+
+
+def test_a_cancelled_job_is_finished_bit_equal_by_the_same_command(
+    cluster: Path, tokens: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = launch_long(tmp_path, tokens)
+    wait_for_step(run_dir, 50)
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for_the_queue_to_empty()
+    assert states(run_dir.parent) == ["resume"]  # it has saved what was done
+    launch_long(tmp_path, tokens)
+    wait_for_the_queue_to_empty()
+    assert states(run_dir.parent) == ["done"]
+    assert weights(run_dir) == weights(undisturbed)
+
+
+def test_two_tasks_train_one_model_to_the_loss_of_one(
+    cluster: Path, tokens: Path, tmp_path: Path
+) -> None:
+    words = ("seed=0", "variant=solu", "train.precision=fp32", f"tokens.cache_dir={tokens}")
+    launch(tmp_path, ROOT / "sweeps" / "smoke.yaml", "train.devices=2", *words)
+    wait_for_the_queue_to_empty()
+    shared = tmp_path / "smoke" / "solu-s0"
+    assert states(tmp_path / "smoke") == ["done"], logs(tmp_path / "smoke")
+    alone = train_silently(
+        tiny_config(tmp_path / "own", "variant=solu", f"tokens.cache_dir={tokens}", "wandb=off")
+    )
+    loss = [json.loads((run / "done.json").read_text())["report_loss"] for run in (shared, alone)]
+    assert loss[0] == pytest.approx(loss[1], abs=1e-5)
+    assert "global_rank=1(2)" in logs(tmp_path / "smoke")
+
+
+def run_by_hand(sweep: Sweep, params: slurm.Params) -> None:
+    listed = tuple(jobs.job_of(config) for config in sweep.configs)
+    slurm.run(sweep, sweep.configs, params, Evaluate(sweep.study_dir, listed, EvalConfig(), False))
+
+
+def test_what_waits_in_the_queue_is_not_submitted_again(
+    cluster: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["size=tiny", f"runs_dir={tmp_path}", f"tokens.cache_dir={tokens}"]
+    later = slurm.Params(cpus=1, options={"begin": "now+1hour"})
+    path = tmp_path / "late.yaml"
+    run_by_hand(read_sweep(sweep_file(path, "solu", "gelu"), words), later)
+    before = queue()
+    assert len(before) == 3
+    run_by_hand(read_sweep(path, words), later)
+    assert queue() == before
+    # A job more: it alone is new, and the report waits for all three.
+    capsys.readouterr()
+    run_by_hand(read_sweep(sweep_file(path, "solu", "gelu", "solu_ln"), words), later)
+    assert "jobs submitted: 1, in the queue: 3" in capsys.readouterr().err
+    (last,) = {job for job in queue() if job not in before and waits_for(job)}
+    assert waits_for(last) == {before[0].partition("_")[0], str(int(last) - 1)}
+    subprocess.run(["scancel", "--me"], check=True)
+    wait_for_the_queue_to_empty()
+
+
+def waits_for(job: str) -> set[str]:
+    """Ids of the jobs that one waits for."""
+    shown = subprocess.run(
+        ["squeue", "--noheader", "--format=%E", "--jobs", job], capture_output=True, text=True
+    ).stdout
+    return set(re.findall(r"afterany:(\d+)", shown))
+
+
+def test_a_job_submitted_twice_is_trained_once(
+    cluster: Path,
+    tokens: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_config(tmp_path, *long_words(tokens))
+    monkeypatch.setattr(slurm, "_queued", lambda folder: {})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    sweep = Sweep(tmp_path / "long.yaml", (), {}, (config,))
+    run_by_hand(sweep, slurm.Params(cpus=1))
+    wait_for_step(config.run_dir, 5)
+    run_by_hand(sweep, slurm.Params(cpus=1))
+    wait_for_the_queue_to_empty()
+    assert states(config.study_dir) == ["done"]
+    assert weights(config.run_dir) == weights(undisturbed)
+    printed = logs(config.study_dir)
+    assert printed.count(f"{LONG}/{LONG}") == 1  # one progress bar
+    assert printed.count("1 job: 1 done") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["slurm.partition=mian"], "no partition called 'mian'. Did you mean 'main'?"),
+        (["slurm.gpus=2"], "slurm.gpus=2 for train.devices=1: wanted one GPU a device, or 0"),
+        (["slurm.minutes=1"], "slurm.minutes=1 must be 5 or more"),
+        (["slurm.options.mem=900T"], "SLURM refused the jobs: sbatch: error: "),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_one_line(
+    cluster: Path, tokens: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    result = run_python(
+        ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "smoke.yaml", "engine=slurm", "wandb=off",
+        f"runs_dir={tmp_path}", f"tokens.cache_dir={tokens}", *words,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"error: {said}")
+    assert "Traceback" not in result.stderr
+    assert not queue()
+
+
+def test_without_slurm_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = run_python(
+        ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "smoke.yaml", "engine=slurm", "wandb=off",
+        f"runs_dir={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert re.fullmatch(
+        "error: engine=slurm finds no sbatch and srun on the PATH: .*\n", result.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_submitit_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    sweep = read_sweep(ROOT / "sweeps" / "smoke.yaml", [f"runs_dir={tmp_path}"])
+    with pytest.raises(UserError, match=r"pip install 'soluscope\[slurm\]'"):
+        slurm.check(slurm.Params(), sweep)

@@ -1,0 +1,522 @@
+"""Runs in wandb: read back with wandb's own reader, through kills, without network, and without wandb."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _wandb_server import WandbServer
+from conftest import ROOT
+
+from soluscope import results
+from soluscope.config import read_config
+from soluscope.tracking import SENT_AGAIN, Tracker, mode_of
+
+pytest.importorskip("wandb", reason="wandb is not installed")
+
+KEY = "k" * 40
+WORDS = (
+    "variant=solu_ln", "size=tiny", "corpus.max_mb=1", "train.steps=60", "train.log_every=5",
+    "train.checkpoint_every=20", "train.threads=1", "train.device=cpu",
+)  # fmt: skip
+
+
+class Server(ThreadingHTTPServer):
+    """On loopback: counts who connects, and answers everybody that the key is wrong."""
+
+    n_connections = 0
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.n_connections += 1
+        super().process_request(request, client_address)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b'{"errors": [{"message": "user is not logged in"}]}')
+
+    do_GET = do_POST
+
+    def log_message(self, *words: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Refusing) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tracking")
+
+
+def words_of(place: Path, study: str, *words: str) -> list[str]:
+    runs = (f"runs_dir={place / 'runs'}", f"tokens.cache_dir={place / '.tokens'}")
+    return [*WORDS, *runs, f"study={study}", *words]
+
+
+def python(
+    place: Path, server: Server, *words: str | Path, prefix: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """`python words` on a machine with no login, whose every way out is `server`."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    ways = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "WANDB_BASE_URL"),
+        server.address,
+    )
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    return subprocess.run(
+        [*prefix, sys.executable, *map(str, words)],
+        env=own | ways | {"HOME": str(place), "PYTHONPATH": path} | variables,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def train(place: Path, server: Server, *words: str, **options: Any) -> None:
+    done = python(place, server, ROOT / "train" / "run.py", *words, **options)
+    assert done.returncode == 0, done.stderr
+    assert "wandb" not in done.stdout + done.stderr, done.stderr  # it has nothing to say
+
+
+def inspect(folder: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(folder)]
+    quiet = os.environ | {"WANDB_ERROR_REPORTING": "false"}
+    return subprocess.run(command, env=quiet, capture_output=True, text=True, check=True).stdout
+
+
+def starts(run_dir: Path) -> list[Path]:
+    """wandb's folders of a run, one each time that it was started, oldest first."""
+    return sorted((run_dir / "wandb").glob("offline-run-*"))
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, inspect(folder).splitlines())
+    return [line[kind] for line in lines if line["type"] == kind]
+
+
+def by_step(history: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The curves' rows, wandb's own columns left out; of a step that was sent twice the last one."""
+    own = ({k: v for k, v in row.items() if not k.startswith("_")} for row in history)
+    return {row["step"]: row for row in own}
+
+
+def rows(*folders: Path) -> dict[int, dict[str, Any]]:
+    return by_step([record["item"] for one in folders for record in records(one, "history")])
+
+
+def first_run(run_dir: Path) -> dict[str, Any]:
+    return records(starts(run_dir)[0], "run")[0]
+
+
+def metrics(run_dir: Path) -> dict[int, dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    return {line["step"]: line for line in lines}
+
+
+# --- an offline run -------------------------------------------------------------------------------
+
+
+def can_strace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-o", os.devnull, "true"], capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def offline(place: Path, server: Server) -> Path:
+    """A run whose key is known and which was told to stay offline."""
+    before = server.n_connections
+    prefix = ("strace", "-f", "-qq", "-e", "trace=connect", "-o", str(place / "strace.txt"))
+    train(place, server, *words_of(place, "whole", "wandb=offline"),
+          prefix=prefix if can_strace() else (), WANDB_API_KEY=KEY)  # fmt: skip
+    assert server.n_connections == before
+    return place / "runs" / "whole" / "solu_ln-s0"
+
+
+def test_wandb_has_every_row_of_the_metrics(offline: Path) -> None:
+    (folder,) = starts(offline)
+    assert len(metrics(offline)) == 12
+    assert rows(folder) == metrics(offline)
+    steps = {record["name"]: record.get("step_metric") for record in records(folder, "metric")}
+    assert {name for name, by in steps.items() if by == "step"} == metrics(offline)[5].keys() - {
+        "step"
+    }
+
+
+def test_the_summary_is_done_json(offline: Path) -> None:
+    summary = json.loads(inspect(starts(offline)[0], "--summary"))["summary"]
+    done = json.loads((offline / "done.json").read_text())
+    assert {"select_loss", "report_loss", "tokens", "seconds"} <= done.keys()
+    assert {name: summary[name] for name in done} == done
+
+
+def test_runs_are_grouped_by_study_and_found_by_flat_keys(offline: Path) -> None:
+    (run,) = records(starts(offline)[0], "run")
+    assert (run["run_group"], run["display_name"]) == ("whole", "solu_ln-s0")
+    assert run["project"] == "soluscope"
+    logged = run["config"]["update"]
+    config = read_config(offline / "config.yaml")
+    expected = {
+        "variant": "solu_ln", "seed": 0, "study": "whole", "size": "tiny", "arm_name": "solu_ln", "lr": 4e-3,
+        "config": config.hash, "kappa": pytest.approx(41.94304), "gain": None, "d_model": 32, "d_mlp": 128,
+        "n_layers": 1, "tokens": 60 * 8 * 32,
+    }  # fmt: skip
+    assert {key: logged.get(key) for key in expected} == expected
+    assert not [key for key in logged if "." in key]
+    assert logged["resolved"] == json.loads(json.dumps(asdict(config)))
+
+
+def test_the_model_is_an_artifact_that_says_what_it_is_and_is_not_copied(offline: Path) -> None:
+    (artifact,) = records(starts(offline)[0], "artifact")
+    assert (artifact["type"], artifact["name"]) == ("model", "whole-solu_ln-s0")
+    assert json.loads(artifact["metadata"]) == json.loads((offline / "model.json").read_text())
+    found = {entry["path"]: entry["local_path"] for entry in artifact["manifest"]["contents"]}
+    own = {name: offline / name for name in ("model.safetensors", "model.json", "config.yaml")}
+    expected = own | {"tokenizer.json": offline.parent / "tokenizer.json"}
+    assert found == {name: str(path) for name, path in expected.items()}
+
+
+def test_all_files_of_wandb_but_its_log_lie_in_the_run_folder(offline: Path, place: Path) -> None:
+    elsewhere = {p.relative_to(place).parts[0] for p in place.rglob("*wandb*")} - {"runs"}
+    assert elsewhere <= {".cache"}
+    assert all(path.suffix == ".log" for path in (place / ".cache").rglob("*") if path.is_file())
+
+
+@pytest.mark.skipif(not can_strace(), reason="strace is not installed, or may not trace here")
+def test_offline_no_process_connects_to_anything(offline: Path, place: Path) -> None:
+    calls = (place / "strace.txt").read_text().splitlines()
+    assert any("AF_UNIX" in call for call in calls)  # wandb's service, so the trace has followed it
+    assert not [call for call in calls if "AF_INET" in call]
+
+
+def test_probes_join_the_run_once_with_tables_and_figures(
+    offline: Path, place: Path, server: Server
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from soluscope import suite; "
+        "from soluscope.config import EvalConfig; "
+        "words = EvalConfig(probes=['engagement'], n_tokens=500, n_loss_tokens=1000, n_draws=100); "
+        "[suite.evaluate(Path(sys.argv[1]), words) for _ in range(2)]"
+    )
+    before = server.n_connections
+    done = python(place, server, "-c", code, offline)
+    assert done.returncode == 0, done.stderr
+    assert server.n_connections == before
+    trained, probed = starts(offline)  # and no third one
+    (first,), (second,) = records(trained, "run"), records(probed, "run")
+    assert (first["run_id"], first["project"]) == (second["run_id"], second["project"])
+    media = probed / "files" / "media"
+    for name in ("engagement", "loss", "tokens"):
+        (path,) = (media / "table" / "probes").glob(f"{name}_*.table.json")
+        table = json.loads(path.read_text())
+        got = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+        assert got == [asdict(row) for row in results.read(offline / "probes" / f"{name}.jsonl")]
+    figures = {p.name.partition("_")[0] for p in (media / "plotly" / "engagement").iterdir()}
+    assert "Engagement r, median token" in figures
+    assert {entry["path"].partition("/")[0] for r in records(probed, "artifact")
+            for entry in r["manifest"]["contents"]} == {"probes"}  # fmt: skip
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+# The real training; right after step `at`, what `then` says.
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from soluscope import training
+from soluscope.config import load_config
+at, *words = sys.argv[1:]
+def service():
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, name, _, parent = stat.read_text().split()[:4]
+        except OSError:
+            continue
+        if name == "(wandb-core)" and int(parent) == os.getpid():
+            return int(pid)
+real = training.RunFolder.on_train_batch_end
+def watched(self, trainer, *rest):
+    real(self, trainer, *rest)
+    if trainer.global_step == int(at):
+        then()
+training.RunFolder.on_train_batch_end = watched
+"""
+KILL_ALL = """
+def then():
+    time.sleep(1)
+    os.kill(service(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+training.train(load_config(words))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(place: Path, server: Server) -> tuple[Path, dict[int, dict[str, Any]]]:
+    """A run that was killed at step 37, wandb's service with it, and trained to its end after that.
+
+    With the rows that it had logged by then, which the first of wandb's folders must have.
+    """
+    words = words_of(place, "killed", "wandb=offline", "seed=3")
+    run_dir = place / "runs" / "killed" / "solu_ln-s3"
+    done = python(place, server, "-c", CHILD + KILL_ALL, "37", *words)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    logged = metrics(run_dir)
+    train(place, server, *words)
+    return run_dir, logged
+
+
+def test_a_sigkill_takes_no_row_and_the_resumed_run_is_the_same(killed) -> None:
+    run_dir, logged = killed
+    first, second = starts(run_dir)
+    assert list(logged) == list(range(5, 36, 5))
+    assert rows(first) == logged
+    ids = {record["run_id"] for folder in (first, second) for record in records(folder, "run")}
+    assert ids == {json.loads((run_dir / "wandb.json").read_text())["id"]}
+    assert rows(first, second) == metrics(run_dir)
+    assert list(rows(second)) == list(range(5, 61, 5))  # those before the checkpoint once more
+
+
+def test_wandb_sync_makes_one_whole_run_of_what_was_written_offline(
+    killed, place: Path, server: Server
+) -> None:
+    run_dir, _ = killed
+    command = ("-m", "wandb", "sync", "--yes", *starts(run_dir))
+    with WandbServer() as wandbs:
+        done = python(place, server, *command, **wandbs.environment())
+    assert done.returncode == 0, done.stderr
+    (run,) = wandbs.runs.values()
+    assert (run.id, run.project) == (first_run(run_dir)["run_id"], "soluscope")
+    assert by_step(run.history) == metrics(run_dir)
+    (model,) = wandbs.artifacts.values()
+    assert model.committed
+    assert model.files["model.safetensors"] == (run_dir / "model.safetensors").read_bytes()
+
+
+class Listening:
+    """Stands in for wandb's run."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def define_metric(self, name: str, step_metric: str) -> None: ...
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.steps.append(row["step"])
+
+
+@pytest.mark.parametrize(("is_new", "n_sent"), [(True, 250), (False, SENT_AGAIN)])
+def test_a_wandb_run_that_is_new_to_a_resumed_run_gets_all_its_rows(tmp_path, is_new, n_sent):
+    """As where an agent takes over what was begun without it."""
+    run = Listening()
+    Tracker(run, tmp_path, is_new).catch_up([{"step": step} for step in range(250)])
+    assert run.steps == list(range(250))[-n_sent:]
+
+
+FAILING = """
+def then():
+    os.kill(service(), signal.SIGKILL)
+    time.sleep(0.5)
+config = load_config(words)
+training.train(config)
+then = lambda: None
+blocked = load_config([*words, "seed=1"])
+blocked.run_dir.mkdir(parents=True)
+(blocked.run_dir / "wandb").write_text("in the way")
+training.train(blocked)
+training.train(load_config([*words, "seed=2"]))
+"""
+
+
+def test_a_wandb_that_fails_is_told_once_and_stops_nothing(place: Path, server: Server) -> None:
+    words = words_of(place, "failing", "wandb=offline")
+    done = python(place, server, "-c", CHILD + FAILING, "12", *words)
+    assert done.returncode == 0, done.stderr
+    study = place / "runs" / "failing"
+    for seed in range(3):
+        assert (study / f"solu_ln-s{seed}" / "done.json").is_file()
+        assert len(metrics(study / f"solu_ln-s{seed}")) == 12
+    told = [line for line in done.stderr.splitlines() if "━" not in line]
+    assert len(told) == 2
+    assert "solu_ln-s0 is no longer tracked" in told[0]
+    assert "solu_ln-s1 is not tracked" in told[1]
+    (folder,) = starts(study / "solu_ln-s2")  # the next one has a service again
+    assert rows(folder) == metrics(study / "solu_ln-s2")
+
+
+ONLINE = """
+import json
+from dataclasses import asdict
+from _wandb_server import WandbServer
+from soluscope import tracking
+tracking.FINISH_SECONDS = 3
+def then():
+    raise KeyboardInterrupt
+config = load_config(words)
+with WandbServer() as server:
+    os.environ |= server.environment()
+    try:
+        training.train(config)
+    except KeyboardInterrupt:
+        pass
+    then = lambda: None
+    training.train(config)
+    (run,) = server.runs.values()
+    (model,) = server.artifacts.values()
+    print(json.dumps({"history": run.history, "summary": run.summary, "config": run.config, "id": run.id,
+                      "exit_code": run.exit_code, "committed": model.committed, "group": run.group}))
+    server.refusing = True
+    training.train(load_config([*words, "seed=1"]))  # the key is refused from here on
+    server.refusing = False
+    at, then = 12, lambda: server.__exit__()
+    training.train(load_config([*words, "seed=2"]))
+"""
+
+
+def test_online_a_resumed_run_goes_on_and_a_server_that_goes_stops_nothing(
+    place: Path, server: Server
+) -> None:
+    words = words_of(place, "online")
+    done = python(place, server, "-c", CHILD + ONLINE, "37", *words)
+    assert done.returncode == 0, done.stderr
+    study = place / "runs" / "online"
+    sent = json.loads(done.stdout)
+    run_dir = study / "solu_ln-s0"
+    assert by_step(sent["history"]) == metrics(run_dir)
+    done_json = json.loads((run_dir / "done.json").read_text())
+    assert {name: sent["summary"].get(name) for name in done_json} == done_json
+    assert sent["config"]["variant"] == "solu_ln"
+    assert (sent["group"], sent["exit_code"], sent["committed"]) == ("online", 0, True)
+    assert sent["id"] == json.loads((run_dir / "wandb.json").read_text())["id"]
+    for seed in (1, 2):
+        assert (study / f"solu_ln-s{seed}" / "done.json").is_file()
+    told = [line for line in done.stderr.splitlines() if "━" not in line]
+    assert [line.partition(": ")[2].split(" ")[0] for line in told[:2]] == ["solu_ln-s0"] * 2
+    assert "solu_ln-s1 is kept offline for 'wandb sync'" in told[2]
+    assert "solu_ln-s2 is at http" in told[3]
+    assert "solu_ln-s2 is no longer tracked" in told[4]
+    assert len(told) == 5
+    assert rows(*starts(study / "solu_ln-s1")) == metrics(study / "solu_ln-s1")
+
+
+# --- agents, keys, and no wandb -------------------------------------------------------------------
+
+
+def test_under_an_agent_the_run_is_the_agents(place: Path, server: Server, tmp_path: Path) -> None:
+    parameters = tmp_path / "sweep.yaml"  # as the agent writes it
+    parameters.write_text("wandb_version: 1\nseed: {value: 7}\ntrain.lr: {value: 0.002}\n")
+    words = words_of(place, "swept", "seed=7", "train.lr=2e-3")
+    before = server.n_connections
+    train(place, server, *words, WANDB_SWEEP_ID="sw33p", WANDB_RUN_ID="agents-id",
+          WANDB_PROJECT="agents-project", WANDB_SWEEP_PARAM_PATH=str(parameters))  # fmt: skip
+    assert server.n_connections == before  # no key: offline by itself
+    run_dir = place / "runs" / "swept" / "solu_ln-s7"
+    (folder,) = starts(run_dir)
+    (run,) = records(folder, "run")
+    assert (run["run_id"], run["project"]) == ("agents-id", "agents-project")
+    assert run["sweep_id"] == "sw33p"
+    assert run["run_group"] == "swept"
+    logged = run["config"]["update"]
+    expected = {"variant": "solu_ln", "seed": 7, "study": "swept", "size": "tiny", "lr": 0.002}
+    assert {key: logged.get(key) for key in expected} == expected
+    kept = json.loads((run_dir / "wandb.json").read_text())
+    assert (kept["id"], kept["project"]) == ("agents-id", "agents-project")
+
+
+def test_a_refused_key_is_one_line_before_anything_starts(place: Path, server: Server) -> None:
+    words = words_of(place, "refused", "wandb=online")
+    done = python(place, server, ROOT / "train" / "run.py", *words, WANDB_API_KEY=KEY)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"error: wandb=online, .* user is not logged in; .*wandb login.*", line)
+    assert KEY not in line
+    left = {path.name for path in (place / "runs" / "refused").rglob("*") if path.is_file()}
+    assert left <= {".lock", "config.yaml"}
+
+
+ASK = (
+    "import os; from soluscope.errors import run_command; "
+    "from soluscope.tracking import check_login; run_command(lambda words: check_login(words[0]))"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [({}, "there is no key"), ({"WANDB_API_KEY": "short"}, "40+ characters")]
+)
+def test_online_without_a_good_key_is_one_line(place, server, key, said) -> None:
+    before = server.n_connections
+    done = python(place, server, "-c", ASK, "online", **key)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: wandb=online, ")
+    assert said in line
+    assert server.n_connections == before
+
+
+def test_asking_the_server_leaves_no_service_to_the_jobs_that_follow(place, server) -> None:
+    code = (
+        "import os; from soluscope.errors import UserError; from soluscope.tracking import check_login\n"
+        "try: check_login('online')\n"
+        "except UserError: print(os.environ.get('WANDB_SERVICE'))"
+    )
+    done = python(place, server, "-c", code, WANDB_API_KEY=KEY)
+    assert done.stdout == "None\n", done.stderr
+
+
+def test_off_and_missing_wandb_train_without_it(place: Path, server: Server) -> None:
+    code = """
+import sys
+from soluscope.config import load_config
+from soluscope.errors import UserError
+from soluscope.training import train
+words = sys.argv[1:]
+train(load_config([*words, "wandb=off"]))
+assert not [name for name in sys.modules if name.partition(".")[0] == "wandb"]
+sys.modules["wandb"] = None
+train(load_config([*words, "seed=1"]))
+try:
+    train(load_config([*words, "seed=2", "wandb=offline"]))
+except UserError as error:
+    print(error)
+"""
+    before = server.n_connections
+    words = words_of(place, "without", "train.steps=10")
+    done = python(place, server, "-c", code, *words, WANDB_API_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wandb=offline wants the wandb package (")
+    assert server.n_connections == before
+    study = place / "runs" / "without"
+    for seed in (0, 1):
+        assert (study / f"solu_ln-s{seed}" / "done.json").is_file()
+    assert not list(study.rglob("*wandb*"))
+
+
+def test_a_disabled_environment_is_off_without_importing_wandb(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert mode_of(None) == "off"
+    assert mode_of("offline") == "offline"  # said in words
