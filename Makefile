@@ -1,9 +1,12 @@
-# Two commands, each doing all it needs: make demo, make test.
+# Two commands, each doing all it needs: make demo, make test. And make test-tl4, for TransformerLens 4.x.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TL4 := 4.3.0
+VENV_TL4 := .venv-tl4
+BIN_TL4 := $(VENV_TL4)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-tl4 lint
 
 demo: $(VENV)/installed
 	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000
@@ -20,4 +23,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "soluscope needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The probes on TransformerBridge (src/soluscope/bridge.py) give what they give on 3.9's HookedTransformer.
+test-tl4: $(VENV)/installed $(VENV_TL4)/installed
+	$(BIN_TL4)/python -m pytest tests/tl4
+
+# What pyproject.toml asks for at the versions of constraints.txt, with TransformerLens alone replaced.
+$(VENV_TL4)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_TL4)
+	grep -v '^transformer-lens==' constraints.txt > $(VENV_TL4)/constraints.txt
+	$(BIN_TL4)/python -c 'import tomllib; [print(d) for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if "transformer-lens" not in d]' > $(VENV_TL4)/requirements.txt
+	$(BIN_TL4)/python -m pip install --quiet --constraint $(VENV_TL4)/constraints.txt --requirement $(VENV_TL4)/requirements.txt transformer-lens==$(TL4) pytest
+	$(BIN_TL4)/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -1,17 +1,23 @@
-"""How long the probes take on one trained model, and whether that grows as the number of tokens does.
+"""How long the probes take on one model, and whether that grows as the number of tokens does.
 
     python benchmarks/suite.py runs/demo/solu_ln-s0
     python benchmarks/suite.py runs/demo/solu_ln-s0 2000 10000 50000
+    python benchmarks/suite.py --pretrained-shape 2000
 
 Works on a copy of the run's folder. Prints one JSON line a probe: seconds at each number of tokens,
 its own activations and intervals included, and the exponent by which they grow from the first number
 to the last (1: in proportion). The first stream that needs a model's activations pays for them, so
 `tokens` stands for observing the natural stream.
+
+--pretrained-shape: on random weights of SoLU-1L's shape, in a folder as the hub's cache has it, with a
+tokenizer of as many entries; also the seconds in which the model is loaded, and the process's largest
+memory in GB. Its text is Python's standard library.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 import tempfile
@@ -20,40 +26,121 @@ from itertools import pairwise
 from math import log
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
 from soluscope import plugins
-from soluscope.config import EvalConfig
-from soluscope.suite import evaluate
+from soluscope.config import EvalConfig, PretrainedConfig
+from soluscope.pretrained import load_pretrained
+from soluscope.suite import evaluate, evaluate_pretrained
+
+SHAPE = {
+    "n_layers": 1, "d_model": 512, "d_mlp": 2048, "d_head": 64, "n_heads": 8, "n_ctx": 1024, "d_vocab": 48262,
+    "act_fn": "solu_ln", "attn_only": False, "normalization": "LN", "final_rms": False, "ln_eps": 1e-5,
+}  # fmt: skip
+"""SoLU-1L's config.json, as far as it says what is computed."""
+
+Marks = list[tuple[str, float]]
 
 
 def main(words: list[str]) -> None:
-    run_dir, sizes = Path(words[0]), [int(word) for word in words[1:]] or [2000, 10_000, 50_000]
-    taken = {n_tokens: times(run_dir, n_tokens) for n_tokens in sizes}
-    ratio = sizes[-1] / sizes[0]
+    pretrained = words[0] == "--pretrained-shape"
+    sizes = [int(word) for word in words[1:]] or [2000, 10_000, 50_000]
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if pretrained:
+            write_model(place / "model")
+            begin = time.perf_counter()
+            load_pretrained(str(place / "model"))
+            print(json.dumps({"load": round(time.perf_counter() - begin, 2)}), flush=True)
+            taken = {n: pretrained_times(place, n) for n in sizes}
+        else:
+            taken = {n: times(Path(words[0]), place / str(n), n) for n in sizes}
     for name in [*taken[sizes[0]], "all"]:
         seconds = {n: round(each.get(name, sum(each.values())), 2) for n, each in taken.items()}
-        grown = log(max(seconds[sizes[-1]], 1e-3) / max(seconds[sizes[0]], 1e-3)) / log(ratio)
-        print(json.dumps({"probe": name, "seconds": seconds, "exponent": round(grown, 2)}))
+        line: dict[str, object] = {"probe": name, "seconds": seconds}
+        if len(sizes) > 1:
+            first, last = (max(seconds[sizes[i]], 1e-3) for i in (0, -1))
+            line["exponent"] = round(log(last / first) / log(sizes[-1] / sizes[0]), 2)
+        print(json.dumps(line))
+    print(json.dumps({"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
 
 
-def times(run_dir: Path, n_tokens: int) -> dict[str, float]:
+def times(run_dir: Path, scratch: Path, n_tokens: int) -> dict[str, float]:
     """Seconds of each probe, and of `tokens`; controls and losses left out."""
-    marks: list[tuple[str, float]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        study = Path(scratch) / run_dir.parent.name
-        copy = study / run_dir.name
-        shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("probes", "checkpoints"))
-        for name in ("data.json", "tokenizer.json"):
-            shutil.copy(run_dir.parent / name, study / name)
-        config = EvalConfig(n_tokens=n_tokens, n_loss_tokens=1000)
-        evaluate(copy, config, lambda text: marks.append((text, time.perf_counter())))
-        marks.append(("", time.perf_counter()))
+    marks: Marks = []
+    study = scratch / run_dir.parent.name
+    copy = study / run_dir.name
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("probes", "checkpoints"))
+    for name in ("data.json", "tokenizer.json"):
+        shutil.copy(run_dir.parent / name, study / name)
+    config = EvalConfig(n_tokens=n_tokens, n_loss_tokens=1000)
+    evaluate(copy, config, lambda text: marks.append((text, time.perf_counter())))
     wanted = {"tokens", *plugins.names("soluscope.probes")}
+    return {name: taken for name, taken in between(marks).items() if name in wanted}
+
+
+def pretrained_times(scratch: Path, n_tokens: int) -> dict[str, float]:
+    """Seconds of each probe, of `tokens` and of `loss`; controls left out."""
+    marks: Marks = []
+    begin = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - begin:.1f} s: {text}", file=sys.stderr, flush=True)
+        marks.append((text, time.perf_counter()))
+
+    config = PretrainedConfig(
+        n_tokens=n_tokens, n_loss_tokens=n_tokens, data="stdlib", runs_dir=str(scratch / "runs")
+    )
+    evaluate_pretrained(str(scratch / "model"), config, say)
+    return between(marks)
+
+
+def between(marks: Marks) -> dict[str, float]:
+    """Seconds from what was said of each probe to what was said next."""
     found = {}
-    for (text, begin), (_, end) in pairwise(marks):
-        name = text.rpartition(": ")[2].split(" (")[0]
-        if name in wanted and "controls of" not in text:
-            found[name] = end - begin
+    for (text, begin), (_, end) in pairwise([*marks, ("", time.perf_counter())]):
+        if "controls of" not in text:
+            found[text.rpartition(": ")[2].split(" (")[0]] = end - begin
     return found
+
+
+def write_model(folder: Path) -> None:
+    """Random weights of SoLU-1L's shape, as a repository of its family holds them."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    write_tokenizer(folder)
+    sizes = {key: SHAPE[key] for key in SHAPE if key not in ("normalization", "ln_eps")}
+    torch.manual_seed(0)
+    model = HookedTransformer(
+        HookedTransformerConfig(**sizes, normalization_type="LN", initializer_range=0.02)
+    )
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(state, folder / "model.safetensors")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A BPE of the standard library, and made-up words in the places that it leaves."""
+    source = plugins.pick("soluscope.data.sources", "stdlib")
+    texts = (document.text for document in source.documents(source.params(max_mb=4)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|EOS|>", "<|BOS|>", "<|PAD|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=20_000,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    n_left = int(str(SHAPE["d_vocab"])) - tokenizer.get_vocab_size()
+    tokenizer.add_tokens([f"<made-up {i}>" for i in range(n_left)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = dict(zip(("eos_token", "bos_token", "pad_token"), special, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

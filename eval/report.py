@@ -20,6 +20,11 @@ def main(arguments: list[str]) -> None:
         at = rest.index("--wandb")
         place = next(iter(rest[at + 1 :]), "")
         rest = rest[:at] + rest[at + 2 :]
+    unknown = [word for word in rest if word.startswith("--")]
+    if unknown:
+        raise UserError(
+            f"no flag {unknown[0]}: there are --wandb entity/project, --dry-run, --help"
+        )
     if len(rest) != 1:
         raise UserError(
             f"{len(rest)} words given, wanted one folder, as in: python eval/report.py runs/demo"

@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
             f"{len(paths)} sweep files given, wanted one, as in: python sweeps/launch.py sweeps/demo.yaml"
         )
     if "--status" in flags:
+        if len(arguments) > 2:
+            raise UserError("--status takes a study and nothing else, as in: --status runs/first")
         jobs.follow(Path(paths[0]))
         return
     words = [word for word in arguments if "=" in word]

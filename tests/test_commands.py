@@ -85,7 +85,11 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (TRAIN, "variant=solu", "--cgf"): "'--cgf' is neither key=value nor a .yaml file",
     (EVAL,): "0 folders given, wanted one",
     (EVAL, "a", "b"): "2 folders given, wanted one",
-    (EVAL, "nowhere"): "no folder nowhere: name a study or a run",
+    (EVAL, "runs/nowhere"): "no folder runs/nowhere: name a study or a run",
+    (EVAL, "--controls", "nowhere"): "no folder nowhere: name a study or a run",
+    (EVAL, ".", "revision=main"): "no key called 'revision'",
+    (EVAL, "solu-1l", "revison=main"): "Did you mean 'revision'?",
+    (EVAL, "solu-1l", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",
     (EVAL, ".", "probes=[engagment]"): "no probe called 'engagment'. Did you mean 'engagement'?",
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
@@ -116,6 +120,7 @@ def test_mistakes_are_one_line_and_status_2_before_anything_heavy_or_written(
 ) -> None:
     for name, content in SWEEPS.items():
         (tmp_path / f"{name}.yaml").write_text(content)
+    (tmp_path / "runs").mkdir()
     before = snapshot(tmp_path)
     found = answers(tmp_path, *MISTAKES)
     for (words, says), answer in zip(MISTAKES.items(), found, strict=True):
@@ -138,6 +143,7 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
         assert f"\n  {key} " in train_help
     assert train_cfg == to_yaml(soluscope.load_config(words))
     assert "\n  n_draws " in eval_help
+    assert eval_help.index("with a pretrained model:") < eval_help.index("\n  revision ")
     assert ", engagement, " in eval_help
     assert "n_tokens: 300\n" in eval_cfg
     assert "eval/report.py runs/demo" in report_help

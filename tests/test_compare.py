@@ -371,6 +371,37 @@ def test_a_probe_is_not_confirmed_across_sizes_nor_at_a_rate_that_was_not_chosen
     }
 
 
+def two_kappas(told: dict[str, dict[str, float]]) -> set[tuple[str, str]]:
+    """The pairs that are confirmed of LayerNorm at two kappas and of static arms with these settings."""
+    told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}} | told
+    arms = {arm: 3.0 + 0.01 * i for i, arm in enumerate(told)}
+    compared = compare("s", make_losses(arms, 3, settings=told), "c")
+    probed = [
+        replace(row, variant=arm.split("-")[0])
+        for arm in arms
+        for row in probe_rows(arm, [{"natural": 1.0}] * 3)
+    ]
+    return {(row.arm, row.group) for row in confirm([*probed, *compared], {"specificity": "A"})}
+
+
+def test_a_probe_is_confirmed_against_the_twin_of_the_same_kappa():
+    """The third static arm's gain was given outright, and is the twin of none."""
+    static = {
+        "solu_frozen_ln-a": {"gain": 310.0, "gain_of_kappa": 4e-5},
+        "solu_frozen_ln-b": {"gain": 39.0, "gain_of_kappa": 41.94},
+        "solu_frozen_ln-gain4": {"gain": 4.0},
+    }
+    assert two_kappas(static) == {
+        ("solu_ln-a", "minus solu_frozen_ln-a"),
+        ("solu_ln-b", "minus solu_frozen_ln-b"),
+    }
+
+
+def test_where_the_kappa_of_a_static_arm_is_not_known_each_is_a_twin():
+    static = {"solu_frozen_ln-a": {"gain": 310.0}, "solu_frozen_ln-b": {"gain": 39.0}}
+    assert len(two_kappas(static)) == 4
+
+
 # ---------------------------------------------------------------- sizes
 
 LARGE = {"d_model": 128, "d_mlp": 512, "n_heads": 8}
@@ -467,7 +498,7 @@ def test_arms_are_compared_at_their_own_best_rates():
         assert {row.arm for row in rows if row.quantity == quantity} <= chosen
     row = find(rows, "gain of LN", arm="solu_ln-lr0.002")
     assert row.value == pytest.approx(0.08, abs=0.001)
-    assert "solu is solu-lr0.008, the best of 4 rates on the select split" in row.note
+    assert "solu is solu-lr0.008, the best of 4 rates on the select split over 8 seeds" in row.note
     assert find(rows, "Phi_dyn").value == pytest.approx(0.25, abs=0.02)
     steps = [row for row in rows if row.quantity.startswith("telescoping")]
     assert sum(row.value for row in steps) == pytest.approx(row.value, abs=1e-12)
@@ -499,21 +530,89 @@ def test_an_optimum_at_an_edge_of_its_grid_is_said():
     rows = compare("study", make_losses(arms, settings=told), "abc")
     notes = {row.arm: row.note for row in rows if row.quantity == "select loss by lr" and row.note}
     assert notes == {
-        "gelu-lr0.001": "chosen, at the lower edge of the grid",
-        "solu-lr0.008": "chosen, at the upper edge of the grid",
-        "solu_ln-lr0.002": "chosen, inside the grid",
+        "gelu-lr0.001": "chosen over 8 seeds, at the lower edge of the grid",
+        "solu-lr0.008": "chosen over 8 seeds, at the upper edge of the grid",
+        "solu_ln-lr0.002": "chosen over 8 seeds, inside the grid",
     }
 
 
-def test_a_rate_does_not_win_by_its_seeds():
-    """The easy seed 0 is .5 nats below the others, and the worse rate was trained at it alone."""
-    arms, told = tuned(solu_ln=0.002)
+def curve_of(losses: pd.DataFrame) -> dict[float | None, Row]:
+    """The points of the one curve of rates, by rate."""
+    return {row.x: row for row in compare("s", losses, "c") if row.quantity == "select loss by lr"}
+
+
+def easy_first(**optimum: float) -> pd.DataFrame:
+    """Rates at three seeds, of which the easy seed 0 is .5 nats below the others."""
+    arms, told = tuned(**optimum)
     easy = {f"{arm}-s0": -0.5 for arm in arms}
-    losses = make_losses(arms, n_seeds=3, worse=easy, settings=told)
-    losses = losses[(losses.arm != "solu_ln-lr0.008") | (losses.seed == 0)]
-    curve = [row for row in compare("s", losses, "c") if row.quantity == "select loss by lr"]
-    assert {row.group for row in curve} == {"solu_ln-lr0.002"}
-    assert {row.n for row in curve} == {1}
+    return make_losses(arms, n_seeds=3, worse=easy, settings=told)
+
+
+def test_a_rate_does_not_win_by_its_seeds():
+    """The worst rate was trained at the easy seed alone; no rate has all three."""
+    losses = easy_first(solu_ln=0.002)
+    lacks = {0.008: (1, 2), 0.001: (1,), 0.002: (2,), 0.004: (1,)}
+    for lr, seeds in lacks.items():
+        losses = losses[(losses.lr != lr) | ~losses.seed.isin(seeds)]
+    curve = curve_of(losses)
+    assert {row.group for row in curve.values()} == {"solu_ln-lr0.002"}
+    assert {row.n for row in curve.values()} == {1}
+
+
+def test_a_rate_with_fewer_seeds_does_not_replace_one_with_all():
+    """The best rate has two of three seeds: it is told, and not chosen; the others keep their three."""
+    losses = easy_first(solu_ln=0.008)
+    losses = losses[(losses.arm != "solu_ln-lr0.008") | (losses.seed < 2)]
+    curve = curve_of(losses)
+    assert {row.group for row in curve.values()} == {"solu_ln-lr0.004"}
+    assert {lr: row.n for lr, row in curve.items()} == {0.001: 3, 0.002: 3, 0.004: 3, 0.008: 2}
+    # The edge is that of the rates chosen from.
+    assert curve[0.004].note == "chosen over 3 seeds, at the upper edge of the grid"
+    assert curve[0.008].note == "not chosen from: 2 of 3 seeds"
+
+
+def test_rates_that_share_no_seed_are_not_chosen_from_and_named():
+    losses = easy_first(solu_ln=0.002)
+    losses = losses[losses.lr.isin([0.002, 0.008])]
+    losses = losses[(losses.lr == 0.008) == (losses.seed == 0)]
+    rows = compare("s", losses, "c")
+    assert not any(row.quantity == "select loss by lr" for row in rows)
+    (row,) = [row for row in rows if row.quantity == "no choice"]
+    assert (row.group, row.note) == ("solu_ln-lr0.002, solu_ln-lr0.008", "they share no seed")
+    assert not any(row.quantity == "difference" for row in rows)
+
+
+def test_static_arms_that_share_no_seed_are_not_chosen_from_and_named():
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_frozen_ln": 3.04, "solu_ln": 3.02}
+    losses = make_losses(arms, n_seeds=4)
+    losses = losses[(losses.arm != "solu_gain") | (losses.seed < 2)]
+    losses = losses[(losses.arm != "solu_frozen_ln") | (losses.seed >= 2)]
+    rows = compare("s", losses, "c")
+    assert not any(row.quantity in ("static - LN", "Phi_dyn") for row in rows)
+    assert find(rows, "gain of LN").n == 4
+    (row,) = [row for row in rows if row.quantity == "no choice"]
+    assert row.group == "solu_frozen_ln, solu_gain"
+
+
+def test_two_points_are_no_grid():
+    arms = {"solu": 3.1, "solu_ln": 3.02, "solu_gain-a": 3.06, "solu_gain-b": 3.04}
+    told = {"solu_gain-a": {"gain": 8.0}, "solu_gain-b": {"gain": 32.0}}
+    rows = compare("study", make_losses(arms, settings=told), "abc")
+    curve = {row.arm: row.note for row in rows if row.quantity == "select loss by gain"}
+    assert curve == {
+        "solu_gain-a": "",
+        "solu_gain-b": "chosen over 8 seeds, too few for a grid: 2",
+    }
+
+
+def test_two_arms_at_one_rate_of_a_curve_are_refused_by_name():
+    arms, told = tuned(solu=0.004, solu_ln=0.002)
+    arms["solu_ln-again"] = 3.02
+    told["solu_ln-again"] = {"lr": 0.004, "family": "solu_ln"}
+    with pytest.raises(
+        UserError, match=r"arms 'solu_ln-again' and 'solu_ln-lr0.004' of 'study' .* \(0\.004\)"
+    ):
+        compare("study", make_losses(arms, n_seeds=2, settings=told), "abc")
 
 
 def test_a_common_rate_gives_what_a_study_of_that_rate_gives():
@@ -562,7 +661,7 @@ def test_gains_are_chosen_each_at_its_best_rate():
         (128, "solu_gain-gain128.0-lr0.008"),
     ]
     assert {row.group for row in curve} == {"solu_gain-gain32.0-lr0.004"}
-    assert [row.note for row in curve] == ["", "chosen, inside the grid", ""]
+    assert [row.note for row in curve] == ["", "chosen over 8 seeds, inside the grid", ""]
     assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.001)
 
 
@@ -633,7 +732,7 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
         return _settings(folder)
 
     first = told(train__lr=0.001, seed=0, tag="a")
-    assert first.keys() == {*SETTINGS, "family"}
+    assert first.keys() >= {*SETTINGS, "family"}
     assert (first["lr"], first["kappa"]) == (0.001, pytest.approx(0.001 * 128**2))
     assert math.isnan(first["gain"])
     assert told(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config
 
-from soluscope import results
+from soluscope import results, tracking
 from soluscope.errors import UserError
-from soluscope.report import dashboard
+from soluscope.report import dashboard, page, words
 from soluscope.report.findings import comparisons
 from soluscope.results import Row
 
@@ -30,11 +31,6 @@ LOW, HIGH = "solu_ln-low", "solu_ln-high"
 KAPPAS = {LOW: 0.42, HIGH: 419.4}
 LOSSES = {"solu": 4.0, "solu_gain": 3.97, LOW: 3.9, HIGH: 3.99}
 UNDEFINED = "undefined: no gain of LN at this size"
-
-# What a training run sends to wandb: the keys that a panel can read.
-CURVES = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "r", "gain"}
-NUMBERS = {"select_loss", "report_loss", "r", "gain"}
-CONFIG = {"variant", "seed", "study", "size", "arm_name", "lr", "kappa", "gain"}
 
 
 def comparison(quantity: str, arm: str, value: float | None, half: float, **more: Any) -> list[Row]:
@@ -84,6 +80,8 @@ def make_rows() -> list[Row]:
 
 
 ROWS = make_rows()
+ONE_KAPPA = [row for row in ROWS if row.arm != HIGH]
+"""A study whose variants have one arm each."""
 
 
 @pytest.fixture
@@ -193,30 +191,38 @@ def test_dry_run_prints_the_json_and_neither_connects_nor_starts_a_process(
     assert [path.name for path in study.iterdir()] == ["results.jsonl"]
 
 
-def test_panels_read_what_training_runs_log() -> None:
+def test_panels_read_what_training_runs_log(tiny_study: Path, tmp_path: Path) -> None:
+    run_dir = tiny_study / "solu_ln-s0"
+    curves = set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0]))
+    # The last value of a curve is among a wandb run's numbers too.
+    numbers = curves | set(json.loads((run_dir / "done.json").read_text()))
+    config = tracking._config(tiny_config(tmp_path, "variant=solu_ln")).keys()
     model = workspace()
     lines, bars = panels(model, "Run History Line Plot"), panels(model, "Bar Chart")
     assert {name for plot in lines for name in plot["metrics"]} == {
         "loss", "r", "gain", "grad_norm", "tokens_per_s"
-    } <= CURVES  # fmt: skip
-    assert {plot["xAxis"] for plot in lines} == {"tokens"} <= CURVES
+    } <= curves  # fmt: skip
+    assert {plot["xAxis"] for plot in lines} == {"tokens"} <= curves
     read = {name for plot in bars for name in plot["metrics"]}
     assert read == {f"summary_metrics.{name}" for name in ("report_loss", "r", "gain")}
-    assert read <= {f"summary_metrics.{name}" for name in NUMBERS}
+    assert read <= {f"summary_metrics.{name}" for name in numbers}
     grouped = {plot["groupBy"] for plot in lines + bars}
-    assert grouped == {"variant.value", "arm_name.value"} <= {f"{key}.value" for key in CONFIG}
+    grouped |= {plot["groupBy"] for plot in panels(workspace(ONE_KAPPA), "Bar Chart")}
+    assert grouped == {"variant.value", "arm_name.value"} <= {f"{key}.value" for key in config}
     columns = section(model)["runSets"][0]["runFeed"]["columnOrder"]
-    known = {"run:displayName", *(f"summary:{name}" for name in NUMBERS)}
-    assert set(columns) <= known | {f"config:{key}.value" for key in CONFIG}
+    known = {"run:displayName", *(f"summary:{name}" for name in numbers)}
+    assert set(columns) <= known | {f"config:{key}.value" for key in config}
 
 
-def test_the_runs_table_holds_the_runs_of_the_study_by_variant() -> None:
+def test_the_runs_table_holds_the_runs_of_the_study_by_what_tells_them_apart() -> None:
     (runs,) = section(workspace())["runSets"]
     (wanted,) = leaves(runs["filters"])
     assert (wanted["key"], wanted["op"], wanted["value"]) == (
         {"section": "config", "name": "study"}, "=", "first"
     )  # fmt: skip
-    assert runs["grouping"] == [{"section": "config", "name": "variant.value"}]
+    (alone,) = section(workspace(ONE_KAPPA))["runSets"]
+    assert runs["grouping"] == [{"section": "config", "name": "arm_name.value"}]
+    assert alone["grouping"] == [{"section": "config", "name": "variant.value"}]
     pinned = list(runs["runFeed"]["columnPinned"])
     assert pinned[:3] == ["run:displayName", "config:variant.value", "config:seed.value"]
     assert {"config:study.value", "config:size.value", "config:kappa.value"} < set(pinned)
@@ -240,12 +246,36 @@ def test_every_figure_that_is_logged_is_shown_once() -> None:
     assert of_report | {dashboard.BARS, dashboard.PHI_DYN, "probes/engagement/1"} <= set(shown)
 
 
-def test_panels_by_arm_are_there_only_where_a_variant_has_several() -> None:
+def test_where_a_variant_has_several_arms_no_panel_averages_over_them() -> None:
     def grouped(rows: list[Row]) -> set[str]:
-        return {plot["groupBy"] for plot in panels(workspace(rows), "Run History Line Plot")}
+        model = workspace(rows)
+        kinds = ("Run History Line Plot", "Bar Chart")
+        return {plot["groupBy"] for kind in kinds for plot in panels(model, kind)}
 
-    assert grouped(ROWS) == {"variant.value", "arm_name.value"}
-    assert grouped([row for row in ROWS if row.arm != HIGH]) == {"variant.value"}
+    assert grouped(ROWS) == {"arm_name.value"}
+    assert grouped(ONE_KAPPA) == {"variant.value"}
+
+
+def test_no_run_of_a_large_study_is_left_out_of_a_panel() -> None:
+    run = next(row for row in ROWS if row.run)
+    many = [replace(run, run=f"{run.arm}-s{seed}", seed=seed) for seed in range(300)]
+    n_runs = len({row.run for row in [*ROWS, *many] if row.run})
+    model = workspace([*ROWS, *many])
+    lines, bars = panels(model, "Run History Line Plot"), panels(model, "Bar Chart")
+    assert {plot["limit"] for plot in lines + bars} == {n_runs + 1}
+
+
+def test_many_sentences_are_cut_and_the_rest_counted() -> None:
+    said = words.headline(ROWS)
+    more = [replace(row, arm=f"{row.arm}-2") for row in ROWS if row.arm in KAPPAS]
+    shown = panels(workspace([*ROWS, *more]), "Markdown Panel")[0]["value"].splitlines()
+    assert len(said) <= page.N_SENTENCES + 1
+    n_left = len(words.headline([*ROWS, *more])) - page.N_SENTENCES
+    assert len(shown) == page.N_SENTENCES + 1
+    assert shown[-1] == f"- {n_left} more in the report"
+    assert panels(workspace(), "Markdown Panel")[0]["value"].splitlines() == [
+        f"- {s}" for s in said
+    ]
 
 
 def test_loss_bars_have_the_length_and_the_interval_of_their_rows() -> None:
@@ -277,7 +307,7 @@ def test_without_any_phi_dyn_the_dashboard_says_so_and_shows_no_empty_figure() -
 
 
 def test_with_one_kappa_phi_dyn_is_drawn_by_arm() -> None:
-    (points,) = dashboard.drawings([row for row in ROWS if row.arm != HIGH])[dashboard.PHI_DYN].data
+    (points,) = dashboard.drawings(ONE_KAPPA)[dashboard.PHI_DYN].data
     assert points.x == (0.7,)
 
 
@@ -323,6 +353,11 @@ def test_a_place_that_is_not_entity_and_project_is_refused(text: str) -> None:
         (["--wandb", "solu"], "'solu' is not entity/project"),
         (["--dry-run"], "give --wandb entity/project too"),
         (["--wandb", PLACE], "there is no key"),
+        (
+            [f"--wandb={PLACE}"],
+            f"no flag --wandb={PLACE}: there are --wandb entity/project, --dry-run",
+        ),
+        (["--wand", PLACE], "no flag --wand:"),
     ],
 )
 def test_a_command_that_cannot_log_is_one_line_and_leaves_nothing(

@@ -183,11 +183,9 @@ def test_a_lost_process_ends_the_other_with_one_line_and_one_alone_can_go_on(
     assert process.returncode == 2
     assert "Traceback" not in complaint
     assert "another of the 2 processes of solu_ln-s0 has ended" in complaint.splitlines()[-1]
-    failed = json.loads((run_dir / "failed.json").read_text())
-    assert failed["error"] == complaint.splitlines()[-1].removeprefix("error: ")
+    assert not (run_dir / "failed.json").exists()  # a lost machine is no failure of the run's
     assert 0 < torch.load(last_checkpoint(run_dir), weights_only=True)["global_step"] < STEPS
     assert_same(train_silently(tiny_config(runs_dir, *WORDS[2:], "study=lost")), alone)
-    assert not (run_dir / "failed.json").exists()
 
 
 def test_a_diverged_loss_ends_all_processes_with_one_line(runs_dir: Path) -> None:

@@ -13,6 +13,7 @@ from test_convert import facts_for, hooked_for
 from test_every_variant import BOS, VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+import soluscope
 from soluscope import plugins, streams
 from soluscope.ablation import loss_at_gain
 from soluscope.activations import HookedRun, observe, planted
@@ -270,7 +271,9 @@ def cache_of(tiny_study):
     return open_cache(Path(json.loads((tiny_study / "data.json").read_text())["path"]))
 
 
-@pytest.mark.parametrize("name", ["natural", "prefixes", "prose", "code", "repeated", "random"])
+@pytest.mark.parametrize(
+    "name", ["natural", "prefixes", "prose", "code", "sentences", "repeated", "random"]
+)
 def test_a_stream_has_bos_first_in_each_row_and_is_the_same_each_time(cache_of, name):
     from tokenizers import Tokenizer
 
@@ -470,3 +473,15 @@ def test_fewer_documents_than_an_interval_takes_are_said():
     row = next(row for row in rows if (row.quantity, row.statistic) == ("r", "median"))
     assert (row.low, row.high) == (None, None)
     assert row.note == "no interval from 3 documents, it takes 20"
+
+
+def test_one_short_text_of_ones_own_is_probed_by_all_that_can(tiny_study):
+    model = soluscope.load(tiny_study / "solu_ln-s0")
+    table, _ = soluscope.probe(model, "import os\nprint(os.getcwd())")
+    picked = {name: plugins.pick("soluscope.probes", name) for name in PROBES}
+    on_texts = {
+        name
+        for name, probe in picked.items()
+        if probe.quantities and not all(s.startswith(streams.PAIRS) for s in probe.streams)
+    }
+    assert set(table["probe"]) == on_texts

@@ -249,12 +249,79 @@ def test_a_job_waits_while_another_process_is_at_work_on_it(
     assert "another process is at work on it, waiting" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_no_failure_of_the_runs_and_the_same_command_goes_on(runs_dir: Path) -> None:
+    before = weights(runs_dir)
+    for config in read_sweep(SMOKE, here(runs_dir)).configs:
+        shutil.rmtree(config.run_dir)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    code = (
+        limited
+        + "from soluscope.launch import launch; import sys; from pathlib import Path; "
+        + ("launch(Path(sys.argv[1]), sys.argv[2:])")
+    )
+    told = run_python("-c", code, SMOKE, *here(runs_dir, "report=off"))
+    assert told.returncode == 1
+    assert told.stderr.count(" stopped: cannot save the checkpoint") == 4
+    assert {now.state for now in standings(runs_dir).values()} <= {"waiting", "resume"}
+    launch(SMOKE, here(runs_dir, "report=off"))
+    assert weights(runs_dir) == before
+
+
+def test_what_keeps_a_job_from_starting_is_in_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config, *_) = read_sweep(SMOKE, here(tmp_path, "train.nodes=2")).configs
+    assert not jobs.execute(config)
+    now = standing(config.study_dir, job_of(config))
+    assert now.state == "failed"
+    assert "start them with torchrun or srun" in str(now.error)
+    assert f"{config.run_name} failed: " in capsys.readouterr().err
+
+
+def test_auto_precision_is_that_in_which_the_run_or_its_study_was_begun(runs_dir: Path) -> None:
+    words = [
+        word for word in here(runs_dir, "report=off") if not word.startswith("train.precision")
+    ]
+    begun = runs_dir / "smoke" / "solu-s0"
+    shutil.rmtree(runs_dir / "smoke" / "solu-s1")
+    for path in runs_dir.glob("smoke/*/config.yaml"):
+        path.write_text(path.read_text().replace("precision: fp32", "precision: bf16"))
+    (begun / "done.json").unlink()
+    launch(SMOKE, words)
+    for name in ("solu-s0", "solu-s1"):
+        assert read_config(runs_dir / "smoke" / name / "config.yaml").train.precision == "bf16"
+
+
+def test_a_long_table_shows_what_is_at_work_and_what_failed_first(runs_dir: Path) -> None:
+    study = runs_dir / "smoke"
+    (study / "solu_ln-s1" / "done.json").unlink()
+    (study / "solu_ln-s1" / "failed.json").write_text('{"error": "the last line"}')
+    made = jobs.table(study, jobs.listed(study), most=2)
+    assert made.row_count == 2
+    assert str(made.columns[0]._cells[0]) == "solu_ln-s1"
+    assert made.caption == "and 2 more, counted above"
+    assert jobs.table(study, jobs.listed(study), most=4).caption is None
+
+
+def test_a_status_is_given_where_one_configuration_was_cut(runs_dir: Path) -> None:
+    study = runs_dir / "smoke"
+    (study / "sweep.json").unlink()
+    cut = study / "solu-s0" / "config.yaml"
+    cut.write_text(cut.read_text()[:50])
+    (study / "solu-s1" / "done.json").write_text("{}")
+    shown = run_python(LAUNCH, "--status", study)
+    assert shown.returncode == 0, shown.stderr
+    assert "4 jobs: 4 done" in shown.stdout
+
+
 MISTAKES = {
     ("engine=rya",): "no engine called 'rya'. Did you mean 'ray'?",
     ("ray.cpus=2",): "ray.cpus=2 is for engine=ray, not engine=inline",
     ("engine=ray", "ray.cpu=2"): "no key called 'cpu'. Did you mean 'cpus'?",
     ("train.stepz=2",): "no key called 'train.stepz'",
     ("eval.n_tokens=2",): "n_tokens=2 must be 100 or more",
+    ("train.device=cuda",): "train.device=cuda wants 1 GPUs and torch sees 0 here",
+    ("train.nodes=2",): "train.nodes above 1 with engine=inline",
     ("report=maybe",): "report: Value 'maybe'",
     ("--dry",): "no flag --dry: there are --dry-run",
     ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
@@ -272,6 +339,15 @@ def test_a_mistake_is_one_line_and_status_2_before_any_job_starts(
     assert told.stderr.startswith("error: ")
     assert told.stderr.count("\n") == 1
     assert MISTAKES[words] in told.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_is_launched_once_and_not_by_each_of_torchruns_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="a sweep is launched once, not by torchrun"):
+        launch(SMOKE, here(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -304,6 +380,9 @@ def test_jobs_of_several_vocabularies_are_refused_before_any_job_starts(tmp_path
 def test_a_status_of_nothing_is_refused(tmp_path: Path) -> None:
     assert "no folder" in run_python(LAUNCH, "--status", tmp_path / "none").stderr
     assert "no runs in" in run_python(LAUNCH, "--status", tmp_path).stderr
+    assert (
+        "takes a study and nothing else" in run_python(LAUNCH, "--status", tmp_path, "a=b").stderr
+    )
 
 
 def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(

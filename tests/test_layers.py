@@ -14,7 +14,9 @@ from soluscope import plugins
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "soluscope"
-ENTRY_POINTS = ("train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py")
+ENTRY_POINTS = (
+    "train/run.py", "train/export.py", "eval/run.py", "eval/report.py", "sweeps/launch.py",
+)  # fmt: skip
 OPEN_SETS = (
     "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources",
     "soluscope.engines",
@@ -109,6 +111,16 @@ ALLOWED = {
     "soluscope.checkpoint": {"plugins", "config", "errors", "files", "model", "run_folder"},
     "soluscope.convert": {
         "plugins", "config", "errors", "checkpoint", "model", "norms", "variants",
+    },
+    "soluscope.bridge": {"plugins", "config", "errors", "checkpoint", "model", "norms"},
+    "soluscope.pretrained": {"plugins", "checkpoint", "convert", "errors", "files"},
+    "soluscope.pretrained_run": {
+        "activations", "checkpoint", "config", "convert", "data.cache", "data.tokenizer", "errors", "files",
+        "pretrained", "results", "run_folder",
+    },
+    "soluscope.export": {
+        "plugins", "config", "errors", "files", "checkpoint", "convert", "model", "report.controls",
+        "report.findings", "results", "run_folder", "variants",
     },
     "soluscope.run_folder": {"errors", "files"},
     "soluscope.wandb_client": {"errors"},
@@ -232,8 +244,8 @@ def test_open_set_has_no_list_kept_by_hand(package: str) -> None:
         assert not members <= strings_in(path), f"{module} lists {package}"
 
 
-@pytest.mark.parametrize("module", ["model", "convert", "training", "checkpoint", "suite", "norms",
-                                    "activations", "ablation", "summaries",
+@pytest.mark.parametrize("module", ["model", "convert", "bridge", "training", "checkpoint", "export", "suite",
+                                    "norms", "activations", "ablation", "summaries",
                                     "report.figures", "report.page"])  # fmt: skip
 def test_no_variant_is_known_by_its_name(module: str) -> None:
     names = set(plugins.names("soluscope.variants"))

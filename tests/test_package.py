@@ -49,7 +49,11 @@ def installed(wheel: Path) -> Path:
 def test_wheel_holds_every_module_configuration_and_the_type_marker(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     source = ROOT / "src"
-    modules = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
+    modules = {
+        path.relative_to(source).as_posix()
+        for kind in ("py", "txt")
+        for path in source.rglob(f"*.{kind}")
+    }
     shipped = configs_dir()
     files = {f"soluscope/configs/{p.relative_to(shipped).as_posix()}" for p in shipped.rglob("*.yaml")}  # fmt: skip
     assert len(files) >= 12

@@ -159,8 +159,10 @@ def test_a_job_that_loses_its_worker_too_often_is_told_and_not_done(tmp_path: Pa
             until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")  # noqa: B023
         assert process.wait(timeout=60) == 2
     lines = said.read_text().splitlines()
-    assert [line for line in lines if line.startswith("solu-s0 was lost: WorkerCrashedError: ")]
-    assert lines[-1].startswith("error: 1 job: 1 waiting; not done: solu-s0 (waiting)")
+    assert [line for line in lines if line.startswith("solu-s0: lost WorkerCrashedError: ")]
+    assert lines[-1].startswith(
+        "error: 1 job: 1 failed; not done: solu-s0 (lost WorkerCrashedError: "
+    )
 
 
 # Refusals
@@ -191,7 +193,10 @@ def test_ray_that_is_not_installed_names_the_extra(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert refusal(sweep) == "engine=ray needs Ray: pip install 'soluscope[ray]'"
+    assert (
+        refusal(sweep)
+        == "engine=ray needs Ray: pip install -c constraints.txt -e '.[ray]' in the clone"
+    )
 
 
 def test_an_address_where_nobody_is_is_refused_at_once(sweep: Sweep) -> None:

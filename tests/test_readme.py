@@ -23,9 +23,23 @@ def test_a_training_command_is_one(command):
     assert done.returncode == 0, done.stderr
 
 
+SWEEPS = README + (ROOT / "docs" / "sweeps.md").read_text(encoding="utf8")
+LAUNCHES = re.findall(r"^    python (sweeps/launch.py sweeps/.+)$", SWEEPS, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(set(LAUNCHES)))
+def test_a_command_that_launches_a_sweep_is_one(command, tmp_path):
+    words = [*shlex.split(command), f"runs_dir={tmp_path}", "--dry-run"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "to go:" in done.stdout
+
+
 def test_the_other_commands_are_those_that_the_end_to_end_test_runs():
     scripts = {command.split()[0] for command in COMMANDS}
-    assert scripts == {"train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"}
+    assert scripts == {
+        "train/run.py", "train/export.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
+    }  # fmt: skip
     assert all((ROOT / script).is_file() for script in scripts)
 
 

@@ -1157,6 +1157,18 @@ def rings(figure: go.Figure) -> set[tuple[float, float]]:
     return {(x, y) for trace in ringed for x, y in zip(trace.x, trace.y, strict=True)}
 
 
+def printed(rows: list[Row]) -> list[str]:
+    """The lines of the terminal's report."""
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(report.table(rows))
+    return console.export_text().splitlines()
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The same, of those that are lines of a table, by cell."""
+    return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in printed(rows)]
+
+
 @pytest.fixture(scope="module")
 def swept() -> list[Row]:
     """Three rates inside whose grid all optima lie but solu's, and LayerNorm at two kappas."""
@@ -1217,11 +1229,100 @@ def test_optima_inside_their_grids_leave_the_verdict_first():
     )
 
 
-def test_a_gain_at_the_edge_of_its_grid_is_said():
-    arms = {"solu": 3.1, "solu_ln": 3.02, "solu_gain-a": 3.06, "solu_gain-b": 3.04}
-    told = {"solu_gain-a": {"gain": 8.0}, "solu_gain-b": {"gain": 32.0}}
+def gains(*tried: float) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
+    """Arms of which the static one has these gains, each better than the last; all at one rate."""
+    arms, told = {"solu": 3.1, "solu_ln": 3.02}, {}
+    for i, gain in enumerate(tried):
+        arms[f"solu_gain-{gain:g}"] = 3.06 - 0.01 * i
+        told[f"solu_gain-{gain:g}"] = {"gain": gain}
+    return arms, told
+
+
+def test_a_gain_at_the_edge_unsettles_what_needs_the_static_arm_and_nothing_else():
+    sentences = words.headline(sweep(*gains(8.0, 32.0, 128.0)))
+    assert sentences[0].startswith(
+        "The static arm may be better yet, so that static - LN and Phi_dyn are not settled"
+    )
+    assert "for solu_gain-128 (gain 128 is the highest of 8, 32, 128). Widen" in sentences[0]
+    assert sentences[1].startswith("LayerNorm lowers the loss (solu_ln, 3 seeds)")
+    assert "to be believed" not in " ".join(sentences)
+
+
+def test_two_gains_are_no_grid_with_an_edge():
+    made = sweep(*gains(8.0, 32.0))
+    assert words.headline(made)[0].startswith("LayerNorm lowers the loss (solu_ln, 3 seeds)")
+    assert "edge of its grid" not in text(page.render(made))
+    assert ["solu_gain-32", "gain 32", "8, 32", "3", "no grid"] in cells(made)
+
+
+def test_two_rates_are_called_no_grid():
+    arms, told = tuned(**OPTIMA)
+    arms = {arm: loss for arm, loss in arms.items() if arm.endswith(("lr0.002", "lr0.004"))}
     first = words.headline(sweep(arms, told))[0]
-    assert "for solu_gain-b (gain 32 is the highest of 8, 32). Widen" in first
+    assert first.startswith("Fewer than three rates are no grid")
+    assert all(arm in first for arm in ("gelu-lr0.002", "solu-lr0.004", "solu_ln-lr0.002"))
+    assert first.count("(0.002, 0.004)") == 1
+
+
+def test_arms_at_one_edge_of_one_grid_are_named_together():
+    arms, told = tuned(gelu=0.001, solu=0.008, solu_ln=0.002, solu_frozen_ln=0.008)
+    first = words.headline(sweep(arms, told))[0]
+    assert (
+        "for gelu-lr0.001 (lr 0.001 is the lowest of 0.001, 0.002, 0.004, 0.008); solu-lr0.008,"
+        " solu_frozen_ln-lr0.008 (lr 0.008 is the highest of 0.001, 0.002, 0.004, 0.008). Widen"
+    ) in first
+
+
+def test_gains_at_one_rate_are_not_presented_as_tuned():
+    made = sweep(*gains(8.0, 32.0, 128.0))
+    once = "Trained at one rate only: solu, solu_gain-128, solu_gain-32, solu_gain-8, solu_ln."
+    assert once in words.headline(made)
+    body = text(page.render(made))
+    assert "each at its best rate" not in body
+    assert "all at the rate 0.002, untuned" in drawn(made, "Tuning")[0].to_json()
+    assert once in body.split("<h2>Tuning</h2>")[1].split("<h2>")[0]
+
+
+def test_gains_at_their_best_rates_are_presented_as_such(swept):
+    assert "each at its best rate" in drawn(swept, "Tuning")[1].to_json()
+    assert "one rate only" not in text(page.render(swept))
+
+
+def test_kappas_at_one_rate_are_said_to_be():
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-a": 3.02, "solu_ln-b": 3.05}
+    told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
+    made = sweep(arms, told)
+    said = words.headline(made)
+    once = "Trained at one rate only: solu, solu_gain, solu_ln-a, solu_ln-b."
+    assert once in said
+    assert not said[0].startswith("Trained")
+    assert once in text(page.render(made)).split("<h2>Dose: kappa</h2>")[1].split("<h2>")[0]
+
+
+def test_a_rate_that_lacks_seeds_is_in_the_table_and_not_on_the_curve():
+    arms, told = tuned(**OPTIMA)
+    losses = make_losses(arms, 3, settings=told)
+    lacking = "solu_ln-lr0.008"
+    made = compare("synthetic", losses[(losses.arm != lacking) | (losses.seed == 0)], "abc1234")
+    (by_rate,) = drawn(made, "Tuning")
+    left_out = next(r for r in made if r.quantity == "select loss by lr" and r.arm == lacking)
+    assert (left_out.x, left_out.value) not in points(by_rate)
+    body = text(page.render(made))
+    tuning, rest = body.split("<h2>Tuning</h2>")[1].split("<h2>Loss</h2>")
+    assert "not chosen from: 1 of 3 seeds" in tuning
+    assert lacking not in rest.split("<h2>Where this comes from</h2>")[0]
+
+
+def test_arms_that_share_no_seed_are_named_in_the_headline():
+    losses = make_losses(
+        {"solu": 3.1, "solu_gain": 3.06, "solu_frozen_ln": 3.04, "solu_ln": 3.02}, 4
+    )
+    apart = (losses.arm == "solu_gain") & (losses.seed < 2)
+    apart |= (losses.arm == "solu_frozen_ln") & (losses.seed >= 2)
+    made = compare("s", losses[~apart], "abc1234")
+    assert words.headline(made)[0].startswith(
+        "No choice was made between solu_frozen_ln, solu_gain: they share no seed"
+    )
 
 
 def test_the_page_compares_arms_at_the_rates_that_were_chosen(swept):
@@ -1292,17 +1393,14 @@ def test_one_size_has_its_own_figures_and_terminal_table():
 
 
 def test_the_terminal_says_what_was_chosen_and_whether_it_is_at_the_edge(swept):
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(report.table(swept))
-    shown = console.export_text()
-    lines = [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in shown.splitlines()]
+    lines = cells(swept)
     grid = "0.001, 0.002, 0.004, 0.008"
-    assert ["solu-lr0.008", "lr 0.008", grid, "AT THE UPPER EDGE"] in lines
-    assert ["solu_ln-lr0.002", "lr 0.002", grid, "inside"] in lines
-    assert ["solu_frozen_ln-lr0.004", "gain 30", "4, 30, 200", "inside"] in lines
+    assert ["solu-lr0.008", "lr 0.008", grid, "3", "AT THE UPPER EDGE"] in lines
+    assert ["solu_ln-lr0.002", "lr 0.002", grid, "3", "inside"] in lines
+    assert ["solu_frozen_ln-lr0.004", "gain 30", "4, 30, 200", "3", "inside"] in lines
     doses = [line for line in lines if line and line[0] in ("0.42", "42")]
     assert [len(line) for line in doses] == [4, 4]
-    assert "more in the report" in shown
+    assert any("more in the report" in line for line in printed(swept))
 
 
 def test_names_in_sweeps_are_escaped(swept):

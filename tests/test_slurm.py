@@ -277,5 +277,5 @@ def test_without_submitit_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     sweep = read_sweep(ROOT / "sweeps" / "smoke.yaml", [f"runs_dir={tmp_path}"])
-    with pytest.raises(UserError, match=r"pip install 'soluscope\[slurm\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[slurm\]'"):
         slurm.check(slurm.Params(), sweep)

@@ -69,6 +69,19 @@ def test_an_arm_brings_its_variant_its_words_and_its_name(tmp_path: Path) -> Non
     )
 
 
+def test_an_arm_may_name_itself(tmp_path: Path) -> None:
+    arm = "solu_gain mid.gain=runs/first/solu_ln-s{seed} tag=matched"
+    (config,) = read_sweep(written(tmp_path, grid(arm=[arm])), []).configs
+    assert config.run_name == "solu_gain-s0-matched"
+    assert config.mid.gain == "runs/first/solu_ln-s{seed}"
+
+
+@pytest.mark.parametrize("name", ["no", "1e3", "on", "007"])
+def test_names_are_taken_as_they_are_written(name: str) -> None:
+    config = load_config(["variant=solu", f"study={name}", f"tag={name}"])
+    assert (config.study, config.tag) == (name, name)
+
+
 def test_the_arms_name_comes_before_the_files_tag(tmp_path: Path) -> None:
     path = written(
         tmp_path, grid(tag="lr${train.lr}", train__lr=[0.001], arm=["solu_gain mid.gain=8"])
@@ -110,10 +123,11 @@ def test_the_shipped_sweeps_ask_what_they_say() -> None:
     variants = {(config.variant, config.seed) for config in of("variants")}
     six = ["gelu", "gelu_ln", "solu", "solu_frozen_ln", "solu_gain", "solu_ln"]
     assert variants == set(itertools.product(six, range(4)))
-    doses = {(c.variant, c.mid.kappa, c.seed) for c in of("kappa") if c.variant != "solu"}
+    swept = [c for c in of("kappa") if c.variant != "solu"]
+    doses = {(c.variant, c.mid.kappa, c.seed) for c in swept if c.mid.kappa is not None}
     kappas = (4e-5, 0.42, 4.2, 41.94, 419.4)
     arms = ("solu_ln", "solu_frozen_ln", "solu_gain")
-    assert doses == set(itertools.product(arms, kappas, range(4)))
+    assert doses == set(itertools.product(arms, kappas, range(8)))
     assert {c.mid.gain for c in of("gain") if c.variant == "solu_frozen_ln"} == {
         "init", 1, 4, 16, 64, 316
     }  # fmt: skip
@@ -140,6 +154,8 @@ def test_the_shipped_sweeps_ask_what_they_say() -> None:
         (grid(variant="solu", tag=["a", "b"]), "gives two jobs the id"),
         (grid(variant="solu", tag="one", train__lr=[1e-3, 2e-3]), "put what differs into tag"),
         (grid(variant="solu", study=["a", "b"]), "is of several studies, wanted one: a, b"),
+        (grid(arm=["solu_ln mid.kappa=1"], mid__kappa=[2]), "both set mid.kappa: leave one of them out"),
+        (grid(arm=["solu_ln mid.kappa=1"], variant=["solu"]), "both set variant"),
         (grid(arm=["solu_ln kappa"]), "wanted a variant and key=value words, not 'kappa'"),
     ],
 )  # fmt: skip

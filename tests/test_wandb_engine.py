@@ -239,7 +239,6 @@ def wandb_id(run_dir: Path) -> str:
 
 def test_what_follows_is_done_where_no_agent_has_anything_to_do(tmp_path: Path) -> None:
     class After:
-        study_dir = tmp_path
         calls = 0
 
         def __call__(self) -> None:

@@ -22,6 +22,8 @@ from soluscope.errors import UserError
 from soluscope.streams import Stream
 
 ROWS_AT_ONCE = 16
+LOGITS_AT_ONCE = 2**26
+"""Most logits that a model is asked for in one go, for memory: 256 MB in fp32."""
 
 CENTRES = {
     "LayerNorm": True, "LayerNormPre": True, "RMSNorm": False, "RMSNormPre": False,
@@ -123,13 +125,17 @@ class HookedRun:
     def engagement(self) -> Float[Tensor, " token"]:
         """r = s2 / (s2 + eps), fp64: 0 where the gain is one constant, 1 in a LayerNorm without epsilon.
 
-        s2 is the variance over neurons, or the mean square where the norm does not centre. From s2
-        and never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
+        From s2 and never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
         """
+        s2 = self.s2
+        return torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
+
+    @property
+    def s2(self) -> Float[Tensor, " token"]:
+        """Variance of mid over neurons, or its mean square where the norm does not centre; fp64."""
         mid = self.mid.double()
         centred = mid - mid.mean(-1, keepdim=True) if self.centres else mid
-        s2 = centred.square().mean(-1)
-        return torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
+        return centred.square().mean(-1)
 
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
         """The same run with some of its tokens only."""
@@ -228,8 +234,9 @@ def observe(model: Any, stream: Stream) -> HookedRun:
     if has_norm:
         names |= {f"{prefix}mlp.hook_mid", f"{prefix}mlp.ln.hook_scale"}
     parts: list[dict[str, Tensor]] = []
-    for start in range(0, len(stream.tokens), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    step = rows_at_once(stream.tokens.shape[1], model.cfg.d_vocab)
+    for start in range(0, len(stream.tokens), step):
+        rows = slice(start, start + step)
         tokens, keep = stream.tokens[rows], stream.keep[rows]
         logits, cache = model.run_with_cache(
             tokens.to(model.cfg.device), names_filter=names.__contains__
@@ -258,6 +265,11 @@ def observe(model: Any, stream: Stream) -> HookedRun:
         stream=stream.name, eps=getattr(norm, "eps", None),
         readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
     )  # fmt: skip
+
+
+def rows_at_once(width: int, d_vocab: int) -> int:
+    """How many rows of `width` tokens a model reads in one go."""
+    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (width * d_vocab)))
 
 
 def _readout(model: Any, block: Any) -> Readout:

@@ -49,6 +49,12 @@ SETTING = "setting"
 """Quantity of a row that tells one of them, its name in `group`."""
 BY_RATE, BY_GAIN = "select loss by lr", "select loss by gain"
 """Quantities of the points of the curves on which a rate and a gain were chosen."""
+NO_CHOICE = "no choice"
+"""Quantity of a row whose `group` names arms of which none was chosen, and whose `note` says why."""
+GRID_FROM = 3
+"""Points from which a curve has an inside: of two, one end is always the best."""
+GAIN_OF_KAPPA = "gain_of_kappa"
+"""The kappa to whose gain a static arm was set at the start; nan where its gain was given outright."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,39 +89,70 @@ class _Arms:
         """Arms that differ in nothing but their rate, from the lowest rate up.
 
         Those of one rate under two names, such as on two machines, were named apart to be compared.
+        Those of which no rate can be chosen are families of one.
+
+        Raises:
+            UserError: if two have one rate and others another, so that the curve would have two points there.
         """
+        families = []
+        for alike in self._alike:
+            rates = [arm.settings["lr"] for arm in alike]
+            for a, b in pairwise(alike):
+                if a.settings["lr"] == b.settings["lr"] and len(set(rates)) > 1:
+                    raise UserError(
+                        f"arms {a.name!r} and {b.name!r} of {self.study!r} differ in nothing, nor in their rate"
+                        f" ({a.settings['lr']:g}), and a curve of several rates has one arm a rate: move one of"
+                        " them to another study"
+                    )
+            one_line = len(set(rates)) == len(alike) and _eligible(alike)
+            families += [alike] if one_line else [[arm] for arm in alike]
+        return families
+
+    @cached_property
+    def _alike(self) -> list[list[_Arm]]:
+        """Arms that differ in nothing but their rate, from the lowest rate up."""
         found: dict[str, list[_Arm]] = {}
         for arm in self.arms:
             found.setdefault(arm.family, []).append(arm)
-        families = []
-        for alike in found.values():
-            alike.sort(key=lambda arm: arm.settings["lr"])
-            apart = len({arm.settings["lr"] for arm in alike}) < len(alike)
-            families += [[arm] for arm in alike] if apart else [alike]
-        return families
+        return [sorted(alike, key=lambda arm: arm.settings["lr"]) for alike in found.values()]
+
+    @cached_property
+    def not_chosen(self) -> list[list[_Arm]]:
+        """Arms of which the best would be wanted, and that share no seed."""
+        wanted = [alike for alike in self._alike if len({arm.settings["lr"] for arm in alike}) > 1]
+        found = [alike for alike in wanted if not _eligible(alike)]
+        for variants in (("gelu",), ("solu",), STATIC, ("solu_ln_det",)):
+            arms = [arm for arm in self.tuned if arm.variant in variants]
+            if arms and not _shared(*arms) and not any(set(arms) == set(one) for one in found):
+                found.append(arms)
+        return found
 
     @cached_property
     def tuned(self) -> list[_Arm]:
         """The best rate's arm of each family: what is compared."""
-        chosen = {_choose(family)[0].name for family in self.families}
+        chosen = {_choose(_eligible(family))[0].name for family in self.families}
         return [arm for arm in self.arms if arm.name in chosen]
 
     def family(self, of: _Arm) -> list[_Arm]:
         return next(family for family in self.families if of in family)
 
     def best(self, variants: Sequence[str], lr: float | None = None) -> tuple[_Arm, str] | None:
-        """The best of the variants' arms and how it was chosen; None without one.
+        """The best of the variants' arms and how it was chosen; None without one, or a seed that all have.
 
         Each arm at its own best rate, or at the rate `lr` where that is given.
         """
         arms = self.tuned if lr is None else [a for a in self.arms if a.settings["lr"] == lr]
         candidates = [arm for arm in arms if arm.variant in variants]
-        if not candidates:
+        if not candidates or not _shared(*candidates):
             return None
         chosen, losses = _choose(candidates)
-        n_rates = len(self.family(chosen)) if lr is None else 1
-        if len(candidates) == 1 and n_rates > 1:
-            return chosen, f"{chosen.name}, the best of {n_rates} rates on the select split"
+        rates = _eligible(self.family(chosen)) if lr is None else [chosen]
+        if len(candidates) == 1 and len(rates) > 1:
+            over = _seeds(len(_shared(*rates)))
+            return (
+                chosen,
+                f"{chosen.name}, the best of {len(rates)} rates on the select split over {over}",
+            )
         if len(candidates) == 1:
             return chosen, f"{chosen.name}, the only arm"
         return chosen, (
@@ -182,8 +219,8 @@ class _Arms:
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
     """The arm with the lowest mean loss on select, and the losses of all by name.
 
-    Chosen once and for all seeds, on documents that are not reported: the best of several on the
-    report split itself would be too good.
+    The candidates share a seed. Chosen once and for all seeds, on documents that are not reported:
+    the best of several on the report split itself would be too good.
     """
     losses = {name: float(np.mean(by_seed)) for name, by_seed in _select(candidates).items()}
     return min(candidates, key=lambda arm: (losses[arm.name], arm.name)), losses
@@ -195,7 +232,18 @@ def _select(candidates: Sequence[_Arm]) -> dict[str, list[float]]:
     Seeds that not all have are left out, so that an arm does not win by its seeds.
     """
     shared = set.intersection(*(set(arm.select) for arm in candidates))
-    return {arm.name: [arm.select[seed] for seed in shared or arm.select] for arm in candidates}
+    return {arm.name: [arm.select[seed] for seed in shared] for arm in candidates}
+
+
+def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
+    """The rates of which the best is chosen: those with all of the family's seeds.
+
+    A rate with fewer would take its place with fewer seeds. Where none has them all: every rate, over the
+    seeds that they share; none where they share none.
+    """
+    seeds = {seed for arm in family for seed in arm.select}
+    full = [arm for arm in family if seeds <= arm.select.keys()]
+    return full or (list(family) if _shared(*family) else [])
 
 
 def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
@@ -211,7 +259,8 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
         losses: one row a (run, split, document), with columns run, arm, variant, seed, split
             (`select` or `report`), document, loss_sum (nats, over targets that are not BOS),
             n_tokens (those targets), config, family (the same for runs that differ in nothing but
-            seed and learning rate), and `SETTINGS` (nan for what a run has not).
+            seed and learning rate), `SETTINGS` (nan for what a run has not), and, if it is known,
+            `GAIN_OF_KAPPA`.
         commit: of the code that measured.
 
     Returns:
@@ -224,7 +273,9 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
         `UNDEFINED`; `telescoping: a - b`, which sum to the gain of LN;
         `BY_RATE` and `BY_GAIN`, the points of the curves on which a rate or a gain was chosen,
         stream `select`, the setting in `x`, the chosen arm in `group`, and in the chosen arm's
-        `note` whether it lies inside the grid;
+        `note` over how many seeds, and whether it lies inside the grid; the same of rates that lack
+        seeds, over their own, which were not chosen from;
+        `NO_CHOICE`, where arms share no seed;
         the first three terms with ` at a common rate`, the rate in `x` and the tuned arm in
         `group`, where a solu_ln arm was trained at several; `SETTING` of each arm.
         Where there are several sizes, `note` ends with the row's. Differences over two seeds or
@@ -233,7 +284,8 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
 
     Raises:
         UserError: if a run was not measured on the documents of the others of its size, two runs
-            have the same arm and seed, or an arm's runs differ in their settings.
+            have the same arm and seed, an arm's runs differ in their settings, or two arms are one
+            point of a curve.
 
     Source: science.md sections 4, 5 and 10.2.
     """
@@ -242,7 +294,9 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
     _check_settings(losses)
     sizes = [_read(study, table, commit, size) for size, table in _by_size(losses)]
     rows = [row for arms in sizes for row in _compared(arms)]
-    rows += [row for arms in sizes for row in (*_tuning(arms), *_settings(arms))]
+    rows += [
+        row for arms in sizes for row in (*_tuning(arms), *_no_choices(arms), *_settings(arms))
+    ]
     return _adjust_primary(rows)
 
 
@@ -288,7 +342,7 @@ def _tuning(arms: _Arms) -> list[Row]:
             rows += _curve(arms, BY_RATE, "lr", family)
     for variant in sorted({arm.variant for arm in arms.tuned}):
         static = [arm for arm in arms.tuned if arm.variant == variant and "gain" in arm.settings]
-        if len({arm.settings["gain"] for arm in static}) > 1:
+        if len({arm.settings["gain"] for arm in static}) > 1 and _shared(*static):
             rows += _curve(arms, BY_GAIN, "gain", static)
     for ln in arms.tuned:
         family = arms.family(ln) if ln.variant == "solu_ln" else []
@@ -306,18 +360,24 @@ def _curve(arms: _Arms, quantity: str, setting: str, candidates: Sequence[_Arm])
 
     Source: science.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
     """
-    chosen, _ = _choose(candidates)
-    grid = [arm.settings[setting] for arm in candidates]
+    eligible = _eligible(candidates) if quantity == BY_RATE else candidates
+    chosen, _ = _choose(eligible)
+    grid = {arm.settings[setting] for arm in eligible}
     at = chosen.settings[setting]
     place = (
-        "at the lower edge of the grid" if at == min(grid)
+        f"too few for a grid: {len(grid)}" if len(grid) < GRID_FROM
+        else "at the lower edge of the grid" if at == min(grid)
         else "at the upper edge of the grid" if at == max(grid)
         else "inside the grid"
     )  # fmt: skip
+    losses = _select(eligible)
+    n_seeds = len(losses[chosen.name])
     rows = []
     for arm in sorted(candidates, key=lambda arm: arm.settings[setting]):
-        by_seed = _select(candidates)[arm.name]
-        note = f"chosen, {place}" if arm is chosen else ""
+        by_seed = losses.get(arm.name) or [arm.select[seed] for seed in sorted(arm.select)]
+        note = f"chosen over {_seeds(n_seeds)}, {place}" if arm is chosen else ""
+        if arm not in eligible:
+            note = f"not chosen from: {len(by_seed)} of {_seeds(n_seeds)}"
         row = arms.row(
             quantity, arm, stats.paired_seeds(by_seed), "seed", len(by_seed), chosen.name, note=note
         )
@@ -325,9 +385,22 @@ def _curve(arms: _Arms, quantity: str, setting: str, candidates: Sequence[_Arm])
     return rows
 
 
+def _no_choices(arms: _Arms) -> list[Row]:
+    """What was not compared, or not at its best, since an arm would have won by its seeds."""
+    return [
+        Row(
+            study=arms.study, probe="comparison", quantity=NO_CHOICE, value=None, unit="",
+            group=", ".join(arm.name for arm in alike), note=_also("they share no seed", arms.size),
+            commit=arms.commit,
+        )
+        for alike in arms.not_chosen
+    ]  # fmt: skip
+
+
 def _settings(arms: _Arms) -> list[Row]:
     """Each arm's settings, so that readers need not take its name apart."""
-    units = {"gain": "1 / activation", "kappa": "eps d_mlp^2", "tokens": "tokens"}
+    kappa = "eps d_mlp^2"
+    units = {"gain": "1 / activation", "kappa": kappa, GAIN_OF_KAPPA: kappa, "tokens": "tokens"}
     return [
         Row(
             study=arms.study, probe="comparison", quantity=SETTING, group=name, value=value,
@@ -364,7 +437,8 @@ def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
     """Do probes find more in LayerNorm than in its static twin, seed by seed?
 
     The confirmatory family: for each solu_ln arm and each probe, the paired difference of what the
-    probe tests, with the exact sign-flip p, corrected after Holm over all of them.
+    probe tests between it and its twin (with several kappas, the twin of its own), with the exact
+    sign-flip p, corrected after Holm over all of them.
 
     Args:
         rows: of the study's runs, and `compare`'s: arms of another size, and those whose rate was
@@ -379,13 +453,10 @@ def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
     """
     found = []
     passed_over = {row.arm for row in rows if row.quantity == BY_RATE and row.arm != row.group}
-    sizes = {row.arm: row.note for row in rows if row.quantity == SETTING}
     twins = sorted({row.arm for row in rows if row.variant == TWIN} - passed_over)
     normed = {row.arm for row in rows if row.variant == "solu_ln" and row.run}
     for arm in sorted(normed - passed_over):
-        for twin in twins:
-            if sizes.get(arm) != sizes.get(twin):
-                continue
+        for twin in _twins_of(rows, arm, normed - passed_over, twins):
             for probe, quantity in tested.items():
                 found += _paired_probe(rows, probe, quantity, arm, twin)
     names = [f"{row.arm} {row.quantity} {row.group}" for row in found]
@@ -399,6 +470,22 @@ def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
         ) if name in adjusted else row
         for name, row in zip(names, found, strict=True)
     ]  # fmt: skip
+
+
+def _twins_of(rows: Sequence[Row], arm: str, normed: set[str], twins: Sequence[str]) -> list[str]:
+    """The static arms of `arm`'s size; with several kappas, those whose gain was set to its kappa's.
+
+    All of them where it is not known to which kappa's gain any was set.
+    """
+    sizes = {row.arm: row.note for row in rows if row.quantity == SETTING}
+    told = {(row.arm, row.group): row.value for row in rows if row.quantity == SETTING}
+    mine = [twin for twin in twins if sizes.get(twin) == sizes.get(arm)]
+    kappas = {told.get((one, "kappa")) for one in normed if sizes.get(one) == sizes.get(arm)}
+    set_to = {twin: told.get((twin, GAIN_OF_KAPPA)) for twin in mine}
+    if len(kappas) < 2 or not any(set_to.values()):
+        return mine
+    kappa = told.get((arm, "kappa")) or 0.0
+    return [twin for twin, of in set_to.items() if of and math.isclose(of, kappa, rel_tol=1e-6)]
 
 
 def _paired_probe(rows: Sequence[Row], probe: str, quantity: str, arm: str, twin: str) -> list[Row]:
@@ -518,6 +605,10 @@ def _also(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
+def _seeds(n: int) -> str:
+    return "1 seed" if n == 1 else f"{n} seeds"
+
+
 def _stand_in(variant: str, arm: _Arm, choice: str) -> str:
     """Which arm a variant's name stands for, where the name alone does not say."""
     return "" if arm.name == variant else f"{variant} is {choice}"
@@ -530,13 +621,18 @@ def _shared(*arms: _Arm) -> list[int]:
 def _check_settings(losses: pd.DataFrame) -> None:
     """One arm is one setting, whatever the seed; a gain measured at the start has the seed's value."""
     for arm, table in losses.groupby("arm"):
-        for name in SETTINGS:
+        for name in _told(losses):
             values = sorted(table[name].dropna().unique())
             if len(values) > 1 and name != "gain":
                 raise UserError(
                     f"runs of arm {arm!r} differ in {name} ({values[0]:g} and {values[-1]:g}), and an arm is"
                     " one setting at several seeds: move one of them to another study"
                 )
+
+
+def _told(losses: pd.DataFrame) -> list[str]:
+    """The columns that are settings."""
+    return [name for name in (*SETTINGS, GAIN_OF_KAPPA) if name in losses]
 
 
 def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -581,7 +677,7 @@ def _read(study: str, losses: pd.DataFrame, commit: str, size: str) -> _Arms:
 def _arm(table: pd.DataFrame) -> _Arm:
     """An arm before its losses, from the rows of all of its runs."""
     first = table.iloc[0]
-    settings = table.groupby("run")[list(SETTINGS)].first().median()
+    settings = table.groupby("run")[_told(table)].first().median()
     return _Arm(
         str(first["arm"]), str(first["variant"]), str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -285,6 +286,54 @@ class EvalConfig:
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 
 
+@dataclass(frozen=True)
+class PretrainedConfig(EvalConfig):
+    """What `eval/run.py` takes beside that for a pretrained model, which has no study of its own yet."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model's repository. null: its main branch."""
+    data: str | None = None
+    """Source of the text, as in training. null: the text of last time, else hub, or stdlib where the
+    hub cannot be reached."""
+    corpus: Any = None
+    """The source's own parameters, as in training; of the hub 20 MB are read unless corpus.max_mb says
+    otherwise."""
+    study: str | None = None
+    """A study that was evaluated, or [several, of, them]: its runs are shown beside the model."""
+    runs_dir: str = "runs"
+    """Where the model's study is made, a folder with the model's name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.says_text:
+            self.text(self.data or "hub", tokenizer="bpe")
+
+    @property
+    def says_text(self) -> bool:
+        """Whether it was said what to probe on."""
+        return self.data is not None or self.corpus is not None
+
+    @property
+    def studies(self) -> list[str]:
+        """Those of `study`, one by one."""
+        named = (self.study or "").strip("[]").split(",")  # a study's name is never read as YAML
+        return [one.strip() for one in named if one.strip()]
+
+    def text(self, data: str, tokenizer: str) -> Config:
+        """The text from a source as a training run would be given it; only its tokens are used.
+
+        Raises:
+            UserError: no such source, or keys that it does not have.
+        """
+        corpus = {"max_mb": 20} if data == "hub" else {}
+        given = self.corpus if self.corpus is not None else {}
+        check(isinstance(given, dict), f"corpus={given}: wanted keys below it, as in corpus.…=")
+        words = [f"corpus.{key}={json.dumps(value)}" for key, value in (corpus | given).items()]
+        places = (f"tokens.tokenizer={tokenizer}", f"tokens.cache_dir={self.runs_dir}/.tokens")
+        variant = plugins.names("soluscope.variants")[0]  # any serves
+        return load_config([f"variant={variant}", "train.lr=1", f"data={data}", *words, *places])
+
+
 # Keys that move no number beyond rounding, so that a run may be resumed with others; of which tokens
 # it is made is held by the study's data.json.
 _PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates",
@@ -502,7 +551,8 @@ def read_yaml(path: Path) -> DictConfig:
 def _spell_out_arm(overrides: list[str]) -> list[str]:
     """`arm="solu_ln mid.kappa=42"` in its parts: a variant and its own words, which name the run too.
 
-    So one parameter of a sweep holds arms that differ in several keys, and in different ones.
+    So one parameter of a sweep holds arms that differ in several keys, and in different ones. A tag= among
+    the words names the arm instead of them.
     """
     spelled: list[str] = []
     tags: list[str] = []
@@ -514,8 +564,16 @@ def _spell_out_arm(overrides: list[str]) -> list[str]:
         variant, *parts = value.split() or [""]
         for part in parts:
             check("=" in part, f"arm={value!r}: wanted a variant and key=value words, not {part!r}")
-        spelled += [f"variant={variant}", *parts]
-        tags = [short_name(*part.split("=", 1)) for part in parts]
+        own = [f"variant={variant}", *parts]
+        for other in overrides:
+            name = other.partition("=")[0]
+            check(
+                name == "tag" or name not in {part.partition("=")[0] for part in own},
+                f"{other!r} and arm={value!r} both set {name}: leave one of them out",
+            )
+        named = [part.removeprefix("tag=") for part in parts if part.startswith("tag=")]
+        spelled += [part for part in own if not part.startswith("tag=")]
+        tags = named or [short_name(*part.split("=", 1)) for part in parts]
     if not tags:
         return spelled
     given = [word.partition("=")[2] for word in spelled if word.startswith("tag=")]
@@ -535,6 +593,10 @@ def _from_dotlist(overrides: list[str]) -> DictConfig:
         except Exception as error:
             raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
     layer = OmegaConf.from_dotlist(overrides)
+    for word in overrides:
+        key, _, text = word.partition("=")
+        if key in {"study", "tag"} and "${" not in text:
+            layer[key] = text  # a name, even where YAML reads `no` or `1e3`
     if layer.get("wandb") is False:  # YAML reads `off` so
         layer.wandb = "off"
     return layer

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can put right. One line: what came, what was wanted, which knob to turn."""
 
 
+class Stopped(UserError):
+    """A run was stopped by what is not its own: a full disk, a lost machine. The same command goes on."""
+
+
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command's `main(arguments)`; a UserError is one line on stderr and exit status 2."""
     try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from soluscope.errors import UserError
+from soluscope.errors import Stopped
 
 
 def write_text(path: Path, text: str) -> None:
@@ -29,7 +29,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with replacing(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
-        raise UserError(
+        raise Stopped(
             f"cannot write {path}: {error.strerror}; free it or choose another place"
         ) from error
 

@@ -12,15 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from soluscope.config import Config, read_config
-from soluscope.errors import UserError
+from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
-from soluscope.run_folder import Busy, at_work, failure, is_done, last_checkpoint, last_row
+from soluscope.run_folder import (
+    Busy,
+    at_work,
+    failure,
+    is_done,
+    last_checkpoint,
+    last_row,
+    lock,
+    record_failure,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 State = Literal["done", "running", "failed", "resume", "waiting"]
+_URGENT: tuple[State, ...] = ("running", "failed", "resume", "waiting", "done")
 
 POLL_S = 0.5
 """Seconds between looks at a run folder in which another process is at work."""
@@ -31,7 +41,7 @@ class Job:
     """What a status needs to know of a job before its folder is there; kept in the study's sweep.json."""
 
     id: str
-    """Hash of its configuration."""
+    """Hash of its configuration as it was asked for: train.precision=auto stays auto."""
     run: str
     """Name of its run folder in the study's."""
     steps: int
@@ -78,16 +88,18 @@ def execute(config: Config, progress: Any = None) -> bool:
             with suppress(Busy):  # somebody was quicker
                 train(config, progress)
                 break
-    except UserError as error:
-        _say(f"{config.run_name} failed: {error}")
-    except Exception as error:  # a bug or a machine's fault: the other jobs need not share it
-        _say(f"{config.run_name} failed: {type(error).__name__}: {error}")
+    except Stopped as error:
+        say(f"{config.run_name} stopped: {error}")
+    except Exception as error:  # the other jobs need not share it
+        if failure(config.run_dir) is None:  # found before the training began
+            record_failure(config.run_dir, error)
+        say(f"{config.run_name} failed: {failure(config.run_dir) or error}")
     return is_done(config.run_dir)
 
 
 def _wait_for_others(config: Config) -> None:
     if at_work(config.run_dir):
-        _say(f"{config.run_name}: another process is at work on it, waiting")
+        say(f"{config.run_name}: another process is at work on it, waiting")
         while at_work(config.run_dir):
             time.sleep(POLL_S)
 
@@ -108,7 +120,7 @@ def standing(study_dir: Path, job: Job) -> Standing:
     step, loss = row.get("step", 0), row.get("loss")
     if is_done(run_dir):
         done = json.loads((run_dir / "done.json").read_text(encoding="utf8"))
-        return Standing("done", job.steps, done["report_loss"], None, None)
+        return Standing("done", job.steps, done.get("report_loss"), None, None)
     if at_work(run_dir):
         speed = row.get("tokens_per_s")
         left = (job.steps - step) * job.tokens_a_step / speed if speed else None
@@ -122,9 +134,10 @@ def standing(study_dir: Path, job: Job) -> Standing:
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
     """Keep a sweep's jobs with its study, beside those that earlier launches of it left there."""
-    listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
-    record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
-    write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
+    with lock(study_dir / ".sweep"):
+        listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
+        record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
+        write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
@@ -156,23 +169,31 @@ def listed(study_dir: Path) -> list[Job]:
     jobs = read_list(study_dir)[1]
     known = {job.run for job in jobs}
     saved = sorted(study_dir.glob("*/config.yaml"))
-    jobs += [job_of(read_config(path)) for path in saved if path.parent.name not in known]
+    for path in saved:
+        if path.parent.name not in known:
+            try:
+                jobs.append(job_of(read_config(path)))
+            except UserError:  # cut; the others can be told all the same
+                jobs.append(Job("", path.parent.name, 0, 0))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
     return jobs
 
 
-def table(study_dir: Path, jobs: Sequence[Job]) -> Table:
-    """For the terminal: a line a job."""
+def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Table:
+    """For the terminal: a line a job; of more than `most`, those at work and those that failed first."""
     from rich.text import Text
 
     found = [standing(study_dir, job) for job in jobs]
     states = [one.state for one in found]
+    lines = sorted(zip(jobs, found, strict=True), key=lambda line: _URGENT.index(line[1].state))
+    if most is None or len(lines) <= most:
+        lines = list(zip(jobs, found, strict=True))
     made = new_table(f"{study_dir}: {counted(states)}", "run", "state")
     for heading in ("step", "loss", "time left"):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("error", overflow="fold")
-    for job, now in zip(jobs, found, strict=True):
+    for job, now in lines[:most]:
         cells = (
             job.run,
             now.state,
@@ -182,6 +203,8 @@ def table(study_dir: Path, jobs: Sequence[Job]) -> Table:
             now.error or "",
         )
         made.add_row(*(Text(cell) for cell in cells))
+    if len(lines) > len(made.rows):
+        made.caption = f"and {len(lines) - len(made.rows)} more, counted above"
     return made
 
 
@@ -220,8 +243,12 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
 
     terminal = Console(stderr=True)
     if terminal.is_terminal:
-        with Live(table(study_dir, jobs), console=terminal, auto_refresh=False) as shown:
-            yield lambda: shown.update(table(study_dir, jobs), refresh=True)
+
+        def drawn() -> Table:
+            return table(study_dir, jobs, most=max(1, terminal.height - 7))
+
+        with Live(drawn(), console=terminal, auto_refresh=False) as shown:
+            yield lambda: shown.update(drawn(), refresh=True)
         return
     before: dict[str, State] = {}
 
@@ -230,14 +257,14 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
             now = standing(study_dir, job)
             if before.get(job.run) != now.state:
                 loss = "" if now.loss is None else f", loss {now.loss:.4f}"
-                _say(f"{job.run}: {now.error or now.state + loss}")
+                say(f"{job.run}: {now.error or now.state + loss}")
             before[job.run] = now.state
 
     yield tell
 
 
 def follow(study_dir: Path) -> None:
-    """Show where a study's jobs stand: live on a terminal until all have ended, else once."""
+    """Show where a study's jobs stand: live on a terminal until all have ended or Ctrl-C, else once."""
     jobs = listed(study_dir)
     if not sys.stdout.isatty():
         console().print(table(study_dir, jobs))
@@ -256,5 +283,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user, on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ What is finished is not done again, what was interrupted goes on, and both are r
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +60,7 @@ class Evaluate:
             return
         from soluscope import report, suite
 
-        suite.evaluate(self.study_dir, self.evaluation, _say)
+        suite.evaluate(self.study_dir, self.evaluation, jobs.say)
         print(f"report: {report.publish(self.study_dir)}")
 
 
@@ -77,6 +77,13 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     Raises:
         UserError: bad input, before any job starts; or jobs that failed, after the last one.
     """
+    started_by = {"torchrun": "TORCHELASTIC_RUN_ID", "another process": "LOCAL_RANK"}
+    for who, variable in started_by.items():
+        if variable in os.environ:
+            raise UserError(
+                f"a sweep is launched once, not by {who} ({variable} is set): run train/run.py there, or "
+                "choose engine=slurm"
+            )
     mine, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
     config = load_typed(LaunchConfig, mine)
     evaluating, others = _pick_out(others, ("eval.",))
@@ -103,7 +110,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     _prepare(sweep)
     jobs.write_list(sweep.study_dir, sweep.name, listed)
     found = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
-    _say(f"{sweep.name}: {jobs.counted([now.state for now in found.values()])}")
+    jobs.say(f"{sweep.name}: {jobs.counted([now.state for now in found.values()])}")
     todo = []
     for one in sweep.configs:
         state = found[one.run_name].state
@@ -214,7 +221,3 @@ def _d_vocab(config: Config) -> int:
     except (OSError, ValueError, KeyError):
         return config.tokens.d_vocab
     return int(d_vocab)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

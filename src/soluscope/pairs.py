@@ -88,7 +88,8 @@ def make(
         UserError: if the tokenizer has too few words, the report split no prefix, or the rows are longer
             than `ctx`.
     """
-    words = [word for word in words if word not in _fixed(tokenizer)]
+    fixed = _fixed(tokenizer)
+    words = [word for word in words if word not in fixed]
     if len(words) < N_WORDS:
         raise UserError(
             f"the tokenizer has {len(words)} whole words among its tokens, and pairs of prompts take "
@@ -120,7 +121,7 @@ def make(
 
 def _name_swap(tokenizer: Tokenizer, words: list[int], rng: np.random.Generator) -> Iterator[Pair]:
     """A and B met. B told | A, and C in place of A."""
-    names = _one_token(tokenizer, NAMES.split())
+    names = one_token(tokenizer, NAMES.split())
     if len(names) < 2 + N_CORRUPTIONS:
         names = words
     joined, met, told = (_ids(tokenizer, text) for text in (" and", " met.", " told"))
@@ -133,9 +134,9 @@ def _subject_swap(
     tokenizer: Tokenizer, words: list[int], rng: np.random.Generator
 ) -> Iterator[Pair]:
     """The subject of this | is; the clean subject is singular in one pair and plural in the next."""
-    forms = [_one_token(tokenizer, (noun, f"{noun}s")) for noun in NOUNS.split()]
+    forms = [one_token(tokenizer, (noun, f"{noun}s")) for noun in NOUNS.split()]
     kinds = [[form[i] for form in forms if len(form) == 2] for i in (0, 1)]
-    verbs = [tokens for pair in VERBS if len(tokens := _one_token(tokenizer, pair)) == 2]
+    verbs = [tokens for pair in VERBS if len(tokens := one_token(tokenizer, pair)) == 2]
     dealt = rng.permutation(words).tolist()
     if len(kinds[0]) < N_CORRUPTIONS:
         kinds = [dealt[0::2], dealt[1::2]]
@@ -190,7 +191,7 @@ def _draw(rng: np.random.Generator, tokens: list[int], n: int) -> list[int]:
 
 def _fixed(tokenizer: Tokenizer) -> set[int]:
     """Words of the prompts that stay as they are: no other word may be one of them."""
-    return {*_ids(tokenizer, " and met. told The of"), *_one_token(tokenizer, sum(VERBS, ()))}
+    return {*_ids(tokenizer, " and met. told The of"), *one_token(tokenizer, sum(VERBS, ()))}
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -198,7 +199,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
-def _one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
+def one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
     """Those of the words that are one token with a space before them."""
     vocab = tokenizer.get_vocab()
     spaces = "Ġ▁"  # as byte-level BPE or SentencePiece writes it

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from soluscope.config import Config
-from soluscope.errors import UserError
-from soluscope.run_folder import record_failure
+from soluscope.errors import Stopped, UserError
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
 HELPER = """
@@ -164,9 +163,7 @@ def _watch(
             if over.wait(GRACE_S):
                 return
             if here.rank == 0:
-                error = lost(config)
-                record_failure(config.run_dir, error)
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {lost(config)}", file=sys.stderr, flush=True)
             os._exit(2)
 
 
@@ -195,9 +192,9 @@ def is_lost(error: BaseException) -> bool:
     )
 
 
-def lost(config: Config) -> UserError:
+def lost(config: Config) -> Stopped:
     """What the first process says of it."""
-    return UserError(
+    return Stopped(
         f"another of the {config.train.n_processes} processes of {config.run_name} has ended, or did not "
         "come: its own message says why; the same command goes on from the last checkpoint"
     )

@@ -25,6 +25,13 @@ ONE_NUMBER = "one number, the same at every token"
 """Note of a row that has no interval because nothing varies."""
 
 
+LEFT_OUT = "left out"
+"""Quantity of a row that says in its note why a probe has no numbers for a run, or on a stream."""
+
+PRETRAINED = "pretrained "
+"""How the variant of a pretrained model's rows begins: it is none that was trained here to be compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One number. Rows about a model name its `run`; rows about a comparison have none."""
@@ -32,7 +39,7 @@ class Row:
     study: str
     probe: str
     """Name of a file in probes/, or `loss`, `training`, `tokens`, `comparison`, `controls`,
-    `false positives`."""
+    `false positives`, `pretrained`."""
     quantity: str
     """What was measured: `r`, `gain`, `loss`, `gain of LN`, …"""
     value: float | None

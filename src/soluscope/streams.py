@@ -4,12 +4,14 @@ natural   rows of the report split: what the loss is reported on
 prefixes  the beginnings of the report split's documents (the hackathon study's sentences)
 prose     English: docstrings of Python's standard library
 code      Python: source files of the standard library
-repeated  BOS w w w ..., one word a string (the study's Figure 2)
-random    strings of random words (its Figure 3)
+sentences plain English of graded length, from 3 words to about 60: prompts/sentences.txt
+repeated  BOS w w w ..., one word a string (the study's Figure 2): prompts/repeatable.txt
+random    strings of random words (its Figure 3): prompts/words.txt
 pairs: …  clean prompts, each with five corruptions: pairs.py has the families
 
 `prose` and `code` keep to files whose hash puts them into the report share, so that a model trained
-on the standard library has not seen them.
+on the standard library has not seen them. Of the words in prompts/ those serve that the tokenizer has
+as one token with a space before them; where they are too few, others of its whole words fill up.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,8 +36,16 @@ if TYPE_CHECKING:
 
 N_REPEATED_WORDS = 20
 N_RANDOM_STRINGS = 200
-MADE_UP = ("repeated", "random")
+N_RANDOM_WORDS = 200
+"""Fewest different words that random strings are made of, if the tokenizer has as many."""
+N_ROWS = 32
+"""Rows are not so long that fewer would do: intervals resample documents, and need 20."""
+FEWEST_TOKENS = 64
+"""Nor are rows cut shorter than this for it."""
+MADE_UP = ("sentences", "repeated", "random")
 """Streams whose units are strings and not documents."""
+PROMPTS = ("sentences", "repeatable", "words")
+"""The lists in prompts/."""
 PAIRS = "pairs: "
 """How the names of streams of prompt pairs begin."""
 
@@ -139,7 +150,8 @@ def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) 
 def make(
     name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int
 ) -> Stream:
-    """One of the named streams, of at most about `n_tokens` tokens."""
+    """One of the named streams, of at most about `n_tokens` tokens in rows of at most `ctx`."""
+    ctx = min(ctx, max(FEWEST_TOKENS, n_tokens // N_ROWS))
     made = _make(name, cache, tokenizer, ctx, n_tokens, seed)
     return made if made.vocab else replace(made, vocab=vocabulary(tokenizer))
 
@@ -156,13 +168,15 @@ def _make(
         case "prose" | "code":
             texts = standard_library(name, **cache.meta["shares"])
             return from_texts(texts, tokenizer, bos, ctx, n_tokens, name)
+        case "sentences":
+            return from_rows(_sentences(tokenizer, ctx, n_tokens), bos, ctx, name)
         case "repeated" | "random":
-            words = single_token_words(tokenizer)
             rng = np.random.default_rng([seed, len(name)])
             if name == "repeated":
-                picked = rng.permutation(words)[:N_REPEATED_WORDS]
-                rows = [(i, [int(word)] * (ctx - 1)) for i, word in enumerate(picked)]
+                words = _words("repeatable", N_REPEATED_WORDS, tokenizer, rng)[:N_REPEATED_WORDS]
+                rows = [(i, [word] * (ctx - 1)) for i, word in enumerate(words)]
             else:
+                words = _words("words", N_RANDOM_WORDS, tokenizer, rng)
                 n_rows = max(20, min(N_RANDOM_STRINGS, n_tokens // ctx))
                 rows = [(i, rng.choice(words, size=ctx - 1).tolist()) for i in range(n_rows)]
             return from_rows(rows, bos, ctx, name)
@@ -189,6 +203,33 @@ def single_token_words(tokenizer: Tokenizer) -> list[int]:
     if not words:
         raise UserError("the tokenizer has no whole word among its tokens: raise tokens.d_vocab")
     return words
+
+
+def prompts(name: str) -> list[str]:
+    """The lines of one of `PROMPTS`."""
+    path = Path(__file__).parent / "prompts" / f"{name}.txt"
+    return path.read_text(encoding="utf8").splitlines()
+
+
+def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int, list[int]]]:
+    """Sentences of all lengths, about `n_tokens` in all but at least 20 of them; (place, tokens)."""
+    texts = prompts("sentences")
+    ids = [tokenizer.encode(text, add_special_tokens=False).ids[: ctx - 1] for text in texts]
+    mean = sum(1 + len(each) for each in ids) / len(ids)
+    return [(int(place), ids[place]) for place in spread(len(ids), max(20, int(n_tokens / mean)))]
+
+
+def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Generator) -> list[int]:
+    """The list's words that are one token; filled up to `n_wanted` from the tokenizer's other words.
+
+    Raises:
+        UserError: if the tokenizer has no whole word.
+    """
+    found = pairs.one_token(tokenizer, prompts(name))
+    if len(found) >= n_wanted:
+        return found
+    others = rng.permutation(sorted({*single_token_words(tokenizer)} - {*found}))
+    return [*found, *others[: n_wanted - len(found)].tolist()]
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Run folders x probes -> rows of the study, probe by probe, going on where it was interrupted.
 
+A run folder is that of a run that was trained, or of a pretrained model (pretrained_run.py).
+
 runs/<study>/<run>/probes/<probe>.parquet          one row a token
 runs/<study>/<run>/probes/<probe>-neurons.parquet  one row a neuron, of the probes that have such
 runs/<study>/<run>/probes/<probe>.jsonl            summary rows; written last: its presence means done
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,18 @@ from tokenizers import Tokenizer
 
 from soluscope import plugins, results, streams
 from soluscope.ablation import loss_at_post
-from soluscope.activations import HookedRun, check_model, observe
+from soluscope.activations import HookedRun, check_model, observe, rows_at_once
 from soluscope.calibration import check_gates, false_positives
 from soluscope.checkpoint import Facts, code_hash, commit, load_facts
-from soluscope.compare import SETTINGS, compare, confirm
-from soluscope.config import EvalConfig, read_config
+from soluscope.compare import GAIN_OF_KAPPA, SETTINGS, compare, confirm
+from soluscope.config import EvalConfig, PretrainedConfig, read_config
 from soluscope.convert import SoluscopeTransformer, load
-from soluscope.data.cache import TokenCache, open_cache, prepare
+from soluscope.data.cache import Split, TokenCache, open_cache, prepare
 from soluscope.errors import UserError
 from soluscope.files import digest, replacing, write_text
+from soluscope.pretrained_run import RECORD, Record, load_again, make_run, read_record
 from soluscope.probes import Probe
-from soluscope.results import Row
+from soluscope.results import PRETRAINED, Row
 from soluscope.run_folder import is_done, lock
 from soluscope.stats import document_bootstrap
 from soluscope.summaries import parameters, summarise, token_table
@@ -70,16 +73,38 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     return write_results(study_dir)
 
 
+def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = print) -> Path:
+    """Probe a pretrained model in a study of its own, and report it; goes on where it was interrupted.
+
+    Args:
+        name: as for `load_pretrained`.
+        config: how to probe it, on what text, and what to show beside it.
+        say: where progress goes.
+
+    Returns:
+        The study's report.html.
+
+    Raises:
+        UserError: no such model, one that cannot be probed, or no text.
+    """
+    from soluscope.report import publish
+
+    run_dir = make_run(name, config, say)
+    probing = EvalConfig(**{each.name: getattr(config, each.name) for each in fields(EvalConfig)})
+    return publish(evaluate(run_dir, probing, say).parent)
+
+
 def _say_at(say: Say, place: str, text: str) -> None:
     say(f"{place} {text}")
 
 
 def finished_runs(folder: Path) -> list[Path]:
-    """Folders of finished runs: `folder` itself, or those directly in it."""
+    """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if is_done(folder):
+    if is_done(folder) or (folder / RECORD).is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
+    trained = (path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
+    found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{RECORD}"))})
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
     return found
@@ -137,28 +162,47 @@ def write_results(study_dir: Path) -> Path:
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
         rows += results.read(path)
     losses = []
+    beside: dict[str, None] = {}
     for run_dir in finished_runs(study_dir):
         folder = run_dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
         rows += [row for path in sorted(folder.glob("*.jsonl")) for row in results.read(path)]
-        losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run_dir)))
-    rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
-    asked = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
-    rows += confirm(rows, {name: one.tested for name, one in asked.items() if one.confirmatory})
+        if record := read_record(run_dir):  # of other tokens than any run's: compared with none
+            beside |= dict.fromkeys(record.beside)
+        else:
+            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run_dir)))
+    if losses:
+        rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
+        asked = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
+        rows += confirm(rows, {name: one.tested for name, one in asked.items() if one.confirmatory})
+    for other in beside:
+        rows += _new_to(rows, results.read(Path(other) / "results.jsonl"))
     path = study_dir / "results.jsonl"
     results.write(path, rows)
     return path
+
+
+def _new_to(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Another study's rows, without what calibrated the same probe here and what is here already."""
+    calibrated = {(row.probe, row.quantity) for row in rows if not (row.run or row.arm)}
+    here = set(rows)
+    return [
+        row for row in others if (row.probe, row.quantity) not in calibrated and row not in here
+    ]
 
 
 def _settings(run_dir: Path) -> dict[str, float | str]:
     """What tells a run's arm from others, as `compare` asks for it; nan for what the run has not."""
     facts, config = load_facts(run_dir), read_config(run_dir / "config.yaml")
     family = replace(config, seed=0, train=replace(config.train, lr=None))
-    told = {name: getattr(facts, name) for name in SETTINGS}
-    return {name: np.nan if value is None else value for name, value in told.items()} | {
-        "family": family.hash
-    }
+    told: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
+    if (
+        getattr(config.mid, "gain", None) == "init"
+    ):  # a static arm, matched to the LayerNorm of a kappa
+        told[GAIN_OF_KAPPA] = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2
+    told = {GAIN_OF_KAPPA: None} | told | {"family": family.hash}
+    return {name: np.nan if value is None else value for name, value in told.items()}
 
 
 def probe(
@@ -243,9 +287,11 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
     _discard_stale(folder, _rests_on(run_dir, config), say)
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
+    record = read_record(run_dir)
+    course = () if record else ("training",)
     waiting = [
         name
-        for name in ("training", "loss", "tokens", *names)
+        for name in (*course, "loss", "tokens", *names)
         if not (folder / f"{name}.jsonl").is_file()
     ]
     if not waiting:
@@ -253,7 +299,9 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
         return
     facts = load_facts(run_dir)
     base = _base_row(facts)
-    model = load(run_dir, config.device)
+    if record:
+        base = replace(base, variant=f"{PRETRAINED}{facts.variant}", seed=None)
+    model = load_again(run_dir, record, config.device) if record else load(run_dir, config.device)
     check_model(model)
     observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
     for place, name in enumerate(waiting, start=1):
@@ -261,6 +309,9 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
         row = replace(base, probe=name)
         if name == "training":
             rows = training_rows(run_dir, row)
+        elif name == "loss" and record:
+            row = replace(base, probe=PRETRAINED.strip())
+            rows = _pretrained_rows(observed, folder, record, row, config)
         elif name == "loss":
             rows = _loss_rows(observed, folder, facts, row, config)
         elif name == "tokens":
@@ -306,14 +357,21 @@ def _rests_on(run_dir: Path, config: EvalConfig) -> str:
     settings = {
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
-    trained = digest((run_dir / "done.json").read_text(encoding="utf8"))
+    made_from = "done.json"
+    if (run_dir / RECORD).is_file():
+        made_from = "model.json"
+        settings["tokens"] = json.loads((run_dir.parent / "data.json").read_text())["key"]
+    trained = digest((run_dir / made_from).read_text(encoding="utf8"))
+    prompts = [streams.prompts(name) for name in streams.PROMPTS]
     moves_nothing = ("report/", "controls/", "engines/", "sweep.py", "launch.py", "jobs.py", "processes.py",
                      "run_folder.py", "tracking.py", "wandb_client.py")  # fmt: skip
-    return digest([settings, trained, code_hash(but=(*moves_nothing, *_probe_files()))])
+    code = code_hash(but=(*moves_nothing, *_probe_files()))
+    return digest([settings, trained, prompts, code])
 
 
 def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
-    """The tokens that the run was trained on, whatever has become of the corpus since.
+    """The tokens that the run was trained on, whatever has become of the corpus since; or the text of
+    a pretrained model, which `pretrained_run` has made.
 
     Raises:
         UserError: if they are not to be had: other tokens would give numbers that look right.
@@ -323,6 +381,12 @@ def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
         raise UserError(f"no {data}: a run folder is read from inside its study")
     trained_on = json.loads(data.read_text(encoding="utf8"))
     place = Path(config.prepared or trained_on["path"])
+    if record := read_record(run_dir):
+        if not place.is_dir():
+            raise UserError(
+                f"the tokens {place} are gone: make them again with 'python eval/run.py {record.name}'"
+            )
+        facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
     cache = open_cache(place) if place.is_dir() else prepare(read_config(run_dir / "config.yaml"))
     same = (cache.meta["key"], cache.meta["tokenizer_hash"])
     if same != (trained_on["key"], facts.tokenizer_hash):
@@ -377,7 +441,7 @@ def _probe_rows(
 
 
 def _left_out(base: Row, why: str) -> Row:
-    return replace(base, quantity="left out", note=why)
+    return replace(base, quantity=results.LEFT_OUT, note=why)
 
 
 def token_rows(run: HookedRun, base: Row) -> list[Row]:
@@ -403,42 +467,81 @@ def _loss_rows(
     observed: _Observed, folder: Path, facts: Facts, base: Row, config: EvalConfig
 ) -> list[Row]:
     """Loss on both validation splits by document, and its mean on the report split."""
-    model, cache = observed.model, observed.cache
-    tables = []
-    for split in ("select", "report"):
-        stream = streams.from_cache(cache, split, facts.ctx, config.n_loss_tokens, split)
-        tables.append(_document_losses(model, stream).assign(split=split))
+    tables = [
+        _document_losses(observed, split, config).assign(split=split)
+        for split in ("select", "report")
+    ]
     table = pd.concat(tables, ignore_index=True).assign(
         run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed, config=facts.config
     )
     table["document"] = table["document"].astype(str)
     _write_parquet(folder / "loss.parquet", table)
-    report = table[table["split"] == "report"]
+    return [_loss_row(table[table["split"] == "report"], base, config)]
+
+
+def _loss_row(report: pd.DataFrame, base: Row, config: EvalConfig) -> Row:
     interval = document_bootstrap(
         report["loss_sum"], report["n_tokens"], config.n_draws, config.seed
     )
-    return [
-        replace(
-            base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
-            value=interval.value, low=interval.low, high=interval.high, n=interval.n,
-            n_clusters=interval.n_clusters,
-        )
-    ]  # fmt: skip
+    return replace(
+        base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
+        value=interval.value, low=interval.low, high=interval.high, n=interval.n,
+        n_clusters=interval.n_clusters,
+    )  # fmt: skip
+
+
+def _pretrained_rows(
+    observed: _Observed, folder: Path, record: Record, base: Row, config: EvalConfig
+) -> list[Row]:
+    """What is known of a pretrained model, its loss, and what its gain says that epsilon is."""
+    facts, cache = observed.model.facts, observed.cache
+    table = _document_losses(observed, "report", config)
+    _write_parquet(folder / "loss.parquet", table)
+    read = cache.meta["splits"]["report"]
+    text = (
+        f"the report split of data={cache.meta['source']} ({read['n_documents']:,} documents in all), and "
+        "whether the model was trained on these is not known"
+    )
+    told = ("n_layers", "d_model", "n_heads", "d_mlp", "ctx", "d_vocab", "ln_eps", "eps", "kappa")
+    known = {name: value for name in told if (value := getattr(facts, name)) is not None}
+    rows = [replace(_loss_row(table, base, config), note=text)]
+    rows += [
+        replace(base, quantity=name, value=float(value), note=record.said)
+        for name, value in known.items()
+    ]
+    run = observed("natural")
+    if run.eps is not None:
+        square = run.scale.double().square()  # 1 / g^2
+        off = ((run.s2 + run.eps) / square - 1).abs()
+        everywhere = replace(base, stream="natural", positions="all", n=len(square))
+        rows += [
+            replace(
+                everywhere, quantity="1/g^2 - var", statistic="median",
+                value=float((square - run.s2).median()),
+            ),
+            replace(
+                everywhere, quantity="|g^2 (var + eps) - 1|", statistic="max", value=float(off.max())
+            ),
+        ]  # fmt: skip
+    return rows
 
 
 @torch.no_grad()
-def _document_losses(model: SoluscopeTransformer, stream: streams.Stream) -> pd.DataFrame:
+def _document_losses(observed: _Observed, split: Split, config: EvalConfig) -> pd.DataFrame:
     """Sum of losses and number of targets by document, the target's own; BOS targets left out."""
+    model, ctx = observed.model, observed.model.facts.ctx
+    stream = streams.from_cache(observed.cache, split, ctx, config.n_loss_tokens, split)
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
-    for start in range(0, len(stream.tokens), 16):
-        tokens = stream.tokens[start : start + 16]
+    step = rows_at_once(ctx, model.cfg.d_vocab)
+    for start in range(0, len(stream.tokens), step):
+        tokens = stream.tokens[start : start + step]
         losses = (
             model(tokens.to(model.cfg.device), return_type="loss", loss_per_token=True)
             .double()
             .cpu()
         )
-        owner = stream.string[start : start + 16, 1:]
+        owner = stream.string[start : start + step, 1:]
         counted = tokens[:, 1:] != stream.bos
         for document in owner[counted].unique().tolist():
             mine = counted & (owner == document)

@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning
 import numpy as np
@@ -42,9 +42,9 @@ from soluscope.checkpoint import (
     save_model,
     versions,
 )  # fmt: skip
-from soluscope.config import Config
+from soluscope.config import Config, read_config
 from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare, share_with_study
-from soluscope.errors import UserError
+from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
 from soluscope.model import LanguageModel, Record
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
@@ -89,6 +89,8 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
             check_login(config.wandb)
             try:
                 _train_first(config, state, here, progress)
+            except Stopped:
+                raise
             except Exception as error:
                 record_failure(config.run_dir, error)
                 raise
@@ -625,7 +627,7 @@ class RunFolder(lightning.Callback):
             with self.metrics.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise UserError(
+            raise Stopped(
                 f"cannot write {self.metrics}: {error.strerror}; the last good checkpoint is {self.checkpoint}"
             ) from error
         self.tracker.log(row)
@@ -654,7 +656,7 @@ class RunFolder(lightning.Callback):
                 if self.saved_step >= 0
                 else "there is none yet"
             )
-            raise UserError(
+            raise Stopped(
                 f"cannot save the checkpoint of step {trainer.global_step} "
                 f"({str(error).splitlines()[0]}): free disk space; {kept}"
             ) from error
@@ -716,10 +718,19 @@ def _check_fits(path: Path, module: nn.Module) -> None:
 
 
 def _with_precision(config: Config) -> Config:
-    """`auto` resolved, so that the saved configuration and its hash say what was computed."""
+    """`auto` resolved, so that the saved configuration and its hash say what was computed.
+
+    As the run was begun, or else another run of its study: runs that are compared differ in nothing else.
+    """
     if config.train.precision != "auto":
         return config
-    precision: Literal["bf16", "fp32"] = "bf16" if _on_cuda(config) else "fp32"
+    own = [config.run_dir] if last_checkpoint(config.run_dir).is_file() else []
+    begun = (path.parent for path in sorted(config.study_dir.glob("*/checkpoints/last.ckpt")))
+    for run_dir in (*own, *(path.parent for path in begun)):
+        with suppress(UserError):  # a folder that was copied half-way
+            precision = read_config(run_dir / "config.yaml").train.precision
+            return replace(config, train=replace(config.train, precision=precision))
+    precision = "bf16" if _on_cuda(config) else "fp32"
     return replace(config, train=replace(config.train, precision=precision))
 
 

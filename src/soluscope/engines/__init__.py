@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from soluscope.config import Config
@@ -18,8 +17,6 @@ from soluscope.sweep import Sweep
 
 class After(Protocol):
     """What follows the last job: probes and report. Can be pickled; called once, with no arguments."""
-
-    study_dir: Path
 
     def __call__(self) -> None:
         """Raises UserError, naming them, if jobs have failed or are not finished."""

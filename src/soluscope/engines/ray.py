@@ -26,6 +26,7 @@ from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
+from soluscope.run_folder import at_work, record_failure
 from soluscope.sweep import Sweep
 
 ANSWER_S = 9.0
@@ -131,11 +132,10 @@ def _tell_if_lost(ray: Any, task: Any, config: Config) -> None:
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         lines = str(cause).strip().splitlines() or [""]
-        print(
-            f"{config.run_name} was lost: {type(cause).__name__}: {lines[0]}",
-            file=sys.stderr,
-            flush=True,
-        )
+        lost = f"lost {type(cause).__name__}: {lines[0]}"
+        if not at_work(config.run_dir):
+            record_failure(config.run_dir, UserError(lost))
+        jobs.say(f"{config.run_name}: {lost}")
 
 
 # --- what a job takes, and who has it -------------------------------------------------------------
@@ -204,7 +204,9 @@ def _import_ray(address: str | None) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UserError("engine=ray needs Ray: pip install 'soluscope[ray]'") from error
+        raise UserError(
+            "engine=ray needs Ray: pip install -c constraints.txt -e '.[ray]' in the clone"
+        ) from error
     return ray
 
 

@@ -49,7 +49,7 @@ class Params:
     cpus: int = 4
     """Cores of each process, and its CPU threads where train.threads is null."""
     gpus: int = 0
-    """GPUs on each node of a job; one for each of its train.devices. 0: trains on the CPU."""
+    """GPUs on each node of a job; one for each of its train.devices. 0: train.device=cpu."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch, as in slurm.options.mem=32G slurm.options.qos=high."""
     setup: list[str] = field(default_factory=list)
@@ -67,7 +67,9 @@ def check(params: Params, sweep: Sweep) -> None:
     try:
         import submitit  # noqa: F401
     except ImportError as error:
-        raise UserError("engine=slurm wants submitit: pip install 'soluscope[slurm]'") from error
+        raise UserError(
+            "engine=slurm wants submitit: pip install -c constraints.txt -e '.[slurm]' in the clone"
+        ) from error
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
             "engine=slurm finds no sbatch and srun on the PATH: launch from a node of the cluster, or "
@@ -83,6 +85,10 @@ def check(params: Params, sweep: Sweep) -> None:
     )
     ((devices, _),) = shapes
     require(
+        params.gpus > 0 or all(config.train.device != "cuda" for config in sweep.configs),
+        f"train.device=cuda with slurm.gpus=0: set slurm.gpus={devices}",
+    )
+    require(
         params.gpus in (0, devices),
         f"slurm.gpus={params.gpus} for train.devices={devices}: wanted one GPU a device, or 0",
     )
@@ -97,7 +103,7 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
     folder = sweep.study_dir / "slurm"
     queued = _queued(folder)
     new = [
-        Work(config.run_name, partial(jobs.execute, _with_threads(config, params)))
+        Work(config.run_name, partial(jobs.execute, _placed(config, params)))
         for config in todo
         if config.run_name not in queued
     ]
@@ -115,7 +121,7 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
         )
         work = Work(AFTER, after)
         queued[AFTER] = _submit(partial(executor.submit, work)).job_id
-    _say(
+    jobs.say(
         f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; then the probes and the report, as job "
         f"{queued[AFTER]}. What they print is in {folder}\n"
         f"where they stand: python sweeps/launch.py --status {sweep.study_dir}"
@@ -127,7 +133,7 @@ class Work:
     """What a job of SLURM's does. submitit pickles it, and calls it on the node.
 
     Near the time limit submitit would leave in the middle of a step, and the checkpoint would be of half a
-    step. Here the signal only asks: Lightning ends the step, the run folder gets its checkpoint, and then
+    step. Here the signal only asks: the step ends, the run folder gets its checkpoint, and then
     submitit puts the job back into the queue.
     """
 
@@ -201,8 +207,11 @@ def _srun_args(params: Params) -> list[str]:
     return [f"--cpus-per-task={params.cpus}"]  # since 22.05 srun does not take it from sbatch
 
 
-def _with_threads(config: Config, params: Params) -> Config:
-    return replace(config, train=replace(config.train, threads=config.train.threads or params.cpus))
+def _placed(config: Config, params: Params) -> Config:
+    """The job as it will run. One that was given no GPU takes none, where the node does not hide them."""
+    device = config.train.device if params.gpus else "cpu"
+    threads = config.train.threads or params.cpus
+    return replace(config, train=replace(config.train, threads=threads, device=device))
 
 
 def _queued(folder: Path) -> dict[str, str]:
@@ -255,10 +264,6 @@ def _submit(submit: Callable[[], Any]) -> Any:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it says nothing"])[-1]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 ENGINE = Engine(params=Params, check=check, run=run)

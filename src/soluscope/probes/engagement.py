@@ -139,7 +139,7 @@ PROBE = Probe(
             "share of norm", "what no multiple of gamma (a - m) explains of post", ("median", "q99")
         ),
     },
-    streams=("natural", "prose", "code", "repeated", "random"),
+    streams=("natural", "prose", "code", "sentences", "repeated", "random"),
     figures=(
         Figure("Engagement r, median token", ("r",), statistic="median"),
         Figure("Gain, median token", ("gain",), statistic="median", log_y=True),

@@ -183,8 +183,9 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
     n_confirmed, kept = [], np.zeros(len(excess))
     for chosen, measured in _halves(at.tokens.numpy(), run):
         found = _discovered(excess[chosen], string[chosen])
-        again = excess[measured].mean(0) > 0 if measured.any() else np.zeros_like(found)
-        again &= _p(excess[measured], string[measured]) < Q
+        again = np.zeros_like(found)
+        if measured.any():  # one document has no other half
+            again = (excess[measured].mean(0) > 0) & (_p(excess[measured], string[measured]) < Q)
         n_confirmed.append((found & again).mean())
         if found.any():
             kept[measured] = excess[measured][:, found].mean(-1)

@@ -139,7 +139,7 @@ PROBE = Probe(
         name: Quantity("1 / activation", meaning, curve=True)
         for name, meaning in AGGREGATIONS.items()
     },
-    streams=("prefixes", "repeated", "random"),
+    streams=("prefixes", "sentences", "repeated", "random"),
     estimate=estimate,
     estimates={
         "sd of log gain": Quantity(

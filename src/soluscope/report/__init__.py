@@ -16,6 +16,7 @@ from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
     NORMED,
+    Choice,
     arms_of,
     by_kappa,
     choices,
@@ -68,10 +69,7 @@ def table(rows: list[Row]) -> Group:
     compared = tuned(rows)
     tables = [made for size, mine in sizes(compared).items() for made in _of_size(size, mine)]
     passed = Text(controls.summary(rows))
-    said = [f"- {sentence}" for sentence in words.headline(rows)]
-    if len(said) > 1 + page.N_SENTENCES:
-        more = f"- {len(said) - page.N_SENTENCES} more in the report"
-        said = [*said[: page.N_SENTENCES], more]
+    said = [f"- {one}" for one in words.in_view(words.headline(rows), page.N_SENTENCES)]
     return Group(*tables, *_chosen(rows), passed, *map(Text, said))
 
 
@@ -123,12 +121,19 @@ def _chosen(rows: list[Row]) -> Iterator[Table]:
             one.chosen.arm,
             f"{one.setting} {one.chosen.x:.3g}",
             one.grid,
-            f"AT THE {one.edge.upper()} EDGE" if one.edge else "inside",
+            str(one.chosen.n),
+            _place(one),
         ]
         for one in made
     ]
     if lines:
-        yield _table(["chosen on the select split", "", "of", "optimum"], lines)
+        yield _table(["chosen on the select split", "", "of", "seeds", "optimum"], lines)
+
+
+def _place(one: Choice) -> str:
+    if not one.is_grid:
+        return "no grid"
+    return f"AT THE {one.edge.upper()} EDGE" if one.edge else "inside"
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> Table:

@@ -2,9 +2,10 @@
 
 Losses, r and gain of the training runs are read from those runs; intervals and Phi_dyn are not theirs
 to know, so the comparison is logged as a run of its own, and the dashboard shows its table and figures.
-The study's name fixes the ids of both: the same command again replaces, it does not add.
+The study's name fixes the ids of both: the same command again writes over them. Numbers of arms that are no
+longer in the study stay in the run's summary.
 
-Keys that the training runs are read by: config `variant`, `arm`, `seed`, `study`, `size`, `kappa`, `lr`;
+Keys that the training runs are read by: config `variant`, `arm_name`, `seed`, `study`, `size`, `kappa`, `lr`;
 curves `tokens`, `loss`, `r`, `gain`, `grad_norm`, `tokens_per_s`; numbers `report_loss`, `r`, `gain`.
 """
 
@@ -59,8 +60,6 @@ PINNED = (
     "config:kappa.value", "config:lr.value", "summary:report_loss", "summary:r", "summary:gain",
 )  # fmt: skip
 """Columns of the runs table, after the run's name. The app files a config key under `.value`."""
-MAX_RUNS = 100
-"""Runs behind a panel; the app takes the first 10 unless told."""
 START_SECONDS, FINISH_SECONDS = 30, 600
 """How long a server may take that does not answer, before the report gives up."""
 TITLE_HEIGHT = 40
@@ -292,19 +291,20 @@ def _titled(figure: go.Figure, title: str) -> go.Figure:
 
 
 def _workspace(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> Workspace:
-    """The study's dashboard: the runs of the study, grouped by variant, and its comparison."""
+    """The study's dashboard: the runs of the study, grouped by variant or arm, and its comparison."""
     import wandb_workspaces.workspaces as ws
 
     study = _study(rows)
+    n_runs = _n_runs(rows)
     made = ws.Workspace(
         entity=where.entity,
         project=where.project,
         name=study.replace("+", "-"),  # the library takes + for an emoji
         sections=_sections(rows, drawn),
-        settings=ws.WorkspaceSettings(max_runs=MAX_RUNS),
+        settings=ws.WorkspaceSettings(max_runs=n_runs),
         runset_settings=ws.RunsetSettings(
             filters=f"Config('study') == {study!r}",
-            groupby=[ws.Config("variant")],
+            groupby=[ws.Config(_told_apart_by(rows))],
             pinned_columns=list(PINNED),
             pinned_runs=[_run_id(study)],  # fetched whatever else is, so that its figures show
         ),
@@ -330,41 +330,34 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    headline = "\n".join(f"- {sentence}" for sentence in words.headline(list(rows)))
-    pairs = {(row.variant, row.arm) for row in rows if row.arm}
-    several = len(pairs) > len({variant for variant, _ in pairs})
-    keys = ("variant", "arm_name") if several else ("variant",)
+    found = words.in_view(words.headline(list(rows)), page.N_SENTENCES)
+    headline = "\n".join(f"- {sentence}" for sentence in found)
+    key, n_runs = _told_apart_by(rows), _n_runs(rows)
     by_section: dict[str, list[str]] = {}
-    for key in drawn:
-        by_section.setdefault(key.rpartition("/")[0], []).append(key)
+    for logged_as in drawn:
+        by_section.setdefault(logged_as.rpartition("/")[0], []).append(logged_as)
 
-    def curves(name: str, log_y: bool) -> list[PanelTypes]:
-        return [
-            wr.LinePlot(
-                title=f"{name} by {key}",
-                x="tokens",
-                y=[name],
-                log_y=log_y,
-                groupby=wr.Config(key),
-                groupby_aggfunc="mean",
-                groupby_rangefunc="minmax",
-                max_runs_to_show=MAX_RUNS,
-            )
-            for key in keys
-        ]
+    def curves(name: str, log_y: bool) -> PanelTypes:
+        return wr.LinePlot(
+            title=f"{name} by {key}",
+            x="tokens",
+            y=[name],
+            log_y=log_y,
+            groupby=wr.Config(key),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+            max_runs_to_show=n_runs,
+        )
 
-    def bars(name: str) -> list[PanelTypes]:
-        return [
-            wr.BarPlot(
-                title=f"{name} by {key}: mean of the runs, lowest to highest",
-                metrics=[wr.SummaryMetric(name)],
-                groupby=wr.Config(key),
-                groupby_aggfunc="mean",
-                groupby_rangefunc="minmax",
-                max_runs_to_show=MAX_RUNS,
-            )
-            for key in keys
-        ]
+    def bars(name: str) -> PanelTypes:
+        return wr.BarPlot(
+            title=f"{name} by {key}: mean of the runs, lowest to highest",
+            metrics=[wr.SummaryMetric(name)],
+            groupby=wr.Config(key),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+            max_runs_to_show=n_runs,
+        )
 
     def media(title: str, logged: Sequence[str]) -> list[PanelTypes]:
         return [wr.MediaBrowser(title=title, media_keys=logged, num_columns=1)] if logged else []
@@ -389,8 +382,8 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
         ws.Section(
             name="Loss",
             panels=[
-                *curves("loss", log_y=True),
-                *bars("report_loss"),
+                curves("loss", log_y=True),
+                bars("report_loss"),
                 *media("Final loss with intervals", [BARS] if BARS in drawn else []),
                 *shown("loss", "differences", "terms"),
             ],
@@ -408,18 +401,18 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
         ws.Section(
             name="r and gain",
             panels=[
-                *curves("r", log_y=False),
-                *curves("gain", log_y=True),
-                *bars("r"),
-                *bars("gain"),
+                curves("r", log_y=False),
+                curves("gain", log_y=True),
+                bars("r"),
+                bars("gain"),
             ],
             is_open=True,
         ),
         ws.Section(
             name="Training",
             panels=[
-                *curves("grad_norm", log_y=True),
-                *curves("tokens_per_s", log_y=False),
+                curves("grad_norm", log_y=True),
+                curves("tokens_per_s", log_y=False),
                 *shown("tuning", "training"),
             ],
         ),
@@ -433,6 +426,17 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
             ],
         ),
     ]
+
+
+def _told_apart_by(rows: Sequence[Row]) -> str:
+    """The config key that panels group runs by: a variant's mean over several rates or kappas means nothing."""
+    pairs = {(row.variant, row.arm) for row in rows if row.arm}
+    return "arm_name" if len(pairs) > len({variant for variant, _ in pairs}) else "variant"
+
+
+def _n_runs(rows: Sequence[Row]) -> int:
+    """Runs behind a panel, the report's own among them; the app takes the first 10 unless told."""
+    return 1 + len({row.run for row in rows if row.run})
 
 
 def _phi_dyn_in_words(rows: Sequence[Row]) -> str:

@@ -22,9 +22,13 @@ CHOSEN_ON = {"select loss by lr": "lr", "select loss by gain": "gain"}
 """Quantities of the points of the curves on which a setting was chosen, and the setting."""
 
 
+GRID_FROM = 3
+"""Points from which a curve has an inside: of two, one end is always the best."""
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A setting that was chosen on the select split, and the grid it was chosen from."""
+    """A setting that was chosen on the select split, and what it was chosen from."""
 
     setting: str
     """`lr` or `gain`."""
@@ -32,10 +36,19 @@ class Choice:
     """Losses on the select split, the setting in `x`, from the lowest setting up."""
     chosen: Row
     """The one of the points with the least loss."""
+    without: tuple[Row, ...] = ()
+    """What lacks seeds that the points have, and was not chosen from."""
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether there is an inside for an optimum to lie in."""
+        return len({row.x for row in self.points}) >= GRID_FROM
 
     @property
     def edge(self) -> str:
         """`lower` or `upper` where the optimum is an end of the grid, and may lie beyond; else empty."""
+        if not self.is_grid:
+            return ""
         if self.chosen.x == self.points[0].x:
             return "lower"
         return "upper" if self.chosen.x == self.points[-1].x else ""
@@ -54,9 +67,11 @@ def choices(rows: Iterable[Row]) -> list[Choice]:
             curves.setdefault((row.quantity, row.group), []).append(row)
     made = []
     for (quantity, chosen), found in curves.items():
-        points = tuple(sorted(found, key=lambda row: row.x or 0.0))
-        at = next(row for row in points if row.arm == chosen)
-        made.append(Choice(CHOSEN_ON[quantity], points, at))
+        found.sort(key=lambda row: row.x or 0.0)
+        at = next(row for row in found if row.arm == chosen)
+        points = tuple(row for row in found if row.n == at.n)
+        without = tuple(row for row in found if row.n != at.n)
+        made.append(Choice(CHOSEN_ON[quantity], points, at, without))
     return sorted(made, key=lambda one: one.setting, reverse=True)
 
 
@@ -65,7 +80,7 @@ def passed_over(rows: Iterable[Row]) -> set[str]:
     return {
         row.arm
         for one in choices(rows)
-        for row in one.points
+        for row in (*one.points, *one.without)
         if one.setting == "lr" and row is not one.chosen
     }
 
@@ -134,6 +149,15 @@ def by_kappa(rows: Sequence[Row]) -> Mapping[str, float]:
     if len(set(found.values())) < 2:
         return {}
     return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def at_one_rate(rows: Sequence[Row]) -> list[str]:
+    """Arms of which no other rate was tried, in studies that compare rates, gains or kappas; else none."""
+    made = choices(rows)
+    if not made and not any(by_kappa(mine) for mine in sizes(rows).values()):
+        return []
+    tried = {row.arm for one in made if one.setting == "lr" for row in (*one.points, *one.without)}
+    return sorted(settings(rows).keys() - tried)
 
 
 def comparisons(

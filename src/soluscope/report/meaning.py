@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from soluscope.probes import Gate, Probe, Quantity
+from soluscope.report import pretrained
 from soluscope.report.findings import (
     NO_COST,
     NORMED,
@@ -30,7 +31,7 @@ Source: science.md section 7, "Control pass rule"."""
 
 
 def sentences(one: Probe, rows: Sequence[Row]) -> list[str]:
-    """One sentence for each LayerNorm arm and static twin; none where there is nothing to say.
+    """One sentence for each LayerNorm arm, static twin and pretrained model; none where there is nothing to say.
 
     They are about the quantity that the probe is tested by, or else the first that says which way
     smearing lies; on natural text, or on each of the streams where none is natural.
@@ -40,6 +41,7 @@ def sentences(one: Probe, rows: Sequence[Row]) -> list[str]:
     for name in [one.tested] * (one.tested in known) + leaning:
         found = _main(rows, name, known[name])
         arms = [arm for variant in (NORMED, TWIN) for arm in arms_of(found, variant)]
+        arms += pretrained.arms(found)
         streams = sorted({by_stream(row) for row in found})
         each = (
             [row for row in found if row.arm == arm and by_stream(row) == stream]

@@ -13,7 +13,16 @@ from plotly.offline import get_plotlyjs
 
 from soluscope import plugins
 from soluscope.probes import Figure, Probe, Quantity
-from soluscope.report import controls, evidence, figures, meaning, tokens, tuning, words
+from soluscope.report import (
+    controls,
+    evidence,
+    figures,
+    meaning,
+    pretrained,
+    tokens,
+    tuning,
+    words,
+)
 from soluscope.report.figures import QUARTILE, Style
 from soluscope.report.findings import by_stream, comparisons, estimate, of_size, sizes, tuned
 from soluscope.report.markup import (
@@ -26,7 +35,7 @@ from soluscope.report.markup import (
     paragraph,
     table,
 )
-from soluscope.results import ONE_NUMBER, Row
+from soluscope.results import LEFT_OUT, ONE_NUMBER, Row
 
 PROBES = "soluscope.probes"
 NOT_PROBES = {
@@ -34,13 +43,12 @@ NOT_PROBES = {
     "loss",
     "training",
     tokens.PROBE,
+    pretrained.PROBE,
     controls.CONTROLS,
     controls.FALSE_POSITIVES,
 }
 N_SENTENCES = 10
 """Of the headline, in view; with many arms it would push all else off the first page."""
-LEFT_OUT = "left out"
-"""Quantity of a row that says why a probe has no numbers for a run."""
 NOT_COUNTED = (
     "False positives: not counted for this study (python eval/run.py --false-positives DIR)."
 )
@@ -65,6 +73,7 @@ def render(rows: list[Row]) -> str:
         _found(rows),
     ]
     sections: list[tuple[str, str]] = [
+        ("Pretrained", pretrained.section(page.rows)),
         ("Hypotheses and evidence", evidence.section(page.rows)),
         ("Tuning", tuning.section(rows, page.look, page.figure)),
         ("Loss", page.loss()),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from soluscope.report.findings import NORMED, number
 from soluscope.report.markup import fold, paragraph
-from soluscope.results import Row
+from soluscope.results import PRETRAINED, Row
 
 PROBE = "tokens"
 QUANTITIES = {"gain": "gain", "r": "r", "effect": "ablation effect"}
@@ -47,8 +47,7 @@ def view(rows: Iterable[Row]) -> str:
     )
     shown = next((key for key in texts if key[1] == NORMED), next(iter(texts)))
     blocks = "".join(
-        fold(f"{key[0]}, seed {key[2]}", _block(tokens), opened=key == shown)
-        for key, tokens in texts.items()
+        fold(_named(key), _block(tokens), opened=key == shown) for key, tokens in texts.items()
     )
     said = (
         "One text, read by each arm's first seed. Colours are scaled to the tokens after BOS; a token "
@@ -56,6 +55,12 @@ def view(rows: Iterable[Row]) -> str:
         "for its numbers. Ablation effect: the token's loss without the MLP less its loss."
     )
     return paragraph(said) + f'<div class="tokens">{buttons}\n{blocks}</div>\n'
+
+
+def _named(key: tuple[str, str, int]) -> str:
+    """An arm and the seed that is shown; a pretrained model has none."""
+    arm, variant, seed = key
+    return arm if variant.startswith(PRETRAINED) else f"{arm}, seed {seed}"
 
 
 def _texts(rows: Iterable[Row]) -> dict[tuple[str, str, int], list[Token]]:

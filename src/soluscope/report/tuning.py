@@ -15,13 +15,13 @@ from soluscope.report import words
 from soluscope.report.figures import Style, along
 from soluscope.report.findings import (
     NORMED,
+    at_one_rate,
     by_kappa,
     choices,
     comparisons,
     engagement,
     estimate,
     of_size,
-    passed_over,
     settings,
     sizes,
     titles,
@@ -38,32 +38,32 @@ def section(rows: list[Row], look: Mapping[str, Style], draw: Draw) -> str:
     made = choices(rows)
     if not made:
         return ""
-    body = "".join(paragraph(said, style="warn") for said in words.edges(rows))
+    warnings = [*words.edges(rows), *words.unchosen(rows)]
+    body = "".join(paragraph(said, style="warn") for said in warnings)
     body += paragraph(
         "Loss on the select split, whose documents nothing is reported on, against what was tried. What "
-        "has the least mean over the seeds that all of a line have is compared in the rest of this page, and "
-        "has a ring. Bars are for new seeds on these documents, and the frame may cut them. An "
-        "optimum counts only inside its grid."
+        "has the least mean is compared in the rest of this page, and has a ring: of rates, among those "
+        "with all seeds of their line (the table has the others), or over the seeds that all have; of "
+        "gains, over the seeds that all have. What shares no seed is not chosen from. Bars are for new "
+        "seeds on these documents, and the frame may cut them. An optimum counts only inside its grid, and "
+        "two points are none."
     )
-    once = settings(rows).keys() - {
-        row.arm for one in made if one.setting == "lr" for row in one.points
-    }
-    if once and passed_over(rows):
-        body += paragraph(f"Trained at one rate only: {', '.join(sorted(once))}.", style="soft")
+    body += _one_rate(rows)
+    without = {row.arm for one in made for row in one.without}
     for size, its in sizes(rows).items():
-        rates = _panels(comparisons(its, "select loss by lr"), lambda row: row.variant)
+        curves = [row for row in comparisons(its, "select loss by lr") if row.arm not in without]
+        rates = _panels(curves, lambda row: row.variant)
         drawn = along(rates, "learning rate", look, titles(its), ringed=True, one_scale=True)
         body += draw(drawn, of_size("Loss against the learning rate", size))
-        gains = _panels(
-            comparisons(its, "select loss by gain"), lambda row: "each at its best rate"
-        )
+        gained = comparisons(its, "select loss by gain")
+        gains = {_rates(its, [row.arm for row in gained]): gained} if gained else {}
         lines = {row.group: row.variant for found in gains.values() for row in found}
         drawn = along(gains, "gain", look, lines, ringed=True)
         body += draw(drawn, of_size("Loss against the gain", size))
     tried = [
         [row.arm, f"{one.setting} {row.x:.4g}", estimate(row, decimals=4), str(row.n), row.note]
         for one in made
-        for row in one.points
+        for row in (*one.points, *one.without)
     ]
     heads = ["arm", "setting", "loss on select [95%, new seeds]", "seeds", "note"]
     return body + fold("Table: all that was tried", table(heads, tried))
@@ -115,6 +115,7 @@ def dose(rows: list[Row], look: Mapping[str, Style], draw: Draw) -> str:
         body += draw(drawn, of_size("Against kappa", size), said)
     if not body:
         return ""
+    body = _one_rate(rows) + body
     return (
         paragraph(
             "kappa = eps d_mlp^2 is how much of each token's own scale LayerNorm's epsilon drowns. Near 0 it is "
@@ -123,6 +124,28 @@ def dose(rows: list[Row], look: Mapping[str, Style], draw: Draw) -> str:
             "new seeds and documents, thick ones for these models on other documents; r has one line a seed."
         )
         + body
+    )
+
+
+def _one_rate(rows: list[Row]) -> str:
+    """Every arm of which one rate was tried; the headline may name their variants alone."""
+    once = at_one_rate(rows)
+    return paragraph(f"Trained at one rate only: {', '.join(once)}.", style="soft") if once else ""
+
+
+def _rates(rows: list[Row], arms: Sequence[str]) -> str:
+    """At which rates the arms of a curve of gains were compared, in words."""
+    once = set(at_one_rate(rows)) & set(arms)
+    if not once:
+        return "each at its best rate"
+    if len(once) < len(set(arms)):
+        return "each at the best of its rates, some at their only one"
+    of = settings(rows)
+    rates = {of[arm]["lr"] for arm in once if "lr" in of[arm]}
+    return (
+        f"all at the rate {rates.pop():.3g}, untuned"
+        if len(rates) == 1
+        else "each at its only rate"
     )
 
 

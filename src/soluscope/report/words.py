@@ -6,16 +6,16 @@ new seeds and new documents leaves out 0, and two seeds are always called two se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls
+from soluscope.report import controls, pretrained
 from soluscope.report.findings import (
-    ENGAGED,
-    IDLE,
     NO_COST,
     NORMED,
     TWIN,
+    Choice,
     arms_of,
+    at_one_rate,
     by_kappa,
     choices,
     comparisons,
@@ -42,30 +42,101 @@ FREEZES = (
 
 def headline(rows: list[Row]) -> list[str]:
     """Plain sentences, the most important one first; shared by page and terminal."""
-    return [*edges(rows), *_headline(tuned(rows))]
+    models, trained = pretrained.arms(rows), pretrained.trained(tuned(rows))
+    said = [*edges(rows), *unchosen(rows), *pretrained.sentences(rows)]
+    if controls.gate(rows, "scale_freeze") == "passed":
+        said += [sentence for arm in models for sentence in _freeze(rows, arm)]
+    if not models or any(row.run for row in trained):
+        said += _headline(trained)
+    return [*said, *_gates(rows)]
+
+
+def in_view(sentences: Sequence[str], n: int) -> list[str]:
+    """The sentences, or the first `n` of many and how many more the report has."""
+    if len(sentences) <= 1 + n:
+        return list(sentences)
+    return [*sentences[:n], f"{len(sentences) - n} more in the report"]
 
 
 def edges(rows: list[Row]) -> list[str]:
-    """That a rate or a gain may be better yet beyond its grid, so that nothing follows; or nothing.
+    """What may be better yet than what was chosen, and what does therefore not follow; or nothing.
+
+    At a wrong rate no comparison holds; at a wrong gain those that need the best static arm do not.
 
     Source: science.md section 10.2 (c).
     """
+    made = choices(rows)
+    sentences = []
+    if at := _at_edges([one for one in made if one.setting == "lr"]):
+        sentences.append(
+            "No comparison here is to be believed yet: on the select split the best of what was tried lies at "
+            f"the edge of its grid for {at}. Widen these grids."
+        )
+    two = [one for one in made if one.setting == "lr" and not one.is_grid]
+    if two:
+        tried = "; ".join(
+            f"{', '.join(arms)} ({grid})"
+            for grid, arms in _grouped((one.grid, one.chosen.arm) for one in two).items()
+        )
+        sentences.append(
+            f"Fewer than three rates are no grid, and a better one may lie beyond: {tried}."
+        )
+    if at := _at_edges([one for one in made if one.setting == "gain"]):
+        sentences.append(
+            "The static arm may be better yet, so that static - LN and Phi_dyn are not settled: on the select "
+            f"split the best gain lies at the edge of its grid for {at}. Widen these grids."
+        )
+    return sentences
+
+
+def _at_edges(made: Sequence[Choice]) -> str:
+    """The arms at an edge, those together that share it and their grid."""
     extreme = {"lower": "lowest", "upper": "highest"}
-    open_ended = [
-        f"{one.chosen.arm} ({one.setting} {one.chosen.x:.3g} is the {extreme[one.edge]} of {one.grid})"
-        for one in choices(rows)
+    found = _grouped(
+        (
+            f"{one.setting} {one.chosen.x:.3g} is the {extreme[one.edge]} of {one.grid}",
+            one.chosen.arm,
+        )
+        for one in made
         if one.edge
-    ]
-    if not open_ended:
-        return []
+    )
+    return "; ".join(f"{', '.join(arms)} ({said})" for said, arms in found.items())
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def unchosen(rows: list[Row]) -> list[str]:
+    """Arms of which the best would be wanted, and cannot be told from their seeds; or nothing."""
     return [
-        "No comparison here is to be believed yet: on the select split the best of what was tried lies at "
-        f"the edge of its grid for {', '.join(open_ended)}. Widen these grids."
+        f"No choice was made between {row.group}: {row.note}, and the best of them would be so by its "
+        "seeds. Train them at the same seeds."
+        for row in rows
+        if row.probe == "comparison" and row.quantity == "no choice"
     ]
+
+
+def one_rate(rows: list[Row]) -> str:
+    """Which arms were trained at one rate only, where the study compares settings; else empty."""
+    arms = at_one_rate(rows)
+    if not arms:
+        return ""
+    if len(arms) > N_NAMED:
+        variants = sorted({row.variant for row in rows if row.arm in arms and row.variant})
+        return f"Trained at one rate only: {len(arms)} arms of {', '.join(variants)}."
+    return f"Trained at one rate only: {', '.join(arms)}."
 
 
 def _headline(rows: list[Row]) -> list[str]:
     sentences = [_basis(rows)]
+    several_kappas = any(by_kappa(mine) for mine in sizes(rows).values())
+    several_gains = any(one.setting == "gain" for one in choices(rows))
+    if (several_kappas or several_gains) and (untuned := one_rate(rows)):
+        sentences.append(untuned)
     normed = [
         arm for mine in sizes(rows).values() for arm in (by_kappa(mine) or arms_of(mine, NORMED))
     ]
@@ -81,11 +152,17 @@ def _headline(rows: list[Row]) -> list[str]:
         sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
         sentences += _twins(rows, gain.arm)
     said = {"engagement": _engagement, "scale_freeze": _freeze}
-    gates = {probe: controls.gate(rows, probe) for probe in said}
     for arm in normed:
         for probe, say in said.items():
-            sentences += say(rows, arm) if gates[probe] == "passed" else []
-    for probe, gate in gates.items():
+            sentences += say(rows, arm) if controls.gate(rows, probe) == "passed" else []
+    return sentences
+
+
+def _gates(rows: list[Row]) -> list[str]:
+    """Why nothing is said of a probe's numbers, for those of which something would be."""
+    sentences = []
+    for probe in ("engagement", "scale_freeze"):
+        gate = controls.gate(rows, probe)
         if gate == "failed":
             sentences.append(not_citable(probe, controls.failures(rows, probe)))
         elif gate == "not run" and any(row.probe == probe for row in rows):
@@ -252,17 +329,7 @@ def _engagement(rows: list[Row], arm: str) -> list[str]:
         return []
     ends = envelope(content)
     values = [row.value for row in content]
-    if ends is None:
-        verdict = "how far LayerNorm is engaged has no interval"
-    elif ends[0] > ENGAGED:
-        verdict = "LayerNorm is engaged at the typical token"
-    elif ends[1] < IDLE:
-        verdict = (
-            "LayerNorm is close to one static gain at the typical token, pinned by its epsilon"
-        )
-    else:
-        verdict = "LayerNorm is partly engaged"
-    text = f"{arm}: {verdict}; median r {span(values)} over {seeds(len(content))}"
+    text = f"{arm}: {pretrained.verdict(ends)}; median r {span(values)} over {seeds(len(content))}"
     if ends is not None:
         each = "95% interval" if len(content) == 1 else "their 95% intervals reach from"
         text += f" ({each} {number(ends[0])} to {number(ends[1])})"

@@ -1,0 +1,137 @@
+"""An export, loaded by TransformerLens 4.x from a hub on loopback by what its card says.
+
+Exports are made with 3.9, by this file as a script; here it runs in the environment with 4.x.
+
+    python tests/tl4/test_export_tl4.py FOLDER
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+WITH_39 = Path(os.environ.get("PYTHON_WITH_39", ROOT / ".venv" / "bin" / "python"))
+pytestmark = [
+    pytest.mark.skipif(
+        int(version("transformer-lens").split(".")[0]) < 4,
+        reason="for TransformerLens 4.x: make test-tl4",
+    ),
+    pytest.mark.skipif(
+        not WITH_39.is_file(), reason=f"exports are made with 3.9, and {WITH_39} is not there"
+    ),
+]
+
+EXPRESSED = {"solu_ln": ("mid.eps=1e-5",), "solu": (), "gelu": ()}
+"""Variants, and the words with which 4.x computes them."""
+OUR_OWN = {"solu_frozen_ln": (), "gelu_ln": (), "solu_gain": ()}
+TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(5))
+TEXT = "def f(x): return 12 + <|BOS|>"
+
+
+def write(folder: Path) -> None:
+    """Exports in folder/out, and what 3.9 computes with the runs in folder/wanted, with 3.9."""
+    from conftest import tiny_config, train_silently
+
+    import soluscope
+    from soluscope.export import export
+
+    for variant, words in (EXPRESSED | OUR_OWN).items():
+        run_dir = train_silently(
+            tiny_config(folder / "runs", "study=tl4", f"variant={variant}", *words)
+        )
+        export(run_dir, folder / "out" / variant)
+        model = soluscope.load(run_dir)
+        logits, cache = model.run_with_cache(TOKENS)
+        np.savez(
+            folder / f"{variant}.npz", logits=logits.detach(), tokens=model.to_tokens(TEXT)[0],
+            post=cache["blocks.0.mlp.hook_post"].detach(),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    search_path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+    done = subprocess.run(
+        [WITH_39, __file__, folder],
+        env={**os.environ, "PYTHONPATH": search_path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def there(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+    """Call functions of this file in a process that knows a hub of ours only, with the exports on it."""
+    from _hub import Hub
+
+    with Hub() as hub, pytest.MonkeyPatch.context() as patch:
+        for folder in (exports / "out").iterdir():
+            hub.put(
+                f"user/{folder.name}", {path.name: path.read_bytes() for path in folder.iterdir()}
+            )
+        for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+            patch.delenv(name)
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            yield lambda function, *words: pool.submit(function, *words).result()
+
+
+def run_there(code: str) -> dict[str, Any]:
+    """What the card's code makes, or how it ends."""
+    names: dict[str, Any] = {}
+    try:
+        exec(code, names)
+    except (ValueError, AssertionError) as error:
+        return {"error": str(error)}
+    model = names["model"]
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(TOKENS)
+    return {
+        "logits": logits.numpy(), "post": cache["blocks.0.mlp.hook_post"].numpy(),
+        "tokens": model.to_tokens(TEXT)[0].numpy(),
+    }  # fmt: skip
+
+
+def code_of(exports: Path, variant: str) -> str:
+    """The last code of a card, with the name that its model has on the hub."""
+    card = (exports / "out" / variant / "README.md").read_text()
+    code: str = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[-1]
+    assert "boot_tl_legacy" in code
+    return code.replace("user/name", f"user/{variant}")
+
+
+@pytest.mark.parametrize("variant", EXPRESSED)
+def test_the_code_of_the_card_loads_the_run(variant, exports, there):
+    found, wanted = there(run_there, code_of(exports, variant)), np.load(exports / f"{variant}.npz")
+    assert "error" not in found, found
+    for name, value in found.items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-5, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("variant", OUR_OWN)
+def test_a_model_of_our_own_is_refused_by_name(variant, exports, there):
+    code = code_of(exports, "solu").replace("user/solu", f"user/{variant}")
+    assert f"soluscope:{variant}" in there(run_there, code)["error"]
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
