@@ -9,7 +9,7 @@ BIN_TL4 := $(VENV_TL4)/bin
 .PHONY: demo test test-tl4 lint
 
 demo: $(VENV)/installed
-	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000
+	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000 wandb=offline
 
 test: lint
 	$(BIN)/python -m pytest -n 2

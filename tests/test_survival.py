@@ -40,7 +40,7 @@ def weights(config: Config) -> bytes:
 # --- kills ----------------------------------------------------------------------------------------
 
 N_WORKER_KILLS, N_DRIVER_KILLS = 10, 10
-STEPS = 5000
+STEPS = 6000
 EVERY = 20
 """Steps between checkpoints: some kills fall into one."""
 
@@ -108,7 +108,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
     command = (LAUNCH, path, *words, "engine=ray", "ray.retries=20", "report=false")
     said = tmp_path / "said"
     with started(*command, "study=calm", said=said) as launch:
-        assert launch.wait(timeout=300) == 0, said.read_text()
+        assert launch.wait(timeout=600) == 0, said.read_text()
     calm = read_sweep(path, [*words, "study=calm"]).configs
     configs = read_sweep(path, [*words, "study=killed"]).configs
     kills = Kills(configs, seed)
@@ -126,7 +126,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
             launch.wait()
             until(lambda: not at_work(study), f"the workers die with it; {kills}", seconds=15)
     with started(*command, "study=killed", said=said) as launch:
-        assert launch.wait(timeout=300) == 0, f"{said.read_text()}; {kills}"
+        assert launch.wait(timeout=600) == 0, f"{said.read_text()}; {kills}"
     assert len(kills.told) == N_WORKER_KILLS + N_DRIVER_KILLS
     assert kills.n_in_training >= len(kills.told) / 2, str(kills)
     for one, other in zip(calm, configs, strict=True):
