@@ -725,8 +725,8 @@ def _with_precision(config: Config) -> Config:
     if config.train.precision != "auto":
         return config
     own = [config.run_dir] if last_checkpoint(config.run_dir).is_file() else []
-    begun = (path.parent for path in sorted(config.study_dir.glob("*/checkpoints/last.ckpt")))
-    for run_dir in (*own, *(path.parent for path in begun)):
+    begun = (path.parents[1] for path in sorted(config.study_dir.glob("*/checkpoints/last.ckpt")))
+    for run_dir in (*own, *begun):
         with suppress(UserError):  # a folder that was copied half-way
             precision = read_config(run_dir / "config.yaml").train.precision
             return replace(config, train=replace(config.train, precision=precision))
