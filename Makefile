@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The probes on TransformerBridge (src/soluscope/bridge.py) give what they give on 3.9's HookedTransformer.
+# The probes on TransformerBridge (src/soluscope/hooked/bridge.py) give what they give on 3.9's HookedTransformer.
 test-tl4: $(VENV)/installed $(VENV_TL4)/installed
 	$(BIN_TL4)/python -m pytest tests/tl4
 

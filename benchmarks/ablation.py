@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from soluscope.ablation import Ablation, loss_at_gain
-from soluscope.activations import HookedRun, observe
-from soluscope.streams import Stream
+from soluscope.data.streams import Stream
+from soluscope.hooked.ablation import Ablation, loss_at_gain
+from soluscope.hooked.activations import HookedRun, observe
 
 D_MODEL, D_MLP, D_VOCAB, EPS = 512, 2048, 48262, 1e-5
 N_ROUNDS, N_CHECKED = 5, 3

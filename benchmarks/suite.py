@@ -33,8 +33,8 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins
 from soluscope.config import EvalConfig, PretrainedConfig
-from soluscope.pretrained import load_pretrained
-from soluscope.suite import evaluate, evaluate_pretrained
+from soluscope.evaluation.suite import evaluate, evaluate_pretrained
+from soluscope.hooked.pretrained import load_pretrained
 
 SHAPE = {
     "n_layers": 1, "d_model": 512, "d_mlp": 2048, "d_head": 64, "n_heads": 8, "n_ctx": 1024, "d_vocab": 48262,

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     if folder and not folder.is_dir() and (is_path or calibrated):
         raise UserError(f"no folder {folder}: name a study or a run, as in runs/demo")
     # Here, so that the lines above answer at once.
-    from soluscope.suite import calibrate, evaluate, evaluate_pretrained
+    from soluscope.evaluation.suite import calibrate, evaluate, evaluate_pretrained
 
     say = partial(print, file=sys.stderr)
     if calibrated:

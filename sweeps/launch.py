@@ -14,8 +14,8 @@ The same command goes on where an interrupted one stopped; what is finished is n
 
 from pathlib import Path
 
-from soluscope import jobs, launch
 from soluscope.errors import UserError, run_command
+from soluscope.launching import jobs, launch
 
 
 def main(arguments: list[str]) -> None:

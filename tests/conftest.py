@@ -47,7 +47,7 @@ def train_silently(config: Config) -> Path:
     """The run's folder, without progress bars."""
     from rich.progress import Progress
 
-    from soluscope.training import train
+    from soluscope.training.run import train
 
     return train(config, Progress(disable=True))
 

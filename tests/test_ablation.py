@@ -9,9 +9,9 @@ from test_every_probe import stream_of
 from test_every_variant import VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from soluscope import ablation as module
-from soluscope.ablation import Ablation, disjoint_mean, loss_at_gain, loss_at_post
-from soluscope.activations import observe
+from soluscope.hooked import ablation as module
+from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_gain, loss_at_post
+from soluscope.hooked.activations import observe
 
 STAGES, FINAL_NORMS = ("post", "mid", "pre"), ("live", "frozen")
 POSITIONS = (0, 3, 17, 30)

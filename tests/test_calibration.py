@@ -7,10 +7,11 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from soluscope import calibration, plugins
-from soluscope.calibration import judge, untrained_run
+from soluscope import plugins
+from soluscope.comparison.stats import Interval
+from soluscope.evaluation import calibration
+from soluscope.evaluation.calibration import judge, untrained_run
 from soluscope.probes import Gate, _estimates
-from soluscope.stats import Interval
 
 RNG = np.random.default_rng(0)
 STRING = np.sort(RNG.integers(0, 30, 400))

@@ -20,7 +20,7 @@ from soluscope import results
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Row
-from soluscope.run_folder import last_checkpoint, lock
+from soluscope.runs.folder import last_checkpoint, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
 HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")

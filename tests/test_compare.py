@@ -12,13 +12,13 @@ import pytest
 import scipy.stats
 from conftest import tiny_config
 
-from soluscope import stats
-from soluscope.checkpoint import Facts
-from soluscope.compare import SETTINGS, UNDEFINED, compare, confirm
+from soluscope.comparison import stats
+from soluscope.comparison.compare import SETTINGS, UNDEFINED, compare, confirm
 from soluscope.config import to_yaml
 from soluscope.errors import UserError
+from soluscope.evaluation.suite import _settings
 from soluscope.results import Row
-from soluscope.suite import _settings
+from soluscope.runs.weights import Facts
 
 N_DOCUMENTS = 40
 ALIKE = {

@@ -7,9 +7,9 @@ import torch
 from test_every_variant import BOS, D_VOCAB, VARIANTS, rough_model, some_tokens
 
 from soluscope import plugins
-from soluscope.checkpoint import Facts
-from soluscope.convert import check_agreement, load, to_hooked
 from soluscope.errors import UserError
+from soluscope.hooked.convert import check_agreement, load, to_hooked
+from soluscope.runs.weights import Facts
 
 NORMED = [v for v in VARIANTS if plugins.pick("soluscope.variants", v).build_norm]
 

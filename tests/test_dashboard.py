@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from soluscope import results, tracking
+from soluscope import results
 from soluscope.errors import UserError
 from soluscope.report import dashboard, page, words
 from soluscope.report.findings import comparisons
 from soluscope.results import Row
+from soluscope.training import tracking
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "tests" / "dashboard.json"

@@ -17,12 +17,12 @@ import torch
 from conftest import ROOT, tiny_config, train_silently
 from safetensors.torch import load_file
 
-from soluscope import processes
 from soluscope.config import load_config
 from soluscope.data.cache import prepare
 from soluscope.errors import UserError
-from soluscope.run_folder import at_work, last_checkpoint, last_row
-from soluscope.training import Batches
+from soluscope.runs.folder import at_work, last_checkpoint, last_row
+from soluscope.training import processes
+from soluscope.training.run import Batches
 
 STEPS = 100
 WORDS = (

@@ -17,9 +17,9 @@ from conftest import run_python
 from torch import Tensor
 
 from soluscope import plugins
-from soluscope.activations import HookedRun, observe
 from soluscope.controls import Control, Planted, _shell
-from soluscope.streams import Stream
+from soluscope.data.streams import Stream
+from soluscope.hooked.activations import HookedRun, observe
 
 CONTROLS = plugins.names("soluscope.controls")
 SCALE, MID, POST, FINAL = (

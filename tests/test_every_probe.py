@@ -14,17 +14,18 @@ from test_every_variant import BOS, VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import soluscope
-from soluscope import plugins, streams
-from soluscope.ablation import loss_at_gain
-from soluscope.activations import HookedRun, observe, planted
-from soluscope.calibration import check_gates
-from soluscope.checkpoint import load_facts
+from soluscope import plugins
 from soluscope.config import EvalConfig
-from soluscope.convert import load
+from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.evaluation.calibration import check_gates
+from soluscope.evaluation.summaries import estimates, parameters, summarise, token_table
+from soluscope.hooked.ablation import loss_at_gain
+from soluscope.hooked.activations import HookedRun, observe, planted
+from soluscope.hooked.convert import load
 from soluscope.probes.gain_variation import fits
 from soluscope.results import Row
-from soluscope.summaries import estimates, parameters, summarise, token_table
+from soluscope.runs.weights import load_facts
 
 PROBES = plugins.names("soluscope.probes")
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
@@ -308,7 +309,7 @@ def test_python_text_streams_come_from_files_that_training_never_sees(cache_of):
 
 
 def test_text_shorter_than_two_tokens_is_refused(tiny_study):
-    from soluscope.suite import probe
+    from soluscope.evaluation.suite import probe
 
     model = load(tiny_study / "solu_ln-s0")
     with pytest.raises(UserError, match="shorter than 2 tokens"):
@@ -316,7 +317,7 @@ def test_text_shorter_than_two_tokens_is_refused(tiny_study):
 
 
 def test_an_unknown_probe_is_answered_with_the_nearest(tiny_study):
-    from soluscope.suite import probe
+    from soluscope.evaluation.suite import probe
 
     with pytest.raises(UserError, match="Did you mean 'engagement'"):
         probe(load(tiny_study / "solu_ln-s0"), "some text", probes=["engagment"])
@@ -426,8 +427,8 @@ def test_one_number_for_all_tokens_has_no_interval_and_says_so():
 
 
 def test_a_deeper_model_is_probed_at_its_last_layer_and_the_rest_left_out_by_name(tmp_path):
+    from soluscope.evaluation.suite import evaluate
     from soluscope.results import read
-    from soluscope.suite import evaluate
 
     words = (
         "variant=solu_ln",
@@ -446,7 +447,7 @@ def test_a_deeper_model_is_probed_at_its_last_layer_and_the_rest_left_out_by_nam
 
 
 def test_the_token_view_holds_the_first_text_with_gain_engagement_and_ablation_effect():
-    from soluscope.suite import token_rows
+    from soluscope.evaluation.suite import token_rows
 
     _, hooked = hooked_for("solu_ln")
     tokens = some_tokens()

@@ -7,11 +7,11 @@ import torch
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins
-from soluscope.checkpoint import build_model
 from soluscope.config import load_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.runs.weights import build_model
 
 VARIANTS = plugins.names("soluscope.variants")
 D_VOCAB, BOS = 500, 0

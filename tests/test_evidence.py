@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 
 from soluscope import plugins
-from soluscope.calibration import control_run
+from soluscope.evaluation.calibration import control_run
+from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.report import evidence
 from soluscope.report.findings import NORMED
 from soluscope.results import Row
-from soluscope.summaries import summarise, token_table
 
 H0, STATIC, SMEAR = range(3)
 """Places in `evidence.HYPOTHESES`."""

@@ -30,12 +30,12 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 import soluscope
 from soluscope import plugins, results
-from soluscope.checkpoint import load_model
-from soluscope.convert import SoluscopeTransformer
 from soluscope.errors import UserError
 from soluscope.export import _lens_state, export, load
-from soluscope.pretrained import load_pretrained
+from soluscope.hooked.convert import SoluscopeTransformer
+from soluscope.hooked.pretrained import load_pretrained
 from soluscope.results import Row
+from soluscope.runs.weights import load_model
 
 TOKEN = "hf_ours"
 TEXT = "def f(x): return 12 + <|BOS|>"

@@ -17,15 +17,15 @@ from conftest import ROOT, run_python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from soluscope import jobs
-from soluscope.checkpoint import build_model
 from soluscope.config import load_config, read_config
 from soluscope.data.cache import cache_key
 from soluscope.errors import UserError
-from soluscope.jobs import job_of, standing
-from soluscope.launch import launch
-from soluscope.run_folder import lock
-from soluscope.sweep import read_sweep
+from soluscope.launching import jobs
+from soluscope.launching.jobs import job_of, standing
+from soluscope.launching.launch import launch
+from soluscope.launching.sweep import read_sweep
+from soluscope.runs.folder import lock
+from soluscope.runs.weights import build_model
 
 LAUNCH = ROOT / "sweeps" / "launch.py"
 SMOKE = ROOT / "sweeps" / "smoke.yaml"
@@ -256,7 +256,7 @@ def test_a_full_disk_is_no_failure_of_the_runs_and_the_same_command_goes_on(runs
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
     code = (
         limited
-        + "from soluscope.launch import launch; import sys; from pathlib import Path; "
+        + "from soluscope.launching.launch import launch; import sys; from pathlib import Path; "
         + ("launch(Path(sys.argv[1]), sys.argv[2:])")
     )
     told = run_python("-c", code, SMOKE, *here(runs_dir, "report=off"))

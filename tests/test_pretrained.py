@@ -28,10 +28,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformer_lens import HookedTransformer
 
 from soluscope import plugins, probe
-from soluscope.activations import check_model, planted
-from soluscope.checkpoint import versions
 from soluscope.errors import UserError
-from soluscope.pretrained import load_pretrained
+from soluscope.hooked.activations import check_model, planted
+from soluscope.hooked.pretrained import load_pretrained
+from soluscope.runs.weights import versions
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 TOKENIZER_REPO = "NeelNanda/gpt-neox-tokenizer-digits"

@@ -18,14 +18,16 @@ from conftest import ROOT, run_python
 from test_pretrained import config_of, reference, repository, tokenizer_files, weights_of
 from tokenizers import Tokenizer, models
 
-from soluscope import activations, results, streams
+from soluscope import results
 from soluscope.config import EvalConfig, PretrainedConfig, load_typed
+from soluscope.data import streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
-from soluscope.pretrained_run import make_run
+from soluscope.evaluation.pretrained_run import make_run
+from soluscope.evaluation.suite import evaluate, evaluate_pretrained
+from soluscope.hooked import activations
 from soluscope.report import page, words
 from soluscope.results import Row
-from soluscope.suite import evaluate, evaluate_pretrained
 
 D_VOCAB = 1500
 SMALL = ("n_tokens=1000", "n_loss_tokens=2000", "n_draws=200")
@@ -394,7 +396,7 @@ def test_a_model_with_a_large_vocabulary_reads_fewer_rows_at_once(monkeypatch):
 
 
 def test_nothing_depends_on_how_many_rows_are_read_at_once(tmp_path, monkeypatch):
-    from soluscope.pretrained import load_pretrained
+    from soluscope.hooked.pretrained import load_pretrained
 
     model = load_pretrained(str(put(tmp_path / "model", CONFIG, WEIGHTS)))
     rng = np.random.default_rng(0)

@@ -9,9 +9,10 @@ from test_every_probe import stream_of
 from test_every_variant import VARIANTS, some_tokens
 
 from soluscope import plugins
-from soluscope.ablation import Ablation
-from soluscope.activations import observe, planted
-from soluscope.calibration import check_gates, control_run
+from soluscope.evaluation.calibration import check_gates, control_run
+from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.hooked.ablation import Ablation
+from soluscope.hooked.activations import observe, planted
 from soluscope.probes import (
     _attribution,
     attribution_patching,
@@ -20,7 +21,6 @@ from soluscope.probes import (
     low_activation_impact,
 )
 from soluscope.probes._estimates import rank_correlation
-from soluscope.summaries import estimates, token_table
 
 PROBES = (
     "low_activation_impact", "diffuse_attribution", "exact_dla", "attribution_patching",

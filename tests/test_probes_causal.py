@@ -16,13 +16,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 
-from soluscope import pairs, plugins, streams
-from soluscope.activations import observe, planted
-from soluscope.calibration import check_gates
+from soluscope import plugins
+from soluscope.data import pairs, streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
+from soluscope.evaluation.calibration import check_gates
+from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.hooked.activations import observe, planted
 from soluscope.probes import lateral_inhibition, scale_patching, scale_swap
-from soluscope.summaries import estimates, token_table
 
 NORMED = [name for name in VARIANTS if name not in ("gelu", "solu")]
 STATIC = [name for name in NORMED if name in ("solu_gain", "solu_frozen_ln")]
@@ -327,7 +328,7 @@ def test_a_model_that_tells_no_answers_apart_gives_no_shares_and_says_that_no_pa
 
 def test_c1s_shares_are_those_of_its_table_of_logits():
     """With the anchor logits are linear in g: an A token's are 81.13 times its own at B's gain."""
-    from soluscope.calibration import control_run
+    from soluscope.evaluation.calibration import control_run
 
     planted_model = plugins.pick("soluscope.controls", "smear_shared").build()
     with torch.no_grad():
@@ -478,7 +479,7 @@ def test_rows_of_a_pair_differ_in_one_place_and_in_their_answer(cache_of, tokeni
 @pytest.mark.parametrize("family", pairs.FAMILIES)
 def test_pairs_are_observed_and_patched_in_a_model_of_that_tokenizer(tiny_study, cache_of,
                                                                      tokenizer_of, family):  # fmt: skip
-    from soluscope.convert import load
+    from soluscope.hooked.convert import load
 
     stream = streams.make(f"pairs: {family}", cache_of, tokenizer_of, 32, 500, 0)
     run = observe(load(tiny_study / "solu_ln-s0"), stream)

@@ -9,11 +9,11 @@ import torch
 from scipy import stats as scipy_stats
 
 from soluscope import plugins
-from soluscope.activations import HookedRun, planted
-from soluscope.calibration import check_gates, control_run
+from soluscope.comparison.stats import bootstrap_sums
+from soluscope.evaluation.calibration import check_gates, control_run
+from soluscope.evaluation.summaries import token_table
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import _features, neuron_statistics, specificity, two_tier_features
-from soluscope.stats import bootstrap_sums
-from soluscope.summaries import token_table
 
 NAMES = ("specificity", "neuron_statistics", "two_tier_features")
 

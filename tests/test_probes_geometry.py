@@ -14,11 +14,12 @@ from scipy.special import lambertw
 from test_convert import hooked_for
 from test_every_variant import BOS, VARIANTS, some_tokens
 
-from soluscope import plugins, streams
-from soluscope.activations import observe, planted
+from soluscope import plugins
+from soluscope.comparison.stats import bootstrap_sums
+from soluscope.data import streams
+from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.hooked.activations import observe, planted
 from soluscope.probes import rotation, scale_causes
-from soluscope.stats import bootstrap_sums
-from soluscope.summaries import estimates, token_table
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
@@ -565,7 +566,7 @@ def test_a_norm_without_a_gain_by_token_has_no_gains_by_block(variant):
 
 def test_c1s_shares_are_the_differences_of_its_two_kinds_of_tokens():
     """Closed forms of controls/smear_shared.py: x = 12 on one neuron of 32, or 1 on eight."""
-    from soluscope.calibration import control_run
+    from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")
     a = {
@@ -593,7 +594,7 @@ def test_c1s_shares_are_the_differences_of_its_two_kinds_of_tokens():
 
 def test_c1s_blocks_hold_what_its_docstring_says():
     """One of 4 blocks is on at an A token: sd of log g is the gap to silence times sqrt(3) / 4."""
-    from soluscope.calibration import control_run
+    from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")
     a_hi = 12 * math.exp(12) / (math.exp(12) + 31)
@@ -606,7 +607,7 @@ def test_c1s_blocks_hold_what_its_docstring_says():
 
 def test_c1s_gain_adds_the_step_that_its_gates_comment_derives():
     """Between two A tokens: 6 sqrt 2 + 1 of a quarter circle's angle a unit of theta, live; less, held."""
-    from soluscope.calibration import control_run
+    from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")
     values = probe_named("rotation").measure(run, None)

@@ -16,11 +16,11 @@ import pytest
 from _launching import LAUNCH, at_work, parent, session, started, sweep_file, until, words_for
 from conftest import train_silently
 
-from soluscope import jobs
 from soluscope.config import Config
 from soluscope.engines import ray as engine
 from soluscope.errors import UserError
-from soluscope.sweep import Sweep, read_sweep
+from soluscope.launching import jobs
+from soluscope.launching.sweep import Sweep, read_sweep
 
 # Read when Ray is imported: the clusters of these tests stay on the loopback and ask nobody.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

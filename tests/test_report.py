@@ -20,12 +20,12 @@ from rich.console import Console
 from test_compare import LARGE, OPTIMA, SIX, make_losses, tuned
 
 from soluscope import plugins, report, results
-from soluscope.compare import UNDEFINED, compare
+from soluscope.comparison.compare import UNDEFINED, compare
+from soluscope.comparison.stats import Interval, equivalence
 from soluscope.errors import UserError
 from soluscope.probes import Figure
 from soluscope.report import evidence, figures, findings, meaning, page, tokens, words
 from soluscope.results import Row
-from soluscope.stats import Interval, equivalence
 
 LEVELS = {"r": 0.9, "gain": 300.0, "kappa": 42.0, "max_p": 0.05, "log_z": 6.0, "k_eff": 120.0}
 POSITIONS = ("all", "BOS", "not BOS", "1", "2-15", ">=16")

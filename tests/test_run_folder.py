@@ -12,10 +12,9 @@ import torch
 from conftest import tiny_config, train_silently
 from safetensors.torch import load_file
 
-from soluscope import training
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.run_folder import (
+from soluscope.runs.folder import (
     at_work,
     failure,
     is_done,
@@ -24,6 +23,7 @@ from soluscope.run_folder import (
     lock,
     record_failure,
 )
+from soluscope.training import run as training
 
 WORDS = ("variant=solu_ln", "train.checkpoint_every=5", "wandb=off")
 DONE = "done.json"

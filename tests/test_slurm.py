@@ -14,12 +14,12 @@ import torch
 from _slurm_cluster import NoCluster, slurm_cluster, wait_until
 from conftest import ROOT, run_python, tiny_config, train_silently
 
-from soluscope import jobs
 from soluscope.config import EvalConfig
 from soluscope.engines import slurm
 from soluscope.errors import UserError
-from soluscope.launch import Evaluate
-from soluscope.sweep import Sweep, read_sweep
+from soluscope.launching import jobs
+from soluscope.launching.launch import Evaluate
+from soluscope.launching.sweep import Sweep, read_sweep
 
 LONG = 500
 """Steps of a job that is disturbed: some seconds."""

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from statsmodels.regression.linear_model import OLS
 
-from soluscope import stats
+from soluscope.comparison import stats
 
 
 def tokens(n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -489,9 +489,7 @@ def test_benjamini_hochberg_keeps_the_share_of_false_findings():
 
 
 def test_importing_the_statistics_stays_light():
-    program = (
-        "import sys, soluscope.stats; print({'torch', 'statsmodels', 'pandas'} & set(sys.modules))"
-    )
+    program = "import sys, soluscope.comparison.stats; print({'torch', 'statsmodels', 'pandas'} & set(sys.modules))"
     shown = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

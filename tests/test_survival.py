@@ -24,11 +24,12 @@ from _launching import LAUNCH, at_work, session, started, sweep_file, until, wor
 from conftest import ROOT, tiny_config, train_silently
 
 import soluscope
-from soluscope import jobs, training
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.run_folder import is_done, last_checkpoint, last_row
-from soluscope.sweep import read_sweep
+from soluscope.launching import jobs
+from soluscope.launching.sweep import read_sweep
+from soluscope.runs.folder import is_done, last_checkpoint, last_row
+from soluscope.training import run as training
 
 TRAIN = ROOT / "train" / "run.py"
 

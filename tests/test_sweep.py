@@ -10,7 +10,7 @@ import yaml
 
 from soluscope.config import load_config
 from soluscope.errors import UserError
-from soluscope.sweep import read_sweep
+from soluscope.launching.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "sweeps").glob("*.yaml"))

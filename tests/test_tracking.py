@@ -22,7 +22,7 @@ from conftest import ROOT
 
 from soluscope import results
 from soluscope.config import read_config
-from soluscope.tracking import SENT_AGAIN, Tracker, mode_of
+from soluscope.training.tracking import SENT_AGAIN, Tracker, mode_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -218,7 +218,7 @@ def test_probes_join_the_run_once_with_tables_and_figures(
     offline: Path, place: Path, server: Server
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from soluscope import suite; "
+        "import sys; from pathlib import Path; from soluscope.evaluation import suite; "
         "from soluscope.config import EvalConfig; "
         "words = EvalConfig(probes=['engagement'], n_tokens=500, n_loss_tokens=1000, n_draws=100); "
         "[suite.evaluate(Path(sys.argv[1]), words) for _ in range(2)]"
@@ -248,7 +248,7 @@ def test_probes_join_the_run_once_with_tables_and_figures(
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from soluscope import training
+from soluscope.training import run as training
 from soluscope.config import load_config
 at, *words = sys.argv[1:]
 def service():
@@ -372,7 +372,7 @@ ONLINE = """
 import json
 from dataclasses import asdict
 from _wandb_server import WandbServer
-from soluscope import tracking
+from soluscope.training import tracking
 tracking.FINISH_SECONDS = 3
 def then():
     raise KeyboardInterrupt
@@ -460,7 +460,7 @@ def test_a_refused_key_is_one_line_before_anything_starts(place: Path, server: S
 
 ASK = (
     "import os; from soluscope.errors import run_command; "
-    "from soluscope.tracking import check_login; run_command(lambda words: check_login(words[0]))"
+    "from soluscope.training.tracking import check_login; run_command(lambda words: check_login(words[0]))"
 )
 
 
@@ -479,7 +479,7 @@ def test_online_without_a_good_key_is_one_line(place, server, key, said) -> None
 
 def test_asking_the_server_leaves_no_service_to_the_jobs_that_follow(place, server) -> None:
     code = (
-        "import os; from soluscope.errors import UserError; from soluscope.tracking import check_login\n"
+        "import os; from soluscope.errors import UserError; from soluscope.training.tracking import check_login\n"
         "try: check_login('online')\n"
         "except UserError: print(os.environ.get('WANDB_SERVICE'))"
     )
@@ -492,7 +492,7 @@ def test_off_and_missing_wandb_train_without_it(place: Path, server: Server) -> 
 import sys
 from soluscope.config import load_config
 from soluscope.errors import UserError
-from soluscope.training import train
+from soluscope.training.run import train
 words = sys.argv[1:]
 train(load_config([*words, "wandb=off"]))
 assert not [name for name in sys.modules if name.partition(".")[0] == "wandb"]

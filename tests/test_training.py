@@ -13,12 +13,13 @@ import torch
 from conftest import tiny_config, train_silently
 from safetensors.torch import load_file
 
-from soluscope import plugins, training
-from soluscope.checkpoint import build_model, load_facts, load_model
+from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.data.cache import open_cache, prepare
 from soluscope.errors import UserError
-from soluscope.training import batch_rows, parameter_groups, rate
+from soluscope.runs.weights import build_model, load_facts, load_model
+from soluscope.training import run as training
+from soluscope.training.run import batch_rows, parameter_groups, rate
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 64, 1000])
@@ -87,7 +88,7 @@ CHILD = """
 import os, signal, sys
 from conftest import tiny_config, train_silently
 from pathlib import Path
-from soluscope import training
+from soluscope.training import run as training
 runs, at, *words = sys.argv[1:]
 config = tiny_config(Path(runs), *words)
 real = training.RunFolder.on_train_batch_end
@@ -297,11 +298,11 @@ import lightning  # first, because it uses some of those below where they are in
 absent = "rich.progress jaxtyping pandas pyarrow scipy plotly transformer_lens datasets tokenizers"
 sys.modules |= dict.fromkeys(absent.split())
 from soluscope.config import load_config
-from soluscope.training import train
+from soluscope.training.run import train
 train(load_config(["variant=solu_ln", "size=tiny", "train.steps=2", "train.warmup_steps=0",
                    "corpus.max_mb=1", "tokens.prepared={cache}", "runs_dir={tmp_path}"]))
 assert "wandb" not in sys.modules
-assert "soluscope.convert" not in sys.modules
+assert "soluscope.hooked.convert" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

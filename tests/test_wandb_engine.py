@@ -18,8 +18,8 @@ from conftest import ROOT
 from soluscope.config import load_config
 from soluscope.engines.wandb import ENGINE, Params, described
 from soluscope.errors import UserError
-from soluscope.run_folder import is_done
-from soluscope.sweep import Sweep, read_sweep
+from soluscope.launching.sweep import Sweep, read_sweep
+from soluscope.runs.folder import is_done
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 

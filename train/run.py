@@ -9,7 +9,7 @@ Words are key=value, or YAML files whose keys come before the command line's.
 
 from soluscope.config import load_config, to_yaml, train_help
 from soluscope.errors import run_command
-from soluscope.run_folder import is_done
+from soluscope.runs.folder import is_done
 
 
 def main(arguments: list[str]) -> None:
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     if "--cfg" in arguments:
         print(to_yaml(config), end="")
         return
-    from soluscope.training import train  # here, so that the lines above answer at once
+    from soluscope.training.run import train  # here, so that the lines above answer at once
 
     was_done = is_done(config.run_dir)
     run_dir = train(config)

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from soluscope.config import Config as Config
     from soluscope.config import load_config as load_config
-    from soluscope.convert import load as load
     from soluscope.errors import UserError as UserError
-    from soluscope.suite import probe as probe
-    from soluscope.training import train as train
+    from soluscope.evaluation.suite import probe as probe
+    from soluscope.hooked.convert import load as load
+    from soluscope.training.run import train as train
 
 _WHERE = {
     "Config": "config",
     "load_config": "config",
     "UserError": "errors",
-    "train": "training",
-    "load": "convert",
-    "probe": "suite",
+    "train": "training.run",
+    "load": "hooked.convert",
+    "probe": "evaluation.suite",
 }
 __all__ = sorted(_WHERE)
 

@@ -32,14 +32,14 @@ from soluscope.errors import UserError
 from soluscope.files import write_bytes, write_text
 from soluscope.report import controls, findings
 from soluscope.results import Row
-from soluscope.run_folder import is_done
+from soluscope.runs.folder import is_done
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.checkpoint import Facts
-    from soluscope.convert import SoluscopeTransformer
+    from soluscope.hooked.convert import SoluscopeTransformer
     from soluscope.model import LanguageModel
+    from soluscope.runs.weights import Facts
     from soluscope.variants import Variant
 
 OWN = ("config.yaml", "model.json", "model.safetensors", "done.json")
@@ -82,8 +82,8 @@ def load(folder: str | Path, device: str = "cpu") -> SoluscopeTransformer:
     Raises:
         UserError: it is no export, is broken, or the two models disagree.
     """
-    from soluscope.checkpoint import load_model
-    from soluscope.convert import load_tokenizer, to_hooked
+    from soluscope.hooked.convert import load_tokenizer, to_hooked
+    from soluscope.runs.weights import load_model
 
     folder = Path(folder)
     trained, facts = load_model(folder)
@@ -125,8 +125,8 @@ def _write(run_dir: Path, folder: Path, repo: str | None) -> str | None:
     """All files of the export. Returns what keeps TransformerLens from loading it."""
     import torch
 
-    from soluscope.checkpoint import load_model
-    from soluscope.convert import load_tokenizer
+    from soluscope.hooked.convert import load_tokenizer
+    from soluscope.runs.weights import load_model
 
     trained, facts = load_model(run_dir)
     config = read_config(run_dir / "config.yaml")
@@ -188,7 +188,7 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     from torch import nn
     from transformer_lens import HookedTransformerConfig
 
-    from soluscope.convert import SoluscopeTransformer, check_agreement
+    from soluscope.hooked.convert import SoluscopeTransformer, check_agreement
 
     norm = trained.mlp(0).ln
     if norm is not None and norm.eps is None:

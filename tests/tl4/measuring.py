@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from soluscope import plugins, streams
-from soluscope.activations import HookedRun, observe
+from soluscope import plugins
+from soluscope.data import streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
-from soluscope.summaries import estimates, parameters, token_table
+from soluscope.evaluation.summaries import estimates, parameters, token_table
+from soluscope.hooked.activations import HookedRun, observe
 
 VARIANTS = plugins.names("soluscope.variants")
 PROBES = plugins.names("soluscope.probes")
@@ -90,7 +91,7 @@ def write(folder: Path) -> None:
     from rich.progress import Progress
 
     import soluscope
-    from soluscope.training import train
+    from soluscope.training.run import train
 
     for variant in VARIANTS:
         config = soluscope.load_config([

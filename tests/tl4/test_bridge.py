@@ -22,12 +22,14 @@ from measuring import CONTROLS, PROBES, VARIANTS, of_planted, of_run
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from soluscope import bridge, plugins, streams
-from soluscope.activations import observe
-from soluscope.checkpoint import build_model, load_model
+from soluscope import plugins
 from soluscope.config import load_config
+from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.hooked import bridge
+from soluscope.hooked.activations import observe
 from soluscope.norms import LayerNorm
+from soluscope.runs.weights import build_model, load_model
 
 ROOT = Path(__file__).parents[2]
 WITH_3_9 = ROOT / ".venv" / "bin" / "python"
@@ -84,7 +86,7 @@ def test_every_probe_gives_the_same_numbers_on_a_planted_model(reference, contro
 
 
 def test_with_3_9_the_bridge_says_what_to_use_instead():
-    done = run_with_3_9("-c", "import soluscope.bridge")
+    done = run_with_3_9("-c", "import soluscope.hooked.bridge")
     assert "is for TransformerLens 4.x" in done.stderr
     assert "with 3.9 use soluscope.load" in done.stderr
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
-    from soluscope.streams import Stream
+    from soluscope.data.streams import Stream
 
 
 @dataclass(frozen=True)

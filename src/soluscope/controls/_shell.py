@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from soluscope.streams import Stream
+from soluscope.data.streams import Stream
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from soluscope.config import Config
-from soluscope.sweep import Sweep
+from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soluscope import jobs
 from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
-from soluscope.sweep import Sweep
+from soluscope.launching import jobs
+from soluscope.launching.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def check(params: Params, sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None:
-    from soluscope.training import progress_bars
+    from soluscope.training.run import progress_bars
 
     with progress_bars() as progress:
         for config in todo:

@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from soluscope import jobs
 from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
-from soluscope.run_folder import at_work, record_failure
-from soluscope.sweep import Sweep
+from soluscope.launching import jobs
+from soluscope.launching.sweep import Sweep
+from soluscope.runs.folder import at_work, record_failure
 
 ANSWER_S = 9.0
 """Seconds that a cluster has to answer."""

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from soluscope import jobs, plugins
+from soluscope import plugins
 from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
-from soluscope.sweep import Sweep
+from soluscope.launching import jobs
+from soluscope.launching.sweep import Sweep
 
 SIGNAL_BEFORE_S = 90
 """Seconds before its time limit at which a job is told to save and stop."""

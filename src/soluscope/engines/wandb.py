@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from soluscope.config import Config, read_yaml
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
-from soluscope.sweep import Sweep
+from soluscope.launching.sweep import Sweep
 from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"

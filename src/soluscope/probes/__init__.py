@@ -3,7 +3,7 @@
 A probe turns one model's activations into values by token (`measure`), and where the answer is not
 an average over tokens (a correlation, a ratio, a curve over ranks), into sums by document and the
 number that follows from them (`estimate`). It never sees a variant's name or a config, and it does
-not average, resample, draw or save: suite.py makes the summaries, with their intervals, for all
+not average, resample, draw or save: evaluation/ makes the summaries, with their intervals, for all
 probes alike, and the report draws what `figures` asks for.
 
 Probe files import torch inside functions, so that names, questions and parameters can be read
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 Direction = Literal["higher", "lower", "neither"]
 
@@ -135,7 +135,7 @@ class Probe:
     """Values by quantity, each [token], on the CPU in fp32 or fp64."""
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
-    """Streams it is measured on, of those in streams.py."""
+    """Streams it is measured on, of those in data/streams.py."""
     formula: str
     """What is computed, in one or two lines of plain text."""
     gates: tuple[Gate, ...]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 
 def target_direction(run: HookedRun) -> Float[Tensor, "token d_model"]:
@@ -57,7 +57,7 @@ def contributions(run: HookedRun) -> Float[Tensor, "token d_mlp"]:
 
 def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any) -> HookedRun:
     """`run` with other weights after the mid norm, and the losses that it has with them."""
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     changed = replace(
         run,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -55,7 +55,7 @@ class Pairs:
 @lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) pairs that the probe's numbers come from."""
-    from soluscope.ablation import Ablation
+    from soluscope.hooked.ablation import Ablation
     from soluscope.probes._attribution import spread_tokens
 
     tokens = spread_tokens(run, EVERY)
@@ -168,7 +168,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
     from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:

@@ -21,7 +21,7 @@ from soluscope.probes import Figure, Gate, Probe, Quantity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 N_BLOCKS = (4, 8)
 COLUMNS = {
@@ -59,7 +59,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
     """The three of `COLUMNS`, each [token]."""
-    from soluscope.ablation import disjoint_mean, loss_at_post
+    from soluscope.hooked.ablation import disjoint_mean, loss_at_post
 
     mid = run.mid.double().unflatten(-1, (n_blocks, -1))  # [token block neuron]
     gamma = run.readout.gamma.double().view(n_blocks, -1)
@@ -91,7 +91,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     token = torch.tensor([2.0, 0, 2, 0, 4, -2, 4, -2])
     nothing = [math.nan] * 6

@@ -22,7 +22,7 @@ from soluscope.probes import Figure, Gate, Probe, Quantity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 CHANGES = {
     "mean left in": "loss with gamma g a + beta', the gain as it is, less loss as it is",
@@ -73,7 +73,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _change(run: HookedRun, scaled: Tensor) -> Tensor:
     """Loss with post = scaled + beta' less loss as it is, [token]."""
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     refit = scaled + _mean_of_others(run, run.post - scaled)
     return loss_at_post(run, refit.to(run.post.dtype)) - loss_at_post(run, run.post)
@@ -81,7 +81,7 @@ def _change(run: HookedRun, scaled: Tensor) -> Tensor:
 
 def _mean_of_others(run: HookedRun, values: Tensor) -> Tensor:
     """Mean of `values` [token column] over all strings but the token's own, without BOS."""
-    from soluscope.ablation import disjoint_mean
+    from soluscope.hooked.ablation import disjoint_mean
 
     return disjoint_mean(replace(run, post=values), "post")
 
@@ -95,7 +95,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     mid = torch.tensor([[[3.0, 1.0], [3.0, 1.0], [2.0, -2.0]]]).expand(2, 3, 2)
     run = planted(mid, eps=1e-12)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 HIGH_DLA = 1.0
 """Logits; above it the MLP's attribution counts as high."""
@@ -63,7 +63,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
     from soluscope.probes._attribution import contributions
 
     c = contributions(run).double()
@@ -172,7 +172,7 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
     """
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
     from soluscope.probes._attribution import (
         contributions,
         final_scale,
@@ -281,7 +281,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
     from soluscope.probes._attribution import with_readout
 
     a = 0.5

@@ -13,7 +13,7 @@ from soluscope.probes import Figure, Gate, Probe, Quantity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
     with_eps = planted(mid, eps=3.0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -55,7 +55,7 @@ class Effects:
 @lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def effects(run: HookedRun) -> Effects:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    from soluscope.ablation import Ablation
+    from soluscope.hooked.ablation import Ablation
     from soluscope.probes._attribution import spread_tokens
 
     tokens = spread_tokens(run, EVERY)
@@ -205,7 +205,7 @@ def _p(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.flo
     """Each neuron's two-sided p over strings of a mean of 0, [d_mlp]; nan from too few strings."""
     import numpy as np
 
-    from soluscope.stats import mean_p
+    from soluscope.comparison.stats import mean_p
 
     sums, _ = sums_by_string([np.ones(len(excess)), *excess.T], string)
     return mean_p(sums[:, 1:], sums[:, 0])
@@ -215,7 +215,7 @@ def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArr
     """Neurons whose mean excess is above 0 by Benjamini-Hochberg at q = .05, [d_mlp]."""
     import numpy as np
 
-    from soluscope.stats import benjamini_hochberg
+    from soluscope.comparison.stats import benjamini_hochberg
 
     if not len(excess):
         return np.zeros(excess.shape[1], dtype=bool)
@@ -305,7 +305,7 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Facts of the weights, mean effects, and the adjusted p of acting through ln_final more than directly."""
     import torch
 
-    from soluscope.stats import benjamini_hochberg
+    from soluscope.comparison.stats import benjamini_hochberg
 
     at = effects(run)
     excess, string = _excess(at), run.string[at.tokens].numpy()
@@ -341,7 +341,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
     from soluscope.probes._attribution import with_readout
 
     def entropy(x: float) -> float:

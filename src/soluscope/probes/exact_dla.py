@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """Neurons' losses are computed at every 7th token that has a target."""
@@ -45,7 +45,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     import torch
 
-    from soluscope.ablation import Ablation, loss_at_post
+    from soluscope.hooked.ablation import Ablation, loss_at_post
     from soluscope.probes._attribution import (
         contributions,
         final_scale,
@@ -115,7 +115,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
     from soluscope.probes._attribution import with_readout
 
     run = planted(torch.tensor([[[2.0, -2.0]] * 3]))

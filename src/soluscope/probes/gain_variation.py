@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -88,7 +88,7 @@ def fits(string: pd.DataFrame) -> dict[str, float]:
 
 
 def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    from soluscope.stats import fit_aicc
+    from soluscope.comparison.stats import fit_aicc
 
     fit = fit_aicc(n, y)
     return fit["a + b log n"].aicc - fit["a + b/n"].aicc
@@ -100,7 +100,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     at_bos, elsewhere = [2.0, -2.0], [1.0, -1.0]
     run = planted(torch.tensor([[at_bos, elsewhere, elsewhere, elsewhere]]), eps=1e-12)

@@ -22,8 +22,8 @@ from soluscope.probes import Figure, Gate, Probe, Quantity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.ablation import FinalNorm
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.ablation import FinalNorm
+    from soluscope.hooked.activations import HookedRun
 
 CELLS = {
     "Z const": "Z the same at all tokens and a live gain",
@@ -50,7 +50,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     nothing = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
     columns = {"off-diagonal share": nothing, "log Z": nothing, "max p": nothing}
@@ -118,7 +118,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     pre = torch.tensor([[log(3), 0.0], [0.0, 0.0], [log(3), 0.0]], dtype=torch.float64)
     mid = pre * pre.softmax(-1)

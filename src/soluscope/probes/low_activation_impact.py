@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -84,7 +84,7 @@ def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) ablations that the probe's numbers come from."""
     import torch
 
-    from soluscope.ablation import Ablation, disjoint_mean, loss_at_post
+    from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
     from soluscope.probes._attribution import spread_tokens
 
     tokens = spread_tokens(run, EVERY)
@@ -118,7 +118,7 @@ def surrogate(run: HookedRun, gain: float) -> HookedRun:
     """The same weights and tokens with one gain for all."""
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     factor = (gain * run.scale.double()).to(run.post.dtype)[:, None]
     beta = run.readout.beta
@@ -182,7 +182,7 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     live, fixed = found.live, found.fixed
     zero, mean = torch.zeros_like(live.post), found.post_mean
@@ -403,7 +403,7 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     import torch
 
-    from soluscope.stats import benjamini_hochberg, mean_p
+    from soluscope.comparison.stats import benjamini_hochberg, mean_p
 
     found = pairs(run)
     D = found.zero - found.static
@@ -432,7 +432,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
     from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
     Floats = NDArray[np.float64]
 
@@ -284,7 +284,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     bos = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
     document = torch.cat([bos, 3 * torch.eye(4)[[0, 1, 2, 3] * 4]])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 N_TOKENS = 64
 """Tokens whose paths are followed, evenly spaced over those that are not BOS."""
@@ -258,7 +258,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     chord = 2 * sin(pi / (2 * N_STEPS))
     eye = torch.eye(2, dtype=torch.float64)

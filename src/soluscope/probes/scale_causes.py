@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 TERMS = {
     "log xmax": "magnitude: the largest pre-activation",
@@ -226,7 +226,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     log3, z = math.log(3), 2 * math.e + 2
     pre = torch.tensor([[log3, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)

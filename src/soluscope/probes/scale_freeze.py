@@ -13,7 +13,7 @@ from soluscope.probes import Figure, Gate, Probe, Quantity
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 REACH = 0.7
 """How far beyond the tokens' own gains the best constant is sought, in log gain."""
@@ -31,7 +31,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     import torch
 
-    from soluscope.ablation import loss_at_gain
+    from soluscope.hooked.ablation import loss_at_gain
 
     log_gain = run.gain.double().log()
     content = ~run.is_bos
@@ -61,7 +61,7 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     """
     import torch
 
-    from soluscope.ablation import loss_at_gain
+    from soluscope.hooked.ablation import loss_at_gain
 
     counted = ~run.is_bos & (run.target >= 0)
     some = run.subset(counted)
@@ -102,7 +102,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     mid = torch.tensor([[[3.0, -3.0], [1.0, -1.0], [2.0, -2.0]]]).expand(4, 3, 2)
     run = planted(mid, eps=1e-12)

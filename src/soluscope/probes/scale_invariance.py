@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
@@ -122,7 +122,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     mid = torch.tensor([[[1.0, -1.0]]])
     grown = 2 * math.sqrt(5 / 8)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
@@ -189,7 +189,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     clean, corrupt = [[2.0, -2.0]] * 3, [[-1.0, 1.0]] * 3
     run = planted(torch.tensor([clean] + [corrupt] * N_CORRUPTIONS), eps=1e-14)

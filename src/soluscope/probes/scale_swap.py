@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.ablation import FinalNorm
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.ablation import FinalNorm
+    from soluscope.hooked.activations import HookedRun
 
 POSITION_GROUPS = (2, 16)
 """Where the second and the third begin; science.md section 5."""
@@ -120,7 +120,7 @@ def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm)
     """Loss at `gains` [token edit] less loss at the own gain; nan where not `kept`. fp64"""
     import torch
 
-    from soluscope.ablation import loss_at_gain
+    from soluscope.hooked.ablation import loss_at_gain
 
     part = run.subset(kept)
     losses = loss_at_gain(part, torch.cat([part.gain[:, None], gains[kept]], dim=1), final_norm)
@@ -194,7 +194,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     mid = torch.tensor([[[1.0, -1.0]] * 3, [[3.0, -3.0]] * 3])
     run = planted(mid, eps=1e-12)

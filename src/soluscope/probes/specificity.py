@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
     Floats = NDArray[np.float64]
 
@@ -291,7 +291,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     n_documents = 12
 

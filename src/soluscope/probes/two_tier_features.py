@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from soluscope.activations import HookedRun
+    from soluscope.hooked.activations import HookedRun
 
     Bools = NDArray[np.bool_]
     Floats = NDArray[np.float64]
@@ -108,7 +108,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     import numpy as np
     import torch
 
-    from soluscope.ablation import loss_at_post
+    from soluscope.hooked.ablation import loss_at_post
 
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
@@ -380,7 +380,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     import torch
 
-    from soluscope.activations import planted
+    from soluscope.hooked.activations import planted
 
     n_rows, n_each = 6, 6
     order = list(range(4)) * n_each

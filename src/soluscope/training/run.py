@@ -31,8 +31,16 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from soluscope import plugins, processes
-from soluscope.checkpoint import (
+from soluscope import plugins
+from soluscope.config import Config, read_config
+from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare, share_with_study
+from soluscope.data.streams import spread
+from soluscope.errors import Stopped, UserError
+from soluscope.files import replacing, write_text
+from soluscope.model import LanguageModel, Record
+from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.runs.folder import last_checkpoint, lock, record_failure
+from soluscope.runs.weights import (
     Facts,
     build_model,
     claim,
@@ -42,16 +50,9 @@ from soluscope.checkpoint import (
     save_model,
     versions,
 )  # fmt: skip
-from soluscope.config import Config, read_config
-from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare, share_with_study
-from soluscope.errors import Stopped, UserError
-from soluscope.files import replacing, write_text
-from soluscope.model import LanguageModel, Record
-from soluscope.norms import StaticNorm, gain_matching_layer_norm
-from soluscope.processes import Place
-from soluscope.run_folder import last_checkpoint, lock, record_failure
-from soluscope.streams import spread
-from soluscope.tracking import Tracker, check_login, tracked
+from soluscope.training import processes
+from soluscope.training.processes import Place
+from soluscope.training.tracking import Tracker, check_login, tracked
 
 if TYPE_CHECKING:  # a bare machine trains without them
     from jaxtyping import Int

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from soluscope.data.streams import Stream
 from soluscope.errors import UserError
-from soluscope.streams import Stream
 
 ROWS_AT_ONCE = 16
 LOGITS_AT_ONCE = 2**26

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from soluscope import results
-from soluscope.activations import check_model
-from soluscope.checkpoint import load_facts
 from soluscope.config import PretrainedConfig
-from soluscope.convert import SoluscopeTransformer
 from soluscope.data import tokenizer
 from soluscope.data.cache import TokenCache, open_cache, prepare, share_with_study
 from soluscope.errors import UserError
 from soluscope.files import write_bytes, write_text
-from soluscope.pretrained import load_pretrained, repository_of
-from soluscope.run_folder import lock
+from soluscope.hooked.activations import check_model
+from soluscope.hooked.convert import SoluscopeTransformer
+from soluscope.hooked.pretrained import load_pretrained, repository_of
+from soluscope.runs.folder import lock
+from soluscope.runs.weights import load_facts
 
 RECORD = "pretrained.json"
 

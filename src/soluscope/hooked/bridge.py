@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from soluscope import plugins
-from soluscope.checkpoint import Facts, load_model
 from soluscope.config import read_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel, Record
 from soluscope.norms import MidNorm
+from soluscope.runs.weights import Facts, load_model
 
 try:
     from transformer_lens.config import TransformerBridgeConfig
@@ -35,7 +35,7 @@ try:
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
 except ImportError as error:
     raise UserError(
-        f"soluscope.bridge is for TransformerLens 4.x ({error}): with 3.9 use soluscope.load"
+        f"soluscope.hooked.bridge is for TransformerLens 4.x ({error}): with 3.9 use soluscope.load"
     ) from error
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -20,20 +20,21 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from soluscope import plugins, streams
-from soluscope.activations import HookedRun, observe
-from soluscope.checkpoint import commit
-from soluscope.probes import Estimate, Gate, Probe
-from soluscope.probes._estimates import ratio
-from soluscope.results import Row
-from soluscope.stats import (
+from soluscope import plugins
+from soluscope.comparison.stats import (
     Interval,
     bootstrap_sums,
     cluster_bootstrap,
     equivalence,
     paired_seeds,
 )
-from soluscope.summaries import POSITIONS, estimates, token_table
+from soluscope.data import streams
+from soluscope.evaluation.summaries import POSITIONS, estimates, token_table
+from soluscope.hooked.activations import HookedRun, observe
+from soluscope.probes import Estimate, Gate, Probe
+from soluscope.probes._estimates import ratio
+from soluscope.results import Row
+from soluscope.runs.weights import commit
 
 NEAR = 0.05
 """How far from the analytic truth a positive control may be, as a share of it."""

@@ -19,11 +19,11 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
 from soluscope import plugins
-from soluscope.checkpoint import Facts, load_model
 from soluscope.config import read_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel, Record
 from soluscope.norms import MidNorm
+from soluscope.runs.weights import Facts, load_model
 from soluscope.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -28,7 +28,7 @@ from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
-from soluscope.run_folder import forget_failure, is_done, last_checkpoint
+from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
         places: beginnings of paths inside the package, such as `probes/engagement.py`; all if none.
         but: beginnings of paths to leave out.
     """
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     sources = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
     return digest(
         [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from soluscope.config import Config, read_config
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
-from soluscope.run_folder import (
+from soluscope.runs.folder import (
     Busy,
     at_work,
     failure,
@@ -78,8 +78,8 @@ def execute(config: Config, progress: Any = None) -> bool:
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, with the checkpoint saved.
     """
-    from soluscope.processes import place
-    from soluscope.training import train
+    from soluscope.training.processes import place
+    from soluscope.training.run import train
 
     try:
         while True:

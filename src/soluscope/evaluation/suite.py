@@ -25,24 +25,25 @@ import pandas as pd
 import torch
 from tokenizers import Tokenizer
 
-from soluscope import plugins, results, streams
-from soluscope.ablation import loss_at_post
-from soluscope.activations import HookedRun, check_model, observe, rows_at_once
-from soluscope.calibration import check_gates, false_positives
-from soluscope.checkpoint import Facts, code_hash, commit, load_facts
-from soluscope.compare import GAIN_OF_KAPPA, SETTINGS, compare, confirm
+from soluscope import plugins, results
+from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, compare, confirm
+from soluscope.comparison.stats import document_bootstrap
 from soluscope.config import EvalConfig, PretrainedConfig, read_config
-from soluscope.convert import SoluscopeTransformer, load
+from soluscope.data import streams
 from soluscope.data.cache import Split, TokenCache, open_cache, prepare
 from soluscope.errors import UserError
+from soluscope.evaluation.calibration import check_gates, false_positives
+from soluscope.evaluation.pretrained_run import RECORD, Record, load_again, make_run, read_record
+from soluscope.evaluation.summaries import parameters, summarise, token_table
+from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, replacing, write_text
-from soluscope.pretrained_run import RECORD, Record, load_again, make_run, read_record
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun, check_model, observe, rows_at_once
+from soluscope.hooked.convert import SoluscopeTransformer, load
 from soluscope.probes import Probe
 from soluscope.results import PRETRAINED, Row
-from soluscope.run_folder import is_done, lock
-from soluscope.stats import document_bootstrap
-from soluscope.summaries import parameters, summarise, token_table
-from soluscope.tracking import send_probes
+from soluscope.runs.folder import is_done, lock
+from soluscope.runs.weights import Facts, code_hash, commit, load_facts
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
@@ -363,8 +364,8 @@ def _rests_on(run_dir: Path, config: EvalConfig) -> str:
         settings["tokens"] = json.loads((run_dir.parent / "data.json").read_text())["key"]
     trained = digest((run_dir / made_from).read_text(encoding="utf8"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
-    moves_nothing = ("report/", "controls/", "engines/", "sweep.py", "launch.py", "jobs.py", "processes.py",
-                     "run_folder.py", "tracking.py", "wandb_client.py")  # fmt: skip
+    moves_nothing = ("report/", "controls/", "engines/", "launching/", "training/", "runs/folder.py",
+                     "wandb_client.py")  # fmt: skip
     code = code_hash(but=(*moves_nothing, *_probe_files()))
     return digest([settings, trained, prompts, code])
 

@@ -1,4 +1,4 @@
-"""A run in wandb: its curves, its model, and what its probes found. Online, offline, or not at all.
+"""A run in wandb: its curves and its model. Online, offline, or not at all.
 
 runs/<study>/<run>/wandb.json  which wandb run it is, so that a resumed run and its probes go on in it
 runs/<study>/<run>/wandb/      wandb's own files; `wandb sync` uploads those that were written offline
@@ -14,17 +14,15 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from soluscope import plugins, results
-from soluscope.config import Config, read_config
+from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.files import digest, write_text
-from soluscope.results import Row
+from soluscope.files import write_text
 from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
@@ -35,10 +33,7 @@ SENT_AGAIN = 100
 """Rows that a resumed run sends once more: the last ones before the kill may not have been flushed."""
 START_SECONDS, FINISH_SECONDS = 30, 60
 """How long an unreachable server holds a run up, at its start and at its end."""
-CURVES = {"training"}
-"""Files of probes/ that are not sent: the curves themselves are there."""
 IDENTITY = "wandb.json"
-PROBES = "soluscope.probes"
 
 
 # --- which mode -----------------------------------------------------------------------------------
@@ -132,13 +127,9 @@ class Tracker:
 
         self._spare(send)
 
-    def log_probe(self, name: str, rows: Sequence[Row]) -> bool:
-        """A probe's rows as a table, and its figures; whether wandb has taken them."""
-
-        def send(run: Any) -> None:
-            run.log({f"probes/{name}": _table(rows), **_figures(name, rows)})
-
-        self._spare(send)
+    def send(self, make: Callable[[], Mapping[str, Any]]) -> bool:
+        """Log the values that `make` returns. Return whether the run is still tracked afterwards."""
+        self._spare(lambda run: run.log(dict(make())))
         return self._run is not None
 
     def close(self, exit_code: int = 0) -> None:
@@ -163,7 +154,7 @@ class Tracker:
 @contextmanager
 def tracked(config: Config) -> Iterator[Tracker]:
     """The tracker of a run while it trains. In one process of those that train a model together."""
-    tracker = _start(config, config.run_dir, tell=True)
+    tracker = start(config, config.run_dir, tell=True)
     try:
         yield tracker
     except BaseException:
@@ -172,31 +163,7 @@ def tracked(config: Config) -> Iterator[Tracker]:
     tracker.close()
 
 
-def send_probes(run_dir: Path) -> None:
-    """Send what the probes have found on a run to the wandb run that it was trained in.
-
-    A table and figures a probe; what was sent already and has not changed since is left out. Nothing
-    where the run was trained without wandb.
-    """
-    known = _known(run_dir)
-    if not known:
-        return
-    paths = {path.stem: path for path in sorted((run_dir / "probes").glob("*.jsonl"))}
-    now = {name: digest(paths[name].read_text(encoding="utf8")) for name in paths.keys() - CURVES}
-    sent: dict[str, str] = known.get("probes", {})
-    waiting = [name for name in sorted(now) if now[name] != sent.get(name)]
-    if not waiting:
-        return
-    tracker = _start(read_config(run_dir / "config.yaml"), run_dir)
-    taken = {n: now[n] for n in waiting if tracker.log_probe(n, results.read(paths[n]))}
-    tracker.close()
-    if taken:
-        write_text(
-            run_dir / IDENTITY, json.dumps(_known(run_dir) | {"probes": sent | taken}) + "\n"
-        )
-
-
-def _start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
+def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
     """Begin the run's wandb run or go on in it; a server that is not there leaves it offline.
 
     Args:
@@ -208,7 +175,7 @@ def _start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
     if mode == "off":
         return Tracker()
     try:
-        known = _known(run_dir)
+        known = identity(run_dir)
         known = known if known.get("config") == config.hash else {}
         try:
             run = _init(config, run_dir, known, mode)
@@ -259,7 +226,7 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
     )
 
 
-def _known(run_dir: Path) -> dict[str, Any]:
+def identity(run_dir: Path) -> dict[str, Any]:
     """wandb.json, empty if it is not there or broken."""
     try:
         known = json.loads((run_dir / IDENTITY).read_text(encoding="utf8"))
@@ -298,27 +265,6 @@ def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
         # From where it lies: by default wandb copies every model into the home folder first.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
     return artifact
-
-
-def _table(rows: Iterable[Row]) -> Any:
-    return package().Table(
-        columns=[field.name for field in fields(Row)],
-        data=[list(asdict(row).values()) for row in rows],
-        allow_mixed_types=True,
-    )
-
-
-def _figures(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures that a probe asks for, by `probe/title`."""
-    if name not in plugins.names(PROBES):
-        return {}
-    from soluscope.report.figures import draw
-
-    specs = {
-        f"{name}/{re.sub('/', ' per ', s.title)}": s for s in plugins.pick(PROBES, name).figures
-    }
-    drawn = {title: draw(rows, spec) for title, spec in specs.items()}
-    return {title: package().Plotly(figure) for title, figure in drawn.items() if figure.data}
 
 
 @contextmanager

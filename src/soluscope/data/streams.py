@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from soluscope import pairs, plugins
+from soluscope import plugins
+from soluscope.data import pairs
 from soluscope.data.cache import Split, TokenCache, split_of
 from soluscope.errors import UserError
 

@@ -24,9 +24,9 @@ from soluscope.errors import Stopped, UserError
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
 HELPER = """
-from soluscope.processes import given_config
+from soluscope.training.processes import given_config
 config = given_config()
-from soluscope.training import help_to_train
+from soluscope.training.run import help_to_train
 help_to_train(config)
 """
 """What a process that the first one starts runs: it listens for its end before the slow import."""
@@ -133,7 +133,7 @@ def others(config: Config, here: Place) -> Iterator[None]:
 
 
 def _start(config: Config, local_rank: int) -> subprocess.Popen[bytes]:
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     helper = subprocess.Popen(
         [sys.executable, "-c", HELPER],
         stdin=subprocess.PIPE,

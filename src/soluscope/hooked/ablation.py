@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from soluscope.activations import HookedRun
+from soluscope.hooked.activations import HookedRun
 
 FinalNorm = Literal["live", "frozen"]
 """Whether ln_final rescales after the edit, or keeps the scale it had without it."""

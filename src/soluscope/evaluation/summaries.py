@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from soluscope import results, streams
-from soluscope.activations import HookedRun
+from soluscope import results
+from soluscope.comparison.stats import MIN_CLUSTERS, Interval, bootstrap_sums, cluster_bootstrap
+from soluscope.data import streams
+from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Probe, Quantity
 from soluscope.results import Row
-from soluscope.stats import MIN_CLUSTERS, Interval, bootstrap_sums, cluster_bootstrap
 
 CURVE_POINTS = 24
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from soluscope import jobs, plugins
+from soluscope import plugins
 from soluscope.config import Config, EvalConfig, differences, help_lines, load_typed, read_config
 from soluscope.errors import UserError
-from soluscope.run_folder import forget_failure, is_done, last_checkpoint
-from soluscope.sweep import Sweep, read_sweep
-from soluscope.tracking import check_login
+from soluscope.launching import jobs
+from soluscope.launching.sweep import Sweep, read_sweep
+from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
+from soluscope.training.tracking import check_login
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Evaluate:
         if not self.report:
             print(f"{self.study_dir}: {jobs.counted([now.state for now in found])}")
             return
-        from soluscope import report, suite
+        from soluscope import report
+        from soluscope.evaluation import suite
 
         suite.evaluate(self.study_dir, self.evaluation, jobs.say)
         print(f"report: {report.publish(self.study_dir)}")

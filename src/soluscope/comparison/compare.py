@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from soluscope import stats
+from soluscope.comparison import stats
+from soluscope.comparison.stats import Floats, Interval
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.results import MARGIN, Row
-from soluscope.stats import Floats, Interval
 
 if TYPE_CHECKING:
     import pandas as pd

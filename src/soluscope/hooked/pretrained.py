@@ -37,10 +37,10 @@ from transformer_lens.pretrained.weight_conversions import convert_neel_solu_old
 from transformer_lens.supported_models import MODEL_ALIASES
 
 from soluscope import plugins
-from soluscope.checkpoint import Facts, versions
-from soluscope.convert import SoluscopeTransformer, load_tokenizer
 from soluscope.errors import UserError
 from soluscope.files import digest
+from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
+from soluscope.runs.weights import Facts, versions
 
 FAMILY = "NeelNanda/"
 """Whose repositories have this layout."""

@@ -1,0 +1,1 @@
+"""From the losses of all runs to what differs between arms, with intervals and tests."""

@@ -1,0 +1,1 @@
+"""Run folders and probes to the rows of a study, validated on the control models."""

@@ -1,0 +1,1 @@
+"""A model as probes see it: converted or downloaded, observed on text, ablated exactly."""
