@@ -9,7 +9,7 @@ from test_every_variant import BOS, D_VOCAB, VARIANTS, rough_model, some_tokens
 from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.hooked.convert import check_agreement, load, to_hooked
-from soluscope.runs.weights import Facts
+from soluscope.runs.weights import Facts, lineage
 
 NORMED = [v for v in VARIANTS if plugins.pick("soluscope.variants", v).build_norm]
 
@@ -21,6 +21,7 @@ def facts_for(name):
         d_mlp=128, n_layers=1, ctx=32, d_vocab=D_VOCAB, hooked_act_fn=variant.hooked_act_fn,
         ln_eps=1e-5, mid_norm=None, eps=None, gain=None, bos=BOS, eos=1, pad=2, tokenizer_hash="",
         lr=1e-3, steps=1, tokens=1, precision="fp32", device="cpu", config="", commit="", versions={},
+        **lineage(name),
     )  # fmt: skip
 
 

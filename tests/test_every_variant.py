@@ -1,6 +1,8 @@
 """What holds for every variant, over the whole folder."""
 
+import importlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from soluscope.errors import UserError
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
 from soluscope.runs.weights import build_model
+from soluscope.variants import Step, chain_of, twin_of
 
 VARIANTS = plugins.names("soluscope.variants")
 D_VOCAB, BOS = 500, 0
@@ -152,6 +155,43 @@ def test_matched_gain_gives_the_output_the_rms_of_layer_norms(name):
 def test_a_static_gain_that_nobody_set_gives_nan_not_a_number():
     model = build_model(load_config(["variant=solu_gain", "size=tiny"]), 300)
     assert model(some_tokens() % 300).isnan().all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_chain_runs_from_a_root_to_the_variant_by_what_each_member_adds(name):
+    variant = plugins.pick("soluscope.variants", name)
+    *before, last = chain_of(name)
+    assert last == Step(name, variant.adds if variant.after else "")
+    assert tuple(before) == (chain_of(variant.after) if variant.after else ())
+    assert bool(variant.adds) == bool(variant.after)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_twin_is_a_static_variant_with_the_same_nonlinearity(name):
+    variant = plugins.pick("soluscope.variants", name)
+    assert twin_of(name) == variant.twin
+    if variant.twin:
+        twin = plugins.pick("soluscope.variants", variant.twin)
+        assert (variant.role, twin.role) == ("per_token", "static")
+        assert twin.nonlinearity is variant.nonlinearity
+
+
+def test_a_chain_in_a_circle_and_a_member_that_is_not_there_are_refused(monkeypatch):
+    first, second = VARIANTS[:2]
+
+    def edit(name, **fields):
+        module = importlib.import_module(f"soluscope.variants.{name}")
+        monkeypatch.setattr(module, "VARIANT", replace(module.VARIANT, **fields))
+
+    edit(first, after=second)
+    edit(second, after=first)
+    with pytest.raises(UserError, match=f"in a circle \\({first} after {second} after {first}\\)"):
+        chain_of(first)
+    edit(second, after="solu_gian", twin="solu_gian")
+    with pytest.raises(UserError, match=f"variant {second} has after='solu_gian': no variant"):
+        chain_of(first)
+    with pytest.raises(UserError, match=f"variant {second} has twin='solu_gian': no variant"):
+        twin_of(second)
 
 
 def test_a_variant_that_is_not_there_is_answered_with_the_nearest():

@@ -40,7 +40,7 @@ from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
-from soluscope.runs.weights import Facts, versions
+from soluscope.runs.weights import Facts, lineage, versions
 
 FAMILY = "NeelNanda/"
 """Whose repositories have this layout."""
@@ -49,6 +49,8 @@ WEIGHTS = ("model.safetensors", "*final.pth")
 """In order of preference."""
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
 NORMS = ("LN", "LNPre", "RMS", "RMSPre", None)
+ATTN_ONLY = "attn_only"
+"""Stands for the variant of a model that has no MLP."""
 MOST_SPARE_ROWS = 127
 """How many rows of the embedding may stand for no token: SoLU-1L-old has one, others pad to 128."""
 
@@ -93,8 +95,9 @@ def load_pretrained(
     run = Path(name).resolve().name  # of a repository its name, of a folder the folder's
     # What names the content of a folder is its weights: it has no commit.
     commit = folder.name if repo is not None else _hash(weights, "sha256")
+    variant = _variant(config, name)
     model.facts = Facts(
-        run=run, arm=run, variant=_variant(config, name),
+        run=run, arm=run, variant=variant, **_lineage(variant),
         study="pretrained", seed=0, d_model=config["d_model"], n_heads=config["n_heads"],
         d_mlp=config["d_mlp"], n_layers=config["n_layers"], ctx=config["n_ctx"], d_vocab=config["d_vocab"],
         hooked_act_fn=config["act_fn"], ln_eps=model.cfg.eps, gain=None,
@@ -289,9 +292,9 @@ def _hooked_config(
 
 
 def _variant(config: dict[str, Any], name: str) -> str:
-    """The variant with the model's nonlinearity and mid norm; `attn_only` where it has no MLP."""
+    """The variant with the model's nonlinearity and mid norm; ATTN_ONLY where it has no MLP."""
     if config["attn_only"]:
-        return "attn_only"
+        return ATTN_ONLY
     known = [
         variant
         for variant in plugins.names("soluscope.variants")
@@ -308,6 +311,13 @@ def _variant(config: dict[str, Any], name: str) -> str:
             f"is {' or '.join(map(repr, known))}"
         )
     return str(config["act_fn"])
+
+
+def _lineage(variant: str) -> dict[str, Any]:
+    """Return the variant's role, twin and chain; a model without MLPs has none."""
+    if variant == ATTN_ONLY:
+        return {"role": "", "twin": "", "chain": ()}
+    return lineage(variant)
 
 
 def _has_mid_norm(model: SoluscopeTransformer) -> bool:

@@ -45,6 +45,7 @@ from soluscope.runs.weights import (
     build_model,
     claim,
     commit,
+    lineage,
     load_checkpoint,
     load_model,
     save_model,
@@ -272,7 +273,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
         precision=config.train.precision, device="cuda" if _on_cuda(config) else "cpu",
-        config=config.hash, commit=commit(), versions=versions(),
+        config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
     )  # fmt: skip
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from soluscope import plugins
+from soluscope.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +32,60 @@ class Variant:
     nonlinearity: Callable[[Tensor], Tensor]
     hooked_act_fn: str
     """TransformerLens's act_fn; it must end in `_ln` where there is a mid norm, for hook_mid."""
+    role: Literal["baseline", "plain", "static", "per_token"]
+    """How a comparison uses the variant. static: one gain for all tokens, a candidate for the best
+    static arm. per_token: a gain for each token. plain: SoLU without a norm. baseline: not SoLU."""
     build_norm: Callable[[int, Any], MidNorm] | None = None
     """From d_mlp and the parameters to the mid norm. None: post is mid."""
     params: type = NoParams
+    adds: str = ""
+    """What the variant adds to the one before it in the chain, in words: one step of the
+    telescoping sum."""
+    after: str = ""
+    """Name of the variant before it in the chain. Empty: nothing stands before it."""
+    twin: str = ""
+    """Name of the variant that is the same with one gain for all tokens. Empty: there is none."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A variant in a chain, and what it adds to the variant before it."""
+
+    variant: str
+    adds: str
+
+
+def chain_of(name: str) -> tuple[Step, ...]:
+    """Return the chain that ends in variant `name`, from its root, which adds nothing.
+
+    Raises:
+        UserError: if an `after` on the way names no variant, or the chain runs in a circle.
+    """
+    steps: list[Step] = []
+    while name:
+        if name in (step.variant for step in steps):
+            circle = " after ".join([*(step.variant for step in steps), name])
+            raise UserError(f"the chain of variants runs in a circle ({circle}): mend `after`")
+        variant = plugins.pick("soluscope.variants", name)
+        steps.append(Step(name, variant.adds if variant.after else ""))
+        name = _checked(name, "after", variant.after)
+    return tuple(reversed(steps))
+
+
+def twin_of(name: str) -> str:
+    """Return the name of the static twin of variant `name`, or an empty string.
+
+    Raises:
+        UserError: if `twin` names no variant.
+    """
+    return _checked(name, "twin", plugins.pick("soluscope.variants", name).twin)
+
+
+def _checked(name: str, field: str, other: str) -> str:
+    """Return the variant that a field of variant `name` names; refuse an unknown one."""
+    try:
+        if other:
+            plugins.check_name("variant", other, plugins.names("soluscope.variants"))
+    except UserError as error:
+        raise UserError(f"variant {name} has {field}={other!r}: {error}") from error
+    return other
