@@ -251,16 +251,17 @@ class Comparison(Number):
 
     term: Term
     against: str = ""
-    """The arm it is compared with; empty for a `LOSS`."""
+    """The arm it is compared with; empty for a `LOSS`. Of a `STEP`: the arm from which it leads."""
     verdict: Verdict | None = None
     choice: str = ""
-    """How the arm that stands for the plain or the static arms was chosen, in words."""
+    """How the arm that stands for the plain or the static arms was chosen, in words; not in `note`
+    too. Of a `STEP`: how the arm that stands for the variant to which it leads was chosen."""
     p: float | None = None
     """Two-sided p of "no difference", where it was tested."""
     p_adj: float | None = None
     """The same after Holm's correction within its family."""
     size: str = ""
-    """Which of the study's sizes, in words; empty where there is one."""
+    """Which of the study's sizes, in words, here and not in `note`; empty where there is one."""
     lr: float | None = None
     """The rate common to all arms, of a comparison that is made at one; None: each at its best."""
     tuned_arm: str = ""
@@ -299,6 +300,7 @@ class NoChoice(Record):
     kind: ClassVar[str] = "no choice"
 
     arms: tuple[str, ...]
+    size: str = ""
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ class GateResult(Number):
     measured: str
     """Which number of the probe, in words: `r (median), 0.9`."""
     asked: str
-    """What it had to be, in words."""
+    """What it had to be, in words; why there is no interval is in `note`."""
     stream: str = ""
     positions: str = "not BOS"
 
@@ -403,25 +405,33 @@ def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
 # --- files ----------------------------------------------------------------------------------------
 
 
+def line(record: Record) -> str:
+    """Return a record as one line of JSON; equal records have equal lines."""
+    return json.dumps({"kind": record.kind} | _finite(asdict(record)))
+
+
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write `records` to `path`, wholly or not at all."""
-    lines = (json.dumps({"kind": each.kind} | _finite(asdict(each))) + "\n" for each in records)
-    write_text(path, "".join(lines))
+    write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, study: Path | None = None) -> list[Record]:
     """Read the records of `path`. A line that cannot be read is skipped with a warning on stderr.
+
+    Args:
+        path: a file of records.
+        study: folder whose evaluation makes the file again; the file's own if not given.
 
     Raises:
         UserError: if there is no such file, no line of it can be read, or another version wrote it.
     """
-    again = f"make it again with 'python eval/run.py {path.parent}'"
+    again = f"make it again with 'python eval/run.py {study or path.parent}'"
     if not path.is_file():
         raise UserError(f"no results at {path}: {again}")
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, written in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            values = json.loads(line)
+            values = json.loads(written)
             if not isinstance(values, dict):
                 raise ValueError("not an object")
         except ValueError as error:
