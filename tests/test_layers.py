@@ -146,7 +146,7 @@ def test_entry_point_holds_no_logic(script: str) -> None:
 
 
 MAY_IMPORT = {
-    "variants": {"errors", "plugins", "norms", "variants"},
+    "variants": {"errors", "plugins", "results", "norms", "variants"},
     "probes": {"errors", "results", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
     "report": {"errors", "files", "results", "wandb_client", "report"},

@@ -28,8 +28,9 @@ from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
+from soluscope.results import Step
 from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
-from soluscope.variants import Step, chain_of, twin_of
+from soluscope.variants import chain_of, twin_of
 
 
 @dataclass(frozen=True)
