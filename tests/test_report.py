@@ -19,9 +19,10 @@ from _records import words as words_of
 from conftest import run_python
 from markupsafe import escape
 from rich.console import Console
-from test_compare import LARGE, OPTIMA, SIX, compare, make_losses, tuned
+from test_compare import LARGE, LINEAGES, OPTIMA, SIX, compare, make_losses, tuned
 
 from soluscope import plugins, report, results
+from soluscope.comparison.compare import Lineage
 from soluscope.comparison.stats import Interval, equivalence
 from soluscope.errors import UserError
 from soluscope.report import evidence, figures, findings, meaning, page, tokens, words
@@ -370,7 +371,7 @@ def spoiled(value: Any, kept: set[str]) -> Any:
     return value
 
 
-@pytest.mark.parametrize("kept", [KEYWORDS, KEYWORDS | PLACES, KEYWORDS | {"arm", "against"}])
+@pytest.mark.parametrize("kept", [KEYWORDS, KEYWORDS | PLACES])
 def test_what_comes_from_data_is_escaped(some, swept, kept):
     confirmed = Comparison(
         study="s", term=Term.PROBE, against="x", probe="p", quantity="q", value=1.0, unit="u",
@@ -1127,11 +1128,14 @@ def test_confirmatory_tests_have_their_own_table():
 
 
 def sweep(
-    arms: dict[str, float], settings: dict[str, dict[str, float | str]], n_seeds: int = 3
+    arms: dict[str, float],
+    settings: dict[str, dict[str, float | str]],
+    n_seeds: int = 3,
+    **more: Lineage,
 ) -> list[Record]:
     """The comparisons of a study of these arms, and the median r of each run."""
     losses = make_losses(arms, n_seeds, seed_noise=0.0005, settings=settings)
-    made = compare("synthetic", losses, "abc1234")
+    made = compare("synthetic", losses, "abc1234", **more)
     r = {"statistic": "median", "unit": "share"}
     runs = losses[["run", "arm", "variant", "seed"]].drop_duplicates().itertuples(index=False)
     for i, (run, arm, variant, seed) in enumerate(runs):
@@ -1212,6 +1216,35 @@ def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):
     }  # fmt: skip
     assert all(len(trace.x) == 4 for trace in lines)
     assert all(any(trace.error_y.array) for trace in lines)
+
+
+def test_arms_are_known_by_their_roles_and_not_by_their_names(swept, tmp_path):
+    """With a static twin and an arm with a per-token norm called otherwise, all is the same."""
+    names = {"solu_frozen_ln": "solu_f", "solu_ln": "solu_x"}
+
+    def renamed(text: str) -> str:
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text
+
+    path = tmp_path / "results.jsonl"
+    results.write(path, [*swept, *CITED])
+    path.write_text(renamed(path.read_text()))
+    shown = rendered(results.read(path))
+    assert text(shown) == renamed(text(rendered([*swept, *CITED])))
+    assert "Trained with one gain for all tokens instead (solu_f" in shown
+
+
+def test_one_kappa_of_each_of_two_variants_is_no_dose():
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln": 3.02, "solu_rms": 3.05}
+    told = {"solu_ln": {"kappa": 0.42}, "solu_rms": {"kappa": 42.0}}
+    made = sweep(arms, told, solu_rms=replace(LINEAGES["solu_ln"], twin=""))
+    assert findings.by_kappa(made) == {}
+    assert findings.per_token(made) == ["solu_ln", "solu_rms"]
+    assert [words.headline(made)[i].split(",")[0] for i in (0, 1)] == [
+        "LayerNorm lowers the loss (solu_ln",
+        "LayerNorm lowers the loss (solu_rms",
+    ]
 
 
 def test_an_optimum_at_the_edge_comes_before_all_verdicts(swept):
