@@ -17,7 +17,7 @@ from soluscope.comparison.compare import SETTINGS, Lineage, confirm
 from soluscope.comparison.compare import compare as compare_with
 from soluscope.config import to_yaml
 from soluscope.errors import UserError
-from soluscope.evaluation.suite import _settings
+from soluscope.evaluation.suite import _lineages, _settings
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -882,3 +882,19 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
     assert told(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]
     assert told(train__lr=0.001, mid__kappa=3)["family"] != first["family"]
     assert told(train__lr=0.001, train__weight_decay=0)["family"] != first["family"]
+
+
+def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_name():
+    def facts(run, **changes):
+        lineage = {"role": "static", "twin": "", "chain": chain("solu", "solu_gain")}
+        others = {field.name: None for field in fields(Facts)}
+        return Facts(**others | {"run": run, "variant": "solu_gain"} | lineage | changes)
+
+    two = [facts("solu_gain-s0"), facts("solu_gain-s1")]
+    assert _lineages(two) == {"solu_gain": LINEAGES["solu_gain"]}
+    other = facts("solu_gain-s2", role="per_token")
+    with pytest.raises(
+        UserError, match="runs 'solu_gain-s0' and 'solu_gain-s2' of variant"
+    ) as refused:
+        _lineages([*two, other])
+    assert "delete the line 'role' of both model.json" in str(refused.value)

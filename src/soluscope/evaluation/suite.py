@@ -63,8 +63,8 @@ COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
     "variants/",
 )  # fmt: skip
-"""Folders and modules of the package that what a run's probes left rests on, the form in which it is
-stored included. Each probe's own file counts for its own numbers alone."""
+"""Folders and modules of the package that compute what is stored of a run, or say in which form. Each
+probe's own file counts for its own numbers alone."""
 
 Say = Callable[[str], None]
 
@@ -258,13 +258,11 @@ def _settings(run_dir: Path) -> dict[str, float | str]:
     """What tells a run's arm from others, as `compare` asks for it; nan for what the run has not."""
     facts, config = load_facts(run_dir), read_config(run_dir / "config.yaml")
     family = replace(config, seed=0, train=replace(config.train, lr=None))
-    told: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
-    if (
-        getattr(config.mid, "gain", None) == "init"
-    ):  # a static arm, matched to the LayerNorm of a kappa
-        told[GAIN_OF_KAPPA] = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2
-    told = {GAIN_OF_KAPPA: None} | told | {"family": family.hash}
-    return {name: np.nan if value is None else value for name, value in told.items()}
+    settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
+    matched = getattr(config.mid, "gain", None) == "init"  # to the LayerNorm of a kappa
+    kappa = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2 if matched else None
+    settings |= {GAIN_OF_KAPPA: kappa, "family": family.hash}
+    return {name: np.nan if value is None else value for name, value in settings.items()}
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -316,8 +314,8 @@ def _discard_stale(folder: Path, shared: str, say: Say) -> None:
 
     Args:
         folder: of files named after probes.
-        shared: hash of what all of them rest on; a probe's own file counts for its own rows alone.
-        say: told where anything goes.
+        shared: hash of what all of them rest on; a probe's own file counts for its own numbers alone.
+        say: where a line about what is discarded goes.
     """
     mark = folder / "made_with.json"
     now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
