@@ -1111,7 +1111,7 @@ def test_the_terminal_does_not_read_markup_in_names(rows):
 
 
 def test_confirmatory_tests_have_their_own_table():
-    made = make_rows()
+    made = sweep(SIX, {})
     confirmed = Comparison(
         study="synthetic", term=Term.PROBE, probe="specificity", quantity="A (gain only)",
         arm="solu_ln", variant="solu_ln", against="solu_frozen_ln", value=0.02, low=-0.1, high=0.14,
@@ -1197,9 +1197,9 @@ def swept() -> list[Record]:
     return sweep(arms, told)
 
 
-def test_a_study_of_one_rate_and_kappa_has_no_sections_on_sweeps(rows):
-    assert not {"Tuning", "Dose: kappa"} & set(headings(rows))
-    assert "common rate" not in text(rendered(rows))
+def test_a_study_of_one_rate_and_kappa_has_no_sections_on_sweeps(some):
+    assert not {"Tuning", "Dose: kappa"} & set(headings(some))
+    assert "common rate" not in text(rendered(some))
 
 
 def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):

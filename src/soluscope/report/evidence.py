@@ -311,7 +311,7 @@ EVIDENCE = (
     ),
     Evidence(
         "P4",
-        "freeze: loss with one gain for all tokens less loss as it is",
+        "freeze: loss with one gain for all tokens minus loss as it is",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
         "about 0 is closer than .001 nats, above 0 is by more. The constant that costs less counts. A cost without "
         "a refit rules out no static account; H-smear is judged at the quartile of highest gain.",
@@ -320,7 +320,7 @@ EVIDENCE = (
     ),
     Evidence(
         "P5",
-        "swap: loss with the gain of another token like it less loss as it is",
+        "swap: loss with the gain of another token like it minus loss as it is",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
         "as for the freeze; a swap has no quartiles, so that H-smear is judged over all tokens.",
         "scale_swap",
@@ -348,7 +348,7 @@ EVIDENCE = (
     ),
     Evidence(
         "P11",
-        "A, gain only: specificity of weak activations before less after a per-token gain",
+        "A, gain only: specificity of weak activations before minus after a per-token gain",
         ("0", "0", "above 0"),
         "0 is closer than .01, above 0 is by more. An A of 0 rules out no smearing: a gain that carries all may "
         "change no order. An A off 0 rules out no static account: a gain may change an order that nothing reads.",
@@ -357,7 +357,7 @@ EVIDENCE = (
     ),
     Evidence(
         "P20",
-        "2x2: loss with the gain, or softmax's Z, one constant less loss as it is",
+        "2x2: loss with the gain, or softmax's Z, one constant minus loss as it is",
         ("Z and g idle", "idle", "g main effect"),
         "idle: both closer to 0 than .001 nats; g has a main effect if it costs more. A cost without a refit rules "
         "out no static account.",
