@@ -18,13 +18,12 @@ from soluscope.config import (
     configs_dir,
     differences,
     flatten,
-    help_lines,
     load_config,
     load_typed,
     read_config,
     to_yaml,
-    train_help,
 )  # fmt: skip
+from soluscope.config_help import help_lines, train_help
 from soluscope.errors import UserError
 
 TINY = ("variant=solu_ln", "size=tiny")

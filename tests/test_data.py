@@ -451,7 +451,7 @@ def test_every_source_lists_its_parameters_without_heavy_imports() -> None:
 import sys
 from dataclasses import fields
 from soluscope import plugins
-from soluscope.config import help_lines
+from soluscope.config_help import help_lines
 for name in plugins.names("soluscope.data.sources"):
     params = plugins.pick("soluscope.data.sources", name).params
     lines = [line for line in help_lines(params, "corpus.") if line.startswith("  corpus.")]

@@ -323,7 +323,7 @@ MISTAKES = {
     ("train.device=cuda",): "train.device=cuda wants 1 GPUs and torch sees 0 here",
     ("train.nodes=2",): "train.nodes above 1 with engine=inline",
     ("report=maybe",): "report: Value 'maybe'",
-    ("--dry",): "no flag --dry: there are --dry-run",
+    ("--dry",): "unrecognized arguments: --dry",
     ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
     ("variant=solu", "seed=0", "size=tiny", "study=x", "corpus.max_mb=1", "train.steps=12",
      "train.checkpoint_every=5"): "is an empty grid",

@@ -89,9 +89,9 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "files", "plugins", "results", "config", "wandb_client", "norms", "variants", "model",
-    "data", "comparison", "runs", "training", "hooked", "probes", "controls", "report", "evaluation",
-    "export", "launching", "engines",
+    "errors", "files", "command", "plugins", "results", "config", "config_help", "wandb_client",
+    "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
+    "controls", "report", "evaluation", "export", "launching", "engines",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and what stands before it."""
 

@@ -459,7 +459,7 @@ def test_a_refused_key_is_one_line_before_anything_starts(place: Path, server: S
 
 
 ASK = (
-    "import os; from soluscope.errors import run_command; "
+    "import os; from soluscope.command import run_command; "
     "from soluscope.training.tracking import check_login; run_command(lambda words: check_login(words[0]))"
 )
 

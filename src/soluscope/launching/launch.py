@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from soluscope import plugins
-from soluscope.config import Config, EvalConfig, differences, help_lines, load_typed, read_config
+from soluscope.config import Config, EvalConfig, differences, load_typed, read_config
+from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
