@@ -191,7 +191,7 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     from soluscope.hooked.convert import SoluscopeTransformer, check_agreement
 
     norm = trained.mlp(0).ln
-    if norm is not None and norm.eps is None:
+    if norm is not None and not norm.is_layer_norm:
         raise UserError(f"its mid norm is {facts.mid_norm}, and TransformerLens has LayerNorm only")
     for eps, where in (facts.ln_eps, "residual stream's norms"), (facts.eps, "mid norm"):
         if eps is not None and not math.isclose(eps, LENS_EPS, rel_tol=1e-6):

@@ -81,6 +81,40 @@ def twin_of(name: str) -> str:
     return _checked(name, "twin", plugins.pick("soluscope.variants", name).twin)
 
 
+def check_variant(name: str, params: Any, d_mlp: int) -> None:
+    """Refuse a variant that the conversion, the probes or the comparison would read wrongly.
+
+    Args:
+        name: the variant's.
+        params: its parameters.
+        d_mlp: number of neurons.
+
+    Raises:
+        UserError: an unknown `after` or `twin`, a role or an act_fn that does not go with the norm, or
+            a norm that does not compute what it declares.
+    """
+    from soluscope.norms import check_norm
+
+    chain_of(name)
+    twin_of(name)
+    variant: Variant = plugins.pick("soluscope.variants", name)
+    norm = None if variant.build_norm is None else variant.build_norm(d_mlp, params)
+    if norm is not None:
+        try:
+            check_norm(norm, d_mlp)
+        except UserError as error:
+            raise UserError(f"variant {name}: {error}") from error
+    if variant.hooked_act_fn.endswith("_ln") != (norm is not None):
+        state = "no mid norm" if norm is None else "a mid norm"
+        raise UserError(
+            f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: wanted a name "
+            "that ends in _ln where there is a mid norm, and no other"
+        )
+    kind = "plain" if norm is None else "static" if norm.eps is None else "per_token"
+    if variant.role not in ("baseline", kind):
+        raise UserError(f"variant {name} has role={variant.role!r}, and its norm makes it {kind!r}")
+
+
 def _checked(name: str, field: str, other: str) -> str:
     """Return the variant that a field of variant `name` names; refuse an unknown one."""
     try:
