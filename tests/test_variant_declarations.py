@@ -10,6 +10,7 @@ from conftest import tiny_config, train_silently
 from test_convert import facts_for
 from test_every_variant import D_VOCAB
 from test_probes_causal import some_tokens, stream_of
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from soluscope import plugins
 from soluscope.config import load_config
@@ -18,7 +19,7 @@ from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import to_hooked
 from soluscope.model import LanguageModel
 from soluscope.norms import FrozenRMSNorm, LayerNorm, PerTokenNorm
-from soluscope.variants import Variant, check_variant
+from soluscope.variants import ACT_FNS, Variant, check_variant
 from soluscope.variants._parts import LayerNormParams, solu
 
 NAME = "own_scale"
@@ -105,6 +106,10 @@ ODD = {
         {"build_norm": builder(HiddenBias)},
         r"the mid norm HiddenBias has the parameters \(w, b\) and declares affine_part=\('w',\)",
     ),
+    "an act_fn that TransformerLens does not have": (
+        {"hooked_act_fn": "softmax_ln"},
+        "has hooked_act_fn='softmax_ln': TransformerLens has gelu, ",
+    ),
     "an act_fn without hook_mid": (
         {"hooked_act_fn": "solu"},
         "has a mid norm and hooked_act_fn='solu'",
@@ -162,6 +167,11 @@ def test_a_variant_with_a_false_declaration_is_refused_with_the_part_that_differ
     added(**fields)
     with pytest.raises(UserError, match=f"^variant {NAME}:? {message}"):
         check_variant(NAME, LayerNormParams(), 32)
+
+
+def test_act_fns_are_transformer_lenss():
+    assert {*ACT_FNS} <= SUPPORTED_ACTIVATIONS.keys()
+    assert [name for name in SUPPORTED_ACTIVATIONS if name.endswith("_ln")] == ["solu_ln"]
 
 
 def test_an_epsilon_in_a_buffer_is_refused_before_training(added, tmp_path):

@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from soluscope.norms import MidNorm
 
 
+ACT_FNS = (
+    "gelu",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+    "silu",
+    "solu",
+    "solu_ln",
+)
+"""What TransformerLens takes as act_fn; solu_ln alone has a mid norm. Known here without loading it."""
+
+
 @dataclass(frozen=True)
 class NoParams:
     """A variant without parameters of its own."""
@@ -31,7 +45,8 @@ class Variant:
 
     nonlinearity: Callable[[Tensor], Tensor]
     hooked_act_fn: str
-    """TransformerLens's act_fn; it must end in `_ln` where there is a mid norm, for hook_mid."""
+    """TransformerLens's act_fn, one of ACT_FNS; it must end in `_ln` where there is a mid norm, for
+    hook_mid."""
     role: Literal["baseline", "plain", "static", "per_token"]
     """How a comparison uses the variant. static: one gain for all tokens, a candidate for the best
     static arm. per_token: a gain for each token. plain: SoLU without a norm. baseline: not SoLU."""
@@ -104,6 +119,11 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
             check_norm(norm, d_mlp)
         except UserError as error:
             raise UserError(f"variant {name}: {error}") from error
+    if variant.hooked_act_fn not in ACT_FNS:
+        raise UserError(
+            f"variant {name} has hooked_act_fn={variant.hooked_act_fn!r}: TransformerLens has "
+            + ", ".join(ACT_FNS)
+        )
     if variant.hooked_act_fn.endswith("_ln") != (norm is not None):
         state = "no mid norm" if norm is None else "a mid norm"
         raise UserError(
