@@ -70,7 +70,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # Answers that wait for nothing heavy
 
 MISTAKES: dict[tuple[str, ...], str] = {
-    (TRAIN,): "variant has no value: give it, as in variant=solu_ln. There are: ",
+    (TRAIN,): "variant has no value: give it, as in variant=gelu. There are: ",
     (TRAIN, "variant=solu_frozen"): "Did you mean 'solu_frozen_ln'? There are: gelu, gelu_ln, ",
     (TRAIN, "variant=solu", "size=big"): "no size called 'big'. There are: ",
     (TRAIN, "variant=solu", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",

@@ -724,7 +724,7 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
         words = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
         config = tiny_config(tmp_path, "variant=solu_ln", *words)
         facts = {field.name: None for field in fields(Facts)}
-        facts |= {"eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
+        facts |= {"chain": [], "eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))

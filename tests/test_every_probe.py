@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config, train_silently
 from test_convert import facts_for, hooked_for
-from test_every_variant import BOS, VARIANTS, some_tokens
+from test_every_variant import BOS, PER_TOKEN, SOLU, VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import soluscope
@@ -149,8 +149,7 @@ def test_padding_is_not_observed_and_changes_nothing():
 
 def test_is_solu_is_read_off_the_activations():
     assert all(
-        observe(hooked_for(v)[1], stream_of(some_tokens())).is_solu == v.startswith("solu")
-        for v in VARIANTS
+        observe(hooked_for(v)[1], stream_of(some_tokens())).is_solu == (v in SOLU) for v in VARIANTS
     )
 
 
@@ -227,7 +226,7 @@ def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
     assert changes[1e-6] > 1e-2
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "ln" not in v or "frozen" in v])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PER_TOKEN])
 def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
     table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
     for column in (

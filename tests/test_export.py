@@ -25,6 +25,7 @@ from _hub import LARGE, Hub
 from conftest import ROOT, VARIANTS, run_python, tiny_config, train_silently
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
+from test_every_variant import NORMS
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import MODEL_ALIASES
 
@@ -281,7 +282,7 @@ def test_transformer_lens_loads_a_run_right_or_refuses_it_by_name(run, pushed, t
 def test_what_transformer_lens_can_express_is_not_refused(pushed):
     expressed = {run for run in RUNS if not obstacle_of(pushed[run])}
     assert {"gelu-s0", "solu-s0", LENS} <= expressed
-    assert not {"gelu_ln-s0", "solu_frozen_ln-s0", "solu_gain-s0", "solu_ln-s0"} & expressed
+    assert not {f"{v}-s0" for v, norm in NORMS.items() if not norm.is_layer_norm} & expressed
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -417,7 +418,9 @@ def test_text_from_data_is_shown_as_it_is(pushed):
 
 
 def test_a_card_of_our_own_variant_says_why_nothing_else_loads_it(pushed):
-    assert "FrozenLayerNorm" in rendered(pushed["solu_frozen_ln-s0"])
+    for variant, norm in NORMS.items():
+        if not norm.is_layer_norm:
+            assert f"mid norm is {type(norm).__name__}, and" in rendered(pushed[f"{variant}-s0"])
     assert "the epsilon of its mid norm is 0.00256" in rendered(pushed["solu_ln-s0"])
     assert "nonlinearity" in rendered(pushed["gelu_ln-s0"])
 

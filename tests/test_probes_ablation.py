@@ -6,7 +6,7 @@ import torch
 from scipy.stats import ttest_1samp
 from test_convert import hooked_for
 from test_every_probe import stream_of
-from test_every_variant import VARIANTS, some_tokens
+from test_every_variant import CENTRED, PER_TOKEN, VARIANTS, some_tokens
 
 from soluscope import plugins
 from soluscope.evaluation.calibration import check_gates, control_run
@@ -29,7 +29,7 @@ PROBES = (
 PRE, MID, SCALE, POST = (
     f"blocks.0.mlp.{name}" for name in ("hook_pre", "hook_mid", "ln.hook_scale", "hook_post")
 )
-STATIC = [v for v in VARIANTS if v not in ("solu_ln", "gelu_ln")]
+ONE_GAIN = [v for v in VARIANTS if v not in PER_TOKEN]
 
 
 def observed(variant, n_rows=3):
@@ -214,7 +214,7 @@ def test_sets_are_matched_in_size_or_in_their_sum_of_activations():
     assert (mass["same |n|"] > 0.3 * mass["lowest"]).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("variant", STATIC)
+@pytest.mark.parametrize("variant", ONE_GAIN)
 def test_a_model_with_one_gain_is_its_own_surrogate(variant):
     table, found = estimates_of("low_activation_impact", observed(variant)[2])
     assert table["|D|"].max() < 1e-6
@@ -506,15 +506,16 @@ def test_total_and_direct_effects_on_entropy_and_the_mid_norms_share_are_what_ho
     whole = (losses(model, tokens, [gone]) - losses(model, tokens))[token].item()
     both = (found.loss + found.loss_through)[t, j].item()
     assert both == pytest.approx(whole, abs=1.1e-6)
-    if variant in ("gelu", "solu", "solu_gain"):
+    if variant not in {*PER_TOKEN, *CENTRED}:
         assert found.loss_through[t, j].item() == pytest.approx(0, abs=2.1e-6)
 
 
-@pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln"])
+@pytest.mark.parametrize("variant", PER_TOKEN)
 def test_how_far_a_neuron_moves_the_gain_is_the_gains_derivative(variant):
     run = observed(variant)[2]
     mid = run.mid.clone().requires_grad_()
-    log_gain = -0.5 * (mid.var(dim=-1, correction=0) + run.eps).log()
+    centred = mid - mid.mean(dim=-1, keepdim=True) if variant in CENTRED else mid
+    log_gain = -0.5 * (centred.square().mean(dim=-1) + run.eps).log()
     (slope,) = torch.autograd.grad(log_gain.sum(), mid)
     wanted = (run.mid * slope).abs()
     torch.testing.assert_close(entropy_neurons.gain_elasticity(run), wanted, rtol=1e-8, atol=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_convert import hooked_for
-from test_every_variant import BOS, VARIANTS, some_tokens
+from test_every_variant import BOS, NORMED, PER_TOKEN, SOLU, STATIC, VARIANTS, some_tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
@@ -25,8 +25,6 @@ from soluscope.evaluation.summaries import estimates, token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import lateral_inhibition, scale_patching, scale_swap
 
-NORMED = [name for name in VARIANTS if name not in ("gelu", "solu")]
-STATIC = [name for name in NORMED if name in ("solu_gain", "solu_frozen_ln")]
 FINAL_NORMS = {"live": "", "frozen": ", final norm frozen"}
 SCALE, NORMALIZED = "blocks.0.mlp.ln.hook_scale", "blocks.0.mlp.ln.hook_normalized"
 MID, POST = "blocks.0.mlp.hook_mid", "blocks.0.mlp.hook_post"
@@ -387,12 +385,12 @@ def test_each_cell_of_the_2x2_is_what_the_hooked_model_does(variant, final_norm)
     _, cache = hooked.run_with_cache(tokens)
     final = cache[FINAL_SCALE] if final_norm == "frozen" else None
     edits: dict[str, dict[str, torch.Tensor]] = {}
-    if variant.startswith("solu"):
+    if variant in SOLU:
         log_z = cache["blocks.0.mlp.hook_pre"].logsumexp(-1, keepdim=True)
         name = MID if variant in NORMED else POST
         constant = (log_z - log_z[:, 1:].mean()).exp()
         edits["Z const"] = {name: cache[name] * constant}
-    if variant in ("solu_ln", "gelu_ln"):
+    if variant in PER_TOKEN:
         scale = cache[SCALE][:, 1:].log().mean().exp().expand(cache[SCALE].shape)
         edits["g const"] = {SCALE: scale}
     if len(edits) == 2:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from scipy.special import lambertw
 from test_convert import hooked_for
-from test_every_variant import BOS, VARIANTS, some_tokens
+from test_every_variant import BOS, CENTRED, NORMED, PER_TOKEN, STATIC, VARIANTS, some_tokens
 
 from soluscope import plugins
 from soluscope.comparison.stats import bootstrap_sums
@@ -23,7 +23,7 @@ from soluscope.probes import rotation, scale_causes
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
-CENTRED = [v for v in VARIANTS if v in ("solu_ln", "gelu_ln", "solu_frozen_ln")]
+ONE_GAIN = [v for v in VARIANTS if v not in PER_TOKEN]
 
 
 def probe_named(name):
@@ -98,9 +98,9 @@ def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(cent
 
     scale, seen = scale_of(mid)
     run = dataclasses.replace(
-        run, mid=mid, scale=scale, eps=eps, post=seen / scale[:, None] * out.gamma + out.beta
-    )
-    assert run.centres == centred
+        run, mid=mid, scale=scale, eps=eps, centres=centred,
+        post=seen / scale[:, None] * out.gamma + out.beta,
+    )  # fmt: skip
     values = probe_named("engagement").measure(run, None)
     step = 1e-5
     up, down = (-scale_of(mid * math.exp(h))[0].log() for h in (step, -step))
@@ -241,7 +241,7 @@ def test_without_a_softmax_its_terms_are_nan_and_the_others_shares_still_sum_to_
     assert ("share of log s: log xmax", None) not in found
 
 
-@pytest.mark.parametrize("variant", ["solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", STATIC)
 def test_a_constant_gain_has_nothing_to_share_out(variant):
     _, _, run = observed(variant)
     found = numbers("scale_causes", run)
@@ -295,8 +295,7 @@ def test_shares_in_solu_1l_are_section_7s():
         ("solu_ln", 1e-12),
         ("solu_ln", 1e-4),
         ("solu_ln", 1e2),
-        ("gelu_ln", None),
-        ("solu_gain", None),
+        *((variant, None) for variant in NORMED),
     ],
 )
 def test_scaled_activations_through_the_mid_norm_are_the_closed_form(variant, eps, factor):
@@ -416,7 +415,7 @@ def brute_path(hooked, tokens, run, token, side, hold_gain=False):
 
 
 @pytest.mark.parametrize("kind", ["token", "feature"])
-@pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln", "solu"])
+@pytest.mark.parametrize("variant", [*PER_TOKEN, "solu"])
 def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
     hooked, tokens, run = observed(variant, n_rows=2)
     values = probe_named("rotation").measure(run, None)
@@ -445,14 +444,14 @@ def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
         stays = Counter(map(tuple, (pre > 0).tolist()))
         entropy = -sum(n / 257 * math.log(n / 257) for n in stays.values())
         assert found["effective polytopes"] == pytest.approx(math.exp(entropy), rel=1e-9)
-        if variant != "solu":
+        if variant in NORMED:
             held, _ = brute_path(hooked, tokens, run, token, side, hold_gain=True)
             held_steps = held[:129].diff(dim=0).norm(dim=-1)
             added = longest - (held_steps.max() / held_steps.sum()).item()
             assert found["longest step, added by the gain"] == pytest.approx(added, abs=1e-11)
 
 
-@pytest.mark.parametrize("variant", ["gelu", "solu", "solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", ONE_GAIN)
 def test_a_constant_gain_adds_no_step(variant):
     values = probe_named("rotation").measure(observed(variant)[2], None)
     for kind in rotation.KINDS:
@@ -485,7 +484,7 @@ def test_loss_without_centring_is_what_brute_force_hooks_give(variant):
     gains = {"mean left in": run.gain, "RMS": rms}
     gains["RMS, gain matched"] = rms * mean_of_others(ratio.log()[:, None], run)[:, 0].exp()
     for name, gain in gains.items():
-        if variant == "solu_frozen_ln" and name != "mean left in":
+        if variant in STATIC and name != "mean left in":
             assert values[name].isnan().all()
             continue
         plain = gain[:, None] * run.mid * gamma + beta
@@ -516,7 +515,7 @@ def test_what_does_not_centre_has_no_centring_to_lose(variant):
 
 
 @pytest.mark.parametrize("n_blocks", [4, 8])
-@pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln"])
+@pytest.mark.parametrize("variant", [v for v in PER_TOKEN if v in CENTRED])
 def test_loss_at_the_blocks_own_gains_is_what_brute_force_hooks_give(variant, n_blocks):
     hooked, tokens, run = observed(variant)
     norm = hooked.blocks[0].mlp.ln
@@ -555,7 +554,7 @@ def test_blocks_that_hold_the_same_activations_lose_nothing_by_their_own_gains()
         assert values[f"own gains, matched, {n_blocks} blocks"].nan_to_num().abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("variant", ["gelu", "solu", "solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", ONE_GAIN)
 def test_a_norm_without_a_gain_by_token_has_no_gains_by_block(variant):
     values = probe_named("blocked_norm").measure(observed(variant)[2], None)
     assert all(column.isnan().all() for column in values.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from soluscope.runs.folder import (
     lock,
     record_failure,
 )
+from soluscope.runs.weights import load_facts
 from soluscope.training import run as training
+from soluscope.variants import chain_of
 
 WORDS = ("variant=solu_ln", "train.checkpoint_every=5", "wandb=off")
 DONE = "done.json"
@@ -81,6 +84,19 @@ def test_a_run_that_an_older_version_finished_is_done(whole: Path, config: Confi
     del done["weights_bytes"]
     (run_dir / DONE).write_text(json.dumps(done))
     assert is_done(run_dir)
+
+
+def test_facts_that_an_older_version_wrote_get_their_chain_from_the_variants_folder(
+    whole: Path, config: Config
+) -> None:
+    run_dir = copied(whole, config, "model.json")
+    facts = load_facts(run_dir)
+    written = json.loads((run_dir / "model.json").read_text())
+    assert written["chain"][-1] == asdict(facts.chain[-1]) == asdict(chain_of("solu_ln")[-1])
+    for name in ("role", "twin", "chain"):
+        del written[name]
+    (run_dir / "model.json").write_text(json.dumps(written))
+    assert load_facts(run_dir) == facts
 
 
 @pytest.mark.parametrize("has_checkpoint", [True, False])

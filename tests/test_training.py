@@ -57,7 +57,7 @@ def test_batches_are_the_same_for_every_variant(tmp_path):
         batches.trainer = type("At", (), {"global_step": 3})
         stream = iter(batches.train_dataloader())
         seen[variant] = torch.cat([next(stream) for _ in range(4)])
-    reference = seen["gelu"]
+    reference = seen[plugins.names("soluscope.variants")[0]]
     assert reference.shape == (16, 32)  # two steps of two micro-batches of four rows
     assert all(torch.equal(reference, tokens) for tokens in seen.values())
 
@@ -256,9 +256,11 @@ def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_pat
     assert ln_facts.kappa == pytest.approx(41.94304)
 
 
-def test_gain_from_a_run_without_layer_norm_is_refused(tiny_study, tmp_path):
+def test_gain_from_a_run_without_a_per_token_gain_is_refused(tiny_study, tmp_path):
     config = tiny_config(tmp_path, "variant=solu_gain", f"mid.gain={tiny_study / 'gelu-s0'}")
-    with pytest.raises(UserError, match="has no LayerNorm to take a gain from"):
+    with pytest.raises(
+        UserError, match="is of gelu, which has no per-token gain to take the mean of"
+    ):
         train_silently(config)
 
 

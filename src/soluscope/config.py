@@ -409,9 +409,10 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     for group, name in groups.items():
         if name is None or name == "???":
             check(group == "variant", f"{group} has no value: give it, as in {group}=…")
+            known = plugins.names("soluscope.variants")
             raise UserError(
-                "variant has no value: give it, as in variant=solu_ln. There are: "
-                + ", ".join(plugins.names("soluscope.variants"))
+                f"variant has no value: give it, as in variant={known[0]}. There are: "
+                + ", ".join(known)
             )
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))

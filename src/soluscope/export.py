@@ -102,7 +102,7 @@ def _variant(run_dir: Path) -> Variant:
 def _check_run(run_dir: Path) -> None:
     if not (run_dir / "config.yaml").is_file():
         said = "has no config.yaml" if run_dir.is_dir() else "does not exist"
-        raise UserError(f"{run_dir} {said}: wanted a run's folder, such as runs/demo/solu_ln-s0")
+        raise UserError(f"{run_dir} {said}: wanted a run's folder, such as runs/STUDY/VARIANT-s0")
     if not is_done(run_dir):
         raise UserError(f"{run_dir} has not finished: train it to its end, then export it")
 
@@ -191,7 +191,7 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     from soluscope.hooked.convert import SoluscopeTransformer, check_agreement
 
     norm = trained.mlp(0).ln
-    if norm is not None and norm.eps is None:
+    if norm is not None and not norm.is_layer_norm:
         raise UserError(f"its mid norm is {facts.mid_norm}, and TransformerLens has LayerNorm only")
     for eps, where in (facts.ln_eps, "residual stream's norms"), (facts.eps, "mid norm"):
         if eps is not None and not math.isclose(eps, LENS_EPS, rel_tol=1e-6):
@@ -320,7 +320,7 @@ def _card(facts: Facts, done: dict[str, Any], probes: str, loading: str, yaml: s
         "report": done.get("report_loss"),
     }
     return "\n".join([
-        "---", "tags:", "- soluscope", "- solu", "- mechanistic-interpretability", "---", "",
+        "---", "tags:", "- soluscope", "- SoLU", "- mechanistic-interpretability", "---", "",
         f"# {_escaped(facts.run)}", "",
         f"A language model of {facts.n_layers} layer{'s'[: facts.n_layers != 1]}, trained to study what "
         f"LayerNorm does in SoLU models; one of the study {_escaped(facts.study)}.", "",

@@ -35,12 +35,14 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_neel_solu_old_weights
 from transformer_lens.supported_models import MODEL_ALIASES
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
-from soluscope.runs.weights import Facts, versions
+from soluscope.runs.weights import Facts, lineage, versions
+from soluscope.variants import Variant
 
 FAMILY = "NeelNanda/"
 """Whose repositories have this layout."""
@@ -49,6 +51,8 @@ WEIGHTS = ("model.safetensors", "*final.pth")
 """In order of preference."""
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
 NORMS = ("LN", "LNPre", "RMS", "RMSPre", None)
+ATTN_ONLY = "attn_only"
+"""Stands for the variant of a model that has no MLP."""
 MOST_SPARE_ROWS = 127
 """How many rows of the embedding may stand for no token: SoLU-1L-old has one, others pad to 128."""
 
@@ -93,8 +97,9 @@ def load_pretrained(
     run = Path(name).resolve().name  # of a repository its name, of a folder the folder's
     # What names the content of a folder is its weights: it has no commit.
     commit = folder.name if repo is not None else _hash(weights, "sha256")
+    variant = _variant(config, name)
     model.facts = Facts(
-        run=run, arm=run, variant=_variant(config, name),
+        run=run, arm=run, variant=variant, **_lineage(variant),
         study="pretrained", seed=0, d_model=config["d_model"], n_heads=config["n_heads"],
         d_mlp=config["d_mlp"], n_layers=config["n_layers"], ctx=config["n_ctx"], d_vocab=config["d_vocab"],
         hooked_act_fn=config["act_fn"], ln_eps=model.cfg.eps, gain=None,
@@ -289,14 +294,10 @@ def _hooked_config(
 
 
 def _variant(config: dict[str, Any], name: str) -> str:
-    """The variant with the model's nonlinearity and mid norm; `attn_only` where it has no MLP."""
+    """The variant with the model's nonlinearity and mid norm; ATTN_ONLY where it has no MLP."""
     if config["attn_only"]:
-        return "attn_only"
-    known = [
-        variant
-        for variant in plugins.names("soluscope.variants")
-        if plugins.pick("soluscope.variants", variant).hooked_act_fn == variant
-    ]
+        return ATTN_ONLY
+    known = _variants_by_act_fn()
     if str(config["act_fn"]).startswith("soluscope:"):
         raise UserError(
             f"{name} is an exported run of a variant that this layout cannot express ({config['act_fn']}): "
@@ -307,7 +308,33 @@ def _variant(config: dict[str, Any], name: str) -> str:
             f"the layout of {name} is not known: its config.json has act_fn={config['act_fn']!r}, known "
             f"is {' or '.join(map(repr, known))}"
         )
-    return str(config["act_fn"])
+    return known[config["act_fn"]]
+
+
+def _variants_by_act_fn() -> dict[str, str]:
+    """Return the variants that TransformerLens's own classes compute, by its act_fn for them.
+
+    Where several compute the same, the variant that is called as the act_fn is stands for them.
+    """
+    pre = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variants: dict[str, str] = {}
+    for name in plugins.names("soluscope.variants"):
+        variant: Variant = plugins.pick("soluscope.variants", name)
+        act_fn, build_norm = variant.hooked_act_fn, variant.build_norm
+        same_mid = torch.allclose(
+            SUPPORTED_ACTIVATIONS[act_fn](pre), variant.nonlinearity(pre), atol=1e-9
+        )
+        same_norm = build_norm is None or build_norm(8, variant.params()).is_layer_norm
+        if same_mid and same_norm and (act_fn not in variants or act_fn == name):
+            variants[act_fn] = name
+    return variants
+
+
+def _lineage(variant: str) -> dict[str, Any]:
+    """Return the variant's role, twin and chain; a model without MLPs has none."""
+    if variant == ATTN_ONLY:
+        return {"role": "", "twin": "", "chain": ()}
+    return lineage(variant)
 
 
 def _has_mid_norm(model: SoluscopeTransformer) -> bool:

@@ -130,7 +130,7 @@ PROBE = Probe(
     "does is its gain. A rise where the gain is kept, in a model whose scale hardly varies, says that "
     "the mean carries it.",
     pitfalls="The edit is off the training distribution and beta alone is refit: W_out could do the rest exactly, "
-    "so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at every token, "
+    "so a rise is no proof of need; a trained arm with RMSNorm is. RMSNorm's gain is lower at every token, "
     "which gamma would take up: read the matched one.",
     formula="dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a constant; "
     "((a - m) gamma) W_out = sum_j a_j v_j",

@@ -85,7 +85,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         },
     )
     scale = torch.tensor([4.0, 8.0]).double().sqrt()  # of mean squares 1 and 5
-    uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None])
+    uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None], centres=False)
     yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
     bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
     yield bent, {"residual": [0, 0.5**0.5]}

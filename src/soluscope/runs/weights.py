@@ -29,6 +29,7 @@ from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
 from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
+from soluscope.variants import Step, chain_of, twin_of
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,26 @@ class Facts:
     """Hash of the configuration."""
     commit: str
     versions: dict[str, str]
+    role: str
+    """The variant's `role`, `twin` and chain, as the variants folder had them."""
+    twin: str
+    chain: tuple[Step, ...]
+    """From the root of the chain to the variant itself, members that the study lacks included."""
 
     @property
     def kappa(self) -> float | None:
         """eps * d_mlp^2, the dose (science.md section 1.4)."""
         return None if self.eps is None else self.eps * self.d_mlp**2
+
+
+def lineage(variant: str) -> dict[str, Any]:
+    """Return what the variants folder says of a variant's place among the others, as `Facts` has it.
+
+    Raises:
+        UserError: if there is no such variant, or it names another that does not exist.
+    """
+    role = plugins.pick("soluscope.variants", variant).role
+    return {"role": role, "twin": twin_of(variant), "chain": chain_of(variant)}
 
 
 def claim(config: Config) -> str:
@@ -118,7 +134,8 @@ def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
 
 
 def load_facts(run_dir: Path) -> Facts:
-    """Facts of a finished run.
+    """Facts of a finished run. Where an older version wrote them, the variant's role, twin and chain
+    are those of today's variants folder.
 
     Raises:
         UserError: if there is no such run, it is not finished, or the file is broken.
@@ -129,8 +146,12 @@ def load_facts(run_dir: Path) -> Facts:
         raise UserError(f"no model at {run_dir}: the run {state}")
     try:
         record = json.loads(path.read_text(encoding="utf8"))
+        if "role" not in record:
+            record |= lineage(record["variant"])
+        else:
+            record["chain"] = tuple(Step(**step) for step in record["chain"])
         return Facts(**{field.name: record[field.name] for field in fields(Facts)})
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is broken ({error}): delete {run_dir} and train again") from error
 
 

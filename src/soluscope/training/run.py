@@ -38,13 +38,14 @@ from soluscope.data.streams import spread
 from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
 from soluscope.model import LanguageModel, Record
-from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.norms import StaticNorm, gain_matching_rms
 from soluscope.runs.folder import last_checkpoint, lock, record_failure
 from soluscope.runs.weights import (
     Facts,
     build_model,
     claim,
     commit,
+    lineage,
     load_checkpoint,
     load_model,
     save_model,
@@ -53,6 +54,7 @@ from soluscope.runs.weights import (
 from soluscope.training import processes
 from soluscope.training.processes import Place
 from soluscope.training.tracking import Tracker, check_login, tracked
+from soluscope.variants import check_variant
 
 if TYPE_CHECKING:  # a bare machine trains without them
     from jaxtyping import Int
@@ -102,6 +104,7 @@ def _train_first(
     config: Config, state: str, here: Place, progress: Progress | NoProgress | None
 ) -> None:
     """The first process's part, and with one process all of it."""
+    check_variant(config.variant, config.mid, config.model.d_mlp)
     cache = prepare(config)
     for split in SPLITS:
         cache.rows(split, config.model.ctx)  # refuse a ctx that is too long before training
@@ -266,13 +269,13 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         d_vocab=cache.meta["d_vocab"],
         hooked_act_fn=plugins.pick("soluscope.variants", config.variant).hooked_act_fn,
         ln_eps=config.model.ln_eps, mid_norm=type(norm).__name__ if norm is not None else None,
-        eps=getattr(norm, "eps", None),
+        eps=norm.eps if norm is not None else None,
         gain=float(norm.gain) if isinstance(norm, StaticNorm) else None,
         bos=cache.meta["bos"], eos=cache.meta["eos"], pad=cache.meta["pad"],
         tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
         precision=config.train.precision, device="cuda" if _on_cuda(config) else "cpu",
-        config=config.hash, commit=commit(), versions=versions(),
+        config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
     )  # fmt: skip
 
 
@@ -453,9 +456,9 @@ class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
-    """Give each static mid norm its constant: a number, LayerNorm's rms at init, or a run's mean gain.
+    """Give each static mid norm its constant: a number, a per-token norm's rms at init, or a run's mean gain.
 
-    Source: science.md section 3, rows solu_gain and solu_frozen_ln.
+    Source: science.md section 3, its rows with a constant gain.
     """
     for index in range(config.model.n_layers):
         norm = model.mlp(index).ln
@@ -465,7 +468,7 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
         if isinstance(gain, str) and gain == "init":
             mid = _first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
             content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
-            gain = gain_matching_layer_norm(norm, content, config.mid.epsilon(config.model.d_mlp))
+            gain = gain_matching_rms(norm, content, config.mid.epsilon(config.model.d_mlp))
         elif isinstance(gain, str):
             gain = mean_gain(Path(gain.format(seed=config.seed)), index, cache)
         norm.gain.fill_(gain)
@@ -483,7 +486,7 @@ def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Reco
 
 @torch.no_grad()
 def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
-    """exp(mean log gain) of a finished run's mid LayerNorm on the select split, BOS left out.
+    """exp(mean log gain) of a finished run's per-token mid norm on the select split, BOS left out.
 
     The report split is left alone: a gain chosen on it would be chosen on what it is judged by.
 
@@ -494,7 +497,8 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
     norm = model.mlp(layer).ln
     if norm is None or norm.eps is None:
         raise UserError(
-            f"mid.gain={run_dir} has no LayerNorm to take a gain from: name a solu_ln run"
+            f"mid.gain={run_dir} is of {facts.variant}, which has no per-token gain to take the mean of: "
+            "name a run of a variant that has"
         )
     if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
         raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
@@ -666,13 +670,13 @@ class RunFolder(lightning.Callback):
 
 @torch.no_grad()
 def engagement(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str, float]:
-    """r and gain of the mid LayerNorm now (medians over one row, BOS left out): P23 needs their course."""
+    """r and gain of the per-token mid norm now (medians over one row, BOS left out): P23 needs their course."""
     norm = model.mlp(0).ln
     if norm is None or norm.eps is None:
         return {}
     record: Record = {}
     model.residual(tokens, record)
-    square = record["blocks.0.mlp.ln.hook_scale"][:, 1:].double().square()  # var + eps
+    square = record["blocks.0.mlp.ln.hook_scale"][:, 1:].double().square()  # s2 + eps
     return {
         "r": float((1 - norm.eps / square).median()),
         "gain": float(square.rsqrt().median()),

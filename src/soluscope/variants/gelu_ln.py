@@ -33,6 +33,9 @@ def build_norm(d_mlp: int, params: Params) -> LayerNorm:
 VARIANT = Variant(
     nonlinearity=gelu,
     hooked_act_fn="solu_ln",  # so that hook_mid exists; the conversion sets the nonlinearity itself
+    role="baseline",
     build_norm=build_norm,
     params=Params,
+    after="gelu",
+    adds="LayerNorm without SoLU",
 )

@@ -24,5 +24,11 @@ def build_norm(d_mlp: int, params: StaticParams) -> FrozenLayerNorm:
 
 
 VARIANT = Variant(
-    nonlinearity=solu, hooked_act_fn="solu_ln", build_norm=build_norm, params=StaticParams
+    nonlinearity=solu,
+    hooked_act_fn="solu_ln",
+    role="static",
+    build_norm=build_norm,
+    params=StaticParams,
+    after="solu_gain",
+    adds="centring and LayerNorm's affine parameters",
 )

@@ -23,5 +23,11 @@ def build_norm(d_mlp: int, params: StaticParams) -> Gain:
 
 
 VARIANT = Variant(
-    nonlinearity=solu, hooked_act_fn="solu_ln", build_norm=build_norm, params=StaticParams
+    nonlinearity=solu,
+    hooked_act_fn="solu_ln",
+    role="static",
+    build_norm=build_norm,
+    params=StaticParams,
+    after="solu",
+    adds="an output scale, one number for all tokens",
 )

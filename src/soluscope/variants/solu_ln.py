@@ -21,5 +21,12 @@ def build_norm(d_mlp: int, params: LayerNormParams) -> LayerNorm:
 
 
 VARIANT = Variant(
-    nonlinearity=solu, hooked_act_fn="solu_ln", build_norm=build_norm, params=LayerNormParams
+    nonlinearity=solu,
+    hooked_act_fn="solu_ln",
+    role="per_token",
+    build_norm=build_norm,
+    params=LayerNormParams,
+    after="solu_frozen_ln",
+    adds="a per-token scale, with its gradient",
+    twin="solu_frozen_ln",
 )
