@@ -71,24 +71,24 @@ def test_a_correlation_with_a_constant_is_undefined_and_not_zero():
 
 
 @pytest.mark.parametrize(
-    ("gate", "interval", "verdict"),
+    ("gate", "interval", "passed"),
     [
-        (Gate("c", "q", above=0.5), (0.7, 0.6, 0.8), "pass"),
-        (Gate("c", "q", above=0.5), (0.7, 0.4, 0.8), "FAIL"),
-        (Gate("c", "q", above=0.5), (0.7, None, None), "FAIL"),
-        (Gate("c", "q", below=-0.5), (-0.7, -0.8, -0.6), "pass"),
-        (Gate("c", "q", below=-0.5), (-0.7, -0.8, -0.4), "FAIL"),
-        (Gate("c", "q", above=0.5, truth=0.72), (0.7, 0.6, 0.8), "pass"),
-        (Gate("c", "q", above=0.5, truth=0.8), (0.7, 0.6, 0.8), "FAIL"),
-        (Gate("c", "q", within=0.01), (0.0, -0.005, 0.005), "pass"),
-        (Gate("c", "q", within=0.01), (0.0, -0.02, 0.005), "FAIL"),
-        (Gate("c", "q", within=0.01, around=1.0), (1.0, 0.995, 1.005), "pass"),
+        (Gate("c", "q", above=0.5), (0.7, 0.6, 0.8), True),
+        (Gate("c", "q", above=0.5), (0.7, 0.4, 0.8), False),
+        (Gate("c", "q", above=0.5), (0.7, None, None), False),
+        (Gate("c", "q", below=-0.5), (-0.7, -0.8, -0.6), True),
+        (Gate("c", "q", below=-0.5), (-0.7, -0.8, -0.4), False),
+        (Gate("c", "q", above=0.5, truth=0.72), (0.7, 0.6, 0.8), True),
+        (Gate("c", "q", above=0.5, truth=0.8), (0.7, 0.6, 0.8), False),
+        (Gate("c", "q", within=0.01), (0.0, -0.005, 0.005), True),
+        (Gate("c", "q", within=0.01), (0.0, -0.02, 0.005), False),
+        (Gate("c", "q", within=0.01, around=1.0), (1.0, 0.995, 1.005), True),
     ],
 )
-def test_a_gate_asks_the_interval_and_not_the_estimate(gate, interval, verdict):
+def test_a_gate_asks_the_interval_and_not_the_estimate(gate, interval, passed):
     value, low, high = interval
-    found, asked = judge(gate, Interval(value, low, high, 100, 30))
-    assert found == verdict
+    judged, asked = judge(gate, Interval(value, low, high, 100, 30))
+    assert judged is passed
     assert asked
 
 
@@ -115,9 +115,9 @@ def test_false_positives_are_counted_with_their_binomial_interval(monkeypatch):
     """About one in twenty, where the seed alone differs; every time, where the rule is rigged."""
     monkeypatch.setattr(calibration, "N_MODELS", 64)
     rows = list(calibration.false_positives("engagement", n_draws=60))
-    assert all(row.note == "pass: nominal 0.05" for row in rows)
+    assert all(row.passed and row.note == "nominal 0.05" for row in rows)
     assert all(row.value < 0.2 for row in rows)
-    assert [row.group for row in rows] == ["untrained models", "shuffled labels"]
+    assert [row.source for row in rows] == ["untrained models", "shuffled labels"]
     for row in rows:
         assert 0 <= row.low <= row.value <= row.high <= 1
         wanted = scipy_stats.binomtest(round(row.value * row.n), row.n).proportion_ci()
@@ -125,16 +125,26 @@ def test_false_positives_are_counted_with_their_binomial_interval(monkeypatch):
     monkeypatch.setattr(calibration, "_leaves_out_zero", lambda interval: True)
     for row in calibration.false_positives("engagement", n_draws=20):
         assert row.value == 1  # however the interval lies
-        assert row.note.startswith("FAIL")
+        assert row.passed is False
 
 
 def test_a_probe_that_misses_its_control_is_marked(monkeypatch):
     probe = plugins.pick("soluscope.probes", "engagement")
     wrong = dataclasses.replace(probe, gates=(Gate("pinned", "r", above=0.5),))
     monkeypatch.setattr("soluscope.probes.engagement.PROBE", wrong)
-    (row,) = calibration.check_gates("engagement")
-    assert row.note == "FAIL: above 0.5"
-    assert (row.probe, row.quantity, row.group) == ("controls", "engagement", "pinned")
+    (gate,) = calibration.check_gates("engagement")
+    assert not gate.passed
+    assert (gate.asked, gate.sign, gate.note) == ("above 0.5", "positive", "")
+    assert (gate.probe, gate.control, gate.section) == ("engagement", "pinned", "C3")
+
+
+def test_where_a_probe_must_find_nothing_the_gate_is_negative(monkeypatch):
+    probe = plugins.pick("soluscope.probes", "engagement")
+    nothing = dataclasses.replace(probe, gates=(Gate("pinned", "r", within=0.01),))
+    monkeypatch.setattr("soluscope.probes.engagement.PROBE", nothing)
+    (gate,) = calibration.check_gates("engagement")
+    assert (gate.passed, gate.sign) == (True, "negative")
+    assert gate.asked == "within 0.01 of 0 (90% interval)"
 
 
 def test_a_difference_between_random_halves_is_of_the_halves_own_estimates():

@@ -19,7 +19,7 @@ import soluscope
 from soluscope import results
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
-from soluscope.results import Row
+from soluscope.results import Measurement
 from soluscope.runs.folder import last_checkpoint, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
@@ -94,7 +94,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
     (REPORT,): "the following arguments are required: study",
-    (REPORT, "."): "no results at results.jsonl: make them with 'python eval/run.py .'",
+    (REPORT, "."): "no results at results.jsonl: make it again with 'python eval/run.py .'",
     (LAUNCH,): "0 sweep files given, wanted one",
     (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
     (LAUNCH, "broken.yaml"): "broken.yaml is not YAML",
@@ -168,14 +168,16 @@ def test_mistake_is_status_2_to_the_shell() -> None:
 
 
 def test_report_is_made_without_torch_and_skips_a_broken_last_line(tmp_path: Path) -> None:
-    row = Row(study="s", probe="loss", quantity="loss", value=3.0, unit="nats / token",
-              run="solu-s0", arm="solu", variant="solu", seed=0, stream="natural")  # fmt: skip
-    results.write(tmp_path / "results.jsonl", [row])
+    loss = Measurement(
+        study="s", probe="loss", quantity="loss", value=3.0, unit="nats / token",
+        run="solu-s0", arm="solu", variant="solu", seed=0, stream="natural",
+    )  # fmt: skip
+    results.write(tmp_path / "results.jsonl", [loss])
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"study": "s", "probe": "lo')
     (answer,) = answers(tmp_path, (REPORT, "."))
     assert answer.status == 0, answer.errors
-    assert answer.errors.splitlines()[0].startswith("warning: results.jsonl line 2 is not a row")
+    assert answer.errors.splitlines()[0].startswith("warning: results.jsonl line 2 is no record")
     assert "report: report.html" in answer.output
     assert not {"torch", "lightning", "transformer_lens", "transformers"} & set(answer.heavy)
 

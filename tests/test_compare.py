@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pandas as pd
@@ -13,11 +13,24 @@ import scipy.stats
 from conftest import tiny_config
 
 from soluscope.comparison import stats
-from soluscope.comparison.compare import SETTINGS, UNDEFINED, compare, confirm
+from soluscope.comparison.compare import SETTINGS, Lineage, confirm
+from soluscope.comparison.compare import compare as compare_with
 from soluscope.config import to_yaml
 from soluscope.errors import UserError
-from soluscope.evaluation.suite import _settings
-from soluscope.results import Row
+from soluscope.evaluation.suite import _lineages, _settings
+from soluscope.results import (
+    ChoicePoint,
+    Comparison,
+    Grid,
+    Measurement,
+    NoChoice,
+    Record,
+    Setting,
+    Step,
+    Term,
+    Verdict,
+    of_kind,
+)
 from soluscope.runs.weights import Facts
 
 N_DOCUMENTS = 40
@@ -72,6 +85,29 @@ def make_losses(
     return pd.DataFrame(rows)
 
 
+def chain(*variants: str) -> tuple[Step, ...]:
+    """Each variant adds itself to the one before it."""
+    return tuple(Step(name, f"what {name} adds" if i else "") for i, name in enumerate(variants))
+
+
+LINEAGES = {
+    "gelu": Lineage("baseline", "", chain("gelu")),
+    "gelu_ln": Lineage("baseline", "", chain("gelu", "gelu_ln")),
+    "solu": Lineage("plain", "", chain("solu")),
+    "solu_gain": Lineage("static", "", chain("solu", "solu_gain")),
+    "solu_frozen_ln": Lineage("static", "", chain("solu", "solu_gain", "solu_frozen_ln")),
+    "solu_ln": Lineage(
+        "per_token", "solu_frozen_ln", chain("solu", "solu_gain", "solu_frozen_ln", "solu_ln")
+    ),
+}
+"""Stated here: the comparison knows variants by these fields alone."""
+
+
+def compare(study: str, losses: pd.DataFrame, commit: str, **more: Lineage) -> list[Record]:
+    """Compare with `LINEAGES` and those of further variants, by name."""
+    return compare_with(study, losses, commit, LINEAGES | more)
+
+
 SIX = {
     "gelu": 3.00,
     "gelu_ln": 3.01,
@@ -82,22 +118,30 @@ SIX = {
 }
 
 
-def find(rows, quantity, cluster="seed", **fields):
-    """The one row of `quantity` that has these fields."""
-    found = [
-        row
-        for row in rows
-        if row.quantity == quantity
-        and row.cluster == cluster
-        and all(getattr(row, key) == value for key, value in fields.items())
-    ]
-    assert len(found) == 1, found
-    return found[0]
+def find(records, term, cluster="seed", lr=None, **fields):
+    """The one comparison of `term` that has these fields."""
+    (record,) = (
+        each
+        for each in terms(records, term)
+        if (each.cluster, each.lr) == (cluster, lr)
+        and all(getattr(each, key) == value for key, value in fields.items())
+    )
+    return record
+
+
+def terms(records, *wanted):
+    """The comparisons of these terms."""
+    return [each for each in of_kind(records, Comparison) if each.term in wanted]
+
+
+def curve_points(records, setting):
+    """The points of the curves on which a setting was chosen."""
+    return [each for each in of_kind(records, ChoicePoint) if each.setting == setting]
 
 
 def test_loss_of_an_arm_is_the_mean_over_its_seeds():
     losses = make_losses(SIX)
-    row = find(compare("study", losses, "abc"), "loss", arm="solu")
+    row = find(compare("study", losses, "abc"), Term.LOSS, arm="solu")
     report = losses[(losses.arm == "solu") & (losses.split == "report")]
     sums = report.groupby("seed")[["loss_sum", "n_tokens"]].sum()
     per_seed = sums.loss_sum / sums.n_tokens
@@ -109,13 +153,13 @@ def test_loss_of_an_arm_is_the_mean_over_its_seeds():
 
 def test_every_arm_is_compared_with_gelu_and_with_solu_ln_both_ways():
     rows = compare("study", make_losses(SIX), "abc")
-    pairs = {(row.arm, row.group, row.cluster) for row in rows if row.quantity == "difference"}
+    pairs = {(row.arm, row.against, row.cluster) for row in terms(rows, Term.DIFFERENCE)}
     assert len(pairs) == 2 * 2 * 5
-    row = find(rows, "difference", arm="solu_gain", group="minus gelu")
+    row = find(rows, Term.DIFFERENCE, arm="solu_gain", against="gelu")
     assert row.value == pytest.approx(0.06, abs=0.001)
     assert row.low < row.value < row.high
     assert "sign-flip p = 0.00781" in row.note
-    fixed = find(rows, "difference", "document", arm="solu_gain", group="minus gelu")
+    fixed = find(rows, Term.DIFFERENCE, "document", arm="solu_gain", against="gelu")
     assert fixed.value == pytest.approx(row.value)
     assert (row.n_clusters, fixed.n_clusters) == (8, N_DOCUMENTS)
 
@@ -124,71 +168,70 @@ def test_the_interval_for_trained_models_is_narrower_than_the_one_for_new_seeds(
     rows = compare(
         "study", make_losses(SIX, n_seeds=2, seed_noise=0.01, document_noise=0.01), "abc"
     )
-    new, fixed = find(rows, "gain of LN"), find(rows, "gain of LN", "document")
+    new, fixed = find(rows, Term.GAIN), find(rows, Term.GAIN, "document")
     assert new.low < fixed.low < fixed.high < new.high
 
 
 def test_only_seeds_that_both_arms_have_are_compared():
     losses = make_losses(SIX, n_seeds=4)
     losses = losses[(losses.arm != "solu_ln") | (losses.seed >= 1)]
-    row = find(compare("study", losses, "abc"), "gain of LN")
+    row = find(compare("study", losses, "abc"), Term.GAIN)
     assert row.n == 3
-    assert [row.n for row in compare("study", losses, "abc") if row.quantity == "loss"].count(
-        4
-    ) == 5
+    assert [row.n for row in terms(compare("study", losses, "abc"), Term.LOSS)].count(4) == 5
 
 
 def test_phi_dyn_is_the_share_that_was_put_in():
     rows = compare("study", make_losses(SIX), "abc")
-    row = find(rows, "Phi_dyn")
+    row = find(rows, Term.SHARE)
     assert row.value == pytest.approx(0.02 / 0.08, abs=0.02)
     assert row.low < 0.25 < row.high
     assert row.high - row.low < 0.05
     assert "seeds and documents resampled; Fieller's is 0.2" in row.note
-    assert find(rows, "gain of LN").value == pytest.approx(0.08, abs=0.001)
-    assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.001)
-    assert find(rows, "static - LN").note.startswith("different: farther than 0.005 nats")
+    assert find(rows, Term.GAIN).value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.STATIC).value == pytest.approx(0.02, abs=0.001)
+    assert find(rows, Term.STATIC).verdict is Verdict.DIFFERENT
+    assert find(rows, Term.STATIC).note.startswith("different: farther than 0.005 nats")
 
 
 def test_the_primary_family_is_corrected_for_every_solu_ln_arm():
     # One arm is better than the static one at all eight seeds, one is as good.
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.0601}
     rows = compare("study", make_losses(arms), "abc")
-    p = {name: find(rows, "static - LN", arm=name).p for name in ("solu_ln-k42", "solu_ln-k0")}
+    p = {name: find(rows, Term.STATIC, arm=name).p for name in ("solu_ln-k42", "solu_ln-k0")}
     assert p["solu_ln-k42"] == 2 / 256
     assert p["solu_ln-k0"] > 0.05
-    for quantity in ("static - LN", "Phi_dyn"):
+    for term in (Term.STATIC, Term.SHARE):
         for name in p:
-            row = find(rows, quantity, arm=name)
+            row = find(rows, term, arm=name)
             assert row.p == p[name]
             assert row.p_adj == pytest.approx(stats.holm(p)[name])
-        assert find(rows, quantity, arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
-    note = find(rows, "Phi_dyn", arm="solu_ln-k42").note
+        assert find(rows, term, arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
+    note = find(rows, Term.SHARE, arm="solu_ln-k42").note
     assert "sign-flip p of its numerator = 0.00781; Holm-adjusted p = 0.0156 over" in note
 
 
 def test_an_undefined_phi_dyn_has_no_p_and_its_numerator_stays_in_the_family():
     arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.04}
     rows = compare("study", make_losses(arms), "abc")
-    undefined = find(rows, "Phi_dyn", arm="solu_ln-k0")
+    undefined = find(rows, Term.SHARE, arm="solu_ln-k0")
     assert (undefined.value, undefined.p, undefined.p_adj) == (None, None, None)
-    assert find(rows, "Phi_dyn", arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
-    assert find(rows, "static - LN", arm="solu_ln-k0").p_adj == pytest.approx(4 / 256)
+    assert find(rows, Term.SHARE, arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
+    assert find(rows, Term.STATIC, arm="solu_ln-k0").p_adj == pytest.approx(4 / 256)
 
 
 def test_p_is_of_differences_over_seeds_and_of_nothing_else():
-    rows = compare("study", make_losses(SIX), "abc")
-    assert find(rows, "difference", arm="solu", group="minus gelu").p == 2 / 256
-    assert find(rows, "gain of LN").p == 2 / 256
-    assert {row.p for row in rows if row.cluster != "seed" or row.quantity == "loss"} == {None}
-    adjusted = {row.quantity for row in rows if row.p_adj is not None}
-    assert adjusted == {"static - LN", "Phi_dyn"}
-    one_seed = compare("study", make_losses(SIX, n_seeds=1), "abc")
+    rows = of_kind(compare("study", make_losses(SIX), "abc"), Comparison)
+    assert find(rows, Term.DIFFERENCE, arm="solu", against="gelu").p == 2 / 256
+    assert find(rows, Term.GAIN).p == 2 / 256
+    assert {row.p for row in rows if row.cluster != "seed" or row.term is Term.LOSS} == {None}
+    adjusted = {row.term for row in rows if row.p_adj is not None}
+    assert adjusted == {Term.STATIC, Term.SHARE}
+    one_seed = of_kind(compare("study", make_losses(SIX, n_seeds=1), "abc"), Comparison)
     assert {(row.p, row.p_adj) for row in one_seed} == {(None, None)}
 
 
 def test_phi_dyn_of_few_seeds_has_fiellers_interval():
-    row = find(compare("study", make_losses(SIX, n_seeds=3), "abc"), "Phi_dyn")
+    row = find(compare("study", make_losses(SIX, n_seeds=3), "abc"), Term.SHARE)
     assert row.note.startswith("Fieller's interval: 3 seeds are too few to resample")
     assert row.low < 0.25 < row.high
 
@@ -196,7 +239,7 @@ def test_phi_dyn_of_few_seeds_has_fiellers_interval():
 @pytest.mark.parametrize(
     ("changes", "n_seeds", "why"),
     [
-        ({"solu": 2.95}, 8, "plain solu is better"),
+        ({"solu": 2.95}, 8, "the plain arm is better"),
         ({"solu": 3.0201}, 8, "it reaches 0"),
         ({"solu": 3.0245}, 8, "its lower end is not above 0.005 nats"),
         ({}, 1, "with one seed, which gives no interval for new seeds"),
@@ -204,82 +247,150 @@ def test_phi_dyn_of_few_seeds_has_fiellers_interval():
 )
 def test_phi_dyn_is_undefined_where_there_is_no_gain(changes, n_seeds, why):
     rows = compare("study", make_losses(SIX | changes, n_seeds=n_seeds), "abc")
-    row = find(rows, "Phi_dyn")
+    row = find(rows, Term.SHARE)
     assert row.value is None
     assert (row.low, row.high) == (None, None)
-    assert row.note.startswith(UNDEFINED)
+    assert row.verdict is Verdict.UNDEFINED
+    assert row.note.startswith("undefined: no gain of LN at this size")
     assert why in row.note
-    assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.002)
+    assert find(rows, Term.STATIC).value == pytest.approx(0.02, abs=0.002)
 
 
 def test_two_seeds_that_differ_do_not_establish_a_gain():
     losses = make_losses(SIX, n_seeds=2, worse={"solu-s1": 0.03})
     rows = compare("study", losses, "abc")
-    assert find(rows, "gain of LN", "document").low > 0.05
-    assert "it reaches 0" in find(rows, "Phi_dyn").note
+    assert find(rows, Term.GAIN, "document").low > 0.05
+    assert "it reaches 0" in find(rows, Term.SHARE).note
 
 
 def test_equal_static_arm_is_called_equivalent():
     rows = compare("study", make_losses(SIX | {"solu_gain": 3.0201}), "abc")
-    assert find(rows, "static - LN").note.startswith("equivalent: closer than 0.005 nats")
+    assert find(rows, Term.STATIC).verdict is Verdict.EQUIVALENT
+    assert find(rows, Term.STATIC).note.startswith("equivalent: closer than 0.005 nats")
 
 
 def test_the_static_arm_is_chosen_on_select_even_where_report_disagrees():
     arms = SIX | {"solu_gain-c4": 3.05, "solu_gain-c79": 3.00}
     select = arms | {"solu_gain-c4": 3.01, "solu_gain-c79": 3.09}
     rows = compare("study", make_losses(arms, select=select), "abc")
-    row = find(rows, "static - LN")
+    row = find(rows, Term.STATIC)
     assert row.value == pytest.approx(0.03, abs=0.001)
-    assert "best static is solu_gain-c4, chosen on the select split" in row.note
-    assert "solu_gain-c79 3." in row.note
+    assert row.against == "solu_gain-c4"
+    assert row.choice.startswith("solu_gain-c4, chosen on the select split: ")
+    assert "solu_gain-c79 3." in row.choice
 
 
 def test_every_solu_ln_arm_has_its_own_contrasts():
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.04}
     rows = compare("study", make_losses(arms), "abc")
-    assert find(rows, "gain of LN", arm="solu_ln-k42").value == pytest.approx(0.08, abs=0.001)
-    assert find(rows, "gain of LN", arm="solu_ln-k0").value == pytest.approx(0.06, abs=0.001)
-    assert find(rows, "Phi_dyn", arm="solu_ln-k42").value == pytest.approx(0.5, abs=0.02)
-    assert find(rows, "Phi_dyn", arm="solu_ln-k0").value == pytest.approx(1 / 3, abs=0.02)
+    assert find(rows, Term.GAIN, arm="solu_ln-k42").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln-k0").value == pytest.approx(0.06, abs=0.001)
+    assert find(rows, Term.SHARE, arm="solu_ln-k42").value == pytest.approx(0.5, abs=0.02)
+    assert find(rows, Term.SHARE, arm="solu_ln-k0").value == pytest.approx(1 / 3, abs=0.02)
 
 
 @pytest.mark.parametrize(
     ("missing", "steps"),
     [
-        (
-            (),
-            [
-                "solu - solu_gain",
-                "solu_gain - solu_frozen_ln",
-                "solu_frozen_ln - solu_ln_det",
-                "solu_ln_det - solu_ln",
-            ],
-        ),
-        (
-            ("solu_ln_det",),
-            ["solu - solu_gain", "solu_gain - solu_frozen_ln", "solu_frozen_ln - solu_ln"],
-        ),
-        (("solu_ln_det", "solu_gain"), ["solu - solu_frozen_ln", "solu_frozen_ln - solu_ln"]),
-        (("solu_ln_det", "solu_gain", "solu_frozen_ln"), ["solu - solu_ln"]),
+        ((), ["solu solu_gain", "solu_gain solu_frozen_ln", "solu_frozen_ln solu_det", "solu_det solu_ln"]),
+        (("solu_det",), ["solu solu_gain", "solu_gain solu_frozen_ln", "solu_frozen_ln solu_ln"]),
+        (("solu_det", "solu_gain"), ["solu solu_frozen_ln", "solu_frozen_ln solu_ln"]),
+        (("solu_det", "solu_gain", "solu_frozen_ln"), ["solu solu_ln"]),
     ],
-)
-def test_telescoping_terms_sum_to_the_gain_of_ln(missing, steps):
-    arms = {
-        name: loss for name, loss in (SIX | {"solu_ln_det": 3.03}).items() if name not in missing
+)  # fmt: skip
+def test_steps_along_the_chain_sum_to_the_gain_of_ln_over_the_members_there_are(missing, steps):
+    """A member may have a per-token norm too: it is a step of the other's chain."""
+    long = chain("solu", "solu_gain", "solu_frozen_ln", "solu_det", "solu_ln")
+    lineages = {
+        "solu_ln": Lineage("per_token", "solu_frozen_ln", long),
+        "solu_det": Lineage("per_token", "", long[:-1]),
     }
-    rows = compare("study", make_losses(arms, document_noise=0.1), "abc")
-    terms = [row for row in rows if row.quantity.startswith("telescoping: ")]
-    assert [row.quantity.removeprefix("telescoping: ") for row in terms] == steps
-    assert sum(row.value for row in terms) == pytest.approx(
-        find(rows, "gain of LN").value, abs=1e-12
+    arms = {name: loss for name, loss in (SIX | {"solu_det": 3.03}).items() if name not in missing}
+    rows = compare("study", make_losses(arms, document_noise=0.1), "abc", **lineages)
+    made = [row for row in terms(rows, Term.STEP) if row.arm == "solu_ln"]
+    assert [" ".join(row.step) for row in made] == steps
+    assert [row.against for row in made] == [step.split()[0] for step in steps]
+    assert sum(row.value for row in made) == pytest.approx(
+        find(rows, Term.GAIN, arm="solu_ln").value, abs=1e-12
     )
+    added = [row.adds.split("; ") for row in made]
+    assert [name for names in added for name in names] == [step.adds for step in long[1:]]
+    assert [names[-1] for names in added] == [f"what {step.split()[1]} adds" for step in steps]
 
 
-def test_missing_arms_leave_their_rows_out():
+def test_missing_arms_leave_their_records_out():
     rows = compare("study", make_losses({"gelu": 3.0, "solu": 3.1}), "abc")
-    assert {row.quantity for row in rows} == {"loss", "difference", "setting"}
+    assert {row.term for row in of_kind(rows, Comparison)} == {Term.LOSS, Term.DIFFERENCE}
     rows = compare("study", make_losses({"solu_ln": 3.0}), "abc")
-    assert {row.quantity for row in rows} == {"loss", "setting"}
+    assert {row.term for row in of_kind(rows, Comparison)} == {Term.LOSS}
+
+
+# ---------------------------------------------------------------- roles
+
+WITHOUT_GELU_LN = {name: loss for name, loss in SIX.items() if name != "gelu_ln"}
+
+
+def test_a_new_static_variant_can_be_the_best_static_arm():
+    rows = compare("study", make_losses(WITHOUT_GELU_LN), "abc")
+    before = find(rows, Term.STATIC)
+    assert (before.value, before.verdict) == (pytest.approx(0.02, abs=0.001), Verdict.DIFFERENT)
+    assert find(rows, Term.SHARE).value == pytest.approx(0.25, abs=0.01)
+
+    scalar = Lineage("static", "", chain("solu", "solu_scalar"))
+    arms = WITHOUT_GELU_LN | {"solu_scalar": 3.02}
+    rows = compare("study", make_losses(arms), "abc", solu_scalar=scalar)
+    after = find(rows, Term.STATIC)
+    assert (after.value, after.verdict) == (pytest.approx(0, abs=0.001), Verdict.EQUIVALENT)
+    assert find(rows, Term.SHARE).value == pytest.approx(0, abs=0.01)
+    assert (after.against, find(rows, Term.SHARE).against) == ("solu_scalar", "solu_scalar")
+    assert after.choice.startswith("solu_scalar, chosen on the select split: ")
+
+
+RMS = {
+    "solu_frozen_rms": Lineage("static", "", chain("solu", "solu_frozen_rms")),
+    "solu_rms": Lineage(
+        "per_token", "solu_frozen_rms", chain("solu", "solu_frozen_rms", "solu_rms")
+    ),
+}
+
+
+def test_a_second_per_token_variant_has_its_own_gain_static_arm_and_chain():
+    arms = SIX | {"solu_frozen_rms": 3.07, "solu_rms": 3.05}
+    rows = compare("study", make_losses(arms), "abc", **RMS)
+    assert find(rows, Term.GAIN, arm="solu_rms").value == pytest.approx(0.05, abs=0.001)
+    # The best static arm is that of all, whatever chain it is in.
+    static = find(rows, Term.STATIC, arm="solu_rms")
+    assert static.value == pytest.approx(-0.01, abs=0.001)
+    assert static.against == "solu_frozen_ln"
+    steps = {arm: [row.step for row in terms(rows, Term.STEP) if row.arm == arm] for arm in arms}
+    assert steps["solu_rms"] == [("solu", "solu_frozen_rms"), ("solu_frozen_rms", "solu_rms")]
+    assert len(steps["solu_ln"]) == 3
+    references = {row.against for row in terms(rows, Term.DIFFERENCE)}
+    assert references == {"gelu", "solu_ln", "solu_rms"}
+    primary = [row for row in terms(rows, Term.STATIC) if row.p_adj is not None]
+    assert {row.arm for row in primary} == {"solu_ln", "solu_rms"}
+
+    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
+    pairs = {(row.arm, row.against) for row in confirm([*probed, *rows], {"specificity": "A"})}
+    assert pairs == {("solu_ln", "solu_frozen_ln"), ("solu_rms", "solu_frozen_rms")}
+
+
+def test_the_reference_is_the_best_baseline_that_has_none_before_it():
+    relu = Lineage("baseline", "", chain("relu"))
+    rows = compare("study", make_losses(SIX | {"relu": 2.99, "gelu_ln": 2.9}), "abc", relu=relu)
+    assert {row.against for row in terms(rows, Term.DIFFERENCE)} == {"relu", "solu_ln"}
+
+
+def test_the_gain_is_over_the_plain_arm_at_the_root_of_the_arms_own_chain():
+    lineages = {
+        "sharp": Lineage("plain", "", chain("sharp")),
+        "sharp_ln": Lineage("per_token", "", chain("sharp", "sharp_ln")),
+    }
+    arms = SIX | {"sharp": 3.3, "sharp_ln": 3.1}
+    rows = compare("study", make_losses(arms), "abc", **lineages)
+    assert find(rows, Term.GAIN, arm="sharp_ln").against == "sharp"
+    assert find(rows, Term.GAIN, arm="sharp_ln").value == pytest.approx(0.2, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln").against == "solu"
 
 
 def test_rows_do_not_depend_on_the_order_of_the_losses():
@@ -315,17 +426,25 @@ def test_too_few_documents_give_no_interval_and_no_phi():
     losses = make_losses(SIX)
     few = losses[losses.document.str[-3:].astype(int) < stats.MIN_CLUSTERS - 1]
     rows = compare("study", few, "abc")
-    assert find(rows, "gain of LN").low is None
-    assert "19 documents are too few for an interval" in find(rows, "Phi_dyn").note
+    assert find(rows, Term.GAIN).low is None
+    assert "19 documents are too few for an interval" in find(rows, Term.SHARE).note
 
 
-def probe_rows(arm, values, quantity="A", probe="specificity"):
-    base = Row(study="s", probe=probe, quantity=quantity, value=None, unit="share", commit="c")
+def measurements(arm, values, quantity="A", probe="specificity"):
     return [
-        replace(base, run=f"{arm}-s{seed}", arm=arm, variant=arm, seed=seed, value=value, stream=stream)
+        Measurement(
+            study="s", probe=probe, quantity=quantity, value=value, unit="share", commit="c",
+            run=f"{arm}-s{seed}", arm=arm, variant=arm.split("-")[0], seed=seed, stream=stream,
+        )
         for seed, by_stream in enumerate(values)
         for stream, value in by_stream.items()
     ]  # fmt: skip
+
+
+def settings_of(*arms, **lineages):
+    """What the comparison stores of arms at one size and rate."""
+    made = compare("s", make_losses(dict.fromkeys(arms, 3.0), 2), "c", **lineages)
+    return of_kind(made, Setting)
 
 
 def test_a_probe_is_confirmed_by_pairs_of_seeds_with_the_static_twin():
@@ -333,21 +452,23 @@ def test_a_probe_is_confirmed_by_pairs_of_seeds_with_the_static_twin():
     ln = [{"natural": 0.2 + 0.1 * s, "code": 0.0 + 0.1 * s} for s in range(6)]
     static = [{"natural": 0.0, "code": 0.0} for _ in range(6)]
     rows = [
-        *probe_rows("solu_ln", ln), *probe_rows("solu_frozen_ln", static),
-        *probe_rows("solu_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
-        *probe_rows("solu_frozen_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+        *measurements("solu_ln", ln), *measurements("solu_frozen_ln", static),
+        *measurements("solu_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+        *measurements("solu_frozen_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+        *settings_of("solu_ln", "solu_frozen_ln"),
     ]  # fmt: skip
     first, second = confirm(rows, {"specificity": "A", "scale_patching": "B"})
-    assert first.quantity == "specificity: A"
+    assert (first.term, first.probe, first.quantity) == (Term.PROBE, "specificity", "A")
     assert first.value == pytest.approx(np.mean([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
     assert (first.p, first.p_adj) == pytest.approx((2 / 64, 4 / 64))
     assert (second.value, second.p, second.p_adj) == (0, 1, 1)
-    assert (first.cluster, first.n, first.group) == ("seed", 6, "minus solu_frozen_ln")
+    assert (first.cluster, first.n, first.against) == ("seed", 6, "solu_frozen_ln")
 
 
 def test_what_the_static_twin_does_not_have_is_not_confirmed():
-    rows = probe_rows("solu_ln", [{"natural": 1.0}] * 3)
-    rows += probe_rows("solu_frozen_ln", [{"natural": None}] * 3)
+    rows = measurements("solu_ln", [{"natural": 1.0}] * 3)
+    rows += measurements("solu_frozen_ln", [{"natural": None}] * 3)
+    rows += settings_of("solu_ln", "solu_frozen_ln")
     assert confirm(rows, {"specificity": "A"}) == []
 
 
@@ -358,16 +479,12 @@ def test_a_probe_is_not_confirmed_across_sizes_nor_at_a_rate_that_was_not_chosen
     for arm, lr in (("solu_frozen_ln-d128-lr1", 0.001), ("solu_frozen_ln-d128-lr2", 0.002)):
         told[arm] = LARGE | {"lr": lr, "family": "solu_frozen_ln-d128"}
     compared = compare("s", make_losses(arms, 3, settings=told), "c")
-    probed = [
-        replace(row, variant=arm.split("-")[0])
-        for arm in arms
-        for row in probe_rows(arm, [{"natural": 1.0}] * 3)
-    ]
+    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
     assert {
-        (row.arm, row.group) for row in confirm([*probed, *compared], {"specificity": "A"})
+        (row.arm, row.against) for row in confirm([*probed, *compared], {"specificity": "A"})
     } == {
-        ("solu_ln-d64", "minus solu_frozen_ln-d64"),
-        ("solu_ln-d128", "minus solu_frozen_ln-d128-lr1"),
+        ("solu_ln-d64", "solu_frozen_ln-d64"),
+        ("solu_ln-d128", "solu_frozen_ln-d128-lr1"),
     }
 
 
@@ -376,12 +493,8 @@ def two_kappas(told: dict[str, dict[str, float]]) -> set[tuple[str, str]]:
     told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}} | told
     arms = {arm: 3.0 + 0.01 * i for i, arm in enumerate(told)}
     compared = compare("s", make_losses(arms, 3, settings=told), "c")
-    probed = [
-        replace(row, variant=arm.split("-")[0])
-        for arm in arms
-        for row in probe_rows(arm, [{"natural": 1.0}] * 3)
-    ]
-    return {(row.arm, row.group) for row in confirm([*probed, *compared], {"specificity": "A"})}
+    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
+    return {(row.arm, row.against) for row in confirm([*probed, *compared], {"specificity": "A"})}
 
 
 def test_a_probe_is_confirmed_against_the_twin_of_the_same_kappa():
@@ -392,8 +505,8 @@ def test_a_probe_is_confirmed_against_the_twin_of_the_same_kappa():
         "solu_frozen_ln-gain4": {"gain": 4.0},
     }
     assert two_kappas(static) == {
-        ("solu_ln-a", "minus solu_frozen_ln-a"),
-        ("solu_ln-b", "minus solu_frozen_ln-b"),
+        ("solu_ln-a", "solu_frozen_ln-a"),
+        ("solu_ln-b", "solu_frozen_ln-b"),
     }
 
 
@@ -405,7 +518,19 @@ def test_where_the_kappa_of_a_static_arm_is_not_known_each_is_a_twin():
 # ---------------------------------------------------------------- sizes
 
 LARGE = {"d_model": 128, "d_mlp": 512, "n_heads": 8}
-NUMBERS = ("quantity", "arm", "group", "cluster", "value", "low", "high", "p", "n", "n_clusters")
+NUMBERS = (
+    "term",
+    "arm",
+    "against",
+    "step",
+    "cluster",
+    "value",
+    "low",
+    "high",
+    "p",
+    "n",
+    "n_clusters",
+)
 
 
 def two_sizes() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -419,43 +544,43 @@ def two_sizes() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 def test_two_sizes_are_compared_as_if_each_were_alone():
     both, *alone = two_sizes()
-    together = [[getattr(row, name) for name in NUMBERS] for row in compare("study", both, "abc")]
-    apart = [
-        [getattr(row, name) for name in NUMBERS]
-        for losses in alone
-        for row in compare("study", losses, "abc")
-    ]
+
+    def numbers_of(losses):
+        compared = of_kind(compare("study", losses, "abc"), Comparison)
+        return [[getattr(row, name) for name in NUMBERS] for row in compared]
+
+    together = numbers_of(both)
+    apart = [numbers for losses in alone for numbers in numbers_of(losses)]
     assert sorted(together, key=str) == sorted(apart, key=str)
 
 
 def test_a_larger_model_does_not_stand_for_a_smaller_one():
     rows = compare("study", two_sizes()[0], "abc")
     for size in ("d64", "d128"):
-        row = find(rows, "static - LN", arm=f"solu_ln-{size}")
+        row = find(rows, Term.STATIC, arm=f"solu_ln-{size}")
         assert row.value == pytest.approx(0.02, abs=0.001)
-        assert f"best static is solu_frozen_ln-{size}, chosen" in row.note
-        assert find(rows, "Phi_dyn", arm=f"solu_ln-{size}").value == pytest.approx(0.25, abs=0.02)
-    for row in rows:
+        assert row.choice.startswith(f"solu_frozen_ln-{size}, chosen")
+        assert find(rows, Term.SHARE, arm=f"solu_ln-{size}").value == pytest.approx(0.25, abs=0.02)
+    for row in terms(rows, Term.DIFFERENCE):
         other = "d64" if row.arm.endswith("d128") else "d128"
-        if row.quantity == "difference":
-            assert other not in row.group
+        assert other not in row.against
 
 
-def test_each_row_of_several_sizes_says_which_and_of_one_does_not():
+def test_each_record_of_several_sizes_says_which_and_of_one_does_not():
     both, small, _ = two_sizes()
     for row in compare("study", both, "abc"):
         width = "d_model 128, d_mlp 512, n_heads 8" if row.arm.endswith("d128") else "d_model 64"
-        assert width in row.note
-    assert not any("d_model" in row.note for row in compare("study", small, "abc"))
+        assert row.size.startswith(width)
+    assert {row.size for row in compare("study", small, "abc")} == {""}
 
 
 def test_more_training_is_another_size():
     arms = {"solu": 3.1, "solu_ln": 3.02, "solu-long": 2.9, "solu_ln-long": 2.7}
     told = {arm: {"tokens": 10_000_000} for arm in arms if arm.endswith("long")}
     rows = compare("study", make_losses(arms, settings=told), "abc")
-    assert find(rows, "gain of LN", arm="solu_ln").value == pytest.approx(0.08, abs=0.001)
-    assert find(rows, "gain of LN", arm="solu_ln-long").value == pytest.approx(0.2, abs=0.001)
-    assert "tokens 1843200" in find(rows, "gain of LN", arm="solu_ln").note
+    assert find(rows, Term.GAIN, arm="solu_ln").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln-long").value == pytest.approx(0.2, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln").size == "tokens 1843200"
 
 
 def test_sizes_may_be_measured_on_other_targets():
@@ -464,12 +589,12 @@ def test_sizes_may_be_measured_on_other_targets():
     large = both.arm.str.endswith("d128")
     longer = both.assign(n_tokens=both.n_tokens + large, ctx=both.ctx.where(~large, 128))
     rows = compare("study", longer, "abc")
-    assert find(rows, "gain of LN", arm="solu_ln-d64").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln-d64").value == pytest.approx(0.08, abs=0.001)
 
 
 def test_the_primary_family_holds_the_arms_of_all_sizes():
     rows = compare("study", two_sizes()[0], "abc")
-    adjusted = [row for row in rows if row.quantity == "static - LN" and row.p_adj is not None]
+    adjusted = [row for row in terms(rows, Term.STATIC) if row.p_adj is not None]
     assert [row.p_adj for row in adjusted] == pytest.approx([4 / 256] * 2)
 
 
@@ -494,14 +619,13 @@ def test_arms_are_compared_at_their_own_best_rates():
     arms, told = tuned(**OPTIMA)
     rows = compare("study", make_losses(arms, settings=told), "abc")
     chosen = {f"{variant}-lr{lr}" for variant, lr in OPTIMA.items()}
-    for quantity in ("difference", "gain of LN", "static - LN", "Phi_dyn"):
-        assert {row.arm for row in rows if row.quantity == quantity} <= chosen
-    row = find(rows, "gain of LN", arm="solu_ln-lr0.002")
+    for term in (Term.DIFFERENCE, Term.GAIN, Term.STATIC, Term.SHARE):
+        assert {row.arm for row in terms(rows, term) if row.lr is None} <= chosen
+    row = find(rows, Term.GAIN, arm="solu_ln-lr0.002")
     assert row.value == pytest.approx(0.08, abs=0.001)
-    assert "solu is solu-lr0.008, the best of 4 rates on the select split over 8 seeds" in row.note
-    assert find(rows, "Phi_dyn").value == pytest.approx(0.25, abs=0.02)
-    steps = [row for row in rows if row.quantity.startswith("telescoping")]
-    assert sum(row.value for row in steps) == pytest.approx(row.value, abs=1e-12)
+    assert row.choice == "solu-lr0.008, the best of 4 rates on the select split over 8 seeds"
+    assert find(rows, Term.SHARE).value == pytest.approx(0.25, abs=0.02)
+    assert sum(step.value for step in terms(rows, Term.STEP)) == pytest.approx(row.value, abs=1e-12)
 
 
 def test_the_rate_is_chosen_on_select_and_the_curve_holds_its_losses():
@@ -509,36 +633,31 @@ def test_the_rate_is_chosen_on_select_and_the_curve_holds_its_losses():
     select = arms | {"solu_ln-lr0.004": 2.9}
     losses = make_losses(arms, select=select, settings=told)
     rows = compare("study", losses, "abc")
-    curve = [
-        row for row in rows if row.quantity == "select loss by lr" and row.variant == "solu_ln"
-    ]
+    curve = [row for row in curve_points(rows, "lr") if row.variant == "solu_ln"]
     assert [row.x for row in curve] == [0.001, 0.002, 0.004, 0.008]
-    assert {row.group for row in curve} == {"solu_ln-lr0.004"}
-    assert {row.stream for row in curve} == {"select"}
+    assert {row.chosen_arm for row in curve} == {"solu_ln-lr0.004"}
     for row in curve:
         mine = losses[(losses.arm == row.arm) & (losses.split == "select")]
         by_seed = mine.groupby("seed")[["loss_sum", "n_tokens"]].sum()
         assert row.value == pytest.approx((by_seed.loss_sum / by_seed.n_tokens).mean())
         assert row.low < row.value < row.high
-    assert [row.arm for row in rows if row.quantity == "gain of LN" and row.cluster == "seed"] == [
-        "solu_ln-lr0.004"
-    ]
+    assert find(rows, Term.GAIN).arm == "solu_ln-lr0.004"
 
 
 def test_an_optimum_at_an_edge_of_its_grid_is_said():
     arms, told = tuned(solu=0.008, solu_ln=0.002, gelu=0.001)
     rows = compare("study", make_losses(arms, settings=told), "abc")
-    notes = {row.arm: row.note for row in rows if row.quantity == "select loss by lr" and row.note}
-    assert notes == {
-        "gelu-lr0.001": "chosen over 8 seeds, at the lower edge of the grid",
-        "solu-lr0.008": "chosen over 8 seeds, at the upper edge of the grid",
-        "solu_ln-lr0.002": "chosen over 8 seeds, inside the grid",
+    chosen = {row.arm: (row.grid, row.note) for row in curve_points(rows, "lr") if row.grid}
+    assert chosen == {
+        "gelu-lr0.001": (Grid.LOWER_EDGE, "chosen over 8 seeds, at the lower edge of the grid"),
+        "solu-lr0.008": (Grid.UPPER_EDGE, "chosen over 8 seeds, at the upper edge of the grid"),
+        "solu_ln-lr0.002": (Grid.INSIDE, "chosen over 8 seeds, inside the grid"),
     }
 
 
-def curve_of(losses: pd.DataFrame) -> dict[float | None, Row]:
+def curve_of(losses: pd.DataFrame) -> dict[float, ChoicePoint]:
     """The points of the one curve of rates, by rate."""
-    return {row.x: row for row in compare("s", losses, "c") if row.quantity == "select loss by lr"}
+    return {row.x: row for row in curve_points(compare("s", losses, "c"), "lr")}
 
 
 def easy_first(**optimum: float) -> pd.DataFrame:
@@ -555,7 +674,7 @@ def test_a_rate_does_not_win_by_its_seeds():
     for lr, seeds in lacks.items():
         losses = losses[(losses.lr != lr) | ~losses.seed.isin(seeds)]
     curve = curve_of(losses)
-    assert {row.group for row in curve.values()} == {"solu_ln-lr0.002"}
+    assert {row.chosen_arm for row in curve.values()} == {"solu_ln-lr0.002"}
     assert {row.n for row in curve.values()} == {1}
 
 
@@ -564,10 +683,16 @@ def test_a_rate_with_fewer_seeds_does_not_replace_one_with_all():
     losses = easy_first(solu_ln=0.008)
     losses = losses[(losses.arm != "solu_ln-lr0.008") | (losses.seed < 2)]
     curve = curve_of(losses)
-    assert {row.group for row in curve.values()} == {"solu_ln-lr0.004"}
+    assert {row.chosen_arm for row in curve.values()} == {"solu_ln-lr0.004"}
     assert {lr: row.n for lr, row in curve.items()} == {0.001: 3, 0.002: 3, 0.004: 3, 0.008: 2}
     # The edge is that of the rates chosen from.
-    assert curve[0.004].note == "chosen over 3 seeds, at the upper edge of the grid"
+    assert curve[0.004].grid is Grid.UPPER_EDGE
+    assert {lr: row.eligible for lr, row in curve.items()} == {
+        0.001: True,
+        0.002: True,
+        0.004: True,
+        0.008: False,
+    }
     assert curve[0.008].note == "not chosen from: 2 of 3 seeds"
 
 
@@ -576,10 +701,10 @@ def test_rates_that_share_no_seed_are_not_chosen_from_and_named():
     losses = losses[losses.lr.isin([0.002, 0.008])]
     losses = losses[(losses.lr == 0.008) == (losses.seed == 0)]
     rows = compare("s", losses, "c")
-    assert not any(row.quantity == "select loss by lr" for row in rows)
-    (row,) = [row for row in rows if row.quantity == "no choice"]
-    assert (row.group, row.note) == ("solu_ln-lr0.002, solu_ln-lr0.008", "they share no seed")
-    assert not any(row.quantity == "difference" for row in rows)
+    assert not of_kind(rows, ChoicePoint)
+    (row,) = of_kind(rows, NoChoice)
+    assert (row.arms, row.note) == (("solu_ln-lr0.002", "solu_ln-lr0.008"), "they share no seed")
+    assert not terms(rows, Term.DIFFERENCE)
 
 
 def test_static_arms_that_share_no_seed_are_not_chosen_from_and_named():
@@ -588,20 +713,35 @@ def test_static_arms_that_share_no_seed_are_not_chosen_from_and_named():
     losses = losses[(losses.arm != "solu_gain") | (losses.seed < 2)]
     losses = losses[(losses.arm != "solu_frozen_ln") | (losses.seed >= 2)]
     rows = compare("s", losses, "c")
-    assert not any(row.quantity in ("static - LN", "Phi_dyn") for row in rows)
-    assert find(rows, "gain of LN").n == 4
-    (row,) = [row for row in rows if row.quantity == "no choice"]
-    assert row.group == "solu_frozen_ln, solu_gain"
+    assert not terms(rows, Term.STATIC, Term.SHARE)
+    assert find(rows, Term.GAIN).n == 4
+    (row,) = of_kind(rows, NoChoice)
+    assert row.arms == ("solu_frozen_ln", "solu_gain")
+
+
+def test_arms_of_a_chains_member_that_share_no_seed_are_passed_over_and_named():
+    lineages = {
+        "solu_ln": Lineage("per_token", "", chain("solu", "solu_det", "solu_ln")),
+        "solu_det": Lineage("per_token", "", chain("solu", "solu_det")),
+    }
+    losses = make_losses({"solu": 3.1, "solu_det-a": 3.06, "solu_det-b": 3.06, "solu_ln": 3.02}, 4)
+    losses = losses[(losses.arm != "solu_det-a") | (losses.seed < 2)]
+    losses = losses[(losses.arm != "solu_det-b") | (losses.seed >= 2)]
+    rows = compare("s", losses, "c", **lineages)
+    steps = [row.step for row in terms(rows, Term.STEP) if row.arm == "solu_ln"]
+    assert steps == [("solu", "solu_ln")]
+    (row,) = of_kind(rows, NoChoice)
+    assert row.arms == ("solu_det-a", "solu_det-b")
 
 
 def test_two_points_are_no_grid():
     arms = {"solu": 3.1, "solu_ln": 3.02, "solu_gain-a": 3.06, "solu_gain-b": 3.04}
     told = {"solu_gain-a": {"gain": 8.0}, "solu_gain-b": {"gain": 32.0}}
     rows = compare("study", make_losses(arms, settings=told), "abc")
-    curve = {row.arm: row.note for row in rows if row.quantity == "select loss by gain"}
+    curve = {row.arm: (row.grid, row.note) for row in curve_points(rows, "gain")}
     assert curve == {
-        "solu_gain-a": "",
-        "solu_gain-b": "chosen over 8 seeds, too few for a grid: 2",
+        "solu_gain-a": (None, ""),
+        "solu_gain-b": (Grid.TOO_FEW, "chosen over 8 seeds, too few for a grid: 2"),
     }
 
 
@@ -621,21 +761,21 @@ def test_a_common_rate_gives_what_a_study_of_that_rate_gives():
     rows = compare("study", losses, "abc")
     for lr in (0.001, 0.002, 0.004, 0.008):
         alone = compare("study", losses[losses.lr == lr], "abc")
-        for quantity in ("gain of LN", "static - LN", "Phi_dyn"):
-            there = find(alone, quantity)
-            here = find(rows, f"{quantity} at a common rate", x=lr)
+        for term in (Term.GAIN, Term.STATIC, Term.SHARE):
+            there = find(alone, term)
+            here = find(rows, term, lr=lr)
             assert (here.value, here.low, here.high) == (there.value, there.low, there.high)
-            assert (here.arm, here.group) == (f"solu_ln-lr{lr}", "solu_ln-lr0.002")
+            assert (here.arm, here.tuned_arm) == (f"solu_ln-lr{lr}", "solu_ln-lr0.002")
             assert here.p_adj is None
-    assert find(rows, "gain of LN at a common rate", x=0.001).value == pytest.approx(0.1, abs=0.001)
+    assert find(rows, Term.GAIN, lr=0.001).value == pytest.approx(0.1, abs=0.001)
 
 
 def test_a_rate_that_not_all_have_is_not_common():
     arms, told = tuned(solu=0.008, solu_ln=0.002, solu_gain=0.002)
     losses = make_losses(arms, settings=told)
     rows = compare("study", losses[losses.arm != "solu-lr0.001"], "abc")
-    shared = {row.x for row in rows if row.quantity == "Phi_dyn at a common rate"}
-    assert shared == {0.002, 0.004, 0.008}
+    shared = {row.lr for row in terms(rows, Term.SHARE)}
+    assert shared == {None, 0.002, 0.004, 0.008}
 
 
 def test_one_rate_under_two_names_is_no_choice_of_rates():
@@ -643,7 +783,7 @@ def test_one_rate_under_two_names_is_no_choice_of_rates():
     told = {arm: {"family": arm.split("-")[0]} for arm in arms}
     rows = compare("study", make_losses(arms, settings=told), "abc")
     assert rows == compare("study", make_losses(arms), "abc")
-    assert find(rows, "gain of LN", arm="solu_ln-again").value == pytest.approx(0.07, abs=0.001)
+    assert find(rows, Term.GAIN, arm="solu_ln-again").value == pytest.approx(0.07, abs=0.001)
 
 
 def test_gains_are_chosen_each_at_its_best_rate():
@@ -654,15 +794,15 @@ def test_gains_are_chosen_each_at_its_best_rate():
             arms[arm] = loss + 0.01 * abs(math.log2(lr / best))
             told[arm] = {"lr": lr, "gain": gain, "family": f"gain {gain}"}
     rows = compare("study", make_losses(arms, settings=told), "abc")
-    curve = [row for row in rows if row.quantity == "select loss by gain"]
+    curve = curve_points(rows, "gain")
     assert [(row.x, row.arm) for row in curve] == [
         (8, "solu_gain-gain8.0-lr0.002"),
         (32, "solu_gain-gain32.0-lr0.004"),
         (128, "solu_gain-gain128.0-lr0.008"),
     ]
-    assert {row.group for row in curve} == {"solu_gain-gain32.0-lr0.004"}
+    assert {row.chosen_arm for row in curve} == {"solu_gain-gain32.0-lr0.004"}
     assert [row.note for row in curve] == ["", "chosen over 8 seeds, inside the grid", ""]
-    assert find(rows, "static - LN").value == pytest.approx(0.02, abs=0.001)
+    assert find(rows, Term.STATIC).value == pytest.approx(0.02, abs=0.001)
 
 
 def test_where_nothing_is_chosen_there_are_no_curves():
@@ -672,7 +812,8 @@ def test_where_nothing_is_chosen_there_are_no_curves():
         "solu_frozen_ln": {"gain": 31.0},
     }
     rows = compare("study", make_losses(SIX, settings=told), "abc")
-    assert not any("select" in row.quantity or "common" in row.quantity for row in rows)
+    assert not of_kind(rows, ChoicePoint)
+    assert {row.lr for row in of_kind(rows, Comparison)} == {None}
 
 
 def test_each_kappa_has_its_own_share_against_the_same_static_arm():
@@ -681,32 +822,35 @@ def test_each_kappa_has_its_own_share_against_the_same_static_arm():
     told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}}
     rows = compare("study", make_losses(arms, settings=told), "abc")
     kappa = {
-        row.arm: row.value for row in rows if row.quantity == "setting" and row.group == "kappa"
+        each.arm: each.values["kappa"] for each in of_kind(rows, Setting) if "kappa" in each.values
     }
-    share = {kappa[row.arm]: row.value for row in rows if row.quantity == "Phi_dyn"}
+    share = {kappa[row.arm]: row.value for row in terms(rows, Term.SHARE)}
     assert share == pytest.approx({4e-5: 0.5, 41.94: 0.2}, abs=0.03)
     for arm in kappa:
-        assert "best static is solu_gain" in find(rows, "static - LN", arm=arm).note
+        assert find(rows, Term.STATIC, arm=arm).against == "solu_gain"
 
 
-def test_settings_are_told_without_parsing_names():
+def test_settings_and_roles_are_stored_so_that_names_need_not_be_parsed():
     told = {"solu_ln": {"kappa": 41.94}, "solu_gain": {"gain": 30.0, "lr": 0.004}}
-    rows = compare("study", make_losses(SIX, settings=told), "abc")
-    of = {
-        arm: {row.group: row.value for row in rows if row.quantity == "setting" and row.arm == arm}
-        for arm in ("solu", "solu_ln", "solu_gain")
+    settings = {
+        each.arm: each
+        for each in of_kind(compare("s", make_losses(SIX, settings=told), "c"), Setting)
     }
     alike = {name: value for name, value in ALIKE.items() if not math.isnan(value)}
-    assert of == {
-        "solu": alike, "solu_ln": alike | {"kappa": 41.94}, "solu_gain": alike | {"gain": 30, "lr": 0.004}
-    }  # fmt: skip
+    assert settings.keys() == SIX.keys()
+    assert settings["solu"].values == alike
+    assert settings["solu_ln"].values == alike | {"kappa": 41.94}
+    assert settings["solu_gain"].values == alike | {"gain": 30, "lr": 0.004}
+    for name, each in settings.items():
+        assert Lineage(each.role, each.twin, each.chain) == LINEAGES[name]
+        assert (each.variant, each.n) == (name, 8)
 
 
 def test_a_gain_that_was_measured_by_seed_is_one_setting():
     losses = make_losses({"solu_gain": 3.06}, n_seeds=3)
     losses["gain"] = losses.seed.map({0: 38.0, 1: 39.0, 2: 41.0})
     rows = compare("study", losses, "abc")
-    assert [row.value for row in rows if row.group == "gain"] == [39.0]
+    assert [each.values["gain"] for each in of_kind(rows, Setting)] == [39.0]
 
 
 @pytest.mark.parametrize("name", ["lr", "kappa", "d_mlp", "tokens"])
@@ -738,3 +882,19 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
     assert told(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]
     assert told(train__lr=0.001, mid__kappa=3)["family"] != first["family"]
     assert told(train__lr=0.001, train__weight_decay=0)["family"] != first["family"]
+
+
+def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_name():
+    def facts(run, **changes):
+        lineage = {"role": "static", "twin": "", "chain": chain("solu", "solu_gain")}
+        others = {field.name: None for field in fields(Facts)}
+        return Facts(**others | {"run": run, "variant": "solu_gain"} | lineage | changes)
+
+    two = [facts("solu_gain-s0"), facts("solu_gain-s1")]
+    assert _lineages(two) == {"solu_gain": LINEAGES["solu_gain"]}
+    other = facts("solu_gain-s2", role="per_token")
+    with pytest.raises(
+        UserError, match="runs 'solu_gain-s0' and 'solu_gain-s2' of variant"
+    ) as refused:
+        _lineages([*two, other])
+    assert "delete the line 'role' of both model.json" in str(refused.value)

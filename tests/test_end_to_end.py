@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from soluscope import plugins
+from soluscope import plugins, results
+from soluscope.results import (
+    Comparison,
+    FalsePositives,
+    GateResult,
+    LeftOut,
+    Measurement,
+    ProbeWords,
+    Setting,
+    Term,
+    TokenValue,
+    of_kind,
+)
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
@@ -51,16 +63,34 @@ def test_every_run_leaves_what_design_says(study):
 
 
 def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
-    rows = [json.loads(line) for line in (study[0] / "results.jsonl").open()]
+    records = results.read(study[0] / "results.jsonl")
     runs = {f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)}
-    for probe in (*plugins.names("soluscope.probes"), "loss", "training"):
-        assert {row["run"] for row in rows if row["probe"] == probe} == runs, probe
-    compared = {row["quantity"] for row in rows if row["probe"] == "comparison"}
-    assert {"gain of LN", "Phi_dyn", "static - LN", "difference", "loss"} <= compared
-    assert all(row["commit"] for row in rows)
-    assert all(row["config"] for row in rows if row["probe"] not in ("comparison", "controls"))
-    gates = [row for row in rows if row["probe"] == "controls"]
-    assert {row["quantity"] for row in gates} == set(plugins.names("soluscope.probes"))
+    probes = plugins.names("soluscope.probes")
+    about_runs = [each for each in records if isinstance(each, Measurement | LeftOut)]
+    for probe in (*probes, "loss", "training"):
+        assert {each.run for each in about_runs if each.probe == probe} == runs, probe
+    assert {each.run for each in of_kind(records, TokenValue)} == runs
+    compared = {each.term for each in of_kind(records, Comparison)}
+    assert compared == set(Term)
+    assert {each.arm for each in of_kind(records, Setting)} == set(VARIANTS)
+    assert all(each.commit for each in records)
+    assert all(each.config for each in about_runs)
+    assert {each.probe for each in of_kind(records, GateResult)} == set(probes)
+
+
+def test_results_hold_each_probes_words_once(study):
+    words = of_kind(results.read(study[0] / "results.jsonl"), ProbeWords)
+    assert sorted(each.probe for each in words) == sorted(plugins.names("soluscope.probes"))
+    for each in words:
+        probe = plugins.pick("soluscope.probes", each.probe)
+        assert (each.name, each.question, each.figures) == (
+            probe.name,
+            probe.question,
+            probe.figures,
+        )
+        assert each.quantities == probe.quantities | probe.estimates
+        here = study[0] / "solu-s0" / "probes" / f"{each.probe}.jsonl"
+        assert results.read(here)[0] == each
 
 
 def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
@@ -150,8 +180,8 @@ def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(
             path.unlink()
     words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e/gelu-s0", *words)
-    rows = [json.loads(line) for line in (copy / "results.jsonl").open()]
-    assert {row["run"] for row in rows if row["run"]} == {
+    records = results.read(copy / "results.jsonl")
+    assert {each.run for each in of_kind(records, Measurement)} == {
         f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)
     } - {"solu-s0"}
 
@@ -165,10 +195,9 @@ def test_false_positives_are_kept_for_the_report_and_controls_are_not_asked_twic
     again = run(tmp_path, ROOT / "eval" / "run.py", "--false-positives", *words)
     assert again.stderr == ""
     assert again.stdout == asked.stdout
-    rows = [json.loads(line) for line in (copy / "results.jsonl").open()]
-    kept = [row for row in rows if row["probe"] == "false positives"]
-    assert {row["group"] for row in kept} == {"untrained models", "shuffled labels"}
-    assert all(row["n"] == 200 for row in kept)
+    kept = of_kind(results.read(copy / "results.jsonl"), FalsePositives)
+    assert {each.source for each in kept} == {"untrained models", "shuffled labels"}
+    assert all(each.n == 200 for each in kept)
     controls = run(tmp_path, ROOT / "eval" / "run.py", "--controls", *words)
     assert controls.stderr == ""
     assert "pinned" in controls.stdout
@@ -186,6 +215,32 @@ def test_a_changed_probe_is_made_anew_and_the_others_stay(study, tmp_path):
     done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
     assert "solu-s0: engagement has changed and is made anew" in done.stderr
     assert "solu-s0: engagement (1 of 1)" in done.stderr
+    assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
+
+
+OLD = (
+    '{"study": "e2e", "probe": "loss", "quantity": "loss", "value": 4.0, "unit": "nats / token",'
+    ' "run": "solu-s0"}\n'
+)
+"""A row as versions wrote it whose records had no kind."""
+
+
+def test_what_an_older_version_left_in_a_run_is_made_again_and_refused_elsewhere(study, tmp_path):
+    copy = tmp_path / "runs" / "e2e"
+    shutil.copytree(study[0], copy)
+    tokens = study[0].parents[1] / json.loads((copy / "data.json").read_text())["path"]
+    old = copy / "solu-s0" / "probes"
+    for path in old.glob("*.jsonl"):
+        path.write_text(OLD)
+    (old / "made_with.json").write_text('{"shared": "of the older version"}')
+    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200", f"prepared={tokens}"]
+    command = [sys.executable, ROOT / "eval" / "run.py", "runs/e2e/gelu-s0", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "was written by another version" in line
+    assert line.endswith("make it again with 'python eval/run.py runs/e2e'")
+    run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words)
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 

@@ -24,12 +24,12 @@ from soluscope.hooked.ablation import loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
 from soluscope.probes.gain_variation import fits
-from soluscope.results import Row
+from soluscope.results import LeftOut, Measurement, of_kind
 from soluscope.runs.weights import load_facts
 
 PROBES = plugins.names("soluscope.probes")
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
-BASE = Row(study="s", probe="p", quantity="", value=None, unit="")
+BASE = Measurement(study="s", run="r", probe="p", quantity="", value=None, unit="")
 
 
 def stream_of(tokens, name="natural"):
@@ -308,7 +308,7 @@ def test_python_text_streams_come_from_files_that_training_never_sees(cache_of):
 
 
 def test_text_shorter_than_two_tokens_is_refused(tiny_study):
-    from soluscope.evaluation.suite import probe
+    from soluscope.evaluation.api import probe
 
     model = load(tiny_study / "solu_ln-s0")
     with pytest.raises(UserError, match="shorter than 2 tokens"):
@@ -316,7 +316,7 @@ def test_text_shorter_than_two_tokens_is_refused(tiny_study):
 
 
 def test_an_unknown_probe_is_answered_with_the_nearest(tiny_study):
-    from soluscope.evaluation.suite import probe
+    from soluscope.evaluation.api import probe
 
     with pytest.raises(UserError, match="Did you mean 'engagement'"):
         probe(load(tiny_study / "solu_ln-s0"), "some text", probes=["engagment"])
@@ -408,7 +408,7 @@ def test_a_spelt_out_bos_is_text_and_not_a_token(cache_of):
     assert (stream.tokens[:, 1:][stream.keep[:, 1:]] != cache_of.meta["bos"]).all()
 
 
-def test_one_number_for_all_tokens_has_no_interval_and_says_so():
+def test_one_number_for_all_tokens_has_no_interval_and_is_constant():
     table = pd.DataFrame({"string": np.arange(60) // 2, "pos": 1, "r": 0.0})
     table.loc[59, "r"] = np.nan
     probe = plugins.pick("soluscope.probes", "engagement")
@@ -417,7 +417,7 @@ def test_one_number_for_all_tokens_has_no_interval_and_says_so():
     made = summarise(probe, run, table, BASE, n_draws=100, seed=0)
     rows = [row for row in made if row.positions == "1"]
     assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
-    assert all((row.low, row.n) == (None, 59) and "same at every token" in row.note for row in rows)
+    assert all((row.low, row.n, row.constant) == (None, 59, True) for row in rows)
     few = summarise(probe, run, table[:20], BASE, n_draws=100, seed=0)
     assert {row.note for row in few} == {"no interval from 10 documents, it takes 20"}
 
@@ -439,21 +439,24 @@ def test_a_deeper_model_is_probed_at_its_last_layer_and_the_rest_left_out_by_nam
     run_dir = train_silently(tiny_config(tmp_path, *words))
     config = EvalConfig(probes=["engagement", "scale_freeze"], n_tokens=1000, n_loss_tokens=1000)
     rows = read(evaluate(run_dir, config, lambda text: None))
-    assert any(row.probe == "engagement" and row.value is not None for row in rows)
-    (left_out,) = [row for row in rows if row.probe == "scale_freeze"]
-    assert (left_out.quantity, left_out.value) == ("left out", None)
+    measured = of_kind(rows, Measurement)
+    assert any(row.probe == "engagement" and row.value is not None for row in measured)
+    assert not any(row.probe == "scale_freeze" for row in measured)
+    (left_out,) = of_kind(rows, LeftOut)
+    assert (left_out.probe, left_out.run) == ("scale_freeze", run_dir.name)
     assert "the model has 2" in left_out.note
 
 
 def test_the_token_view_holds_the_first_text_with_gain_engagement_and_ablation_effect():
-    from soluscope.evaluation.suite import token_rows
+    from soluscope.evaluation.suite import token_values
+    from soluscope.evaluation.summaries import about_run
 
     _, hooked = hooked_for("solu_ln")
     tokens = some_tokens()
     vocab = tuple(f"t{i}" for i in range(hooked.cfg.d_vocab))
     stream = dataclasses.replace(stream_of(tokens), vocab=vocab)
-    rows = token_rows(observe(hooked, stream), BASE)
-    texts = [row.note for row in rows if row.quantity == "gain"]
+    rows = token_values(observe(hooked, stream), about_run(facts_for("solu_ln")))
+    texts = [row.text for row in rows if row.quantity == "gain"]
     assert texts == [f"t{token}" for token in tokens[0].tolist()]
     effect = [row.value for row in rows if row.quantity == "ablation effect"]
     name = "blocks.0.mlp.hook_post"

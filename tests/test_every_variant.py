@@ -13,8 +13,9 @@ from soluscope.config import load_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_rms
+from soluscope.results import Step
 from soluscope.runs.weights import build_model
-from soluscope.variants import Step, chain_of, check_variant, twin_of
+from soluscope.variants import chain_of, check_variant, twin_of
 from soluscope.variants._parts import solu
 
 VARIANTS = plugins.names("soluscope.variants")

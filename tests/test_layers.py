@@ -147,10 +147,10 @@ def test_entry_point_holds_no_logic(script: str) -> None:
 
 
 MAY_IMPORT = {
-    "variants": {"errors", "plugins", "norms", "variants"},
-    "probes": {"errors", "comparison", "hooked", "probes"},
+    "variants": {"errors", "plugins", "results", "norms", "variants"},
+    "probes": {"errors", "results", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
-    "report": {"errors", "files", "plugins", "results", "wandb_client", "probes", "report"},
+    "report": {"errors", "files", "results", "wandb_client", "report"},
 }
 """What may be imported where the order alone allows too much: a probe sees no variant, no
 configuration and no training; the report sees stored rows and no model."""

@@ -26,8 +26,19 @@ from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import make_run
 from soluscope.evaluation.suite import evaluate, evaluate_pretrained
 from soluscope.hooked import activations
-from soluscope.report import page, words
-from soluscope.results import Row
+from soluscope.report import page
+from soluscope.report.words import headline
+from soluscope.results import (
+    Comparison,
+    GateResult,
+    LeftOut,
+    Measurement,
+    ProbeWords,
+    Record,
+    Term,
+    TokenValue,
+    of_kind,
+)
 
 D_VOCAB = 1500
 SMALL = ("n_tokens=1000", "n_loss_tokens=2000", "n_draws=200")
@@ -60,8 +71,14 @@ def on_stdlib(folder: Path, *more: str) -> Path:
     return evaluate_pretrained(str(folder), config, lambda text: None).parent
 
 
-def rows_of(study: Path) -> list[Row]:
+def records_of(study: Path) -> list[Record]:
     return results.read(study / "results.jsonl")
+
+
+def facts_in(study: Path) -> list[Measurement]:
+    """What is said of the model as it was published."""
+    measured = of_kind(records_of(study), Measurement)
+    return [each for each in measured if each.probe == "pretrained"]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +118,18 @@ def test_a_folder_is_probed_and_reported_in_a_study_of_its_own(probed):
     ):
         assert (study / name).is_file(), name
     assert not list(study.rglob("*.safetensors"))
-    rows = rows_of(study)
-    assert {row.probe for row in rows} == {*PROBES, "tokens", "pretrained", "controls"}
-    mine = [row for row in rows if row.run]
-    assert {(r.study, r.run, r.arm, r.seed) for r in mine} == {("solu-tiny",) * 3 + (None,)}
-    streams_of = {row.stream for row in mine if row.probe == "engagement"}
+    records = records_of(study)
+    kinds = {"measurement", "left out", "token", "gate", "probe"}
+    assert {each.kind for each in records} <= kinds
+    measured = of_kind(records, Measurement)
+    assert {each.probe for each in measured} == {*PROBES, "pretrained"}
+    assert {each.probe for each in of_kind(records, GateResult)} == set(PROBES)
+    assert sorted(each.probe for each in of_kind(records, ProbeWords)) == sorted(PROBES)
+    of_model = [*measured, *of_kind(records, TokenValue)]
+    assert {(r.study, r.run, r.arm, r.seed) for r in of_model} == {("solu-tiny",) * 3 + (None,)}
+    streams_of = {each.stream for each in measured if each.probe == "engagement"}
     assert streams_of == {"natural", "prose", "code", "sentences", "repeated", "random"}
-    assert all(row.variant == "pretrained solu_ln" for row in mine)
+    assert {(each.variant, each.pretrained) for each in of_model} == {("solu_ln", True)}
 
 
 def test_without_the_hub_the_standard_library_is_read_and_one_line_says_so(probed):
@@ -126,14 +148,13 @@ def test_the_loss_is_that_of_the_familys_formulas_on_the_report_split(probed):
     tokens = torch.from_numpy(rows[streams.spread(len(rows), 2000 // CONFIG["n_ctx"])])
     log_p = reference(WEIGHTS, CONFIG, tokens)[:, :-1].log_softmax(-1)
     loss = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
-    (row,) = (row for row in rows_of(study) if (row.probe, row.quantity) == ("pretrained", "loss"))
+    (row,) = (row for row in facts_in(study) if row.quantity == "loss")
     assert row.value == pytest.approx(loss, abs=1e-4)
     assert row.n == tokens[:, 1:].numel()
 
 
 def test_what_is_left_of_1_over_g_squared_without_the_variance_is_epsilon(probed):
-    facts = {row.quantity: row for row in rows_of(probed[0] / "runs" / "solu-tiny")
-             if row.probe == "pretrained"}  # fmt: skip
+    facts = {row.quantity: row for row in facts_in(probed[0] / "runs" / "solu-tiny")}
     weights = (probed[0] / "solu-tiny" / "model_final.pth").read_bytes()
     assert hashlib.sha256(weights).hexdigest()[:12] in facts["n_layers"].note
     assert facts["eps"].value == 1e-5
@@ -146,14 +167,22 @@ def test_what_is_left_of_1_over_g_squared_without_the_variance_is_epsilon(probed
 def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied, monkeypatch):
     study = copied / "runs" / "solu-tiny"
     first = copied / "runs" / "first"
-    mine = rows_of(study)
-    ours = [replace(row, study="first", run="solu_ln-s0", arm="solu_ln", variant="solu_ln", seed=0)
-            for row in mine if row.probe in PROBES]  # fmt: skip
-    compared = Row(study="first", probe="comparison", quantity="loss", value=3.0, unit="nats / token",
-                   arm="solu_ln", variant="solu_ln", cluster="seed", n=2)  # fmt: skip
-    controls = [replace(row, study="first") for row in mine if row.probe == "controls"]
-    other = replace(controls[0], quantity="rotation")
-    results.write(first / "results.jsonl", [*ours, compared, *controls, other])
+    alone = records_of(study)
+    ours = [
+        replace(each, study="first", run="solu_ln-s0", arm="solu_ln", seed=0, pretrained=False)
+        for each in of_kind(alone, Measurement)
+        if each.probe in PROBES
+    ]
+    compared = Comparison(
+        study="first", term=Term.LOSS, value=3.0, unit="nats / token", arm="solu_ln", variant="solu_ln",
+        cluster="seed", n=2,
+    )  # fmt: skip
+    gates = [replace(each, study="first") for each in of_kind(alone, GateResult)]
+    other_gate = replace(gates[0], probe="rotation")
+    words = [replace(each, study="first") for each in of_kind(alone, ProbeWords)]
+    other_words = replace(words[0], probe="rotation")
+    elsewhere = [*words, other_words, *gates, other_gate, *ours, compared]
+    results.write(first / "results.jsonl", elsewhere)
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = (f"probes=[{','.join(PROBES)}]", *SMALL, "study=runs/first")
@@ -162,9 +191,10 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     assert done.stderr == "[1/1] solu-tiny: probed already\n"
     after = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
     assert {path.name for path in after if after[path] != before.get(path)} == {"results.jsonl"}
-    merged = rows_of(study)
-    assert Counter(merged) == Counter([*mine, *ours, compared, other])
-    said = words.headline(merged)
+    merged = records_of(study)
+    wanted = [*alone, other_words, other_gate, *ours, compared]
+    assert Counter(map(results.line, merged)) == Counter(map(results.line, wanted))
+    said = headline(merged)
     assert any(text.startswith("solu-tiny: LayerNorm is engaged") for text in said)
     assert any(text.startswith("Compared here: 1 run of 1 arm (solu_ln)") for text in said)
     assert any("No loss of solu-tiny is compared" in text for text in said)
@@ -175,7 +205,7 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     seen: list[str] = []
     evaluate(Path("runs/solu-tiny"), load_typed(EvalConfig, asked[:-1], "eval.yaml"), seen.append)
     assert seen == ["[1/1] solu-tiny: probed already"]
-    assert rows_of(study) == merged
+    assert records_of(study) == merged
 
 
 def test_another_text_makes_all_anew(copied):
@@ -207,25 +237,28 @@ def test_weights_that_have_changed_since_are_refused(copied):
 
 def test_a_gelu_model_has_no_norm_to_be_pinned(tmp_path):
     study = on_stdlib(put_small(tmp_path / "gelu", act_fn="gelu"), "probes=[engagement]")
-    rows = rows_of(study)
-    assert {row.variant for row in rows if row.run} == {"pretrained gelu"}
+    records = records_of(study)
+    measured = of_kind(records, Measurement)
+    assert {(each.variant, each.pretrained) for each in measured} == {("gelu", True)}
     r = {
         row.value
-        for row in rows
+        for row in measured
         if (row.probe, row.quantity, row.statistic) == ("engagement", "r", "median")
     }
     assert r == {0.0}
-    assert not {row.quantity for row in rows} & {"eps", "kappa", "1/g^2 - var"}
-    assert words.headline(rows)[0].startswith("gelu has no norm in its MLP")
+    assert not {row.quantity for row in measured} & {"eps", "kappa", "1/g^2 - var"}
+    assert headline(records)[0].startswith("gelu has no norm in its MLP")
 
 
 def test_what_is_for_one_layer_is_left_out_of_a_deeper_model_and_named(tmp_path):
     folder = put_small(tmp_path / "deep", n_layers=2, final_rms=True)
-    rows = rows_of(on_stdlib(folder, "probes=[engagement,scale_freeze]"))
-    assert {row.quantity for row in rows if row.probe == "scale_freeze"} == {"left out"}
-    assert any(row.probe == "engagement" and row.quantity == "r" for row in rows)
+    records = records_of(on_stdlib(folder, "probes=[engagement,scale_freeze]"))
+    measured = of_kind(records, Measurement)
+    assert "scale_freeze" not in {row.probe for row in measured}
+    assert "scale_freeze" in {each.probe for each in of_kind(records, LeftOut)}
+    assert any(row.probe == "engagement" and row.quantity == "r" for row in measured)
     said = "deep, left out: scale_freeze (exact for one layer only, and the model has 2)."
-    assert said in words.headline(rows)
+    assert said in headline(records)
 
 
 def test_models_that_cannot_be_probed_are_refused_and_leave_nothing(tmp_path):
@@ -264,7 +297,7 @@ def test_a_place_that_is_taken_is_not_written_over(tmp_path):
 
 
 def test_two_studies_with_runs_of_one_name_are_not_put_on_one_page(tmp_path):
-    row = Row(study="one", probe="loss", quantity="loss", value=1.0, unit="nats", arm="solu_ln")
+    row = Comparison(study="one", term=Term.LOSS, value=1.0, unit="nats", arm="solu_ln")
     for study in ("one", "two"):
         results.write(tmp_path / study / "results.jsonl", [replace(row, study=study)])
     both = f"study=[{tmp_path / 'one'},{tmp_path / 'two'}]"

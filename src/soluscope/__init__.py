@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from soluscope.config import Config as Config
     from soluscope.config import load_config as load_config
     from soluscope.errors import UserError as UserError
-    from soluscope.evaluation.suite import probe as probe
+    from soluscope.evaluation.api import probe as probe
     from soluscope.hooked.convert import load as load
     from soluscope.training.run import train as train
 
@@ -27,7 +27,7 @@ _WHERE = {
     "UserError": "errors",
     "train": "training.run",
     "load": "hooked.convert",
-    "probe": "evaluation.suite",
+    "probe": "evaluation.api",
 }
 __all__ = sorted(_WHERE)
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,40 +27,53 @@ from soluscope.comparison import stats
 from soluscope.comparison.stats import Floats, Interval
 from soluscope.errors import UserError
 from soluscope.files import digest
-from soluscope.results import MARGIN, Row
+from soluscope.results import (
+    MARGIN,
+    ChoicePoint,
+    Comparison,
+    Grid,
+    Measurement,
+    NoChoice,
+    Record,
+    Setting,
+    Step,
+    Term,
+    Verdict,
+    of_kind,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-UNDEFINED = "undefined: no gain of LN at this size"
-STATIC = ("solu_gain", "solu_frozen_ln")
-"""The class C: variants whose output scale is the same for every token."""
-CHAIN = ("solu", "solu_gain", "solu_frozen_ln", "solu_ln_det", "solu_ln")
-"""Each adds one thing: a gain; centring, affine; a scale of each token's own; its gradient."""
-TWIN = "solu_frozen_ln"
-"""What differs from solu_ln in nothing but having one gain for all tokens."""
-PRIMARY = ("static - LN", "Phi_dyn")
-"""Quantities whose test is of the primary family: the second is 0 where the first is."""
+PRIMARY = (Term.STATIC, Term.SHARE)
+"""Terms whose test is of the primary family: the second is 0 where the first is."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
 """Settings that make models comparable: differences are never taken between two sizes."""
 SETTINGS = (*SIZE, "lr", "kappa", "gain")
-"""What is told of each arm; `kappa` and `gain` of those whose mid norm has one."""
-SETTING = "setting"
-"""Quantity of a row that tells one of them, its name in `group`."""
-BY_RATE, BY_GAIN = "select loss by lr", "select loss by gain"
-"""Quantities of the points of the curves on which a rate and a gain were chosen."""
-NO_CHOICE = "no choice"
-"""Quantity of a row whose `group` names arms of which none was chosen, and whose `note` says why."""
+"""What is stored of each arm; `kappa` and `gain` of those whose mid norm has one."""
 GRID_FROM = 3
 """Points from which a curve has an inside: of two, one end is always the best."""
 GAIN_OF_KAPPA = "gain_of_kappa"
 """The kappa to whose gain a static arm was set at the start; nan where its gain was given outright."""
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """A variant's part in the comparison, as its file declares it."""
+
+    role: str
+    """`baseline`, `plain`, `static` (one gain for all tokens) or `per_token`."""
+    twin: str
+    """The variant that is the same with one gain for all tokens; empty if there is none."""
+    chain: tuple[Step, ...]
+    """From the root of the variant's chain to the variant itself."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Arm:
     name: str
     variant: str
+    lineage: Lineage
     config: str
     family: str
     """The same for arms that differ in nothing but their learning rate."""
@@ -119,13 +132,16 @@ class _Arms:
     @cached_property
     def not_chosen(self) -> list[list[_Arm]]:
         """Arms of which the best would be wanted, and that share no seed."""
-        wanted = [alike for alike in self._alike if len({arm.settings["lr"] for arm in alike}) > 1]
-        found = [alike for alike in wanted if not _eligible(alike)]
-        for variants in (("gelu",), ("solu",), STATIC, ("solu_ln_det",)):
-            arms = [arm for arm in self.tuned if arm.variant in variants]
-            if arms and not _shared(*arms) and not any(set(arms) == set(one) for one in found):
-                found.append(arms)
-        return found
+        rates = [alike for alike in self._alike if len({arm.settings["lr"] for arm in alike}) > 1]
+        missing = [alike for alike in rates if not _eligible(alike)]
+        stages = dict.fromkeys(arm.variant for arm in self.tuned if arm.lineage.role == "plain")
+        for arm in _per_token(self.tuned):
+            stages |= dict.fromkeys(step.variant for step in arm.lineage.chain[:-1])
+        by_stage = [_of_variant(self.tuned, variant) for variant in stages]
+        for arms in (_references(self.tuned), _static(self.tuned), *by_stage):
+            if arms and not _shared(*arms) and not any(set(arms) <= set(each) for each in missing):
+                missing.append(arms)
+        return missing
 
     @cached_property
     def tuned(self) -> list[_Arm]:
@@ -133,16 +149,18 @@ class _Arms:
         chosen = {_choose(_eligible(family))[0].name for family in self.families}
         return [arm for arm in self.arms if arm.name in chosen]
 
+    def at(self, lr: float | None) -> list[_Arm]:
+        """The arms at the rate `lr`, or each at its own best rate where none is given."""
+        return self.tuned if lr is None else [a for a in self.arms if a.settings["lr"] == lr]
+
     def family(self, of: _Arm) -> list[_Arm]:
         return next(family for family in self.families if of in family)
 
-    def best(self, variants: Sequence[str], lr: float | None = None) -> tuple[_Arm, str] | None:
-        """The best of the variants' arms and how it was chosen; None without one, or a seed that all have.
+    def best(self, candidates: Sequence[_Arm], lr: float | None = None) -> tuple[_Arm, str] | None:
+        """Return the best of some of the arms `at(lr)`, and in words how it was chosen.
 
-        Each arm at its own best rate, or at the rate `lr` where that is given.
+        None where there are no candidates, or no seed that all of them have.
         """
-        arms = self.tuned if lr is None else [a for a in self.arms if a.settings["lr"] == lr]
-        candidates = [arm for arm in arms if arm.variant in variants]
         if not candidates or not _shared(*candidates):
             return None
         chosen, losses = _choose(candidates)
@@ -164,43 +182,39 @@ class _Arms:
         """Loss sums of `a` minus `b`, [seed document], nats."""
         return np.stack([a.report[seed] - b.report[seed] for seed in seeds])
 
-    def row(
+    def fields(self, arm: _Arm, interval: Interval, cluster: str, n_seeds: int) -> dict[str, Any]:
+        """Return what a comparison and a point of a curve have in common."""
+        return {
+            "study": self.study, "commit": self.commit, "size": self.size,
+            "arm": arm.name, "variant": arm.variant, "config": arm.config,
+            "value": None if math.isnan(interval.value) else interval.value,
+            "low": interval.low, "high": interval.high, "n": n_seeds,
+            "n_clusters": n_seeds if cluster == "seed" else interval.n_clusters, "cluster": cluster,
+        }  # fmt: skip
+
+    def comparison(
         self,
-        quantity: str,
+        term: Term,
         arm: _Arm,
         interval: Interval,
         cluster: str,
         n_seeds: int,
-        group: str = "",
         unit: str = "nats / token",
-        note: str = "",
-        p: float | None = None,
-    ) -> Row:
-        return Row(
-            study=self.study,
-            probe="comparison",
-            quantity=quantity,
-            value=None if math.isnan(interval.value) else interval.value,
-            unit=unit,
-            arm=arm.name,
-            variant=arm.variant,
-            stream="report",
-            group=group,
-            low=interval.low,
-            high=interval.high,
-            p=p,
-            n=n_seeds,
-            n_clusters=n_seeds if cluster == "seed" else interval.n_clusters,
-            cluster=cluster,
-            note=_also(note, self.size),
-            commit=self.commit,
-            config=arm.config,
-        )
+        **more: Any,
+    ) -> Comparison:
+        common = self.fields(arm, interval, cluster, n_seeds)
+        return Comparison(term=term, unit=unit, **common, **more)
 
-    def contrast(
-        self, quantity: str, arm: _Arm, a: _Arm, b: _Arm, group: str = "", note: str = ""
-    ) -> list[Row]:
-        """`a` minus `b` over the seeds both have, both ways; nothing if they share none."""
+    def contrast(self, term: Term, a: _Arm, b: _Arm, arm: _Arm, **more: Any) -> list[Comparison]:
+        """Compare `a` minus `b` over the seeds both have, both ways; nothing if they share none.
+
+        Args:
+            term: what the comparison is of.
+            a: an arm.
+            b: another.
+            arm: which of them the comparison is about; the other is the one it is compared with.
+            more: further fields of the records.
+        """
         seeds = _shared(a, b)
         if not seeds:
             return []
@@ -209,11 +223,34 @@ class _Arms:
         new_documents = stats.document_bootstrap(difference.mean(axis=0), self.counts)
         n_seeds = len(seeds)
         p = new_seeds.p if n_seeds > 1 else None  # one seed flips to itself: no test
-        notes = _also(note, "" if p is None else f"sign-flip p = {p:.3g}")
-        return [
-            self.row(quantity, arm, new_seeds, "seed", n_seeds, group=group, note=notes, p=p),
-            self.row(quantity, arm, new_documents, "document", n_seeds, group=group, note=note),
-        ]
+        more["against"] = (b if arm is a else a).name
+        documents = self.comparison(term, arm, new_documents, "document", n_seeds, **more)
+        more["note"] = _also(more.get("note", ""), "" if p is None else f"sign-flip p = {p:.3g}")
+        return [self.comparison(term, arm, new_seeds, "seed", n_seeds, p=p, **more), documents]
+
+
+def _references(arms: Iterable[_Arm]) -> list[_Arm]:
+    """Return the arms of which the best is what all others are compared with."""
+    return [a for a in arms if a.lineage.role == "baseline" and len(a.lineage.chain) == 1]
+
+
+def _per_token(arms: Iterable[_Arm]) -> list[_Arm]:
+    return [arm for arm in arms if arm.lineage.role == "per_token"]
+
+
+def _static(arms: Iterable[_Arm]) -> list[_Arm]:
+    """Return the arms of class C: those whose output scale is the same for every token."""
+    return [arm for arm in arms if arm.lineage.role == "static"]
+
+
+def _plain(arms: Iterable[_Arm], of: _Arm) -> list[_Arm]:
+    """Return the arms without a norm from which the chain of an arm starts."""
+    root = of.lineage.chain[0].variant
+    return [arm for arm in _of_variant(arms, root) if arm.lineage.role == "plain"]
+
+
+def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
+    return [arm for arm in arms if arm.variant == variant]
 
 
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
@@ -246,13 +283,15 @@ def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
     return full or (list(family) if _shared(*family) else [])
 
 
-def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
-    """All comparisons that the arms of a study allow; what needs a missing arm is not there.
+def compare(
+    study: str, losses: pd.DataFrame, commit: str, lineages: Mapping[str, Lineage]
+) -> list[Record]:
+    """Make all comparisons that the arms of a study allow; what needs a missing arm is left out.
 
     Sizes are compared each by itself. Of arms that differ in nothing but their learning rate, the
-    one with the lowest loss on the select split is compared. Where a variant other than `solu_ln` then
-    has several arms (gains), the one with the lowest loss on select stands for it; each `solu_ln`
-    arm (kappas) is compared by itself.
+    one with the lowest loss on the select split is compared. Where several arms could stand for the
+    baseline, the plain, the static or a chain's variant (gains), the one with the lowest loss on
+    select does; each arm with a per-token norm (kappas) is compared by itself.
 
     Args:
         study: name of the study.
@@ -262,25 +301,22 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
             seed and learning rate), `SETTINGS` (nan for what a run has not), and, if it is known,
             `GAIN_OF_KAPPA`.
         commit: of the code that measured.
+        lineages: the part of each variant in the comparison, by the variant's name.
 
     Returns:
-        Rows of probe `comparison`, by quantity:
-        `loss` of each arm, Student's t over seeds on these documents;
-        `difference` of each arm to each reference, the reference in `group`;
-        `gain of LN`, L(solu) - L(solu_ln), for each solu_ln arm;
-        `static - LN`, L(best static) - L(solu_ln), its equivalence verdict in `note`;
-        `Phi_dyn`, `static - LN` as a share of `gain of LN`, or None and a note that starts with
-        `UNDEFINED`; `telescoping: a - b`, which sum to the gain of LN;
-        `BY_RATE` and `BY_GAIN`, the points of the curves on which a rate or a gain was chosen,
-        stream `select`, the setting in `x`, the chosen arm in `group`, and in the chosen arm's
-        `note` over how many seeds, and whether it lies inside the grid; the same of rates that lack
-        seeds, over their own, which were not chosen from;
-        `NO_CHOICE`, where arms share no seed;
-        the first three terms with ` at a common rate`, the rate in `x` and the tuned arm in
-        `group`, where a solu_ln arm was trained at several; `SETTING` of each arm.
-        Where there are several sizes, `note` ends with the row's. Differences over two seeds or
-        more have the exact sign-flip `p`. `static - LN` and `Phi_dyn` of all solu_ln arms are the
-        primary family, with `p_adj` after Holm's correction.
+        Comparisons, by term:
+        `LOSS` of each arm, Student's t over seeds on these documents;
+        `DIFFERENCE` of each arm to each reference: the best baseline that has none before it in
+        its chain, and every arm with a per-token norm;
+        `GAIN`, `STATIC`, `SHARE` and `STEP` of each arm with a per-token norm, the steps along its
+        own chain, by the members that the study has, so that they sum to the gain;
+        the first three of these once more at each rate common to all, where such an arm was trained
+        at several.
+        Choice points of the curves on which a rate or a gain was chosen; those of rates that lack
+        seeds, over their own, were not chosen from. `NoChoice` where arms share no seed. The
+        `Setting` of each arm.
+        Differences over two seeds or more have the exact sign-flip `p`. `STATIC` and `SHARE` of
+        all arms with a per-token norm are the primary family, with `p_adj` after Holm's correction.
 
     Raises:
         UserError: if a run was not measured on the documents of the others of its size, two runs
@@ -292,218 +328,228 @@ def compare(study: str, losses: pd.DataFrame, commit: str) -> list[Row]:
     if losses.empty:
         raise UserError("no losses to compare: measure them with 'python eval/run.py'")
     _check_settings(losses)
-    sizes = [_read(study, table, commit, size) for size, table in _by_size(losses)]
-    rows = [row for arms in sizes for row in _compared(arms)]
-    rows += [
-        row for arms in sizes for row in (*_tuning(arms), *_no_choices(arms), *_settings(arms))
-    ]
-    return _adjust_primary(rows)
+    sizes = [_read(study, table, commit, size, lineages) for size, table in _by_size(losses)]
+    compared = [each for arms in sizes for each in _compared(arms)]
+    records: list[Record] = [*_adjust_primary(compared)]
+    for arms in sizes:
+        records += [*_tuning(arms), *_no_choices(arms), *_settings(arms)]
+    return records
 
 
-def _compared(arms: _Arms) -> list[Row]:
+def _compared(arms: _Arms) -> list[Comparison]:
     """The comparisons within one size, each arm at its own best rate."""
-    rows = []
+    records = []
     for arm in arms.arms:
         per_seed = [arm.report[seed].sum() / arms.counts.sum() for seed in sorted(arm.report)]
         interval = stats.paired_seeds(per_seed)
         note = "new seeds, these documents"
-        rows.append(arms.row("loss", arm, interval, "seed", len(per_seed), note=note))
+        records.append(arms.comparison(Term.LOSS, arm, interval, "seed", len(per_seed), note=note))
 
-    gelu = arms.best(["gelu"])
-    normed = [arm for arm in arms.tuned if arm.variant == "solu_ln"]
-    for reference in ([gelu[0]] if gelu else []) + normed:
+    baseline = arms.best(_references(arms.tuned))
+    normed = _per_token(arms.tuned)
+    for reference in ([baseline[0]] if baseline else []) + normed:
         for arm in arms.tuned:
             if arm is not reference:
-                rows += arms.contrast("difference", arm, arm, reference, f"minus {reference.name}")
+                records += arms.contrast(Term.DIFFERENCE, arm, reference, arm)
     for ln in normed:
-        rows += _share(arms, ln)
-        rows += _telescoping(arms, ln)
-    return rows
+        records += _share(arms, ln)
+        records += _telescoping(arms, ln)
+    return records
 
 
-def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Row]:
+def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Comparison]:
     """The gain of LN, what of it the best static arm does not reach, and the share of the one in the other."""
-    rows = []
-    plain, static = arms.best(["solu"], lr), arms.best(STATIC, lr)
+    records = []
+    arms_at = arms.at(lr)
+    plain, static = arms.best(_plain(arms_at, ln), lr), arms.best(_static(arms_at), lr)
     if plain is not None:
-        rows += arms.contrast("gain of LN", ln, plain[0], ln, note=_stand_in("solu", *plain))
+        records += arms.contrast(Term.GAIN, plain[0], ln, ln, choice=plain[1])
     if static is not None:
-        rows += _static_minus_ln(arms, *static, ln)
+        records += _static_minus_ln(arms, *static, ln)
     if plain is not None and static is not None:
-        rows += _phi_dyn(arms, plain[0], *static, ln)
-    return rows
+        records += _phi_dyn(arms, plain[0], *static, ln)
+    return records
 
 
-def _tuning(arms: _Arms) -> list[Row]:
+def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
     """The curves on which rates and gains were chosen, and what a rate common to all arms would give."""
-    rows = []
+    records: list[ChoicePoint | Comparison] = []
     for family in arms.families:
         if len(family) > 1:
-            rows += _curve(arms, BY_RATE, "lr", family)
+            records += _curve(arms, "lr", family)
     for variant in sorted({arm.variant for arm in arms.tuned}):
-        static = [arm for arm in arms.tuned if arm.variant == variant and "gain" in arm.settings]
+        static = [arm for arm in _of_variant(arms.tuned, variant) if "gain" in arm.settings]
         if len({arm.settings["gain"] for arm in static}) > 1 and _shared(*static):
-            rows += _curve(arms, BY_GAIN, "gain", static)
-    for ln in arms.tuned:
-        family = arms.family(ln) if ln.variant == "solu_ln" else []
-        for one in family if len(family) > 1 else []:
-            lr = one.settings["lr"]
-            rows += [
-                replace(row, quantity=f"{row.quantity} at a common rate", x=lr, group=ln.name)
-                for row in _share(arms, one, lr)
-            ]
-    return rows
+            records += _curve(arms, "gain", static)
+    for ln in _per_token(arms.tuned):
+        family = arms.family(ln)
+        for arm in family if len(family) > 1 else []:
+            lr = arm.settings["lr"]
+            at_one_rate = _share(arms, arm, lr)
+            records += [replace(each, lr=lr, tuned_arm=ln.name) for each in at_one_rate]
+    return records
 
 
-def _curve(arms: _Arms, quantity: str, setting: str, candidates: Sequence[_Arm]) -> list[Row]:
+def _curve(
+    arms: _Arms, setting: Literal["lr", "gain"], candidates: Sequence[_Arm]
+) -> list[ChoicePoint]:
     """Loss on the select split against a setting, and where on the grid the least of it lies.
 
     Source: science.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
     """
-    eligible = _eligible(candidates) if quantity == BY_RATE else candidates
+    eligible = _eligible(candidates) if setting == "lr" else candidates
     chosen, _ = _choose(eligible)
-    grid = {arm.settings[setting] for arm in eligible}
+    settings = {arm.settings[setting] for arm in eligible}
     at = chosen.settings[setting]
-    place = (
-        f"too few for a grid: {len(grid)}" if len(grid) < GRID_FROM
-        else "at the lower edge of the grid" if at == min(grid)
-        else "at the upper edge of the grid" if at == max(grid)
-        else "inside the grid"
+    grid = (
+        Grid.TOO_FEW if len(settings) < GRID_FROM
+        else Grid.LOWER_EDGE if at == min(settings)
+        else Grid.UPPER_EDGE if at == max(settings)
+        else Grid.INSIDE
     )  # fmt: skip
+    where = f"{grid}: {len(settings)}" if grid is Grid.TOO_FEW else grid
     losses = _select(eligible)
     n_seeds = len(losses[chosen.name])
-    rows = []
+    points = []
     for arm in sorted(candidates, key=lambda arm: arm.settings[setting]):
         by_seed = losses.get(arm.name) or [arm.select[seed] for seed in sorted(arm.select)]
-        note = f"chosen over {_seeds(n_seeds)}, {place}" if arm is chosen else ""
+        note = f"chosen over {_seeds(n_seeds)}, {where}" if arm is chosen else ""
         if arm not in eligible:
             note = f"not chosen from: {len(by_seed)} of {_seeds(n_seeds)}"
-        row = arms.row(
-            quantity, arm, stats.paired_seeds(by_seed), "seed", len(by_seed), chosen.name, note=note
-        )
-        rows.append(replace(row, stream="select", x=arm.settings[setting]))
-    return rows
+        common = arms.fields(arm, stats.paired_seeds(by_seed), "seed", len(by_seed))
+        points.append(
+            ChoicePoint(
+                **common, unit="nats / token", setting=setting, x=arm.settings[setting],
+                chosen_arm=chosen.name, eligible=arm in eligible,
+                grid=grid if arm is chosen else None, note=note,
+            )
+        )  # fmt: skip
+    return points
 
 
-def _no_choices(arms: _Arms) -> list[Row]:
+def _no_choices(arms: _Arms) -> list[NoChoice]:
     """What was not compared, or not at its best, since an arm would have won by its seeds."""
     return [
-        Row(
-            study=arms.study, probe="comparison", quantity=NO_CHOICE, value=None, unit="",
-            group=", ".join(arm.name for arm in alike), note=_also("they share no seed", arms.size),
-            commit=arms.commit,
+        NoChoice(
+            study=arms.study, arms=tuple(arm.name for arm in alike), note="they share no seed",
+            size=arms.size, commit=arms.commit,
         )
         for alike in arms.not_chosen
     ]  # fmt: skip
 
 
-def _settings(arms: _Arms) -> list[Row]:
-    """Each arm's settings, so that readers need not take its name apart."""
-    kappa = "eps d_mlp^2"
-    units = {"gain": "1 / activation", "kappa": kappa, GAIN_OF_KAPPA: kappa, "tokens": "tokens"}
+def _settings(arms: _Arms) -> list[Setting]:
     return [
-        Row(
-            study=arms.study, probe="comparison", quantity=SETTING, group=name, value=value,
-            unit=units.get(name, ""), arm=arm.name, variant=arm.variant, positions="all",
-            n=len(arm.report), note=arms.size, commit=arms.commit, config=arm.config,
+        Setting(
+            study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
+            role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
+            n=len(arm.report), commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms
-        for name, value in arm.settings.items()
     ]  # fmt: skip
 
 
-def _adjust_primary(rows: list[Row]) -> list[Row]:
-    """The same rows, where those that answer "is Phi_dyn 0?" have p corrected for asking each arm.
+def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
+    """The same records, where those that answer "is Phi_dyn 0?" have p corrected for asking each arm.
 
     Phi_dyn is 0 where its numerator is, so the numerator's p is its own. The family holds all
-    solu_ln arms, also those whose Phi_dyn is undefined: the tests must not depend on the outcome.
+    arms with a per-token norm, also those whose Phi_dyn is undefined: the tests must not depend on
+    the outcome.
     """
-    family = {row.arm: row.p for row in rows if row.quantity == "static - LN" and row.p is not None}
+    family = {
+        each.arm: each.p for each in compared if each.term is Term.STATIC and each.p is not None
+    }
     adjusted = stats.holm(family)
 
-    def with_p(row: Row) -> Row:
-        asked = row.quantity in PRIMARY and row.cluster == "seed" and row.value is not None
-        if not asked or row.arm not in family:
-            return row
-        note = f"Holm-adjusted p = {adjusted[row.arm]:.3g} over {', '.join(family)}"
-        if row.quantity == "Phi_dyn":
-            note = f"sign-flip p of its numerator = {family[row.arm]:.3g}; {note}"
-        return replace(row, p=family[row.arm], p_adj=adjusted[row.arm], note=_also(row.note, note))
+    def with_p(record: Comparison) -> Comparison:
+        asked = record.term in PRIMARY and record.cluster == "seed" and record.value is not None
+        if not asked or record.arm not in family:
+            return record
+        p, p_adj = family[record.arm], adjusted[record.arm]
+        note = f"Holm-adjusted p = {p_adj:.3g} over {', '.join(family)}"
+        if record.term is Term.SHARE:
+            note = f"sign-flip p of its numerator = {p:.3g}; {note}"
+        return replace(record, p=p, p_adj=p_adj, note=_also(record.note, note))
 
-    return [with_p(row) for row in rows]
+    return [with_p(record) for record in compared]
 
 
-def confirm(rows: Sequence[Row], tested: Mapping[str, str]) -> list[Row]:
-    """Do probes find more in LayerNorm than in its static twin, seed by seed?
+def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Comparison]:
+    """Do probes find more in a per-token norm than in its static twin, seed by seed?
 
-    The confirmatory family: for each solu_ln arm and each probe, the paired difference of what the
-    probe tests between it and its twin (with several kappas, the twin of its own), with the exact
-    sign-flip p, corrected after Holm over all of them.
+    The confirmatory family: for each arm with a per-token norm and each probe, the paired
+    difference of what the probe tests between the arm and its twin (with several kappas, the twin
+    of its own), with the exact sign-flip p, corrected after Holm over all of them.
 
     Args:
-        rows: of the study's runs, and `compare`'s: arms of another size, and those whose rate was
-            not chosen, are left out.
+        records: of the study's runs, and `compare`'s: arms of another size, and those whose rate
+            was not chosen, are left out.
         tested: quantity by probe.
 
     Returns:
-        Rows of probe `comparison`, quantity `probe: tested`, group `minus` and the twin's arm; none
-        where the twin has no number (what is undefined under one gain cannot be compared).
+        Comparisons with the term `PROBE`; none where the twin has no number (what is undefined
+        under one gain cannot be compared).
 
     Source: science.md section 5, "Families".
     """
-    found = []
-    passed_over = {row.arm for row in rows if row.quantity == BY_RATE and row.arm != row.group}
-    twins = sorted({row.arm for row in rows if row.variant == TWIN} - passed_over)
-    normed = {row.arm for row in rows if row.variant == "solu_ln" and row.run}
-    for arm in sorted(normed - passed_over):
-        for twin in _twins_of(rows, arm, normed - passed_over, twins):
-            for probe, quantity in tested.items():
-                found += _paired_probe(rows, probe, quantity, arm, twin)
-    names = [f"{row.arm} {row.quantity} {row.group}" for row in found]
-    adjusted = stats.holm(
-        {name: row.p for name, row in zip(names, found, strict=True) if row.p is not None}
-    )
+    points = [each for each in of_kind(records, ChoicePoint) if each.setting == "lr"]
+    passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
+    settings = [each for each in of_kind(records, Setting) if each.arm not in passed_over]
+    measured = of_kind(records, Measurement)
+    probed = {each.arm for each in measured}
+    normed = [each for each in settings if each.role == "per_token" and each.arm in probed]
+    tests = [
+        test
+        for arm in sorted(normed, key=lambda each: each.arm)
+        for twin in _twins_of(arm, settings, normed)
+        for probe, quantity in tested.items()
+        for test in _paired_probe(measured, probe, quantity, arm, twin)
+    ]
+    family = {str(i): test.p for i, test in enumerate(tests) if test.p is not None}
+    adjusted = stats.holm(family)
     return [
         replace(
-            row, p_adj=adjusted[name],
-            note=_also(row.note, f"Holm-adjusted p = {adjusted[name]:.3g} over {len(adjusted)} tests"),
-        ) if name in adjusted else row
-        for name, row in zip(names, found, strict=True)
+            test, p_adj=adjusted[str(i)],
+            note=_also(test.note, f"Holm-adjusted p = {adjusted[str(i)]:.3g} over {len(adjusted)} tests"),
+        ) if str(i) in adjusted else test
+        for i, test in enumerate(tests)
     ]  # fmt: skip
 
 
-def _twins_of(rows: Sequence[Row], arm: str, normed: set[str], twins: Sequence[str]) -> list[str]:
-    """The static arms of `arm`'s size; with several kappas, those whose gain was set to its kappa's.
+def _twins_of(arm: Setting, settings: Sequence[Setting], normed: Sequence[Setting]) -> list[str]:
+    """Return the static twins of `arm`; with several kappas, those whose gain was set to its kappa's.
 
     All of them where it is not known to which kappa's gain any was set.
     """
-    sizes = {row.arm: row.note for row in rows if row.quantity == SETTING}
-    told = {(row.arm, row.group): row.value for row in rows if row.quantity == SETTING}
-    mine = [twin for twin in twins if sizes.get(twin) == sizes.get(arm)]
-    kappas = {told.get((one, "kappa")) for one in normed if sizes.get(one) == sizes.get(arm)}
-    set_to = {twin: told.get((twin, GAIN_OF_KAPPA)) for twin in mine}
+    twins = [each for each in settings if (each.variant, each.size) == (arm.twin, arm.size)]
+    alike = [each for each in normed if (each.twin, each.size) == (arm.twin, arm.size)]
+    kappas = {each.values.get("kappa") for each in alike}
+    set_to = {each.arm: each.values.get(GAIN_OF_KAPPA) for each in twins}
     if len(kappas) < 2 or not any(set_to.values()):
-        return mine
-    kappa = told.get((arm, "kappa")) or 0.0
-    return [twin for twin, of in set_to.items() if of and math.isclose(of, kappa, rel_tol=1e-6)]
+        return sorted(set_to)
+    kappa = arm.values.get("kappa", 0.0)
+    same = (twin for twin, of in set_to.items() if of and math.isclose(of, kappa, rel_tol=1e-6))
+    return sorted(same)
 
 
-def _paired_probe(rows: Sequence[Row], probe: str, quantity: str, arm: str, twin: str) -> list[Row]:
-    """One confirmatory test; a run's number is the mean over the streams that both arms have."""
-    numbers: dict[str, dict[int, dict[str, float]]] = {arm: {}, twin: {}}
-    unit = ""
-    for row in rows:
-        asked = (row.probe, row.quantity, row.group, row.x) == (probe, quantity, "", None)
-        headline = row.positions == "not BOS" and row.statistic in ("", "mean")
-        if not (asked and headline and row.arm in numbers):
+def _paired_probe(
+    measured: Sequence[Measurement], probe: str, quantity: str, arm: Setting, twin: str
+) -> list[Comparison]:
+    """Make one confirmatory test; a run's number is the mean over the streams that both arms have."""
+    numbers: dict[str, dict[int, dict[str, float]]] = {arm.arm: {}, twin: {}}
+    unit = commit = ""
+    for each in measured:
+        asked = (each.probe, each.quantity, each.group, each.x) == (probe, quantity, "", None)
+        headline = each.positions == "not BOS" and each.statistic in ("", "mean")
+        if not (asked and headline and each.arm in numbers):
             continue
-        if row.value is not None and row.seed is not None:
-            numbers[row.arm].setdefault(row.seed, {})[row.stream] = row.value
-            unit = row.unit
-    seeds = sorted(numbers[arm].keys() & numbers[twin].keys())
+        if each.value is not None and each.seed is not None:
+            numbers[each.arm].setdefault(each.seed, {})[each.stream] = each.value
+            unit, commit = each.unit, each.commit
+    seeds = sorted(numbers[arm.arm].keys() & numbers[twin].keys())
     differences = []
     for seed in seeds:
-        here, there = numbers[arm][seed], numbers[twin][seed]
+        here, there = numbers[arm.arm][seed], numbers[twin][seed]
         shared = here.keys() & there.keys()
         if shared:
             differences.append(
@@ -512,36 +558,34 @@ def _paired_probe(rows: Sequence[Row], probe: str, quantity: str, arm: str, twin
     if not differences:
         return []
     interval = stats.paired_seeds(differences)
-    base = next(row for row in rows if row.arm == arm and row.run)
     return [
-        Row(
-            study=base.study, probe="comparison", quantity=f"{probe}: {quantity}", arm=arm,
-            variant=base.variant, group=f"minus {twin}", value=interval.value, unit=unit,
-            low=interval.low, high=interval.high, p=interval.p if len(differences) > 1 else None,
-            n=interval.n, n_clusters=interval.n_clusters, cluster="seed", commit=base.commit,
-            note=f"sign-flip p = {interval.p:.3g}" if len(differences) > 1 else "",
+        Comparison(
+            study=arm.study, term=Term.PROBE, probe=probe, quantity=quantity, arm=arm.arm,
+            variant=arm.variant, against=twin, value=interval.value, unit=unit, low=interval.low,
+            high=interval.high, p=interval.p if len(differences) > 1 else None, n=interval.n,
+            n_clusters=interval.n_clusters, cluster="seed", commit=commit, config=arm.config,
+            size=arm.size, note=f"sign-flip p = {interval.p:.3g}" if len(differences) > 1 else "",
         )
     ]  # fmt: skip
 
 
-def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Row]:
+def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
     seeds = _shared(static, ln)
     if not seeds:
         return []
     difference = arms.difference(static, ln, seeds)
-    verdict = stats.equivalence(
-        stats.seeds_and_documents(difference, arms.counts, level=0.90), MARGIN
+    verdict = Verdict(
+        stats.equivalence(stats.seeds_and_documents(difference, arms.counts, level=0.90), MARGIN)
     )
-    meaning = {
-        "equivalent": f"equivalent: closer than {MARGIN} nats",
-        "different": f"different: farther than {MARGIN} nats",
-        "inconclusive": f"inconclusive against a margin of {MARGIN} nats",
+    note = {
+        Verdict.EQUIVALENT: f"equivalent: closer than {MARGIN} nats",
+        Verdict.DIFFERENT: f"different: farther than {MARGIN} nats",
+        Verdict.INCONCLUSIVE: f"inconclusive against a margin of {MARGIN} nats",
     }[verdict]
-    note = f"{meaning}; best static is {choice}"
-    return arms.contrast("static - LN", ln, static, ln, note=note)
+    return arms.contrast(Term.STATIC, static, ln, ln, verdict=verdict, choice=choice, note=note)
 
 
-def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> list[Row]:
+def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
     """The share of LN's gain that the best static arm does not reach."""
     seeds = _shared(plain, static, ln)
     if not seeds:
@@ -549,22 +593,24 @@ def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> l
     num = arms.difference(static, ln, seeds)
     den = arms.difference(plain, ln, seeds)
     gain = stats.seeds_and_documents(den, arms.counts)
-    best = f"best static is {choice}"
+    more: dict[str, Any] = {"unit": "share", "against": static.name, "choice": choice}
     if gain.low is None or gain.low <= MARGIN:
-        note = f"{UNDEFINED} ({_why_undefined(gain)}); {best}"
+        more |= {
+            "verdict": Verdict.UNDEFINED,
+            "note": f"undefined: no gain of LN at this size ({_why_undefined(gain)})",
+        }
         undefined = Interval(float("nan"), None, None, gain.n, gain.n_clusters)
-        return [arms.row("Phi_dyn", ln, undefined, "seed", len(seeds), unit="share", note=note)]
+        return [arms.comparison(Term.SHARE, ln, undefined, "seed", len(seeds), **more)]
     check = stats.fieller(num, den, arms.counts)
-    ends = "no interval" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
+    bounds = "no interval" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
     interval = stats.two_level_bootstrap_ratio(num, den, arms.counts)
-    method = f"BCa interval from seeds and documents resampled; Fieller's is {ends}"
+    note = f"BCa interval from seeds and documents resampled; Fieller's is {bounds}"
     if interval.low is None:
         interval = check
         few = len(seeds) < stats.MIN_SEEDS_TO_RESAMPLE
         why = f"{len(seeds)} seeds are too few to resample" if few else "resampling gives none"
-        method = f"Fieller's interval: {why}"
-    note = f"{method}; {best}"
-    return [arms.row("Phi_dyn", ln, interval, "seed", len(seeds), unit="share", note=note)]
+        note = f"Fieller's interval: {why}"
+    return [arms.comparison(Term.SHARE, ln, interval, "seed", len(seeds), note=note, **more)]
 
 
 def _why_undefined(gain: Interval) -> str:
@@ -573,32 +619,41 @@ def _why_undefined(gain: Interval) -> str:
         return f"{estimate} with one seed, which gives no interval for new seeds"
     if gain.low is None or gain.high is None:
         return f"{estimate}; {gain.n_clusters} documents are too few for an interval"
-    ends = f"{estimate}, 95% interval for new seeds {gain.low:+.4f} to {gain.high:+.4f}"
+    bounds = f"{estimate}, 95% interval for new seeds {gain.low:+.4f} to {gain.high:+.4f}"
     if gain.high < 0:
-        return f"{ends}: plain solu is better"
+        return f"{bounds}: the plain arm is better"
     if gain.low <= 0:
-        return f"{ends}: it reaches 0"
-    return f"{ends}: its lower end is not above {MARGIN} nats"
+        return f"{bounds}: it reaches 0"
+    return f"{bounds}: its lower end is not above {MARGIN} nats"
 
 
-def _telescoping(arms: _Arms, ln: _Arm) -> list[Row]:
-    """The gain of LN in steps of one change each, over the seeds that all steps have."""
-    steps: list[tuple[str, _Arm, str]] = []
-    for variant in CHAIN[:-1]:
-        best = arms.best([variant])
+def _telescoping(arms: _Arms, ln: _Arm) -> list[Comparison]:
+    """The gain of LN in steps along the arm's own chain, over the seeds that all steps have.
+
+    A member of the chain that the study lacks is passed over: the step across it adds both things.
+    """
+    chain = ln.lineage.chain
+    stages: list[tuple[int, _Arm, str]] = []
+    for i, member in enumerate(chain[:-1]):
+        best = arms.best(_of_variant(arms.tuned, member.variant))
         if best is not None:
-            steps.append((variant, *best))
-    steps.append((ln.variant, ln, ln.name))
-    seeds = _shared(*(arm for _, arm, _ in steps))
+            stages.append((i, *best))
+    stages.append((len(chain) - 1, ln, ""))
+    seeds = _shared(*(arm for _, arm, _ in stages))
     if not seeds:
         return []
-    rows = []
-    for (from_name, a, _), (to_name, b, choice) in pairwise(steps):
+    steps = []
+    for (i, a, _), (j, b, choice) in pairwise(stages):
         interval = stats.seeds_and_documents(arms.difference(a, b, seeds), arms.counts)
-        quantity = f"telescoping: {from_name} - {to_name}"
-        note = _stand_in(to_name, b, choice)
-        rows.append(arms.row(quantity, ln, interval, "seed", len(seeds), note=note))
-    return rows
+        adds = "; ".join(step.adds for step in chain[i + 1 : j + 1])
+        ends = (chain[i].variant, chain[j].variant)
+        steps.append(
+            arms.comparison(
+                Term.STEP, ln, interval, "seed", len(seeds), against=a.name, step=ends, adds=adds,
+                choice=choice,
+            )
+        )  # fmt: skip
+    return steps
 
 
 def _also(*notes: str) -> str:
@@ -609,11 +664,6 @@ def _seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def _stand_in(variant: str, arm: _Arm, choice: str) -> str:
-    """Which arm a variant's name stands for, where the name alone does not say."""
-    return "" if arm.name == variant else f"{variant} is {choice}"
-
-
 def _shared(*arms: _Arm) -> list[int]:
     return sorted(set.intersection(*(set(arm.report) for arm in arms)))
 
@@ -621,7 +671,7 @@ def _shared(*arms: _Arm) -> list[int]:
 def _check_settings(losses: pd.DataFrame) -> None:
     """One arm is one setting, whatever the seed; a gain measured at the start has the seed's value."""
     for arm, table in losses.groupby("arm"):
-        for name in _told(losses):
+        for name in _settings_in(losses):
             values = sorted(table[name].dropna().unique())
             if len(values) > 1 and name != "gain":
                 raise UserError(
@@ -630,7 +680,7 @@ def _check_settings(losses: pd.DataFrame) -> None:
                 )
 
 
-def _told(losses: pd.DataFrame) -> list[str]:
+def _settings_in(losses: pd.DataFrame) -> list[str]:
     """The columns that are settings."""
     return [name for name in (*SETTINGS, GAIN_OF_KAPPA) if name in losses]
 
@@ -643,7 +693,9 @@ def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield ", ".join(f"{SIZE[i]} {shape[i]:.0f}" for i in differing), table
 
 
-def _read(study: str, losses: pd.DataFrame, commit: str, size: str) -> _Arms:
+def _read(
+    study: str, losses: pd.DataFrame, commit: str, size: str, lineages: Mapping[str, Lineage]
+) -> _Arms:
     """Losses of one size as arrays over one order of documents, or the run that does not fit the others."""
     ordered = losses.sort_values(["run", "split", "document"], kind="stable")
     runs = {str(name): table for name, table in ordered.groupby("run", sort=True)}
@@ -665,7 +717,9 @@ def _read(study: str, losses: pd.DataFrame, commit: str, size: str) -> _Arms:
         select, report = (table[table["split"] == split] for split in ("select", "report"))
         if select.empty or report.empty:
             raise UserError(f"run {name!r} of {study!r} lacks the select or the report split")
-        arm = arms.setdefault(str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]]))
+        arm = arms.setdefault(
+            str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]], lineages)
+        )
         if seed in arm.report:
             raise UserError(f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}")
         arm.select[seed] = float(select["loss_sum"].sum() / select["n_tokens"].sum())
@@ -674,11 +728,12 @@ def _read(study: str, losses: pd.DataFrame, commit: str, size: str) -> _Arms:
     return _Arms(study, commit, size, counts, tuple(arms[name] for name in sorted(arms)))
 
 
-def _arm(table: pd.DataFrame) -> _Arm:
+def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     """An arm before its losses, from the rows of all of its runs."""
     first = table.iloc[0]
-    settings = table.groupby("run")[_told(table)].first().median()
+    variant = str(first["variant"])
+    settings = table.groupby("run")[_settings_in(table)].first().median()
     return _Arm(
-        str(first["arm"]), str(first["variant"]), str(first["config"]), str(first["family"]),
+        str(first["arm"]), variant, lineages[variant], str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},
     )  # fmt: skip

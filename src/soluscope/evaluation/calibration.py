@@ -33,7 +33,7 @@ from soluscope.evaluation.summaries import POSITIONS, estimates, token_table
 from soluscope.hooked.activations import HookedRun, observe
 from soluscope.probes import Estimate, Gate, Probe
 from soluscope.probes._estimates import ratio
-from soluscope.results import Row
+from soluscope.results import FalsePositives, GateResult
 from soluscope.runs.weights import commit
 
 NEAR = 0.05
@@ -56,8 +56,8 @@ def control_run(name: str, stream: str) -> HookedRun:
     return observe(planted.model, planted.streams[stream])
 
 
-def check_gates(name: str, study: str = "") -> Iterator[Row]:
-    """A row for each gate of a probe; its note begins with `pass` or `FAIL`.
+def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
+    """Put a probe before each of its controls.
 
     Raises:
         UserError: if there is no such probe or control.
@@ -68,21 +68,25 @@ def check_gates(name: str, study: str = "") -> Iterator[Row]:
         table = token_table(one, run)
         # Two one-sided tests at 5% are read off the 90% interval.
         interval = _estimate(one, run, table, gate, level=0.95 if gate.within is None else 0.90)
-        verdict, asked = judge(gate, interval)
+        passed, asked = judge(gate, interval)
         known = one.quantities | one.estimates
         how = f" ({gate.statistic})" if gate.quantity in one.quantities else ""
         where = "".join(f", {part}" for part in (gate.group, gate.x) if part not in ("", None))
-        yield Row(
-            study=study, probe="controls", quantity=name, value=interval.value,
-            unit=known[gate.quantity].unit, statistic=f"{gate.quantity}{how}{where}",
-            stream=gate.stream, positions=gate.positions, group=gate.control, low=interval.low,
-            high=interval.high, n=interval.n, n_clusters=interval.n_clusters, cluster="string",
-            note=f"{verdict}: {asked}", commit=commit(),
+        n_strings = interval.n_clusters
+        yield GateResult(
+            study=study, probe=name, control=gate.control,
+            section=plugins.pick("soluscope.controls", gate.control).section,
+            passed=passed, sign="positive" if gate.within is None else "negative",
+            measured=f"{gate.quantity}{how}{where}", asked=asked,
+            stream=gate.stream, positions=gate.positions, value=interval.value,
+            unit=known[gate.quantity].unit, low=interval.low, high=interval.high, n=interval.n,
+            n_clusters=n_strings, cluster="string", commit=commit(),
+            note=f"no interval from {n_strings} strings" if interval.low is None else "",
         )  # fmt: skip
 
 
-def judge(gate: Gate, interval: Interval) -> tuple[str, str]:
-    """`pass` or `FAIL`, and what was asked."""
+def judge(gate: Gate, interval: Interval) -> tuple[bool, str]:
+    """Return whether a gate is passed, and in words what it asks."""
     if gate.within is not None:
         held = equivalence(interval, gate.within, gate.around) == "equivalent"
         asked = f"within {gate.within:g} of {gate.around:g} (90% interval)"
@@ -96,9 +100,7 @@ def judge(gate: Gate, interval: Interval) -> tuple[str, str]:
     if gate.truth is not None:
         held = held and abs(interval.value - gate.truth) <= NEAR * abs(gate.truth)
         asked += f", truth {gate.truth:g}"
-    if interval.low is None:
-        asked += f"; no interval from {interval.n_clusters} strings"
-    return ("pass" if held else "FAIL"), asked
+    return bool(held), asked
 
 
 def _estimate(
@@ -118,8 +120,8 @@ def _estimate(
 # --- false positives ------------------------------------------------------------------------------
 
 
-def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[Row]:
-    """How often what is computed from a probe says "a difference" where there is none.
+def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[FalsePositives]:
+    """Count how often what is computed from a probe says "a difference" where there is none.
 
     Untrained models: two groups of eight models that differ in nothing but their seeds, compared as
     two variants would be, by the t interval of their paired differences. This is the error of
@@ -129,7 +131,7 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
     of documents, dealt at random, and the interval is of the groups' difference.
 
     The models are drawn from a pool of 320, so draws share some; the binomial interval leaves that out.
-    The note begins with `pass` where the nominal 5% lies inside the interval.
+    A rate has passed where the nominal 5% lies inside its interval.
 
     Raises:
         UserError: if there is no such probe.
@@ -139,19 +141,18 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
         "untrained models": _untrained(one, n_draws),
         "shuffled labels": _shuffled(one, n_draws),
     }
-    for group, found in tallies.items():
-        base = Row(
-            study=study, probe="false positives", quantity=name, group=group, unit="share",
-            value=None, statistic=one.tested, cluster="draw", commit=commit(),
-            note=f"{one.tested} is not defined there",
+    for source, outcomes in tallies.items():
+        base = FalsePositives(
+            study=study, probe=name, tested=one.tested, source=source, passed=None, value=None,
+            unit="share", cluster="draw", commit=commit(), note=f"{one.tested} is not defined there",
         )  # fmt: skip
-        if len(found):
-            test = binomtest(int(found.sum()), len(found))
+        if len(outcomes):
+            test = binomtest(int(outcomes.sum()), len(outcomes))
             low, high = test.proportion_ci()
-            verdict = "pass" if low <= NOMINAL <= high else "FAIL"
             base = replace(
-                base, value=float(found.mean()), low=float(low), high=float(high), n=len(found),
-                n_clusters=len(found), note=f"{verdict}: nominal {NOMINAL:g}",
+                base, passed=bool(low <= NOMINAL <= high), value=float(outcomes.mean()),
+                low=float(low), high=float(high), n=len(outcomes), n_clusters=len(outcomes),
+                note=f"nominal {NOMINAL:g}",
             )  # fmt: skip
         yield base
 

@@ -22,18 +22,20 @@ from soluscope.config import PretrainedConfig
 from soluscope.data import tokenizer
 from soluscope.data.cache import TokenCache, open_cache, prepare, share_with_study
 from soluscope.errors import UserError
+from soluscope.evaluation.summaries import about_run
 from soluscope.files import write_bytes, write_text
-from soluscope.hooked.activations import check_model
+from soluscope.hooked.activations import HookedRun, check_model
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained, repository_of
+from soluscope.results import Measurement
 from soluscope.runs.folder import lock
-from soluscope.runs.weights import load_facts
+from soluscope.runs.weights import Facts, load_facts
 
-RECORD = "pretrained.json"
+ORIGIN = "pretrained.json"
 
 
 @dataclass(frozen=True)
-class Record:
+class Origin:
     """What pretrained.json holds."""
 
     name: str
@@ -56,17 +58,17 @@ class Record:
         return f"{self.repository} at commit {self.commit[:12]}"
 
 
-def read_record(run_dir: Path) -> Record | None:
+def read_origin(run_dir: Path) -> Origin | None:
     """What a run folder says of the pretrained model that it is of; None where it is of none.
 
     Raises:
         UserError: if it cannot be read.
     """
-    path = run_dir / RECORD
+    path = run_dir / ORIGIN
     if not path.is_file():
         return None
     try:
-        return Record(**json.loads(path.read_text(encoding="utf8")))
+        return Origin(**json.loads(path.read_text(encoding="utf8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is broken ({error}): delete {run_dir} to make it again") from error
 
@@ -89,7 +91,7 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
     repository = repository_of(name)
     study_dir = Path(config.runs_dir) / model.facts.run
     run_dir = study_dir / model.facts.run
-    before = read_record(run_dir)
+    before = read_origin(run_dir)
     _check_place(study_dir, before, name, repository)
     with lock(run_dir):
         folder = run_dir / "tokenizer"
@@ -98,29 +100,72 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
         _share(cache, study_dir, say)
         facts = replace(model.facts, study=study_dir.name)
         write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
-        record = Record(
+        origin = Origin(
             name=name if repository else str(Path(name).resolve()), repository=repository,
             commit=facts.commit, data=data, corpus=corpus, beside=config.studies,
         )  # fmt: skip
-        write_text(run_dir / RECORD, json.dumps(asdict(record), indent=1) + "\n")
+        write_text(run_dir / ORIGIN, json.dumps(asdict(origin), indent=1) + "\n")
     return run_dir
 
 
-def load_again(run_dir: Path, record: Record, device: str) -> SoluscopeTransformer:
+def load_again(run_dir: Path, origin: Origin, device: str) -> SoluscopeTransformer:
     """The model that a run folder is of, from the hub's cache or its folder.
 
     Raises:
         UserError: if it is not to be had any more, or the folder holds other weights now.
     """
-    revision = record.commit if record.repository else None
-    model = load_pretrained(record.name, revision, device)
-    if model.facts.commit != record.commit:
+    revision = origin.commit if origin.repository else None
+    model = load_pretrained(origin.name, revision, device)
+    if model.facts.commit != origin.commit:
         raise UserError(
-            f"{record.name} holds other weights than those of {run_dir}: probe them anew with "
-            f"'python eval/run.py {record.name}'"
+            f"{origin.name} holds other weights than those of {run_dir}: probe them anew with "
+            f"'python eval/run.py {origin.name}'"
         )
     model.facts = load_facts(run_dir)
     return model
+
+
+def measurements(
+    facts: Facts, origin: Origin, text: TokenCache, loss: Measurement, run: HookedRun
+) -> list[Measurement]:
+    """Return what is known of a pretrained model, its loss, and what its gain says that epsilon is.
+
+    Args:
+        facts: about the model.
+        origin: of its folder.
+        text: the tokens it is probed on.
+        loss: its mean loss on the report split.
+        run: its activations on natural text.
+    """
+    split = text.meta["splits"]["report"]
+    note = (
+        f"the report split of data={text.meta['source']} ({split['n_documents']:,} documents in all), and "
+        "whether the model was trained on these is not known"
+    )
+    names = ("n_layers", "d_model", "n_heads", "d_mlp", "ctx", "d_vocab", "ln_eps", "eps", "kappa")
+    known = {name: value for name in names if (value := getattr(facts, name)) is not None}
+    base = Measurement(
+        **about_run(facts, pretrained=True), probe="pretrained", quantity="", value=None, unit=""
+    )
+    made = [replace(loss, note=note)]
+    made += [
+        replace(base, quantity=name, value=float(value), note=origin.said)
+        for name, value in known.items()
+    ]
+    if run.eps is not None:
+        square = run.scale.double().square()  # 1 / g^2
+        off = ((run.s2 + run.eps) / square - 1).abs()
+        everywhere = replace(base, stream="natural", positions="all", n=len(square))
+        made += [
+            replace(
+                everywhere, quantity="1/g^2 - var", statistic="median",
+                value=float((square - run.s2).median()),
+            ),
+            replace(
+                everywhere, quantity="|g^2 (var + eps) - 1|", statistic="max", value=float(off.max())
+            ),
+        ]  # fmt: skip
+    return made
 
 
 def _check_studies(studies: Sequence[str]) -> None:
@@ -136,15 +181,15 @@ def _check_studies(studies: Sequence[str]) -> None:
             raise UserError(
                 f"study={study} has no results: make them with 'python eval/run.py {study}'"
             )
-        for row in results.read(path):
-            if row.arm and owner.setdefault(row.arm, row.study) != row.study:
+        for each in results.read(path):
+            if each.arm and owner.setdefault(each.arm, each.study) != each.study:
                 raise UserError(
-                    f"study={study}: {row.study} and {owner[row.arm]} both have runs of {row.arm}, which one "
+                    f"study={study}: {each.study} and {owner[each.arm]} both have runs of {each.arm}, which one "
                     "page cannot tell apart: give one of them"
                 )
 
 
-def _check_place(study_dir: Path, before: Record | None, name: str, repository: str | None) -> None:
+def _check_place(study_dir: Path, before: Origin | None, name: str, repository: str | None) -> None:
     """Refuse a folder that is not this model's.
 
     Raises:
@@ -174,7 +219,7 @@ def _write_tokenizer(model: SoluscopeTransformer, folder: Path) -> None:
 
 def _text(
     config: PretrainedConfig,
-    before: Record | None,
+    before: Origin | None,
     study_dir: Path,
     folder: Path,
     say: Callable[[str], None],

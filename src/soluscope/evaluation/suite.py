@@ -1,20 +1,21 @@
-"""Run folders x probes -> rows of the study, probe by probe, going on where it was interrupted.
+"""Run folders x probes -> records of the study, probe by probe, going on where it was interrupted.
 
 A run folder is that of a run that was trained, or of a pretrained model (pretrained_run.py).
 
 runs/<study>/<run>/probes/<probe>.parquet          one row a token
 runs/<study>/<run>/probes/<probe>-neurons.parquet  one row a neuron, of the probes that have such
-runs/<study>/<run>/probes/<probe>.jsonl            summary rows; written last: its presence means done
+runs/<study>/<run>/probes/<probe>.jsonl            the probe's words, then its measurements; written
+                                                   last: its presence means done
 runs/<study>/<run>/probes/loss.parquet             one row a document: what comparisons resample
 runs/<study>/.controls/controls-<probe>.jsonl      what the probe found on models with known answers
-runs/<study>/results.jsonl                         all rows of the study, comparisons included
+runs/<study>/results.jsonl                         all records of the study, comparisons included
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,28 +27,44 @@ import torch
 from tokenizers import Tokenizer
 
 from soluscope import plugins, results
-from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, compare, confirm
-from soluscope.comparison.stats import document_bootstrap
+from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig, read_config
 from soluscope.data import streams
-from soluscope.data.cache import Split, TokenCache, open_cache, prepare
+from soluscope.data.cache import TokenCache, open_cache, prepare
 from soluscope.errors import UserError
+from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
-from soluscope.evaluation.pretrained_run import RECORD, Record, load_again, make_run, read_record
-from soluscope.evaluation.summaries import parameters, summarise, token_table
+from soluscope.evaluation.loss import document_losses, mean_loss
+from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
+from soluscope.evaluation.summaries import about_run, parameters, summarise, token_table, words_of
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
-from soluscope.hooked.activations import HookedRun, check_model, observe, rows_at_once
+from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load
 from soluscope.probes import Probe
-from soluscope.results import PRETRAINED, Row
+from soluscope.results import (
+    FalsePositives,
+    GateResult,
+    LeftOut,
+    Measurement,
+    ProbeWords,
+    Record,
+    TokenValue,
+    of_kind,
+)
 from soluscope.runs.folder import is_done, lock
 from soluscope.runs.weights import Facts, code_hash, commit, load_facts
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
 TRAINING_POINTS = 60
+COMPUTES = (
+    "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
+    "variants/",
+)  # fmt: skip
+"""Folders and modules of the package that compute what is stored of a run, or say in which form. Each
+probe's own file counts for its own numbers alone."""
 
 Say = Callable[[str], None]
 
@@ -102,10 +119,10 @@ def _say_at(say: Say, place: str, text: str) -> None:
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if is_done(folder) or (folder / RECORD).is_file():
+    if is_done(folder) or (folder / ORIGIN).is_file():
         return [folder]
     trained = (path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
-    found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{RECORD}"))})
+    found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{ORIGIN}"))})
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
     return found
@@ -128,151 +145,124 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
     from soluscope.report import matrix
 
     study_dir = finished_runs(folder)[0].parent if folder else None
-    rows: list[Row] = []
+    records: list[Record] = []
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
-        rows += _calibrated(what, name, study_dir, say)
-    Console().print(matrix(rows))
+        records += _calibrated(what, name, study_dir, say)
+    Console().print(matrix(records))
     if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
         write_results(study_dir)
-    failed = sorted({row.quantity for row in rows if row.note.startswith("FAIL")})
-    if failed and what == "controls":
+    failed = sorted({gate.probe for gate in of_kind(records, GateResult) if not gate.passed})
+    if failed:
         raise UserError(f"not to be believed until it is mended: {', '.join(failed)}")
 
 
-def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[Row]:
-    """A probe's rows on the planted models or on nothing, read where this code has made them."""
+def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[Record]:
+    """Return a probe's words, and what it finds on the planted models or where there is nothing.
+
+    Read from the study where the same code has stored it.
+    """
     ask = check_gates if what == "controls" else false_positives
-    if study_dir is None:
-        say(f"{what} of {name}")
-        return list(ask(name))
-    folder = study_dir / CONTROLS
-    _discard_stale(folder, code_hash(but=("report/", *_probe_files())), say)
-    path = folder / f"{what}-{name}.jsonl"
-    if path.is_file():
-        return results.read(path)
+    study = study_dir.name if study_dir else ""
+    path = None
+    if study_dir:
+        folder = study_dir / CONTROLS
+        _discard_stale(folder, code_hash(*COMPUTES, "controls/", but=_probe_files()), say)
+        path = folder / f"{what}-{name}.jsonl"
+        if path.is_file():
+            return results.read(path, study_dir)
     say(f"{what} of {name}")
-    rows = list(ask(name, study=study_dir.name))
-    if rows:  # a probe that names no control leaves nothing to read
-        results.write(path, rows)
-    return rows
+    records = [words_of(name, plugins.pick(PACKAGE, name), study), *ask(name, study=study)]
+    if path:
+        results.write(path, records)
+    return records
 
 
 def write_results(study_dir: Path) -> Path:
-    """Gather the rows of all runs that were evaluated, compare them, and write results.jsonl."""
-    rows: list[Row] = []
+    """Gather the records of all runs that were evaluated, compare the runs, and write results.jsonl."""
+    records: list[Record] = []
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
-        rows += results.read(path)
+        records += results.read(path, study_dir)
     losses = []
+    compared: list[Facts] = []
     beside: dict[str, None] = {}
     for run_dir in finished_runs(study_dir):
         folder = run_dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
-        rows += [row for path in sorted(folder.glob("*.jsonl")) for row in results.read(path)]
-        if record := read_record(run_dir):  # of other tokens than any run's: compared with none
-            beside |= dict.fromkeys(record.beside)
+        for path in sorted(folder.glob("*.jsonl")):
+            records += results.read(path, study_dir)
+        if origin := read_origin(run_dir):  # of other tokens than any run's: compared with none
+            beside |= dict.fromkeys(origin.beside)
         else:
+            compared.append(load_facts(run_dir))
             losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run_dir)))
     if losses:
-        rows += compare(study_dir.name, pd.concat(losses, ignore_index=True), commit())
-        asked = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
-        rows += confirm(rows, {name: one.tested for name, one in asked.items() if one.confirmatory})
+        table = pd.concat(losses, ignore_index=True)
+        records += compare(study_dir.name, table, commit(), _lineages(compared))
+        probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
+        tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
+        records += confirm(records, tested)
     for other in beside:
-        rows += _new_to(rows, results.read(Path(other) / "results.jsonl"))
+        records += _new_to(records, results.read(Path(other) / "results.jsonl"))
     path = study_dir / "results.jsonl"
-    results.write(path, rows)
+    results.write(path, _words_once(records))
     return path
 
 
-def _new_to(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """Another study's rows, without what calibrated the same probe here and what is here already."""
-    calibrated = {(row.probe, row.quantity) for row in rows if not (row.run or row.arm)}
-    here = set(rows)
+def _new_to(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """Return another study's records, without what calibrated the same probe here and what is here already."""
+    calibrated = {
+        (each.kind, each.probe) for each in records if isinstance(each, GateResult | FalsePositives)
+    }
+    here = {results.line(each) for each in records}
     return [
-        row for row in others if (row.probe, row.quantity) not in calibrated and row not in here
+        each
+        for each in others
+        if (each.kind, getattr(each, "probe", "")) not in calibrated
+        and results.line(each) not in here
     ]
+
+
+def _words_once(records: Iterable[Record]) -> Iterator[Record]:
+    """Yield the records; of each probe's words, which stand in every file of its numbers, the first."""
+    seen = set()
+    for each in records:
+        if isinstance(each, ProbeWords):
+            if each.probe in seen:
+                continue
+            seen.add(each.probe)
+        yield each
+
+
+def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
+    """Return the part of each variant in the comparison, by the variant's name.
+
+    Raises:
+        UserError: if two runs of one variant were trained when its file said different things.
+    """
+    lineages: dict[str, Lineage] = {}
+    first: dict[str, str] = {}
+    for facts in compared:
+        lineage = Lineage(facts.role, facts.twin, facts.chain)
+        other = first.setdefault(facts.variant, facts.run)
+        if lineages.setdefault(facts.variant, lineage) != lineage:
+            raise UserError(
+                f"runs {other!r} and {facts.run!r} of variant {facts.variant!r} differ in its role, twin "
+                "or chain: delete the line 'role' of both model.json, and what the variant's file says "
+                "now holds for both"
+            )
+    return lineages
 
 
 def _settings(run_dir: Path) -> dict[str, float | str]:
     """What tells a run's arm from others, as `compare` asks for it; nan for what the run has not."""
     facts, config = load_facts(run_dir), read_config(run_dir / "config.yaml")
     family = replace(config, seed=0, train=replace(config.train, lr=None))
-    told: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
-    if (
-        getattr(config.mid, "gain", None) == "init"
-    ):  # a static arm, matched to the LayerNorm of a kappa
-        told[GAIN_OF_KAPPA] = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2
-    told = {GAIN_OF_KAPPA: None} | told | {"family": family.hash}
-    return {name: np.nan if value is None else value for name, value in told.items()}
-
-
-def probe(
-    model: SoluscopeTransformer, text: str | Sequence[str], probes: Sequence[str] | None = None
-) -> tuple[pd.DataFrame, Figures]:
-    """Run probes on a text of your own.
-
-    Args:
-        model: from `soluscope.load`.
-        text: one text, or several; each is a unit of its own for intervals.
-        probes: names of files in probes/; all of them if not given.
-
-    Returns:
-        A table with one row for each probe, quantity and token; and figures by title, which show
-        themselves in a notebook.
-
-    Raises:
-        UserError: unknown probe, a text shorter than 2 tokens, or a model that cannot be probed.
-    """
-    names = list(probes) if probes is not None else plugins.names(PACKAGE)
-    chosen = {name: plugins.pick(PACKAGE, name) for name in names}
-    for name, why in _cannot(chosen, model.cfg.n_layers).items():
-        if probes is not None:
-            raise UserError(f"{name} is {why}")
-        del chosen[name]
-    texts = [text] if isinstance(text, str) else list(text)
-    tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    stream = streams.from_texts(texts, tokenizer, model.facts.bos, model.facts.ctx, 10**9, "text")
-    run = observe(model, stream)
-    base, defaults = _base_row(model.facts), EvalConfig()
-    tables, figures = [], Figures()
-    for name, one in chosen.items():
-        table = token_table(one, run)
-        row = replace(base, probe=name, stream="text")
-        rows = list(summarise(one, run, table, row, defaults.n_draws, defaults.seed))
-        figures.update(_draw(rows, one))
-        long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
-        tables.append(long.assign(probe=name))
-    frame = pd.concat(tables, ignore_index=True)
-    frame["text"] = [
-        tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]
-    ]
-    return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
-
-
-def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
-    """Which probes have nothing to say about a text of one's own, and why."""
-    why = {}
-    for name, one in chosen.items():
-        if all(stream.startswith(streams.PAIRS) for stream in one.streams):
-            why[name] = "measured on pairs of prompts, and not on a text of your own"
-        elif one.one_layer and n_layers > 1:
-            why[name] = f"exact for one layer only, and the model has {n_layers}"
-    return why
-
-
-class Figures(dict[str, Any]):
-    """Plotly figures by title; a notebook shows them all."""
-
-    def _ipython_display_(self) -> None:
-        for figure in self.values():
-            figure.show()
-
-
-def _draw(rows: list[Row], one: Probe) -> dict[str, Any]:
-    from soluscope.report.figures import draw
-
-    drawn = {spec.title: draw(rows, replace(spec, streams=())) for spec in one.figures}
-    return {title: figure for title, figure in drawn.items() if figure.data}
+    settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
+    matched = getattr(config.mid, "gain", None) == "init"  # to the LayerNorm of a kappa
+    kappa = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2 if matched else None
+    settings |= {GAIN_OF_KAPPA: kappa, "family": family.hash}
+    return {name: np.nan if value is None else value for name, value in settings.items()}
 
 
 # --- one run --------------------------------------------------------------------------------------
@@ -288,8 +278,8 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     folder = run_dir / "probes"
     _discard_stale(folder, _rests_on(run_dir, config), say)
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
-    record = read_record(run_dir)
-    course = () if record else ("training",)
+    origin = read_origin(run_dir)
+    course = () if origin else ("training",)
     waiting = [
         name
         for name in (*course, "loss", "tokens", *names)
@@ -299,27 +289,24 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
         say("probed already")
         return
     facts = load_facts(run_dir)
-    base = _base_row(facts)
-    if record:
-        base = replace(base, variant=f"{PRETRAINED}{facts.variant}", seed=None)
-    model = load_again(run_dir, record, config.device) if record else load(run_dir, config.device)
+    about = about_run(facts, pretrained=origin is not None)
+    model = load_again(run_dir, origin, config.device) if origin else load(run_dir, config.device)
     check_model(model)
     observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
     for place, name in enumerate(waiting, start=1):
         say(f"{name} ({place} of {len(waiting)})")
-        row = replace(base, probe=name)
+        records: Sequence[Record]
         if name == "training":
-            rows = training_rows(run_dir, row)
-        elif name == "loss" and record:
-            row = replace(base, probe=PRETRAINED.strip())
-            rows = _pretrained_rows(observed, folder, record, row, config)
+            records = training_points(run_dir, about)
+        elif name == "loss" and origin:
+            records = _pretrained(observed, folder, origin, about, config)
         elif name == "loss":
-            rows = _loss_rows(observed, folder, facts, row, config)
+            records = [_loss(observed, folder, about, config)]
         elif name == "tokens":
-            rows = token_rows(observed("natural"), row)
+            records = token_values(observed("natural"), about)
         else:
-            rows = _probe_rows(name, observed, folder, row, config)
-        results.write(folder / f"{name}.jsonl", rows)
+            records = _probe_records(name, observed, folder, about, config)
+        results.write(folder / f"{name}.jsonl", records)
 
 
 def _discard_stale(folder: Path, shared: str, say: Say) -> None:
@@ -327,8 +314,8 @@ def _discard_stale(folder: Path, shared: str, say: Say) -> None:
 
     Args:
         folder: of files named after probes.
-        shared: hash of what all of them rest on; a probe's own file counts for its own rows alone.
-        say: told where anything goes.
+        shared: hash of what all of them rest on; a probe's own file counts for its own numbers alone.
+        say: where a line about what is discarded goes.
     """
     mark = folder / "made_with.json"
     now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
@@ -339,6 +326,7 @@ def _discard_stale(folder: Path, shared: str, say: Say) -> None:
         if before:
             say("other inputs or code than last time: all is made anew")
         shutil.rmtree(folder, ignore_errors=True)
+        before = {}
     for path in _probe_files():
         if path in before and before[path] != now[path]:
             name = Path(path).stem
@@ -359,14 +347,12 @@ def _rests_on(run_dir: Path, config: EvalConfig) -> str:
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
     made_from = "done.json"
-    if (run_dir / RECORD).is_file():
+    if (run_dir / ORIGIN).is_file():
         made_from = "model.json"
         settings["tokens"] = json.loads((run_dir.parent / "data.json").read_text())["key"]
     trained = digest((run_dir / made_from).read_text(encoding="utf8"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
-    moves_nothing = ("report/", "controls/", "engines/", "launching/", "training/", "runs/folder.py",
-                     "wandb_client.py")  # fmt: skip
-    code = code_hash(but=(*moves_nothing, *_probe_files()))
+    code = code_hash(*COMPUTES, but=_probe_files())
     return digest([settings, trained, prompts, code])
 
 
@@ -382,10 +368,10 @@ def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
         raise UserError(f"no {data}: a run folder is read from inside its study")
     trained_on = json.loads(data.read_text(encoding="utf8"))
     place = Path(config.prepared or trained_on["path"])
-    if record := read_record(run_dir):
+    if origin := read_origin(run_dir):
         if not place.is_dir():
             raise UserError(
-                f"the tokens {place} are gone: make them again with 'python eval/run.py {record.name}'"
+                f"the tokens {place} are gone: make them again with 'python eval/run.py {origin.name}'"
             )
         facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
     cache = open_cache(place) if place.is_dir() else prepare(read_config(run_dir / "config.yaml"))
@@ -414,39 +400,40 @@ class _Observed:
         return self._runs[name]
 
 
-def _probe_rows(
-    name: str, observed: _Observed, folder: Path, base: Row, config: EvalConfig
-) -> list[Row]:
+def _probe_records(
+    name: str, observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
+) -> list[Record]:
+    """Return the probe's words and what it measures on each of its streams, and save its tables."""
     one: Probe = plugins.pick(PACKAGE, name)
+    words = words_of(name, one, about["study"])
+    left_out = partial(LeftOut, **about, probe=name)
     n_layers = observed.model.cfg.n_layers
     if one.one_layer and n_layers > 1:
-        return [_left_out(base, f"exact for one layer only, and the model has {n_layers}")]
-    rows: list[Row] = []
+        return [words, left_out(note=f"exact for one layer only, and the model has {n_layers}")]
+    records: list[Record] = []
     tables = {}
     for stream in one.streams:
-        row = replace(base, stream=stream)
         try:
             run = observed(stream)
         except UserError as error:  # this corpus or tokenizer does not give the stream
-            rows.append(_left_out(row, str(error)))
+            records.append(left_out(stream=stream, note=str(error)))
             continue
+        base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
         tables[stream] = token_table(one, run).assign(stream=stream)
-        rows += summarise(one, run, tables[stream], row, config.n_draws, config.seed)
+        records += summarise(one, run, tables[stream], base, config.n_draws, config.seed)
     if tables:
         _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
     if one.neurons is not None and one.streams[0] in tables:
         columns = one.neurons(observed(one.streams[0]), parameters(one))
         neurons = pd.DataFrame({key: values.numpy() for key, values in columns.items()})
         _write_parquet(folder / f"{name}-neurons.parquet", neurons)
-    return rows or [_left_out(base, "this model has nothing of what it measures")]
+    if not records:
+        records.append(left_out(note="this model has nothing of what it measures"))
+    return [words, *records]
 
 
-def _left_out(base: Row, why: str) -> Row:
-    return replace(base, quantity=results.LEFT_OUT, note=why)
-
-
-def token_rows(run: HookedRun, base: Row) -> list[Row]:
-    """The first text of `run`, token by token: what the report's token view shows."""
+def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
+    """Return the first text of `run`, token by token: what the report's token view shows."""
     end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
     text = run.subset(torch.arange(len(run.pos)) < end)
     columns = {
@@ -455,21 +442,22 @@ def token_rows(run: HookedRun, base: Row) -> list[Row]:
         "ablation effect": ("nats", loss_at_post(text, torch.zeros_like(text.post)) - text.loss),
     }
     return [
-        replace(
-            base, quantity=name, unit=unit, stream=run.stream, positions="all", x=float(place),
-            value=float(value), n=1, note=text.vocab[int(text.tokens[place])],
+        TokenValue(
+            **about, quantity=name, unit=unit, stream=run.stream, place=place, value=float(value),
+            text=text.vocab[int(text.tokens[place])],
         )
         for name, (unit, values) in columns.items()
         for place, value in enumerate(values)
     ]  # fmt: skip
 
 
-def _loss_rows(
-    observed: _Observed, folder: Path, facts: Facts, base: Row, config: EvalConfig
-) -> list[Row]:
-    """Loss on both validation splits by document, and its mean on the report split."""
+def _loss(
+    observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
+) -> Measurement:
+    """Save the losses on both validation splits by document, and return their mean on the report split."""
+    facts = observed.model.facts
     tables = [
-        _document_losses(observed, split, config).assign(split=split)
+        document_losses(observed.model, observed.cache, split, config).assign(split=split)
         for split in ("select", "report")
     ]
     table = pd.concat(tables, ignore_index=True).assign(
@@ -477,105 +465,42 @@ def _loss_rows(
     )
     table["document"] = table["document"].astype(str)
     _write_parquet(folder / "loss.parquet", table)
-    return [_loss_row(table[table["split"] == "report"], base, config)]
+    base = Measurement(**about, probe="loss", quantity="", value=None, unit="")
+    return mean_loss(table[table["split"] == "report"], base, config)
 
 
-def _loss_row(report: pd.DataFrame, base: Row, config: EvalConfig) -> Row:
-    interval = document_bootstrap(
-        report["loss_sum"], report["n_tokens"], config.n_draws, config.seed
-    )
-    return replace(
-        base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
-        value=interval.value, low=interval.low, high=interval.high, n=interval.n,
-        n_clusters=interval.n_clusters,
-    )  # fmt: skip
-
-
-def _pretrained_rows(
-    observed: _Observed, folder: Path, record: Record, base: Row, config: EvalConfig
-) -> list[Row]:
-    """What is known of a pretrained model, its loss, and what its gain says that epsilon is."""
-    facts, cache = observed.model.facts, observed.cache
-    table = _document_losses(observed, "report", config)
+def _pretrained(
+    observed: _Observed,
+    folder: Path,
+    origin: pretrained_run.Origin,
+    about: dict[str, Any],
+    config: EvalConfig,
+) -> list[Measurement]:
+    """Save a pretrained model's losses by document, and return what is known of it."""
+    table = document_losses(observed.model, observed.cache, "report", config)
     _write_parquet(folder / "loss.parquet", table)
-    read = cache.meta["splits"]["report"]
-    text = (
-        f"the report split of data={cache.meta['source']} ({read['n_documents']:,} documents in all), and "
-        "whether the model was trained on these is not known"
-    )
-    told = ("n_layers", "d_model", "n_heads", "d_mlp", "ctx", "d_vocab", "ln_eps", "eps", "kappa")
-    known = {name: value for name in told if (value := getattr(facts, name)) is not None}
-    rows = [replace(_loss_row(table, base, config), note=text)]
-    rows += [
-        replace(base, quantity=name, value=float(value), note=record.said)
-        for name, value in known.items()
-    ]
-    run = observed("natural")
-    if run.eps is not None:
-        square = run.scale.double().square()  # 1 / g^2
-        off = ((run.s2 + run.eps) / square - 1).abs()
-        everywhere = replace(base, stream="natural", positions="all", n=len(square))
-        rows += [
-            replace(
-                everywhere, quantity="1/g^2 - var", statistic="median",
-                value=float((square - run.s2).median()),
-            ),
-            replace(
-                everywhere, quantity="|g^2 (var + eps) - 1|", statistic="max", value=float(off.max())
-            ),
-        ]  # fmt: skip
-    return rows
+    base = Measurement(**about, probe="pretrained", quantity="", value=None, unit="")
+    facts, run = observed.model.facts, observed("natural")
+    loss = mean_loss(table, base, config)
+    return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
 
 
-@torch.no_grad()
-def _document_losses(observed: _Observed, split: Split, config: EvalConfig) -> pd.DataFrame:
-    """Sum of losses and number of targets by document, the target's own; BOS targets left out."""
-    model, ctx = observed.model, observed.model.facts.ctx
-    stream = streams.from_cache(observed.cache, split, ctx, config.n_loss_tokens, split)
-    sums: dict[int, float] = {}
-    counts: dict[int, int] = {}
-    step = rows_at_once(ctx, model.cfg.d_vocab)
-    for start in range(0, len(stream.tokens), step):
-        tokens = stream.tokens[start : start + step]
-        losses = (
-            model(tokens.to(model.cfg.device), return_type="loss", loss_per_token=True)
-            .double()
-            .cpu()
-        )
-        owner = stream.string[start : start + step, 1:]
-        counted = tokens[:, 1:] != stream.bos
-        for document in owner[counted].unique().tolist():
-            mine = counted & (owner == document)
-            sums[document] = sums.get(document, 0.0) + float(losses[mine].sum())
-            counts[document] = counts.get(document, 0) + int(mine.sum())
-    return pd.DataFrame(
-        {"document": sums.keys(), "loss_sum": sums.values(), "n_tokens": counts.values()}
-    )
-
-
-def training_rows(run_dir: Path, base: Row) -> list[Row]:
-    """The course of training: means over at most 60 stretches of metrics.jsonl."""
+def training_points(run_dir: Path, about: dict[str, Any]) -> list[Measurement]:
+    """Return the course of training: means over at most 60 stretches of metrics.jsonl."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     metrics = pd.DataFrame(lines)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
-    rows = []
+    points = []
     for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
         stretch = metrics.iloc[part]
-        rows += [
-            replace(
-                base, quantity=name, unit=unit, stream="train",
+        points += [
+            Measurement(
+                **about, probe="training", quantity=name, unit=unit, stream="train",
                 x=float(stretch["tokens"].iloc[-1]), value=float(stretch[name].mean()), n=len(stretch),
             )
             for name, unit in units.items() if name in stretch
         ]  # fmt: skip
-    return rows
-
-
-def _base_row(facts: Facts) -> Row:
-    return Row(
-        study=facts.study, run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed,
-        probe="", quantity="", value=None, unit="", commit=commit(), config=facts.config,
-    )  # fmt: skip
+    return points
 
 
 def _write_parquet(path: Path, table: pd.DataFrame) -> None:

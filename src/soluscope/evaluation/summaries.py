@@ -1,4 +1,4 @@
-"""From a probe's values to rows: means, splits, curves and their intervals, for all probes alike."""
+"""From a probe's values to measurements: means, splits, curves and their intervals, for all probes alike."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from soluscope import results
 from soluscope.comparison.stats import MIN_CLUSTERS, Interval, bootstrap_sums, cluster_bootstrap
 from soluscope.data import streams
 from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Probe, Quantity
-from soluscope.results import Row
+from soluscope.results import Measurement, ProbeWords
+from soluscope.runs.weights import Facts, commit
 
 CURVE_POINTS = 24
 
@@ -45,16 +45,35 @@ def parameters(one: Probe) -> Any:
     return None if one.params is type(None) else one.params()
 
 
+def words_of(name: str, one: Probe, study: str) -> ProbeWords:
+    """Return what the probe of file `name` says of itself, as it is stored with its numbers."""
+    return ProbeWords(
+        study=study, commit=commit(), probe=name, name=one.name, section=one.section,
+        question=one.question, formula=one.formula, reading=one.reading, pitfalls=one.pitfalls,
+        source=one.source, tested=one.tested, quantities=one.quantities | one.estimates,
+        figures=one.figures, gates=one.gates,
+    )  # fmt: skip
+
+
+def about_run(facts: Facts, pretrained: bool = False) -> dict[str, Any]:
+    """Return the fields that all records about a run share. A pretrained model has no seed."""
+    return {
+        "study": facts.study, "run": facts.run, "arm": facts.arm, "variant": facts.variant,
+        "seed": None if pretrained else facts.seed, "pretrained": pretrained,
+        "commit": commit(), "config": facts.config,
+    }  # fmt: skip
+
+
 def summarise(
-    one: Probe, run: HookedRun, table: pd.DataFrame, base: Row, n_draws: int, seed: int
-) -> Iterator[Row]:
+    one: Probe, run: HookedRun, table: pd.DataFrame, base: Measurement, n_draws: int, seed: int
+) -> Iterator[Measurement]:
     """Every number the probe asks for, each with the interval for other documents (or strings).
 
     Args:
         one: the probe.
         run: what it was measured on.
         table: its `token_table`.
-        base: what the rows have in common.
+        base: what the measurements have in common.
         n_draws: resamples.
         seed: of the resampling.
     """
@@ -70,8 +89,8 @@ def summarise(
 
 
 def _quantity_rows(
-    table: pd.DataFrame, name: str, quantity: Quantity, base: Row, make: _Summary
-) -> Iterator[Row]:
+    table: pd.DataFrame, name: str, quantity: Quantity, base: Measurement, make: _Summary
+) -> Iterator[Measurement]:
     if quantity.curve:
         last = int(table["pos"].max())
         for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
@@ -98,29 +117,31 @@ def _quantity_rows(
 
 
 class _Summary:
-    """One row from many values, with its interval or the reason why there is none."""
+    """One measurement from many values, with its interval or the reason why there is none."""
 
     def __init__(self, cluster: str, n_draws: int, seed: int) -> None:
         self.cluster, self.n_draws, self.seed = cluster, n_draws, seed
 
-    def of_tokens(self, table: pd.DataFrame, name: str, statistic: str, base: Row) -> Row:
+    def of_tokens(
+        self, table: pd.DataFrame, name: str, statistic: str, base: Measurement
+    ) -> Measurement:
         table = table[table[name].notna()]
         values = table[name]
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
         row = self._filled(replace(base, statistic=statistic), interval)
         if values.nunique() == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context, a static norm one gain: nothing varies that could be resampled.
-            return replace(row, low=None, high=None, note=results.ONE_NUMBER)
+            return replace(row, low=None, high=None, constant=True, note=base.note)
         return row
 
-    def of_sums(self, estimate: Estimate, base: Row) -> Row:
+    def of_sums(self, estimate: Estimate, base: Measurement) -> Measurement:
         interval = bootstrap_sums(
             estimate.sums, estimate.value, estimate.n, n_draws=self.n_draws, seed=self.seed
         )
         base = replace(base, x=estimate.x, group=estimate.group, note=estimate.note)
         return self._filled(base, interval)
 
-    def _filled(self, base: Row, interval: Interval) -> Row:
+    def _filled(self, base: Measurement, interval: Interval) -> Measurement:
         why = ""
         if 0 < interval.n_clusters < MIN_CLUSTERS:
             why = f"no interval from {interval.n_clusters} {self.cluster}s, it takes {MIN_CLUSTERS}"

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from soluscope import plugins, results
+from soluscope import results
 from soluscope.config import read_config
 from soluscope.files import digest, write_text
 from soluscope.report.figures import draw
-from soluscope.results import Row
+from soluscope.results import Measurement, OfRun, ProbeWords, Record, of_kind
 from soluscope.training.tracking import IDENTITY, identity, start
 from soluscope.wandb_client import package
 
 CURVES = {"training"}
 """Files of probes/ that are not sent: the training curves are in wandb already."""
-PROBES = "soluscope.probes"
 
 
 def send_probes(run_dir: Path) -> None:
@@ -48,25 +47,29 @@ def send_probes(run_dir: Path) -> None:
 
 
 def _logged(name: str, path: Path) -> dict[str, Any]:
-    """Return a probe's rows as a table, and its figures, by their keys in wandb."""
-    rows = results.read(path)
-    return {f"probes/{name}": _table(rows), **_figures(name, rows)}
+    """Return a probe's numbers as a table, and its figures, by their keys in wandb."""
+    records = results.read(path)
+    return {f"probes/{name}": _table(records), **_figures(name, records)}
 
 
-def _table(rows: Iterable[Row]) -> Any:
+def _table(records: Sequence[Record]) -> Any:
+    """Return a table with one row a record about the run; the probe's words are left out."""
+    rows = [each for each in records if isinstance(each, OfRun)]
+    kinds = [type(row) for row in rows] or [Measurement]
+    columns = list(dict.fromkeys(field.name for kind in kinds for field in fields(kind)))
     return package().Table(
-        columns=[field.name for field in fields(Row)],
-        data=[list(asdict(row).values()) for row in rows],
+        columns=columns,
+        data=[[getattr(row, column, None) for column in columns] for row in rows],
         allow_mixed_types=True,
     )
 
 
-def _figures(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures that a probe asks for, by `probe/title`."""
-    if name not in plugins.names(PROBES):
-        return {}
+def _figures(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    """Return the figures that a probe asks for, by `probe/title`."""
     specs = {
-        f"{name}/{re.sub('/', ' per ', s.title)}": s for s in plugins.pick(PROBES, name).figures
+        f"{name}/{re.sub('/', ' per ', spec.title)}": spec
+        for words in of_kind(records, ProbeWords)
+        for spec in words.figures
     }
-    drawn = {title: draw(rows, spec) for title, spec in specs.items()}
+    drawn = {title: draw(records, spec) for title, spec in specs.items()}
     return {title: package().Plotly(figure) for title, figure in drawn.items() if figure.data}

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from soluscope.results import Figure, Gate, Quantity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,23 +26,7 @@ if TYPE_CHECKING:
 
     from soluscope.hooked.activations import HookedRun
 
-Direction = Literal["higher", "lower", "neither"]
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """One column that a probe measures: one value a token, nan where it has none."""
-
-    unit: str
-    meaning: str
-    """One line a reader needs to read the number."""
-    statistics: tuple[str, ...] = ("mean",)
-    """How tokens become one number: `mean`, `median`, `q05`, `q95`, `sd`, `share above 0.5`."""
-    curve: bool = False
-    """Summarise at each position on its own (x = tokens after BOS), pooled over strings."""
-    split_by: tuple[str, ...] = ()
-    """Other columns of the probe by whose quartiles the tokens are also summarised."""
-    more_smeared_when: Direction = "neither"
+__all__ = ["Estimate", "Figure", "Gate", "Probe", "Quantity"]
 
 
 @dataclass(frozen=True)
@@ -64,58 +50,6 @@ class Estimate:
     group: str = ""
     """Which curve, or which split."""
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a probe must find on a model whose answer is known, or it is not believed elsewhere.
-
-    A positive control has `above` or `below`: the 95% interval lies wholly beyond it, and within 5%
-    of `truth` where there is one. A negative control has `within`: two one-sided tests place the
-    estimate closer than that to `around`.
-
-    Source: science.md section 7, "Control pass rule".
-    """
-
-    control: str
-    """Name of a file in controls/."""
-    quantity: str
-    above: float | None = None
-    below: float | None = None
-    within: float | None = None
-    around: float = 0.0
-    truth: float | None = None
-    """The analytic value, derived in the control's docstring."""
-    statistic: str = "mean"
-    positions: str = "not BOS"
-    group: str = ""
-    x: float | None = None
-    stream: str = "natural"
-    """Which of the control's streams."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """What to draw from the rows of a probe; the drawing is the report's.
-
-    `kind="dots"`: one dot and interval for each arm and seed, quantities or groups as panels.
-    `kind="curve"`: value against row.x, one thin line a seed, one panel a stream.
-    """
-
-    title: str
-    quantities: tuple[str, ...]
-    kind: Literal["dots", "curve"] = "dots"
-    statistic: str = "mean"
-    streams: tuple[str, ...] = ()
-    """Streams to draw, each its own panel; empty: all that the rows have."""
-    positions: str = "not BOS"
-    group: str = ""
-    """The split to draw (`gain` draws the groups `gain Q1` … `gain Q4`); empty: unsplit rows."""
-    log_y: bool = False
-    log_x: bool = False
-    relative: bool = False
-    """Divide each run's curve by its own last value, so that shapes are seen where sizes differ."""
-    x_title: str = "tokens after BOS"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ failed.json          why the last try ended, until the next one begins
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 from dataclasses import asdict, dataclass, fields
@@ -28,8 +29,12 @@ from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
+from soluscope.results import Step
 from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
-from soluscope.variants import Step, chain_of, twin_of
+from soluscope.variants import chain_of, twin_of
+
+SOURCE = Path(__file__).parents[1]
+"""The folder of the package's source."""
 
 
 @dataclass(frozen=True)
@@ -224,23 +229,34 @@ def _git(*words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@cache
 def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
-    """Hash of the package's own source: what a stored number was computed by.
+    """Return the hash of what the package's own code computes, comments and docstrings left out.
 
     Args:
-        places: beginnings of paths inside the package, such as `probes/engagement.py`; all if none.
+        places: beginnings of paths inside the package, such as `hooked/` or `probes/engagement.py`.
         but: beginnings of paths to leave out.
     """
-    root = Path(__file__).parents[1]
-    sources = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    sources = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
     return digest(
         [
-            [name, path.read_text(encoding="utf8")]
+            [name, _computed_by(path)]
             for name, path in sources.items()
-            if name.startswith(places or ("",)) and not name.startswith(but)
+            if name.startswith(places) and not name.startswith(but)
         ]
     )
+
+
+@cache
+def _computed_by(path: Path) -> str:
+    """Return the syntax tree of a file without the strings that stand alone, which are docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    return ast.dump(_WithoutDocstrings().visit(tree))
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
 
 
 @cache

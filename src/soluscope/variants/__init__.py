@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from soluscope import plugins
 from soluscope.errors import UserError
+from soluscope.results import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +61,6 @@ class Variant:
     """Name of the variant before it in the chain. Empty: nothing stands before it."""
     twin: str = ""
     """Name of the variant that is the same with one gain for all tokens. Empty: there is none."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A variant in a chain, and what it adds to the variant before it."""
-
-    variant: str
-    adds: str
 
 
 def chain_of(name: str) -> tuple[Step, ...]:
