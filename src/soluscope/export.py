@@ -14,24 +14,26 @@ wrong. soluscope loads every export, from the run's own files.
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from soluscope import plugins, results
 from soluscope.config import Config, read_config
 from soluscope.errors import UserError
 from soluscope.files import write_bytes, write_text
 from soluscope.report import controls, findings
-from soluscope.results import Row
+from soluscope.results import Measurement, OfRun, Record, of_kind
 from soluscope.runs.folder import is_done
 
 if TYPE_CHECKING:
@@ -48,8 +50,6 @@ LENS_EPS = 1e-5
 """The epsilon that TransformerLens's from_pretrained gives every norm, whatever config.json says."""
 SIZES = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab")
 HERE = '"."  # where this file lies'
-NAME = "user/name"
-"""Stands in the card for the name on the hub where there is none."""
 
 
 def export(run_dir: Path, out: Path, repo: str | None = None) -> tuple[str | None, str | None]:
@@ -153,23 +153,22 @@ def _write(run_dir: Path, folder: Path, repo: str | None) -> str | None:
         torch.save(lens_state, file := io.BytesIO())
         write_bytes(folder / weights, file.getvalue())
     write_text(folder / "config.json", _json(_family_config(config, facts, obstacle, repo)))
-    rows = _rows(run_dir.parent / "results.jsonl")
-    own = [row for row in rows if (row.run, row.config) == (facts.run, facts.config)]
+    stored = run_dir.parent / "results.jsonl"
+    records = results.read(stored) if stored.is_file() else []
+    own = [
+        each
+        for each in records
+        if isinstance(each, OfRun) and (each.run, each.config) == (facts.run, facts.config)
+    ]
     if own:
         results.write(folder / "results.jsonl", own)
-    done = json.loads((run_dir / "done.json").read_text(encoding="utf8"))
-    yaml = (run_dir / "config.yaml").read_text(encoding="utf8")
-    loading = _loading(weights, obstacle, repo)
-    write_text(folder / "README.md", _card(facts, done, _probes(own, rows), loading, yaml))
+    probes = _probes(of_kind(own, Measurement), records)
+    write_text(folder / "README.md", _card(run_dir, facts, probes, weights, obstacle, repo))
     return obstacle
 
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1) + "\n"
-
-
-def _rows(path: Path) -> list[Row]:
-    return results.read(path) if path.is_file() else []
 
 
 # --- what TransformerLens reads -------------------------------------------------------------------
@@ -246,67 +245,21 @@ def _family_config(
 
 # --- the card -------------------------------------------------------------------------------------
 
-WITH_SOLUSCOPE = """\
-from soluscope.export import load
 
-folder = {folder}
-model = load(folder)
-"""
-WITH_TRANSFORMER_LENS_3 = """\
-import json
+def _card(
+    run_dir: Path,
+    facts: Facts,
+    probes: Sequence[dict[str, Any]],
+    weights: str,
+    obstacle: str | None,
+    repo: str | None,
+) -> str:
+    """Return README.md: what it is, how to load it, its losses, what the probes found, how it was made.
 
-import torch
-from transformer_lens import HookedTransformer
-from transformers import AutoTokenizer
-
-folder = {folder}
-config = json.load(open(f"{{folder}}/config.json"))
-sizes = {{name: config[name] for name in {sizes}}}
-model = HookedTransformer(
-    {{**sizes, "act_fn": config["act_fn"], "normalization_type": "LN"}},
-    tokenizer=AutoTokenizer.from_pretrained(folder),
-)
-model.load_state_dict(torch.load(f"{{folder}}/{weights}", weights_only=True))
-"""
-WITH_TRANSFORMER_LENS_4 = """\
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources import tl_legacy
-from transformers import AutoTokenizer
-
-tl_legacy.TL_LEGACY_PREFIXES += ("{name}",)
-model = TransformerBridge.boot_tl_legacy("{name}", tokenizer=AutoTokenizer.from_pretrained("{name}"))
-"""
-
-
-def _loading(weights: str, obstacle: str | None, repo: str | None) -> str:
-    """The card's section on how to load the model. The code in it is run by the tests."""
-    folder, imports = HERE, ""
-    if repo:
-        folder = f'snapshot_download("{repo}")'
-        imports = "from huggingface_hub import snapshot_download\n"
-    lines = [
-        "Exactly as it was trained, a HookedTransformer with its tokenizer, with soluscope:",
-        "",
-    ]
-    lines += [_code(imports + WITH_SOLUSCOPE.format(folder=folder), "python"), ""]
-    if obstacle:
-        return "\n".join([
-            *lines, f"With soluscope only: {_escaped(obstacle)}. TransformerLens refuses it by the name of its "
-            "`act_fn` in config.json.",
-        ])  # fmt: skip
-    code = WITH_TRANSFORMER_LENS_3.format(folder=folder, sizes=json.dumps(SIZES), weights=weights)
-    code = code.replace("import torch\n", f"import torch\n{imports}")
-    lines += [
-        "With TransformerLens 3.9, whose `from_pretrained` takes names of its own list only:", "",
-        _code(code, "python"), "",
-        "With TransformerLens 4, as a TransformerBridge" + ("" if repo else ", from the hub") + ":", "",
-        _code(WITH_TRANSFORMER_LENS_4.format(name=repo or NAME), "python"),
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _card(facts: Facts, done: dict[str, Any], probes: str, loading: str, yaml: str) -> str:
-    """README.md: what it is, how to load it, what it lost, what the probes found, how it was made."""
+    The template escapes all values as Markdown but those of code blocks.
+    """
+    yaml = (run_dir / "config.yaml").read_text(encoding="utf8").rstrip()
+    longest = max((len(run) for run in re.findall("`+", yaml)), default=0)
     described = {
         "variant": facts.variant, "mid norm": facts.mid_norm, "epsilon of the mid norm": facts.eps,
         "kappa, epsilon times d_mlp squared": facts.kappa, "gain, one for all tokens": facts.gain,
@@ -315,76 +268,49 @@ def _card(facts: Facts, done: dict[str, Any], probes: str, loading: str, yaml: s
         "precision": facts.precision, "hash of the configuration": facts.config, "commit": facts.commit,
         **{f"version of {name}": version for name, version in facts.versions.items()},
     }  # fmt: skip
-    losses = {
-        "select, for choosing settings": done.get("select_loss"),
-        "report": done.get("report_loss"),
-    }
-    return "\n".join([
-        "---", "tags:", "- soluscope", "- SoLU", "- mechanistic-interpretability", "---", "",
-        f"# {_escaped(facts.run)}", "",
-        f"A language model of {facts.n_layers} layer{'s'[: facts.n_layers != 1]}, trained to study what "
-        f"LayerNorm does in SoLU models; one of the study {_escaped(facts.study)}.", "",
-        _table(["", ""], [[key, _told(v)] for key, v in described.items() if v is not None]), "",
-        "## Loading", "", loading, "",
-        "## Losses", "", "On held-out documents, in nats a token.", "",
-        _table(["split", "loss"], [[split, _told(loss)] for split, loss in losses.items()]), "",
-        "## Probes", "", probes, "",
-        "## Configuration", "", _code(yaml, "yaml"), "",
-    ])  # fmt: skip
+    environment = Environment(
+        loader=PackageLoader("soluscope"), autoescape=True, finalize=_escaped, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["code"] = Markup
+    return environment.get_template("card.md.j2").render(
+        facts=facts, described=described, probes=probes, weights=weights, obstacle=obstacle, repo=repo,
+        done=json.loads((run_dir / "done.json").read_text(encoding="utf8")),
+        folder=f'snapshot_download("{repo}")' if repo else HERE,
+        import_hub="from huggingface_hub import snapshot_download\n" if repo else "",
+        sizes=json.dumps(SIZES), yaml=yaml,
+        fence="`" * max(3, 1 + longest),  # nothing in the configuration ends its block
+    )  # fmt: skip
 
 
-def _probes(own: Sequence[Row], rows: Sequence[Row]) -> str:
-    """What the probes found of this run on natural text, BOS left out; the rest is in results.jsonl."""
+def _probes(own: Sequence[Measurement], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """What each probe found of this run on natural text, BOS left out; the rest is in results.jsonl."""
     points = [row for row in own if row.x is None and (row.positions, row.group) == ("not BOS", "")]
-    if not points:
-        return "Not probed yet."
-    parts = [
-        "On natural text where a probe has any, BOS left out, with 95% intervals. Curves, splits and other "
-        "texts are in results.jsonl."
-    ]
+    result = []
     for probe in sorted({row.probe for row in points}):
-        found = [row for row in points if row.probe == probe]
-        first = min(map(findings.by_stream, found))
-        gate = controls.gate(rows, probe)
-        told = {"passed": "", "failed": ": failed its controls, not to be cited"}.get(
-            gate, "" if probe == "loss" else ": put before no control"
-        )
+        rows = [row for row in points if row.probe == probe]
+        first = min(map(findings.by_stream, rows))
+        remark = {
+            "passed": "",
+            "failed": ": failed its controls, not to be cited",
+            "not run": "" if probe == "loss" else ": not validated on the control models",
+        }[controls.standing(records, probe)]
         lines = [
             [f"{row.statistic} of {row.quantity}" if row.statistic else row.quantity, row.unit,
              findings.estimate(row), str(row.n), row.note]
-            for row in found
+            for row in rows
             if findings.by_stream(row) == first
         ]  # fmt: skip
-        parts += [
-            f"<details><summary>{html.escape(probe)}{told}</summary>",
-            _table(["quantity", "unit", "value [interval]", "n", "note"], lines), "</details>",
-        ]  # fmt: skip
-    return "\n\n".join(parts)
+        result.append({"heading": f"{probe}{remark}", "lines": lines})
+    return result
 
 
-def _told(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; cells are text, not Markdown."""
-    cells = [
-        list(map(_escaped, heads)),
-        ["---"] * len(heads),
-        *([*map(_escaped, x)] for x in lines),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def _escaped(text: str) -> str:
-    """`text` on one line, as Markdown and HTML that show it as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&!$:@])", r"\\\1", " ".join(text.split()))
-
-
-def _code(text: str, language: str) -> str:
-    """A code block that nothing in `text` ends."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+def _escaped(value: object) -> Markup:
+    """`value` on one line, as Markdown and HTML that show it as it is; Markup is left alone."""
+    if isinstance(value, Markup):
+        return value
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return Markup(re.sub(r"([\\`*_{}\[\]<>|#~&!$:@])", r"\\\1", " ".join(text.split())))
 
 
 # --- the hub --------------------------------------------------------------------------------------

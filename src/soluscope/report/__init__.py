@@ -1,4 +1,4 @@
-"""From rows to a page and a terminal table. Reads stored rows only; never sees a model.
+"""From records to a page and a terminal table. Reads results.jsonl only; never sees a model.
 
 `build` writes the page; `table` and `matrix` are for the terminal; `figures.draw` draws one figure of
 a probe.
@@ -15,19 +15,18 @@ from soluscope.files import write_text
 from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
-    NORMED,
     Choice,
-    arms_of,
     by_kappa,
     choices,
     comparisons,
     engagement,
     estimate,
+    per_token,
     sizes,
     span,
     tuned,
 )
-from soluscope.results import Row
+from soluscope.results import Record, Term
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,12 +36,12 @@ __all__ = ["build", "matrix", "publish", "table"]
 
 
 def publish(study_dir: Path) -> Path:
-    """Write the report and print its table and headline to the terminal; the report's path."""
+    """Write the report, print its table and headline to the terminal, and return the report's path."""
     from rich.console import Console
 
-    rows = results.read(study_dir / "results.jsonl")
-    path = _write(study_dir, rows)
-    Console().print(table(rows))
+    records = results.read(study_dir / "results.jsonl")
+    path = _write(study_dir, records)
+    Console().print(table(records))
     return path
 
 
@@ -55,85 +54,87 @@ def build(study_dir: Path) -> Path:
     return _write(study_dir, results.read(study_dir / "results.jsonl"))
 
 
-def _write(study_dir: Path, rows: list[Row]) -> Path:
+def _write(study_dir: Path, records: list[Record]) -> Path:
     path = study_dir / "report.html"
-    write_text(path, page.render(rows))
+    write_text(path, page.render(records))
     return path
 
 
-def table(rows: list[Row]) -> Group:
+def table(records: list[Record]) -> Group:
     """For the terminal: one line an arm, what was chosen, the doses, the controls, the headline sentences."""
     from rich.console import Group
     from rich.text import Text
 
-    compared = tuned(rows)
-    tables = [made for size, mine in sizes(compared).items() for made in _of_size(size, mine)]
-    passed = Text(controls.summary(rows))
-    said = [f"- {one}" for one in words.in_view(words.headline(rows), page.N_SENTENCES)]
-    return Group(*tables, *_chosen(rows), passed, *map(Text, said))
+    tables = [
+        each for size, of_one in sizes(tuned(records)).items() for each in _of_size(size, of_one)
+    ]
+    passed = Text(controls.summary(records))
+    sentences = words.in_view(words.headline(records), page.N_SENTENCES)
+    return Group(
+        *tables, *_chosen(records), passed, *(Text(f"- {sentence}") for sentence in sentences)
+    )
 
 
-def _of_size(size: str, rows: list[Row]) -> Iterator[Table]:
+def _of_size(size: str, records: list[Record]) -> Iterator[Table]:
     """The losses of a size's arms; and what LayerNorm does at each kappa, where there are several."""
-    references = arms_of(rows, NORMED)
-    kappas = by_kappa(rows)
-    if kappas:
-        references = []  # a column each would leave the others no room; they have a table of their own
+    kappas = by_kappa(records)
+    dosed = {arm for of_variant in kappas.values() for arm in of_variant}
+    # A column for each kappa would leave the others no room; they have a table of their own.
+    references = [arm for arm in per_token(records) if arm not in dosed]
     lines = []
-    for row in comparisons(rows, "loss"):
+    for row in comparisons(records, Term.LOSS):
         differences = (
-            comparisons(rows, "difference", arm=row.arm, group=f"minus {reference}")
-            for reference in references
+            comparisons(records, Term.DIFFERENCE, row.arm, reference) for reference in references
         )
         lines.append(
             [
                 row.arm,
                 str(row.n),
                 estimate(row, decimals=4),
-                *(estimate(found[0], decimals=4) if found else "" for found in differences),
-                span([r.value for r in engagement(rows, row.arm, "not BOS")]),
+                *(estimate(each[0], decimals=4) if each else "" for each in differences),
+                span([r.value for r in engagement(records, row.arm, "not BOS")]),
             ]
         )
     heads = ["arm", "seeds", "loss, nats / token", *(f"minus {a}" for a in references), "median r"]
     if lines:
         yield _table(heads, lines, size)
-    terms = {"gain of LN": 4, "static - LN": 4, "Phi_dyn": 2}
-    if kappas:
+    decimals = {Term.GAIN: 4, Term.STATIC: 4, Term.SHARE: 2}
+    for variant, of_variant in kappas.items():
         doses = [
             [
                 f"{kappa:.3g}",
                 *(
-                    estimate(found[0], decimals) if found else ""
-                    for term, decimals in terms.items()
-                    for found in [comparisons(rows, term, arm=arm)]
+                    estimate(each[0], places) if each else ""
+                    for term, places in decimals.items()
+                    for each in [comparisons(records, term, arm)]
                 ),
             ]
-            for arm, kappa in kappas.items()
+            for arm, kappa in of_variant.items()
         ]
-        yield _table(["kappa", *terms], doses, size)
+        title = ", ".join(part for part in (size, variant if len(kappas) > 1 else "") if part)
+        yield _table(["kappa", *decimals], doses, title)
 
 
-def _chosen(rows: list[Row]) -> Iterator[Table]:
+def _chosen(records: list[Record]) -> Iterator[Table]:
     """Which rate and which gain each arm was given on the select split, and from what."""
-    made = choices(rows)
     lines = [
         [
-            one.chosen.arm,
-            f"{one.setting} {one.chosen.x:.3g}",
-            one.grid,
-            str(one.chosen.n),
-            _place(one),
+            choice.chosen.arm,
+            f"{choice.setting} {choice.chosen.x:.3g}",
+            choice.tried,
+            str(choice.chosen.n),
+            _optimum(choice),
         ]
-        for one in made
+        for choice in choices(records)
     ]
     if lines:
         yield _table(["chosen on the select split", "", "of", "seeds", "optimum"], lines)
 
 
-def _place(one: Choice) -> str:
-    if not one.is_grid:
+def _optimum(choice: Choice) -> str:
+    if not choice.is_grid:
         return "no grid"
-    return f"AT THE {one.edge.upper()} EDGE" if one.edge else "inside"
+    return f"AT THE {choice.edge.upper()} EDGE" if choice.edge else "inside"
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> Table:
@@ -141,9 +142,9 @@ def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = ""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(title) if title else None, title_justify="left")
+    result = Table(title=Text(title) if title else None, title_justify="left")
     for heading in heads:
-        made.add_column(Text(heading))
+        result.add_column(Text(heading))
     for line in lines:
-        made.add_row(*map(Text, line))
-    return made
+        result.add_row(*map(Text, line))
+    return result

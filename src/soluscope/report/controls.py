@@ -1,8 +1,5 @@
 """Whether a probe can be believed: what it found on models whose answer is known.
 
-Reads the rows of probe `controls`, one a gate, whose note begins with `pass` or `FAIL`, and those of
-`false positives`.
-
 Source: science.md sections 5 ("Null calibration") and 7 ("Control pass rule").
 """
 
@@ -12,177 +9,202 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from soluscope import plugins
 from soluscope.report.findings import estimate
-from soluscope.results import Row
+from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
 
 if TYPE_CHECKING:
     from rich.console import ConsoleRenderable, Group
     from rich.table import Table
     from rich.text import Text
 
-CONTROLS = "controls"
-FALSE_POSITIVES = "false positives"
-PACKAGE = "soluscope.controls"
-PROBES = "soluscope.probes"
 N_COLUMNS = 8
 """Controls side by side in a terminal of 80 columns, so that the names of probes fit beside them."""
 
-Gate = Literal["passed", "failed", "not run"]
+Standing = Literal["passed", "failed", "not run"]
 
 
-def gates(rows: Iterable[Row], probe: str) -> dict[str, list[Row]]:
-    """A probe's rows by control, in the order of the controls' sections."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.probe == CONTROLS and row.quantity == probe:
-            found.setdefault(row.group, []).append(row)
-    return {name: found[name] for name in sorted(found, key=_by_section)}
+def gates(records: Iterable[Record], probe: str) -> dict[str, list[GateResult]]:
+    """Return a probe's gate results by control, in the order of the controls' sections."""
+    result: dict[str, list[GateResult]] = {}
+    for gate in sorted(of_kind(records, GateResult), key=_by_section):
+        if gate.probe == probe:
+            result.setdefault(gate.control, []).append(gate)
+    return result
 
 
-def gate(rows: Iterable[Row], probe: str) -> Gate:
-    """Passed only where something was asked and all of it held."""
-    found = gates(rows, probe)
+def standing(records: Iterable[Record], probe: str) -> Standing:
+    """Return whether a probe passed its controls: only where it has some, and passed all of them."""
+    found = [gate for gate in of_kind(records, GateResult) if gate.probe == probe]
     if not found:
         return "not run"
-    return "failed" if any(failed(those) for those in found.values()) else "passed"
+    return "passed" if all(gate.passed for gate in found) else "failed"
 
 
-def failures(rows: Iterable[Row], probe: str) -> list[str]:
-    """The controls on which a probe failed."""
-    return [name for name, found in gates(rows, probe).items() if failed(found)]
+def failures(records: Iterable[Record], probe: str) -> list[str]:
+    """Return the controls that a probe failed."""
+    return [name for name, results in gates(records, probe).items() if failed(results)]
 
 
-def failed(rows: Iterable[Row]) -> bool:
-    """What does not say that it passed has failed."""
-    return any(not row.note.startswith("pass") for row in rows)
+def failed(gates: Iterable[GateResult]) -> bool:
+    """Return whether any of the gates was failed."""
+    return not all(gate.passed for gate in gates)
 
 
-def sign(rows: Iterable[Row]) -> str:
+def sign(gates: Iterable[GateResult]) -> str:
     """`C+` where the probe must find something, `C-` where it must find nothing, or both."""
-    negative = {"within" in row.note for row in rows}
-    return "/".join(label for is_it, label in ((False, "C+"), (True, "C-")) if is_it in negative)
+    signs = {gate.sign for gate in gates}
+    labels = (("positive", "C+"), ("negative", "C-"))
+    return "/".join(label for sign, label in labels if sign in signs)
 
 
-def line(row: Row) -> str:
+def asked(gate: GateResult) -> str:
+    """A gate's verdict, what was asked, and its note."""
+    note = f"; {gate.note}" if gate.note else ""
+    return f"{_verdict(gate.passed)}: {gate.asked}{note}"
+
+
+def line(gate: GateResult) -> str:
     """A gate in words: what was measured, the number and its interval, what was asked."""
-    return f"{row.statistic}: {estimate(row)} {row.unit}; {row.note}"
+    return f"{gate.measured}: {estimate(gate)} {gate.unit}; {asked(gate)}"
 
 
-def false_positives(rows: Iterable[Row], probe: str) -> list[Row]:
-    return [row for row in rows if row.probe == FALSE_POSITIVES and row.quantity == probe]
+def _verdict(passed: bool) -> str:
+    return "pass" if passed else "FAIL"
 
 
-def rate(row: Row) -> str:
+def false_positives(records: Iterable[Record], probe: str) -> list[FalsePositives]:
+    """Return how often a probe's test finds something where there is nothing, by source."""
+    return [each for each in of_kind(records, FalsePositives) if each.probe == probe]
+
+
+def rate(of: FalsePositives) -> str:
     """A rate of false positives in words."""
-    if row.value is None:
-        return f"{row.group}: {row.note}"
-    return f"{row.group}: {estimate(row)} of {row.n} draws; {row.note}"
+    if of.value is None:
+        return f"{of.source}: {of.note}"
+    return f"{of.source}: {estimate(of)} of {of.n} draws; {_rated(of)}"
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """One line: how many probes were asked, and which failed what."""
-    probes = _probes(rows)
+def _rated(of: FalsePositives) -> str:
+    verdict = "" if of.passed is None else _verdict(of.passed)
+    return ": ".join(part for part in (verdict, of.note) if part)
+
+
+def summary(records: Sequence[Record]) -> str:
+    """One line: how many probes ran on controls, and which failed what."""
+    probes = _probes(records)
     if not probes:
         return "controls: none run"
     count = f"controls: {len(probes)} probe{'s'[: len(probes) != 1]}"
-    wrong = [f"{name} ({', '.join(bad)})" for name in probes if (bad := failures(rows, name))]
+    wrong = [f"{name} ({', '.join(bad)})" for name in probes if (bad := failures(records, name))]
     return f"{count}, {len(wrong)} failed: {', '.join(wrong)}" if wrong else f"{count}, all passed"
 
 
-def matrix(rows: Sequence[Row]) -> Group:
+def matrix(records: Sequence[Record]) -> Group:
     """For the terminal: probe x control with pass or fail, then the numbers of what failed.
 
     Controls head the columns by their number in science.md section 6, with a key below; those that do
     not fit beside the others are a table of their own.
+
+    Args:
+        records: gate results, rates of false positives, and the probes' words.
     """
     from rich.console import Group
     from rich.text import Text
 
     parts: list[ConsoleRenderable] = []
-    if probes := _probes(rows):
-        controls = sorted({row.group for row in rows if row.probe == CONTROLS}, key=_by_section)
-        key = (f"{_section(name)} {name}" for name in controls if _section(name))
+    if probes := _probes(records):
+        by_section = sorted(of_kind(records, GateResult), key=_by_section)
+        controls = list(dict.fromkeys((gate.control, gate.section) for gate in by_section))
+        key = (f"{section} {name}" for name, section in controls)
         parts += [
             *(
-                _gates(rows, probes, controls[i : i + N_COLUMNS])
+                _gates(records, probes, controls[i : i + N_COLUMNS])
                 for i in range(0, len(controls), N_COLUMNS)
             ),
             Text(", ".join(key)),
             *(
-                Text(f"- {probe} on {name}: {line(row)}")
+                Text(f"- {probe} on {gate.control}: {line(gate)}")
                 for probe in probes
-                for name, found in gates(rows, probe).items()
-                for row in found
-                if failed([row])
+                for results in gates(records, probe).values()
+                for gate in results
+                if not gate.passed
             ),
-            Text(summary(rows)),
+            Text(summary(records)),
         ]
-    if tested := [row for row in rows if row.probe == FALSE_POSITIVES]:
+    if tested := of_kind(records, FalsePositives):
         parts.append(_rates(tested))
     return Group(*parts)
 
 
-def _gates(rows: Sequence[Row], probes: Sequence[str], controls: Sequence[str]) -> Table:
+def _gates(
+    records: Sequence[Record], probes: Sequence[str], controls: Sequence[tuple[str, str]]
+) -> Table:
+    """The matrix for some of the controls, given by name and section."""
     from rich.text import Text
 
-    made = _table(["", "probe", *(_section(name) or name for name in controls)])
+    result = _table(["", "probe", *(section for _, section in controls)])
     for probe in probes:
-        found = gates(rows, probe)
-        if set(controls) & set(found):
-            cells = (_cell(found.get(name)) for name in controls)
-            made.add_row(Text(_section(probe, PROBES)), Text(probe), *cells)
-    return made
+        found = gates(records, probe)
+        if {name for name, _ in controls} & set(found):
+            cells = (_cell(found.get(name)) for name, _ in controls)
+            result.add_row(Text(_section(records, probe)), Text(probe), *cells)
+    return result
 
 
-def _rates(rows: Sequence[Row]) -> Table:
+def _rates(tested: Sequence[FalsePositives]) -> Table:
     from rich.text import Text
 
-    made = _table(["false positives of", "on", "rate [95%]", "draws", ""])
-    for row in rows:
-        cells = (row.quantity, row.group, estimate(row), str(row.n), row.note)
-        made.add_row(*(Text(cell) for cell in cells))
-    return made
+    result = _table(["false positives of", "on", "rate [95%]", "draws", ""])
+    for each in tested:
+        cells = (each.probe, each.source, estimate(each), str(each.n), _rated(each))
+        result.add_row(*(Text(cell) for cell in cells))
+    return result
 
 
 def _table(heads: Iterable[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, padding=(0, 1, 0, 0))
+    result = Table(box=None, padding=(0, 1, 0, 0))
     for head in heads:
-        made.add_column(Text(head), no_wrap=len(head) <= 3, overflow="fold")
-    return made
+        result.add_column(Text(head), no_wrap=len(head) <= 3, overflow="fold")
+    return result
 
 
-def _cell(found: list[Row] | None) -> Text:
+def _cell(gates: Sequence[GateResult] | None) -> Text:
     from rich.text import Text
 
-    if found is None:
+    if gates is None:
         return Text("")
-    return Text("FAIL", style="bold red") if failed(found) else Text("pass", style="green")
+    return Text("FAIL", style="bold red") if failed(gates) else Text("pass", style="green")
 
 
-def _probes(rows: Iterable[Row]) -> list[str]:
-    """Probes that were put before controls, in the order of their sections."""
-    return sorted({row.quantity for row in rows if row.probe == CONTROLS}, key=by_section)
+def _probes(records: Sequence[Record]) -> list[str]:
+    """Probes that ran on controls, in the order of their sections."""
+    return in_order(records, {gate.probe for gate in of_kind(records, GateResult)})
 
 
-def by_section(probe: str) -> tuple[int, str]:
-    """Sorts probes as science.md does; those that the folder no longer has come last."""
-    return _number(_section(probe, PROBES)), probe
+def words_of(records: Iterable[Record], probe: str) -> ProbeWords | None:
+    """Return what a probe says of itself; None where no words are stored with its numbers."""
+    return next((words for words in of_kind(records, ProbeWords) if words.probe == probe), None)
 
 
-def _by_section(control: str) -> tuple[int, str]:
-    return _number(_section(control)), control
+def in_order(records: Sequence[Record], probes: Iterable[str]) -> list[str]:
+    """Sort probes as science.md does; those without stored words come last."""
+    return sorted(probes, key=lambda probe: (_number(_section(records, probe)), probe))
 
 
-def _section(name: str, package: str = PACKAGE) -> str:
-    """`P4` or `C3`; nothing for what the folder no longer has."""
-    return str(plugins.pick(package, name).section) if name in plugins.names(package) else ""
+def _section(records: Iterable[Record], probe: str) -> str:
+    """`P4`; empty where no words are stored."""
+    words = words_of(records, probe)
+    return words.section if words else ""
+
+
+def _by_section(gate: GateResult) -> tuple[int, str]:
+    return _number(gate.section), gate.control
 
 
 def _number(section: str) -> int:
     """The number in `P11` or `C3`; where there is none, one that sorts last."""
-    found = re.match(r"[PC](\d+)", section)
-    return int(found[1]) if found else 999
+    digits = re.match(r"[PC](\d+)", section)
+    return int(digits[1]) if digits else 999

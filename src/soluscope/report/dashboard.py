@@ -1,4 +1,4 @@
-"""A study's rows as one wandb run, and the project's dashboard of the study, written as code.
+"""A study's comparison as one wandb run, and the project's dashboard of the study, written as code.
 
 Losses, r and gain of the training runs are read from those runs; intervals and Phi_dyn are not theirs
 to know, so the comparison is logged as a run of its own, and the dashboard shows its table and figures.
@@ -15,9 +15,9 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,11 +28,19 @@ import plotly.graph_objects as go
 from soluscope import results, wandb_client
 from soluscope.errors import UserError
 from soluscope.files import digest
-from soluscope.probes import Figure
-from soluscope.report import controls, figures, page, tuning, words
-from soluscope.report.figures import Dose, Doses
-from soluscope.report.findings import comparisons, estimate, number, settings
-from soluscope.results import Row
+from soluscope.report import figures, page, pretrained, sections, words
+from soluscope.report.figures import Point, Style
+from soluscope.report.findings import (
+    by_kappa,
+    comparisons,
+    estimate,
+    number,
+    remarks,
+    runs_of,
+    settings,
+    tuned,
+)
+from soluscope.results import ChoicePoint, Comparison, Record, Term, of_kind
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import PanelTypes
@@ -49,12 +57,16 @@ SECTIONS = {
     "training": "Training",
 }
 """Sections of the report's page that have figures, and what they are called here."""
-NO_PHI_DYN = "No Phi_dyn: it takes runs of solu, of solu_ln and of a static arm that share a seed."
+NO_PHI_DYN = (
+    "No Phi_dyn: it takes runs of plain SoLU, of an arm with a per-token norm and of a static arm that "
+    "share a seed."
+)
 COLUMNS = (
-    "quantity", "arm", "variant", "kappa", "group", "x", "value", "low", "high", "unit", "n",
-    "cluster", "n_clusters", "p", "p_adj", "note",
+    "term", "arm", "variant", "kappa", "against", "x", "value", "low", "high", "unit", "n",
+    "cluster", "n_clusters", "p", "p_adj", "verdict", "note",
 )  # fmt: skip
-"""Of the table: kappa, and fields of the row. Each difference is there twice, by `cluster`."""
+"""Of the table of comparisons, and of the curves on which a setting `x` was chosen. Each difference is
+there twice, by `cluster`."""
 PINNED = (
     "config:variant.value", "config:seed.value", "config:study.value", "config:size.value",
     "config:kappa.value", "config:lr.value", "summary:report_loss", "summary:r", "summary:gain",
@@ -105,8 +117,8 @@ def preview(study_dir: Path, where: Place) -> str:
         UserError: if there are no results, or wandb is not installed.
     """
     _installed()
-    rows = results.read(study_dir / "results.jsonl")
-    made = _workspace(rows, drawings(rows), where)
+    records = results.read(study_dir / "results.jsonl")
+    made = _workspace(records, drawings(records), where)
     return json.dumps(made._to_model().model_dump(by_alias=True, exclude_none=True), indent=1)
 
 
@@ -120,11 +132,11 @@ def publish(study_dir: Path, where: Place) -> str:
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
     from wandb_workspaces.workspaces.errors import SpecVersionError
 
-    rows = results.read(study_dir / "results.jsonl")
-    drawn = drawings(rows)
+    records = results.read(study_dir / "results.jsonl")
+    drawn = drawings(records)
     try:
-        _log(rows, drawn, where)
-        return _save(_workspace(rows, drawn, where), _study(rows))
+        _log(records, drawn, where)
+        return _save(_workspace(records, drawn, where), _study(records))
     except (wandb.Error, WandbApiFailedError, SpecVersionError, TimeoutError) as error:
         raise UserError(
             f"wandb did not take the study into --wandb {where.entity}/{where.project}: "
@@ -135,10 +147,11 @@ def publish(study_dir: Path, where: Place) -> str:
 # ---------------------------------------------------------------- the comparison, as a run
 
 
-def _log(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> None:
+def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -> None:
     import wandb
 
-    study = _study(rows)
+    study = _study(records)
+    commits = ", ".join(sorted({record.commit for record in records} - {""}))
     with (
         TemporaryDirectory() as scratch,
         wandb.init(
@@ -149,7 +162,7 @@ def _log(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> None
             name=study,
             group=study,
             job_type="report",
-            config={"study": study, "commit": ", ".join(sorted({r.commit for r in rows} - {""}))},
+            config={"study": study, "commit": commits},
             dir=scratch,
             mode="online",
             settings=wandb.Settings(
@@ -160,94 +173,87 @@ def _log(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> None
             ),
         ) as run,
     ):
-        table = wandb.Table(columns=list(COLUMNS), data=_table(rows), allow_mixed_types=True)
+        table = wandb.Table(columns=list(COLUMNS), data=_table(records), allow_mixed_types=True)
         run.log({TABLE: table, **{key: wandb.Plotly(figure) for key, figure in drawn.items()}})
-        run.summary.update(_final(rows))
+        run.summary.update(_final(records))
 
 
-def _table(rows: Sequence[Row]) -> list[list[Any]]:
-    """All comparisons, one line each, in the order of `COLUMNS`."""
-    kappas = _kappas(rows)
-    return [
-        [kappas.get(row.arm) if name == "kappa" else getattr(row, name) for name in COLUMNS]
-        for row in rows
-        if row.probe == "comparison"
-    ]
+def _table(records: Sequence[Record]) -> list[list[Any]]:
+    """All comparisons and points of curves, one line each, in the order of `COLUMNS`."""
+    kappas = _kappas(records)
+    lines: list[list[Any]] = []
+    for row in records:
+        if isinstance(row, Comparison):
+            named = {"term": _term(row), "against": row.against, "x": row.lr, "p": row.p}
+            named |= {"p_adj": row.p_adj, "verdict": row.verdict, "note": remarks(row)}
+        elif isinstance(row, ChoicePoint):
+            named = {"term": f"select loss by {row.setting}", "against": row.chosen_arm, "x": row.x}
+        else:
+            continue
+        named["kappa"] = kappas.get(row.arm)
+        lines.append([named[k] if k in named else getattr(row, k, None) for k in COLUMNS])
+    return lines
 
 
-def _final(rows: Sequence[Row]) -> dict[str, float | str | None]:
+def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
     """The comparisons with the interval for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
 
-    What is undefined says so in its note, which takes the number's place. Ends that are not there are
-    None and not left out, so that a second report of the study does not keep the first one's.
+    What is undefined has its note in the number's place. Bounds that do not exist are None and not
+    left out, so that a second report of the study does not keep the first one's.
     """
-    found: dict[str, float | str | None] = {}
-    for row in rows:
-        if row.probe != "comparison" or row.cluster != "seed":
+    result: dict[str, float | str | None] = {}
+    for row in of_kind(records, Comparison):
+        if row.cluster != "seed":
             continue
-        key = "/".join(part for part in (row.quantity, row.arm, row.group) if part)
-        found[key] = row.note if row.value is None else row.value
-        found |= {f"{key}/low": row.low, f"{key}/high": row.high}
-    return found
+        key = "/".join(part for part in (_term(row), row.arm, _reference(row)) if part)
+        result[key] = row.note if row.value is None else row.value
+        result |= {f"{key}/low": row.low, f"{key}/high": row.high}
+    return result
 
 
-def drawings(rows: Sequence[Row]) -> dict[str, go.Figure]:
-    """The figures of the report and two more, by the key under which they are logged."""
-    drawn = _Drawn(list(rows))
-    found = {
-        BARS: _titled(_bars(drawn), "Final loss and its 95% interval for new seeds"),
-        PHI_DYN: _titled(_phi_dyn(drawn), "Phi_dyn and its 95% interval for new seeds"),
+def _term(row: Comparison) -> str:
+    """What a comparison is of, unlike that of every other comparison of the same arms."""
+    if row.term is Term.PROBE:
+        return f"{row.probe}: {row.quantity}"
+    name = figures.term_name(row)
+    if row.term is Term.STEP:
+        return f"telescoping: {name}"
+    return name if row.lr is None else f"{name} at a common rate"
+
+
+def _reference(row: Comparison) -> str:
+    """The other arm that a comparison's key names: what is subtracted, or the arm whose curve it is on."""
+    return f"minus {row.against}" if row.term in (Term.DIFFERENCE, Term.PROBE) else row.tuned_arm
+
+
+def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
+    """Return the figures of the report and two more, by the key under which they are logged."""
+    compared = tuned(records)
+    look = figures.styles(compared)
+    result = {
+        BARS: _titled(_bars(compared, look), "Final loss and its 95% interval for new seeds"),
+        PHI_DYN: _titled(_phi_dyn(compared, look), "Phi_dyn and its 95% interval for new seeds"),
     }
-    found = {key: figure for key, figure in found.items() if figure.data}
-    sections: dict[str, Callable[[], str]] = {
-        "tuning": lambda: tuning.section(drawn.tried, drawn.look, drawn.figure),
-        "loss": drawn.loss,
-        "differences": drawn.differences,
-        "terms": drawn.terms,
-        "dose": lambda: tuning.dose(drawn.rows, drawn.look, drawn.figure),
-        "training": drawn.training,
-    }
-    for name, draw in sections.items():
-        draw()
-        found |= drawn.take(f"figures/{name}", SECTIONS[name])
-    names = {row.probe for row in drawn.rows} - page.NOT_PROBES
-    for name in sorted(names, key=controls.by_section):
-        heading, _ = drawn.probe(name)
-        found |= drawn.take(f"probes/{name}", heading)
-    return found
+    result = {key: figure for key, figure in result.items() if figure.data}
+    for section in sections.build(list(records)):
+        of_probe = section.name not in SECTIONS
+        key = f"{'probes' if of_probe else 'figures'}/{section.name}"
+        heading = section.heading if of_probe else SECTIONS[section.name]
+        for i, plot in enumerate(section.plots, start=1):
+            title = f"{heading}: {plot.caption}" if plot.caption else heading
+            result[f"{key}/{i}"] = _titled(plot.figure, title)
+    return result
 
 
-class _Drawn(page._Page):
-    """The report's page, of which only the figures are kept."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        super().__init__(rows)
-        self.waiting: list[tuple[str, go.Figure]] = []
-
-    def figure(self, figure: go.Figure, caption: str = "", below: str = "") -> str:
-        if figure.data:
-            self.waiting.append((caption, figure))
-        return ""
-
-    def take(self, key: str, heading: str) -> dict[str, go.Figure]:
-        """What was drawn since the last time: `key`/1, `key`/2, … under titles that tell the section."""
-        taken = {
-            f"{key}/{i}": _titled(figure, f"{heading}: {caption}" if caption else heading)
-            for i, (caption, figure) in enumerate(self.waiting, start=1)
-        }
-        self.waiting = []
-        return taken
-
-
-def _bars(drawn: _Drawn) -> go.Figure:
+def _bars(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
     """Mean loss by arm, nats a token. Bars begin at 0, so the numbers stand in them."""
-    means = comparisons(drawn.rows, "loss")
+    means = comparisons(records, Term.LOSS)
     ends = [(row.value or 0.0, row.low, row.high) for row in means]
     bars = go.Bar(
         x=[value for value, _, _ in ends],
         y=[html.escape(row.arm) for row in means],
         orientation="h",
-        marker={"color": [drawn.look[row.arm].colour for row in means]},
+        marker={"color": [look[row.arm].colour for row in means]},
         error_x={
             "type": "data",
             "symmetric": False,
@@ -264,15 +270,17 @@ def _bars(drawn: _Drawn) -> go.Figure:
     return figure.update_yaxes(autorange="reversed")
 
 
-def _phi_dyn(drawn: _Drawn) -> go.Figure:
-    """Phi_dyn against kappa, or by arm where all have one kappa; no traces where it is undefined."""
-    spec = Figure("", ("Phi_dyn",))
-    found = [replace(row, run=row.arm) for row in comparisons(drawn.rows, "Phi_dyn")]
-    of = {arm: Dose("kappa", kappa) for arm, kappa in _kappas(drawn.rows).items()}
-    doses = Doses(of, {row.arm: (row.variant, of[row.arm]) for row in found if row.arm in of})
-    figure = figures.against_dose(found, spec, drawn.look, doses)
-    if not figure.data:
-        return figures.draw(found, spec, drawn.look)
+def _phi_dyn(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
+    """Phi_dyn against kappa, or by arm where no variant has several kappas; no traces where it is undefined."""
+    rows = [row for row in comparisons(records, Term.SHARE) if row.value is not None]
+    points: list[Point] = []
+    lines: dict[str, Style] = {}
+    for variant, kappas in by_kappa(records).items():
+        points += [Point(kappas[row.arm], row, variant) for row in rows if row.arm in kappas]
+        lines[variant] = look[min(kappas)]
+    if not points:
+        return figures.by_arm(rows, look)
+    figure = figures.along({"": points}, "kappa", lines, {line: line for line in lines})
     return figure.update_traces(mode="markers")  # a line would cross the kappas without a Phi_dyn
 
 
@@ -290,21 +298,21 @@ def _titled(figure: go.Figure, title: str) -> go.Figure:
 # ---------------------------------------------------------------- the dashboard
 
 
-def _workspace(rows: Sequence[Row], drawn: dict[str, go.Figure], where: Place) -> Workspace:
+def _workspace(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -> Workspace:
     """The study's dashboard: the runs of the study, grouped by variant or arm, and its comparison."""
     import wandb_workspaces.workspaces as ws
 
-    study = _study(rows)
-    n_runs = _n_runs(rows)
+    study = _study(records)
+    n_runs = _n_runs(records)
     made = ws.Workspace(
         entity=where.entity,
         project=where.project,
         name=study.replace("+", "-"),  # the library takes + for an emoji
-        sections=_sections(rows, drawn),
+        sections=_sections(records, drawn),
         settings=ws.WorkspaceSettings(max_runs=n_runs),
         runset_settings=ws.RunsetSettings(
             filters=f"Config('study') == {study!r}",
-            groupby=[ws.Config(_told_apart_by(rows))],
+            groupby=[ws.Config(_grouped_by(records))],
             pinned_columns=list(PINNED),
             pinned_runs=[_run_id(study)],  # fetched whatever else is, so that its figures show
         ),
@@ -326,13 +334,13 @@ def _save(made: Workspace, study: str) -> str:
     return str(made.save().url)
 
 
-def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]:
+def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Section]:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    found = words.in_view(words.headline(list(rows)), page.N_SENTENCES)
-    headline = "\n".join(f"- {sentence}" for sentence in found)
-    key, n_runs = _told_apart_by(rows), _n_runs(rows)
+    sentences = words.in_view(words.headline(list(records)), page.N_SENTENCES)
+    headline = "\n".join(f"- {sentence}" for sentence in sentences)
+    key, n_runs = _grouped_by(records), _n_runs(records)
     by_section: dict[str, list[str]] = {}
     for logged_as in drawn:
         by_section.setdefault(logged_as.rpartition("/")[0], []).append(logged_as)
@@ -392,7 +400,7 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
         ws.Section(
             name="Phi_dyn by kappa",
             panels=[
-                wr.MarkdownPanel(markdown=_phi_dyn_in_words(rows)),
+                wr.MarkdownPanel(markdown=_phi_dyn_in_words(records)),
                 *media("Phi_dyn by kappa", [PHI_DYN] if PHI_DYN in drawn else []),
                 *shown("dose"),
             ],
@@ -428,35 +436,36 @@ def _sections(rows: Sequence[Row], drawn: dict[str, go.Figure]) -> list[Section]
     ]
 
 
-def _told_apart_by(rows: Sequence[Row]) -> str:
+def _grouped_by(records: Sequence[Record]) -> str:
     """The config key that panels group runs by: a variant's mean over several rates or kappas means nothing."""
-    pairs = {(row.variant, row.arm) for row in rows if row.arm}
+    pairs = {(each.variant, each.arm) for each in pretrained.trained(records) if each.arm}
     return "arm_name" if len(pairs) > len({variant for variant, _ in pairs}) else "variant"
 
 
-def _n_runs(rows: Sequence[Row]) -> int:
-    """Runs behind a panel, the report's own among them; the app takes the first 10 unless told."""
-    return 1 + len({row.run for row in rows if row.run})
+def _n_runs(records: Sequence[Record]) -> int:
+    """Runs behind a panel, the report's own among them; the app takes the first 10 by default."""
+    return 1 + len(runs_of(records))
 
 
-def _phi_dyn_in_words(rows: Sequence[Row]) -> str:
+def _phi_dyn_in_words(records: Sequence[Record]) -> str:
     """One line an arm: kappa, Phi_dyn and how it was made, or why there is none."""
-    kappas = _kappas(rows)
+    kappas = _kappas(records)
     lines = [
         f"- {row.arm}, kappa {number(kappas[row.arm]) if row.arm in kappas else 'not measured'}: "
-        + (row.note if row.value is None else f"{estimate(row, decimals=2)}; {row.note}")
-        for row in comparisons(rows, "Phi_dyn")
+        + (row.note if row.value is None else f"{estimate(row, decimals=2)}; {remarks(row)}")
+        for row in comparisons(records, Term.SHARE)
     ]
     return "\n".join(lines) or NO_PHI_DYN
 
 
-def _kappas(rows: Sequence[Row]) -> dict[str, float]:
-    """kappa by arm, of those whose norm has an epsilon."""
-    return {arm: of["kappa"] for arm, of in settings(rows).items() if "kappa" in of}
+def _kappas(records: Sequence[Record]) -> dict[str, float]:
+    """Return kappa by arm, of those whose norm has an epsilon."""
+    known = settings(records).items()
+    return {arm: each.values["kappa"] for arm, each in known if "kappa" in each.values}
 
 
-def _study(rows: Sequence[Row]) -> str:
-    return rows[0].study
+def _study(records: Sequence[Record]) -> str:
+    return records[0].study
 
 
 def _run_id(study: str) -> str:

@@ -11,29 +11,36 @@ Source: science.md section 9.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from soluscope.report import controls
+from soluscope.report.blocks import (
+    Block,
+    Bullets,
+    Cell,
+    Line,
+    Paragraph,
+    Table,
+    fold,
+)
 from soluscope.report.findings import (
     ENGAGED,
     IDLE,
     NO_COST,
-    NORMED,
     Side,
-    arms_of,
     comparisons,
     envelope,
     measured,
     number,
+    per_token,
     seeds,
     side_of_zero,
     span,
 )
-from soluscope.report.markup import Mark, bullets, fold, marked, paragraph, table_of_cells
-from soluscope.results import Row
+from soluscope.results import Comparison, Number, Record, Term
+from soluscope.results import Verdict as Settled
 
 HYPOTHESES = ("H0-opt, H-aff", "H-static-smuggle", "H-smear")
 MEANINGS = (
@@ -47,8 +54,10 @@ CONSTANTS = ("geometric mean", "best constant")
 """That a freeze may put in the gain's place."""
 
 Verdict = Literal["consistent", "inconsistent", "not settled"]
-MARKS: dict[Verdict, Mark] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
+MARKS: dict[Verdict, str] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
 OPEN: tuple[Verdict, ...] = ("not settled",) * 3
+STYLES = ("text", "wide", *["verdict"] * len(HYPOTHESES))
+"""Of the matrix's columns."""
 HIGH_GAIN = "gain Q4"
 """The split in which H-smear expects its effects."""
 
@@ -76,78 +85,76 @@ class Evidence:
     """How the verdicts follow."""
     probe: str = ""
     """Whose gate must have been passed; empty where no planted model can be asked."""
-    see: Callable[[Sequence[Row], str], Seen | None] = lambda rows, arm: None
-    """From all rows and an arm; None where the rows are not there."""
+    see: Callable[[Sequence[Record], str], Seen | None] = lambda records, arm: None
+    """From all records and an arm; None where the numbers are not there."""
 
 
-def matrix(rows: Sequence[Row]) -> list[tuple[Evidence, list[Seen]]]:
-    """Each line with what was seen in each arm with LayerNorm."""
-    arms = arms_of(rows, NORMED)
-    return [(one, _seen(one, rows, arms)) for one in EVIDENCE]
+def matrix(records: Sequence[Record]) -> list[tuple[Evidence, list[Seen]]]:
+    """Return each line with what was seen in each arm with a per-token norm."""
+    arms = per_token(records)
+    return [(evidence, _seen(evidence, records, arms)) for evidence in EVIDENCE]
 
 
-def section(rows: Sequence[Row]) -> str:
-    """The matrix as HTML; nothing where no arm has LayerNorm."""
-    arms = arms_of(rows, NORMED)
+def blocks(records: Sequence[Record]) -> list[Block]:
+    """The matrix; nothing where no arm has a per-token norm."""
+    arms = per_token(records)
     if not arms:
-        return ""
-    lines = [_line(one, seen, named=len(arms) > 1) for one, seen in matrix(rows)]
-    said = (
-        "Intervals are of these trained models on other documents, natural text without BOS; for "
-        "Phi_dyn, of new seeds. Consistent is not proof: an account may expect what others do too."
-    )
-    rules = [f"{one.section} {one.name}: {one.rule}" for one in EVIDENCE if one.rule]
-    return (
-        bullets(MEANINGS)
-        + paragraph(said, style="soft")
-        + table_of_cells(["evidence", "observed", *HYPOTHESES], lines)
-        + fold("How the verdicts follow", bullets(rules))
-    )
+        return []
+    lines = [_line(evidence, seen, named=len(arms) > 1) for evidence, seen in matrix(records)]
+    rules = [f"{each.section} {each.name}: {each.rule}" for each in EVIDENCE if each.rule]
+    return [
+        Bullets(MEANINGS),
+        Paragraph(
+            "Intervals are of these trained models on other documents, natural text without BOS; for "
+            "Phi_dyn, of new seeds. Consistent is not proof: an account may expect what others do too.",
+            style="soft",
+        ),
+        Table(["evidence", "observed", *HYPOTHESES], lines, styles=STYLES),
+        *fold("How the verdicts follow", [Bullets(rules)]),
+    ]
 
 
-def _seen(one: Evidence, rows: Sequence[Row], arms: Sequence[str]) -> list[Seen]:
-    found = []
-    gate = controls.gate(rows, one.probe) if one.probe else "passed"
+def _seen(evidence: Evidence, records: Sequence[Record], arms: Sequence[str]) -> list[Seen]:
+    result = []
+    standing = controls.standing(records, evidence.probe) if evidence.probe else "passed"
     for arm in arms:
-        seen = one.see(rows, arm)
+        seen = evidence.see(records, arm)
         if seen is None:
             continue
-        if gate == "failed":
+        if standing == "failed":
             seen = Seen(("not citable (control failed)",))
-        elif gate == "not run":
+        elif standing == "not run":
             seen = Seen((*seen.observed, "no control run"), OPEN)
-        found.append(Seen(seen.observed, seen.verdicts, arm))
-    return found
+        result.append(Seen(seen.observed, seen.verdicts, arm))
+    return result
 
 
-def _line(one: Evidence, seen: Sequence[Seen], named: bool) -> str:
-    """Cells of one line; the arms are named where there are several."""
-
-    def cell(parts: Sequence[str], style: str = "text") -> str:
-        return f'<td class="{style}">{"".join(parts)}</td>'
-
-    def label(one_seen: Seen, text: str) -> str:
-        return f"{one_seen.arm}: {text}" if named else text
-
-    cells = [cell([html.escape(f"{one.section} {one.name}")])]
-    observed = [
-        f"<div>{'<br>'.join(map(html.escape, (*[s.arm] * named, *s.observed)))}</div>" for s in seen
+def _line(evidence: Evidence, seen: Sequence[Seen], named: bool) -> list[Cell]:
+    """Cells of one line of the matrix; the arms are named where there are several."""
+    observed = ["\n".join((*[each.arm] * named, *each.observed)) for each in seen]
+    cells: list[Cell] = [
+        f"{evidence.section} {evidence.name}",
+        [Line(text, "lines") for text in observed] or "not measured",
     ]
-    cells.append(cell(observed or ["not measured"], "wide"))
-    for i, expected in enumerate(one.expected):
-        verdicts = [
-            marked(MARKS[s.verdicts[i]], label(s, s.verdicts[i])) for s in seen if s.verdicts
-        ]
-        wanted = f'<div class="soft">expected: {html.escape(expected)}</div>'
-        cells.append(cell([wanted, *verdicts], "verdict"))
-    return "".join(cells)
+    for i, expected in enumerate(evidence.expected):
+        verdicts = [(each.arm, each.verdicts[i]) for each in seen if each.verdicts]
+        cells.append(
+            [
+                Line(f"expected: {expected}", "soft"),
+                *(
+                    Line(f"{arm}: {verdict}" if named else verdict, MARKS[verdict])
+                    for arm, verdict in verdicts
+                ),
+            ]
+        )
+    return cells
 
 
 # ---------------------------------------------------------------- what was seen
 
 
-def _engagement(rows: Sequence[Row], arm: str) -> Seen | None:
-    found = measured(rows, "engagement", "r", arm, "median")
+def _engagement(records: Sequence[Record], arm: str) -> Seen | None:
+    found = measured(records, "engagement", "r", arm, "median")
     if not found:
         return None
     ends = envelope(found)
@@ -156,103 +163,105 @@ def _engagement(rows: Sequence[Row], arm: str) -> Seen | None:
         smear = "consistent"
     elif ends is not None and ends[1] < IDLE:
         smear = "inconsistent"
-    return Seen((_said(found),), ("consistent", "consistent", smear))
+    return Seen((_observed(found),), ("consistent", "consistent", smear))
 
 
-def _freeze(rows: Sequence[Row], arm: str) -> Seen | None:
+def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
     """What one gain for all tokens costs a trained model, at the constant that costs less.
 
     A constant is a static gain too: that of least loss on other documents may be off for these, and the
     geometric mean may be far from the least loss. One that costs nothing is enough.
     """
-    said, overall, at_high_gain = [], [], []
+    observed, overall, at_high_gain = [], [], []
     for constant in CONSTANTS:
-        found = measured(rows, "scale_freeze", f"frozen at {constant}", arm)
+        found = measured(records, "scale_freeze", f"frozen at {constant}", arm)
         if not found:
             continue
-        highest = measured(rows, "scale_freeze", f"frozen at {constant}", arm, group=HIGH_GAIN)
-        said.append(f"{constant} {_said(found)}")
+        highest = measured(records, "scale_freeze", f"frozen at {constant}", arm, group=HIGH_GAIN)
+        observed.append(f"{constant} {_observed(found)}")
         if highest:
-            said.append(f"{constant}, at the quartile of highest gain {_said(highest)}")
+            observed.append(f"{constant}, at the quartile of highest gain {_observed(highest)}")
         overall.append(side_of_zero(found, NO_COST))
         at_high_gain.append(side_of_zero(highest or found, NO_COST))
-    if not said:
+    if not observed:
         return None
     none = _if_zero(_least(overall))
-    return Seen(tuple(said), (none, none, _if_above(_least(at_high_gain))))
+    return Seen(tuple(observed), (none, none, _if_above(_least(at_high_gain))))
 
 
-def _swap(rows: Sequence[Row], arm: str) -> Seen | None:
-    found = measured(rows, "scale_swap", "swap, signed", arm)
+def _swap(records: Sequence[Record], arm: str) -> Seen | None:
+    found = measured(records, "scale_swap", "swap, signed", arm)
     if not found:
         return None
     where = side_of_zero(found, NO_COST)
     none = _if_zero(where)
-    return Seen((_said(found),), (none, none, _if_above(where)))
+    return Seen((_observed(found),), (none, none, _if_above(where)))
 
 
-def _phi_dyn(rows: Sequence[Row], arm: str) -> Seen | None:
-    found = comparisons(rows, "static - LN", arm=arm)
-    if not found:
+def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
+    static = comparisons(records, Term.STATIC, arm)
+    if not static:
         return None
-    numerator, phi = found[0], next(iter(comparisons(rows, "Phi_dyn", arm=arm)), None)
+    phi = next(iter(comparisons(records, Term.SHARE, arm)), None)
     off_zero = phi is not None and phi.low is not None and phi.low > 0
-    where = side_of_zero(found, 0.0)
+    where = side_of_zero(static, 0.0)
     if where == "above" and not off_zero:
         where = "open"  # few seeds make the ratio's resampled interval a little too narrow
-    if numerator.note.startswith("equivalent"):
+    if static[0].verdict is Settled.EQUIVALENT:
         # There, but so little that it does not matter, is neither account's.
         where = "open" if where == "above" else "zero"
-    said = [f"best static arm less this one {_said(found)}"]
+    observed = [f"best static arm minus this one {_observed(static)}"]
     if phi is not None:
-        said.insert(0, "undefined" if phi.value is None else _said([phi]))
+        observed.insert(0, "undefined" if phi.value is None else _observed([phi]))
     smear = _if_above(where)
-    static = _OPPOSITE[smear]  # below 0: a static gain is better still
-    return Seen(tuple(said), (static, static, smear))
+    verdict = _OPPOSITE[smear]  # below 0: a static gain is better still
+    return Seen(tuple(observed), (verdict, verdict, smear))
 
 
-def _low_set(rows: Sequence[Row], arm: str) -> Seen | None:
+def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
     """Judged by what the low activations add, and not beside random neurons of the same |n|.
 
     A set that carries nothing rules out no code of small activations: it may lie outside the set.
     """
     probe, removed = "low_activation_impact", "lowest 90% removed"
-    lowest = measured(rows, probe, removed, arm)
-    residual = measured(rows, probe, f"{removed}, D", arm)
+    lowest = measured(records, probe, removed, arm)
+    residual = measured(records, probe, f"{removed}, D", arm)
     if not (lowest and residual):
         return None
-    at_high_gain = measured(rows, probe, f"{removed}, D where the gain is high", arm)
-    same_mass = measured(rows, probe, "set: same |n|", arm, x=0.9)
-    said = [f"{removed} {_said(lowest)}", f"D {_said(residual)}"]
+    at_high_gain = measured(records, probe, f"{removed}, D where the gain is high", arm)
+    same_mass = measured(records, probe, "set: same |n|", arm, x=0.9)
+    observed = [f"{removed} {_observed(lowest)}", f"D {_observed(residual)}"]
     if at_high_gain:
-        said.append(f"D where the gain is high {_said(at_high_gain)}")
+        observed.append(f"D where the gain is high {_observed(at_high_gain)}")
     if same_mass:
-        said.append(f"random neurons of the same |n| at 0 {_said(same_mass)}")
+        observed.append(f"random neurons of the same |n| at 0 {_observed(same_mass)}")
     size = side_of_zero(lowest, NO_COST)
     D_is_zero = _if_zero(side_of_zero(residual, NO_COST))
     none, static = (D_is_zero if size == wanted else "not settled" for wanted in ("zero", "above"))
     by_gain = _if_above(side_of_zero(at_high_gain or residual, NO_COST))
-    return Seen(tuple(said), (none, static, by_gain if size == "above" else "not settled"))
+    return Seen(tuple(observed), (none, static, by_gain if size == "above" else "not settled"))
 
 
-def _specificity(rows: Sequence[Row], arm: str) -> Seen | None:
+def _specificity(records: Sequence[Record], arm: str) -> Seen | None:
     """A gain may vary, and carry all, without a change of order: no A is no sign of no smearing."""
-    found = measured(rows, "specificity", "A (gain only)", arm)
+    found = measured(records, "specificity", "A (gain only)", arm)
     if not found:
         return None
     where = side_of_zero(found, NO_SHARE)
     none = _if_zero(where)
-    return Seen((_said(found),), (none, none, "consistent" if where == "above" else "not settled"))
+    return Seen(
+        (_observed(found),), (none, none, "consistent" if where == "above" else "not settled")
+    )
 
 
-def _two_by_two(rows: Sequence[Row], arm: str) -> Seen | None:
-    cells = [measured(rows, "lateral_inhibition", name, arm) for name in ("g const", "Z const")]
+def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
+    cells = [measured(records, "lateral_inhibition", name, arm) for name in ("g const", "Z const")]
     if not all(cells):
         return None
     gain, softmax = (side_of_zero(found, NO_COST) for found in cells)
     idle = _if_zero("zero" if gain == softmax == "zero" else "open")
-    said = (f"g const {_said(cells[0])}", f"Z const {_said(cells[1])}")
-    return Seen(said, (idle, idle, _if_above(gain)))
+    observed = (f"g const {_observed(cells[0])}", f"Z const {_observed(cells[1])}")
+    return Seen(observed, (idle, idle, _if_above(gain)))
 
 
 def _if_zero(where: Side) -> Verdict:
@@ -280,11 +289,11 @@ def _least(sides: Sequence[Side]) -> Side:
     return next(where for where in by_cost if where in sides)
 
 
-def _said(rows: Sequence[Row]) -> str:
+def _observed(rows: Sequence[Number]) -> str:
     """Estimates over seeds, and how far their intervals reach."""
     ends = envelope(rows)
     reach = "no interval" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
-    n = rows[0].n if rows[0].cluster == "seed" else len(rows)
+    n = rows[0].n if isinstance(rows[0], Comparison) else len(rows)
     return f"{span(row.value for row in rows)} {rows[0].unit} [{reach}], {seeds(n)}"
 
 

@@ -1,4 +1,4 @@
-"""Rows as plotly figures: light, one colour an arm, intervals always drawn.
+"""Records as plotly figures: light, one colour an arm, intervals always drawn.
 
 Plotly reads `<b>` and its like in labels, so whatever comes from data is escaped on the way in.
 """
@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from soluscope.probes import Figure
 from soluscope.report.findings import by_stream, estimate
-from soluscope.results import Row
+from soluscope.results import (
+    ChoicePoint,
+    Comparison,
+    Figure,
+    Measurement,
+    Number,
+    Record,
+    Term,
+    of_kind,
+)
 
 # Okabe and Ito's colours, without the yellow that white swallows: told apart by colour-blind eyes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -28,8 +37,10 @@ TOP = 36
 QUARTILE = re.compile(r".* Q[1-4]")
 """Groups that are quartiles of a split; any other group is a line or a kind of its own."""
 
-Panels = dict[tuple[str, ...], list[Row]]
-"""Rows by what tells the panels apart: quantity, group, stream, in that order."""
+N = TypeVar("N", bound=Number)
+Key = tuple[str, ...]
+"""What sets a panel apart from the others: quantity, group, stream, in that order."""
+Panels = dict[Key, list[N]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Style:
     dash: str
 
 
-def styles(rows: Iterable[Row]) -> dict[str, Style]:
+def styles(rows: Iterable[Record]) -> dict[str, Style]:
     """A style for each arm; with more arms than colours, the shape tells them apart."""
     arms = sorted({row.arm for row in rows if row.arm})
     n = len(COLOURS)
@@ -51,11 +62,13 @@ def styles(rows: Iterable[Row]) -> dict[str, Style]:
     }
 
 
-def draw(rows: Sequence[Row], spec: Figure, look: Mapping[str, Style] | None = None) -> go.Figure:
+def draw(
+    rows: Sequence[Record], spec: Figure, look: Mapping[str, Style] | None = None
+) -> go.Figure:
     """One figure of a probe.
 
     Args:
-        rows: of one probe.
+        rows: of one probe; what is no measurement is left out.
         spec: what to draw of them.
         look: a style for each arm; by default from the arms in `rows`.
 
@@ -67,12 +80,13 @@ def draw(rows: Sequence[Row], spec: Figure, look: Mapping[str, Style] | None = N
     if not panels:
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     look = look or styles(rows)
-    figure = (_curves if spec.kind == "curve" else _dots)(panels, spec, look)
+    curve = spec.kind == "curve"
+    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y)
     return figure.update_layout(title=title)
 
 
 def against_dose(
-    rows: Sequence[Row], spec: Figure, look: Mapping[str, Style], doses: Doses
+    rows: Sequence[Measurement], spec: Figure, look: Mapping[str, Style], doses: Doses
 ) -> go.Figure:
     """The same numbers against the dose, for variants that were trained at several.
 
@@ -87,7 +101,7 @@ def against_dose(
         without traces if no variant has several doses.
     """
     several = doses.several()
-    panels: Panels = {}
+    panels: Panels[Measurement] = {}
     for key, found in _panels(rows, spec).items():
         for row in found:
             dose = doses.of.get(row.run)
@@ -95,13 +109,17 @@ def against_dose(
                 panels.setdefault((*key, dose.name), []).append(replace(row, x=dose.value))
     if not panels:
         return go.Figure()
-    figure = _grid(panels, replace(spec, kind="curve"), row_height=270, shared_x=False)
+    figure = _grid(panels, row_height=270, curves=True)
     named: set[str] = set()
     for place, (key, found) in enumerate(panels.items()):
         for variant, seed in sorted({(row.variant, row.seed or 0) for row in found}):
-            mine = [row for row in found if (row.variant, row.seed or 0) == (variant, seed)]
+            line = [
+                Point(row.x or 0.0, row, variant)
+                for row in found
+                if (row.variant, row.seed or 0) == (variant, seed)
+            ]
             style = look[min(row.arm for row in found if row.variant == variant)]
-            _add(figure, _joined(mine, style, variant, named), place)
+            _add(figure, _joined(line, style, variant, named), place)
         figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(place))
         unit = html.escape(found[0].unit)
         figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
@@ -110,55 +128,75 @@ def against_dose(
     return figure
 
 
+@dataclass(frozen=True)
+class Point:
+    """A number at a setting, such as a learning rate."""
+
+    x: float
+    number: Number
+    line: str
+    """Name of the line that it is on."""
+    ringed: bool = False
+    """Marked as the one that was chosen."""
+
+
 def along(
-    panels: Mapping[str, Sequence[Row]],
+    panels: Mapping[str, Sequence[Point]],
     x_title: str,
     look: Mapping[str, Style],
     names: Mapping[str, str],
-    ringed: bool = False,
     one_scale: bool = False,
 ) -> go.Figure:
-    """Comparisons against a setting, such as a learning rate or kappa.
+    """Numbers against a setting, such as a learning rate or kappa.
 
     Args:
-        panels: rows by title, the setting in `x` and the line they are a point of in `group`. Points
-            with the interval for new seeds are joined; thick bars are of these models on other documents.
+        panels: points by title. Those with the interval for new seeds, and those of one run, are joined;
+            thick bars are of these models on other documents.
         x_title: what the setting is; its axis is logarithmic.
         look: a style for each line.
         names: what the legend calls each line.
-        ringed: mark the points whose arm the line is called after, those that were chosen.
         one_scale: whether the panels share their vertical axis.
 
     Returns:
-        A figure, without traces if there are no rows.
+        A figure, without traces if there are no points.
     """
-    filled: Panels = {(title, "", ""): list(rows) for title, rows in panels.items() if rows}
+    filled = {title: list(points) for title, points in panels.items() if points}
     if not filled:
         return go.Figure()
-    spec = Figure("", (), kind="curve")
-    figure = _grid(filled, spec, row_height=270, shared_x=False, gap=112)  # labels are slanted
+    keys = [(title, "", "") for title in filled]
+    figure = _grid(keys, row_height=270, curves=True, gap=112)  # labels are slanted
     named: set[str] = set()
-    for place, rows in enumerate(filled.values()):
-        for line in sorted({row.group for row in rows}, key=lambda line: list(names).index(line)):
+    for place, points in enumerate(filled.values()):
+        in_order = sorted({point.line for point in points}, key=list(names).index)
+        for line in in_order:
             style = look[line]
-            mine = [row for row in rows if row.group == line]
-            fixed = [row for row in mine if row.cluster == "document" and row.run == ""]
+            on_line = [point for point in points if point.line == line]
+            fixed = [point for point in on_line if _of_these_models(point.number)]
+            joined = [point for point in on_line if not _of_these_models(point.number)]
             if fixed:
-                x = [row.x or 0.0 for row in fixed]
-                _add(figure, _intervals(fixed, x, style, 5, marked=False, upright=True), place)
-            joined = [row for row in mine if row not in fixed]
+                x, rows = [point.x for point in fixed], [point.number for point in fixed]
+                _add(figure, _intervals(rows, x, style, 5, marked=False, upright=True), place)
             _add(figure, _joined(joined, style, names[line], named), place)
-            for row in joined:
-                if ringed and row.arm == line:
-                    _add(figure, _ring(row, style), place)
-        tried = sorted({row.x for row in rows if row.x is not None})
+            for point in joined:
+                if point.ringed:
+                    _add(figure, _ring(point, style), place)
+        tried = sorted({point.x for point in points})
         ticks = {"tickvals": tried, "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40}
         figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(place))
-        told = [row for each in filled.values() for row in each] if one_scale else rows
-        frame = _frame(told, with_zero="loss" not in rows[0].quantity)  # losses lie far from 0
+        rows = [point.number for point in points]
+        shown = [point.number for each in filled.values() for point in each] if one_scale else rows
+        frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
         figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(place))
         _mark_zero(figure, rows, place, upright=True)
     return figure
+
+
+def _of_these_models(row: Number) -> bool:
+    return isinstance(row, Comparison) and row.cluster == "document"
+
+
+def _is_loss(row: Number) -> bool:
+    return isinstance(row, ChoicePoint) or (isinstance(row, Comparison) and row.term is Term.LOSS)
 
 
 @dataclass(frozen=True)
@@ -194,7 +232,7 @@ class Doses:
         return f"Dose: {', '.join(each)}."
 
 
-def doses(rows: Iterable[Row]) -> Doses:
+def doses(rows: Iterable[Record]) -> Doses:
     """kappa = eps * d_mlp^2 of arms with an epsilon, the median gain of arms without.
 
     Source: science.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
@@ -202,7 +240,7 @@ def doses(rows: Iterable[Row]) -> Doses:
     wanted = {"kappa": 0, "gain": 1}  # the kappa of a static arm is not there
     found = [
         row
-        for row in rows
+        for row in of_kind(rows, Measurement)
         if row.probe == "engagement" and row.quantity in wanted and row.statistic == "median"
         if (row.stream, row.positions, row.group) == ("natural", "not BOS", "") and row.value
     ]
@@ -216,11 +254,11 @@ def doses(rows: Iterable[Row]) -> Doses:
     return Doses(of, dict(sorted(arms.items())))
 
 
-def _panels(rows: Sequence[Row], spec: Figure) -> Panels:
+def _panels(rows: Iterable[Record], spec: Figure) -> Panels[Measurement]:
     """The rows that `spec` asks for, by quantity, group and stream."""
     wanted = [
         row
-        for row in rows
+        for row in of_kind(rows, Measurement)
         if row.quantity in spec.quantities
         and row.statistic in (spec.statistic, "")  # an estimate has no statistic
         and row.value is not None
@@ -230,38 +268,39 @@ def _panels(rows: Sequence[Row], spec: Figure) -> Panels:
         and _in_group(row, spec)
     ]
     order = {quantity: i for i, quantity in enumerate(spec.quantities)}
-    panels: Panels = {}
-    for row in sorted(wanted, key=lambda r: (order[r.quantity], r.group, by_stream(r))):
+    panels: Panels[Measurement] = {}
+    wanted.sort(key=lambda r: (order[r.quantity], r.group, by_stream(r), r.seed or 0))
+    for row in wanted:
         panels.setdefault((row.quantity, row.group, row.stream), []).append(row)
     return panels
 
 
-def _in_group(row: Row, spec: Figure) -> bool:
+def _in_group(row: Measurement, spec: Figure) -> bool:
     if spec.group:
         return row.group == spec.group or row.group.startswith(f"{spec.group} Q")
     return not QUARTILE.fullmatch(row.group)
 
 
-def _dots(panels: Panels, spec: Figure, look: Mapping[str, Style]) -> go.Figure:
-    """One panel a quantity, group and stream; arms down the side, one dot a seed."""
+def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go.Figure:
+    """One panel a quantity, group and stream; arms down the side, one dot a number, in their order."""
     arms = sorted({row.arm for rows in panels.values() for row in rows})
-    figure = _grid(panels, spec, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
+    figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
     for place, rows in enumerate(panels.values()):
         for arm in arms:
-            mine = sorted((row for row in rows if row.arm == arm), key=lambda row: row.seed or 0)
-            heights = [arms.index(arm) + offset for offset in _spread(len(mine))]
-            _add(figure, _intervals(mine, heights, look[arm]), place)
+            of_arm = [row for row in rows if row.arm == arm]
+            heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
+            _add(figure, _intervals(of_arm, heights, look[arm]), place)
         figure.update_yaxes(_arm_axis(arms, place), **_at(place))
         unit = html.escape(rows[0].unit)
-        figure.update_xaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
-        if not spec.log_y:
+        figure.update_xaxes(title_text=unit, type="log" if log else None, **_at(place))
+        if not log:
             _mark_zero(figure, rows, place)
     return figure
 
 
-def _curves(panels: Panels, spec: Figure, look: Mapping[str, Style]) -> go.Figure:
+def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """One panel a quantity, group and stream; one thin line a run, its interval as a band."""
-    figure = _grid(panels, spec, row_height=270, shared_x=False)
+    figure = _grid(panels, row_height=270, curves=True)
     if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
         figure.update_yaxes(matches="y")  # kinds of one number, to be read against each other
     named: set[str] = set()
@@ -294,7 +333,7 @@ def _curves(panels: Panels, spec: Figure, look: Mapping[str, Style]) -> go.Figur
     return figure
 
 
-def _relative(line: list[Row]) -> list[Row]:
+def _relative(line: list[Measurement]) -> list[Measurement]:
     """A run's curve, its intervals included, divided by its own last value."""
     last = line[-1].value
     if not last:
@@ -307,65 +346,70 @@ def _relative(line: list[Row]) -> list[Row]:
     ]
 
 
-def losses(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
+def losses(rows: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
     """Each run's loss on the report split, with the interval for other documents."""
-    mine = [row for row in rows if row.probe == "loss" and row.run]
-    return draw(mine, Figure("", ("loss",)), look)
+    of_runs = [row for row in of_kind(rows, Measurement) if row.probe == "loss"]
+    return draw(of_runs, Figure("", ("loss",)), look)
 
 
-def differences(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
+def by_arm(rows: Sequence[Number], look: Mapping[str, Style]) -> go.Figure:
+    """One number for each arm, all in one panel; without traces if none has a value."""
+    known = [row for row in rows if row.value is not None]
+    return _dots({("", "", ""): known}, look) if known else go.Figure()
+
+
+def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     """Paired differences of losses, one panel a reference."""
-    panels: Panels = {}
-    for row in rows:
-        if row.probe == "comparison" and row.quantity == "difference":
-            panels.setdefault((row.group, "", ""), []).append(row)
+    panels: Panels[Comparison] = {}
+    for row in of_kind(rows, Comparison):
+        if row.term is Term.DIFFERENCE:
+            panels.setdefault((f"minus {row.against}", "", ""), []).append(row)
     arms = sorted({row.arm for rows in panels.values() for row in rows})
-    return _forest(panels, {arm: arm for arm in arms}, look)
+    return _forest(panels, arms, lambda row: row.arm, look)
 
 
-def terms(rows: Sequence[Row], look: Mapping[str, Style]) -> go.Figure:
-    """The gain of LN, its telescoping terms and `static - LN`, one panel a solu_ln arm."""
-    panels: Panels = {}
-    labels: dict[str, str] = {}
-    for row in rows:
-        shown = row.quantity in ("gain of LN", "static - LN") or row.quantity.startswith(
-            "telescoping"
-        )
-        if row.probe == "comparison" and shown:
+def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
+    """The gain of LN, its telescoping terms and `static - LN`, one panel an arm with a per-token norm."""
+    panels: Panels[Comparison] = {}
+    for row in of_kind(rows, Comparison):
+        if row.term in (Term.GAIN, Term.STATIC, Term.STEP) and row.lr is None:
             panels.setdefault((row.arm, "", ""), []).append(row)
-            labels[row.quantity] = row.quantity.removeprefix("telescoping: ")
-    return _forest(panels, labels, look)
+    names = dict.fromkeys(term_name(row) for rows in panels.values() for row in rows)
+    return _forest(panels, list(names), term_name, look)
+
+
+def term_name(row: Comparison) -> str:
+    """What a comparison is of, as figures and tables label it; a step by the variants it leads between."""
+    return " - ".join(row.step) if row.term is Term.STEP else str(row.term)
 
 
 def _forest(
-    panels: Panels,
-    labels: Mapping[str, str],
+    panels: Panels[Comparison],
+    names: Sequence[str],
+    name_of: Callable[[Comparison], str],
     look: Mapping[str, Style],
 ) -> go.Figure:
     """Differences in nats: a thick bar for these models, a thin one for new seeds.
 
-    `labels` names the lines, by arm or by quantity. Few seeds can make the thin bars many times
-    longer than all else: the frame then cuts them, and the table has their ends.
+    `names` are the lines from top to bottom, and `name_of` tells a comparison's line. Few seeds can make
+    the thin bars many times longer than all else: the frame then cuts them, and the table has their ends.
     """
     if not panels:
         return go.Figure()
-    lines = list(labels)
-    spec = Figure("", (), streams=())
-    figure = _grid(panels, spec, row_height=40 + 34 * len(lines), shared_x=False)
+    figure = _grid(panels, row_height=40 + 34 * len(names))
     for place, rows in enumerate(panels.values()):
         for row in rows:
-            line = row.arm if row.arm in labels else row.quantity
             new_seeds = row.cluster == "seed"
-            width = 1.4 if new_seeds else 5
-            trace = _intervals([row], [lines.index(line)], look[row.arm], width, marked=new_seeds)
+            width, height = 1.4 if new_seeds else 5, names.index(name_of(row))
+            trace = _intervals([row], [height], look[row.arm], width, marked=new_seeds)
             _add(figure, trace, place)
-        figure.update_yaxes(_arm_axis([labels[line] for line in lines], place), **_at(place))
+        figure.update_yaxes(_arm_axis(names, place), **_at(place))
         figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(place))
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
     return figure
 
 
-def _frame(rows: Sequence[Row], with_zero: bool = True) -> list[float]:
+def _frame(rows: Sequence[Number], with_zero: bool = True) -> list[float]:
     """Room for all estimates and document intervals, and for seed intervals up to a limit."""
     inner = [0.0] * with_zero + [row.value for row in rows if row.value is not None]
     outer = list(inner)
@@ -384,7 +428,7 @@ def _frame(rows: Sequence[Row], with_zero: bool = True) -> list[float]:
 
 
 def _intervals(
-    rows: Sequence[Row],
+    rows: Sequence[Number],
     places: Sequence[float],
     style: Style,
     width: float = 1.6,
@@ -397,7 +441,7 @@ def _intervals(
     known = [row.low is not None and row.high is not None for row in rows]
     texts = []
     for row in rows:
-        name = row.run or row.arm
+        name = row.run if isinstance(row, Measurement) else row.arm
         unit = f"{row.n_clusters} {row.cluster}s" if row.cluster else f"n = {row.n}"
         texts.append(html.escape(f"{name}: {estimate(row)} {row.unit}, {unit}"))
     bars = {
@@ -424,13 +468,14 @@ def _intervals(
     )
 
 
-def _joined(rows: Sequence[Row], style: Style, name: str, named: set[str]) -> go.Scatter:
+def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -> go.Scatter:
     """Points with upright bars, joined by a thin line from the lowest `x` up.
 
-    `named` holds what the legend has already, and is told of this line.
+    `named` holds the names that the legend has already, and gets this line's.
     """
-    line = sorted(rows, key=lambda row: row.x or 0.0)
-    trace = _intervals(line, [row.x or 0.0 for row in line], style, width=1, upright=True)
+    line = sorted(points, key=lambda point: point.x)
+    rows, x = [point.number for point in line], [point.x for point in line]
+    trace = _intervals(rows, x, style, width=1, upright=True)
     trace.update(
         mode="lines+markers",
         marker_size=6,
@@ -443,11 +488,11 @@ def _joined(rows: Sequence[Row], style: Style, name: str, named: set[str]) -> go
     return trace
 
 
-def _ring(row: Row, style: Style) -> go.Scatter:
-    """Round a point that was chosen."""
+def _ring(point: Point, style: Style) -> go.Scatter:
+    """A ring around a point that was chosen."""
     return go.Scatter(
-        x=[row.x],
-        y=[row.value],
+        x=[point.x],
+        y=[point.number.value],
         mode="markers",
         marker={"symbol": "circle-open", "size": 16, "color": style.colour, "line": {"width": 2}},
         hoverinfo="skip",
@@ -459,7 +504,7 @@ def _gap(end: float | None, value: float) -> float:
     return 0.0 if end is None else end - value
 
 
-def _band(line: Sequence[Row], style: Style) -> go.Scatter:
+def _band(line: Sequence[Measurement], style: Style) -> go.Scatter:
     x = [row.x for row in line]
     return go.Scatter(
         x=x + x[::-1],
@@ -476,15 +521,20 @@ def _band(line: Sequence[Row], style: Style) -> go.Scatter:
 
 
 def _grid(
-    panels: Panels, spec: Figure, row_height: int, shared_x: bool, gap: int = 84
+    panels: Collection[Key],
+    row_height: int,
+    shared_x: bool = False,
+    curves: bool = False,
+    gap: int = 84,
 ) -> go.Figure:
     """An empty figure with a titled panel for each of `panels`, three side by side.
 
-    `gap` is the pixels between two rows of panels: their labels below and titles above.
+    Curves have a legend and more room between the panels. `gap` is the pixels between two rows of panels:
+    their labels below and titles above.
     """
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    bottom = 92 if spec.kind == "curve" else 56  # only curves have a legend
+    bottom = 92 if curves else 56  # for the legend
     inner = n_rows * row_height + (n_rows - 1) * gap
     height = TOP + inner + bottom
     several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
@@ -499,7 +549,7 @@ def _grid(
         subplot_titles=titles,
         shared_xaxes="all" if shared_x else False,
         vertical_spacing=gap / inner if n_rows > 1 else 0,
-        horizontal_spacing=0.09 if spec.kind == "curve" else 0.04,
+        horizontal_spacing=0.09 if curves else 0.04,
     )
     figure.update_layout(
         template="none",
@@ -545,12 +595,14 @@ def _spread(n: int) -> list[float]:
     return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
-def _alike(panels: Panels) -> bool:
+def _alike(panels: Collection[Key]) -> bool:
     """Whether the panels show one quantity, so that one axis makes them comparable."""
     return len({key[0] for key in panels}) == 1
 
 
-def _mark_zero(figure: go.Figure, rows: Sequence[Row], place: int, upright: bool = False) -> None:
+def _mark_zero(
+    figure: go.Figure, rows: Sequence[Number], place: int, upright: bool = False
+) -> None:
     """A line at 0 where there are values on both sides of it."""
     ends = [end for row in rows for end in (row.low, row.value, row.high) if end is not None]
     if min(ends) < 0 < max(ends):

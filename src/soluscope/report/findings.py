@@ -1,4 +1,4 @@
-"""Rows found by what they are of, and their numbers as they are printed everywhere."""
+"""Records by what they are about, and their numbers as they are printed everywhere."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from soluscope.results import ONE_NUMBER, Row
-
-NORMED, TWIN = "solu_ln", "solu_frozen_ln"
-"""The variants that the report is about: LayerNorm, and the same with one gain for all tokens."""
+from soluscope.results import (
+    ChoicePoint,
+    Comparison,
+    Grid,
+    Measurement,
+    Number,
+    OfRun,
+    Record,
+    Setting,
+    Term,
+    of_kind,
+)
 
 ENGAGED, IDLE = 0.5, 0.05
 """Median r above which a mid norm counts as active, and below which as a static gain."""
@@ -18,182 +26,213 @@ NO_COST = 0.001
 
 Side = Literal["zero", "above", "below", "open"]
 
-CHOSEN_ON = {"select loss by lr": "lr", "select loss by gain": "gain"}
-"""Quantities of the points of the curves on which a setting was chosen, and the setting."""
-
-
-GRID_FROM = 3
-"""Points from which a curve has an inside: of two, one end is always the best."""
-
 
 @dataclass(frozen=True)
 class Choice:
     """A setting that was chosen on the select split, and what it was chosen from."""
 
-    setting: str
-    """`lr` or `gain`."""
-    points: tuple[Row, ...]
-    """Losses on the select split, the setting in `x`, from the lowest setting up."""
-    chosen: Row
-    """The one of the points with the least loss."""
-    without: tuple[Row, ...] = ()
-    """What lacks seeds that the points have, and was not chosen from."""
+    points: tuple[ChoicePoint, ...]
+    """Those that were chosen from, from the lowest setting up."""
+    chosen: ChoicePoint
+    """The point with the least loss."""
+    without: tuple[ChoicePoint, ...] = ()
+    """Points that lack seeds, and were not chosen from."""
+
+    @property
+    def setting(self) -> str:
+        """`lr` or `gain`."""
+        return self.chosen.setting
 
     @property
     def is_grid(self) -> bool:
         """Whether there is an inside for an optimum to lie in."""
-        return len({row.x for row in self.points}) >= GRID_FROM
+        return self.chosen.grid is not Grid.TOO_FEW
 
     @property
     def edge(self) -> str:
         """`lower` or `upper` where the optimum is an end of the grid, and may lie beyond; else empty."""
-        if not self.is_grid:
-            return ""
-        if self.chosen.x == self.points[0].x:
-            return "lower"
-        return "upper" if self.chosen.x == self.points[-1].x else ""
+        return {Grid.LOWER_EDGE: "lower", Grid.UPPER_EDGE: "upper"}.get(
+            self.chosen.grid or Grid.INSIDE, ""
+        )
 
     @property
-    def grid(self) -> str:
-        """The settings tried, in words."""
-        return ", ".join(f"{row.x:.3g}" for row in self.points)
+    def tried(self) -> str:
+        """The settings that were chosen from, in words."""
+        return ", ".join(f"{point.x:.3g}" for point in self.points)
 
 
-def choices(rows: Iterable[Row]) -> list[Choice]:
-    """Each choice that a study's comparison made, rates before gains."""
-    curves: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.probe == "comparison" and row.quantity in CHOSEN_ON:
-            curves.setdefault((row.quantity, row.group), []).append(row)
-    made = []
-    for (quantity, chosen), found in curves.items():
-        found.sort(key=lambda row: row.x or 0.0)
-        at = next(row for row in found if row.arm == chosen)
-        points = tuple(row for row in found if row.n == at.n)
-        without = tuple(row for row in found if row.n != at.n)
-        made.append(Choice(CHOSEN_ON[quantity], points, at, without))
-    return sorted(made, key=lambda one: one.setting, reverse=True)
+def choices(records: Iterable[Record]) -> list[Choice]:
+    """Return each choice that a study's comparison made, rates before gains."""
+    curves: dict[tuple[str, str], list[ChoicePoint]] = {}
+    for point in of_kind(records, ChoicePoint):
+        curves.setdefault((point.setting, point.chosen_arm), []).append(point)
+    result = []
+    for (_, chosen_arm), points in curves.items():
+        points.sort(key=lambda point: point.x)
+        eligible = tuple(point for point in points if point.eligible)
+        chosen = next(point for point in points if point.arm == chosen_arm)
+        without = tuple(point for point in points if not point.eligible)
+        result.append(Choice(eligible, chosen, without))
+    return sorted(result, key=lambda choice: choice.setting, reverse=True)
 
 
-def passed_over(rows: Iterable[Row]) -> set[str]:
-    """Arms that are compared with none, since another rate was better."""
-    return {
-        row.arm
-        for one in choices(rows)
-        for row in (*one.points, *one.without)
-        if one.setting == "lr" and row is not one.chosen
+def tuned(records: Sequence[Record]) -> list[Record]:
+    """Return all records but those of arms that are compared with none, since another rate was better."""
+    passed_over = {
+        point.arm
+        for choice in choices(records)
+        for point in (*choice.points, *choice.without)
+        if choice.setting == "lr" and point is not choice.chosen
     }
+    return [record for record in records if record.arm not in passed_over]
 
 
-def tuned(rows: Sequence[Row]) -> list[Row]:
-    """All but the rows of arms whose rate was not chosen."""
-    without = passed_over(rows)
-    return [row for row in rows if row.arm not in without]
+def settings(records: Iterable[Record]) -> dict[str, Setting]:
+    """Return each arm's settings and its part in the comparison, by the arm's name."""
+    return {setting.arm: setting for setting in of_kind(records, Setting)}
 
 
-def settings(rows: Iterable[Row]) -> dict[str, dict[str, float]]:
-    """What each arm was trained with, by name: `lr`, `kappa`, `gain`, `d_mlp`, …"""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.probe == "comparison" and row.quantity == "setting" and row.value is not None:
-            found.setdefault(row.arm, {})[row.group] = row.value
-    return found
-
-
-def sizes(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each size's arms, by what tells the size from the others, the smallest first."""
-    size_of = {
-        row.arm: row.note for row in rows if row.probe == "comparison" and row.quantity == "setting"
-    }
-    found: dict[str, list[Row]] = {size: [] for size in dict.fromkeys(size_of.values())}
-    for row in rows:
-        if row.arm:
-            found.setdefault(size_of.get(row.arm, ""), []).append(row)
-    return found
+def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return the records of each size's arms by what sets the size apart, the smallest size first."""
+    size_of = {arm: setting.size for arm, setting in settings(records).items()}
+    result: dict[str, list[Record]] = {size: [] for size in dict.fromkeys(size_of.values())}
+    for record in records:
+        if record.arm:
+            result.setdefault(size_of.get(record.arm, ""), []).append(record)
+    return result
 
 
 def of_size(caption: str, size: str) -> str:
-    """A caption, and the size where there are several."""
+    """Return a caption, with the size where there are several."""
     return f"{caption}: {size}" if size else caption
 
 
-def titles(rows: Sequence[Row]) -> dict[str, str]:
-    """A short name for each arm whose rate was chosen: its variant, and its kappa or gain if it has several.
+def titles(records: Sequence[Record]) -> dict[str, str]:
+    """Return a short name for each arm whose rate was chosen: its variant, and its kappa or gain if it has several.
 
     The arm's own name where this would name two arms.
     """
-    of = settings(rows)
-    variants = {row.arm: row.variant for row in tuned(rows) if row.arm in of}
-    made = {}
-    for arm, variant in variants.items():
-        alike = [of[other] for other, its in variants.items() if its == variant]
-        told = [
-            f"{name} {of[arm][name]:.3g}"
+    known = settings(tuned(records))
+    result = {}
+    for arm, setting in sorted(known.items(), key=lambda item: _by_setting(item[1])):
+        alike = [other.values for other in known.values() if other.variant == setting.variant]
+        differing = [
+            f"{name} {setting.values[name]:.3g}"
             for name in ("kappa", "gain")
-            if name in of[arm] and len({one.get(name) for one in alike}) > 1
+            if name in setting.values and len({values.get(name) for values in alike}) > 1
         ]
-        made[arm] = ", ".join([variant, *told])
-    made = dict(sorted(made.items(), key=lambda item: _by_setting(variants[item[0]], of[item[0]])))
-    several = [title for title in made.values() if list(made.values()).count(title) > 1]
-    return {arm: arm if title in several else title for arm, title in made.items()}
+        result[arm] = ", ".join([setting.variant, *differing])
+    several = [title for title in result.values() if list(result.values()).count(title) > 1]
+    return {arm: arm if title in several else title for arm, title in result.items()}
 
 
-def _by_setting(variant: str, of: Mapping[str, float]) -> tuple[str, float, float]:
-    return variant, of.get("kappa", 0.0), of.get("gain", 0.0)
+def _by_setting(setting: Setting) -> tuple[str, float, float]:
+    return setting.variant, setting.values.get("kappa", 0.0), setting.values.get("gain", 0.0)
 
 
-def by_kappa(rows: Sequence[Row]) -> Mapping[str, float]:
-    """Kappa of each arm with LayerNorm, from the lowest up, where there are several; else empty."""
-    of = settings(rows)
-    found = {arm: of[arm]["kappa"] for arm in arms_of(rows, NORMED) if "kappa" in of.get(arm, {})}
-    if len(set(found.values())) < 2:
-        return {}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+# --- arms by their part in the comparison ---------------------------------------------------------
 
 
-def at_one_rate(rows: Sequence[Row]) -> list[str]:
-    """Arms of which no other rate was tried, in studies that compare rates, gains or kappas; else none."""
-    made = choices(rows)
-    if not made and not any(by_kappa(mine) for mine in sizes(rows).values()):
+def per_token(records: Iterable[Record]) -> list[str]:
+    """Return the arms whose norm has a gain for each token, by name."""
+    return sorted(arm for arm, each in settings(records).items() if each.role == "per_token")
+
+
+def twins(records: Iterable[Record]) -> list[str]:
+    """Return the arms that differ from an arm with a per-token norm only in having one gain, by name."""
+    known = settings(records)
+    variants = {each.twin for each in known.values() if each.role == "per_token"} - {""}
+    return sorted(arm for arm, each in known.items() if each.variant in variants)
+
+
+def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:
+    """Return the kappa of each arm, by variant, from the lowest kappa up.
+
+    Only of variants with a per-token norm that were trained at several kappas.
+    """
+    known = settings(records)
+    result: dict[str, dict[str, float]] = {}
+    for arm in per_token(known.values()):
+        if "kappa" in known[arm].values:
+            result.setdefault(known[arm].variant, {})[arm] = known[arm].values["kappa"]
+    return {
+        variant: dict(sorted(kappas.items(), key=lambda item: item[1]))
+        for variant, kappas in sorted(result.items())
+        if len(set(kappas.values())) > 1
+    }
+
+
+def per_token_by_kappa(records: Sequence[Record]) -> list[str]:
+    """Return the arms with a per-token norm, those of several kappas first, from the lowest kappa up."""
+    dosed = [arm for kappas in by_kappa(records).values() for arm in kappas]
+    return [*dosed, *(arm for arm in per_token(records) if arm not in dosed)]
+
+
+def at_one_rate(records: Sequence[Record]) -> list[str]:
+    """Return the arms of which no other rate was tried, in studies that compare rates, gains or kappas."""
+    made = choices(records)
+    if not made and not any(by_kappa(of_one) for of_one in sizes(records).values()):
         return []
-    tried = {row.arm for one in made if one.setting == "lr" for row in (*one.points, *one.without)}
-    return sorted(settings(rows).keys() - tried)
+    tried = {
+        point.arm
+        for choice in made
+        if choice.setting == "lr"
+        for point in (*choice.points, *choice.without)
+    }
+    return sorted(settings(records).keys() - tried)
+
+
+def runs_of(records: Iterable[Record]) -> set[str]:
+    """Return the names of the run folders that the records are about."""
+    return {record.run for record in records if isinstance(record, OfRun)}
+
+
+def seeds_of(records: Iterable[Record], arm: str) -> int:
+    """Return how many seeds of an arm the records are about."""
+    of_arm = (record for record in records if record.arm == arm and isinstance(record, OfRun))
+    return len({record.seed for record in of_arm} - {None})
+
+
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def comparisons(
-    rows: Iterable[Row],
-    quantity: str,
+    records: Iterable[Record],
+    term: Term,
     arm: str | None = None,
-    group: str | None = None,
+    against: str | None = None,
     cluster: str = "seed",
-) -> list[Row]:
-    """Comparison rows of a quantity; by default those with the interval for new seeds."""
+) -> list[Comparison]:
+    """Return the comparisons of a term, arms at their own best rates; by default those for new seeds."""
     return [
-        row
-        for row in rows
-        if row.probe == "comparison"
-        and row.quantity == quantity
-        and row.cluster == cluster
-        and (arm is None or row.arm == arm)
-        and (group is None or row.group == group)
+        each
+        for each in of_kind(records, Comparison)
+        if (each.term, each.cluster, each.lr) == (term, cluster, None)
+        and (arm is None or each.arm == arm)
+        and (against is None or each.against == against)
     ]
 
 
-def arms_of(rows: Iterable[Row], variant: str) -> list[str]:
-    return sorted({row.arm for row in rows if row.variant == variant and row.arm})
+def remarks(row: Comparison) -> str:
+    """Return what a reader must know to read a comparison: its note, which arm was chosen, and its size."""
+    role = {Term.GAIN: "plain is", Term.STEP: "to"}.get(row.term, "best static is")
+    chosen = f"{role} {row.choice}" if row.choice else ""
+    return "; ".join(part for part in (row.note, chosen, row.size) if part)
 
 
-def seeds_of(rows: Iterable[Row], arm: str) -> int:
-    return len({row.seed for row in rows if row.arm == arm and row.seed is not None})
+def for_these_models(records: Iterable[Record], of: Comparison) -> Comparison | None:
+    """Return the same comparison with the interval for other documents; None where there is none."""
+    same = comparisons(records, of.term, of.arm, of.against, cluster="document")
+    return next((each for each in same if each.step == of.step), None)
 
 
-def by_stream(row: Row) -> tuple[bool, str]:
-    """Sorts natural text first, then the other streams by name."""
+def by_stream(row: Measurement) -> tuple[bool, str]:
+    """Sort natural text first, then the other streams by name."""
     return row.stream != "natural", row.stream
 
 
 def measured(
-    rows: Iterable[Row],
+    records: Iterable[Record],
     probe: str,
     quantity: str,
     arm: str,
@@ -202,11 +241,11 @@ def measured(
     stream: str = "natural",
     positions: str = "not BOS",
     x: float | None = None,
-) -> list[Row]:
-    """A probe's number for an arm, by seed; estimates have no statistic and match any."""
-    found = [
+) -> list[Measurement]:
+    """Return a probe's number for an arm, by seed; estimates have no statistic and match any."""
+    result = [
         row
-        for row in rows
+        for row in of_kind(records, Measurement)
         if row.probe == probe
         and (row.quantity, row.group, row.arm) == (quantity, group, arm)
         and (row.stream, row.positions) == (stream, positions)
@@ -214,12 +253,17 @@ def measured(
         and row.x == x
         and row.value is not None
     ]
-    return sorted(found, key=lambda row: row.seed or 0)
+    return sorted(result, key=lambda row: row.seed or 0)
 
 
-def engagement(rows: Iterable[Row], arm: str, positions: str) -> list[Row]:
-    """An arm's median r on natural text, one row a seed."""
-    return measured(rows, "engagement", "r", arm, statistic="median", positions=positions)
+def engagement(records: Iterable[Record], arm: str, positions: str) -> list[Measurement]:
+    """Return an arm's median r on natural text, one row a seed."""
+    return measured(records, "engagement", "r", arm, statistic="median", positions=positions)
+
+
+def is_constant(row: Number) -> bool:
+    """Return whether a number is the same at every token, and so needs no interval."""
+    return isinstance(row, Measurement) and row.constant
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
@@ -236,13 +280,15 @@ def signed(value: float) -> str:
     return f"{round(value, 4) + 0.0:+.4f}"
 
 
-def estimate(row: Row, decimals: int | None = None) -> str:
+def estimate(row: Number, decimals: int | None = None) -> str:
     """`value [low, high]`, `value (no interval)`, `value (constant)`, or `undefined`."""
     value = number(row.value, decimals)
     if row.value is None:
         return value
+    if is_constant(row):
+        return f"{value} (constant)"
     if row.low is None or row.high is None:
-        return f"{value} ({'constant' if row.note == ONE_NUMBER else 'no interval'})"
+        return f"{value} (no interval)"
     return f"{value} [{number(row.low, decimals)}, {number(row.high, decimals)}]"
 
 
@@ -259,14 +305,12 @@ def seeds(n: int) -> str:
     return "1 seed" if n == 1 else f"{n} seeds"
 
 
-def envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
-    """From the lowest to the highest end of the rows' intervals; None if one has no interval.
+def envelope(rows: Sequence[Number]) -> tuple[float, float] | None:
+    """From the lowest to the highest bound of the rows' intervals; None if a row has no interval.
 
-    A number that is the same at every token is its own interval; no other is without its ends.
+    A value that is constant over tokens counts as an interval of width 0.
     """
-    ends = [
-        (row.value, row.value) if row.note == ONE_NUMBER else (row.low, row.high) for row in rows
-    ]
+    ends = [(row.value, row.value) if is_constant(row) else (row.low, row.high) for row in rows]
     lows = [low for low, _ in ends if low is not None]
     highs = [high for _, high in ends if high is not None]
     if not rows or len(lows) < len(rows) or len(highs) < len(rows):
@@ -274,7 +318,7 @@ def envelope(rows: Sequence[Row]) -> tuple[float, float] | None:
     return min(lows), max(highs)
 
 
-def side_of_zero(rows: Sequence[Row], margin: float) -> Side:
+def side_of_zero(rows: Sequence[Number], margin: float) -> Side:
     """Where all of the rows' intervals lie, taken together: see `side`."""
     return side(envelope(rows), margin)
 

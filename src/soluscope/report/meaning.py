@@ -1,4 +1,4 @@
-"""What a probe's result means, from its rows: never more than the intervals say.
+"""What a probe's result means, from its numbers: never more than the intervals say.
 
 The intervals are those of trained models on other documents, so a sentence is about these models;
 what holds of a variant is for the paired differences to say.
@@ -8,21 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.probes import Gate, Probe, Quantity
-from soluscope.report import pretrained
-from soluscope.report.findings import (
-    NO_COST,
-    NORMED,
-    TWIN,
-    arms_of,
-    by_stream,
-    envelope,
-    number,
-    seeds,
-    side,
-    span,
-)
-from soluscope.results import Row
+from soluscope.report.findings import NO_COST, by_stream, envelope, number, seeds, side, span
+from soluscope.results import Gate, Measurement, ProbeWords, Quantity
 
 NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
 """By a word of the units that have a sign: closer to 0 than this is as good as 0.
@@ -30,30 +17,33 @@ NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
 Source: science.md section 7, "Control pass rule"."""
 
 
-def sentences(one: Probe, rows: Sequence[Row]) -> list[str]:
-    """One sentence for each LayerNorm arm, static twin and pretrained model; none where there is nothing to say.
+def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str]) -> list[str]:
+    """Return a sentence for each arm and stream; none where there is nothing to say.
 
-    They are about the quantity that the probe is tested by, or else the first that says which way
+    The sentences are about the quantity that the probe is tested by, or else the first that says which way
     smearing lies; on natural text, or on each of the streams where none is natural.
+
+    Args:
+        words: of the probe.
+        rows: what it measured.
+        arms: those with a per-token norm, their static twins, and pretrained models.
     """
-    known = one.quantities | one.estimates
+    known = words.quantities
     leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
-    for name in [one.tested] * (one.tested in known) + leaning:
+    for name in [words.tested] * (words.tested in known) + leaning:
         found = _main(rows, name, known[name])
-        arms = [arm for variant in (NORMED, TWIN) for arm in arms_of(found, variant)]
-        arms += pretrained.arms(found)
         streams = sorted({by_stream(row) for row in found})
         each = (
             [row for row in found if row.arm == arm and by_stream(row) == stream]
             for arm in arms
             for stream in streams
         )
-        if said := [_sentence(one, mine) for mine in each if mine]:
-            return said
+        if result := [_sentence(words, of_arm) for of_arm in each if of_arm]:
+            return result
     return []
 
 
-def _main(rows: Iterable[Row], name: str, quantity: Quantity) -> list[Row]:
+def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Measurement]:
     """The quantity's rows, unsplit, by its first statistic; on natural text where there is any."""
     found = [
         row
@@ -64,7 +54,7 @@ def _main(rows: Iterable[Row], name: str, quantity: Quantity) -> list[Row]:
     return [row for row in found if row.stream == "natural"] or found
 
 
-def _sentence(one: Probe, rows: Sequence[Row]) -> str:
+def _sentence(words: ProbeWords, rows: Sequence[Measurement]) -> str:
     first = rows[0]
     what = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
     text = f"{first.arm}, {first.stream}: {what} is {span(r.value for r in rows)} {first.unit}"
@@ -73,20 +63,20 @@ def _sentence(one: Probe, rows: Sequence[Row]) -> str:
         return f"{text} over {seeds(len(rows))}, without an interval."
     each = "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach"
     text += f" ({each} {number(ends[0])} to {number(ends[1])})"
-    judged = _judged(one, first, ends)
+    judged = _judged(words, first, ends)
     return f"{text}: {judged}." if judged else f"{text}."
 
 
-def _judged(one: Probe, row: Row, ends: tuple[float, float]) -> str:
+def _judged(words: ProbeWords, row: Measurement, ends: tuple[float, float]) -> str:
     """What an interval settles: by what the controls had to show, and by its sign; or nothing."""
     low, high = ends
-    gates = [g for g in one.gates if _is_about(g, row)]
+    gates = [g for g in words.gates if _is_about(g, row)]
     for gate in gates:
         if gate.within is not None and max(gate.around - low, high - gate.around) < gate.within:
             return f"within {gate.within:g} of {gate.around:g}, as where there is nothing to find"
     margins = [margin for word, margin in NEGLIGIBLE.items() if word in row.unit]
     if margins:
-        return _sign(ends, margins[0], (one.quantities | one.estimates)[row.quantity])
+        return _sign(ends, margins[0], words.quantities[row.quantity])
     for gate in gates:
         if gate.above is not None and low > gate.above:
             return f"above {gate.above:g}, as on the control {gate.control}"
@@ -95,7 +85,7 @@ def _judged(one: Probe, row: Row, ends: tuple[float, float]) -> str:
     return ""
 
 
-def _is_about(gate: Gate, row: Row) -> bool:
+def _is_about(gate: Gate, row: Measurement) -> bool:
     place = (gate.quantity, gate.group, gate.x, gate.positions)
     return place == (row.quantity, "", None, row.positions) and row.statistic in (
         gate.statistic,

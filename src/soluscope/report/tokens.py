@@ -6,112 +6,102 @@ it. All three colours and numbers of a token are in the page.
 
 from __future__ import annotations
 
-import html
 import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
-from soluscope.report.findings import NORMED, number
-from soluscope.report.markup import fold, paragraph
-from soluscope.results import PRETRAINED, Row
+from soluscope.report.blocks import Block, Paragraph, Scale, Token, Tokens, TokenText
+from soluscope.report.findings import number, per_token
+from soluscope.results import Record, TokenValue, of_kind
 
-PROBE = "tokens"
 QUANTITIES = {"gain": "gain", "r": "r", "effect": "ablation effect"}
-"""By the name of their style; the first is shown until another is asked for."""
+"""By the name of their style; the first is shown until the reader chooses another."""
 AROUND_ZERO = "effect"
 LOW, HIGH, WHITE = (230, 159, 0), (86, 180, 233), (255, 255, 255)
 """Okabe and Ito's orange and sky blue: told apart by colour-blind eyes, and dark text is read on both."""
 
-Token = Mapping[str, Row]
-"""A token's rows by quantity."""
+Values = Mapping[str, TokenValue]
+"""A token's values by quantity."""
 
 
-def style() -> str:
-    """Rules that let the chosen button decide which of a token's colours is seen."""
-    return "\n".join(
-        f"#by-{name}:checked ~ details .words span {{ background: var(--{name}); }}\n"
-        f"#by-{name}:checked ~ details .scale.{name} {{ display: flex; }}"
-        for name in QUANTITIES
-    )
-
-
-def view(rows: Iterable[Row]) -> str:
-    """The section: buttons, then a block for each arm's first seed, the first solu_ln in view."""
-    texts = _texts(rows)
+def blocks(records: Sequence[Record]) -> list[Block]:
+    """A text for each arm's first seed, that of the first arm with a per-token norm unfolded."""
+    texts = _texts(records)
     if not texts:
-        return ""
-    buttons = "".join(
-        f'<input type="radio" name="by" id="by-{name}"{" checked" if i == 0 else ""}>'
-        f'<label for="by-{name}">{html.escape(quantity)}</label>'
-        for i, (name, quantity) in enumerate(QUANTITIES.items())
-    )
-    shown = next((key for key in texts if key[1] == NORMED), next(iter(texts)))
-    blocks = "".join(
-        fold(_named(key), _block(tokens), opened=key == shown) for key, tokens in texts.items()
-    )
-    said = (
+        return []
+    normed = per_token(records)
+    shown = next((key for key in texts if key[0] in normed), next(iter(texts)))
+    lead = (
         "One text, read by each arm's first seed. Colours are scaled to the tokens after BOS; a token "
         "outside has the colour of the nearer end. Point at a token, or move to it with the tab key, "
-        "for its numbers. Ablation effect: the token's loss without the MLP less its loss."
+        "for its numbers. Ablation effect: the token's loss without the MLP minus its loss."
     )
-    return paragraph(said) + f'<div class="tokens">{buttons}\n{blocks}</div>\n'
+    return [
+        Paragraph(lead),
+        Tokens(
+            QUANTITIES,
+            [_text(_named(tokens), key == shown, tokens) for key, tokens in texts.items()],
+        ),
+    ]
 
 
-def _named(key: tuple[str, str, int]) -> str:
+def _named(tokens: Sequence[Values]) -> str:
     """An arm and the seed that is shown; a pretrained model has none."""
-    arm, variant, seed = key
-    return arm if variant.startswith(PRETRAINED) else f"{arm}, seed {seed}"
+    any_value = next(iter(tokens[0].values()))
+    if any_value.pretrained:
+        return any_value.arm
+    return f"{any_value.arm}, seed {any_value.seed or 0}"
 
 
-def _texts(rows: Iterable[Row]) -> dict[tuple[str, str, int], list[Token]]:
+def _texts(records: Iterable[Record]) -> dict[tuple[str, int], list[Values]]:
     """Tokens in order, for each arm's first seed."""
-    found: dict[tuple[str, str, int], dict[float, dict[str, Row]]] = {}
-    for row in rows:
-        if row.probe == PROBE and row.x is not None:
-            run = found.setdefault((row.arm, row.variant, row.seed or 0), {})
-            run.setdefault(row.x, {})[row.quantity] = row
+    by_run: dict[tuple[str, int], dict[int, dict[str, TokenValue]]] = {}
+    for value in of_kind(records, TokenValue):
+        run = by_run.setdefault((value.arm, value.seed or 0), {})
+        run.setdefault(value.place, {})[value.quantity] = value
     first: dict[str, int] = {}
-    for arm, _, seed in sorted(found):
+    for arm, seed in sorted(by_run):
         first.setdefault(arm, seed)
     return {
-        key: [found[key][x] for x in sorted(found[key])]
-        for key in sorted(found)
-        if key[2] == first[key[0]]
+        (arm, seed): [by_run[arm, seed][place] for place in sorted(by_run[arm, seed])]
+        for arm, seed in first.items()
     }
 
 
-def _block(tokens: Sequence[Token]) -> str:
+def _text(summary: str, opened: bool, tokens: Sequence[Values]) -> TokenText:
     colours: dict[str, list[str]] = {}
-    legends = ""
+    scales = []
     for name, quantity in QUANTITIES.items():
         around_zero = name == AROUND_ZERO
         low, high = _range(tokens, quantity, around_zero)
         column = [token.get(quantity) for token in tokens]
         colours[name] = [
-            _colour(None if row is None else row.value, low, high, around_zero) for row in column
+            _colour(None if each is None else each.value, low, high, around_zero) for each in column
         ]
-        unit = next((row.unit for row in column if row is not None), "")
-        legends += _legend(name, quantity, unit, low, high)
-    spans = "".join(
-        _span(token, {name: colours[name][i] for name in QUANTITIES})
-        for i, token in enumerate(tokens)
+        unit = next((each.unit for each in column if each is not None), "")
+        scales.append(_scale(name, quantity, unit, low, high))
+    return TokenText(
+        summary,
+        opened,
+        scales,
+        [
+            _token(token, {name: colours[name][i] for name in QUANTITIES if colours[name][i]})
+            for i, token in enumerate(tokens)
+        ],
     )
-    return f'{legends}<div class="words">{spans}</div>\n'
 
 
-def _span(token: Token, colours: Mapping[str, str]) -> str:
-    any_row = next(iter(token.values()))
-    shades = ";".join(f"--{name}:{colour}" for name, colour in colours.items() if colour)
-    said = visible(any_row.note)
+def _token(token: Values, colours: dict[str, str]) -> Token:
+    any_value = next(iter(token.values()))
+    text = visible(any_value.text)
     numbers = ", ".join(
-        f"{quantity} {number(row.value) if row.value is not None else 'none'}"
-        + (f" {row.unit}" if row.value is not None else "")
+        f"{quantity} {number(each.value) if each.value is not None else 'none'}"
+        + (f" {each.unit}" if each.value is not None else "")
         for quantity in QUANTITIES.values()
-        if (row := token.get(quantity)) is not None
+        if (each := token.get(quantity)) is not None
     )
-    hover = html.escape(f"{any_row.x:g} \u201c{said}\u201d: {numbers}".replace("\n", ""))
-    text = html.escape(said)
-    return f'<span tabindex="0" style="{shades}" title="{hover}">{text}</span>'
+    hover = f"{any_value.place} \u201c{text}\u201d: {numbers}".replace("\n", "")
+    return Token(text, hover, colours)
 
 
 def visible(text: str) -> str:
@@ -130,10 +120,10 @@ def _picture(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\ufffd"
 
 
-def _range(tokens: Sequence[Token], quantity: str, around_zero: bool) -> tuple[float, float]:
+def _range(tokens: Sequence[Values], quantity: str, around_zero: bool) -> tuple[float, float]:
     """Least and greatest value after BOS; equal distances from 0 where 0 is the middle."""
-    rows = [token[quantity] for token in tokens if quantity in token]
-    known = [row.value for row in rows if row.x and row.value is not None]
+    values = [token[quantity] for token in tokens if quantity in token]
+    known = [each.value for each in values if each.place and each.value is not None]
     if around_zero:
         end = max(map(abs, known), default=0.0)
         return -end, end
@@ -155,12 +145,9 @@ def _mix(end: tuple[int, int, int], share: float) -> str:
     return "#" + "".join(f"{part:02x}" for part in parts)
 
 
-def _legend(name: str, quantity: str, unit: str, low: float, high: float) -> str:
-    start = _mix(LOW, 1) if name == AROUND_ZERO else "#fff"
-    middle = ",#fff" if name == AROUND_ZERO else ""
-    bar = f'<i style="background:linear-gradient(90deg,{start}{middle},{_mix(HIGH, 1)})"></i>'
+def _scale(name: str, quantity: str, unit: str, low: float, high: float) -> Scale:
     if math.isclose(low, high, rel_tol=1e-6):
-        said = f"{quantity}: {number(low)} {unit} at every token after BOS"
-        return f'<div class="scale {name}">{html.escape(said)}</div>'
-    left, right = html.escape(f"{quantity}, {unit}: {number(low)}"), number(high)
-    return f'<div class="scale {name}">{left} {bar} {right}</div>'
+        return Scale(name, f"{quantity}: {number(low)} {unit} at every token after BOS")
+    start = [_mix(LOW, 1), _mix(HIGH, 0)] if name == AROUND_ZERO else [_mix(HIGH, 0)]
+    text = f"{quantity}, {unit}: {number(low)}"
+    return Scale(name, text, number(high), [*start, _mix(HIGH, 1)])

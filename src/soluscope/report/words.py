@@ -11,26 +11,39 @@ from collections.abc import Iterable, Sequence
 from soluscope.report import controls, pretrained
 from soluscope.report.findings import (
     NO_COST,
-    NORMED,
-    TWIN,
     Choice,
-    arms_of,
     at_one_rate,
     by_kappa,
     choices,
     comparisons,
     engagement,
     envelope,
+    for_these_models,
     measured,
     number,
+    per_token_by_kappa,
+    remarks,
+    runs_of,
     seeds,
     seeds_of,
+    settings,
     signed,
     sizes,
     span,
     tuned,
 )
-from soluscope.results import MARGIN, Row
+from soluscope.results import (
+    MARGIN,
+    Comparison,
+    Measurement,
+    NoChoice,
+    Number,
+    OfRun,
+    Record,
+    Term,
+    Verdict,
+    of_kind,
+)
 
 N_NAMED = 12
 """Arms that are named one by one; of more, their variants are."""
@@ -40,15 +53,15 @@ FREEZES = (
 )
 
 
-def headline(rows: list[Row]) -> list[str]:
+def headline(records: list[Record]) -> list[str]:
     """Plain sentences, the most important one first; shared by page and terminal."""
-    models, trained = pretrained.arms(rows), pretrained.trained(tuned(rows))
-    said = [*edges(rows), *unchosen(rows), *pretrained.sentences(rows)]
-    if controls.gate(rows, "scale_freeze") == "passed":
-        said += [sentence for arm in models for sentence in _freeze(rows, arm)]
-    if not models or any(row.run for row in trained):
-        said += _headline(trained)
-    return [*said, *_gates(rows)]
+    models, trained = pretrained.arms(records), pretrained.trained(tuned(records))
+    result = [*edges(records), *unchosen(records), *pretrained.sentences(records)]
+    if controls.standing(records, "scale_freeze") == "passed":
+        result += [sentence for arm in models for sentence in _freeze(records, arm)]
+    if not models or any(isinstance(record, OfRun) for record in trained):
+        result += _headline(trained)
+    return [*result, *_not_summarised(records)]
 
 
 def in_view(sentences: Sequence[str], n: int) -> list[str]:
@@ -58,30 +71,28 @@ def in_view(sentences: Sequence[str], n: int) -> list[str]:
     return [*sentences[:n], f"{len(sentences) - n} more in the report"]
 
 
-def edges(rows: list[Row]) -> list[str]:
+def edges(records: list[Record]) -> list[str]:
     """What may be better yet than what was chosen, and what does therefore not follow; or nothing.
 
     At a wrong rate no comparison holds; at a wrong gain those that need the best static arm do not.
 
     Source: science.md section 10.2 (c).
     """
-    made = choices(rows)
+    made = choices(records)
     sentences = []
-    if at := _at_edges([one for one in made if one.setting == "lr"]):
+    if at := _at_edges([choice for choice in made if choice.setting == "lr"]):
         sentences.append(
             "No comparison here is to be believed yet: on the select split the best of what was tried lies at "
             f"the edge of its grid for {at}. Widen these grids."
         )
-    two = [one for one in made if one.setting == "lr" and not one.is_grid]
+    two = [choice for choice in made if choice.setting == "lr" and not choice.is_grid]
     if two:
-        tried = "; ".join(
-            f"{', '.join(arms)} ({grid})"
-            for grid, arms in _grouped((one.grid, one.chosen.arm) for one in two).items()
-        )
+        by_grid = _grouped((choice.tried, choice.chosen.arm) for choice in two)
+        tried = "; ".join(f"{', '.join(arms)} ({grid})" for grid, arms in by_grid.items())
         sentences.append(
             f"Fewer than three rates are no grid, and a better one may lie beyond: {tried}."
         )
-    if at := _at_edges([one for one in made if one.setting == "gain"]):
+    if at := _at_edges([choice for choice in made if choice.setting == "gain"]):
         sentences.append(
             "The static arm may be better yet, so that static - LN and Phi_dyn are not settled: on the select "
             f"split the best gain lies at the edge of its grid for {at}. Widen these grids."
@@ -92,113 +103,117 @@ def edges(rows: list[Row]) -> list[str]:
 def _at_edges(made: Sequence[Choice]) -> str:
     """The arms at an edge, those together that share it and their grid."""
     extreme = {"lower": "lowest", "upper": "highest"}
-    found = _grouped(
+    by_edge = _grouped(
         (
-            f"{one.setting} {one.chosen.x:.3g} is the {extreme[one.edge]} of {one.grid}",
-            one.chosen.arm,
+            f"{choice.setting} {choice.chosen.x:.3g} is the {extreme[choice.edge]} of {choice.tried}",
+            choice.chosen.arm,
         )
-        for one in made
-        if one.edge
+        for choice in made
+        if choice.edge
     )
-    return "; ".join(f"{', '.join(arms)} ({said})" for said, arms in found.items())
+    return "; ".join(f"{', '.join(arms)} ({where})" for where, arms in by_edge.items())
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for key, value in pairs:
-        found.setdefault(key, []).append(value)
-    return found
+        result.setdefault(key, []).append(value)
+    return result
 
 
-def unchosen(rows: list[Row]) -> list[str]:
-    """Arms of which the best would be wanted, and cannot be told from their seeds; or nothing."""
+def unchosen(records: list[Record]) -> list[str]:
+    """Arms of which the best would be wanted, and cannot be known from their seeds; or nothing."""
     return [
-        f"No choice was made between {row.group}: {row.note}, and the best of them would be so by its "
-        "seeds. Train them at the same seeds."
-        for row in rows
-        if row.probe == "comparison" and row.quantity == "no choice"
+        f"No choice was made between {', '.join(each.arms)}: "
+        f"{'; '.join(part for part in (each.note, each.size) if part)}, and the best of them would be so by "
+        "its seeds. Train them at the same seeds."
+        for each in of_kind(records, NoChoice)
     ]
 
 
-def one_rate(rows: list[Row]) -> str:
+def one_rate(records: list[Record]) -> str:
     """Which arms were trained at one rate only, where the study compares settings; else empty."""
-    arms = at_one_rate(rows)
+    arms = at_one_rate(records)
     if not arms:
         return ""
     if len(arms) > N_NAMED:
-        variants = sorted({row.variant for row in rows if row.arm in arms and row.variant})
+        variants = sorted({each.variant for each in records if each.arm in arms and each.variant})
         return f"Trained at one rate only: {len(arms)} arms of {', '.join(variants)}."
     return f"Trained at one rate only: {', '.join(arms)}."
 
 
-def _headline(rows: list[Row]) -> list[str]:
-    sentences = [_basis(rows)]
-    several_kappas = any(by_kappa(mine) for mine in sizes(rows).values())
-    several_gains = any(one.setting == "gain" for one in choices(rows))
-    if (several_kappas or several_gains) and (untuned := one_rate(rows)):
+def _headline(records: list[Record]) -> list[str]:
+    sentences = [_basis(records)]
+    several_kappas = any(by_kappa(of_one) for of_one in sizes(records).values())
+    several_gains = any(choice.setting == "gain" for choice in choices(records))
+    if (several_kappas or several_gains) and (untuned := one_rate(records)):
         sentences.append(untuned)
-    normed = [
-        arm for mine in sizes(rows).values() for arm in (by_kappa(mine) or arms_of(mine, NORMED))
-    ]
-    gains = [gain for arm in normed for gain in comparisons(rows, "gain of LN", arm=arm)]
+    arms = [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
+    gains = [gain for arm in arms for gain in comparisons(records, Term.GAIN, arm)]
     if not gains:
         sentences.insert(
             0,
-            f"No verdict on LayerNorm: that takes runs of both solu and {NORMED} that share a seed.",
+            "No verdict on LayerNorm: that takes runs of both plain SoLU and an arm with a per-token norm "
+            "that share a seed.",
         )
     for place, gain in enumerate(gains):
-        sentences.insert(place, _verdict(rows, gain))
+        sentences.insert(place, _verdict(records, gain))
     for gain in gains:
-        sentences += [_gain(rows, gain), *_phi_dyn(rows, gain.arm), *_static(rows, gain.arm)]
-        sentences += _twins(rows, gain.arm)
-    said = {"engagement": _engagement, "scale_freeze": _freeze}
-    for arm in normed:
-        for probe, say in said.items():
-            sentences += say(rows, arm) if controls.gate(rows, probe) == "passed" else []
+        sentences += [_gain(records, gain), *_phi_dyn(records, gain.arm)]
+        sentences += [*_static(records, gain.arm), *_twins(records, gain.arm)]
+    for arm in arms:
+        for probe, summarise in SUMMARISED.items():
+            if controls.standing(records, probe) == "passed":
+                sentences += summarise(records, arm)
     return sentences
 
 
-def _gates(rows: list[Row]) -> list[str]:
-    """Why nothing is said of a probe's numbers, for those of which something would be."""
+def _not_summarised(records: list[Record]) -> list[str]:
+    """Why a probe's numbers are not in the headline, for those of which something would be said."""
     sentences = []
-    for probe in ("engagement", "scale_freeze"):
-        gate = controls.gate(rows, probe)
-        if gate == "failed":
-            sentences.append(not_citable(probe, controls.failures(rows, probe)))
-        elif gate == "not run" and any(row.probe == probe for row in rows):
-            sentences.append(f"{probe} was put before no control: nothing is said of its numbers.")
+    for probe in SUMMARISED:
+        standing = controls.standing(records, probe)
+        if standing == "failed":
+            sentences.append(not_citable(probe, controls.failures(records, probe)))
+        elif standing == "not run" and any(
+            each.probe == probe for each in of_kind(records, Measurement)
+        ):
+            sentences.append(
+                f"{probe} has not been validated on the control models, so its results are not summarised."
+            )
     return sentences
 
 
 def not_citable(probe: str, wrong: Sequence[str]) -> str:
-    """What to say in place of a probe's numbers where it failed its gate."""
+    """What to say in place of a probe's numbers where it failed its controls."""
     noun = "control" if len(wrong) == 1 else "controls"
     return f"{probe} failed its {noun} {', '.join(wrong)}: its numbers are not to be cited."
 
 
-def _ends(row: Row) -> str:
+def _ends(row: Number) -> str:
     if row.low is None or row.high is None:
         return "no interval can be given"
     return f"95% interval {signed(row.low)} to {signed(row.high)}"
 
 
-def _basis(rows: list[Row]) -> str:
-    runs = {row.run for row in rows if row.run}
-    arms = sorted({row.arm for row in rows if row.arm})
-    counts = sorted({seeds_of(rows, arm) or _n_of_loss(rows, arm) for arm in arms})
+def _basis(records: list[Record]) -> str:
+    runs = runs_of(records)
+    arms = sorted({record.arm for record in records if record.arm})
+    counts = sorted({seeds_of(records, arm) or _n_of_loss(records, arm) for arm in arms})
     each = " to ".join(dict.fromkeys([str(counts[0]), str(counts[-1])])) if counts else "0"
     noun = "seed" if each == "1" else "seeds"
     n_runs, n_arms = (
         f"{len(x)} {w}{'s'[: len(x) != 1]}" for x, w in ((runs, "run"), (arms, "arm"))
     )
-    named = arms if len(arms) <= N_NAMED else sorted({row.variant for row in rows if row.variant})
+    variants = sorted({record.variant for record in records if record.variant})
+    named = arms if len(arms) <= N_NAMED else variants
     text = f"Compared here: {n_runs} of {n_arms} ({', '.join(named)}), {each} {noun} an arm"
-    measured_on = [row for row in rows if row.probe == "loss" and row.run]
-    documents = max((row.n_clusters for row in measured_on), default=0)
-    tokens = max((row.n for row in measured_on), default=0)
+    losses = [row for row in of_kind(records, Measurement) if row.probe == "loss"]
+    documents = max((row.n_clusters for row in losses), default=0)
+    tokens = max((row.n for row in losses), default=0)
     if documents:
-        measured = f"{documents:,} documents" + (f" ({tokens:,} tokens)" if tokens else "")
-        text += f"; losses are measured on {measured} kept out of training"
+        measured_on = f"{documents:,} documents" + (f" ({tokens:,} tokens)" if tokens else "")
+        text += f"; losses are measured on {measured_on} kept out of training"
     text += "."
     if counts and counts[0] == 1:
         text += " One seed shows these trained models, not their variants."
@@ -207,13 +222,13 @@ def _basis(rows: list[Row]) -> str:
     return text
 
 
-def _n_of_loss(rows: list[Row], arm: str) -> int:
-    return max((row.n for row in comparisons(rows, "loss", arm=arm)), default=0)
+def _n_of_loss(records: list[Record], arm: str) -> int:
+    return max((row.n for row in comparisons(records, Term.LOSS, arm)), default=0)
 
 
-def _verdict(rows: list[Row], gain: Row) -> str:
+def _verdict(records: list[Record], gain: Comparison) -> str:
     arm, n = gain.arm, seeds(gain.n)
-    phi = next(iter(comparisons(rows, "Phi_dyn", arm=arm)), None)
+    phi = next(iter(comparisons(records, Term.SHARE, arm)), None)
     if gain.low is None or gain.high is None:
         return (
             f"Not settled whether LayerNorm lowers the loss ({arm}): {n}, no interval for new "
@@ -232,8 +247,8 @@ def _verdict(rows: list[Row], gain: Row) -> str:
     lowers = f"LayerNorm lowers the loss ({arm}, {n})"
     if phi is None:
         return (
-            f"{lowers}; what of it takes a scale of each token's own cannot be said without a "
-            "static arm."
+            f"{lowers}. How much of that needs a per-token scale cannot be measured without a static "
+            "arm."
         )
     if phi.value is None:
         return f"{lowers}, but by too little to ask what share takes a scale of each token's own."
@@ -242,10 +257,10 @@ def _verdict(rows: list[Row], gain: Row) -> str:
             f"{lowers}; no interval can be given for the share that takes a scale of each token's "
             "own."
         )
-    static = next(iter(comparisons(rows, "static - LN", arm=arm)), None)
+    static = next(iter(comparisons(records, Term.STATIC, arm)), None)
     # Both must say so: few seeds make the ratio's resampled interval a little too narrow.
     if phi.low > 0 and static is not None and (static.low or 0.0) > 0:
-        if static.note.startswith("equivalent"):
+        if static.verdict is Verdict.EQUIVALENT:
             return (
                 f"{lowers}; a scale of each token's own adds to what a static gain reaches, but so"
                 " little that it does not matter."
@@ -261,12 +276,12 @@ def _verdict(rows: list[Row], gain: Row) -> str:
     return f"{lowers}; that any of this takes a scale of each token's own is not shown."
 
 
-def _gain(rows: list[Row], gain: Row) -> str:
+def _gain(records: list[Record], gain: Comparison) -> str:
     value = gain.value or 0.0
     lower = "plain SoLU" if value < 0 else gain.arm
     other = gain.arm if value < 0 else "plain SoLU"
     text = f"Gain of LN: {lower} had a loss {abs(value):.4f} nats a token lower than {other}"
-    fixed = next(iter(comparisons(rows, "gain of LN", arm=gain.arm, cluster="document")), None)
+    fixed = for_these_models(records, gain)
     text += f" (gain {signed(value)}"
     if fixed is not None:
         text += f"; for these trained models on other documents, {_ends(fixed)}"
@@ -278,38 +293,41 @@ def _gain(rows: list[Row], gain: Row) -> str:
     return f"{text}, so the sign is settled at the 95% level."
 
 
-def _phi_dyn(rows: list[Row], arm: str) -> list[str]:
-    """Phi_dyn, what it means and how it was made; or why there is none."""
+def _phi_dyn(records: list[Record], arm: str) -> list[str]:
+    """Phi_dyn, what it means and how it was made, or why there is none.
+
+    The sentence after it, on the best static arm, says how that arm was chosen.
+    """
     sentences = []
-    for row in comparisons(rows, "Phi_dyn", arm=arm):
-        note = row.note.split("; best static")[0]  # the next sentence names it
+    for row in comparisons(records, Term.SHARE, arm):
         if row.value is None:
-            sentences.append(f"Phi_dyn ({arm}) is {note}.")
-        else:
-            ends = "no interval"
-            if row.low is not None and row.high is not None:
-                ends = f"95% interval {row.low:.2f} to {row.high:.2f}"
-            sentences.append(
-                f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
-                "LayerNorm's gain that no static arm trained here reaches: 0 none of it, 1 all of it, below "
-                f"0 static is better; {note}."
-            )
+            sentences.append(f"Phi_dyn ({arm}) is {row.note}.")
+            continue
+        ends = "no interval"
+        if row.low is not None and row.high is not None:
+            ends = f"95% interval {row.low:.2f} to {row.high:.2f}"
+        sentences.append(
+            f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
+            "LayerNorm's gain that no static arm trained here reaches: 0 none of it, 1 all of it, below "
+            f"0 static is better; {row.note}."
+        )
     return sentences
 
 
-def _static(rows: list[Row], arm: str) -> list[str]:
+def _static(records: list[Record], arm: str) -> list[str]:
     return [
         f"Best static arm minus {arm}: {signed(row.value or 0.0)} nats a token ({_ends(row)} for "
-        f"new seeds and documents, {seeds(row.n)}); {row.note}."
-        for row in comparisons(rows, "static - LN", arm=arm)
+        f"new seeds and documents, {seeds(row.n)}); {remarks(row)}."
+        for row in comparisons(records, Term.STATIC, arm)
     ]
 
 
-def _twins(rows: list[Row], arm: str) -> list[str]:
+def _twins(records: list[Record], arm: str) -> list[str]:
     """The trained arms that differ from `arm` only in having one gain for all tokens."""
+    twin = settings(records)[arm].twin
     sentences = []
-    for row in comparisons(rows, "difference", group=f"minus {arm}"):
-        if row.variant != TWIN:
+    for row in comparisons(records, Term.DIFFERENCE, against=arm):
+        if row.variant != twin:
             continue
         judged = ""
         if row.low is not None and row.high is not None and max(-row.low, row.high) < MARGIN:
@@ -322,9 +340,9 @@ def _twins(rows: list[Row], arm: str) -> list[str]:
     return sentences
 
 
-def _engagement(rows: list[Row], arm: str) -> list[str]:
+def _engagement(records: list[Record], arm: str) -> list[str]:
     """Is the norm active? Judged by the ends of the seeds' intervals, not by their middles."""
-    content = engagement(rows, arm, "not BOS")
+    content = engagement(records, arm, "not BOS")
     if not content:
         return []
     ends = envelope(content)
@@ -339,16 +357,16 @@ def _engagement(rows: list[Row], arm: str) -> list[str]:
     by_position = [
         f"{labels[group]} {span(row.value for row in found)}"
         for group in groups
-        if (found := engagement(rows, arm, group))
+        if (found := engagement(records, arm, group))
     ]
     return [f"{text}; {', '.join(by_position)}." if by_position else f"{text}."]
 
 
-def _freeze(rows: list[Row], arm: str) -> list[str]:
+def _freeze(records: list[Record], arm: str) -> list[str]:
     """What one gain for all tokens costs a trained model."""
     parts = []
     for quantity, name in FREEZES:
-        found = measured(rows, "scale_freeze", quantity, arm)
+        found = measured(records, "scale_freeze", quantity, arm)
         if not found:
             continue
         text = f"at {name} the loss changes by {_signed_span(found)} nats"
@@ -371,7 +389,11 @@ def _freeze(rows: list[Row], arm: str) -> list[str]:
     return [f"Giving all tokens of the trained {arm} one gain: {'; '.join(parts)}."]
 
 
-def _signed_span(rows: Sequence[Row]) -> str:
+def _signed_span(rows: Sequence[Number]) -> str:
     values = [row.value for row in rows if row.value is not None]
     low, high = signed(min(values)), signed(max(values))
     return low if low == high else f"{low} to {high}"
+
+
+SUMMARISED = {"engagement": _engagement, "scale_freeze": _freeze}
+"""Probes whose numbers the headline cites, and the sentences that it makes of them."""

@@ -1,0 +1,377 @@
+"""The report's sections, built once from the records: what the page shows, and the dashboard's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from soluscope.report import controls, evidence, figures, meaning, pretrained, tokens, tuning
+from soluscope.report.blocks import (
+    Badge,
+    Badges,
+    Block,
+    Bullets,
+    Cell,
+    Paragraph,
+    Section,
+    Table,
+    fold,
+    plot,
+)
+from soluscope.report.figures import QUARTILE, Style, term_name
+from soluscope.report.findings import (
+    by_stream,
+    comparisons,
+    estimate,
+    for_these_models,
+    of_size,
+    per_token,
+    remarks,
+    sizes,
+    tuned,
+    twins,
+)
+from soluscope.results import (
+    Comparison,
+    Figure,
+    LeftOut,
+    Measurement,
+    OfRun,
+    Quantity,
+    Record,
+    Term,
+    of_kind,
+)
+
+NOT_PROBES = {"loss", "training", pretrained.PROBE}
+NOT_COUNTED = (
+    "False positives: not counted for this study (python eval/run.py --false-positives DIR)."
+)
+
+
+def build(records: list[Record]) -> list[Section]:
+    """Return the sections that the records have something for, in their order on the page."""
+    arms = _Arms(records)
+    sections = [
+        Section("pretrained", "Pretrained", pretrained.blocks(arms.records)),
+        Section("evidence", "Hypotheses and evidence", evidence.blocks(arms.records)),
+        Section("tuning", "Tuning", tuning.blocks(records, arms.look)),
+        Section("loss", "Loss", arms.loss()),
+        Section("differences", "Paired differences", arms.differences()),
+        Section("terms", "Phi_dyn and its terms", arms.terms()),
+        Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look)),
+        Section("confirmed", "Probes against the static twin", arms.confirmed()),
+        Section("training", "Training", arms.training()),
+        Section("tokens", "Token view", tokens.blocks(arms.records)),
+    ]
+    probes = {
+        record.probe for record in arms.records if isinstance(record, Measurement | LeftOut)
+    } - NOT_PROBES
+    sections += [arms.probe(name) for name in controls.in_order(records, probes)]
+    sections.append(Section("provenance", "Where this comes from", _provenance(records)))
+    return [section for section in sections if section.blocks]
+
+
+class _Arms:
+    """Sections about arms at their chosen rates, which share one look for each arm."""
+
+    def __init__(self, records: list[Record]) -> None:
+        self.all = records
+        self.records = tuned(records)
+        self.sizes = sizes(self.records)
+        self.look: Mapping[str, Style] = figures.styles(self.records)
+        self.doses = figures.doses(self.records)
+
+    def loss(self) -> list[Block]:
+        means = comparisons(self.records, Term.LOSS)
+        runs = [row for row in of_kind(self.records, Measurement) if row.probe == "loss"]
+        if not means and not runs:
+            return []
+        lead = (
+            "Nats a token on the report split, targets that are BOS left out. One dot a training "
+            "seed; its bar is the 95% interval for other documents, which moves all arms "
+            "together. To compare arms, read the paired differences, where the documents' share "
+            "cancels."
+        )
+        lines = [
+            [
+                row.arm,
+                str(row.n),
+                estimate(row, decimals=4),
+                [f"s{r.seed}: {estimate(r, decimals=4)}" for r in runs if r.arm == row.arm],
+            ]
+            for row in means
+        ]
+        heads = [
+            "arm",
+            "seeds",
+            "mean [95%, new seeds on these documents]",
+            "seed: loss [95%, other documents]",
+        ]
+        drawn = figures.losses(self.records, self.look)
+        return [Paragraph(lead), *plot(drawn), Table(heads, lines)]
+
+    def differences(self) -> list[Block]:
+        rows = comparisons(self.records, Term.DIFFERENCE)
+        if not rows:
+            return []
+        lead = (
+            "Loss of an arm minus that of a reference, nats a token; below 0 the arm is "
+            "better. Pairs share the seed: initial values, batches and documents. Thick bar: "
+            "these trained models on other documents. Thin bar: new seeds and new documents, "
+            "which a claim about a variant needs; where it runs out of the frame, the table "
+            "has its ends. An open mark has no interval."
+        )
+        result: list[Block] = [Paragraph(lead)]
+        for size, of_one in self.sizes.items():
+            result += plot(figures.differences(of_one, self.look), size)
+        labels = [f"{row.arm} minus {row.against}" for row in rows]
+        return [*result, self._contrasts(rows, labels)]
+
+    def terms(self) -> list[Block]:
+        shown = (Term.GAIN, Term.STATIC, Term.SHARE, Term.STEP)
+        rows = [
+            row
+            for row in of_kind(self.records, Comparison)
+            if row.term in shown and row.cluster == "seed" and row.lr is None
+        ]
+        if not rows:
+            return []
+        lead = (
+            "Gain of LN: loss of plain SoLU minus loss of SoLU with LayerNorm. Phi_dyn: the "
+            "share of it that the best static arm (one gain for all tokens, retrained) does "
+            "not reach. 0: no scale of each token's own is needed; 1: all of the gain takes "
+            "it; below 0: static is better. The steps from plain SoLU to LayerNorm add one "
+            "thing each, and sum to the gain of LN. Bars as above."
+        )
+        labels = [
+            f"{row.arm}: {term_name(row)}" + (f" ({row.adds})" if row.adds else "") for row in rows
+        ]
+        return [
+            Paragraph(lead),
+            *plot(figures.terms(self.records, self.look)),
+            self._contrasts(rows, labels),
+            *tuning.common_rate(self.all, self.look),
+        ]
+
+    def confirmed(self) -> list[Block]:
+        """The confirmatory tests: a probe's number minus the static twin's, by seed."""
+        rows = comparisons(self.records, Term.PROBE)
+        if not rows:
+            return []
+        lead = (
+            "What these probes found in an arm minus what they found in the arm that differs from it "
+            "in having one gain for all tokens, at the same seeds; mean over their streams. All "
+            "of them are corrected together for their number; what else the page holds is exploratory."
+        )
+        lines = [
+            [
+                f"{row.arm} minus {row.against}: {row.probe}: {row.quantity}, {row.unit}",
+                estimate(row),
+                str(row.n),
+                remarks(row),
+            ]
+            for row in rows
+        ]
+        heads = ["", "difference [95%, new seeds]", "seeds", "note"]
+        return [Paragraph(lead), Table(heads, lines)]
+
+    def _contrasts(self, rows: Sequence[Comparison], labels: Sequence[str]) -> Table:
+        """A table of comparisons, each with both of its intervals."""
+        lines = []
+        for row, label in zip(rows, labels, strict=True):
+            fixed = for_these_models(self.records, row)
+            decimals = 2 if row.unit == "share" else 4
+            lines.append(
+                [
+                    label,
+                    estimate(row, decimals),
+                    estimate(fixed, decimals) if fixed else "",
+                    str(row.n),
+                    remarks(row),
+                ]
+            )
+        heads = [
+            "",
+            "estimate [95%, new seeds and documents]",
+            "[95%, these models, other documents]",
+            "seeds",
+            "note",
+        ]
+        return Table(heads, lines)
+
+    def training(self) -> list[Block]:
+        rows = [row for row in of_kind(self.records, Measurement) if row.probe == "training"]
+        result: list[Block] = []
+        names = sorted({row.quantity for row in rows}, key=lambda name: (name != "loss", name))
+        for name in names:
+            log_y = name != "r"
+            spec = Figure(name, (name,), kind="curve", x_title="tokens seen", log_y=log_y)
+            result += plot(figures.draw(rows, spec, self.look), caption=name)
+        lead = "One thin line a run, against the number of tokens it has seen."
+        return [Paragraph(lead), *result] if result else []
+
+    def probe(self, name: str) -> Section:
+        """A probe's numbers with its own words; plain where no words are stored with them."""
+        rows = [row for row in of_kind(self.records, Measurement) if row.probe == name]
+        wrong = controls.failures(self.all, name)
+        standing = [*self._standing(name, wrong), *self._left_out(name)]
+        failed = " (control failed)" if wrong else ""
+        words = controls.words_of(self.all, name)
+        if words is None:
+            note = f"The results hold no words of {name!r}; its numbers are shown as they are."
+            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {})]
+            return Section(name, name + failed, blocks, bool(wrong))
+        first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
+        blocks = [
+            Paragraph("", lead=words.question),
+            *standing,
+            *first,
+            *fold("More figures", [each for drawn in others for each in drawn]),
+            *_probe_tables(rows, words.quantities),
+        ]
+        if controls.standing(self.all, name) == "passed":
+            arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
+            if sentences := meaning.sentences(words, rows, arms):
+                lead = "What this result means."
+                blocks += [
+                    Paragraph("These trained models, BOS left out.", lead),
+                    Bullets(sentences),
+                ]
+        blocks += [
+            Paragraph(words.reading, "How to read it."),
+            Paragraph(words.formula, "Formula.", code=True),
+            Paragraph(words.pitfalls, "Pitfalls."),
+        ]
+        if rates := controls.false_positives(self.all, name):
+            text = "; ".join(map(controls.rate, rates))
+            blocks.append(Paragraph(f"{text}.", "False positives."))
+        else:
+            blocks.append(Paragraph(NOT_COUNTED, style="soft"))
+        if words.source:
+            blocks.append(Paragraph(f"Source: {words.source}", style="soft"))
+        heading = f"{words.section} {words.name}".strip() + failed
+        return Section(name, heading, blocks, bool(wrong))
+
+    def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
+        """A badge for each control, the numbers behind them, and a warning where one failed."""
+        gates = controls.gates(self.all, name)
+        if not gates:
+            return [
+                Badges([Badge("none", "no control run", "nothing says that it can be believed")])
+            ]
+        badges = [
+            Badge(
+                "fail" if control in wrong else "pass",
+                f"{controls.sign(of_one)} {control} {'FAIL' if control in wrong else 'pass'}",
+                " | ".join(map(controls.line, of_one)),
+            )
+            for control, of_one in gates.items()
+        ]
+        lines = [
+            [control, gate.measured, f"{estimate(gate)} {gate.unit}", controls.asked(gate)]
+            for control, of_one in gates.items()
+            for gate in of_one
+        ]
+        result: list[Block] = [Badges(badges)]
+        if wrong:
+            noun = "control" if len(wrong) == 1 else "controls"
+            text = f"This probe failed its {noun} {', '.join(wrong)}: do not cite its numbers."
+            result.append(Paragraph(text, style="warn"))
+        numbers = Table(["control", "number", "found", "note"], lines, n_text=2)
+        return [*result, *fold("What the controls gave", [numbers])]
+
+    def _left_out(self, name: str) -> list[Block]:
+        """The runs that a probe leaves out, and why."""
+        why: dict[str, list[str]] = {}
+        for each in of_kind(self.records, LeftOut):
+            if each.probe == name:
+                why.setdefault(each.note, []).append(each.run)
+        texts = (f"Left out: {', '.join(sorted(runs))} ({note})." for note, runs in why.items())
+        return [Paragraph(text, style="soft") for text in texts]
+
+    def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
+        """A figure of a probe, and the same against the dose where a variant has several."""
+        dots = spec.kind == "dots"
+        below = self.doses.caption() if dots else ""
+        result = plot(figures.draw(rows, spec, self.look), spec.title, below)
+        if not (result and dots):
+            return result
+        for size, of_one in self.sizes.items():
+            arms = {record.arm for record in of_one}
+            of_size_only = [row for row in rows if row.arm in arms]
+            doses = figures.doses(of_one)
+            against = figures.against_dose(of_size_only, spec, self.look, doses)
+            result += plot(against, of_size(f"{spec.title}, against the dose", size))
+        return result
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity]) -> list[Block]:
+    """A probe's numbers behind a click: away from BOS; then by stream, position and split."""
+    points = [row for row in rows if row.x is None]
+    order = {name: i for i, name in enumerate(quantities)}
+    last = len(order)
+    points.sort(
+        key=lambda r: (order.get(r.quantity, last), r.quantity, r.statistic, r.group, r.positions)
+    )
+    first = min(map(by_stream, points), default=None)
+    main: list[Measurement] = []
+    rest: list[Measurement] = []
+    for row in points:
+        split = QUARTILE.fullmatch(row.group) or row.positions != "not BOS"
+        (rest if split or by_stream(row) != first else main).append(row)
+    result: list[Block] = []
+    if main:
+        stream = main[0].stream
+        caption = f"{stream} text, BOS left out" if stream else "BOS left out"
+        summary = f"Table: {caption}; one line a seed, [95% interval]"
+        result += fold(summary, [_by_arm(main, quantities)])
+    if rest:
+        result += fold("Table: other streams, positions and splits", [_by_arm(rest, {})])
+    return result
+
+
+def _by_arm(rows: Sequence[Measurement], meanings: Mapping[str, Quantity]) -> Table:
+    """One line a number, one column an arm, one line a seed inside a cell."""
+    arms = sorted({row.arm for row in rows})
+    keys = ("stream", "positions", "group")
+    shown = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
+    by_number: dict[tuple[str, ...], dict[str, list[Measurement]]] = {}
+    for row in rows:
+        key = (row.quantity, row.statistic, *(getattr(row, name) for name in shown), row.unit)
+        by_number.setdefault(key, {}).setdefault(row.arm, []).append(row)
+    lines: list[list[Cell]] = []
+    for (quantity, statistic, *rest), by_arm in by_number.items():
+        *places, unit = rest
+        name = f"{statistic} of {quantity}" if statistic else quantity
+        label = [", ".join(part for part in (name, unit) if part)]
+        if quantity in meanings:
+            label.append(meanings[quantity].meaning)
+            if meanings[quantity].more_smeared_when != "neither":
+                label.append(f"more smeared when {meanings[quantity].more_smeared_when}")
+        label += sorted({row.note for of_arm in by_arm.values() for row in of_arm} - {""})
+        numbers = [
+            [estimate(row) for row in sorted(by_arm.get(arm, []), key=lambda r: r.seed or 0)]
+            for arm in arms
+        ]
+        lines.append([label, *places, *numbers])
+    return Table(["quantity", *shown, *arms], lines, n_text=1 + len(shown))
+
+
+def _provenance(records: list[Record]) -> list[Block]:
+    """Which runs, configurations and code the numbers come from."""
+    runs = {each.run: each for each in records if isinstance(each, OfRun)}
+    commits = ", ".join(sorted({each.commit for each in records} - {""})) or "unknown"
+    studies = ", ".join(sorted({each.study for each in records}))
+    text = (
+        f"Study {studies}, {len(runs)} runs, {len(records):,} rows of results.jsonl; measured by "
+        f"commit {commits}."
+    )
+    lines = []
+    for name in sorted(runs):
+        run = runs[name]
+        seed = "" if run.seed is None else str(run.seed)
+        lines.append([name, run.arm, run.variant, seed, run.config])
+    return [Paragraph(text), Table(["run", "arm", "variant", "seed", "config"], lines)]
