@@ -6,8 +6,7 @@ number that follows from them (`estimate`). It never sees a variant's name or a 
 not average, resample, draw or save: evaluation/ makes the summaries, with their intervals, for all
 probes alike, and the report draws what `figures` asks for.
 
-Probe files import torch inside functions, so that names, questions and parameters can be read
-without it.
+This file itself imports no torch, since a configuration is checked against the names in this folder.
 """
 
 from __future__ import annotations

@@ -11,19 +11,22 @@ LayerNorm does not help much; science.md section 7, P18, by sections 8.2, 8.3 an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import Ablation
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._attribution import reading_one_neuron, scattered, spread_tokens
 from soluscope.probes._estimates import correlation, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -55,9 +58,6 @@ class Pairs:
 @lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) pairs that the probe's numbers come from."""
-    from soluscope.hooked.ablation import Ablation
-    from soluscope.probes._attribution import spread_tokens
-
     tokens = spread_tokens(run, EVERY)
     ablation = Ablation(run)
     gradient = ablation.gradient(tokens).double()
@@ -98,10 +98,6 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Errors and effects summed over neurons, sign agreement and overlap; nan but at every `EVERY`-th token."""
-    import torch
-
-    from soluscope.probes._attribution import scattered
-
     at = pairs(run)
     values: dict[str, Tensor] = {
         "effect after the norm": at.exact["first order"].abs().sum(-1),
@@ -126,8 +122,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
-    import numpy as np
-
     at = pairs(run)
     if not len(at.tokens):
         return
@@ -164,12 +158,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     gives (1, -1), the larger first, whatever they are: the gradient through the gain is 0, setting
     the first to 0 swaps the two, and setting the second to 0 does nothing.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))

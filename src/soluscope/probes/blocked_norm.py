@@ -12,16 +12,17 @@ Source: Elhage et al. 2022, "Softmax Linear Units", section 4.4; science.md sect
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 N_BLOCKS = (4, 8)
 COLUMNS = {
@@ -44,8 +45,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan where the norm is not a LayerNorm with an epsilon, and where d_mlp does not fall into
         blocks of one size, of two neurons at least.
     """
-    import torch
-
     nothing = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
     values: dict[str, Tensor] = {}
     for n_blocks in N_BLOCKS:
@@ -59,8 +58,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
     """The three of `COLUMNS`, each [token]."""
-    from soluscope.hooked.ablation import disjoint_mean, loss_at_post
-
     mid = run.mid.double().unflatten(-1, (n_blocks, -1))  # [token block neuron]
     gamma = run.readout.gamma.double().view(n_blocks, -1)
     deviation = mid - mid.mean(-1, keepdim=True)
@@ -87,12 +84,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     eps = 0 all but: log g_b = 0 or -log 3, half of each. In eight blocks of one neuron nothing varies.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     token = torch.tensor([2.0, 0, 2, 0, 4, -2, 4, -2])
     nothing = [math.nan] * 6
     yield (

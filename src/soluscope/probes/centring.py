@@ -13,16 +13,17 @@ Source: science.md sections 7, P21, and 8.5 for v_j.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 CHANGES = {
     "mean left in": "loss with gamma g a + beta', the gain as it is, less loss as it is",
@@ -42,8 +43,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         Changes in nats, nan where the norm does not centre, and for RMS where its gain is one
         constant. Angle between a - m and a in degrees. The residual of the identity above, relative.
     """
-    import torch
-
     mid, out = run.mid.double(), run.readout
     mean = mid.mean(-1, keepdim=True)
     centred = mid - mean
@@ -73,16 +72,12 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _change(run: HookedRun, scaled: Tensor) -> Tensor:
     """Loss with post = scaled + beta' less loss as it is, [token]."""
-    from soluscope.hooked.ablation import loss_at_post
-
     refit = scaled + _mean_of_others(run, run.post - scaled)
     return loss_at_post(run, refit.to(run.post.dtype)) - loss_at_post(run, run.post)
 
 
 def _mean_of_others(run: HookedRun, values: Tensor) -> Tensor:
     """Mean of `values` [token column] over all strings but the token's own, without BOS."""
-    from soluscope.hooked.ablation import disjoint_mean
-
     return disjoint_mean(replace(run, post=values), "post")
 
 
@@ -91,12 +86,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     With W_out = [[1, 2], [3, 5]], v = [[-1, -1.5], [1, 1.5]].
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[3.0, 1.0], [3.0, 1.0], [2.0, -2.0]]]).expand(2, 3, 2)
     run = planted(mid, eps=1e-12)
     run = replace(

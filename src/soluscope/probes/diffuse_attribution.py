@@ -16,20 +16,28 @@ problem 4.39c; science.md sections 1.6 and 7, P10.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._attribution import (
+    contributions,
+    final_scale,
+    resid_final,
+    target_direction,
+    with_readout,
+)
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 HIGH_DLA = 1.0
 """Logits; above it the MLP's attribution counts as high."""
@@ -61,11 +69,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         prompt's last token changes no loss), and for the inverse outlier score, which needs none. K
         and the share are nan where no neuron contributes.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-    from soluscope.probes._attribution import contributions
-
     c = contributions(run).double()
     size = c.abs()
     total, largest, dla = size.sum(-1), size.amax(-1), c.sum(-1)
@@ -101,8 +104,6 @@ def _score(removed: Tensor, neurons: Tensor) -> Tensor:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """What goes with the gain, and Figure 6; BOS is left out of all that is not "as published"."""
-    import numpy as np
-
     gain, content = run.gain.double().numpy(), table["pos"].to_numpy() > 0
     if not table["score"][content].notna().any():
         return
@@ -125,8 +126,6 @@ def _against_gain(
     run: HookedRun, table: pd.DataFrame, log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
     """Rank correlations of the score and of its null with log gain."""
-    import numpy as np
-
     content = table["pos"].to_numpy() > 0
     here = table[content]
     string = here["string"]
@@ -153,8 +152,6 @@ def _against_gain(
 
 def _circular(run: HookedRun, here: pd.DataFrame) -> Iterator[Estimate]:
     """The published score's rank correlation with 1/s, s the standard deviation of the token's a."""
-    import numpy as np
-
     s = run.mid.double().std(dim=-1, correction=0).numpy()[here.index]
     if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
         for name in ("inverse outlier score", "score"):
@@ -170,16 +167,6 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
     Of `N_DEALS` fixed permutations; each token's activations are scaled so that its sum |c| stays
     what it was, and what is not felt scores 0, as in the score itself.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-    from soluscope.probes._attribution import (
-        contributions,
-        final_scale,
-        resid_final,
-        target_direction,
-    )
-
     out = run.readout
     generator = torch.Generator().manual_seed(0)
     direction, scale = target_direction(run), final_scale(run, resid_final(run))[:, None]
@@ -200,8 +187,6 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
 
 def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Estimate:
     """Sum of estimates over the same tokens, each times its weight."""
-    import numpy as np
-
     ends = np.cumsum([part.sums.shape[1] for part in parts])[:-1]
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,8 +211,6 @@ def _top_over_all(
     string: NDArray[np.int64],
 ) -> Estimate:
     """Mean gain at the top tokens (1, others 0, nan without a score), over the mean of all, less 1."""
-    import numpy as np
-
     sums, n = sums_by_string([top * gain, top, gain, np.ones_like(gain)], string)
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -258,8 +241,6 @@ def _by_type(table: pd.DataFrame, run: HookedRun) -> Iterator[Estimate]:
 
 def _by_k(table: pd.DataFrame) -> Iterator[Estimate]:
     """Mean DLA by tenth of K_dla, each at its own mean K: is what many neurons share small?"""
-    import numpy as np
-
     rows = table[table["K_dla"].notna()].sort_values("K_dla", kind="stable")
     for part in np.array_split(np.arange(len(rows)), N_BINS):
         tenth = rows.iloc[part]
@@ -277,13 +258,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     logit is 6a, and without the MLP 0, so the loss is log(1 + e^(-12a)) against log 2. Signs: the
     second neuron's activation is -a and its weight negative. K = (4 + 2)^2 / (16 + 4) = 1.8.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
-
     a = 0.5
     run = planted(torch.tensor([[[a, -a]] * 3]))
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))

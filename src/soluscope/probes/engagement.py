@@ -5,15 +5,16 @@ Source: science.md section 1 (SoLU-1L: r of .01 to .05, BOS .12) and section 7, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
@@ -28,8 +29,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         post - beta, relative to its norm, with m 0 where the norm does not centre; nan where that
         norm is 0.
     """
-    import torch
-
     mid = run.mid.double()
     nothing = torch.full_like(mid[:, 0], torch.nan)
     centred = mid - mid.mean(-1, keepdim=True) if run.centres else mid
@@ -64,13 +63,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     A norm that leaves the mean in takes the mean square, 1 and 5. A post of (.4, 0) where a - m is
     (1, -1) is as much off that line as along it.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
     with_eps = planted(mid, eps=3.0)
     yield (

@@ -11,22 +11,25 @@ section 7, P19, by sections 8.2 and 8.5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import benjamini_hochberg, mean_p
+from soluscope.hooked.ablation import Ablation
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._attribution import scattered, spread_tokens, with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -55,9 +58,6 @@ class Effects:
 @lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def effects(run: HookedRun) -> Effects:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    from soluscope.hooked.ablation import Ablation
-    from soluscope.probes._attribution import spread_tokens
-
     tokens = spread_tokens(run, EVERY)
     live = Ablation(run)
     written = run.gain[tokens, None] * run.mid[tokens] * run.readout.gamma
@@ -76,8 +76,6 @@ def gain_elasticity(run: HookedRun) -> Tensor:
 
     0 where the gain is one constant; m is 0 in a norm that does not centre.
     """
-    import torch
-
     a = run.mid.double()
     if run.eps is None:
         return torch.zeros_like(a)
@@ -87,8 +85,6 @@ def gain_elasticity(run: HookedRun) -> Tensor:
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Means over neurons of the sizes of their effects; nan but at every `EVERY`-th token, save the gain's."""
-    from soluscope.probes._attribution import scattered
-
     at = effects(run)
     through = (at.total - at.direct).abs()
     values = {
@@ -104,8 +100,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """The largest neuron's means, how many neurons are discovered, and shares; facts of the weights."""
-    import numpy as np
-
     at = effects(run)
     if not len(at.tokens):
         return
@@ -133,8 +127,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _fact(quantity: str, value: float, n: int) -> Estimate:
     """One row, so no interval: of the weights, or of a number of discoveries, which resampling inflates."""
-    import numpy as np
-
     return Estimate(quantity, np.array([[value]]), lambda sums: sums[:, 0], n)
 
 
@@ -142,8 +134,6 @@ def _halves(
     tokens: NDArray[np.intp], run: HookedRun
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Which of some tokens choose and which measure, each [t], for both folds of their documents."""
-    import numpy as np
-
     among = np.zeros(len(run.pos), dtype=bool)
     among[tokens] = True
     for chosen, measured in folds(run, among):
@@ -161,8 +151,6 @@ def _of_the_largest(
         values: [t d_mlp], at `tokens`.
         tokens: [t] row numbers.
     """
-    import numpy as np
-
     found = np.full(len(values), np.nan)
     for chosen, measured in _halves(tokens, run):
         if chosen.any():
@@ -177,8 +165,6 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
 
     The excess is the other half's mean of |TE - DE| - |DE| over the discovered neurons, 0 without any.
     """
-    import numpy as np
-
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
     for chosen, measured in _halves(at.tokens.numpy(), run):
@@ -203,20 +189,12 @@ def _excess(at: Effects) -> NDArray[np.float64]:
 
 def _p(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each neuron's two-sided p over strings of a mean of 0, [d_mlp]; nan from too few strings."""
-    import numpy as np
-
-    from soluscope.comparison.stats import mean_p
-
     sums, _ = sums_by_string([np.ones(len(excess)), *excess.T], string)
     return mean_p(sums[:, 1:], sums[:, 0])
 
 
 def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Neurons whose mean excess is above 0 by Benjamini-Hochberg at q = .05, [d_mlp]."""
-    import numpy as np
-
-    from soluscope.comparison.stats import benjamini_hochberg
-
     if not len(excess):
         return np.zeros(excess.shape[1], dtype=bool)
     felt: NDArray[np.bool_] = excess.mean(0) > TOLERANCE
@@ -237,8 +215,6 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
         singular values; the correlation of what it adds to logits with the log unigram, over the
         tokens that the run has (nan if fewer than three).
     """
-    import torch
-
     out = run.readout
     d_model = len(out.W_U)
     W = out.W_out.double()
@@ -273,16 +249,12 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
 
 def _singular(U: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular directions [d d] and values [d], from the largest; from U U^T, which is small."""
-    import torch
-
     values, directions = torch.linalg.eigh(U @ U.T)
     return directions.flip(-1), values.flip(-1).clamp(min=0).sqrt()
 
 
 def _with_unigram(added: Tensor, run: HookedRun) -> Tensor:
     """Correlation over the vocabulary of what a neuron adds to logits with the log of token counts."""
-    import torch
-
     counts = torch.bincount(run.tokens[~run.is_bos], minlength=added.shape[1])
     seen = counts > 0
     if int(seen.sum()) < 3:
@@ -303,10 +275,6 @@ _WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Facts of the weights, mean effects, and the adjusted p of acting through ln_final more than directly."""
-    import torch
-
-    from soluscope.comparison.stats import benjamini_hochberg
-
     at = effects(run)
     excess, string = _excess(at), run.string[at.tokens].numpy()
     content = ~run.is_bos
@@ -337,12 +305,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     x is the first neuron's post (S constant by a large epsilon). Its mid at 0 with the norm held leaves
     1 - 2 * 3/2 = -2, with the norm live -1. The second neuron writes nothing and, gone, moves nothing.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
 
     def entropy(x: float) -> float:
         p = 1 / (1 + math.exp(-2 * x))

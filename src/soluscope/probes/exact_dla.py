@@ -11,17 +11,28 @@ section 7, P17, by the closed form of section 8.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import pandas as pd
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import Ablation, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._attribution import (
+    contributions,
+    final_scale,
+    resid_final,
+    scattered,
+    spread_tokens,
+    target_direction,
+    with_readout,
+)
 from soluscope.probes._estimates import correlation, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """Neurons' losses are computed at every 7th token that has a target."""
@@ -43,18 +54,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         For the MLP the signed values and the size of the error; for neurons the sums over neurons of
         the sizes of error and effect; in loss at every `EVERY`-th token only.
     """
-    import torch
-
-    from soluscope.hooked.ablation import Ablation, loss_at_post
-    from soluscope.probes._attribution import (
-        contributions,
-        final_scale,
-        resid_final,
-        scattered,
-        spread_tokens,
-        target_direction,
-    )
-
     direction = target_direction(run)
     resid = resid_final(run)
     without = run.resid_mid + run.readout.b_out
@@ -110,14 +109,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     with it. With S held constant by an epsilon of 1e24 (and W_U as much larger), the neuron writing
     (1, 0) has both DLA and effect 1.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
-
     run = planted(torch.tensor([[[2.0, -2.0]] * 3]))
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     resid = torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3, 2)

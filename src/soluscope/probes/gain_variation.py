@@ -8,20 +8,21 @@ do not have this defect; all are computed here from the same activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import fit_aicc
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -36,8 +37,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
     Attention is causal, so the prompt's prefixes need no runs of their own.
     """
-    import torch
-
     values: dict[str, list[Tensor]] = {name: [] for name in AGGREGATIONS}
     starts = [*run.is_bos.nonzero().squeeze(-1).tolist(), len(run.pos)]
     for start, end in pairwise(starts):
@@ -58,8 +57,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """Mean over strings of what `fits` gives for each."""
-    import numpy as np
-
     rows = [fits(string) for _, string in table.groupby("string")]
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
@@ -74,8 +71,6 @@ def fits(string: pd.DataFrame) -> dict[str, float]:
         For each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits better), nan
         where the gain does not vary; and sd of log gain over the string.
     """
-    import numpy as np
-
     string = string[string["pos"] >= 1]
     n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
     spread = float(np.log(string["last token"]).std(ddof=0))
@@ -88,20 +83,12 @@ def fits(string: pd.DataFrame) -> dict[str, float]:
 
 
 def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    from soluscope.comparison.stats import fit_aicc
-
     fit = fit_aicc(n, y)
     return fit["a + b log n"].aicc - fit["a + b/n"].aicc
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """BOS alone differs: gain 1/2 against 1. The published mean is 1 - 1/(2n), the others are flat."""
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     at_bos, elsewhere = [2.0, -2.0], [1.0, -1.0]
     run = planted(torch.tensor([[at_bos, elsewhere, elsewhere, elsewhere]]), eps=1e-12)
     n = range(2, 5)

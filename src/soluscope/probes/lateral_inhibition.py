@@ -15,15 +15,16 @@ Source: science.md sections 1.5 and 7, P20.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import log, nan
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import FinalNorm, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.ablation import FinalNorm
-    from soluscope.hooked.activations import HookedRun
 
 CELLS = {
     "Z const": "Z the same at all tokens and a live gain",
@@ -48,10 +49,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         those with a constant gain where the mid norm has an epsilon (where it has not, the gain is a
         constant already); nan otherwise, and where the token has no target.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     nothing = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
     columns = {"off-diagonal share": nothing, "log Z": nothing, "max p": nothing}
     if run.is_solu:
@@ -84,7 +81,6 @@ def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:
 
 def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
     """hook_post in each cell that exists, [token d_mlp]."""
-    import torch
 
     def constant(log_values: Tensor) -> Tensor:
         return log_values[~run.is_bos].mean()
@@ -113,13 +109,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """Two neurons at x = (ln 3, 0) have p = (3/4, 1/4): off the diagonal 3 ln 3 / 16 and 0, on it
     3/4 + 3 ln 3 / 16 and 1/4. At x = 0 nothing is coupled. The MLP writes nothing, so no cell costs loss.
     """
-    from dataclasses import replace
-    from math import log, nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     pre = torch.tensor([[log(3), 0.0], [0.0, 0.0], [log(3), 0.0]], dtype=torch.float64)
     mid = pre * pre.softmax(-1)
     share = 3 * log(3) / (16 + 6 * log(3))

@@ -24,21 +24,24 @@ and 7, P9, by the closed form of section 8.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import benjamini_hochberg, mean_p
+from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes._attribution import reading_one_neuron, scattered, spread_tokens
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -82,11 +85,6 @@ class Pairs:
 @lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    import torch
-
-    from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
-    from soluscope.probes._attribution import spread_tokens
-
     tokens = spread_tokens(run, EVERY)
     mask = torch.zeros(run.pos.shape, dtype=torch.bool)
     mask[tokens] = True
@@ -116,10 +114,6 @@ def static_gain(run: HookedRun) -> float:
 
 def surrogate(run: HookedRun, gain: float) -> HookedRun:
     """The same weights and tokens with one gain for all."""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     factor = (gain * run.scale.double()).to(run.post.dtype)[:, None]
     beta = run.readout.beta
     post = beta + (run.post - beta) * factor
@@ -134,8 +128,6 @@ def _ranks(sizes: Tensor, dim: int) -> Tensor:
     rounding orders nothing. Softmax spreads sizes over many powers of ten, so that their steps are
     relative.
     """
-    import torch
-
     numbers = sizes.double()
     least = 1e-12 * float(numbers.max()) if len(numbers) else 0.0
     steps = (numbers.clamp(min=least).log() / 1e-6).round()
@@ -157,8 +149,6 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
     long as their sum of |n| (n: after the mid norm, before its gain and bias) is at most the
     lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
     order = shuffled.argsort(-1).argsort(-1).double()
@@ -180,10 +170,6 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
 
 def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     live, fixed = found.live, found.fixed
     zero, mean = torch.zeros_like(live.post), found.post_mean
     chosen = sets(found, share)
@@ -217,10 +203,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Returns:
         nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
     """
-    import torch
-
-    from soluscope.probes._attribution import scattered
-
     found = pairs(run)
     low = _lowest(found.in_token, LOWEST)
     D = found.zero - found.static
@@ -279,8 +261,6 @@ def _lifts(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
 
 
 def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
     with np.errstate(divide="ignore", invalid="ignore"):
         value: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
     return value
@@ -288,8 +268,6 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _deciles(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
-    import numpy as np
-
     n_neurons = found.zero.shape[1]
     size, static = found.zero.abs().numpy(), found.static.abs().numpy()
     tenths = {
@@ -325,8 +303,6 @@ def _quantile(
     The edges are quantiles of all values, a hundredth of the tail 1 - q apart, from four times the
     tail to its end.
     """
-    import numpy as np
-
     ranks = 1 - (1 - q) * np.linspace(4, 0, 401)
     edges = np.quantile(values, ranks) if len(values) else np.zeros(1)
     names, owner = np.unique(string, return_inverse=True)
@@ -352,8 +328,6 @@ def _quantile(
 
 def _residual(run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
     """How large D is against the effects, and whether it goes with the gain."""
-    import numpy as np
-
     n_neurons = run.mid.shape[1]
     string = table["string"]
     yield ratio("|D| over |dl|", table["|D|"], table["|dl|, all"] * n_neurons, string)
@@ -365,9 +339,6 @@ def _residual(run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
 
 def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
-    import numpy as np
-    import torch
-
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
     change = (found.zero / n_targets[:, None]).numpy()
@@ -389,8 +360,6 @@ def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Itera
 
 
 def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    import numpy as np
-
     ranks: NDArray[np.intp] = np.argsort(np.argsort(values, kind="stable"))
     return ranks
 
@@ -401,10 +370,6 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
     at most a share q of the neurons is there by chance.
     """
-    import torch
-
-    from soluscope.comparison.stats import benjamini_hochberg, mean_p
-
     found = pairs(run)
     D = found.zero - found.static
     string = run.string[found.tokens].numpy()
@@ -428,12 +393,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     two the odd one is left). Removed, it is left with a - m = 1, so that post is 1/3, under the
     surrogate 1. Then the same with one gain for all, where there is no residual.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))

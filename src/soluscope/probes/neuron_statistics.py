@@ -12,8 +12,16 @@ Source: science.md section 7, P13; the rotated basis after Elhage et al. 2022, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._features import (
     first_half,
@@ -22,15 +30,7 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Floats = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 STAGES = ("pre", "mid", "post")
 ABOVE = 0.1
@@ -91,8 +91,6 @@ def _median_moment(quantity: str, sums: Floats, moment: Moment, n: int) -> Estim
 
 def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Estimate:
     """Kurtosis less another: the median neuron's difference, or, unpaired, that of two medians."""
-    import numpy as np
-
     totals = one.sum(axis=0), other.sum(axis=0)
 
     def value(drawn: Floats) -> Floats:
@@ -107,8 +105,6 @@ def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Es
 
 def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
     """One row a neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
-    import torch
-
     content = run.subset(~run.is_bos)
     string = content.string.numpy()
     found: dict[str, Floats] = {}
@@ -125,24 +121,18 @@ def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 
 def _values(run: HookedRun, stage: str) -> Floats:
-    import numpy as np
-
     values: Floats = getattr(run, stage).numpy().astype(np.float64)
     return values
 
 
 def _some(values: Floats) -> Floats:
     """At most MAX_NEURONS columns, evenly spaced."""
-    import numpy as np
-
     n = values.shape[1]
     return values[:, np.linspace(0, n - 1, min(n, MAX_NEURONS)).astype(int)]
 
 
 def _rotation(n: int) -> Floats:
     """A random orthogonal matrix."""
-    import numpy as np
-
     rotation: Floats = np.linalg.qr(np.random.default_rng(SEED).standard_normal((n, n)))[0]
     return rotation
 
@@ -152,9 +142,6 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
     Whole vectors are drawn: SoLU's softmax runs over all neurons.
     """
-    import numpy as np
-    import torch
-
     noise = np.random.default_rng(SEED + 1).standard_normal(tuple(run.pre.shape))
     pre = run.pre.mean(0) + run.pre.std(0, correction=0) * torch.from_numpy(noise)
     mid: Floats = run.mlp.nonlinearity(pre.to(run.pre.dtype)).numpy().astype(np.float64)
@@ -163,8 +150,6 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
 def _power_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
     """Counts and sums of z, z^2, z^3 and z^4, z the standardised values; [document 5*neuron]."""
-    import numpy as np
-
     sd = values.std(axis=0)
     varies = sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0)
     z = np.where(varies, values - values.mean(axis=0), 0.0) / np.where(varies, sd, 1.0)
@@ -197,24 +182,18 @@ def _kurtosis(sums: Floats, total: Floats) -> Floats:
 
 def _shape(total: Floats) -> list[Floats]:
     """Variance, third and fourth moment of z over all tokens; nan for a neuron that never varies."""
-    import numpy as np
-
     _, second, third, fourth = _moments(total[None])
     return [np.where(second > 0, moment, np.nan)[0] for moment in (second, third, fourth)]
 
 
 def _moments(sums: Floats) -> list[Floats]:
     """Means of z to z^4, [draw neuron] each."""
-    import numpy as np
-
     n, *powers = np.split(sums, 5, axis=1)
     return [power / n for power in powers]
 
 
 def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
     """Counts and sums of |x| and x^2, in units of the largest; [document 3*neuron]."""
-    import numpy as np
-
     size = np.abs(values)
     largest = size.max(axis=0, initial=0.0)
     size = size / np.where(largest > 0, largest, 1.0)
@@ -224,8 +203,6 @@ def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
 
 def _density(sums: Floats) -> Floats:
     """(mean |x|)^2 / mean x^2: 1 where all tokens excite alike, p where a share p does."""
-    import numpy as np
-
     n, size, square = np.split(sums, 3, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = size**2 / (n * square)
@@ -238,8 +215,6 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
     The prediction is the token's mean over the first half of the documents, the mean of all where it
     does not occur there; the sums are over the second half.
     """
-    import numpy as np
-
     known, tokens = first_half(run), run.tokens.numpy()
     _, kind = np.unique(tokens, return_inverse=True)
     means = np.broadcast_to(values[known].mean(axis=0), (kind.max() + 1, values.shape[1])).copy()
@@ -259,8 +234,6 @@ def _information(sums: Floats) -> Floats:
     The prediction's noise is that of other documents, so its covariance with x is the variance between
     tokens without the bias that 1 - residual / variance would have: 0 where tokens tell nothing.
     """
-    import numpy as np
-
     n, x, predicted, product, square = np.split(sums, 5, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = square / n - (x / n) ** 2
@@ -280,12 +253,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     density p. The mean over neurons is one constant, so centring changes no shape. Where the tokens
     are dealt so that each stands once on each neuron, they tell nothing.
     """
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     bos = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
     document = torch.cat([bos, 3 * torch.eye(4)[[0, 1, 2, 3] * 4]])
     run = planted(document.expand(6, -1, -1), gain=2.0)

@@ -17,16 +17,18 @@ Layers are Monosemantic"; Janiak et al. 2024 for plateaus; science.md section 7,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import nan, pi, sin, sqrt
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 N_TOKENS = 64
 """Tokens whose paths are followed, evenly spaced over those that are not BOS."""
@@ -68,8 +70,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan at all other tokens; where there is no second direction, since the other token's is the
         same; and, but for switches and turning, where O(0) is 0 or O stands still.
     """
-    import torch
-
     chosen = _spread_tokens(run)
     values = {}
     for kind in KINDS:
@@ -82,8 +82,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
-    import numpy as np
-
     chosen = _spread_tokens(run)
     string = run.string[chosen].numpy()
     for kind in KINDS:
@@ -100,8 +98,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _spread_tokens(run: HookedRun) -> Tensor:
     """At most `N_TOKENS` token numbers, evenly spaced over tokens that are not BOS."""
-    import torch
-
     content = (~run.is_bos).nonzero().squeeze(-1)
     n = min(len(content), N_TOKENS)
     return content[torch.arange(n) * len(content) // n]
@@ -111,8 +107,6 @@ class _Paths:
     """Paths of O from the chosen tokens, [token step], and what the pre-activations do on the way."""
 
     def __init__(self, run: HookedRun, chosen: Tensor, kind: str) -> None:
-        import torch
-
         start, side = _plane(run, chosen, kind)
         theta = torch.linspace(0, torch.pi, N_STEPS + 1, dtype=start.dtype)[:, None]
         blocks = []
@@ -145,8 +139,6 @@ class _Paths:
 
     def statistics(self) -> dict[str, Tensor]:
         """Each of `STATISTICS`, [token]."""
-        import torch
-
         quarter = N_STEPS // 2
         end = self.distance[:, quarter]
         reached = self.distance[:, : quarter + 1] >= end[:, None] / 2
@@ -162,8 +154,6 @@ class _Paths:
 
 def _relative(vectors: Tensor, out: Tensor) -> Tensor:
     """Lengths of `vectors` [token step d_model] in units of |O(0)|; nan where that is 0."""
-    import torch
-
     lengths: Tensor = vectors.norm(dim=-1)
     start: Tensor = out[:, :1].norm(dim=-1)
     return lengths / start.where(start > 0, torch.nan)
@@ -171,8 +161,6 @@ def _relative(vectors: Tensor, out: Tensor) -> Tensor:
 
 def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The path's start and, at the same length and orthogonal to it, its quarter point."""
-    import torch
-
     start = run.resid_mid[chosen].double()
     if kind == "token":
         side = start.roll(len(start) // 2, 0)
@@ -197,8 +185,6 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
 
     A neuron's column of W_in, by way of ln2's gain.
     """
-    import torch
-
     resid, reads = run.resid_mid[chosen], run.mlp.W_in.T[neuron]
     _, gradient = torch.autograd.functional.vjp(run.mlp.ln2, resid, reads.to(resid.dtype))
     found: Tensor = gradient.double()
@@ -207,8 +193,6 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
 
 def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
     """Whether ln2 takes away the mean over d_model: read off."""
-    import torch
-
     resid = run.resid_mid[chosen]
     before, after = (run.mlp.ln2(r) for r in (resid, resid + resid.abs().mean()))
     return torch.allclose(before, after, rtol=1e-3, atol=1e-4)
@@ -216,8 +200,6 @@ def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
 
 def _angles(motion: Tensor) -> Tensor:
     """Angles between successive steps, [token step]; nan beside a step that goes nowhere."""
-    import torch
-
     unit = motion / motion.norm(dim=-1, keepdim=True)
     one, two = unit[:, :-1], unit[:, 1:]
     # Twice the half-angle: arccos of their product would lose small angles to rounding.
@@ -231,8 +213,6 @@ def _switches(state: Tensor) -> Tensor:
 
 def _effective_number(patterns: Tensor) -> Tensor:
     """exp of the entropy of how often each pattern occurs, [token]; patterns are [token step neuron]."""
-    import torch
-
     found = []
     for path in patterns:
         counts = torch.unique(path, dim=0, return_counts=True)[1]
@@ -253,13 +233,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     2 sqrt 2 sin(theta / 2), which first passes 1/2 at step 29 of 128. It turns by h between the arc's
     64 chords, the last of which is h/2 short of straight down; then by pi/2 + h/2: 191.5 h in all.
     """
-    from dataclasses import replace
-    from math import nan, pi, sin, sqrt
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     chord = 2 * sin(pi / (2 * N_STEPS))
     eye = torch.eye(2, dtype=torch.float64)
     run = planted(torch.tensor([[[5.0, 1.0], [1.0, 2.0], [3.0, -1.0]]]))

@@ -13,19 +13,20 @@ Source: science.md section 7, P3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 TERMS = {
     "log xmax": "magnitude: the largest pre-activation",
@@ -63,10 +64,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan where no activation is above 0; where a term needs the softmax and the nonlinearity is
         not SoLU; and, for changes of the gain, where it is one constant. BOS has no partner.
     """
-    import math
-
-    import torch
-
     mid, pre = run.mid.double(), run.pre.double()
     nothing = torch.full_like(mid[:, 0], torch.nan)
     square = mid.square()
@@ -108,8 +105,6 @@ def _changes(run: HookedRun) -> dict[str, Tensor]:
     relative to it, the only pair of factors of x that the gain can tell apart. The partner is half
     the stream away.
     """
-    import torch
-
     pre = run.pre.double()
     own = _log_gain(run, pre)
     changes = {
@@ -148,8 +143,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     contributes the mean elasticity on the way times its own change. These sum to log g exactly.
     A pair of tokens whose magnitude and shape were swapped counts to the first one's string.
     """
-    import numpy as np
-
     table = table[(table["pos"] > 0) & np.isfinite(table["log s"])]  # -inf: all activations equal
     string, log_s = table["string"].to_numpy(), table["log s"].to_numpy()
     if not len(table):
@@ -183,7 +176,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
     """d log g / d log s averaged between the mean of log s and each token's own; between -1 and 0."""
-    import numpy as np
 
     def log_g(log_s: Any) -> Any:
         return -0.5 * np.logaddexp(2 * log_s, np.log(eps))
@@ -202,8 +194,6 @@ def _covariance(
     quantity: str, x: NDArray[np.float64], y: NDArray[np.float64], string: NDArray[np.int64]
 ) -> Estimate:
     """Covariance over tokens; sums are about the means, so that no digits are lost."""
-    import numpy as np
-
     x, y = x - x.mean(), y - y.mean()
     sums, n = sums_by_string([np.ones_like(x), x, y, x * y], string)
 
@@ -221,13 +211,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     .5 log 2 + .5 log 6. x = (1, 1, 0, 0): Z = 2e + 2, p = e / Z on the two that are on. With two
     equal ones of four mean(a)^2 / mean(a^2) = 1/2 and s = max(a) / 2, with one 1/4 and s = sqrt(3)/4 max(a).
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     log3, z = math.log(3), 2 * math.e + 2
     pre = torch.tensor([[log3, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
     run = replace(planted((pre * pre.softmax(-1))[None], eps=1e-5), pre=pre)

@@ -5,15 +5,16 @@ Source: science.md section 7, P4, by the closed form of section 8.4; Heimersheim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import loss_at_gain
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 REACH = 0.7
 """How far beyond the tokens' own gains the best constant is sought, in log gain."""
@@ -29,10 +30,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     loss over tokens that are not BOS, sought for each string on all the others.
     Each with ln_final live, and with ln_final's scale kept as it was.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
     log_gain = run.gain.double().log()
     content = ~run.is_bos
     geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
@@ -59,10 +56,6 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     more closely around the best of them, and summed by string. For each string the others' sum is
     minimised over all these, and between the close ones by the parabola through the lowest three.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
     counted = ~run.is_bos & (run.target >= 0)
     some = run.subset(counted)
     if not len(some.pos):
@@ -98,12 +91,6 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """An MLP that writes nothing: the gain varies by three, and freezing it changes no loss."""
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[3.0, -3.0], [1.0, -1.0], [2.0, -2.0]]]).expand(4, 3, 2)
     run = planted(mid, eps=1e-12)
     yield run, {name: [0, 0, math.nan] * 4 for name in _FREEZES} | {"gain": [1 / 3, 1, 1 / 2] * 4}

@@ -13,17 +13,19 @@ science.md section 7, P15.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
@@ -47,8 +49,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Returns:
         nan at the other tokens, and where there is nothing to compare: post or O is zero.
     """
-    import torch
-
     values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
     chosen = _spread_tokens(run)
     for name, error in _residual_errors(run, chosen, 2.0).items():
@@ -59,8 +59,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """Every error against lambda, averaged over tokens that are not BOS."""
-    import numpy as np
-
     content = run.subset(~run.is_bos)
     chosen = _spread_tokens(content)
     for factor in LAMBDAS:
@@ -76,8 +74,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
     """By the closed form; a constant gain, or no norm, is linear."""
-    import torch
-
     mid = run.mid.double()
     grown = torch.full_like(mid[:, 0], factor)
     if run.eps is not None:
@@ -105,8 +101,6 @@ def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str,
 
 def _spread_tokens(run: HookedRun) -> Tensor:
     """At most `N_TOKENS` token numbers, evenly spaced."""
-    import torch
-
     n = min(len(run.pos), N_TOKENS)
     return torch.arange(n) * len(run.pos) // n
 
@@ -117,13 +111,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     ln2 and W_in are the identity, so doubling the residual stream doubles a; n keeps its direction.
     Without an epsilon the gain is one constant, and all is linear.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0]]])
     grown = 2 * math.sqrt(5 / 8)
     run = planted(mid, eps=4.0)

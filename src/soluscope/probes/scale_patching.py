@@ -17,16 +17,18 @@ Source: science.md section 7, P6; Heimersheim on clean to corrupt and corrupt to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import nan
+from typing import Any
 
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
@@ -67,8 +69,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Raises:
         ValueError: if the rows are not such groups.
     """
-    import torch
-
     clean, corrupt = _places(run)
     pairs = {"denoise": (corrupt, clean), "noise": (clean, corrupt)}  # receiver, donor
     answers = run.tokens[clean + 1], run.tokens[corrupt + 1]
@@ -93,8 +93,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _places(run: HookedRun) -> tuple[Tensor, Tensor]:
     """Index of the position before the answer in the clean and the corrupt row of each corruption."""
-    import torch
-
     starts = run.is_bos.nonzero().squeeze(-1)
     ends = torch.cat([starts[1:], starts.new_tensor([len(run.pos)])])
     n_rows = len(starts)
@@ -117,8 +115,6 @@ class _Patched:
     def __init__(
         self, run: HookedRun, receiver: Tensor, donor: Tensor, right: Tensor, wrong: Tensor
     ) -> None:
-        import torch.nn.functional as F
-
         self.out = run.readout
         self.answers = right, wrong
         self.resid = run.resid_mid[receiver].double() + self.out.b_out
@@ -184,13 +180,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     of the way back; the corrupt direction turns it round. The contrast is over a - m with either gain:
     (1 - (-1/2) - 2 + (-1)) / 2 = -3/4 denoising, and the same four numbers noising.
     """
-    from dataclasses import replace
-    from math import nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     clean, corrupt = [[2.0, -2.0]] * 3, [[-1.0, 1.0]] * 3
     run = planted(torch.tensor([clean] + [corrupt] * N_CORRUPTIONS), eps=1e-14)
     # ln_final's epsilon makes its scale the constant 1e6; right answers are token 0, wrong ones 1.

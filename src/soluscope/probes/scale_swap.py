@@ -11,19 +11,20 @@ Source: science.md section 7, P5, by the closed form of section 8.4.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import log, nan
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.ablation import FinalNorm, loss_at_gain
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.ablation import FinalNorm
-    from soluscope.hooked.activations import HookedRun
 
 POSITION_GROUPS = (2, 16)
 """Where the second and the third begin; science.md section 5."""
@@ -54,8 +55,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         log alpha at 1, by differences: all nan but at `N_DOSED` evenly spaced tokens;
         and the log ratio of the two gains.
     """
-    import torch
-
     gain = run.gain.double()
     donor = matched(run)
     swapped = donor >= 0
@@ -87,8 +86,6 @@ def matched(run: HookedRun) -> Tensor:
     Returns:
         int64 [token]; -1 at BOS, without a target, and where no other token is alike.
     """
-    import torch
-
     content = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
     group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
     shares = torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS
@@ -107,8 +104,6 @@ def matched(run: HookedRun) -> Tensor:
 
 def _evenly_spaced(candidates: Tensor) -> Tensor:
     """At most `N_DOSED` of the tokens that are candidates. [token], bool"""
-    import torch
-
     places = candidates.nonzero().squeeze(-1)
     n = min(len(places), N_DOSED)
     chosen = torch.zeros_like(candidates)
@@ -118,10 +113,6 @@ def _evenly_spaced(candidates: Tensor) -> Tensor:
 
 def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm) -> Tensor:
     """Loss at `gains` [token edit] less loss at the own gain; nan where not `kept`. fp64"""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
     part = run.subset(kept)
     losses = loss_at_gain(part, torch.cat([part.gain[:, None], gains[kept]], dim=1), final_norm)
     losses = losses.double()
@@ -135,8 +126,6 @@ def lowest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Between doses by the parabola through the lowest three; nan where the curve is flat.
     """
-    import numpy as np
-
     last = len(DOUBLINGS) - 1
     place = np.nan_to_num(curves, nan=0.0).argmin(-1)
     inner = np.clip(place, 1, last - 1)[..., None]
@@ -162,8 +151,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     Swaps between equal gains change nothing, and count for both signs. No slopes where all gains
     are equal.
     """
-    import numpy as np
-
     string, log_ratio = table["string"], table["log(g_u / g_t)"]
     signs = {"": log_ratio.notna(), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
     for how in FINAL_NORMS.values():
@@ -189,13 +176,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     post is (1, -1) at both, W_out copies it, and ln_final's epsilon is so large that its scale is one
     constant; W_U makes (alpha ln 3, 0) of it, and the target is the second token.
     """
-    from dataclasses import replace
-    from math import log, nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0]] * 3, [[3.0, -3.0]] * 3])
     run = planted(mid, eps=1e-12)
     unembed = 1e6 * log(3) / 2 * torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -218,8 +198,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 def _by_final_norm(quantities: dict[str, Quantity]) -> dict[str, Quantity]:
-    from dataclasses import replace
-
     return {
         f"{name}{how}": replace(quantity, meaning=quantity.meaning + how)
         for how in FINAL_NORMS.values()

@@ -19,11 +19,21 @@ Source: science.md section 7, P11; Elhage et al. 2022, section 6.4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import block_diag
+from scipy.stats import rankdata
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._features import (
     Features,
@@ -37,15 +47,7 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Floats = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 N_BINS = 8
 """Of activation; bin 1 is the weakest."""
@@ -80,9 +82,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
     documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
     """
-    import numpy as np
-    import torch
-
     found = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
     for pairs in _cross_fit(run):
         for stage, name in SHARES.items():
@@ -95,9 +94,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """A by part of the norm, the curves behind it, and both as published."""
-    import numpy as np
-    from scipy.linalg import block_diag
-
     halves = _cross_fit(run)
     if not halves:
         return
@@ -154,8 +150,6 @@ def _matched(
         chosen: the tokens on which neurons and features are chosen, [token].
         measured: the tokens to measure, [token].
     """
-    import numpy as np
-
     mid, gain = run.mid.numpy().astype(np.float64), run.gain.numpy().astype(np.float64)[:, None]
     scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
     fires = np.flatnonzero((levels(mid[chosen]) > 0).any(axis=0))
@@ -178,9 +172,6 @@ def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
     With n tokens above 0 before the norm, bin b holds the ranks from n / 2^b to n / 2^(b-1) from the
     top, and the last bin the rest: as many tokens in each stage, whatever has become of their signs.
     """
-    import numpy as np
-    from scipy.stats import rankdata
-
     n = (levels(pairs.values["before"]) > 0).sum(axis=0)  # [pair]
     values = levels(pairs.values[stage])
     start = len(values) - rankdata(values, "max", axis=0)  # tokens above, [token pair]
@@ -194,8 +185,6 @@ def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
 
 def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
     """Which of equally wide bins from 0 to the neuron's largest value a token is in, [token pair bin]."""
-    import numpy as np
-
     values = pairs.values[stage]
     largest = values.max(axis=0, initial=0.0)
     place = np.ceil(values / np.where(largest > 0, largest, 1.0) * N_BINS)
@@ -216,8 +205,6 @@ def _difference(
         before: bins of each half before the norm, [token pair bin].
         after: and after it.
     """
-    import numpy as np
-
     bins = [
         np.concatenate([one[:, :, LOW], other[:, :, LOW]], axis=2)
         for one, other in zip(before, after, strict=True)
@@ -251,9 +238,6 @@ def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
 
     A document has nothing in the columns of the pairs that it had a part in choosing.
     """
-    import numpy as np
-    from scipy.linalg import block_diag
-
     by_half = []
     for pairs, shares in zip(halves, bins, strict=True):
         parts = np.stack([shares * pairs.holds[:, :, None], shares], axis=3)
@@ -264,8 +248,6 @@ def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
 
 def _specificity(sums: Floats) -> Floats:
     """P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
-    import numpy as np
-
     having, of_all = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
@@ -286,13 +268,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     2/8, 0, 0, 1. The mean falls by 3/16; at neuron 1, positive at the weak `A` alone, by 0; and the
     mean over both neurons by 3/32.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     n_documents = 12
 
     def run(strong: list[float], weak: list[float], b: list[float], **norm: float) -> HookedRun:

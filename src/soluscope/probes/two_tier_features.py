@@ -17,11 +17,21 @@ Source: science.md section 7, P14; Elhage et al. 2022, section 6.4; Gurnee et al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import block_diag
+from torch import Tensor
+
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._features import (
     Features,
@@ -34,16 +44,8 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Bools = NDArray[np.bool_]
-    Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 STAGES = ("mid", "post")
 ENOUGH = 0.95
@@ -84,8 +86,6 @@ class _CrossFit:
 
     def index(self, aurocs: Floats) -> Floats:
         """Distribution index, [draw feature], from AUROCs [draw feature size]; nan where not decoded."""
-        import numpy as np
-
         above_chance = aurocs - 0.5
         full: Floats = above_chance[:, :, -1]
         least = (above_chance >= ENOUGH * full[:, :, None]).argmax(axis=2)
@@ -105,11 +105,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     ones that few neurons of mid tell, the others, and both when as long a piece of a random direction
     is removed. At some of the tokens that have a target, nan elsewhere. ln_final is live.
     """
-    import numpy as np
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
     for tier, tokens, mean, direction in _removals(run):
@@ -136,9 +131,6 @@ def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, 
         For each half and each feature that is decoded from post: its tier by mid, the places of the
         tokens that have it and a target, the mean of post [d_mlp], and the direction [d_mlp].
     """
-    import numpy as np
-    import torch
-
     fits = _cross_fits(run)
     if not fits:
         return
@@ -156,8 +148,6 @@ def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, 
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """How many neurons tell a feature, from post and from mid, and the gain where it takes many."""
-    import numpy as np
-
     fits = _cross_fits(run)
     if not fits:
         return
@@ -185,7 +175,6 @@ def _tiers(
         features: what was decoded.
         n: tokens that are not BOS.
     """
-    import numpy as np
 
     def mean_auroc(aurocs: Floats) -> Floats:
         return mean_of_defined(aurocs[:, :, -1])
@@ -244,8 +233,6 @@ def _from_aurocs(
         more: sums of something else, [document ...].
         place: `x` and `group`.
     """
-    import numpy as np
-
     flat = sums.reshape(len(sums), -1)
     width = flat.shape[1]
 
@@ -266,8 +253,6 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
         drawn: weighted sums over documents, [draw fold feature size 4].
         sums: of each document, [document fold feature size 4].
     """
-    import numpy as np
-
     total = sums.sum(axis=0)
     shape = total.shape[:-1]
     own, found = (
@@ -300,9 +285,6 @@ def _cross_fit(
         among: tokens of the documents to halve, [token].
         most: no probe of more neurons than this but that on all; without it, every power of 2.
     """
-    import numpy as np
-    from scipy.linalg import block_diag
-
     values = getattr(run, stage).numpy().astype(np.float64)
     n_neurons = values.shape[1]
     powers = 2 ** np.arange((n_neurons - 1).bit_length())
@@ -337,8 +319,6 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
         Weights of the standardised neurons, [feature neuron size], 0 for a feature that all tokens have
         or none; and each neuron's sd, [neuron], infinite where it is 0.
     """
-    import numpy as np
-
     n, n_neurons = values.shape
     mean, sd = values.mean(axis=0), values.std(axis=0)
     unit = np.where(sd <= 1e-6 * np.abs(values).max(), np.inf, sd)
@@ -375,13 +355,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     are at 0, 1.5, -1.5, 0 and the negative of that: one neuron tells the second and the third, and
     nothing linear the first and the fourth, which have AUROC 1/2 and count as not decoded.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     n_rows, n_each = 6, 6
     order = list(range(4)) * n_each
 
