@@ -146,7 +146,7 @@ def test_entry_point_holds_no_logic(script: str) -> None:
 
 MAY_IMPORT = {
     "variants": {"errors", "norms", "variants"},
-    "probes": {"errors", "comparison", "hooked", "probes"},
+    "probes": {"errors", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
     "report": {"errors", "files", "plugins", "results", "wandb_client", "probes", "report"},
 }

@@ -21,6 +21,7 @@ from soluscope.probes import (
     low_activation_impact,
 )
 from soluscope.probes._estimates import rank_correlation
+from soluscope.probes._tokens import every_nth
 
 PROBES = (
     "low_activation_impact", "diffuse_attribution", "exact_dla", "attribution_patching",
@@ -110,7 +111,7 @@ def test_contributions_and_what_was_there_before_add_up_to_the_targets_centred_l
 
 def test_tokens_spread_with_a_prime_stride_meet_every_position_of_a_row():
     run = observed("solu", 20)[2]
-    chosen = _attribution.spread_tokens(run, 7)
+    chosen = every_nth(run, 7)
     assert (run.target[chosen] >= 0).all()
     assert set(run.pos[chosen].tolist()) == set(range(1, 31))
 

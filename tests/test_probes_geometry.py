@@ -20,6 +20,7 @@ from soluscope.data import streams
 from soluscope.evaluation.summaries import estimates, token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import rotation, scale_causes
+from soluscope.probes._tokens import start_of_each_part
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
@@ -365,7 +366,7 @@ def test_a_linear_mlp_gives_the_closed_forms():
     run, M = linear_mlp()
     values = probe_named("rotation").measure(run, None)
     found = numbers("rotation", run)
-    chosen = rotation._spread_tokens(run)
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), rotation.N_TOKENS)
     assert chosen.tolist() == list(range(1, 30))
     resid = run.resid_mid[chosen]
     side = resid.roll(len(resid) // 2, 0)
@@ -611,7 +612,7 @@ def test_c1s_gain_adds_the_step_that_its_gates_comment_derives():
 
     run = control_run("smear_shared", "natural")
     values = probe_named("rotation").measure(run, None)
-    chosen = rotation._spread_tokens(run)
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), rotation.N_TOKENS)
     is_a = (run.tokens[chosen] >= 1) & (run.tokens[chosen] <= 32)
     a_to_a = chosen[is_a & is_a.roll(len(chosen) // 2)]
     theta = torch.linspace(0, math.pi / 2, 129, dtype=torch.float64)

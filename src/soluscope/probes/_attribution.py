@@ -64,24 +64,6 @@ def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any
     return replace(changed, loss=loss_at_post(changed, changed.post))
 
 
-def spread_tokens(run: HookedRun, every: int) -> Tensor:
-    """Every `every`-th token, of those that are not BOS and have a target: [t] row numbers.
-
-    With a prime that is not 2, rows whose width is a power of 2 are met at all their positions.
-    """
-    chosen = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
-    return chosen[::every]
-
-
-def scattered(
-    run: HookedRun, tokens: Tensor, values: Float[Tensor, " t"]
-) -> Float[Tensor, " token"]:
-    """One value a token from values at `tokens`: nan at all others."""
-    full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64)
-    full[tokens] = values.double().cpu()
-    return full
-
-
 def reading_one_neuron(run: HookedRun) -> HookedRun:
     """A planted run of two neurons whose first one writes x = post on logits of -x and x.
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
-from soluscope.probes._attribution import reading_one_neuron, scattered, spread_tokens
+from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio
+from soluscope.probes._tokens import every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -58,7 +59,7 @@ class Pairs:
 @lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) pairs that the probe's numbers come from."""
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     ablation = Ablation(run)
     gradient = ablation.gradient(tokens).double()
     bounds = ablation.bounds(tokens)
@@ -85,9 +86,8 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
     centring m and mean G are 0; with a constant gain dg/da_j is.
     """
     G = gradient * run.readout.gamma.double()
-    a, gain = run.mid[tokens].double(), run.gain[tokens, None].double()
+    a, gain = run.centred[tokens], run.gain[tokens, None].double()
     if run.centres:
-        a = a - a.mean(-1, keepdim=True)
         G = G - G.mean(-1, keepdim=True)
     detached = gain * G
     if run.eps is None:

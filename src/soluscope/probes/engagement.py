@@ -29,10 +29,8 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         post - beta, relative to its norm, with m 0 where the norm does not centre; nan where that
         norm is 0.
     """
-    mid = run.mid.double()
-    nothing = torch.full_like(mid[:, 0], torch.nan)
-    centred = mid - mid.mean(-1, keepdim=True) if run.centres else mid
-    variance = centred.square().mean(-1)
+    mid, centred, variance = run.mid.double(), run.centred, run.s2
+    nothing = torch.full_like(variance, torch.nan)
     pre = run.pre.double()
     return {
         "r": run.engagement,

@@ -27,9 +27,10 @@ from soluscope.comparison.stats import benjamini_hochberg, mean_p
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
-from soluscope.probes._attribution import scattered, spread_tokens, with_readout
+from soluscope.probes._attribution import with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
+from soluscope.probes._tokens import every_nth, scattered
 
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -58,7 +59,7 @@ class Effects:
 @lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def effects(run: HookedRun) -> Effects:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     live = Ablation(run)
     written = run.gain[tokens, None] * run.mid[tokens] * run.readout.gamma
     held = live.post(tokens, run.post[tokens] - written, tolerance=TOLERANCE).double()
@@ -79,8 +80,7 @@ def gain_elasticity(run: HookedRun) -> Tensor:
     a = run.mid.double()
     if run.eps is None:
         return torch.zeros_like(a)
-    about = a - a.mean(-1, keepdim=True) if run.centres else a
-    return (a * about).abs() * run.gain.double().square()[:, None] / a.shape[-1]
+    return (a * run.centred).abs() * run.gain.double().square()[:, None] / a.shape[-1]
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:

@@ -27,12 +27,11 @@ from soluscope.probes._attribution import (
     contributions,
     final_scale,
     resid_final,
-    scattered,
-    spread_tokens,
     target_direction,
     with_readout,
 )
 from soluscope.probes._estimates import correlation, ratio
+from soluscope.probes._tokens import every_nth, scattered
 
 EVERY = 7
 """Neurons' losses are computed at every 7th token that has a target."""
@@ -68,7 +67,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     loss = loss_at_post(run, run.post)  # run.loss is fp32, whatever the model
     loss_live = loss_at_post(run, nothing) - loss
     loss_frozen = loss_at_post(run, nothing, "frozen") - loss
-    some = spread_tokens(run, EVERY)
+    some = every_nth(run, EVERY)
     neurons_live, neurons_frozen = (each.post(some, tolerance=TOLERANCE) for each in (live, frozen))
     return {
         "MLP: DLA": mlp,

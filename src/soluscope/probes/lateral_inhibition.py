@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soluscope.hooked.ablation import FinalNorm, loss_at_post
+from soluscope.hooked.ablation import FINAL_NORMS, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Probe, Quantity
 
@@ -32,7 +32,6 @@ CELLS = {
     "Z and g const": "Z and the gain the same at all tokens: a pointwise unit",
 }
 INTERACTION = "Z x g interaction"
-FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
 
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
@@ -81,15 +80,10 @@ def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:
 
 def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
     """hook_post in each cell that exists, [token d_mlp]."""
-
-    def constant(log_values: Tensor) -> Tensor:
-        return log_values[~run.is_bos].mean()
-
     mids = {"": run.mid}
     if run.is_solu:
-        factor = (log_z - constant(log_z)).exp()[:, None]
+        factor = (log_z - log_z[~run.is_bos].mean()).exp()[:, None]
         mids["Z const"] = (run.mid.double() * factor).to(run.mid)
-    log_gain = constant(run.gain.double().log())
     posts = {}
     for cell, mid in mids.items():
         scale, post = (torch.ones_like(run.scale), mid)
@@ -100,7 +94,7 @@ def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
             posts[cell] = post
         if run.eps is not None:
             beta = run.readout.beta
-            again = (scale.double().log() + log_gain).exp().to(post)[:, None]
+            again = (scale.double().log() + run.mean_log_gain).exp().to(post)[:, None]
             posts["Z and g const" if cell else "g const"] = (post - beta) * again + beta
     return posts
 

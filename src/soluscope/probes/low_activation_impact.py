@@ -40,8 +40,9 @@ from soluscope.comparison.stats import benjamini_hochberg, mean_p
 from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
-from soluscope.probes._attribution import reading_one_neuron, scattered, spread_tokens
+from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
+from soluscope.probes._tokens import every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -85,12 +86,12 @@ class Pairs:
 @lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     mask = torch.zeros(run.pos.shape, dtype=torch.bool)
     mask[tokens] = True
     live = run.subset(mask)
     live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32, whatever the model
-    fixed = surrogate(live, static_gain(run))
+    fixed = surrogate(live, float(run.mean_log_gain.exp()))
     post_mean = disjoint_mean(run, "post")[tokens]
     every = torch.arange(len(tokens))
     ablation = Ablation(live)
@@ -105,11 +106,6 @@ def pairs(run: HookedRun) -> Pairs:
         in_token=_ranks(live.mid.abs(), -1),
         in_neuron=_ranks(live.mid.abs(), 0) / max(1, len(tokens)),
     )
-
-
-def static_gain(run: HookedRun) -> float:
-    """The geometric mean of the gain over tokens that are not BOS."""
-    return float(run.gain[~run.is_bos].double().log().mean().exp())
 
 
 def surrogate(run: HookedRun, gain: float) -> HookedRun:
@@ -153,9 +149,7 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
     shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
     order = shuffled.argsort(-1).argsort(-1).double()
     lowest = _lowest(found.in_token, share)
-    mid = found.live.mid.double()
-    mass = mid - (mid.mean(-1, keepdim=True) if found.live.centres else 0.0)
-    mass = mass.abs()  # |n| over the token's gain
+    mass = found.live.centred.abs()  # |n| over the token's gain
     allowed = (mass * lowest).sum(-1, keepdim=True)
     by_order = order.argsort(-1)
     running = mass.gather(-1, by_order).cumsum(-1)
@@ -207,7 +201,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     low = _lowest(found.in_token, LOWEST)
     D = found.zero - found.static
     half, most = set_effects(found, 0.5), set_effects(found, MOST)
-    above = found.live.gain.double() > static_gain(run)
+    above = found.live.gain.double() > float(run.mean_log_gain.exp())
     values = {
         "|dl|, all": found.zero.abs().mean(-1),
         "|dl|, lowest tenth": (found.zero.abs() * low).sum(-1) / low.sum(-1),

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soluscope.data.streams import evenly_spaced
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._features import (
@@ -127,8 +128,7 @@ def _values(run: HookedRun, stage: str) -> Floats:
 
 def _some(values: Floats) -> Floats:
     """At most MAX_NEURONS columns, evenly spaced."""
-    n = values.shape[1]
-    return values[:, np.linspace(0, n - 1, min(n, MAX_NEURONS)).astype(int)]
+    return values[:, evenly_spaced(values.shape[1], MAX_NEURONS)]
 
 
 def _rotation(n: int) -> Floats:

@@ -29,6 +29,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio
+from soluscope.probes._tokens import start_of_each_part
 
 N_TOKENS = 64
 """Tokens whose paths are followed, evenly spaced over those that are not BOS."""
@@ -70,7 +71,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan at all other tokens; where there is no second direction, since the other token's is the
         same; and, but for switches and turning, where O(0) is 0 or O stands still.
     """
-    chosen = _spread_tokens(run)
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
     values = {}
     for kind in KINDS:
         paths = _Paths(run, chosen, kind)
@@ -82,7 +83,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
-    chosen = _spread_tokens(run)
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
     string = run.string[chosen].numpy()
     for kind in KINDS:
         distance = _Paths(run, chosen, kind).distance
@@ -94,13 +95,6 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
                 string,
                 x=180 * step / N_STEPS,
             )
-
-
-def _spread_tokens(run: HookedRun) -> Tensor:
-    """At most `N_TOKENS` token numbers, evenly spaced over tokens that are not BOS."""
-    content = (~run.is_bos).nonzero().squeeze(-1)
-    n = min(len(content), N_TOKENS)
-    return content[torch.arange(n) * len(content) // n]
 
 
 class _Paths:

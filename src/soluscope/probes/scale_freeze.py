@@ -31,8 +31,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Each with ln_final live, and with ln_final's scale kept as it was.
     """
     log_gain = run.gain.double().log()
-    content = ~run.is_bos
-    geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
+    geomean = torch.full_like(log_gain, float(run.mean_log_gain))
     gains = torch.stack([log_gain, geomean, _best_constant(run, geomean)], dim=-1).exp()
     live, frozen = (
         loss_at_gain(run, gains.to(run.post.dtype), final_norm) for final_norm in ("live", "frozen")
@@ -56,20 +55,20 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     more closely around the best of them, and summed by string. For each string the others' sum is
     minimised over all these, and between the close ones by the parabola through the lowest three.
     """
-    counted = ~run.is_bos & (run.target >= 0)
-    some = run.subset(counted)
+    scored = run.scored
+    some = run.subset(scored)
     if not len(some.pos):
         return start
     _, owner = run.string.unique(return_inverse=True)
     centre = float(start[0])
-    spread = run.gain[counted].double().log() - centre
+    spread = some.gain.double().log() - centre
 
     def others(shifts: Tensor) -> Tensor:
         """Sum of losses on all other strings, [string shift]."""
         gains = (centre + shifts).exp().to(run.post.dtype).expand(len(some.pos), -1)
         losses = loss_at_gain(some, gains).double()  # [token shift]
         sums = losses.new_zeros(int(owner.max()) + 1, len(shifts))
-        sums.index_add_(0, owner[counted], losses)
+        sums.index_add_(0, owner[scored], losses)
         return sums.sum(0) - sums if len(sums) > 1 else sums
 
     far = torch.linspace(

@@ -26,6 +26,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio
+from soluscope.probes._tokens import start_of_each_part
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
@@ -50,7 +51,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan at the other tokens, and where there is nothing to compare: post or O is zero.
     """
     values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
-    chosen = _spread_tokens(run)
+    chosen = start_of_each_part(torch.arange(len(run.pos)), N_TOKENS)
     for name, error in _residual_errors(run, chosen, 2.0).items():
         column = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
         values[f"{name} at 2"] = column.index_copy(0, chosen, error)
@@ -60,7 +61,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
     """Every error against lambda, averaged over tokens that are not BOS."""
     content = run.subset(~run.is_bos)
-    chosen = _spread_tokens(content)
+    chosen = start_of_each_part(torch.arange(len(content.pos)), N_TOKENS)
     for factor in LAMBDAS:
         errors = [
             (_mid_errors(content, factor), content.string),
@@ -74,12 +75,10 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
     """By the closed form; a constant gain, or no norm, is linear."""
-    mid = run.mid.double()
-    grown = torch.full_like(mid[:, 0], factor)
+    s2 = run.s2
+    grown = torch.full_like(s2, factor)
     if run.eps is not None:
-        centre = mid.mean(-1, keepdim=True) if run.centres else 0.0
-        variance = (mid - centre).square().mean(-1)
-        grown = factor * ((variance + run.eps) / (factor**2 * variance + run.eps)).sqrt()
+        grown = factor * ((s2 + run.eps) / (factor**2 * s2 + run.eps)).sqrt()
     errors = (grown - 1).abs(), (grown / factor - 1).abs()
     return dict(zip(MID_ERRORS, errors, strict=True))
 
@@ -97,12 +96,6 @@ def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str,
         apart = before / size[:, None] - after / after.norm(dim=-1, keepdim=True)
         values[next(errors)] = apart.square().sum(-1) / 2
     return values
-
-
-def _spread_tokens(run: HookedRun) -> Tensor:
-    """At most `N_TOKENS` token numbers, evenly spaced."""
-    n = min(len(run.pos), N_TOKENS)
-    return torch.arange(n) * len(run.pos) // n
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings, ratio
@@ -45,8 +46,7 @@ COMPONENTS = {
     "mean": "mean over neurons alone, the gain staying as it was",
 }
 INTERACTION = "interaction"
-FROZEN = ", final norm frozen"
-FINAL_NORMS = {"live": "", "frozen": FROZEN}
+FROZEN = FINAL_NORMS["frozen"]
 DIFFERENCE = "m_clean - m_corrupt"
 
 
@@ -118,9 +118,8 @@ class _Patched:
         self.out = run.readout
         self.answers = right, wrong
         self.resid = run.resid_mid[receiver].double() + self.out.b_out
-        mid = run.mid.double()
+        mid, centred = run.mid.double(), run.centred
         mean = mid.mean(-1, keepdim=True) if run.centres else mid.new_zeros(len(mid), 1)
-        centred = mid - mean
         length = centred.norm(dim=-1, keepdim=True)
         direction = F.normalize(centred, dim=-1, eps=1e-30)  # activations may be 1e-7
         gain = run.gain.double()[:, None]
@@ -134,7 +133,7 @@ class _Patched:
             "mean": g[0] * (L[0] * u[0] + m[0] - m[1]),
         }
 
-    def m_of(self, part: str, final_norm: str = "live") -> Tensor:
+    def m_of(self, part: str, final_norm: FinalNorm = "live") -> Tensor:
         """logit[right] - logit[wrong] with this part of the donor's. [row]"""
         out, (right, wrong) = self.out, self.answers
         resid = self._resid(part)

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soluscope.hooked.ablation import FinalNorm, loss_at_gain
+from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
@@ -40,8 +40,6 @@ N_DOSED = 2048
 FLAT = 1e-6
 """Nats: a curve that moves by less is rounding, and has no lowest point."""
 
-FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
-
 
 def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """Change of each token's loss with another gain, in nats; nan at BOS and without a target.
@@ -59,7 +57,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     donor = matched(run)
     swapped = donor >= 0
     log_ratio = torch.where(swapped, (gain[donor] / gain).log(), torch.nan)
-    dosed = _evenly_spaced(~run.is_bos & (run.target >= 0))
+    dosed = _evenly_spaced(run.scored)
     doses = run.gain[:, None] * torch.tensor(DOSES, dtype=run.gain.dtype)
     step = (DOUBLINGS[1] - DOUBLINGS[0]) * torch.tensor(2.0).log()
     middle = DOSES.index(1.0)
@@ -86,17 +84,17 @@ def matched(run: HookedRun) -> Tensor:
     Returns:
         int64 [token]; -1 at BOS, without a target, and where no other token is alike.
     """
-    content = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
+    scored = run.scored.nonzero().squeeze(-1)
     group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
     shares = torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS
     surprisal = run.loss.double()
-    edges = surprisal[content].quantile(shares.double())
+    edges = surprisal[scored].quantile(shares.double())
     likeness = group * N_SURPRISAL_BINS + torch.bucketize(surprisal, edges)
     generator = torch.Generator().manual_seed(SEED)
-    content = content[torch.randperm(len(content), generator=generator)]
+    scored = scored[torch.randperm(len(scored), generator=generator)]
     donor = torch.full_like(run.pos, -1)
-    for kind in likeness[content].unique():
-        members = content[likeness[content] == kind]
+    for kind in likeness[scored].unique():
+        members = scored[likeness[scored] == kind]
         if len(members) > 1:
             donor[members] = members.roll(1)
     return donor
@@ -105,9 +103,10 @@ def matched(run: HookedRun) -> Tensor:
 def _evenly_spaced(candidates: Tensor) -> Tensor:
     """At most `N_DOSED` of the tokens that are candidates. [token], bool"""
     places = candidates.nonzero().squeeze(-1)
-    n = min(len(places), N_DOSED)
+    # `streams.evenly_spaced` rounds otherwise: for one in 150 lengths it dosed a few other tokens.
+    spaced = torch.linspace(0, len(places) - 1, min(len(places), N_DOSED), dtype=torch.float64)
     chosen = torch.zeros_like(candidates)
-    chosen[places[torch.linspace(0, len(places) - 1, n, dtype=torch.float64).long()]] = True
+    chosen[places[spaced.long()]] = True
     return chosen
 
 

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from scipy.linalg import block_diag
 from torch import Tensor
 
+from soluscope.data.streams import evenly_spaced
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
@@ -108,7 +109,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
     for tier, tokens, mean, direction in _removals(run):
-        some = np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_REMOVED)).astype(int)
+        some = evenly_spaced(len(tokens), MAX_REMOVED)
         chosen = torch.zeros(len(run.pos), dtype=torch.bool)
         chosen[tokens[some]] = True
         here = run.subset(chosen)
