@@ -34,7 +34,7 @@ from soluscope.data.cache import Split, TokenCache, open_cache, prepare
 from soluscope.errors import UserError
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.pretrained_run import RECORD, Record, load_again, make_run, read_record
-from soluscope.evaluation.summaries import parameters, summarise, token_table
+from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
@@ -236,9 +236,10 @@ def probe(
     base, defaults = _base_row(model.facts), EvalConfig()
     tables, figures = [], Figures()
     for name, one in chosen.items():
-        table = token_table(one, run)
+        measured = one.measure(run)
+        table = token_table(run, measured)
         row = replace(base, probe=name, stream="text")
-        rows = list(summarise(one, run, table, row, defaults.n_draws, defaults.seed))
+        rows = list(summarise(one, table, measured.estimates, row, defaults.n_draws, defaults.seed))
         figures.update(_draw(rows, one))
         long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
         tables.append(long.assign(probe=name))
@@ -430,14 +431,14 @@ def _probe_rows(
         except UserError as error:  # this corpus or tokenizer does not give the stream
             rows.append(_left_out(row, str(error)))
             continue
-        tables[stream] = token_table(one, run).assign(stream=stream)
-        rows += summarise(one, run, tables[stream], row, config.n_draws, config.seed)
+        measured = one.measure(run)
+        tables[stream] = token_table(run, measured).assign(stream=stream)
+        rows += summarise(one, tables[stream], measured.estimates, row, config.n_draws, config.seed)
+        if measured.neurons and stream == one.streams[0]:
+            columns = {key: values.numpy() for key, values in measured.neurons.items()}
+            _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
     if tables:
         _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
-    if one.neurons is not None and one.streams[0] in tables:
-        columns = one.neurons(observed(one.streams[0]), parameters(one))
-        neurons = pd.DataFrame({key: values.numpy() for key, values in columns.items()})
-        _write_parquet(folder / f"{name}-neurons.parquet", neurons)
     return rows or [_left_out(base, "this model has nothing of what it measures")]
 
 

@@ -1,10 +1,10 @@
-"""What a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
+"""Define what a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
 
-A probe turns one model's activations into values by token (`measure`), and where the answer is not
-an average over tokens (a correlation, a ratio, a curve over ranks), into sums by document and the
-number that follows from them (`estimate`). It never sees a variant's name or a config, and it does
-not average, resample, draw or save: evaluation/ makes the summaries, with their intervals, for all
-probes alike, and the report draws what `figures` asks for.
+A probe turns one model's activations into numbers (`measure`): values per token; estimates, which are
+numbers that are not averages over tokens (a correlation, a ratio, a curve over ranks), as sums over
+strings and the function of these sums; and, where it has any, values per neuron. It never sees a
+variant's name or a config, and it does not average, resample, draw or save: evaluation/ makes the
+summaries, with their intervals, for all probes alike, and the report draws what `figures` asks for.
 
 This file itself imports no torch, since a configuration is checked against the names in this folder.
 """
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -63,6 +62,18 @@ class Estimate:
     group: str = ""
     """Which curve, or which split."""
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The numbers of one probe on one run."""
+
+    tokens: dict[str, Tensor]
+    """By quantity, and by column that quantities are split by: one value per token, on the CPU in fp32
+    or fp64; nan where a token has none."""
+    estimates: tuple[Estimate, ...] = ()
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """Columns of a table with one row per neuron, saved beside the tokens' for whoever wants to look."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +141,7 @@ class Probe:
     reading: str
     """How to read the result: what smearing would look like, what its absence would."""
     pitfalls: str
-    measure: Callable[[HookedRun, Any], dict[str, Tensor]]
-    """Values by quantity, each [token], on the CPU in fp32 or fp64."""
+    measure: Callable[[HookedRun], Measured]
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Streams it is measured on, of those in data/streams.py."""
@@ -141,14 +151,8 @@ class Probe:
     """Positive and negative controls."""
     known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
     """Runs with planted activations and, by quantity, the value at each token, worked by hand."""
-    params: type = type(None)
-    estimate: Callable[[HookedRun, pd.DataFrame, Any], Iterator[Estimate]] | None = None
-    """From a run, the table of its tokens (string, pos, token and the measured columns) and the
-    parameters to the numbers that are not averages over tokens."""
     estimates: dict[str, Quantity] = field(default_factory=dict)
-    """What they are."""
-    neurons: Callable[[HookedRun, Any], dict[str, Tensor]] | None = None
-    """Columns of a table with one row a neuron, saved beside the tokens' for whoever wants to look."""
+    """The estimates that `measure` may give."""
     one_layer: bool = False
     """Exact, or meaningful, only where the model has one layer; left out by name for deeper ones,
     whose last layer all other probes read."""

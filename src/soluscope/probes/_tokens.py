@@ -1,9 +1,11 @@
-"""Which tokens a probe looks at, where it cannot look at all of them, and how values return to their places."""
+"""Which tokens a probe looks at, where it cannot look at all of them; columns of values per token."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun
@@ -21,6 +23,11 @@ def start_of_each_part(indices: Int[Tensor, " index"], n_parts: int) -> Int[Tens
     """Cut `indices` into at most `n_parts` parts of nearly one length, and return the first of each."""
     n = min(len(indices), n_parts)
     return indices[torch.arange(n) * len(indices) // n]
+
+
+def arrays(columns: dict[str, Tensor]) -> dict[str, NDArray[np.floating]]:
+    """Return the same columns as numpy arrays."""
+    return {name: values.numpy() for name, values in columns.items()}
 
 
 def scattered(

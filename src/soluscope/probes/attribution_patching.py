@@ -14,20 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio
-from soluscope.probes._tokens import every_nth, scattered
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -56,7 +54,6 @@ class Pairs:
     """By method."""
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) pairs that the probe's numbers come from."""
     tokens = every_nth(run, EVERY)
@@ -96,9 +93,18 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
     return detached + slope * (a * G).sum(-1, keepdim=True), detached
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Errors and effects summed over neurons, sign agreement and overlap; nan but at every `EVERY`-th token."""
+def measure(run: HookedRun) -> Measured:
+    """Return errors of attribution patching per token, and as shares of the exact effects."""
     at = pairs(run)
+    tokens = _errors(run, at)
+    return Measured(tokens, tuple(_estimates(run, at, tokens)))
+
+
+def _errors(run: HookedRun, at: Pairs) -> dict[str, Tensor]:
+    """Return errors and effects summed over neurons, sign agreement and overlap.
+
+    All are nan except at every `EVERY`-th token.
+    """
     values: dict[str, Tensor] = {
         "effect after the norm": at.exact["first order"].abs().sum(-1),
         "effect before the norm": at.exact["before the norm"].abs().sum(-1),
@@ -120,18 +126,17 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: scattered(run, at.tokens, column) for name, column in values.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, at: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
-    at = pairs(run)
     if not len(at.tokens):
         return
-    string = table["string"]
+    string, columns = run.string.numpy(), arrays(tokens)
     here = run.string[at.tokens].numpy()
     owner = np.repeat(here, run.mid.shape[1])
     for name, found in at.found.items():
         effect = "effect after the norm" if name in OF_POST else "effect before the norm"
         exact = at.exact[name].numpy()
-        yield ratio(f"NMAE: {name}", table[f"error: {name}"], table[effect], string)
+        yield ratio(f"NMAE: {name}", columns[f"error: {name}"], columns[effect], string)
         yield correlation(f"Pearson: {name}", found.numpy().ravel(), exact.ravel(), owner)
         size, error = np.abs(exact), np.abs(found.numpy() - exact)
         edges = np.quantile(size, np.linspace(0, 1, N_BINS + 1)[1:-1])
@@ -144,7 +149,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
             )  # fmt: skip
     yield ratio(
         "share of detaching the gain",
-        table["error of detaching the gain"], table["effect before the norm"], string,
+        columns["error of detaching the gain"], columns["effect before the norm"], string,
     )  # fmt: skip
 
 
@@ -224,7 +229,6 @@ PROBE = Probe(
     tested="share of detaching the gain",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "effect after the norm": Quantity("nats", f"sum over neurons of |change|, post_j set to 0, {_AT}"),
         "effect before the norm": Quantity("nats", f"sum over neurons of |change|, mid_j set to 0, {_AT}"),

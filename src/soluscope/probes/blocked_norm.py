@@ -22,7 +22,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import disjoint_mean, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Probe, Quantity
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 N_BLOCKS = (4, 8)
 COLUMNS = {
@@ -35,7 +35,7 @@ COLUMNS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Spread of the blocks' gains, and the change of each token's loss under them.
 
     The constants that match a block's rms are taken over all strings but the token's own, without
@@ -53,7 +53,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         columns = _columns(run, n_blocks) if possible else [nothing] * len(COLUMNS)
         named = [f"{name}, {n_blocks} blocks" for name in COLUMNS]
         values |= dict(zip(named, columns, strict=True))
-    return values
+    return Measured(values)
 
 
 def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import disjoint_mean, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Probe, Quantity
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CHANGES = {
     "mean left in": "loss with gamma g a + beta', the gain as it is, less loss as it is",
@@ -33,7 +33,7 @@ CHANGES = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Change of each token's loss without centring, and how far the mean is from mattering.
 
     beta' is beta plus the mean of what the edit took away, over all strings but the token's own, as
@@ -59,7 +59,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "mean share": mean.squeeze(-1).square() / mid.square().mean(-1),
     }
     if not run.centres:
-        return values
+        return Measured(values)
     gain = run.gain.double()[:, None]
     values["mean left in"] = _change(run, gain * mid * gamma)
     if run.eps is not None:
@@ -67,7 +67,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         values["RMS"] = _change(run, rms * mid * gamma)
         matched = rms * _mean_of_others(run, (gain / rms).log()).exp()
         values["RMS, gain matched"] = _change(run, matched * mid * gamma)
-    return values
+    return Measured(values)
 
 
 def _change(run: HookedRun, scaled: Tensor) -> Tensor:

@@ -22,14 +22,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import (
     contributions,
     final_scale,
@@ -38,6 +37,10 @@ from soluscope.probes._attribution import (
     with_readout,
 )
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
+from soluscope.probes._tokens import arrays
+
+Columns = dict[str, NDArray[np.floating]]
+"""The measured values by quantity, each [token]."""
 
 HIGH_DLA = 1.0
 """Logits; above it the MLP's attribution counts as high."""
@@ -61,8 +64,14 @@ MIN_STRINGS = 20
 """A type seen in fewer documents is not shown in the corrected figure."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Attribution, its concentration, ablation loss and both scores, one value a token.
+def measure(run: HookedRun) -> Measured:
+    """Return attribution and scores per token, and what goes with the gain."""
+    tokens = _scores(run)
+    return Measured(tokens, tuple(_estimates(run, arrays(tokens))))
+
+
+def _scores(run: HookedRun) -> dict[str, Tensor]:
+    """Return attribution, its concentration, ablation loss and both scores, one value a token.
 
     Returns:
         nan where there is no target, but for the published score, which is 0 there (removing a
@@ -102,33 +111,33 @@ def _score(removed: Tensor, neurons: Tensor) -> Tensor:
     return (removed * neurons).where(~(removed.abs() <= FELT), 0.0)
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """What goes with the gain, and Figure 6; BOS is left out of all that is not "as published"."""
-    gain, content = run.gain.double().numpy(), table["pos"].to_numpy() > 0
-    if not table["score"][content].notna().any():
+    gain, string, content = run.gain.double().numpy(), run.string.numpy(), ~run.is_bos.numpy()
+    scores = columns["score"][content]
+    scores = scores[~np.isnan(scores)]
+    if not len(scores):
         return
-    if np.log(gain[content]).std() > FLAT and table["score"][content].nunique() > 1:
-        yield from _against_gain(run, table, np.log(gain))
-    yield from _circular(run, table[content])
+    if np.log(gain[content]).std() > FLAT and len(np.unique(scores)) > 1:
+        yield from _against_gain(run, columns["score"], np.log(gain))
+    yield from _circular(run, columns)
     for name, rows in (("score", content), ("score (as published)", content | True)):
-        words, here = name.removeprefix("score"), table[rows]
-        score = here[name].to_numpy()
+        words, score = name.removeprefix("score"), columns[name][rows]
         top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
         if np.nanmean(top) <= 2 * TOP:  # more are ties: of one score all tokens are the top
             yield _top_over_all(
-                f"gain at top positions over all{words}", gain[rows], top, here["string"].to_numpy()
+                f"gain at top positions over all{words}", gain[rows], top, string[rows]
             )
-    yield from _by_type(table, run)
-    yield from _by_k(table[content])
+    yield from _by_type(run, columns["MLP DLA"])
+    yield from _by_k(run, columns)
 
 
 def _against_gain(
-    run: HookedRun, table: pd.DataFrame, log_gain: NDArray[np.float64]
+    run: HookedRun, score: NDArray[np.floating], log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
     """Rank correlations of the score and of its null with log gain."""
-    content = table["pos"].to_numpy() > 0
-    here = table[content]
-    string = here["string"]
+    content = ~run.is_bos.numpy()
+    string = run.string.numpy()[content]
     _, code, counts = np.unique(run.tokens.numpy(), return_inverse=True, return_counts=True)
     given = [
         column[content]
@@ -140,24 +149,25 @@ def _against_gain(
         )
     ]
     log_gain = log_gain[content]
-    found = rank_correlation(PARTIAL, here["score"], log_gain, string, given)
+    found = rank_correlation(PARTIAL, score[content], log_gain, string, given)
     nulls = [
-        rank_correlation(PARTIAL, score[content], log_gain, string, given)
-        for score in _null_scores(run)
+        rank_correlation(PARTIAL, null[content], log_gain, string, given)
+        for null in _null_scores(run)
     ]
     yield found
     yield _weighted(f"{PARTIAL}, W_out permuted", nulls, [1 / N_DEALS] * N_DEALS)
     yield _weighted(f"{PARTIAL}, less permuted", [found, *nulls], [1.0, *[-1 / N_DEALS] * N_DEALS])
 
 
-def _circular(run: HookedRun, here: pd.DataFrame) -> Iterator[Estimate]:
+def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """The published score's rank correlation with 1/s, s the standard deviation of the token's a."""
-    s = run.mid.double().std(dim=-1, correction=0).numpy()[here.index]
+    content = ~run.is_bos.numpy()
+    s = run.mid.double().std(dim=-1, correction=0).numpy()[content]
     if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
         for name in ("inverse outlier score", "score"):
-            values = here[f"{name} (as published)"]
+            values = columns[f"{name} (as published)"][content]
             yield rank_correlation(
-                f"{name} (as published) against 1/s", values, 1 / s, here["string"]
+                f"{name} (as published) against 1/s", values, 1 / s, run.string.numpy()[content]
             )
 
 
@@ -221,33 +231,35 @@ def _top_over_all(
     return Estimate(quantity, sums, value, n)
 
 
-def _by_type(table: pd.DataFrame, run: HookedRun) -> Iterator[Estimate]:
+def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
     """Figure 6: mean DLA of the commonest token types; as published BOS is one, and rare ones are."""
-    with_target = table[table["MLP DLA"].notna()]
+    with_target = ~np.isnan(dla)
     for name in ("MLP DLA by token", "MLP DLA by token (as published)"):
         published = name.endswith("(as published)")
-        rows = with_target if published else with_target[with_target["pos"] > 0]
-        types = rows.groupby("token")["string"].agg(["size", "nunique"])
+        rows = with_target if published else with_target & ~run.is_bos.numpy()
+        tokens, string = run.tokens.numpy()[rows], run.string.numpy()[rows]
+        types, counts = np.unique(tokens, return_counts=True)
         if not published:
-            types = types[types["nunique"] >= MIN_STRINGS]
-        types = types.reset_index().sort_values(["size", "token"], ascending=[False, True])
-        for rank, token in enumerate(types["token"][:N_TYPES], start=1):
-            mine = (rows["token"] == token).to_numpy()
+            n_strings = np.unique(np.unique([tokens, string], axis=1)[0], return_counts=True)[1]
+            types, counts = types[n_strings >= MIN_STRINGS], counts[n_strings >= MIN_STRINGS]
+        for rank, token in enumerate(types[np.argsort(-counts, kind="stable")][:N_TYPES], start=1):
+            own = tokens == token
             yield ratio(
-                name, rows["MLP DLA"][mine], mine[mine], rows["string"][mine], x=float(rank),
+                name, dla[rows][own], own[own], string[own], x=float(rank),
                 note=run.vocab[int(token)] if run.vocab else str(token),
             )  # fmt: skip
 
 
-def _by_k(table: pd.DataFrame) -> Iterator[Estimate]:
+def _by_k(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """Mean DLA by tenth of K_dla, each at its own mean K: is what many neurons share small?"""
-    rows = table[table["K_dla"].notna()].sort_values("K_dla", kind="stable")
-    for part in np.array_split(np.arange(len(rows)), N_BINS):
-        tenth = rows.iloc[part]
+    k, dla, string = columns["K_dla"], columns["MLP DLA"], run.string.numpy()
+    rows = np.flatnonzero(~run.is_bos.numpy() & ~np.isnan(k))
+    rows = rows[np.argsort(k[rows], kind="stable")]
+    for tenth in np.array_split(rows, N_BINS):
         if len(tenth):
             yield ratio(
-                "MLP DLA by K_dla", tenth["MLP DLA"], np.ones(len(tenth)), tenth["string"],
-                x=float(tenth["K_dla"].mean()),
+                "MLP DLA by K_dla", dla[tenth], np.ones(len(tenth)), string[tenth],
+                x=float(k[tenth].mean()),
             )  # fmt: skip
 
 
@@ -331,7 +343,6 @@ PROBE = Probe(
     shuffle="scale",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "MLP DLA": Quantity(
             "logits", "the MLP's direct attribution to the target's centred logit",

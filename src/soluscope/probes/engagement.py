@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Probe, Quantity
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Engagement and what it depends on, one value a token.
 
     Returns:
@@ -32,18 +32,20 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     mid, centred, variance = run.mid.double(), run.centred, run.s2
     nothing = torch.full_like(variance, torch.nan)
     pre = run.pre.double()
-    return {
-        "r": run.engagement,
-        "gain": run.gain.double(),
-        "kappa": nothing
-        if run.eps is None
-        else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
-        "vq": variance * mid.shape[-1] ** 2,
-        "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
-        "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
-        "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
-        "residual": _residual(run, centred),
-    }
+    return Measured(
+        {
+            "r": run.engagement,
+            "gain": run.gain.double(),
+            "kappa": nothing
+            if run.eps is None
+            else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
+            "vq": variance * mid.shape[-1] ** 2,
+            "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
+            "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
+            "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
+            "residual": _residual(run, centred),
+        }
+    )
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:

@@ -14,11 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,11 +24,11 @@ from torch import Tensor
 from soluscope.comparison.stats import benjamini_hochberg, mean_p
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
-from soluscope.probes._tokens import every_nth, scattered
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -56,7 +54,6 @@ class Effects:
     """Change of loss with mid_tj at 0, the mid norm live (8.5), less `loss`."""
 
 
-@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def effects(run: HookedRun) -> Effects:
     """All (token, neuron) ablations that the probe's numbers come from."""
     tokens = every_nth(run, EVERY)
@@ -83,9 +80,18 @@ def gain_elasticity(run: HookedRun) -> Tensor:
     return (a * run.centred).abs() * run.gain.double().square()[:, None] / a.shape[-1]
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Means over neurons of the sizes of their effects; nan but at every `EVERY`-th token, save the gain's."""
-    at = effects(run)
+def measure(run: HookedRun) -> Measured:
+    """Return effects through the norms' scales: per token, of the largest neurons, and per neuron."""
+    at, facts = effects(run), weights(run)
+    tokens = _sizes(run, at)
+    return Measured(tokens, tuple(_estimates(run, at, facts, tokens)), _by_neuron(run, at, facts))
+
+
+def _sizes(run: HookedRun, at: Effects) -> dict[str, Tensor]:
+    """Return means over neurons of the sizes of their effects.
+
+    All but the effect on the gain are nan except at every `EVERY`-th token.
+    """
     through = (at.total - at.direct).abs()
     values = {
         "entropy: total effect": at.total.abs().mean(-1),
@@ -98,11 +104,13 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return columns | {"log gain moved": gain_elasticity(run).mean(-1)}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(
+    run: HookedRun, at: Effects, facts: dict[str, Tensor], tokens: dict[str, Tensor]
+) -> Iterator[Estimate]:
     """The largest neuron's means, how many neurons are discovered, and shares; facts of the weights."""
-    at = effects(run)
     if not len(at.tokens):
         return
+    columns = arrays(tokens)
     string = run.string[at.tokens].numpy()
     through = (at.total - at.direct).numpy()
     yield _of_the_largest("largest mean TE - DE", through, at.tokens.numpy(), run)
@@ -117,10 +125,10 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
         ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
         ("loss effect through the mid norm", "loss: through the mid norm", "loss: mid norm held"),
     ):
-        part, rest = table[through_norm], table[otherwise]
-        yield ratio(f"share of {name}", part, part + rest, table["string"])
+        part, rest = columns[through_norm], columns[otherwise]
+        yield ratio(f"share of {name}", part, part + rest, run.string.numpy())
     for name, column in _WEIGHTS.items():
-        values = column(weights(run))
+        values = column(facts)
         if values.isfinite().any():
             yield _fact(name, values[values.isfinite()].max().item(), len(values))
 
@@ -273,13 +281,12 @@ _WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 }
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Facts of the weights, mean effects, and the adjusted p of acting through ln_final more than directly."""
-    at = effects(run)
+def _by_neuron(run: HookedRun, at: Effects, facts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return facts of the weights, mean effects, and the adjusted p of |TE - DE| - |DE|."""
     excess, string = _excess(at), run.string[at.tokens].numpy()
     content = ~run.is_bos
     return {
-        **weights(run),
+        **facts,
         "TE": at.total.mean(0),
         "DE": at.direct.mean(0),
         "TE - DE": (at.total - at.direct).mean(0),
@@ -393,8 +400,6 @@ PROBE = Probe(
     tested="mean TE - DE",
     measure=measure,
     known=known,
-    estimate=estimate,
-    neurons=neurons,
     quantities={
         "entropy: total effect": Quantity("nats", f"|change of entropy| at post_j = 0, ln_final live, {_AT}"),
         "entropy: direct effect": Quantity("nats", f"the same with ln_final's scale frozen, {_AT}"),

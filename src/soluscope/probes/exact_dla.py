@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from soluscope.hooked.ablation import Ablation, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import (
     contributions,
     final_scale,
@@ -31,7 +30,7 @@ from soluscope.probes._attribution import (
     with_readout,
 )
 from soluscope.probes._estimates import correlation, ratio
-from soluscope.probes._tokens import every_nth, scattered
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """Neurons' losses are computed at every 7th token that has a target."""
@@ -43,8 +42,14 @@ PARTS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Attribution, true effect and the difference of the two, one value a token; nan without a target.
+def measure(run: HookedRun) -> Measured:
+    """Return attribution, true effect and error per token, and the errors as shares of the effects."""
+    tokens = _errors(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _errors(run: HookedRun) -> dict[str, Tensor]:
+    """Return attribution, true effect and the difference of the two, one value a token; nan without a target.
 
     Logits are centred over the vocabulary. Losses are the change on removal (post set to 0): with
     ln_final's scale frozen, which is what the attributed logits imply, and with it live.
@@ -85,17 +90,18 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     }
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Normalised mean absolute errors, and how DLA and effect go together, without BOS."""
-    table = table[table["pos"] > 0]
-    string = table["string"]
+    content = ~run.is_bos.numpy()
+    columns = {name: values[content] for name, values in arrays(tokens).items()}
+    string = run.string.numpy()[content]
     for part in PARTS:
-        yield ratio(f"NMAE: {part}", table[f"{part}: error"], table[f"{part}: effect"], string)
-        error, effect = table[f"{part}: error in loss"], table[f"{part}: effect on loss"]
+        yield ratio(f"NMAE: {part}", columns[f"{part}: error"], columns[f"{part}: effect"], string)
+        error, effect = columns[f"{part}: error in loss"], columns[f"{part}: effect on loss"]
         yield ratio(f"NMAE in loss: {part}", error, effect, string)
     yield correlation(
         "correlation of DLA and direct effect: MLP",
-        table["MLP: DLA"], table["MLP: direct effect"], string,
+        columns["MLP: DLA"], columns["MLP: direct effect"], string,
     )  # fmt: skip
 
 
@@ -187,7 +193,6 @@ PROBE = Probe(
             )
         },
     },
-    estimate=estimate,
     estimates={
         **{
             f"{what}: {part}": Quantity(

@@ -14,15 +14,15 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.comparison.stats import fit_aicc
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings
+from soluscope.probes._tokens import arrays
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -32,8 +32,14 @@ AGGREGATIONS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """At each token, the value that a prompt ending there has in each aggregation; nan at BOS.
+def measure(run: HookedRun) -> Measured:
+    """Return the gain of every prefix in each aggregation, and how each string's curves grow."""
+    tokens = _curves(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _curves(run: HookedRun) -> dict[str, Tensor]:
+    """Return at each token the value that a prompt ending there has in each aggregation; nan at BOS.
 
     Attention is causal, so the prompt's prefixes need no runs of their own.
     """
@@ -55,34 +61,44 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
-    """Mean over strings of what `fits` gives for each."""
-    rows = [fits(string) for _, string in table.groupby("string")]
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+    """Average over strings what `fits` returns for each."""
+    string, pos, columns = run.string.numpy(), run.pos.numpy(), arrays(tokens)
+    by_string = np.argsort(string, kind="stable")
+    ends = np.flatnonzero(np.diff(string[by_string])) + 1
+    rows = [
+        fits(pos[own], {name: values[own] for name, values in columns.items()})
+        for own in np.split(by_string, ends)
+    ]
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
         if not np.isnan(values).all():
             yield mean_over_strings(name, values)
 
 
-def fits(string: pd.DataFrame) -> dict[str, float]:
-    """Which curve a string's values follow: a + b / n or a + b log n, by corrected AIC.
+def fits(pos: NDArray[np.int64], columns: dict[str, NDArray[np.floating]]) -> dict[str, float]:
+    """Fit a + b / n and a + b log n to one string's values, and compare them by corrected AIC.
+
+    Args:
+        pos: position of each of the string's tokens.
+        columns: by aggregation, the value at each of these tokens.
 
     Returns:
         For each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits better), nan
         where the gain does not vary; and sd of log gain over the string.
     """
-    string = string[string["pos"] >= 1]
-    n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
-    spread = float(np.log(string["last token"]).std(ddof=0))
+    content = pos >= 1
+    n = pos[content].astype(float) + 1  # tokens that are averaged over, BOS among them
+    spread = float(np.log(columns["last token"][content]).std())
     row = {"sd of log gain": spread if spread > 1e-12 else 0.0}  # less is rounding
     for name in AGGREGATIONS:
-        y = string[name].to_numpy(float)
+        y = columns[name][content]
         flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
         row[f"AICc(log) - AICc(1/n): {name}"] = np.nan if flat else _preference(n, y)
     return row
 
 
-def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+def _preference(n: NDArray[np.float64], y: NDArray[np.floating]) -> float:
     fit = fit_aicc(n, y)
     return fit["a + b log n"].aicc - fit["a + b/n"].aicc
 
@@ -127,7 +143,6 @@ PROBE = Probe(
         for name, meaning in AGGREGATIONS.items()
     },
     streams=("prefixes", "sentences", "repeated", "random"),
-    estimate=estimate,
     estimates={
         "sd of log gain": Quantity(
             "log gain",

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import FINAL_NORMS, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Probe, Quantity
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CELLS = {
     "Z const": "Z the same at all tokens and a live gain",
@@ -34,7 +34,7 @@ CELLS = {
 INTERACTION = "Z x g interaction"
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """How strongly neurons are coupled, and what each coupling is worth in nats. One value a token.
 
     The constants are geometric means over tokens that are not BOS, the token's own among them, as for
@@ -68,7 +68,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         z, g, both = (change.get(cell, nothing) for cell in CELLS)
         change |= {INTERACTION: both - z - g}
         columns |= {f"{name}{how}": change.get(name, nothing) for name in (*CELLS, INTERACTION)}
-    return columns
+    return Measured(columns)
 
 
 def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:

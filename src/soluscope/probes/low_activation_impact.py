@@ -27,11 +27,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -39,10 +37,10 @@ from torch import Tensor
 from soluscope.comparison.stats import benjamini_hochberg, mean_p
 from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-from soluscope.probes._tokens import every_nth, scattered
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -83,7 +81,6 @@ class Pairs:
     """Rank of |a_tj| among the neuron's values at these tokens, as a share from 0 to below 1."""
 
 
-@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) ablations that the probe's numbers come from."""
     tokens = every_nth(run, EVERY)
@@ -191,13 +188,19 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     return effects
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Effects of single neurons and of the lowest together, and how these differ from the surrogate's.
+def measure(run: HookedRun) -> Measured:
+    """Return effects of single neurons and of the lowest together: per token, by rank, and per neuron."""
+    found = pairs(run)
+    tokens = _effects(run, found)
+    return Measured(tokens, tuple(_estimates(run, found, tokens)), _by_neuron(run, found))
+
+
+def _effects(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+    """Return effects of single neurons and of the lowest together, and how these differ from the surrogate's.
 
     Returns:
         nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
     """
-    found = pairs(run)
     low = _lowest(found.in_token, LOWEST)
     D = found.zero - found.static
     half, most = set_effects(found, 0.5), set_effects(found, MOST)
@@ -220,15 +223,14 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return columns | {"gain": run.gain}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, found: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Lifts, curves over ranks and over sets, and the published figures."""
-    found = pairs(run)
     if not len(found.tokens):
         return
     string = run.string[found.tokens].numpy()
     yield from _lifts(found, string)
     yield from _deciles(found, string)
-    yield from _residual(run, table)
+    yield from _residual(run, tokens)
     for share in SHARES:
         for name, effect in set_effects(found, share).items():
             values = effect.numpy()
@@ -320,15 +322,15 @@ def _quantile(
     return Estimate(quantity, sums, value, len(values), x=x)
 
 
-def _residual(run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
+def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """How large D is against the effects, and whether it goes with the gain."""
     n_neurons = run.mid.shape[1]
-    string = table["string"]
-    yield ratio("|D| over |dl|", table["|D|"], table["|dl|, all"] * n_neurons, string)
+    string, columns = run.string.numpy(), arrays(tokens)
+    yield ratio("|D| over |dl|", columns["|D|"], columns["|dl|, all"] * n_neurons, string)
     log_gain = run.gain.double().log().numpy()
-    if np.ptp(log_gain[table["D"].notna()]) > FLAT:
-        yield correlation("correlation of D and log gain", log_gain, table["D"], string)
-        yield slope("slope of D on log gain", log_gain, table["D"], string)
+    if np.ptp(log_gain[~np.isnan(columns["D"])]) > FLAT:
+        yield correlation("correlation of D and log gain", log_gain, columns["D"], string)
+        yield slope("slope of D on log gain", log_gain, columns["D"], string)
 
 
 def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
@@ -358,13 +360,12 @@ def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
     return ranks
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """For each neuron: its mean |dl| and mean D, and the chance of such a mean D where there is none.
+def _by_neuron(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+    """Return for each neuron its mean |dl| and mean D, and the chance of such a mean D where there is none.
 
     The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
     at most a share q of the neurons is there by chance.
     """
-    found = pairs(run)
     D = found.zero - found.static
     string = run.string[found.tokens].numpy()
     sums, _ = sums_by_string([*D.T.numpy(), D[:, 0].numpy() * 0 + 1], string)
@@ -485,8 +486,6 @@ PROBE = Probe(
     tested=f"{REMOVED}, D",
     measure=measure,
     known=known,
-    estimate=estimate,
-    neurons=neurons,
     quantities={
         "|dl|, all": Quantity("nats / neuron", f"size of a neuron's effect, mean over all neurons, {_AT}"),
         "|dl|, lowest tenth": Quantity(

@@ -16,14 +16,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.data.streams import evenly_spaced
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     first_half,
     mean_of_defined,
@@ -42,8 +41,16 @@ SEED = 0
 """Of the rotation and of the Gaussian pre-activations."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """How many neurons carry each token, in three counts that need not agree.
+def measure(run: HookedRun) -> Measured:
+    """Return how many neurons carry each token, and the shape of the neurons' distributions."""
+    content = run.subset(~run.is_bos)
+    values = {stage: _values(content, stage) for stage in STAGES}
+    estimates = tuple(_estimates(content, values))
+    return Measured(_counts(run), estimates, _by_neuron(content, values))
+
+
+def _counts(run: HookedRun) -> dict[str, Tensor]:
+    """Return how many neurons carry each token, in three counts that need not agree.
 
     Returns:
         By stage: participation ratio, (sum a^2)^2 / sum a^4; K_eff, |a|^2 / max(a)^2; and the share
@@ -61,11 +68,9 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return found
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(content: HookedRun, values: dict[str, Floats]) -> Iterator[Estimate]:
     """Averages over neurons, BOS left out; neurons that never vary have no shape and are left out."""
-    content = run.subset(~run.is_bos)
     string, n = content.string.numpy(), len(content.pos)
-    values = {stage: _values(content, stage) for stage in STAGES}
     for stage in STAGES:
         sums = _information_sums(content, _some(values[stage]))
         # A mean: the median of shares that are nothing but noise lies below 0.
@@ -76,7 +81,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
             yield _median_moment(f"{name}: {stage}", powers[stage], moment, n)
         sums = _density_sums(_some(values[stage]), string)
         yield Estimate(f"density: {stage}", sums, lambda sums: median_of_defined(_density(sums)), n)
-    rotation = _rotation(run.mid.shape[1])
+    rotation = _rotation(content.mid.shape[1])
     for stage in STAGES:
         rotated = _power_sums(_some(values[stage] @ rotation), string)
         yield _less(f"privileged basis: {stage}", powers[stage], rotated, n, paired=False)
@@ -104,19 +109,17 @@ def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Es
     return Estimate(quantity, np.concatenate([one, other], axis=1), value, n)
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """One row a neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
-    content = run.subset(~run.is_bos)
+def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tensor]:
+    """Return one row per neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
     string = content.string.numpy()
     found: dict[str, Floats] = {}
-    for stage in STAGES:
-        values = _values(content, stage)
-        total = _power_sums(values, string).sum(axis=0)
+    for stage, own in values.items():
+        total = _power_sums(own, string).sum(axis=0)
         found[f"skewness: {stage}"] = _skewness(total[None], total)[0]
         found[f"excess kurtosis: {stage}"] = _kurtosis(total[None], total)[0]
-        density = _density_sums(values, string).sum(axis=0, keepdims=True)
+        density = _density_sums(own, string).sum(axis=0, keepdims=True)
         found[f"density: {stage}"] = _density(density)[0]
-        information = _information_sums(content, values).sum(axis=0, keepdims=True)
+        information = _information_sums(content, own).sum(axis=0, keepdims=True)
         found[f"token information: {stage}"] = _information(information)[0]
     return {name: torch.from_numpy(column) for name, column in found.items()}
 
@@ -323,7 +326,6 @@ PROBE = Probe(
         **_of_stages("share", "active neurons", "above a tenth of the token's largest |a|"),
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **_of_stages(
             "share of variance", "token information", "what the token's identity explains"
@@ -339,7 +341,6 @@ PROBE = Probe(
             "sd^4", "what the norm does to the median neuron's tails", more_smeared_when="lower"
         ),
     },
-    neurons=neurons,
     figures=(
         Figure(
             "Kurtosis of the median neuron, less that of a rotated basis",

@@ -22,14 +22,14 @@ from math import nan, pi, sin, sqrt
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
-from soluscope.probes._tokens import start_of_each_part
+from soluscope.probes._tokens import scattered, start_of_each_part
 
 N_TOKENS = 64
 """Tokens whose paths are followed, evenly spaced over those that are not BOS."""
@@ -64,34 +64,32 @@ STATISTICS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Shape of the path of O = post W_out from `N_TOKENS` tokens.
+def measure(run: HookedRun) -> Measured:
+    """Return the shape of the path of O = post W_out from `N_TOKENS` tokens, and how far O has gone.
 
     Returns:
         nan at all other tokens; where there is no second direction, since the other token's is the
         same; and, but for switches and turning, where O(0) is 0 or O stands still.
     """
     chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
-    values = {}
-    for kind in KINDS:
-        paths = _Paths(run, chosen, kind)
-        for name, column in paths.statistics().items():
-            everywhere = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
-            values[f"{name}: {kind}"] = everywhere.index_copy(0, chosen, column)
-    return values
+    paths = {kind: _Paths(run, chosen, kind) for kind in KINDS}
+    tokens = {
+        f"{name}: {kind}": scattered(run, chosen, column)
+        for kind, of_kind in paths.items()
+        for name, column in of_kind.statistics().items()
+    }
+    distances = {kind: of_kind.distance for kind, of_kind in paths.items()}
+    return Measured(tokens, tuple(_estimates(distances, run.string[chosen].numpy())))
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Iterator[Estimate]:
     """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
-    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
-    string = run.string[chosen].numpy()
-    for kind in KINDS:
-        distance = _Paths(run, chosen, kind).distance
+    for kind, distance in distances.items():
         for step in range(0, N_STEPS + 1, N_STEPS // 16):
             yield ratio(
                 f"D: {kind}",
                 distance[:, step].numpy(),
-                np.ones(len(chosen)),
+                np.ones(len(string)),
                 string,
                 x=180 * step / N_STEPS,
             )
@@ -307,7 +305,6 @@ PROBE = Probe(
     tested="longest step, added by the gain: token",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         f"{name}: {kind}": Quantity(unit, f"{meaning}; {which}", ("mean", "median"))
         for kind, which in KINDS.items()

@@ -19,14 +19,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
+from soluscope.probes._tokens import arrays
 
 TERMS = {
     "log xmax": "magnitude: the largest pre-activation",
@@ -53,8 +53,14 @@ FLAT = 1e-9
 """A spread of logs below this is rounding: there is nothing to share out."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """The terms, three effective numbers, and what interventions on x do to the gain, each [token].
+def measure(run: HookedRun) -> Measured:
+    """Return the terms of log s per token, and their shares of the variances of log s and log g."""
+    tokens = _terms(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _terms(run: HookedRun) -> dict[str, Tensor]:
+    """Return the terms, three effective numbers, and what interventions on x do to the gain, each [token].
 
     `log s` is of what the norm divides by, without epsilon: about the mean, or about 0 in a norm
     that has an epsilon and does not centre. The interventions compute the gain anew by its formula,
@@ -135,7 +141,7 @@ def _log_gain(run: HookedRun, pre: Tensor, temperature: float = 1.0) -> Tensor:
     return -0.5 * ((mid - centre).square().mean(-1) + run.eps).log()
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Shares of the variance of log s and of log g, over tokens that are not BOS.
 
     For log g the chain rule runs through epsilon: along the straight line from the tokens' mean
@@ -143,14 +149,16 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     contributes the mean elasticity on the way times its own change. These sum to log g exactly.
     A pair of tokens whose magnitude and shape were swapped counts to the first one's string.
     """
-    table = table[(table["pos"] > 0) & np.isfinite(table["log s"])]  # -inf: all activations equal
-    string, log_s = table["string"].to_numpy(), table["log s"].to_numpy()
-    if not len(table):
+    columns = arrays(tokens)
+    kept = ~run.is_bos.numpy() & np.isfinite(columns["log s"])  # -inf: all activations equal
+    if not kept.any():
         return
-    names = [name for name in (*TERMS, *OTHER_SPLITS) if table[name].notna().any()]
+    columns = {name: values[kept] for name, values in columns.items()}
+    string, log_s = run.string.numpy()[kept], columns["log s"]
+    names = [name for name in (*TERMS, *OTHER_SPLITS) if not np.isnan(columns[name]).all()]
     varies = np.ptp(log_s) > FLAT
     for name in names:
-        term = table[name].to_numpy()
+        term = columns[name]
         yield _covariance(f"covariance with log s: {name}", term, log_s, string)
         if varies:
             yield slope(f"share of log s: {name}", log_s, term, string)
@@ -160,21 +168,21 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     if np.ptp(log_g) > FLAT:
         elasticity = _mean_elasticity(log_s, run.eps)
         for name in names:
-            term = table[name].to_numpy()
+            term = columns[name]
             yield slope(f"share of log g: {name}", log_g, elasticity * (term - term.mean()), string)
-    log_k = 2 * table["half log K"].to_numpy()
+    log_k = 2 * columns["half log K"]
     if np.ptp(log_k) > FLAT:
-        own_log_g = run.gain.double().log().numpy()[table.index]
+        own_log_g = run.gain.double().log().numpy()[kept]
         yield correlation("corr(log g, log K)", own_log_g, log_k, string)
-    total = table["another's both"].to_numpy()
+    total = columns["another's both"]
     if run.is_solu and np.nanmax(np.abs(total)) > FLAT:
-        magnitude, shape = (table[f"another's {what}"] for what in ("magnitude", "shape"))
-        both_orders = 0.5 * (magnitude + total - shape).to_numpy()
+        magnitude, shape = (columns[f"another's {what}"] for what in ("magnitude", "shape"))
+        both_orders = 0.5 * (magnitude + total - shape)
         yield ratio("swap share: magnitude", both_orders * total, total**2, string)
         yield ratio("swap share: shape", (total - both_orders) * total, total**2, string)
 
 
-def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
+def _mean_elasticity(log_s: NDArray[np.floating], eps: float) -> NDArray[np.float64]:
     """d log g / d log s averaged between the mean of log s and each token's own; between -1 and 0."""
 
     def log_g(log_s: Any) -> Any:
@@ -191,7 +199,7 @@ def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float
 
 
 def _covariance(
-    quantity: str, x: NDArray[np.float64], y: NDArray[np.float64], string: NDArray[np.int64]
+    quantity: str, x: NDArray[np.floating], y: NDArray[np.floating], string: NDArray[np.int64]
 ) -> Estimate:
     """Covariance over tokens; sums are about the means, so that no digits are lost."""
     x, y = x - x.mean(), y - y.mean()
@@ -272,7 +280,6 @@ PROBE = Probe(
     shuffle="scale",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "log s": Quantity(
             "log activation", "log of the standard deviation of a over neurons", ("mean", "sd")

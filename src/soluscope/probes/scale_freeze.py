@@ -14,7 +14,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import loss_at_gain
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Probe, Quantity
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 REACH = 0.7
 """How far beyond the tokens' own gains the best constant is sought, in log gain."""
@@ -22,7 +22,7 @@ N_FAR, N_NEAR = 21, 21
 """At how many places: over the whole range, and around the best of these."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Change of each token's loss, in nats, when its gain is replaced by a constant.
 
     The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
@@ -36,16 +36,18 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     live, frozen = (
         loss_at_gain(run, gains.to(run.post.dtype), final_norm) for final_norm in ("live", "frozen")
     )
-    return {
-        "frozen at geometric mean": live[:, 1] - live[:, 0],
-        "frozen at best constant": live[:, 2] - live[:, 0],
-        "geometric mean, final norm frozen": frozen[:, 1] - frozen[:, 0],
-        "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
-        "gain": run.gain,
-        "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
-        # Between own and frozen, or sorting by noise in the one would pass for an effect.
-        "surprisal": (live[:, 0] + live[:, 1]) / 2,
-    }
+    return Measured(
+        {
+            "frozen at geometric mean": live[:, 1] - live[:, 0],
+            "frozen at best constant": live[:, 2] - live[:, 0],
+            "geometric mean, final norm frozen": frozen[:, 1] - frozen[:, 0],
+            "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
+            "gain": run.gain,
+            "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
+            # Between own and frozen, or sorting by noise in the one would pass for an effect.
+            "surprisal": (live[:, 0] + live[:, 1]) / 2,
+        }
+    )
 
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:

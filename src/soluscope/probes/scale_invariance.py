@@ -19,12 +19,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
 from soluscope.probes._tokens import start_of_each_part
 
@@ -44,8 +43,13 @@ RESIDUAL_ERRORS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
+def measure(run: HookedRun) -> Measured:
+    """Return the errors at lambda = 2 per token, and every error against lambda."""
+    return Measured(_errors_at_2(run), tuple(_estimates(run)))
+
+
+def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
+    """Return the errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
 
     Returns:
         nan at the other tokens, and where there is nothing to compare: post or O is zero.
@@ -58,7 +62,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return values
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun) -> Iterator[Estimate]:
     """Every error against lambda, averaged over tokens that are not BOS."""
     content = run.subset(~run.is_bos)
     chosen = start_of_each_part(torch.arange(len(content.pos)), N_TOKENS)
@@ -158,7 +162,6 @@ PROBE = Probe(
     tested="relative change of O at 2",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         **{
             f"{name} at 2": Quantity(

@@ -21,15 +21,16 @@ from dataclasses import replace
 from math import nan
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings, ratio
+from soluscope.probes._tokens import arrays
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
@@ -50,8 +51,14 @@ FROZEN = FINAL_NORMS["frozen"]
 DIFFERENCE = "m_clean - m_corrupt"
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Share of the logit difference that each part moves, at each corrupt row's last position but one.
+def measure(run: HookedRun) -> Measured:
+    """Return the share of the logit difference that each part moves, per corruption and over all."""
+    tokens = _shares(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _shares(run: HookedRun) -> dict[str, Tensor]:
+    """Return the share of the logit difference that each part moves, at each corrupt row's last position but one.
 
     Args:
         run: rows of equal length in groups of 6, a clean one and then 5 corruptions, each ending with
@@ -154,19 +161,21 @@ def _row(way: str, part: str, how: str) -> str:
     return f"by row, {way}: {part}{how}"
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Each share over all corruptions: the sum of what was moved over the sum of what there was to move.
 
     Each row counts by |m_clean - m_corrupt|, so that no ratio blows up, and the sign of a row's
     difference does not matter; a trimmed mean would do the first at the price of an interval that hangs
     on which rows are cut. And the share of pairs of which a corruption is left.
     """
-    size = table[DIFFERENCE].abs()
+    string, columns = run.string.numpy(), arrays(tokens)
+    size = np.abs(columns[DIFFERENCE])
     for way, part, how in _MEANINGS:
-        share = table[_row(way, part, how)]
-        if share.notna().any():
-            yield ratio(f"{way}: {part}{how}", share * size, size, table["string"])
-    left = (size >= LEAST_DIFFERENCE).groupby(table["string"]).any()
+        share = columns[_row(way, part, how)]
+        if not np.isnan(share).all():
+            yield ratio(f"{way}: {part}{how}", share * size, size, string)
+    _, pair = np.unique(string, return_inverse=True)
+    left = np.bincount(pair, weights=size >= LEAST_DIFFERENCE) > 0
     yield mean_over_strings("pairs left", left, note=f"{left.sum()} of {len(left)} pairs")
 
 
@@ -266,7 +275,6 @@ PROBE = Probe(
     confirmatory=True,
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         DIFFERENCE: Quantity("logits", "what there is to move, at each corruption", ("mean", "sd")),
         **{

@@ -16,15 +16,15 @@ from math import log, nan
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
+from soluscope.probes._tokens import arrays
 
 POSITION_GROUPS = (2, 16)
 """Where the second and the third begin; science.md section 5."""
@@ -41,8 +41,14 @@ FLAT = 1e-6
 """Nats: a curve that moves by less is rounding, and has no lowest point."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Change of each token's loss with another gain, in nats; nan at BOS and without a target.
+def measure(run: HookedRun) -> Measured:
+    """Return what swaps and doses of the gain do to each token's loss, and slopes and mean curves."""
+    tokens = _changes_by_token(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
+    """Return the change of each token's loss with another gain, in nats; nan at BOS and without a target.
 
     Returns:
         With ln_final live, and with its scale frozen:
@@ -144,24 +150,25 @@ def _at(dose: float, how: str) -> str:
     return f"l({dose:.3g} g) - l(g){how}"
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Slopes of the change on log(g_u / g_t), of all swaps and of each sign; the mean dose curve.
 
     Swaps between equal gains change nothing, and count for both signs. No slopes where all gains
     are equal.
     """
-    string, log_ratio = table["string"], table["log(g_u / g_t)"]
-    signs = {"": log_ratio.notna(), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
+    string, columns = run.string.numpy(), arrays(tokens)
+    log_ratio = columns["log(g_u / g_t)"]
+    signs = {"": ~np.isnan(log_ratio), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
     for how in FINAL_NORMS.values():
         for sign, rows in signs.items():
             if rows.any() and np.ptp(log_ratio[rows]) > SAME:
-                change = table.loc[rows, f"swap, signed{how}"]
+                change = columns[f"swap, signed{how}"][rows]
                 yield slope(f"slope{sign}{how}", log_ratio[rows], change, string[rows])
-        columns = [table[_at(dose, how)] for dose in DOSES]
-        counted = np.ones(len(table))
-        for dose, column in zip(DOSES, columns, strict=True):
+        curve = [columns[_at(dose, how)] for dose in DOSES]
+        counted = np.ones(len(string))
+        for dose, column in zip(DOSES, curve, strict=True):
             yield ratio(f"dose curve{how}", column, counted, string, x=dose)
-        sums, n = sums_by_string([*columns, counted], string)
+        sums, n = sums_by_string([*curve, counted], string)
         yield Estimate(f"log2 of the best dose for all{how}", sums, _lowest_mean, n)
 
 
@@ -241,7 +248,6 @@ PROBE = Probe(
     tested="swap, signed",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "log(g_u / g_t)": Quantity("log gain", "how far apart the swapped gains are", ("sd",)),
         **_by_final_norm(

@@ -22,11 +22,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
@@ -34,7 +32,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     Features,
     auroc,
@@ -76,14 +74,21 @@ class _Pairs:
     """Which of the run's tokens these are."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
+    """Return how specific weak activations are before and after the norm, per token and by level."""
+    features = label(run)
+    halves = _cross_fit(run, features)
+    return Measured(_shares(run, halves), tuple(_estimates(run, features, halves)))
+
+
+def _shares(run: HookedRun, halves: Sequence[_Pairs]) -> dict[str, Tensor]:
     """Of the neurons that a token activates weakly, the share whose feature the token has.
 
     Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
     documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
     """
     found = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
-    for pairs in _cross_fit(run):
+    for pairs in halves:
         for stage, name in SHARES.items():
             weak = _bins_by_rank(pairs, stage)[:, :, LOW].sum(axis=2)  # [token pair]
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -92,9 +97,8 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: torch.from_numpy(column) for name, column in found.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> Iterator[Estimate]:
     """A by part of the norm, the curves behind it, and both as published."""
-    halves = _cross_fit(run)
     if not halves:
         return
     bins = {stage: [_bins_by_rank(pairs, stage) for pairs in halves] for stage in STAGES}
@@ -103,7 +107,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     for stage in STAGES:
         yield from _curve("specificity", halves, bins[stage], stage)
     content = ~run.is_bos.numpy()
-    whole = _matched(run, label(run), chosen=content, measured=content)
+    whole = _matched(run, features, chosen=content, measured=content)
     before, both = ([_bins_by_value(whole, stage)] for stage in ("before", "both"))
     yield _difference("A by value (as published)", [whole], before, both)
     for stage, by_value in (("before", before), ("both", both)):
@@ -128,10 +132,8 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     )
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
-def _cross_fit(run: HookedRun) -> tuple[_Pairs, ...]:
+def _cross_fit(run: HookedRun, features: Features) -> tuple[_Pairs, ...]:
     """The pairs that either half of the documents chose, on the other half; a half may have none."""
-    features = label(run)
     if not features.names:
         return ()
     content = ~run.is_bos.numpy()
@@ -337,7 +339,6 @@ PROBE = Probe(
         for stage, name in SHARES.items()
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **{
             f"A ({part})": Quantity(

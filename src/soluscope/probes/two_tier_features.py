@@ -20,11 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import block_diag
@@ -33,7 +31,7 @@ from torch import Tensor
 from soluscope.data.streams import evenly_spaced
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     Features,
     auroc_of,
@@ -99,8 +97,15 @@ class _CrossFit:
         return index
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Change of a token's loss, in nats, when the directions of its features are removed from post.
+def measure(run: HookedRun) -> Measured:
+    """Return what removing features costs per token, and how many neurons tell a feature."""
+    features = label(run)
+    fits = _cross_fits(run, features)
+    return Measured(_costs(run, features, fits), tuple(_estimates(run, features, fits)))
+
+
+def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> dict[str, Tensor]:
+    """Return the change of a token's loss, in nats, when the directions of its features are removed from post.
 
     One feature at a time, of those that are decoded from post. Mean over those that the token has: the
     ones that few neurons of mid tell, the others, and both when as long a piece of a random direction
@@ -108,7 +113,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     """
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
-    for tier, tokens, mean, direction in _removals(run):
+    for tier, tokens, mean, direction in _removals(run, features, fits):
         some = evenly_spaced(len(tokens), MAX_REMOVED)
         chosen = torch.zeros(len(run.pos), dtype=torch.bool)
         chosen[tokens[some]] = True
@@ -125,17 +130,18 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: totals[tier][:, 0] / totals[tier][:, 1] for tier, name in REMOVED.items()}
 
 
-def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
+def _removals(
+    run: HookedRun, features: Features, fits: dict[str, _CrossFit]
+) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
     """What is removed where, all of it chosen on the half of the documents without these tokens.
 
     Yields:
         For each half and each feature that is decoded from post: its tier by mid, the places of the
         tokens that have it and a target, the mean of post [d_mlp], and the direction [d_mlp].
     """
-    fits = _cross_fits(run)
     if not fits:
         return
-    features, content, has_target = label(run), ~run.is_bos.numpy(), (run.target >= 0).numpy()
+    content, has_target = ~run.is_bos.numpy(), (run.target >= 0).numpy()
     for fold, (chosen_on, measured_on) in enumerate(folds(run, content)):
         of_mid, of_post = (
             _cross_fit(run, stage, features, chosen_on, most=FEW).index_of_all() for stage in STAGES
@@ -147,12 +153,13 @@ def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, 
             yield tier, tokens, mean, fits["post"].directions[fold, feature]
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(
+    run: HookedRun, features: Features, fits: dict[str, _CrossFit]
+) -> Iterator[Estimate]:
     """How many neurons tell a feature, from post and from mid, and the gain where it takes many."""
-    fits = _cross_fits(run)
     if not fits:
         return
-    features, content = label(run), ~run.is_bos.numpy()
+    content = ~run.is_bos.numpy()
     log_gain, string = run.gain.double().log().numpy(), run.string.numpy()
     by_fold = []
     for _, measured in folds(run, content):
@@ -265,12 +272,11 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
     return spread
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
-def _cross_fits(run: HookedRun) -> dict[str, _CrossFit]:
+def _cross_fits(run: HookedRun, features: Features) -> dict[str, _CrossFit]:
     """By stage, of all documents; nothing where no feature can be labelled."""
-    features, content = label(run), ~run.is_bos.numpy()
     if not features.names:
         return {}
+    content = ~run.is_bos.numpy()
     return {stage: _cross_fit(run, stage, features, content) for stage in STAGES}
 
 
@@ -438,7 +444,6 @@ PROBE = Probe(
         REMOVED["random"]: Quantity("nats", "change of loss without as much of another direction"),
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **_of_stages(
             "AUROC - 1/2", "AUROC above chance", "of the probe on all neurons, mean over features"
