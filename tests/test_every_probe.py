@@ -23,6 +23,7 @@ from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.hooked.ablation import loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
+from soluscope.probes import words_of
 from soluscope.probes.gain_variation import fits
 from soluscope.results import Row
 from soluscope.runs.weights import load_facts
@@ -106,6 +107,59 @@ def test_a_probe_says_what_it_measures_and_names_its_controls(name):
     assert all(sum(part is not None for part in parts) == 1 for parts in asked)
     assert any(g.within is None for g in probe.gates), "no positive control"
     assert any(g.within is not None for g in probe.gates), "no negative control"
+
+
+WORDS = """P99: A name
+
+Background, for readers of the file.
+
+Question:
+    Is it so?
+
+Formula:
+    a;
+    b
+
+Reading:
+    Yes means yes.
+
+    A second paragraph.
+
+Pitfalls:
+    None: known.
+
+Source:
+    A paper
+"""
+
+
+def test_a_probes_words_are_its_modules_docstring():
+    assert words_of(WORDS) == {
+        "section": "P99",
+        "name": "A name",
+        "question": "Is it so?",
+        "formula": "a; b",
+        "reading": "Yes means yes. A second paragraph.",
+        "pitfalls": "None: known.",
+        "source": "A paper",
+    }
+
+
+@pytest.mark.parametrize("heading", ["Question", "Formula", "Reading", "Pitfalls", "Source"])
+@pytest.mark.parametrize("fault", ["no heading", "no text"])
+def test_a_docstring_without_one_of_the_words_is_refused_in_one_line(heading, fault):
+    before, body = WORDS.split(f"{heading}:\n")
+    after = body.partition("\n\n")[2] if heading != "Reading" else body[body.index("Pitfalls") :]
+    faulty = before + (f"{heading}:\n\n" if fault == "no text" else "") + after
+    with pytest.raises(UserError, match=f"'P99: A name' lacks '{heading}': write") as refused:
+        words_of(faulty)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("docstring", [None, "", "What a name asks.", "P: A name"])
+def test_a_docstring_that_does_not_begin_with_a_number_and_a_name_is_refused(docstring):
+    with pytest.raises(UserError, match="begin it with 'P1: name'"):
+        words_of(docstring)
 
 
 def test_no_two_probes_have_one_section():

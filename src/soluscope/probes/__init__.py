@@ -11,9 +11,12 @@ This file itself imports no torch, since a configuration is checked against the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
+
+from soluscope.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,23 +133,18 @@ class Figure:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement, the words that go with it, and the answers it must give."""
+    """A measurement, the words that go with it, and the answers it must give.
 
-    name: str
-    """Its heading: what a reader of the papers would look for."""
-    section: str
-    """Where science.md defines it: `P1`."""
-    question: str
-    """One sentence."""
-    reading: str
-    """How to read the result: what smearing would look like, what its absence would."""
-    pitfalls: str
+    Raises:
+        UserError: if the docstring lacks some of the words.
+    """
+
+    docstring: str | None = field(repr=False)
+    """The module's `__doc__`, from which the words are read: see `words_of`."""
     measure: Callable[[HookedRun], Measured]
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Streams it is measured on, of those in data/streams.py."""
-    formula: str
-    """What is computed, in one or two lines of plain text."""
     gates: tuple[Gate, ...]
     """Positive and negative controls."""
     known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
@@ -164,5 +162,50 @@ class Probe:
     confirmatory: bool = False
     """One of the tests that are corrected together for their number (science.md section 5)."""
     figures: tuple[Figure, ...] = ()
-    source: str = ""
+    section: str = field(init=False)
+    """The probe's number in science.md: `P1`."""
+    name: str = field(init=False)
+    """The heading: what a reader of the papers would look for."""
+    question: str = field(init=False)
+    """One sentence."""
+    formula: str = field(init=False)
+    """The computation, in plain text."""
+    reading: str = field(init=False)
+    """How to read the result: what smearing would look like, what its absence would."""
+    pitfalls: str = field(init=False)
+    source: str = field(init=False)
     """Paper and section, or science.md section."""
+
+    def __post_init__(self) -> None:
+        for word, text in words_of(self.docstring).items():
+            object.__setattr__(self, word, text)
+
+
+SECTIONS = ("Question", "Formula", "Reading", "Pitfalls", "Source")
+"""Headings in the docstring of a probe's module."""
+
+
+def words_of(docstring: str | None) -> dict[str, str]:
+    """Return a probe's words from its module's docstring, each on one line.
+
+    The first line is `P1: name`. Each of `SECTIONS` stands with a colon on a line of its own, above its
+    indented text. Other text, which is not indented, is for readers of the file only.
+
+    Raises:
+        UserError: if the first line or a section is missing.
+    """
+    text = docstring or ""
+    first_line = text.partition("\n")[0]
+    title = re.fullmatch(r"(P\d+): (.+)", first_line)
+    if title is None:
+        raise UserError(f"a probe's docstring begins with {first_line!r}: begin it with 'P1: name'")
+    words = {"section": title[1], "name": title[2]}
+    for heading in SECTIONS:
+        body = re.search(rf"^{heading}:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+        if body is None or not body[1].strip():
+            raise UserError(
+                f"the docstring of probe {first_line!r} lacks {heading!r}: write '{heading}:' on a line of "
+                f"its own and indent the text below it; a probe has {', '.join(SECTIONS)}"
+            )
+        words[heading.lower()] = " ".join(body[1].split())
+    return words

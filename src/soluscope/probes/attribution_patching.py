@@ -1,12 +1,35 @@
-"""P18: how well does attribution patching stand in for exact ablation, and does the mid gain spoil it?
+"""P18: Attribution patching against exact ablation
 
 Attribution patching replaces an ablation by the gradient times the change of the activation. It goes
 wrong where the loss bends: in the softmax over the vocabulary, in ln_final, and, for activations before
 the mid norm, in that norm's gain. The last part is told from the others by holding the gain fixed
 in the gradient.
 
-Source: Nanda 2023, "Attribution Patching"; Baroni et al. 2025 (arXiv 2507.02559), where removing
-LayerNorm does not help much; science.md section 7, P18, by sections 8.2, 8.3 and 8.5.
+Question:
+    Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that it
+    misses?
+
+Formula:
+    -h_j dl/dh_j against l(post_j = 0) - l;
+    E_p[delta] - delta_y + Var_p[delta] / 2 against the same;
+    -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l;
+    NMAE = sum |found - exact| / sum |exact|
+
+Reading:
+    An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain
+    detached as with the gradient through it says that the gain answers to no neuron: pinned by
+    epsilon, or a constant. With an active LayerNorm, detaching it changes the answer by the share
+    shown. Removing LayerNorm is expected to help little (Baroni et al.): the softmax over the
+    vocabulary bends most.
+
+Pitfalls:
+    Errors sit in the few large effects: read them by size. Signs are compared only where the change
+    is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0
+    before the norm is not one after it: a neuron at 0 comes out below the mean.
+
+Source:
+    Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7
+    P18 and 8.3
 """
 
 from __future__ import annotations
@@ -198,20 +221,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 _AT = f"at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Attribution patching against exact ablation",
-    section="P18",
-    question="Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that "
-    "it misses?",
-    reading="An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain "
-    "detached as with the gradient through it says that the gain answers to no neuron: pinned by epsilon, "
-    "or a constant. With an active LayerNorm, detaching it changes the answer by the share shown. Removing "
-    "LayerNorm is expected to help little (Baroni et al.): the softmax over the vocabulary bends most.",
-    pitfalls="Errors sit in the few large effects: read them by size. Signs are compared only where the "
-    "change is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0 "
-    "before the norm is not one after it: a neuron at 0 comes out below the mean.",
-    formula="-h_j dl/dh_j against l(post_j = 0) - l; E_p[delta] - delta_y + Var_p[delta] / 2 against the "
-    "same; -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l; NMAE = sum |found - exact| / sum "
-    "|exact|",
+    __doc__,
     gates=(
         Gate("smear_shared", "share of detaching the gain", above=0.1),
         Gate("pinned", "share of detaching the gain", within=0.01),
@@ -273,6 +283,4 @@ PROBE = Probe(
             kind="curve", x_title="rank of |exact|, as a share",
         ),
     ),
-    source="Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7 "
-    "P18 and 8.3",
 )  # fmt: skip

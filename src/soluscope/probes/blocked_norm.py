@@ -1,13 +1,33 @@
-"""P22: would a norm over blocks of neurons have another gain in each block, and would the loss notice?
+"""P22: Blocked norm
 
-Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the model stays as it was trained and
-only its gain is taken apart: with m_b and g_b = (s2_b + eps)^(-1/2) of the block's own neurons,
+Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the model stays as it was trained,
+and only its gain is taken apart: a block whose own gain is the joint one stays as it is.
 
-    post' = gamma * (g_b (a - m_b) + g (m_b - m)) + beta
+Question:
+    Do parts of the hidden layer call for gains of their own, and does the loss depend on their
+    sharing one?
 
-so that a block whose own gain is the joint one stays as it is.
+Formula:
+    g_b = (s2_b + eps)^(-1/2), with s2_b and m_b of the block's own neurons;
+    post' = gamma (g_b (a - m_b) + g (m_b - m)) + beta;
+    dL_t = l_t(post') - l_t
 
-Source: Elhage et al. 2022, "Softmax Linear Units", section 4.4; science.md section 7, P22.
+Reading:
+    A joint gain lets a block that is silent at a token be turned up, or down, by what the others
+    do: smearing across blocks. Then gains differ between the blocks of a token and the loss rises
+    when each keeps to its own. A change within .001 nats says that one gain for all neurons carries
+    nothing that a block's own would not. A norm that epsilon pins has the same gain in every block.
+    The loss also rises where a gain for each neuron could do what the joint one does (C2,
+    `disjoint`): whether a gain by token is needed is for P7 and P8.
+
+Pitfalls:
+    The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not
+    trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model
+    trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with
+    nothing to multiply.
+
+Source:
+    Elhage et al. 2022, section 4.4; science.md section 7 P22
 """
 
 from __future__ import annotations
@@ -102,22 +122,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Blocked norm",
-    section="P22",
-    question="Do parts of the hidden layer call for gains of their own, and does the loss depend on their sharing "
-    "one?",
-    reading="A joint gain lets a block that is silent at a token be turned up, or down, by what the others do: "
-    "smearing across blocks. Then gains differ between the blocks of a token and the loss rises when each "
-    "keeps to its own. A change within .001 nats says that one gain for all neurons carries nothing that "
-    "a block's own would not. A norm that epsilon pins has the same gain in every block. The loss also rises where "
-    "a gain for each neuron could do what the joint one does (C2, `disjoint`): whether a gain by token is "
-    "needed is for P7 and P8.",
-    pitfalls="The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not "
-    "trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model "
-    "trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with "
-    "nothing to multiply.",
-    formula="g_b = (s2_b + eps)^(-1/2); post' = gamma (g_b (a - m_b) + g (m_b - m)) + beta; dL_t = l_t(post') - "
-    "l_t",
+    __doc__,
     gates=(
         # At an A token (47% of tokens) one of 4 blocks has s2_b = 7/64 12^2 and the others 0: log g_b of
         # -1.38 and three times 13.8, an sd of 6.58. So the mean is at least .47 * 6.58 = 3.1. On the
@@ -156,5 +161,4 @@ PROBE = Probe(
             "Spread of log gain over blocks", tuple(f"sd of log g, {n} blocks" for n in N_BLOCKS)
         ),
     ),
-    source="Elhage et al. 2022, section 4.4; science.md section 7 P22",
 )

@@ -1,14 +1,31 @@
-"""P21: does it matter that the mid LayerNorm subtracts the mean? LayerNorm against RMSNorm, at inference.
+"""P21: Centring
 
-In what the MLP writes, centring is not a nonlinearity at all: with v_j = gamma_j W_out[j] - mean_i gamma_i
-W_out[i],
+In what the MLP writes, centring is not a nonlinearity: other output weights, v_j below, do the same
+without it. Only the variance, hence the gain, depends on the mean. The probe leaves the mean in, with the
+weights that are there, and measures what that does to the loss.
 
-    ((a - m) * gamma) W_out = sum_j a_j v_j
+Question:
+    Does the loss need the mid norm to subtract each token's mean over neurons?
 
-so other output weights do the same without it. Only the variance, hence the gain, sees the mean. What
-a token's mean does to the loss with the weights that are there is measured by leaving it in.
+Formula:
+    dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a
+    constant;
+    ((a - m) gamma) W_out = sum_j a_j v_j, v_j = gamma_j W_out[j] - mean_i gamma_i W_out[i]
 
-Source: science.md sections 7, P21, and 8.5 for v_j.
+Reading:
+    Smearing is about scale, so it predicts nothing here; but centring gives small activations the
+    other sign, which looks like smearing when activations before and after the norm are compared
+    (Elhage 6.4). A change within .001 nats and a small angle say that centring is idle, and that
+    what LayerNorm does is its gain. A rise where the gain is kept, in a model whose scale hardly
+    varies, says that the mean carries it.
+
+Pitfalls:
+    The edit is off the training distribution and beta alone is refit: W_out could do the rest
+    exactly, so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at
+    every token, which gamma would take up: read the matched one.
+
+Source:
+    science.md sections 7 P21 and 8.5
 """
 
 from __future__ import annotations
@@ -110,19 +127,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Centring",
-    section="P21",
-    question="Does the loss need the mid norm to subtract each token's mean over neurons?",
-    reading="Smearing is about scale, so it predicts nothing here; but centring gives small activations the other "
-    "sign, which looks like smearing when activations before and after the norm are compared (Elhage "
-    "6.4). A change within .001 nats and a small angle say that centring is idle, and that what LayerNorm "
-    "does is its gain. A rise where the gain is kept, in a model whose scale hardly varies, says that "
-    "the mean carries it.",
-    pitfalls="The edit is off the training distribution and beta alone is refit: W_out could do the rest exactly, "
-    "so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at every token, "
-    "which gamma would take up: read the matched one.",
-    formula="dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a constant; "
-    "((a - m) gamma) W_out = sum_j a_j v_j",
+    __doc__,
     gates=(
         # The class is read off a sum of 16 neurons, which the mean moves by 4.0825 16 (.4 - .16) / 2 = 7.8 either
         # way from what beta takes up: from -2.9 to 5.0 at A tokens, from 2.6 to -5.2 at B tokens.
@@ -150,5 +155,4 @@ PROBE = Probe(
         Figure("Loss without centring less loss as it is", tuple(CHANGES)),
         Figure("Angle between a - m and a, median token", ("angle",), statistic="median"),
     ),
-    source="science.md sections 7 P21 and 8.5",
 )

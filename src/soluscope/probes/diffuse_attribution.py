@@ -1,17 +1,43 @@
-"""P10: tokens where the MLP's direct logit attribution is high but no single neuron's is. Figure 6, both ways.
+"""P10: High MLP attribution without a high neuron
 
-The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse
-outlier score", took the ten highest positions, and asked whether LayerNorm turns these up more than
-random positions. Three things are wrong with it (science.md section 1.6). max a - mean a grows with
-the standard deviation s of a, so the selection by its inverse is a selection by 1/s, which is what
-the gain is. The ablation loss is the prompt's mean, so short prompts win. And what was compared, the outlier
-score after LayerNorm over the one before, is the gain itself, with BOS among the random positions.
+The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse outlier
+score", took the ten highest positions, and asked whether LayerNorm amplifies these more than random
+positions. Three things are wrong with it (science.md section 1.6). The selection is one by 1/s, which is
+what the gain is (see Pitfalls). The ablation loss is the prompt's mean, so short prompts win. And the
+quantity compared, the outlier score after LayerNorm over the one before, is the gain itself, with BOS
+among the random positions. The corrected score rests on K_dla, which no gain can change.
 
-The corrected score is the token's own change of loss times K_dla, the number of neurons that share the
-attribution, which no gain can change; its rank correlation with log g is given what else goes with both.
+Question:
+    Are tokens whose MLP attribution is high but spread over many neurons those that the gain turns
+    up?
 
-Source: Baginski et al. 2023 (hackathon study), part 3, Figure 6 and its notebook SoLU_LN_3; Nanda's
-problem 4.39c; science.md sections 1.6 and 7, P10.
+Formula:
+    c_tj = h_tj W_out[j].u_y / S;
+    K_dla = (sum |c|)^2 / sum c^2;
+    score = dl_t K_dla, dl_t the change of the token's loss with the MLP's post at 0;
+    partial Spearman(score, log g | surprisal, position, log token count, |resid_mid|)
+
+Reading:
+    Smearing predicts a partial correlation above 0 and above that with W_out permuted, together
+    with a gain at the top positions that is well above the gain of all. Where the gain is one
+    constant (sd of log gain below .01) there is nothing to rank, and no correlation is given. The
+    converse does not hold: a correlation above 0 says that the gain is high where many neurons
+    share a felt attribution, also where a gain for each neuron could do it (`disjoint`: .69);
+    whether it is needed is for P7 and P8. What is marked as published shows what the study's own
+    test finds on the same tokens, whether there is smearing or not.
+
+Pitfalls:
+    Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73
+    (`pinned`), so read the gain at the top positions beside them. If more than a tenth of the
+    tokens tie for the top score, no gain at the top is given. Circular as published: 1 / (max a -
+    mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is
+    given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17).
+    Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types
+    whatever their number, BOS included.
+
+Source:
+    Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md
+    sections 1.6 and 7 P10
 """
 
 from __future__ import annotations
@@ -304,27 +330,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PARTIAL = "partial rho of score and log gain"
 
 PROBE = Probe(
-    name="High MLP attribution without a high neuron",
-    section="P10",
-    question="Are tokens whose MLP attribution is high but spread over many neurons those that the gain "
-    "turns up?",
-    reading="Smearing predicts a partial correlation above 0 and above that with W_out permuted, together "
-    "with a gain at the top positions that is well above the gain of all. Where the gain is one constant (sd of "
-    "log gain below .01) there is nothing to rank, and no correlation is given. The converse does not hold: a "
-    "correlation above 0 says that the gain is high where many neurons share a felt attribution, also where "
-    "a gain for each neuron could do it (`disjoint`: .69); whether it is needed is for P7 and P8. What is "
-    "marked as published shows what the study's own test finds on the same tokens, whether there is "
-    "smearing or not.",
-    pitfalls="Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73 "
-    "(`pinned`), so read the gain at the top positions beside them. "
-    "If more than a tenth of the tokens tie for the top score, no gain at the top is given. Circular as published: "
-    "1 / (max a - mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is "
-    "given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17). "
-    "Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types whatever "
-    "their number, BOS included.",
-    formula="c_tj = h_tj W_out[j].u_y / S; K_dla = (sum |c|)^2 / sum c^2; score = dl_t K_dla, dl_t the "
-    "change of the token's loss with the MLP's post at 0; partial Spearman(score, log g | surprisal, "
-    "position, log token count, |resid_mid|)",
+    __doc__,
     gates=(
         Gate("smear_shared", PARTIAL, above=0.1),
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
@@ -421,6 +427,4 @@ PROBE = Probe(
             x_title="token type, the commonest first",
         ),
     ),
-    source="Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md "
-    "sections 1.6 and 7 P10",
 )  # fmt: skip

@@ -1,6 +1,28 @@
-"""P1: is the mid LayerNorm active, or pinned by its epsilon?
+"""P1: LayerNorm engagement
 
-Source: science.md section 1 (SoLU-1L: r of .01 to .05, BOS .12) and section 7, P1.
+Question:
+    Does the mid LayerNorm scale each token by its own activations, or all by one constant?
+
+Formula:
+    r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq
+    = s2 d_mlp^2;
+    elasticity of g to s is -r;
+    residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted
+
+Reading:
+    r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true
+    LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out
+    there. Models whose gain is one constant have r = 0 by construction. The residual of the affine
+    fit is a test of the probe itself: 0 but for rounding, or what stands at hook_post is not a norm
+    of hook_mid.
+
+Pitfalls:
+    Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens.
+    The variance is the population's, the mean square in a norm that does not centre; epsilon is
+    read from the module.
+
+Source:
+    science.md sections 1.2 (SoLU-1L: r of .01 to .05, .12 at BOS) and 7 P1
 """
 
 from __future__ import annotations
@@ -85,19 +107,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="LayerNorm engagement",
-    section="P1",
-    question="Does the mid LayerNorm scale each token by its own activations, or all by one constant?",
-    reading="r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true "
-    "LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out there. "
-    "Models whose gain is one constant have r = 0 by construction. The residual of the affine fit is a test of "
-    "the probe itself: 0 but for rounding, or what stands at hook_post is not a norm of hook_mid.",
+    __doc__,
     tested="r",
-    pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
-    "The variance is the population's, the mean square in a norm that does not centre; epsilon is read from the "
-    "module.",
-    formula="r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = "
-    "s2 d_mlp^2; elasticity of g to s is -r; residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted",
     gates=(
         Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),
         Gate("uniform", "r", above=0.5, statistic="median", truth=1.0),
@@ -137,5 +148,4 @@ PROBE = Probe(
         Figure("Gain, median token", ("gain",), statistic="median", log_y=True),
         Figure("Largest softmax weight, median token", ("max_p",), statistic="median", log_y=True),
     ),
-    source="science.md sections 1.2 and 7 P1",
 )

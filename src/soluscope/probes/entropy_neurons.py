@@ -1,12 +1,37 @@
-"""P19: neurons that act through a norm's scale and not through logits: entropy, frequency and gain neurons.
+"""P19: Entropy, frequency and gain neurons
 
 An entropy neuron writes where the unembedding hardly reads: it lengthens the residual stream, ln_final
-divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. Their
-analogue at the mid norm is a gain neuron: taking it out moves the mid LayerNorm's gain, and so all other
+divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. A gain
+neuron is their analogue at the mid norm: removing it moves the mid LayerNorm's gain, and so all other
 neurons, by more than what it writes itself.
 
-Source: Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md
-section 7, P19, by sections 8.2 and 8.5.
+Question:
+    Are there neurons that act by moving a norm's scale rather than by what they write to the
+    logits?
+
+Formula:
+    TE - DE: change of entropy at post_j = 0, ln_final live less frozen;
+    LogitVar_j = Var_v cos(w_j, u_v);
+    null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2;
+    log gain moved = |a_j (a_j - m)| g^2 / N;
+    loss through the mid norm = (8.5) - (8.2) at mid_j = 0
+
+Reading:
+    An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from
+    0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must
+    vanish where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some,
+    as the gain has to be moved by something; without them (log gain moved near 0) no neuron steers
+    the others through the gain.
+
+Pitfalls:
+    One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean over
+    texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one
+    whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's
+    gamma and centring.
+
+Source:
+    Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md section
+    7 P19
 """
 
 from __future__ import annotations
@@ -369,22 +394,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 _AT = f"mean over neurons, at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Entropy, frequency and gain neurons",
-    section="P19",
-    question="Are there neurons that act by moving a norm's scale rather than by what they write to the "
-    "logits?",
-    reading="An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from "
-    "0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must vanish "
-    "where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some, as the gain "
-    "has to be moved by something; without them (log gain moved near 0) no neuron steers the others through "
-    "the gain.",
-    pitfalls="One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean "
-    "over texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one "
-    "whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's gamma "
-    "and centring.",
-    formula="TE - DE: change of entropy at post_j = 0, ln_final live less frozen; LogitVar_j = Var_v "
-    "cos(w_j, u_v); null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2; log gain moved = "
-    "|a_j (a_j - m)| g^2 / N; loss through the mid norm = (8.5) - (8.2) at mid_j = 0",
+    __doc__,
     gates=(
         Gate("entropy_neuron", "largest mean TE - DE", above=0.1),
         Gate("entropy_neuron", "excess of discovered entropy neurons", above=0.1),
@@ -462,6 +472,4 @@ PROBE = Probe(
             ("largest share in W_U's null space", "largest |correlation| with log unigram"),
         ),
     ),
-    source="Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md "
-    "section 7 P19",
 )  # fmt: skip

@@ -1,12 +1,32 @@
-"""P17: is direct logit attribution exact? Only where the final norm's scale does not answer to the MLP.
+"""P17: Exactness of direct logit attribution
 
 Direct logit attribution (DLA) divides what a component writes by the scale that ln_final has with
 the component in place. Without the component that scale is another: the true direct effect is the
-change of the target's centred logit when the component is taken out and ln_final rescales. In a
-one-layer model all paths from the MLP to the logits are direct, so this is the whole effect.
+change of the target's centred logit when the component is taken out and ln_final rescales.
 
-Source: Baroni et al. 2025 (arXiv 2507.02559): exact once the final LayerNorm is gone; science.md
-section 7, P17, by the closed form of section 8.2.
+Question:
+    Does direct logit attribution give the true direct effect of the MLP and of each neuron?
+
+Formula:
+    NMAE = sum |DLA - true| / sum |true|;
+    DLA = h W_out . u_y / S;
+    true = (R.u_y) / S(R) - (R'.u_y) / S(R'), R' the residual stream without the part;
+    in loss: removal with S frozen against removal with S live
+
+Reading:
+    An error of 0 means that ln_final's scale is the same with and without the part, and DLA can be
+    read as cause. Near 1, a part acts through the final norm rather than through what it writes to
+    the logits. This is about ln_final, not the mid norm: smearing neither predicts an error nor its
+    absence, but where the error is large, DLA-based evidence for or against smearing (P10) is weak.
+
+Pitfalls:
+    The direct effect is what removal does on the path to the unembedding alone: with one layer
+    there is no other. Logits are centred over the vocabulary. Errors of single neurons are small
+    where each is small against the residual stream: the whole MLP is the harder case.
+
+Source:
+    Baroni et al. 2025 (arXiv 2507.02559): exact once the final LayerNorm is gone;
+    science.md sections 7 P17 and 8.2
 """
 
 from __future__ import annotations
@@ -151,19 +171,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Exactness of direct logit attribution",
-    section="P17",
-    question="Does direct logit attribution give the true direct effect of the MLP and of each neuron?",
-    reading="An error of 0 means that ln_final's scale is the same with and without the part, and DLA can "
-    "be read as cause. Near 1, a part acts through the final norm rather than through what it writes to the "
-    "logits. This is about ln_final, not the mid norm: smearing neither predicts an error nor its absence, "
-    "but where the error is large, DLA-based evidence for or against smearing (P10) is weak.",
-    pitfalls="The direct effect is what removal does on the path to the unembedding alone: with one layer "
-    "there is no other. Logits are centred over the vocabulary. Errors of single neurons are small where "
-    "each is small against the residual stream: the whole MLP is the harder case.",
-    formula="NMAE = sum |DLA - true| / sum |true|; DLA = h W_out . u_y / S; true = (R.u_y) / S(R) - "
-    "(R'.u_y) / S(R'), R' the residual stream without the part; in loss: removal with S frozen against "
-    "removal with S live",
+    __doc__,
     gates=(
         Gate("entropy_neuron", "NMAE in loss: MLP", above=0.1),
         Gate("smear_shared", "NMAE: neurons", within=0.01),
@@ -208,5 +216,4 @@ PROBE = Probe(
         Figure("Error of DLA, as a share of the direct effect", ("NMAE: MLP", "NMAE: neurons")),
         Figure("The same in nats of loss", ("NMAE in loss: MLP", "NMAE in loss: neurons")),
     ),
-    source="Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7 P17 and 8.2",
 )

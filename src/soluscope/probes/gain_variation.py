@@ -1,9 +1,30 @@
-"""P2: how much does the gain vary, and with what? The hackathon study's Figures 1 to 3, both ways.
+"""P2: Gain variation along a prompt
 
-The study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
+The hackathon study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
 all other tokens, so that average moves as 1/n with the prompt's length n even where every other
 token's gain is one constant (science.md section 1.6). The last token's gain and the mean without BOS
 do not have this defect; all are computed here from the same activations.
+
+Question:
+    How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?
+
+Formula:
+    g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS,
+    and 1/std of the whole [pos d_mlp] tensor;
+    a + b/n against a + b log n by AICc;
+    sd of log g within a string.
+
+Reading:
+    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only
+    the published aggregations move and the last token's gain is flat, what moves is BOS's share in
+    an average.
+
+Pitfalls:
+    Prefixes of one string are not independent: intervals resample strings. With learned positions a
+    repeated token still sees its position change. hook_scale is 1 / gain.
+
+Source:
+    Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2
 """
 
 from __future__ import annotations
@@ -120,15 +141,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Gain variation along a prompt",
-    section="P2",
-    question="How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?",
-    reading="Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the "
-    "published aggregations move and the last token's gain is flat, what moves is BOS's share in an average.",
-    pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
-    "repeated token still sees its position change. hook_scale is 1 / gain.",
-    formula="g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS, and "
-    "1/std of the whole [pos d_mlp] tensor; a + b/n against a + b log n by AICc; sd of log g within a string.",
+    __doc__,
     gates=(
         Gate("smear_shared", "sd of log gain", above=0.5),
         Gate("bos_gain", "sd of log gain", within=0.01),
@@ -163,5 +176,4 @@ PROBE = Probe(
         ),
         Figure("Spread of log gain within a string", ("sd of log gain",)),
     ),
-    source="Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2",
 )

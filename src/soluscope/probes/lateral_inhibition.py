@@ -1,4 +1,4 @@
-"""P20: does SoLU's softmax let neurons inhibit each other, or is it a pointwise unit times a constant?
+"""P20: Lateral inhibition
 
 SoLU is a_i = x_i p_i with p = softmax(x), so da_i/dx_j = p_i (d_ij (1 + x_i) - x_i p_j). What couples
 neurons is off the diagonal; its absolute values add up to |x_i| p_i (1 - p_i) in row i, since p adds up
@@ -9,7 +9,31 @@ live or one constant, which makes four models: with both constant the MLP is poi
 number. They are not independent: LN(x e^x / Z) = (q - mean q) / sqrt(var q + eps Z^2), q = x e^x, so under
 a live LayerNorm without epsilon Z cancels, and how much it matters depends on eps Z^2.
 
-Source: science.md sections 1.5 and 7, P20.
+Question:
+    Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a
+    pointwise unit?
+
+Formula:
+    sum_i |x_i| p_i (1 - p_i) / (that + sum_i p_i |1 + x_i (1 - p_i)|);
+    dL of {Z_t, exp(mean log Z)} x {g_t, exp(mean log g)} against both live;
+    interaction dL(both) - dL(Z) - dL(g)
+
+Reading:
+    A rise of the loss with Z const says that the softmax's denominator carries something: lateral
+    inhibition. A rise with g const and none with Z const is the main effect that smearing predicts;
+    it is also there where a gain for each neuron could do it (C2, `disjoint`), so whether it is
+    needed is for P7 and P8. Both within .001 nats: the MLP does what x e^x times one number does.
+    The interaction says how much of the one coupling rests on the other.
+
+Pitfalls:
+    Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by
+    construction: read it with r, and with the gain const. All cells but the first are off the
+    training distribution. The off-diagonal share counts sensitivities, not effects: it may be large
+    where Z hardly varies. The published SoLU-1L has max p below .0065 and sd log Z of .077 on
+    ordinary tokens: near idle.
+
+Source:
+    science.md sections 1.5 and 7 P20
 """
 
 from __future__ import annotations
@@ -118,21 +142,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Lateral inhibition",
-    section="P20",
-    question="Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a pointwise "
-    "unit?",
-    reading="A rise of the loss with Z const says that the softmax's denominator carries something: lateral "
-    "inhibition. A rise with g const and none with Z const is the main effect that smearing predicts; it is also "
-    "there where a gain for each neuron could do it (C2, `disjoint`), so whether it is needed is for P7 and P8. "
-    "Both within .001 nats: the MLP does what x e^x times one number does. The interaction says how much of the "
-    "one coupling rests on the other.",
-    pitfalls="Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by "
-    "construction: read it with r, and with the gain const. All cells but the first are off the training "
-    "distribution. The off-diagonal share counts sensitivities, not effects: it may be large where Z hardly "
-    "varies. The published SoLU-1L has max p below .0065 and sd log Z of .077 on ordinary tokens: near idle.",
-    formula="sum_i |x_i| p_i (1 - p_i) / (that + sum_i p_i |1 + x_i (1 - p_i)|); dL of {Z_t, exp(mean log Z)} x "
-    "{g_t, exp(mean log g)} against both live; interaction dL(both) - dL(Z) - dL(g)",
+    __doc__,
     gates=(
         *(Gate("lateral", f"Z const{how}", above=0.1) for how in FINAL_NORMS.values()),
         Gate("smear_shared", "g const", above=0.1),
@@ -192,5 +202,4 @@ PROBE = Probe(
         ),
         Figure("Spread of log Z", ("log Z",), statistic="sd"),
     ),
-    source="science.md sections 1.5 and 7 P20",
 )

@@ -1,10 +1,7 @@
-"""P9: do neurons with a low activation before LayerNorm matter as much as others after it? Figures 4, 5, both ways.
+"""P9: Low activation, high impact
 
-The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each
-to 0 after it, and plotted the change of the prompt's loss against the activation, looking for a second
-cluster. None can appear (science.md section 1.6): with a constant gain the effect is, to first order,
-linear in a, whether or not the model smears. Two more things hide what there is: the prompt's mean divides each
-change by the prompt's length, and the lowest signed activations are SoLU's negative ones, not the small.
+The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each to 0
+after it, and plotted the change of the prompt's loss against the activation, looking for a second cluster.
 
 Here: exact changes of the token's own loss; ranks by |a| within the token and within the neuron; and
 the same ablations in the static surrogate, which is the same model with one gain for all tokens
@@ -18,8 +15,41 @@ that centring gave to neurons at a = 0: in a model with a neuron for each class 
 alone, mean and gain held: it is 0 where the low activations are 0, whatever the mean. So removal of
 the lowest nine tenths speaks of static smuggling, and its D of the gain.
 
-Source: Baginski et al. 2023 (hackathon study), part 2; Nanda's problem 4.39b; science.md sections 1.6
-and 7, P9, by the closed form of section 8.2.
+Question:
+    Do activations that are small before LayerNorm carry loss after it, and is it the per-token gain
+    that makes them?
+
+Formula:
+    dl_tj = l_t(post_tj = 0 or its mean) - l_t;
+    lift = E[|dl| | lowest tenth of |a|] / E[|dl|];
+    D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS;
+    sets: the lowest 10% to 90% of a token's |a| at once;
+    removed: post_j - g gamma_j a_j for the set's j
+
+Reading:
+    Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they
+    carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two
+    apart: 0 if one gain does the same, above 0 at tokens of high gain if their own is what makes
+    them felt. It is also above 0 where a gain for each neuron could do it (`disjoint`); whether it
+    is needed is for P7 and P8. That the low set costs less than random neurons of as much |n| says
+    nothing: it does in both smearing controls. The published scatters have the same shape in all
+    cases.
+
+Pitfalls:
+    Removal cannot tell a code of many equal neurons that is meant to be read so from a static
+    smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at
+    0 is LayerNorm's mean, not 'off', and takes back what centring took; the mean over other
+    documents is given too. Single neurons cannot show a code spread over many, and their D is above
+    0 at high gain by construction, (1 - c/g) dl to first order: read the set curve. Each change is
+    exact to 1e-6 nats, so |D| has a floor of that size a neuron. The surrogate is off its training
+    distribution, like any freeze (P4): D at tokens of low gain, which it turns up, says how far. As
+    published: with a constant gain the effect is linear in a, so no cluster can appear; the
+    prompt's mean divides each change by the number of targets; the lowest signed activations are
+    negative ones, not small ones.
+
+Source:
+    Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b;
+    science.md sections 1.6, 7 P9 and 8.2
 """
 
 from __future__ import annotations
@@ -440,28 +470,7 @@ _BY_REMOVAL = (REMOVED, f"{REMOVED}, D", f"{REMOVED}, D where the gain is high")
 _AT = f"at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Low activation, high impact",
-    section="P9",
-    question="Do activations that are small before LayerNorm carry loss after it, and is it the per-token "
-    "gain that makes them?",
-    reading="Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they "
-    "carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two apart: 0 if one "
-    "gain does the same, above 0 at tokens of high gain if their own is what makes them felt. It is also "
-    "above 0 where a gain for each neuron could do it (`disjoint`); whether it is needed is for P7 and P8. "
-    "That the low set costs less than random neurons of as much |n| says nothing: it does in both smearing "
-    "controls. The published scatters have the same shape in all cases.",
-    pitfalls="Removal cannot tell a code of many equal neurons that is meant to be read so from a static "
-    "smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at 0 is "
-    "LayerNorm's mean, not 'off', and takes back what centring took; the mean over other documents is given too. "
-    "Single neurons cannot show a code spread over many, and their D is above 0 at high gain by construction, "
-    "(1 - c/g) dl to first order: read the set curve. Each change is exact to 1e-6 "
-    "nats, so |D| has a floor of that size a neuron. The surrogate is off its training distribution, like "
-    "any freeze (P4): D at tokens of low gain, which it turns up, says how far. As published: with a "
-    "constant gain the effect is linear in a, so no cluster can appear; the prompt's mean divides each "
-    "change by the number of targets; the lowest signed activations are negative ones, not small ones.",
-    formula="dl_tj = l_t(post_tj = 0 or its mean) - l_t; lift = E[|dl| | lowest tenth of |a|] / E[|dl|]; "
-    "D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS; sets: the lowest 10% "
-    "to 90% of a token's |a| at once; removed: post_j - g gamma_j a_j for the set's j",
+    __doc__,
     gates=(
         *(
             Gate(positive, quantity, above=0.1)
@@ -603,6 +612,4 @@ PROBE = Probe(
             kind="curve", x_title="activation before LayerNorm",
         ),
     ),
-    source="Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b; "
-    "science.md sections 1.6, 7 P9 and 8.2",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""P13: are the neurons a basis that means something, and does the norm flatten what they hold?
+"""P13: Neuron statistics
 
 A neuron that answers to one thing is mostly silent: its distribution is skewed, heavy-tailed and sparse,
 and which token stands there explains it. A rotation of the same activations has none of that, so the
@@ -6,7 +6,33 @@ kurtosis over that of a rotated basis says how far the basis is privileged. But 
 Gaussian noise: the kurtosis is also set against Gaussian pre-activations with each neuron's own mean
 and variance, sent through the same nonlinearity.
 
-Source: science.md section 7, P13; the rotated basis after Elhage et al. 2022, section 3.2.
+Question:
+    Are the neurons a basis in which activations are sparse, heavy-tailed and about tokens, and does
+    the norm change that?
+
+Formula:
+    median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2;
+    mean over neurons of token information, Cov(x, the token's mean in other documents) / Var(x);
+    privileged basis = median kurtosis less that of a random rotation;
+    by token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10
+
+Reading:
+    With smearing the neurons are aligned before the norm and less so after it: kurtosis, and its
+    excess over a rotated basis, fall from mid to post, and the density rises, because distributed
+    activations are amplified. A norm whose gain is one constant leaves every neuron's shape as it
+    was, up to centring: post less mid is 0. Where the kurtosis of mid is no more than that of
+    Gaussian pre-activations, SoLU made it, not the model.
+
+Pitfalls:
+    x softmax(x) makes tails out of anything: read no kurtosis without the Gaussian beside it.
+    Kurtosis rests on few tokens and, where tails are heavy, grows with their number: compare it on
+    the same text only. The three counts of neurons (participation ratio, K_eff, active neurons)
+    weigh tails differently and may disagree. post has gamma and beta in it, which change no
+    neuron's kurtosis, and the skewness only in sign. In a trained model tokens tell something about
+    any direction, rotated ones too.
+
+Source:
+    science.md section 7 P13; Elhage et al. 2022, section 3.2
 """
 
 from __future__ import annotations
@@ -288,23 +314,7 @@ def _of_stages(unit: str, name: str, meaning: str, **how: Any) -> dict[str, Quan
 
 
 PROBE = Probe(
-    name="Neuron statistics",
-    section="P13",
-    question="Are the neurons a basis in which activations are sparse, heavy-tailed and about tokens, and does the "
-    "norm change that?",
-    reading="With smearing the neurons are aligned before the norm and less so after it: kurtosis, and its "
-    "excess over a rotated basis, fall from mid to post, and the density rises, because distributed activations "
-    "are amplified. A norm whose gain is one constant leaves every neuron's shape as it was, up to centring: post "
-    "less mid is 0. Where the kurtosis of mid is no more than that of Gaussian pre-activations, SoLU made it, not "
-    "the model.",
-    pitfalls="x softmax(x) makes tails out of anything: read no kurtosis without the Gaussian beside it. "
-    "Kurtosis rests on few tokens and, where tails are heavy, grows with their number: compare it on the same text "
-    "only. The three counts of neurons (participation ratio, K_eff, active neurons) weigh tails differently and "
-    "may disagree. post has gamma and beta in it, which change no neuron's kurtosis, and the skewness only in "
-    "sign. In a trained model tokens tell something about any direction, rotated ones too.",
-    formula="median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2; mean over neurons of "
-    "token information, Cov(x, the token's mean in other documents) / Var(x); privileged basis = median kurtosis "
-    "less that of a random rotation; by token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10",
+    __doc__,
     gates=(
         Gate("monosemantic", "privileged basis: mid", above=1.0),
         Gate("monosemantic", "token information: mid", above=0.5, truth=1.0),
@@ -361,5 +371,4 @@ PROBE = Probe(
             log_y=True,
         ),
     ),
-    source="science.md section 7 P13; Elhage et al. 2022, section 3.2",
 )

@@ -1,17 +1,45 @@
-"""P16: turn the residual stream away from its direction: does what the MLP writes follow smoothly?
+"""P16: Rotation smoothness
 
-The path starts at a token's own residual stream, less what ln2 takes away, and turns in the plane of
-a second direction v at constant length: |resid| (u cos theta + v sin theta). LayerNorm makes ln2's
-output depend on direction alone, so this is the path u cos theta + v sin theta after ln2's
-normalisation; ln2's own gain and bias, and all of the MLP, act on it as they stand.
+The path starts at a token's own residual stream, minus what ln2 takes away, and turns in the plane of a
+second direction v at constant length. LayerNorm makes ln2's output depend on direction alone, so this is
+the path u cos theta + v sin theta after ln2's normalisation; ln2's own gain and bias, and all of the MLP,
+act on it as they stand.
 
 What the mid norm adds is seen by following the same path with the token's gain held at its value at
 theta = 0. Where the gain is one constant the two are the same path. That is asked from 0 to pi/2 alone:
 around the token's antipode, where pre-activations are the opposite of what any text gives, a norm without
 epsilon turns the last bit of activation up to full size, and that one jump would be the answer.
 
-Source: asked for in the comments of Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP
-Layers are Monosemantic"; Janiak et al. 2024 for plateaus; science.md section 7, P16.
+Question:
+    When the residual stream turns away from a token's direction, does the MLP's output turn
+    smoothly or in steps?
+
+Formula:
+    path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps;
+    D = |O(theta) - O(0)| / |O(0)|;
+    length = sum |dO| / |O(pi/2) - O(0)|;
+    plateau = first theta with D >= D(pi/2) / 2, over pi/2;
+    feature direction: d x_j / d resid, j = argmax x of the other token
+
+Reading:
+    A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of
+    pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions,
+    each with a meaning of its own. A norm that smears adds to them: on the way from one neuron's
+    region to the next it turns the small activations in between up to full size, so the longest
+    step grows with it. If holding the gain changes nothing, what steps there are come from the
+    nonlinearity. The gain also adds steps where a gain for each neuron could do its work (C2,
+    `disjoint`): need is for P7 and P8.
+
+Pitfalls:
+    A random direction leaves the places where text is; another token's does not. Without biases
+    every neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much
+    above 256 every step has a pattern of its own and there are 257 effective polytopes. A step
+    shorter than pi/256 is not resolved. 64 evenly spaced tokens; nan elsewhere. Softmax makes steps
+    without any norm: compare arms.
+
+Source:
+    asked for in the comments of Jorgensen 2023; Janiak et al. 2024 for plateaus; science.md
+    section 7 P16
 """
 
 from __future__ import annotations
@@ -259,24 +287,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Rotation smoothness",
-    section="P16",
-    question="When the residual stream turns away from a token's direction, does the MLP's output turn smoothly or "
-    "in steps?",
-    reading="A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of "
-    "pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions, each "
-    "with a meaning of its own. A norm that smears adds to them: on the way from one neuron's region to "
-    "the next it turns the small activations in between up to full size, so the longest step grows with "
-    "it. If holding the gain changes nothing, what steps there are come from the nonlinearity. The gain also adds "
-    "steps where a gain for each neuron could do its work (C2, `disjoint`): need is for P7 and P8.",
-    pitfalls="A random direction leaves the places where text is; another token's does not. Without biases every "
-    "neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much above 256 every step "
-    "has a pattern of its own and there are 257 effective polytopes. A step shorter than pi/256 is not "
-    f"resolved. {N_TOKENS} evenly spaced tokens; nan elsewhere. Softmax makes steps without any norm: "
-    "compare arms.",
-    formula="path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps; D = |O(theta) - O(0)| / "
-    "|O(0)|; length = sum |dO| / |O(pi/2) - O(0)|; plateau = first theta with D >= D(pi/2) / 2, over pi/2; "
-    "feature direction: d x_j / d resid, j = argmax x of the other token",
+    __doc__,
     gates=(
         # From one A token to another x is 12 cos and 12 sin theta, and O, of one length under a live norm,
         # turns by atan(tan(theta) e^d), d = 12 (sin - cos): at 45 degrees by 6 sqrt 2 + 1 for each unit of
@@ -330,5 +341,4 @@ PROBE = Probe(
             for kind, which in KINDS.items()
         ),
     ),
-    source="Jorgensen 2023, comments; science.md section 7 P16",
 )

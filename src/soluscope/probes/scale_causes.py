@@ -1,14 +1,30 @@
-"""P3: what makes a token's scale large or small: magnitude, peakedness, or how many neurons share?
+"""P3: Causes of the scale
 
-With a = x * softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the largest
-a and the largest x are the same neuron), exactly
+Question:
+    Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?
 
-    log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N
+Formula:
+    With a = x softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the
+    largest a and the largest x are the same neuron), exactly
+    log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N;
+    pmax = e^xmax / Z; K = |a|^2 / max(a)^2; mbar = mean(a)^2 / mean(a^2);
+    share = Cov(term, log s) / Var(log s), so that the shares sum to 1.
+    For log g each term is weighted with the elasticity -r, averaged from the mean token to this one.
 
-pmax = e^xmax / Z; K = |a|^2 / max(a)^2, how many neurons share the norm; mbar = mean(a)^2 / mean(a^2).
-So each term's covariance with log s, over the variance of log s, is a share, and the shares sum to 1.
+Reading:
+    Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the
+    variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax
+    alone carries it, the gain answers to how strongly neurons fire and not to how many do. Read
+    amplitude first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L:
+    correlation .66, amplitude .4%).
 
-Source: science.md section 7, P3.
+Pitfalls:
+    Shares can be negative or above 1, since terms cancel: the covariances are given too. K,
+    exp(H(p)) and the participation ratio are three different effective numbers. The gain is blind
+    to which neuron holds which value, so swaps exchange magnitude and relative sizes, not ranks.
+
+Source:
+    science.md section 7 P3
 """
 
 from __future__ import annotations
@@ -252,20 +268,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Causes of the scale",
-    section="P3",
-    question="Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?",
-    reading="Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the "
-    "variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax alone "
-    "carries it, the gain answers to how strongly neurons fire and not to how many do. Read amplitude "
-    "first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L: correlation .66, "
-    "amplitude .4%).",
-    pitfalls="Shares can be negative or above 1, since terms cancel: the covariances are given too. K, exp(H(p)) "
-    "and the participation ratio are three different effective numbers. The gain is blind to which neuron "
-    "holds which value, so swaps exchange magnitude and relative sizes, not ranks.",
-    formula="log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N; share = Cov(term, log s) / "
-    "Var(log s). For log g each term is weighted with the elasticity -r, averaged from the mean token to "
-    "this one.",
+    __doc__,
     gates=(
         # Two kinds of tokens: a share is the difference of a term over that of log s, 4.396. Terms at A
         # and B: log 12, 0; -.0002, 1 - log(8e + 24); 0, .5 log 8; .5 log(31/32), .5 log(3/4).
@@ -335,5 +338,4 @@ PROBE = Probe(
             "Effective number of neurons", ("K", "exp(H(p))", "PR"), statistic="median", log_y=True
         ),
     ),
-    source="science.md section 7 P3",
 )

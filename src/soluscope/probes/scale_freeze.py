@@ -1,6 +1,27 @@
-"""P4: does it matter that each token has its own gain? Freeze it, and see what the loss does.
+"""P4: Scale freeze
 
-Source: science.md section 7, P4, by the closed form of section 8.4; Heimersheim 2024 for freezing.
+Question:
+    Does the loss rise when every token gets the same gain instead of its own?
+
+Formula:
+    dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the
+    constant of least mean loss on the other documents;
+    ln_final's scale live, or frozen at what it was
+
+Reading:
+    Smearing predicts a rise, on tokens with a high gain and activations spread over many neurons. A
+    change within .001 nats says that the per-token scale carries nothing at inference. A model
+    whose gain is one constant is unchanged by construction at its mean.
+
+Pitfalls:
+    A frozen model is off its training distribution: its cost overstates need (in a pilot
+    twelvefold): training a static arm decides, not this. It costs where a gain for each neuron
+    would do, too (C2 `disjoint`). The best constant is an estimate from the other documents, whose
+    error alone costs about 1 / (2 n) nats for n tokens. The final norm may absorb the scale: both
+    ways are shown.
+
+Source:
+    science.md sections 7 P4 and 8.4; Heimersheim 2024 for freezing
 """
 
 from __future__ import annotations
@@ -105,18 +126,7 @@ _FREEZES = {
 }
 
 PROBE = Probe(
-    name="Scale freeze",
-    section="P4",
-    question="Does the loss rise when every token gets the same gain instead of its own?",
-    reading="Smearing predicts a rise, on tokens with a high gain and activations spread over many "
-    "neurons. A change within .001 nats says that the per-token scale carries nothing at inference. A model whose "
-    "gain is one constant is unchanged by construction at its mean.",
-    pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
-    "training a static arm decides, not this. It costs where a gain for each neuron would do, too (C2 `disjoint`). "
-    "The best constant is an estimate from the other documents, whose error alone costs about 1 / (2 n) nats for n "
-    "tokens. The final norm may absorb the scale: both ways are shown.",
-    formula="dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the constant "
-    "of least mean loss on the other documents; ln_final's scale live, or frozen at what it was",
+    __doc__,
     gates=(
         Gate("smear_shared", "frozen at geometric mean", above=0.1),
         Gate("smear_shared", "frozen at best constant", above=0.1),
@@ -155,5 +165,4 @@ PROBE = Probe(
             group="gain",
         ),
     ),
-    source="science.md sections 7 P4 and 8.4",
 )

@@ -1,14 +1,29 @@
-"""P15: does the MLP answer to a direction alone, whatever its length? Before ln2, and across the mid norm.
+"""P15: Scale invariance
 
 A LayerNorm without epsilon maps lambda * v to what it maps v to, so that each direction of the residual
-stream has one meaning (Jorgensen). Epsilon takes it away: for the mid norm exactly
+stream has one meaning (Jorgensen). Epsilon takes this away.
 
-    |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps))
+Question:
+    Does a direction mean the same at any length, into the MLP and across its mid norm?
 
-1 at every lambda where r = s2 / (s2 + eps) is 1 (invariant), and lambda where r is 0 (linear).
+Formula:
+    |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)): 1 at every lambda where
+    r = s2 / (s2 + eps) is 1 (invariant), lambda where r is 0 (linear);
+    and post and O at lambda * resid against lambda = 1, lambda from 2^-6 to 2^6
 
-Source: Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP Layers are Monosemantic";
-science.md section 7, P15.
+Reading:
+    Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda),
+    as a LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays
+    small. Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until
+    lambda takes the residual stream down to ln2's own epsilon.
+
+Pitfalls:
+    The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid
+    norm. Invariance holds for one direction scaled as a whole, not for one of several that are
+    added. The MLP is evaluated at 1000 evenly spaced tokens; the mid norm's closed form at all.
+
+Source:
+    Jorgensen 2023; science.md section 7 P15
 """
 
 from __future__ import annotations
@@ -135,18 +150,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Scale invariance",
-    section="P15",
-    question="Does a direction mean the same at any length, into the MLP and across its mid norm?",
-    reading="Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda), as a "
-    "LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays small. "
-    "Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until lambda takes "
-    "the residual stream down to ln2's own epsilon.",
-    pitfalls="The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid "
-    "norm. Invariance holds for one direction scaled as a whole, not for one of several that are added. "
-    f"The MLP is evaluated at {N_TOKENS} evenly spaced tokens; the mid norm's closed form at all.",
-    formula="|n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)); and post and O at lambda * "
-    "resid against lambda = 1, lambda from 2^-6 to 2^6",
+    __doc__,
     gates=(
         Gate("uniform", "linearity error of n at 2", above=0.4, truth=0.5),
         Gate("uniform", "invariance error of n at 2", within=0.01),
@@ -200,5 +204,4 @@ PROBE = Probe(
             ("invariance error of n at 2", "linearity error of n at 2"),
         ),
     ),
-    source="Jorgensen 2023; science.md section 7 P15",
 )

@@ -1,4 +1,4 @@
-"""P6: does the gain carry what tells two prompts apart? Patched from clean to corrupt and back.
+"""P6: Scale patching, both directions
 
 A mid norm's output is made of parts: n = g L u, with g the gain, L = |a - m| and u = (a - m) / L the
 direction; m, the mean over neurons, is what was taken off. Each part of one prompt is put into the
@@ -10,8 +10,37 @@ The 2x2 contrast is over the gain and what it multiplies, the direction with its
 its corners are the two runs' own activations. With the length held, a donor's direction would be as long
 as no token makes it, and the contrast would measure that.
 
-Source: science.md section 7, P6; Heimersheim on clean to corrupt and corrupt to clean, in the comments on
-"A circuit for Python docstrings" (2023). The decomposition is ours.
+Question:
+    Does the gain carry what tells a prompt from its corruption, on its own or together with the
+    direction?
+
+Formula:
+    n = g L u;
+    m = logit[y+] - logit[y-] before the answer;
+    denoise (m - m_cor) / (m_cl - m_cor), noise (m_cl - m) / (m_cl - m_cor);
+    each a ratio of sums over rows, sum |m_cl - m_cor| below;
+    2x2 contrast m(g', c') - m(g', c) - m(g, c') + m(g, c), c = L u
+
+Reading:
+    Smearing predicts that the gain alone moves the logit difference in at least one direction:
+    denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of
+    it: a receiver that says the opposite says it louder with a higher gain, so in C1
+    (`smear_shared`) the shares are far below 0. Without smearing the gain moves nothing either way
+    (within .01), and content and direction move all there is. An interaction above 0 says that gain
+    and content work together. Where the gain is one constant its shares are exactly 0.
+
+Pitfalls:
+    Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may
+    overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is
+    left out: see how many are left. Which word corrupts matters, so there are five. The residual
+    stream before the MLP and attention stay the receiver's, and so even the whole content need not
+    move all. L = |a - m| stays too: under a true LayerNorm a patched gain changes the norm of n,
+    which no prompt of its own would do. In a tokenizer of code, names are whole words. Prefixes of
+    one document count as pairs of their own.
+
+Source:
+    science.md section 7 P6; Heimersheim 2023, comments on docstring circuits, for both directions;
+    the decomposition is ours
 """
 
 from __future__ import annotations
@@ -222,25 +251,7 @@ _MEANINGS = {
 }
 
 PROBE = Probe(
-    name="Scale patching, both directions",
-    section="P6",
-    question="Does the gain carry what tells a prompt from its corruption, on its own or together with the "
-    "direction?",
-    reading="Smearing predicts that the gain alone moves the logit difference in at least one direction: "
-    "denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of it: a "
-    "receiver that says the opposite says it louder with a higher gain, so in C1 (`smear_shared`) the shares are "
-    "far below 0. Without smearing the gain moves nothing either way (within .01), and content and direction move "
-    "all there is. An interaction above 0 says that gain and content work together. Where the gain is one constant "
-    "its shares are exactly 0.",
-    pitfalls="Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may "
-    "overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is left out: see "
-    "how many are left. Which word corrupts matters, so there are five. The residual stream before the MLP and "
-    "attention stay the receiver's, and so even the whole content need not move all. L = |a - m| stays too: "
-    "under a true LayerNorm a patched gain changes the norm of n, which no prompt of its own would do. In a "
-    "tokenizer of code, names are whole words. Prefixes of one document count as pairs of their own.",
-    formula="n = g L u; m = logit[y+] - logit[y-] before the answer; denoise (m - m_cor) / (m_cl - m_cor), noise "
-    "(m_cl - m) / (m_cl - m_cor); each a ratio of sums over rows, sum |m_cl - m_cor| below; 2x2 contrast m(g', "
-    "c') - m(g', c) - m(g, c') + m(g, c), c = L u",
+    __doc__,
     gates=(
         Gate("and_gate", "noise: gain", above=0.5, truth=0.98767, stream="pairs"),
         Gate("and_gate", "denoise: gain", within=0.01, stream="pairs"),
@@ -304,5 +315,4 @@ PROBE = Probe(
         ),
         Figure("Pairs left", ("pairs left",)),
     ),
-    source="science.md section 7 P6; Heimersheim 2023, comments on docstring circuits",
 )

@@ -1,11 +1,37 @@
-"""P5: would another token's gain do as well? Swaps between like tokens, and a dose curve of each.
+"""P5: Scale swap and dose curve
 
-A swap stays within what the model knows: the gain that a token gets is one that a token like it
-has. Which token gives to which is a random order within each class (position group, fifth of the
+Which token gives to which is a random order within each class (position group, fifth of the
 surprisal), each giving to the next, from a fixed seed; so the donors of a class are the class, and its
 log ratios add up to 0.
 
-Source: science.md section 7, P5, by the closed form of section 8.4.
+Question:
+    Does a token need its own gain, or would that of another token like it, or half or twice its
+    own, do as well?
+
+Formula:
+    l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the
+    surprisal;
+    its slope on log(g_u / g_t);
+    l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps
+
+Reading:
+    Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative
+    one down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap
+    changes nothing: where the gain is one constant exactly, where it varies to no effect within
+    .001 nats. A steep dose curve alone says that the output scale matters, which a static gain has
+    too. Swaps also cost loss where a gain for each neuron could do it (C2, `disjoint`): whether a
+    gain by token is needed is for P7 and P8.
+
+Pitfalls:
+    Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that
+    up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs
+    apart. The best dose of a single token is where its one target is likeliest, often an end of the
+    range; only the best dose for all says whether gains are right. A swapped gain is off the
+    token's own distribution, though not off the model's. Tokens are matched within one stream; dose
+    curves are of 2048 evenly spaced tokens at most.
+
+Source:
+    science.md sections 7 P5 and 8.4
 """
 
 from __future__ import annotations
@@ -212,23 +238,7 @@ def _by_final_norm(quantities: dict[str, Quantity]) -> dict[str, Quantity]:
 
 
 PROBE = Probe(
-    name="Scale swap and dose curve",
-    section="P5",
-    question="Does a token need its own gain, or would that of another token like it, or half or twice its own, "
-    "do as well?",
-    reading="Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative one "
-    "down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap changes "
-    "nothing: where the gain is one constant exactly, where it varies to no effect within .001 nats. A steep "
-    "dose curve alone says that the output scale matters, which a static gain has too. Swaps also cost loss where "
-    "a gain for each neuron could do it (C2, `disjoint`): whether a gain by token is needed is for P7 and P8.",
-    pitfalls="Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that "
-    "up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs apart. The "
-    "best dose of a single token is where its one target is likeliest, often an end of the range; only the best "
-    "dose for all says whether gains are right. A swapped gain is off the token's own distribution, though not "
-    f"off the model's. Tokens are matched within one stream; dose curves are of {N_DOSED} evenly spaced tokens at "
-    "most.",
-    formula="l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the surprisal; "
-    "its slope on log(g_u / g_t); l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps",
+    __doc__,
     gates=(
         Gate("smear_shared", "swap, absolute", above=0.1),
         Gate("smear_shared", "swap, absolute, final norm frozen", above=0.1),
@@ -316,5 +326,4 @@ PROBE = Probe(
         ),
         Figure("Where the mean dose curve is lowest", ("log2 of the best dose for all",)),
     ),
-    source="science.md sections 7 P5 and 8.4",
 )

@@ -1,4 +1,4 @@
-"""P11: are weak activations less specific after the norm than before it? Elhage et al., section 6.4.
+"""P11: Specificity before and after the norm
 
 Elhage et al. looked at tokens across a neuron's range of activations and found that after the
 LayerNorm far more of the weakly activating ones had nothing to do with the neuron's feature: "the
@@ -14,7 +14,35 @@ Neurons and their features are chosen on either half of the documents and measur
 are taken within a half, and a mean over neurons is over the choices of both: a neuron that both halves
 chose counts twice, be it with one feature or with two, and one that a single half chose counts once.
 
-Source: science.md section 7, P11; Elhage et al. 2022, section 6.4.
+Question:
+    Do a neuron's weak activations have less to do with its feature after the mid norm than before
+    it?
+
+Formula:
+    A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with
+    post = g a, a - m or g (a - m);
+    weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0;
+    f has the highest AUROC for a_j on the other half of the documents;
+    both halves' neurons together
+
+Reading:
+    Smearing predicts A above 0 by the gain alone: tokens without the feature, amplified, overtake
+    tokens that have it weakly beside something stronger. A at 0 by the gain, and above 0 by
+    centring alone, is no smearing: the mean re-signs small activations. All at 0: the norm moves
+    nothing past anything else.
+
+Pitfalls:
+    Elhage et al. set levels by value, and judged the tokens on which the feature had been found.
+    Equal values are not comparable before and after a norm that compresses the range: a bin then
+    holds other numbers of tokens, and the base rate does the rest. And a feature that was chosen on
+    the same data looks too specific. Here levels are ranks, and what is chosen on either half of
+    the documents is measured on the other; the figure as published is beside it. Ranks are blind to
+    a gain that compresses without changing the order within a neuron: for that read the scale
+    freeze. A neuron counts once for each half that chose it, with its best feature, also where that
+    is not good: see its AUROC. Gamma and beta are left out.
+
+Source:
+    Elhage et al. 2022, section 6.4; science.md section 7 P11
 """
 
 from __future__ import annotations
@@ -298,22 +326,7 @@ def _signature(gain: float, centring: float) -> dict[str, Any]:
 
 
 PROBE = Probe(
-    name="Specificity before and after the norm",
-    section="P11",
-    question="Do a neuron's weak activations have less to do with its feature after the mid norm than before it?",
-    reading="Smearing predicts A above 0 by the gain alone: tokens without the feature, amplified, overtake "
-    "tokens that have it weakly beside something stronger. A at 0 by the gain, and above 0 by centring alone, is "
-    "no smearing: the mean re-signs small activations. All at 0: the norm moves nothing past anything else.",
-    pitfalls="Elhage et al. set levels by value, and judged the tokens on which the feature had been found. "
-    "Equal values are not comparable before and after a norm that compresses the range: a bin then holds other "
-    "numbers of tokens, and the base rate does the rest. And a feature that was chosen on the same data looks too "
-    "specific. Here levels are ranks, and what is chosen on either half of the documents is measured on the other; "
-    "the figure as published is beside it. Ranks are blind to a gain that compresses without changing the order "
-    "within a neuron: for that read the scale freeze. A neuron counts once for each half that chose it, with its "
-    "best feature, also where that is not good: see its AUROC. Gamma and beta are left out.",
-    formula="A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with post = "
-    "g a, a - m or g (a - m); weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0; "
-    "f has the highest AUROC for a_j on the other half of the documents; both halves' neurons together",
+    __doc__,
     gates=(
         Gate("smear_graded", "A (gain only)", above=0.2),
         Gate("smear_graded", "A (centring only)", within=0.01),
@@ -379,5 +392,4 @@ PROBE = Probe(
         ),
         Figure("How well the neurons tell their features", ("AUROC of the matched neurons",)),
     ),
-    source="Elhage et al. 2022, section 6.4; science.md section 7 P11",
 )

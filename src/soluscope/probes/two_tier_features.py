@@ -1,4 +1,4 @@
-"""P14: on how many neurons does a feature live? Sparse probing, before and after the norm.
+"""P14: Two tiers of features
 
 Elhage et al. suspect two tiers of features: some on a neuron of their own, some spread over many, which
 have a large effect only where no feature of the first tier is present and the LayerNorm turns them up. A
@@ -12,7 +12,36 @@ removal needs the direction and the tier before it is measured; both come from t
 documents, the tier by halving that half again. So a feature may be removed from the one half and not
 from the other, or in another tier there.
 
-Source: science.md section 7, P14; Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing.
+Question:
+    Are there features that only many neurons together tell, and do they stand where the gain is
+    high?
+
+Formula:
+    least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class
+    means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of
+    the documents, fitted on the other;
+    tier gap = share of decoded features with k > 16;
+    removal: post - ((post - mean) . w) w, with w and the mean of post from the other half
+
+Reading:
+    Smearing predicts a second tier: features that few neurons of mid do not tell and all of them
+    do, which stand on tokens with a high gain (log gain above 0), take fewer neurons after the norm
+    than before it, and whose removal costs loss. Without it the tiers have one gain, and the index
+    is the same in mid and post. A second tier with a removal of 0 is decoded by the probe and not
+    used by the model.
+
+Pitfalls:
+    A probe reads what the model does not use: that is what the removal is for, next to the random
+    direction, which removes as much from the same tokens. Features that are unions of others (all
+    capitals) take many neurons in any model: compare kinds, and tokens' identities first. The index
+    asks for 95% of what all neurons give, and moves in powers of two. The ridge grows with the
+    number of neurons; with few tokens all neurons may tell less than some of them. Intervals are
+    for other documents at the same probes, and as wide as those of one half: too wide where probes
+    are good. What to remove is chosen on quarters of the documents, where fewer features are
+    decoded.
+
+Source:
+    Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing; science.md section 7 P14
 """
 
 from __future__ import annotations
@@ -394,24 +423,7 @@ def _of_stages(unit: str, name: str, meaning: str, **how: Any) -> dict[str, Quan
 
 
 PROBE = Probe(
-    name="Two tiers of features",
-    section="P14",
-    question="Are there features that only many neurons together tell, and do they stand where the gain is high?",
-    reading="Smearing predicts a second tier: features that few neurons of mid do not tell and all of them do, "
-    "which stand on tokens with a high gain (log gain above 0), take fewer neurons after the norm than before it, "
-    "and whose removal costs loss. Without it the tiers have one gain, and the index is the same in mid and post. "
-    "A second tier with a removal of 0 is decoded by the probe and not used by the model.",
-    pitfalls="A probe reads what the model does not use: that is what the removal is for, next to the random "
-    "direction, which removes as much from the same tokens. Features that are unions of others (all capitals) "
-    "take many neurons in any model: compare kinds, and tokens' identities first. The index asks for 95% of what "
-    "all neurons give, and moves in powers of two. The ridge grows with the number of neurons; with few tokens "
-    "all neurons may tell less than some of them. Intervals are for other documents at the same probes, and as "
-    "wide as those of one half: too wide where probes are good. What to remove is chosen on quarters of the "
-    "documents, where fewer features are decoded.",
-    formula="least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class "
-    "means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of the "
-    "documents, fitted on the other; tier gap = share of decoded features with k > 16; removal: "
-    "post - ((post - mean) . w) w, with w and the mean of post from the other half",
+    __doc__,
     gates=(
         Gate("smear_shared", "tier gap: mid", above=0.2, group="token"),
         Gate("smear_shared", "tier gap: post", within=0.01, group="token"),
@@ -485,5 +497,4 @@ PROBE = Probe(
         ),
         Figure("Loss when a feature's direction is removed", tuple(REMOVED.values())),
     ),
-    source="Elhage et al. 2022, section 6.4; science.md section 7 P14",
 )
