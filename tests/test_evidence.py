@@ -37,7 +37,9 @@ def seen(control: str) -> dict[str, evidence.Seen]:
             study="planted", probe=probe, quantity="", value=None, unit="", run=f"{NORMED}-s0",
             arm=NORMED, variant=NORMED, seed=0, stream="natural",
         )  # fmt: skip
-        rows += summarise(one, run, token_table(one, run), base, n_draws=500, seed=0)
+        measured = one.measure(run)
+        table = token_table(run, measured)
+        rows += summarise(one, table, measured.estimates, base, n_draws=500, seed=0)
         rows.append(
             Row(
                 study="planted", probe="controls", quantity=probe, value=None, unit="",

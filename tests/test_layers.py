@@ -32,8 +32,7 @@ def name_of(path: Path) -> str:
 
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 VARIANTS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.variants")))
-PROBES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.probes")))
-CONTROLS = tuple(sorted(m for m in MODULES if m.startswith("soluscope.controls")))
+SOURCES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.data.sources")))
 ENGINES = tuple(sorted(m for m in MODULES if m.startswith("soluscope.engines")))
 REPORT = tuple(sorted(m for m in MODULES if m.startswith("soluscope.report")))
 
@@ -148,7 +147,7 @@ def test_entry_point_holds_no_logic(script: str) -> None:
 
 MAY_IMPORT = {
     "variants": {"errors", "plugins", "results", "norms", "variants"},
-    "probes": {"errors", "results", "comparison", "hooked", "probes"},
+    "probes": {"errors", "results", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
     "report": {"errors", "files", "results", "wandb_client", "report"},
 }
@@ -169,10 +168,15 @@ def test_report_needs_no_torch_and_no_pandas(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(MODULES[module])} & {*SLOW, "pandas"}
 
 
-@pytest.mark.parametrize("module", [*VARIANTS, *PROBES, *CONTROLS])
-def test_members_of_open_sets_can_be_read_without_torch(module: str) -> None:
+@pytest.mark.parametrize("module", [*VARIANTS, *SOURCES])
+def test_parameters_of_variants_and_sources_can_be_read_without_torch(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(MODULES[module], at_load=True)} & SLOW
     assert not SLOW & reached(module)
+
+
+@pytest.mark.parametrize("package", OPEN_SETS)
+def test_names_of_an_open_set_are_read_without_torch(package: str) -> None:
+    assert not SLOW & reached(package)
 
 
 @pytest.mark.parametrize(

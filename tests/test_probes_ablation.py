@@ -10,7 +10,7 @@ from test_every_variant import CENTRED, PER_TOKEN, VARIANTS, some_tokens
 
 from soluscope import plugins
 from soluscope.evaluation.calibration import check_gates, control_run
-from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import (
@@ -21,6 +21,7 @@ from soluscope.probes import (
     low_activation_impact,
 )
 from soluscope.probes._estimates import rank_correlation
+from soluscope.probes._tokens import every_nth
 
 PROBES = (
     "low_activation_impact", "diffuse_attribution", "exact_dla", "attribution_patching",
@@ -74,8 +75,9 @@ def value_of(estimate):
 
 def estimates_of(name, run):
     probe = plugins.pick("soluscope.probes", name)
-    table = token_table(probe, run)
-    return table, {(e.quantity, e.x): e for e in estimates(probe, run, table)}
+    measured = probe.measure(run)
+    table = token_table(run, measured)
+    return table, {(e.quantity, e.x): e for e in measured.estimates}
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -110,7 +112,7 @@ def test_contributions_and_what_was_there_before_add_up_to_the_targets_centred_l
 
 def test_tokens_spread_with_a_prime_stride_meet_every_position_of_a_row():
     run = observed("solu", 20)[2]
-    chosen = _attribution.spread_tokens(run, 7)
+    chosen = every_nth(run, 7)
     assert (run.target[chosen] >= 0).all()
     assert set(run.pos[chosen].tolist()) == set(range(1, 31))
 
@@ -267,7 +269,7 @@ def test_a_quantile_from_counts_below_edges_is_numpys_and_follows_the_weights():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attribution_and_both_ablation_losses_are_what_hooks_give(variant):
     model, tokens, run = observed(variant)
-    table = token_table(plugins.pick("soluscope.probes", "diffuse_attribution"), run)
+    table = token_table(run, plugins.pick("soluscope.probes", "diffuse_attribution").measure(run))
     nothing = everywhere(POST, torch.zeros_like(run.post))
     wanted = (losses(model, tokens, [nothing]) - losses(model, tokens)).numpy()
     np.testing.assert_allclose(table["ablation loss"], wanted, atol=1e-10)
@@ -388,7 +390,7 @@ def centred_target_logit(model, tokens, run, hooks=()):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_direct_effects_of_mlp_and_neurons_are_what_hooks_give(variant):
     model, tokens, run = observed(variant)
-    table = token_table(plugins.pick("soluscope.probes", "exact_dla"), run)
+    table = token_table(run, plugins.pick("soluscope.probes", "exact_dla").measure(run))
     kept = (run.target >= 0).numpy()
     plain = centred_target_logit(model, tokens, run)
 
@@ -599,7 +601,7 @@ def test_of_the_planted_neurons_exactly_the_entropy_neuron_is_discovered():
     from soluscope.controls.entropy_neuron import ENTROPY_NEURON
 
     run = control_run("entropy_neuron", "natural")
-    table = entropy_neurons.neurons(run, None)
+    table = entropy_neurons.measure(run).neurons
     assert table["is entropy neuron"].nonzero().flatten().tolist() == [ENTROPY_NEURON]
     assert table["TE - DE"].abs().argmax() == ENTROPY_NEURON
     assert table["DE"][ENTROPY_NEURON].abs() < 1e-10

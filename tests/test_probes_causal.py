@@ -21,7 +21,7 @@ from soluscope.data import pairs, streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
 from soluscope.evaluation.calibration import check_gates
-from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import lateral_inhibition, scale_patching, scale_swap
 
@@ -88,7 +88,7 @@ def test_a_swap_is_what_the_hooked_model_does_with_the_donors_scale(variant, fin
     )
     wanted = wanted.flatten().where(donor >= 0, torch.nan)
     assert (~wanted.isnan()).sum() > 80
-    measured = scale_swap.measure(run, None)
+    measured = scale_swap.measure(run).tokens
     same(measured[f"swap, signed{FINAL_NORMS[final_norm]}"], wanted)
     same(measured[f"swap, absolute{FINAL_NORMS[final_norm]}"], wanted.abs())
 
@@ -98,7 +98,7 @@ def test_a_swap_is_what_the_hooked_model_does_with_the_donors_scale(variant, fin
 def test_a_dose_is_what_the_hooked_model_does_with_a_multiple_of_the_gain(variant, final_norm):
     _, hooked = hooked_for(variant)
     tokens = some_tokens()
-    measured = scale_swap.measure(observe(hooked, stream_of(tokens)), None)
+    measured = scale_swap.measure(observe(hooked, stream_of(tokens))).tokens
     _, cache = hooked.run_with_cache(tokens)
     final = cache[FINAL_SCALE] if final_norm == "frozen" else None
     own = hooked_losses(hooked, tokens, {}, final)
@@ -127,13 +127,13 @@ def test_donors_are_alike_and_each_token_gives_once():
 
     np.testing.assert_array_equal(group(run.pos[swapped]), group(run.pos[donor[swapped]]))
     np.testing.assert_array_equal(fifth(run.loss[swapped]), fifth(run.loss[donor[swapped]]))
-    log_ratio = scale_swap.measure(run, None)["log(g_u / g_t)"]
+    log_ratio = scale_swap.measure(run).tokens["log(g_u / g_t)"]
     assert log_ratio[swapped].sum().item() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_token_that_no_other_is_like_is_not_swapped():
     run = planted(torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0)), eps=1e-5)
-    measured = scale_swap.measure(run, None)  # positions 1 and 2 are of two groups
+    measured = scale_swap.measure(run).tokens  # positions 1 and 2 are of two groups
     assert measured["swap, absolute"].isnan().all()
     assert measured["l(2 g) - l(g)"].isnan().tolist() == [True, False, False, True]
 
@@ -142,11 +142,12 @@ def test_a_token_that_no_other_is_like_is_not_swapped():
 def test_where_the_gain_is_one_constant_swaps_do_nothing_and_doses_do(variant):
     run = observe(hooked_for(variant)[1], stream_of(some_tokens(24)))
     probe = plugins.pick("soluscope.probes", "scale_swap")
-    table = token_table(probe, run)
+    measured = probe.measure(run)
+    table = token_table(run, measured)
     assert (table["swap, absolute"].dropna() == 0).all()
     assert (table["log(g_u / g_t)"].dropna() == 0).all()
     assert table["swap up, signed"].isna().all()
-    found = {e.quantity for e in estimates(probe, run, table)}
+    found = {e.quantity for e in measured.estimates}
     assert "dose curve" in found
     assert not any("slope" in name for name in found)
     assert table["l(2 g) - l(g)"].abs().mean() > 1e-3
@@ -172,14 +173,14 @@ def test_the_curvature_is_the_second_derivative_in_log_gain():
     wanted = torch.autograd.functional.hessian(
         lambda u: loss(u).sum(), torch.tensor(0.0, dtype=torch.float64)
     )
-    found = scale_swap.measure(observe(hooked, stream_of(tokens)), None)
+    found = scale_swap.measure(observe(hooked, stream_of(tokens))).tokens
     assert found["curvature at the own gain"][7].item() == pytest.approx(wanted.item(), rel=0.05)
 
 
 def test_dose_curves_are_of_an_even_share_of_the_tokens(monkeypatch):
     monkeypatch.setattr(scale_swap, "N_DOSED", 10)
     run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens(8)))
-    dosed = ~scale_swap.measure(run, None)["l(2 g) - l(g)"].isnan()
+    dosed = ~scale_swap.measure(run).tokens["l(2 g) - l(g)"].isnan()
     assert dosed.sum() == 10
     counted = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
     places = torch.searchsorted(counted, dosed.nonzero().squeeze(-1))
@@ -190,8 +191,9 @@ def test_dose_curves_are_of_an_even_share_of_the_tokens(monkeypatch):
 def test_slopes_of_both_signs_are_those_of_polyfit():
     run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens(30)))
     probe = plugins.pick("soluscope.probes", "scale_swap")
-    table = token_table(probe, run)
-    found = {e.quantity: e.value(e.sums.sum(0)[None])[0] for e in estimates(probe, run, table)}
+    measured = probe.measure(run)
+    table = token_table(run, measured)
+    found = {e.quantity: e.value(e.sums.sum(0)[None])[0] for e in measured.estimates}
     x, y = table["log(g_u / g_t)"], table["swap, signed"]
     rounding = scale_swap.SAME
     for sign, rows in (("", x.notna()), (", up", x >= -rounding), (", down", x <= rounding)):
@@ -244,7 +246,7 @@ def patched_by_hooks(hooked, stream, way, part, final_norm):
 def test_a_patch_is_what_the_hooked_model_does_with_the_others_part(variant, way, final_norm):
     _, hooked = hooked_for(variant)
     stream = some_pairs()
-    measured = scale_patching.measure(observe(hooked, stream), None)
+    measured = scale_patching.measure(observe(hooked, stream)).tokens
     found = {
         part: measured[f"by row, {way}: {part}{FINAL_NORMS[final_norm]}"].view(stream.tokens.shape)
         for part in (*scale_patching.COMPONENTS, "interaction")
@@ -268,7 +270,7 @@ def test_without_a_mid_norm_content_is_patched_and_gain_and_mean_are_nothing():
     _, hooked = hooked_for("solu")
     stream = some_pairs()
     tokens = stream.tokens
-    measured = scale_patching.measure(observe(hooked, stream), None)
+    measured = scale_patching.measure(observe(hooked, stream)).tokens
     at_corrupt = {name: x.view(-1, 6, 9)[:, 1:, -2] for name, x in measured.items()}
     kept = at_corrupt["m_clean - m_corrupt"].abs() >= 0.5
     assert kept.any()
@@ -289,7 +291,7 @@ def test_without_a_mid_norm_content_is_patched_and_gain_and_mean_are_nothing():
 
 @pytest.mark.parametrize("variant", STATIC)
 def test_a_constant_gain_moves_exactly_nothing(variant):
-    measured = scale_patching.measure(observe(hooked_for(variant)[1], some_pairs()), None)
+    measured = scale_patching.measure(observe(hooked_for(variant)[1], some_pairs())).tokens
     shares = [measured[f"by row, {way}: gain"] for way in ("denoise", "noise")]
     assert all((share[~share.isnan()] == 0).all() for share in shares)
 
@@ -297,8 +299,9 @@ def test_a_constant_gain_moves_exactly_nothing(variant):
 def test_the_headline_is_a_ratio_of_sums_and_small_differences_are_left_out():
     probe = plugins.pick("soluscope.probes", "scale_patching")
     run = observe(hooked_for("solu_ln")[1], some_pairs(30))
-    table = token_table(probe, run)
-    found = {e.quantity: e for e in estimates(probe, run, table)}
+    measured = probe.measure(run)
+    table = token_table(run, measured)
+    found = {e.quantity: e for e in measured.estimates}
     size = table["m_clean - m_corrupt"].abs()
     kept = size >= 0.5
     assert 0 < kept.sum() < size.notna().sum()
@@ -320,7 +323,7 @@ def test_a_model_that_tells_no_answers_apart_gives_no_shares_and_says_that_no_pa
     probe = plugins.pick("soluscope.probes", "scale_patching")
     run = planted(torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0)), eps=1e-5)
     run = replace(run, string=torch.zeros_like(run.string))
-    (only,) = estimates(probe, run, token_table(probe, run))
+    (only,) = probe.measure(run).estimates
     assert (only.quantity, only.note) == ("pairs left", "0 of 1 pairs")
 
 
@@ -346,7 +349,7 @@ def test_c1s_shares_are_those_of_its_table_of_logits():
             total += m_clean - m_corrupt
     probe = plugins.pick("soluscope.probes", "scale_patching")
     run = control_run("smear_shared", "pairs")
-    found = {e.quantity: e for e in estimates(probe, run, token_table(probe, run))}
+    found = {e.quantity: e for e in probe.measure(run).estimates}
     truths = {gate.quantity: gate.truth for gate in probe.gates if gate.control == "smear_shared"}
     for way, what in moved.items():
         sums = found[f"{way}: gain"].sums
@@ -360,7 +363,7 @@ def test_c1s_shares_are_those_of_its_table_of_logits():
 def test_rows_that_are_not_pairs_of_prompts_are_refused(n_rows):
     run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens(n_rows)))
     with pytest.raises(ValueError, match=rf"the {n_rows} rows of 'natural' are not pairs"):
-        scale_patching.measure(run, None)
+        scale_patching.measure(run)
 
 
 # --- P20: lateral inhibition ----------------------------------------------------------------------
@@ -381,7 +384,7 @@ def test_the_off_diagonal_share_is_that_of_autograds_jacobian():
 def test_each_cell_of_the_2x2_is_what_the_hooked_model_does(variant, final_norm):
     _, hooked = hooked_for(variant)
     tokens = some_tokens()
-    measured = lateral_inhibition.measure(observe(hooked, stream_of(tokens)), None)
+    measured = lateral_inhibition.measure(observe(hooked, stream_of(tokens))).tokens
     _, cache = hooked.run_with_cache(tokens)
     final = cache[FINAL_SCALE] if final_norm == "frozen" else None
     edits: dict[str, dict[str, torch.Tensor]] = {}
@@ -427,7 +430,7 @@ def test_z_cancels_under_a_live_layer_norm_without_epsilon_and_not_with_one():
         _, hooked = hooked_for("solu_ln")
         hooked.blocks[0].mlp.ln.eps = eps
         run = observe(hooked, stream_of(some_tokens()))
-        changes.append(lateral_inhibition.measure(run, None)["Z const"].nan_to_num().abs().max())
+        changes.append(lateral_inhibition.measure(run).tokens["Z const"].nan_to_num().abs().max())
     assert changes[0] < 1e-9
     assert changes[1] > 1e-4
 
@@ -481,7 +484,7 @@ def test_pairs_are_observed_and_patched_in_a_model_of_that_tokenizer(tiny_study,
 
     stream = streams.make(f"pairs: {family}", cache_of, tokenizer_of, 32, 500, 0)
     run = observe(load(tiny_study / "solu_ln-s0"), stream)
-    measured = scale_patching.measure(run, None)["m_clean - m_corrupt"]
+    measured = scale_patching.measure(run).tokens["m_clean - m_corrupt"]
     assert (~measured.isnan()).sum() == len(stream.tokens) * 5 // 6
     assert len(stream.tokens) == 6 * 20  # fewer tokens than 20 pairs take
 

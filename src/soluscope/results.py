@@ -465,7 +465,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _decode(kind: type[Any], values: dict[str, Any]) -> Any:
+def _decode(kind: Any, values: dict[str, Any]) -> Any:
     """Return the dataclass `kind` from what JSON gave; keys that it does not have are left out."""
     convert = _converters(kind)
     return kind(**{name: convert[name](values[name]) for name in convert if name in values})

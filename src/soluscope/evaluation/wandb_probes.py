@@ -55,7 +55,7 @@ def _logged(name: str, path: Path) -> dict[str, Any]:
 def _table(records: Sequence[Record]) -> Any:
     """Return a table with one row a record about the run; the probe's words are left out."""
     rows = [each for each in records if isinstance(each, OfRun)]
-    kinds = [type(row) for row in rows] or [Measurement]
+    kinds: list[type[OfRun]] = [type(row) for row in rows] or [Measurement]
     columns = list(dict.fromkeys(field.name for kind in kinds for field in fields(kind)))
     return package().Table(
         columns=columns,

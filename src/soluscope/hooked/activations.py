@@ -136,9 +136,23 @@ class HookedRun:
     @property
     def s2(self) -> Float[Tensor, " token"]:
         """Variance of mid over neurons, or its mean square where the norm does not centre; fp64."""
+        return self.centred.square().mean(-1)
+
+    @property
+    def centred(self) -> Float[Tensor, "token d_mlp"]:
+        """mid minus its mean over neurons, or mid itself where the norm does not centre; fp64."""
         mid = self.mid.double()
-        centred = mid - mid.mean(-1, keepdim=True) if self.centres else mid
-        return centred.square().mean(-1)
+        return mid - mid.mean(-1, keepdim=True) if self.centres else mid
+
+    @property
+    def scored(self) -> Bool[Tensor, " token"]:
+        """The tokens that are not BOS and have a target."""
+        return ~self.is_bos & (self.target >= 0)
+
+    @property
+    def mean_log_gain(self) -> Float[Tensor, ""]:
+        """Log of the gain's geometric mean over tokens that are not BOS; fp64."""
+        return self.gain.double().log()[~self.is_bos].mean()
 
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
         """The same run with some of its tokens only."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
 from soluscope.probes import Estimate
 
@@ -90,8 +91,6 @@ def rank_correlation(
     Ranks are taken once, over all tokens; resampling moves the weights of strings. The partial
     correlation is that of the ranks' residuals on the ranks of what is given.
     """
-    from scipy.stats import rankdata  # a second to load, which the report need not wait for
-
     columns = [np.asarray(column, dtype=np.float64) for column in (x, y, *given)]
     kept = ~np.isnan(np.stack(columns)).any(axis=0)
     ranks = [rankdata(column[kept]) / max(1, kept.sum()) - 0.5 for column in columns]

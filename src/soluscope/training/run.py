@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from soluscope import plugins
 from soluscope.config import Config, read_config
 from soluscope.data.cache import SPLITS, Rows, Split, TokenCache, prepare, share_with_study
-from soluscope.data.streams import spread
+from soluscope.data.streams import evenly_spaced
 from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
 from soluscope.model import LanguageModel, Record
@@ -287,7 +287,7 @@ def mean_loss(
     rows, bos = cache.rows(split, ctx), cache.meta["bos"]
     total, count = 0.0, 0
     for chosen in np.array_split(
-        spread(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)
+        evenly_spaced(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)
     ):
         tokens = torch.from_numpy(rows[chosen])
         losses = model.loss(tokens.to(model.unembed.b_U.device), bos, reduction="none")
@@ -504,7 +504,9 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
         raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
     rows = cache.rows("select", facts.ctx)
     record: Record = {}
-    model.residual(torch.from_numpy(rows[spread(len(rows), INIT_TOKENS // facts.ctx)]), record)
+    model.residual(
+        torch.from_numpy(rows[evenly_spaced(len(rows), INIT_TOKENS // facts.ctx)]), record
+    )
     scale = record[f"blocks.{layer}.mlp.ln.hook_scale"][:, 1:]  # [row pos 1], BOS left out
     return float(scale.double().log().mean().neg().exp())
 
