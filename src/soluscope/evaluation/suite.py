@@ -42,7 +42,7 @@ from soluscope.hooked.activations import HookedRun, check_model, observe, rows_a
 from soluscope.hooked.convert import SoluscopeTransformer, load
 from soluscope.probes import Probe
 from soluscope.results import PRETRAINED, Row
-from soluscope.runs.folder import is_done, lock
+from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import Facts, code_hash, commit, load_facts
 
 PACKAGE = "soluscope.probes"
@@ -102,9 +102,9 @@ def _say_at(say: Say, place: str, text: str) -> None:
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if is_done(folder) or (folder / RECORD).is_file():
+    if Run(folder).is_done() or (folder / RECORD).is_file():
         return [folder]
-    trained = (path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
+    trained = (path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done())
     found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{RECORD}"))})
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
