@@ -20,7 +20,7 @@ from soluscope import results
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Measurement
-from soluscope.runs.folder import last_checkpoint, lock
+from soluscope.runs.folder import Run, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
 HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")
@@ -218,7 +218,7 @@ def refusal(action: Any, *arguments: Any) -> str:
 def unfinished(run_dir: Path) -> Path:
     """The run as if it had been killed after its last checkpoint, which is returned."""
     (run_dir / "done.json").unlink()
-    return last_checkpoint(run_dir)
+    return Run(run_dir).checkpoint
 
 
 def cut(path: Path) -> None:
@@ -276,7 +276,7 @@ def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Conf
 def test_checkpoint_that_is_no_checkpoint_is_refused(config: Config) -> None:
     for content in (b"", b"not a checkpoint"):
         (config.run_dir / "done.json").unlink(missing_ok=True)
-        last_checkpoint(config.run_dir).write_bytes(content)
+        Run(config.run_dir).checkpoint.write_bytes(content)
         assert "cannot read the checkpoint" in refusal(train_silently, config)
 
 
@@ -284,11 +284,11 @@ def test_checkpoint_of_another_shape_is_refused_and_names_the_tensor(
     config: Config, tiny_study: Path
 ) -> None:
     checkpoint = unfinished(config.run_dir)
-    shutil.copy(last_checkpoint(tiny_study / "gelu-s0"), checkpoint)
+    shutil.copy(Run(tiny_study / "gelu-s0").checkpoint, checkpoint)
     message = refusal(train_silently, config)
     assert message.startswith(f"the checkpoint {checkpoint} is of another shape: ")
     assert ".mlp.ln.b is nothing there and (128,) in this configuration" in message
-    loaded = torch.load(last_checkpoint(tiny_study / "solu_ln-s0"), weights_only=True)
+    loaded = torch.load(Run(tiny_study / "solu_ln-s0").checkpoint, weights_only=True)
     loaded["state_dict"]["model.unembed.W_U"] = torch.zeros(32, 7)
     torch.save(loaded, checkpoint)
     before = snapshot(config.run_dir)

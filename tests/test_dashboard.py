@@ -22,7 +22,7 @@ from soluscope.errors import UserError
 from soluscope.report import dashboard, page, words
 from soluscope.report.findings import comparisons
 from soluscope.results import Row
-from soluscope.training import tracking
+from soluscope.training import wandb_run
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "tests" / "dashboard.json"
@@ -197,7 +197,7 @@ def test_panels_read_what_training_runs_log(tiny_study: Path, tmp_path: Path) ->
     curves = set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0]))
     # The last value of a curve is among a wandb run's numbers too.
     numbers = curves | set(json.loads((run_dir / "done.json").read_text()))
-    config = tracking._config(tiny_config(tmp_path, "variant=solu_ln")).keys()
+    config = wandb_run._config(tiny_config(tmp_path, "variant=solu_ln")).keys()
     model = workspace()
     lines, bars = panels(model, "Run History Line Plot"), panels(model, "Bar Chart")
     assert {name for plot in lines for name in plot["metrics"]} == {

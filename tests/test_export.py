@@ -36,7 +36,7 @@ from soluscope.export import _lens_state, export, load
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained
 from soluscope.results import Row
-from soluscope.runs.weights import load_model
+from soluscope.runs.folder import Run
 
 TOKEN = "hf_ours"
 TEXT = "def f(x): return 12 + <|BOS|>"
@@ -215,7 +215,7 @@ def study(tiny_study, tmp_path_factory) -> Path:
     of = {
         "study": "tiny",
         "run": LENS,
-        "config": load_model(study / LENS)[1].config,
+        "config": Run(study / LENS).facts.config,
         "stream": "natural",
     }
     r = Row(probe="engagement", quantity="r", statistic="median", value=0.25, low=0.125, high=0.5, n=77,
@@ -326,7 +326,7 @@ def test_load_pretrained_takes_what_is_of_the_family_and_refuses_the_rest(run, p
     else:
         model = load_pretrained(str(pushed[run]))
         assert_same(found_in(model), trained[run])
-        facts, wanted = model.facts, load_model(pushed[run])[1]
+        facts, wanted = model.facts, Run(pushed[run]).facts
         for name in (
             "variant",
             "eps",
@@ -354,7 +354,8 @@ def test_the_weights_are_the_runs_own_and_hold_tensors_only(run, study, pushed):
 
 
 def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
-    model, facts = load_model(study / "gelu-s0")
+    run = Run(study / "gelu-s0")
+    model, facts = run.load_model(), run.facts
     variant = plugins.pick("soluscope.variants", "gelu")
     near = replace(variant, nonlinearity=lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
     with pytest.raises(UserError, match="nonlinearity"):
@@ -364,7 +365,8 @@ def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
 
 @pytest.mark.parametrize("words", [{"eps": 1.1e-5}, {"ln_eps": 1e-6}])
 def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words):
-    model, facts = load_model(study / LENS)
+    run = Run(study / LENS)
+    model, facts = run.load_model(), run.facts
     variant = plugins.pick("soluscope.variants", "solu_ln")
     assert _lens_state(model, facts, variant)
     with pytest.raises(UserError, match="epsilon"):
@@ -372,7 +374,8 @@ def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words)
 
 
 def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
-    model, facts = load_model(study / LENS)
+    run = Run(study / LENS)
+    model, facts = run.load_model(), run.facts
     model.mlp(0).ln.forward = lambda mid: mid  # a difference that no rule names
     with pytest.raises(UserError, match="differs"):
         _lens_state(model, facts, plugins.pick("soluscope.variants", "solu_ln"))

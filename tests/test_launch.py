@@ -240,12 +240,12 @@ def test_a_job_waits_while_another_process_is_at_work_on_it(
 
     def sleep(seconds: float) -> None:
         looks.append(seconds)
-        if len(looks) == 3:
+        if looks.count(jobs.POLL_S) == 3:
             held.__exit__(None, None, None)
 
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert jobs.execute(config)
-    assert looks == [jobs.POLL_S] * 3
+    assert looks.count(jobs.POLL_S) == 3
     assert "another process is at work on it, waiting" in capsys.readouterr().err
 
 
@@ -274,7 +274,7 @@ def test_what_keeps_a_job_from_starting_is_in_its_status(
     assert not jobs.execute(config)
     now = standing(config.study_dir, job_of(config))
     assert now.state == "failed"
-    assert "start them with torchrun or srun" in str(now.error)
+    assert "starts them, or srun" in str(now.error)
     assert f"{config.run_name} failed: " in capsys.readouterr().err
 
 

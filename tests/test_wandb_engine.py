@@ -19,7 +19,7 @@ from soluscope.config import load_config
 from soluscope.engines.wandb import ENGINE, Params, described
 from soluscope.errors import UserError
 from soluscope.launching.sweep import Sweep, read_sweep
-from soluscope.runs.folder import is_done
+from soluscope.runs.folder import Run
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -286,7 +286,7 @@ def test_an_agent_trains_a_registered_sweep_from_end_to_end(
         "solu_ln-s0-kappa0.42-lr4e-05",
     }
     for config in sweep.configs:
-        assert is_done(config.run_dir), ran.stderr
+        assert Run(config.run_dir).is_done(), ran.stderr
         facts = json.loads((config.run_dir / "model.json").read_text())
         assert facts["config"] == config.hash
 

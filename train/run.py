@@ -8,7 +8,7 @@ Words are key=value, or YAML files whose keys come before the command line's.
 from soluscope.command import Parser, run_command
 from soluscope.config import load_config, to_yaml
 from soluscope.config_help import train_help
-from soluscope.runs.folder import is_done
+from soluscope.runs.folder import Run
 
 
 def main(arguments: list[str]) -> None:
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
         return
     from soluscope.training.run import train  # here, so that the lines above answer at once
 
-    was_done = is_done(config.run_dir)
+    was_done = Run(config.run_dir).is_done()
     run_dir = train(config)
     print(f"{run_dir} {'was finished already' if was_done else 'is finished'}")
 

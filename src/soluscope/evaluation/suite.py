@@ -53,7 +53,7 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import is_done, lock
+from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import Facts, code_hash, commit, load_facts
 
 PACKAGE = "soluscope.probes"
@@ -119,9 +119,9 @@ def _say_at(say: Say, place: str, text: str) -> None:
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if is_done(folder) or (folder / ORIGIN).is_file():
+    if Run(folder).is_done() or (folder / ORIGIN).is_file():
         return [folder]
-    trained = (path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
+    trained = (path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done())
     found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{ORIGIN}"))})
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")

@@ -19,12 +19,11 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
-from soluscope import plugins
-from soluscope.config import read_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel, Record
 from soluscope.norms import MidNorm, check_norm
-from soluscope.runs.weights import Facts, load_model
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import Facts
 from soluscope.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -67,11 +66,9 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
     Raises:
         UserError: no such run, not finished, broken, or the two models disagree.
     """
-    run_dir = Path(run_dir)
-    trained, facts = load_model(run_dir)
-    variant = plugins.pick("soluscope.variants", read_config(run_dir / "config.yaml").variant)
-    hooked = to_hooked(trained, facts, variant, device)
-    hooked.set_tokenizer(load_tokenizer(run_dir.parent / "tokenizer.json", facts))
+    run = Run(Path(run_dir))
+    hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
+    hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
 
 
