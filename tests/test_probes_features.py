@@ -329,6 +329,17 @@ def test_a_neuron_that_never_varies_has_no_shape_and_spoils_no_median():
     assert found == pytest.approx(wanted)
 
 
+def test_a_neuron_that_varies_by_rounding_never_varies():
+    run = random_run(seed=8)
+    mid = run.mid.clone()
+    mid[:, 0] = 0.3 * (1 + 2e-16 * (torch.arange(len(mid)) % 4))
+    assert mid[:, 0].unique().numel() > 1
+    table = neuron_statistics.neurons(replace(run, mid=mid), None)
+    for name in ("skewness", "excess kurtosis", "token information"):
+        assert table[f"{name}: mid"][0].isnan()
+        assert table[f"{name}: mid"][1:].isfinite().all()
+
+
 def test_a_rotated_basis_is_not_privileged():
     """C10, and the same activations seen in another basis."""
     run = control_run("monosemantic", "natural")

@@ -507,7 +507,9 @@ def _paired_probe(rows: Sequence[Row], probe: str, quantity: str, arm: str, twin
         shared = here.keys() & there.keys()
         if shared:
             differences.append(
-                float(np.mean([here[name] - there[name] for name in sorted(shared)]))
+                float(
+                    np.mean([stats.difference(here[name], there[name]) for name in sorted(shared)])
+                )
             )
     if not differences:
         return []
