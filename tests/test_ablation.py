@@ -319,8 +319,11 @@ def test_the_interval_always_holds_the_change(seen, stage, final_norm):
         assert (bounds.low <= change + rounding).all()
         assert (change - rounding <= bounds.high).all()
         if size == 1e-3:  # where delta is small the expansion is close
+            # Below that, what is left of the change beside its first order is rounding.
+            measurable = bounds.second > 1e3 * rounding
             by_two = bounds.first + bounds.second / 2
-            error = (change - by_two).abs() / bounds.second.clamp_min(1e-16)
+            error = ((change - by_two).abs() / bounds.second)[measurable]
+            assert measurable.any()
             assert error.median() < 1e-2
 
 

@@ -616,9 +616,10 @@ def test_what_is_removed_from_a_document_is_not_its_choice():
     own = run.string.numpy() == document
     for name in two_tier_features.REMOVED.values():
         one, two = before[name].numpy(), after[name].numpy()
-        np.testing.assert_array_equal(one[with_it & ~own], two[with_it & ~own])
+        # Losses of a few nats, from sums over 32 neurons whose order follows the number of tokens.
+        np.testing.assert_allclose(one[with_it & ~own], two[with_it & ~own], rtol=0, atol=1e-12)
     one, two = (found[two_tier_features.REMOVED["many"]].numpy() for found in (before, after))
-    assert not np.array_equal(one[~with_it], two[~with_it], equal_nan=True), "it has a part there"
+    assert np.nanmax(np.abs(one - two)[~with_it]) > 1e-6, "it has a part there"
 
 
 def test_permuting_tokens_leaves_nothing_to_decode():
