@@ -13,6 +13,8 @@ from soluscope.hooked import ablation as module
 from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_gain, loss_at_post
 from soluscope.hooked.activations import observe
 
+pytestmark = pytest.mark.arithmetic
+
 STAGES, FINAL_NORMS = ("post", "mid", "pre"), ("live", "frozen")
 POSITIONS = (0, 3, 17, 30)
 

@@ -13,6 +13,8 @@ from soluscope.evaluation import calibration
 from soluscope.evaluation.calibration import judge, untrained_run
 from soluscope.probes import Gate, _estimates
 
+pytestmark = pytest.mark.arithmetic
+
 RNG = np.random.default_rng(0)
 STRING = np.sort(RNG.integers(0, 30, 400))
 X = RNG.normal(size=400) + STRING / 10

@@ -11,6 +11,8 @@ from soluscope.errors import UserError
 from soluscope.hooked.convert import check_agreement, load, to_hooked
 from soluscope.runs.weights import Facts
 
+pytestmark = pytest.mark.arithmetic
+
 NORMED = [v for v in VARIANTS if plugins.pick("soluscope.variants", v).build_norm]
 
 

@@ -24,6 +24,8 @@ from soluscope.controls import Control, Planted, _shell
 from soluscope.data.streams import Stream
 from soluscope.hooked.activations import HookedRun, observe
 
+pytestmark = pytest.mark.arithmetic
+
 CONTROLS = plugins.names("soluscope.controls")
 SCALE, MID, POST, FINAL = (
     "blocks.0.mlp.ln.hook_scale",

@@ -27,6 +27,8 @@ from soluscope.probes.gain_variation import fits
 from soluscope.results import Row
 from soluscope.runs.weights import load_facts
 
+pytestmark = pytest.mark.arithmetic
+
 PROBES = plugins.names("soluscope.probes")
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 BASE = Row(study="s", probe="p", quantity="", value=None, unit="")

@@ -13,6 +13,8 @@ from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_layer_norm
 from soluscope.runs.weights import build_model
 
+pytestmark = pytest.mark.arithmetic
+
 VARIANTS = plugins.names("soluscope.variants")
 D_VOCAB, BOS = 500, 0
 

@@ -22,6 +22,8 @@ from soluscope.probes import (
 )
 from soluscope.probes._estimates import rank_correlation
 
+pytestmark = pytest.mark.arithmetic
+
 PRE, MID, SCALE, POST = (
     f"blocks.0.mlp.{name}" for name in ("hook_pre", "hook_mid", "ln.hook_scale", "hook_post")
 )

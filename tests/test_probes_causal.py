@@ -24,6 +24,8 @@ from soluscope.evaluation.summaries import estimates, token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import lateral_inhibition, scale_patching, scale_swap
 
+pytestmark = pytest.mark.arithmetic
+
 NORMED = [name for name in VARIANTS if name not in ("gelu", "solu")]
 STATIC = [name for name in NORMED if name in ("solu_gain", "solu_frozen_ln")]
 FINAL_NORMS = {"live": "", "frozen": ", final norm frozen"}

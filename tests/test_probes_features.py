@@ -15,6 +15,8 @@ from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import _features, neuron_statistics, specificity, two_tier_features
 
+pytestmark = pytest.mark.arithmetic
+
 
 def run_of(mid, tokens, vocab=(), **norm) -> HookedRun:
     """A planted run with a token and its text at each place. [row pos d_mlp], [row pos]"""

@@ -21,6 +21,8 @@ from soluscope.evaluation.summaries import estimates, token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import rotation, scale_causes
 
+pytestmark = pytest.mark.arithmetic
+
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
 CENTRED = [v for v in VARIANTS if v in ("solu_ln", "gelu_ln", "solu_frozen_ln")]

@@ -14,6 +14,8 @@ from statsmodels.regression.linear_model import OLS
 
 from soluscope.comparison import stats
 
+pytestmark = pytest.mark.arithmetic
+
 
 def tokens(n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Documents of 1 to 30 tokens, each with a mean of its own."""
