@@ -20,6 +20,8 @@ from soluscope.errors import UserError
 from soluscope.hooked.convert import check_agreement, load, to_hooked
 from soluscope.runs.weights import Facts, lineage
 
+pytestmark = pytest.mark.arithmetic
+
 
 def facts_for(name):
     variant = plugins.pick("soluscope.variants", name)

@@ -18,6 +18,8 @@ from soluscope.runs.weights import build_model
 from soluscope.variants import chain_of, check_variant, twin_of
 from soluscope.variants._parts import solu
 
+pytestmark = pytest.mark.arithmetic
+
 VARIANTS = plugins.names("soluscope.variants")
 NORMS = {
     name: variant.build_norm(8, variant.params())

@@ -20,11 +20,11 @@ from soluscope import plugins
 from soluscope.data import pairs, streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
-from soluscope.evaluation.calibration import check_gates
 from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import lateral_inhibition, scale_patching, scale_swap
 
+pytestmark = pytest.mark.arithmetic
 FINAL_NORMS = {"live": "", "frozen": ", final norm frozen"}
 SCALE, NORMALIZED = "blocks.0.mlp.ln.hook_scale", "blocks.0.mlp.ln.hook_normalized"
 MID, POST = "blocks.0.mlp.hook_mid", "blocks.0.mlp.hook_post"
@@ -61,13 +61,6 @@ def hooked_losses(hooked, tokens, values, final_scale=None):
 
 def same(found, wanted, atol=1e-10):
     torch.testing.assert_close(found.flatten(), wanted.flatten(), rtol=0, atol=atol, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", ["scale_swap", "scale_patching", "lateral_inhibition"])
-def test_every_gate_is_passed(name):
-    rows = list(check_gates(name))
-    assert len(rows) == len(plugins.pick("soluscope.probes", name).gates) > 5
-    assert [row.note for row in rows if not row.note.startswith("pass")] == []
 
 
 # --- P5: swaps ------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from scipy import stats as scipy_stats
 
 from soluscope import plugins
 from soluscope.comparison.stats import bootstrap_sums
-from soluscope.evaluation.calibration import check_gates, control_run
+from soluscope.evaluation.calibration import control_run
 from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import _features, neuron_statistics, specificity, two_tier_features
 
-NAMES = ("specificity", "neuron_statistics", "two_tier_features")
+pytestmark = pytest.mark.arithmetic
 
 
 def run_of(mid, tokens, vocab=(), **norm) -> HookedRun:
@@ -80,12 +80,6 @@ def brute_auroc(scores, has, weights=None):
     wins = np.sign(scores[has][:, None] - scores[~has][None]) / 2 + 0.5
     pairs = weights[has][:, None] * weights[~has][None]
     return float((wins * pairs).sum() / pairs.sum())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_probe_says_yes_and_no_where_its_controls_do(name):
-    rows = list(check_gates(name))
-    assert [f"{row.group}: {row.note}" for row in rows if not row.note.startswith("pass")] == []
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -340,6 +334,17 @@ def test_a_neuron_that_never_varies_has_no_shape_and_spoils_no_median():
     wanted = np.median(scipy_stats.kurtosis(mid[~run.is_bos, 1:].numpy()))
     found = numbers_of("neuron_statistics", run)["excess kurtosis: mid", "", None]
     assert found == pytest.approx(wanted)
+
+
+def test_a_neuron_that_varies_by_rounding_never_varies():
+    run = random_run(seed=8)
+    mid = run.mid.clone()
+    mid[:, 0] = 0.3 * (1 + 2e-16 * (torch.arange(len(mid)) % 4))
+    assert mid[:, 0].unique().numel() > 1
+    table = neuron_statistics.neurons(replace(run, mid=mid), None)
+    for name in ("skewness", "excess kurtosis", "token information"):
+        assert table[f"{name}: mid"][0].isnan()
+        assert table[f"{name}: mid"][1:].isfinite().all()
 
 
 def test_a_rotated_basis_is_not_privileged():
@@ -612,9 +617,10 @@ def test_what_is_removed_from_a_document_is_not_its_choice():
     own = run.string.numpy() == document
     for name in two_tier_features.REMOVED.values():
         one, two = before[name].numpy(), after[name].numpy()
-        np.testing.assert_array_equal(one[with_it & ~own], two[with_it & ~own])
+        # Losses of a few nats, from sums over 32 neurons whose order follows the number of tokens.
+        np.testing.assert_allclose(one[with_it & ~own], two[with_it & ~own], rtol=0, atol=1e-12)
     one, two = (found[two_tier_features.REMOVED["many"]].numpy() for found in (before, after))
-    assert not np.array_equal(one[~with_it], two[~with_it], equal_nan=True), "it has a part there"
+    assert np.nanmax(np.abs(one - two)[~with_it]) > 1e-6, "it has a part there"
 
 
 def test_permuting_tokens_leaves_nothing_to_decode():

@@ -22,6 +22,8 @@ from soluscope.hooked.activations import observe, planted
 from soluscope.probes import rotation, scale_causes
 from soluscope.probes._tokens import start_of_each_part
 
+pytestmark = pytest.mark.arithmetic
+
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
 ONE_GAIN = [v for v in VARIANTS if v not in PER_TOKEN]

@@ -67,7 +67,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     said = folder / "said"
     with started(LAUNCH, path, *words, "engine=ray", "report=false", said=said) as process:
         status = process.wait(timeout=120)
-        until(lambda: not session(process.pid), "nothing of Ray is left", seconds=10)
+        until(lambda: not session(process.pid), "nothing of Ray is left")
     return SimpleNamespace(sweep=read_sweep(path, words), status=status, said=said.read_text())
 
 
@@ -208,16 +208,16 @@ def test_an_address_where_nobody_is_is_refused_at_once(sweep: Sweep) -> None:
     )
 
 
-def test_an_address_that_is_silent_is_refused_within_ten_seconds(sweep: Sweep) -> None:
-    """It takes connections and says nothing, ever."""
+def test_an_address_that_is_silent_is_not_waited_for(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and never answers; Ray itself would wait for minutes."""
     pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "ANSWER_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        began = time.monotonic()
         said = refusal(sweep, address=address)
-        took = time.monotonic() - began
-    assert said.startswith(f"no Ray cluster at ray.address={address}: ")
-    assert took < 10
+    assert said.startswith(f"no Ray cluster at ray.address={address}: no answer in 2 seconds")
 
 
 @pytest.mark.parametrize("address", ["here", "ray://", "host:", "10.0.0.1"])

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from soluscope.comparison.stats import MIN_CLUSTERS, Interval, bootstrap_sums, cluster_bootstrap
+from soluscope.comparison.stats import (
+    MIN_CLUSTERS,
+    Interval,
+    bootstrap_sums,
+    cluster_bootstrap,
+    n_distinct,
+)
 from soluscope.data import streams
 from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Measured, Probe, Quantity
@@ -99,7 +105,7 @@ def _quantity_rows(
                 yield make.of_tokens(here, name, statistic, replace(base, positions=positions))
     content = table[(table["pos"] > 0) & table[name].notna()]
     for column in quantity.split_by:
-        if content[column].nunique() < 4:
+        if n_distinct(content[column]) < 4:
             continue  # one constant: there are no quartiles
         edges = content[column].quantile([0.25, 0.5, 0.75])
         quartile = pd.Series(np.searchsorted(edges, content[column]), index=content.index)
@@ -123,7 +129,7 @@ class _Summary:
         values = table[name]
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
         row = self._filled(replace(base, statistic=statistic), interval)
-        if values.nunique() == 1 and interval.n_clusters >= MIN_CLUSTERS:
+        if n_distinct(values) == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context, a static norm one gain: nothing varies that could be resampled.
             return replace(row, low=None, high=None, constant=True, note=base.note)
         return row

@@ -179,14 +179,20 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
 def _power_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
     """Counts and sums of z, z^2, z^3 and z^4, z the standardised values; [document 5*neuron]."""
-    sd = values.std(axis=0)
-    varies = sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0)
-    z = np.where(varies, values - values.mean(axis=0), 0.0) / np.where(varies, sd, 1.0)
+    sd = _spread(values)
+    z = np.where(sd > 0, values - values.mean(axis=0), 0.0) / np.where(sd > 0, sd, 1.0)
     power, sums = np.ones_like(z), []
     for _ in range(5):
         sums.append(sums_by_document(power, string))
         power = power * z
     return np.concatenate(sums, axis=1)
+
+
+def _spread(values: Floats) -> Floats:
+    """Return each neuron's sd, 0 where it is no more than rounding."""
+    sd = values.std(axis=0)
+    spread: Floats = np.where(sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0), sd, 0.0)
+    return spread
 
 
 Moment = Callable[..., "Floats"]
@@ -250,7 +256,7 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
     seen = np.unique(kind[known])
     counts = np.bincount(kind[known])[seen]
     means[seen] = sums_by_document(values[known], kind[known]) / counts[:, None]
-    scale = np.where(values.std(axis=0) > 0, values.std(axis=0), 1.0)
+    scale = np.where(_spread(values) > 0, _spread(values), 1.0)
     x = (values[~known] - values.mean(axis=0)) / scale
     predicted = (means[kind[~known]] - values.mean(axis=0)) / scale
     parts, string = (np.ones_like(x), x, predicted, x * predicted, x * x), run.string.numpy()
