@@ -80,7 +80,15 @@ ODD = {
     ),
     "no declared centring": (
         {"build_norm": odd(PerTokenNorm, affine_part=("w",))},
-        "the mid norm Odd declares no centres: set it to a bool",
+        "the mid norm Odd declares no centres",
+    ),
+    "no declared affine part": (
+        {"build_norm": odd(PerTokenNorm, centres=False)},
+        "the mid norm Odd declares no affine_part",
+    ),
+    "a norm of another library": (
+        {"build_norm": lambda d_mlp, params: torch.nn.LayerNorm(d_mlp)},
+        "the mid norm LayerNorm is no subclass of MidNorm",
     ),
     "a mean that is subtracted": (
         {"build_norm": odd(centred=lambda self, mid: mid - mid.mean(-1, keepdim=True))},

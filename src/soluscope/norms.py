@@ -41,6 +41,9 @@ class MidNorm(nn.Module):
 
     def __init__(self, length: int) -> None:
         super().__init__()
+        for field in ("centres", "affine_part"):
+            if not hasattr(self, field):
+                raise UserError(f"the mid norm {type(self).__name__} declares no {field}")
         if "w" in self.affine_part:
             self.w = nn.Parameter(torch.ones(length))
         if "b" in self.affine_part:
@@ -172,9 +175,8 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
         UserError: the first of its parts that differs.
     """
     name = type(norm).__name__
-    for field, kind in (("centres", bool), ("affine_part", tuple)):
-        if not isinstance(getattr(norm, field, None), kind):
-            raise UserError(f"the mid norm {name} declares no {field}: set it to a {kind.__name__}")
+    if not isinstance(norm, MidNorm):
+        raise UserError(f"the mid norm {name} is no subclass of MidNorm, which says what it is")
     parameters = sorted((parameter for parameter, _ in norm.named_parameters()), reverse=True)
     if not {*parameters} <= {"w", "b"} or parameters != [*norm.affine_part]:
         raise UserError(

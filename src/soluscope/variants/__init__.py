@@ -106,9 +106,10 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
     chain_of(name)
     twin_of(name)
     variant: Variant = plugins.pick("soluscope.variants", name)
-    norm = None if variant.build_norm is None else variant.build_norm(d_mlp, params)
-    if norm is not None:
+    norm = None
+    if variant.build_norm is not None:
         try:
+            norm = variant.build_norm(d_mlp, params)
             check_norm(norm, d_mlp)
         except UserError as error:
             raise UserError(f"variant {name}: {error}") from error
