@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _records import gate
+from _records import words as words_of
 from conftest import tiny_config
 
 from soluscope import results
 from soluscope.errors import UserError
 from soluscope.report import dashboard, page, words
-from soluscope.report.findings import comparisons
-from soluscope.results import Row
+from soluscope.report.findings import comparisons, runs_of
+from soluscope.results import Comparison, Measurement, Record, Setting, Term, of_kind
 from soluscope.training import wandb_run
 
 ROOT = Path(__file__).parents[1]
@@ -34,35 +36,43 @@ LOSSES = {"solu": 4.0, "solu_gain": 3.97, LOW: 3.9, HIGH: 3.99}
 UNDEFINED = "undefined: no gain of LN at this size"
 
 
-def comparison(quantity: str, arm: str, value: float | None, half: float, **more: Any) -> list[Row]:
+ROLES = {"solu": "plain", "solu_gain": "static", "solu_ln": "per_token"}
+
+
+def comparison(
+    term: Term, arm: str, value: float | None, half: float, **more: Any
+) -> list[Comparison]:
     """A comparison with its interval for new seeds, and half as wide for these models."""
-    base = Row(
-        study="first", probe="comparison", quantity=quantity, value=value, unit="nats / token", arm=arm,
-        variant=arm.split("-")[0], stream="report", n=4, n_clusters=4, cluster="seed", commit="abc",
+    base = Comparison(
+        study="first", term=term, value=value, unit="nats / token", arm=arm, variant=arm.split("-")[0],
+        n=4, n_clusters=4, cluster="seed", commit="abc",
     )  # fmt: skip
     base = replace(base, **more)
     if value is None:
         return [base]
     wide = replace(base, low=value - half, high=value + half)
     narrow = replace(base, low=value - half / 2, high=value + half / 2, cluster="document")
-    return [wide] if quantity in ("loss", "Phi_dyn") else [wide, narrow]
+    return [wide] if term in (Term.LOSS, Term.SHARE) else [wide, narrow]
 
 
-def make_rows() -> list[Row]:
+def make_rows() -> list[Record]:
     """A study of plain SoLU, a static arm and two kappas; at one of them Phi_dyn is undefined."""
-    rows = [row for arm, loss in LOSSES.items() for row in comparison("loss", arm, loss, 0.01)]
+    rows: list[Record] = [
+        row for arm, loss in LOSSES.items() for row in comparison(Term.LOSS, arm, loss, 0.01)
+    ]
     for arm in (LOW, HIGH):
         gain = LOSSES["solu"] - LOSSES[arm]
-        rows += comparison("gain of LN", arm, gain, 0.02)
-        rows += comparison("static - LN", arm, LOSSES["solu_gain"] - LOSSES[arm], 0.02)
-        rows += comparison("difference", "solu", gain, 0.02, group=f"minus {arm}")
-    rows += comparison("Phi_dyn", LOW, 0.7, 0.2, unit="share", note="Fieller's interval")
-    rows += comparison("Phi_dyn", HIGH, None, 0.0, unit="share", note=UNDEFINED)
+        rows += comparison(Term.GAIN, arm, gain, 0.02)
+        rows += comparison(Term.STATIC, arm, LOSSES["solu_gain"] - LOSSES[arm], 0.02)
+        rows += comparison(Term.DIFFERENCE, "solu", gain, 0.02, against=arm)
+    rows += comparison(Term.SHARE, LOW, 0.7, 0.2, unit="share", note="Fieller's interval")
+    rows += comparison(Term.SHARE, HIGH, None, 0.0, unit="share", note=UNDEFINED)
     for arm, loss in LOSSES.items():
+        variant = arm.split("-")[0]
         for seed in (0, 1):
-            run = Row(
+            run = Measurement(
                 study="first", probe="loss", quantity="loss", value=loss, unit="nats / token",
-                run=f"{arm}-s{seed}", arm=arm, variant=arm.split("-")[0], seed=seed, stream="natural",
+                run=f"{arm}-s{seed}", arm=arm, variant=variant, seed=seed, stream="natural",
                 low=loss - 0.05, high=loss + 0.05, n=4000, n_clusters=40, cluster="document", commit="abc",
             )  # fmt: skip
             rows.append(run)
@@ -72,12 +82,11 @@ def make_rows() -> list[Row]:
             ]  # fmt: skip
             measured = replace(run, probe="engagement", statistic="median", low=None, high=None)
             rows.append(replace(measured, quantity="r", unit="share", value=0.5))
-    rows += [
-        replace(row, group="kappa", low=None, high=None, cluster="")
-        for arm, kappa in KAPPAS.items()
-        for row in comparison("setting", arm, kappa, 0.0)[:1]
-    ]
-    return rows
+        values = {"kappa": KAPPAS[arm]} if arm in KAPPAS else {}
+        rows.append(
+            Setting(study="first", arm=arm, variant=variant, values=values, role=ROLES[variant])
+        )
+    return [*rows, replace(words_of("engagement"), study="first", commit="abc")]
 
 
 ROWS = make_rows()
@@ -102,7 +111,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
 
 
-def workspace(rows: list[Row] = ROWS) -> dict[str, Any]:
+def workspace(rows: list[Record] = ROWS) -> dict[str, Any]:
     """The dashboard's JSON."""
     made = dashboard._workspace(rows, dashboard.drawings(rows), dashboard.place(PLACE))
     model: dict[str, Any] = made._to_model().model_dump(by_alias=True, exclude_none=True)
@@ -248,7 +257,7 @@ def test_every_figure_that_is_logged_is_shown_once() -> None:
 
 
 def test_where_a_variant_has_several_arms_no_panel_averages_over_them() -> None:
-    def grouped(rows: list[Row]) -> set[str]:
+    def grouped(rows: list[Record]) -> set[str]:
         model = workspace(rows)
         kinds = ("Run History Line Plot", "Bar Chart")
         return {plot["groupBy"] for kind in kinds for plot in panels(model, kind)}
@@ -258,9 +267,9 @@ def test_where_a_variant_has_several_arms_no_panel_averages_over_them() -> None:
 
 
 def test_no_run_of_a_large_study_is_left_out_of_a_panel() -> None:
-    run = next(row for row in ROWS if row.run)
+    run = of_kind(ROWS, Measurement)[0]
     many = [replace(run, run=f"{run.arm}-s{seed}", seed=seed) for seed in range(300)]
-    n_runs = len({row.run for row in [*ROWS, *many] if row.run})
+    n_runs = len(runs_of([*ROWS, *many]))
     model = workspace([*ROWS, *many])
     lines, bars = panels(model, "Run History Line Plot"), panels(model, "Bar Chart")
     assert {plot["limit"] for plot in lines + bars} == {n_runs + 1}
@@ -297,8 +306,9 @@ def test_phi_dyn_is_drawn_at_its_kappa_and_said_to_be_undefined_where_it_is() ->
 
 
 def test_without_any_phi_dyn_the_dashboard_says_so_and_shows_no_empty_figure() -> None:
-    undefined = [row for row in ROWS if (row.quantity, row.arm) != ("Phi_dyn", LOW)]
-    no_rows = [row for row in ROWS if row.quantity != "Phi_dyn"]
+    shares = comparisons(ROWS, Term.SHARE)
+    undefined = [row for row in ROWS if row not in shares or row.arm != LOW]
+    no_rows = [row for row in ROWS if row not in shares]
     for rows, said in ((undefined, UNDEFINED), (no_rows, dashboard.NO_PHI_DYN)):
         model = workspace(rows)
         assert said in panels(model, "Markdown Panel")[1]["value"]
@@ -313,11 +323,8 @@ def test_with_one_kappa_phi_dyn_is_drawn_by_arm() -> None:
 
 
 def test_figures_of_a_probe_that_failed_a_control_say_so() -> None:
-    gate = Row(
-        study="first", probe="controls", quantity="engagement", group="pinned", value=0.9, unit="share",
-        note="FAIL: within 0.01 of 0",
-    )  # fmt: skip
-    drawn = dashboard.drawings([*ROWS, gate])
+    failed = gate("engagement", "pinned", "within 0.01 of 0", passed=False)
+    drawn = dashboard.drawings([*ROWS, failed])
     titles = [f.layout.title.text for key, f in drawn.items() if key.startswith("probes/")]
     assert titles
     assert all("(control failed)" in title for title in titles)
@@ -326,7 +333,7 @@ def test_figures_of_a_probe_that_failed_a_control_say_so() -> None:
 
 def test_the_table_has_all_comparisons_with_their_kappa() -> None:
     table = [dict(zip(dashboard.COLUMNS, line, strict=True)) for line in dashboard._table(ROWS)]
-    assert len(table) == sum(row.probe == "comparison" for row in ROWS)
+    assert len(table) == len(of_kind(ROWS, Comparison))
     assert {(line["arm"], line["kappa"]) for line in table} == {
         ("solu", None), ("solu_gain", None), (LOW, 0.42), (HIGH, 419.4)
     }  # fmt: skip
@@ -495,7 +502,7 @@ def test_what_arrives_is_what_the_dry_run_shows_and_a_second_report_replaces_it(
     )
     assert run.config["study"] == "first"
     assert run.exit_code == 0
-    for row in comparisons(ROWS, "loss"):
+    for row in comparisons(ROWS, Term.LOSS):
         assert run.summary[f"loss/{row.arm}"] == row.value
         assert run.summary[f"loss/{row.arm}/high"] == row.high
     assert run.summary[f"Phi_dyn/{HIGH}"] == UNDEFINED

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
+from _records import LN, RUN, passed
 
 from soluscope import plugins
 from soluscope.evaluation.calibration import control_run
 from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.report import evidence
-from soluscope.report.findings import NORMED
-from soluscope.results import Row
+from soluscope.results import Record
 
 H0, STATIC, SMEAR = range(3)
 """Places in `evidence.HYPOTHESES`."""
@@ -28,25 +29,16 @@ PROBES = tuple(one.probe for one in evidence.EVIDENCE if one.probe)
 
 @cache
 def seen(control: str) -> dict[str, evidence.Seen]:
-    """By section, what the matrix says of a planted model, as if it were the study's solu_ln run."""
-    rows: list[Row] = []
+    """By section, what the matrix says of a planted model, as if it were a run with a per-token norm."""
+    records: list[Record] = [LN, *passed(*PROBES)]
     for probe in PROBES:
         one = plugins.pick("soluscope.probes", probe)
         run = control_run(control, "natural")
-        base = Row(
-            study="planted", probe=probe, quantity="", value=None, unit="", run=f"{NORMED}-s0",
-            arm=NORMED, variant=NORMED, seed=0, stream="natural",
-        )  # fmt: skip
+        base = replace(RUN, probe=probe)
         measured = one.measure(run)
         table = token_table(run, measured)
-        rows += summarise(one, table, measured.estimates, base, n_draws=500, seed=0)
-        rows.append(
-            Row(
-                study="planted", probe="controls", quantity=probe, value=None, unit="",
-                group=control, note="pass: as if",
-            )
-        )  # fmt: skip
-    lines = ((one.section, found) for one, found in evidence.matrix(rows) if one.probe)
+        records += summarise(one, table, measured.estimates, base, n_draws=500, seed=0)
+    lines = ((one.section, found) for one, found in evidence.matrix(records) if one.probe)
     return {section: found for section, (found,) in lines}
 
 

@@ -35,7 +35,7 @@ from soluscope.errors import UserError
 from soluscope.export import _lens_state, export, load
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained
-from soluscope.results import Row
+from soluscope.results import Measurement
 from soluscope.runs.folder import Run
 
 TOKEN = "hf_ours"
@@ -218,7 +218,7 @@ def study(tiny_study, tmp_path_factory) -> Path:
         "config": Run(study / LENS).facts.config,
         "stream": "natural",
     }
-    r = Row(probe="engagement", quantity="r", statistic="median", value=0.25, low=0.125, high=0.5, n=77,
+    r = Measurement(probe="engagement", quantity="r", statistic="median", value=0.25, low=0.125, high=0.5, n=77,
             unit="share", note=HOSTILE, **of)  # fmt: skip
     results.write(study / "results.jsonl", [
         r,

@@ -1,4 +1,4 @@
-"""The page and its sentences, from made-up rows; no model is involved."""
+"""The page and its sentences, from made-up records; no model is involved."""
 
 from __future__ import annotations
 
@@ -6,26 +6,41 @@ import html as markup
 import io
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from _records import LN, RUN, gate, number, passed, token_values
+from _records import words as words_of
+from conftest import run_python
+from markupsafe import escape
 from rich.console import Console
-from test_compare import LARGE, OPTIMA, SIX, make_losses, tuned
+from test_compare import LARGE, LINEAGES, OPTIMA, SIX, compare, make_losses, tuned
 
 from soluscope import plugins, report, results
-from soluscope.comparison.compare import UNDEFINED, compare
+from soluscope.comparison.compare import Lineage
 from soluscope.comparison.stats import Interval, equivalence
 from soluscope.errors import UserError
-from soluscope.probes import Figure
 from soluscope.report import evidence, figures, findings, meaning, page, tokens, words
-from soluscope.results import Row
+from soluscope.results import (
+    ChoicePoint,
+    Comparison,
+    FalsePositives,
+    Figure,
+    LeftOut,
+    Measurement,
+    NoChoice,
+    Record,
+    Setting,
+    Term,
+    TokenValue,
+    Verdict,
+    of_kind,
+)
 
 LEVELS = {"r": 0.9, "gain": 300.0, "kappa": 42.0, "max_p": 0.05, "log_z": 6.0, "k_eff": 120.0}
 POSITIONS = ("all", "BOS", "not BOS", "1", "2-15", ">=16")
@@ -38,189 +53,118 @@ def make_rows(
     r: float = 0.9,
     freeze: float = 0.0001,
     worse: dict[str, float] | None = None,
-) -> list[Row]:
-    """All rows that a study of these arms gives, with r and the cost of a freeze as told."""
+) -> list[Record]:
+    """All records that a study of these arms gives, with r and the cost of a freeze as given."""
     losses = make_losses(arms, n_seeds, seed_noise=seed_noise, document_noise=0.002, worse=worse)
     rows = compare("synthetic", losses, "abc1234")
+    rows += map(words_of, ("engagement", "gain_variation", "scale_freeze"))
     random = np.random.default_rng(1)
     for (run, arm, seed), table in losses[losses.split == "report"].groupby(["run", "arm", "seed"]):
-        base = Row(
-            study="synthetic",
-            probe="",
-            quantity="",
-            value=None,
-            unit="",
-            run=run,
-            arm=arm,
-            variant=arm.split("-")[0],
-            seed=int(seed),
-            commit="abc1234",
-            config=f"hash of {arm}",
-        )
+        base = Measurement(
+            study="synthetic", probe="", quantity="", value=None, unit="", run=run, arm=arm,
+            variant=arm.split("-")[0], seed=int(seed), commit="abc1234", config=f"hash of {arm}",
+            n=4000, n_clusters=40, cluster="document",
+        )  # fmt: skip
 
-        def measured(value: float, half: float, base: Row = base, **fields: object) -> Row:
-            if fields["probe"] != "loss":
+        def measured(
+            value: float, half: float, base: Measurement = base, **more: object
+        ) -> Measurement:
+            if more["probe"] != "loss":
                 value += 0.3 * half * random.normal()
-            return replace(
-                base,
-                **({"n": 4000, "n_clusters": 40, "cluster": "document"} | fields),
-                value=value,
-                low=value - half,
-                high=value + half,
-            )
+            return replace(base, **more, value=value, low=value - half, high=value + half)
 
         n_tokens = int(table.n_tokens.sum())
         loss = float(table.loss_sum.sum() / n_tokens)
         rows.append(
             measured(loss, 0.05, probe="loss", quantity="loss", unit="nats / token", n=n_tokens)
         )
-        for n_seen in np.geomspace(1e5, 5e6, 25):
-            rows.append(
-                replace(
-                    base,
-                    probe="training",
-                    quantity="loss",
-                    value=loss + 4e5 / n_seen,
-                    unit="nats / token",
-                    stream="train",
-                    positions="all",
-                    x=float(n_seen),
-                )
+        rows += [
+            replace(
+                base, probe="training", quantity="loss", value=loss + 4e5 / n_seen, unit="nats / token",
+                stream="train", positions="all", x=float(n_seen), n=0, n_clusters=0, cluster="",
             )
+            for n_seen in np.geomspace(1e5, 5e6, 25)
+        ]  # fmt: skip
         normed = "ln" in arm
         level = LEVELS | {"r": r if normed else 0.0, "gain": 300.0 if normed else 1.0}
         for stream in ("natural", "prose", "code", "repeated", "random"):
-            for name, quantity in plugins.pick("soluscope.probes", "engagement").quantities.items():
+            for name, quantity in words_of("engagement").quantities.items():
                 for positions in POSITIONS:
                     shift = 0.4 if positions == "BOS" else 1.0
                     rows += [
                         measured(
-                            level.get(name, 0.1) * shift,
-                            0.02 * level.get(name, 0.1),
-                            probe="engagement",
-                            quantity=name,
-                            unit=quantity.unit,
-                            statistic=statistic,
-                            stream=stream,
-                            positions=positions,
+                            level.get(name, 0.1) * shift, 0.02 * level.get(name, 0.1),
+                            probe="engagement", quantity=name, unit=quantity.unit,
+                            statistic=statistic, stream=stream, positions=positions,
                         )
                         for statistic in quantity.statistics
-                    ]
+                    ]  # fmt: skip
         for stream in ("prefixes", "repeated", "random"):
-            for name, quantity in plugins.pick(
-                "soluscope.probes", "gain_variation"
-            ).quantities.items():
+            for name, quantity in words_of("gain_variation").quantities.items():
                 for n in (1, 2, 4, 8, 16, 32, 64, 127):
                     diluted = level["gain"] * (1 - 0.6 / n if "with BOS" in name else 1)
                     rows.append(
                         measured(
-                            diluted,
-                            0.02 * level["gain"],
-                            probe="gain_variation",
-                            quantity=name,
-                            unit=quantity.unit,
-                            stream=stream,
-                            x=float(n),
+                            diluted, 0.02 * level["gain"], probe="gain_variation", quantity=name,
+                            unit=quantity.unit, stream=stream, x=float(n),
                         )
-                    )
+                    )  # fmt: skip
         if normed:
-            for name, quantity in plugins.pick(
-                "soluscope.probes", "scale_freeze"
-            ).quantities.items():
-                for group in ("", "gain Q1", "gain Q2", "gain Q3", "gain Q4"):
-                    rows.append(
-                        measured(
-                            freeze,
-                            0.0002,
-                            probe="scale_freeze",
-                            quantity=name,
-                            unit=quantity.unit,
-                            stream="natural",
-                            group=group,
-                        )
-                    )
+            rows += [
+                measured(
+                    freeze, 0.0002, probe="scale_freeze", quantity=name, unit=quantity.unit,
+                    stream="natural", group=group,
+                )
+                for name, quantity in words_of("scale_freeze").quantities.items()
+                for group in ("", "gain Q1", "gain Q2", "gain Q3", "gain Q4")
+            ]  # fmt: skip
     return rows
-
-
-RUN = Row(
-    study="synthetic",
-    probe="",
-    quantity="",
-    value=None,
-    unit="nats",
-    run="solu_ln-s0",
-    arm="solu_ln",
-    variant="solu_ln",
-    seed=0,
-    stream="natural",
-    n=400,
-    n_clusters=40,
-    cluster="document",
-)
-
-
-def number(probe: str, quantity: str, value: float, half: float = 0.0001, **fields: Any) -> Row:
-    """A probe's number for one run, with an interval of twice `half`."""
-    told = {"probe": probe, "quantity": quantity, "low": value - half, "high": value + half}
-    return replace(RUN, value=value, **(told | fields))
-
-
-def gate(probe: str, control: str, note: str, value: float = 0.9, low: float = 0.8) -> Row:
-    """What a probe found on a control."""
-    return Row(
-        study="synthetic",
-        probe="controls",
-        quantity=probe,
-        group=control,
-        statistic="r (median)",
-        value=value,
-        low=low,
-        high=0.99,
-        unit="share",
-        note=note,
-    )
-
-
-def passed(*probes: str) -> list[Row]:
-    """Rows by which these probes can be believed."""
-    return [gate(probe, "pinned", "pass: within 0.01 of 0") for probe in probes]
 
 
 CITED = passed("engagement", "scale_freeze")
 """What the headline cites beside the comparisons."""
 
 
-def token_rows(texts: Sequence[str], arm: str = "solu_ln") -> list[Row]:
-    """A text in which the n-th token has gain 300 + n, r n/10, and effect n - 2 but for the last."""
-    columns = {
-        "gain": ("1 / activation", lambda n: 300.0 + n),
-        "r": ("share", lambda n: n / 10),
-        "ablation effect": ("nats", lambda n: n - 2.0 if n < len(texts) - 1 else None),
-    }
-    base = replace(RUN, probe="tokens", arm=arm, run=f"{arm}-s0", variant=arm, positions="all")
-    return [
-        replace(base, quantity=name, unit=unit, value=value(n), x=float(n), note=text)
-        for name, (unit, value) in columns.items()
-        for n, text in enumerate(texts)
-    ]
+def page_of(records: list[Record], tmp_path: Path) -> str:
+    """The page of a study whose results.jsonl holds these records."""
+    results.write(tmp_path / "results.jsonl", records)
+    return report.build(tmp_path).read_text(encoding="utf8")
 
 
-def section(rows: list[Row], probe: str) -> str:
-    """A probe's section of the page, without its figures' data."""
-    heading, body = page._Page(rows).probe(probe)
-    return heading + text(body)
+def rendered(records: list[Record]) -> str:
+    """The page without the library that draws its figures, which is most of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "get_plotlyjs", str)
+        return page.render(records)
+
+
+def section(records: list[Record], probe: str) -> str:
+    """A probe's section of the page, without its figures' data; the probe's words are stored."""
+    shown = text(rendered([words_of(probe), *records]))
+    heading = re.escape(f"{words_of(probe).section} {words_of(probe).name}")
+    (body,) = re.findall(rf"<h2>{heading}.*?</section>", shown, flags=re.S)
+    return body
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows() -> list[Record]:
     return make_rows()
 
 
 @pytest.fixture(scope="module")
-def html(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> str:
-    study = tmp_path_factory.mktemp("study")
-    results.write(study / "results.jsonl", rows)
-    return report.build(study).read_text(encoding="utf8")
+def some(rows: list[Record]) -> list[Record]:
+    """The comparisons, and what was measured of one arm on natural text: a page that is soon drawn."""
+    return [
+        row
+        for row in rows
+        if not isinstance(row, Measurement)
+        or (row.arm == "solu_ln" and row.stream in ("", "natural", "train"))
+    ]
+
+
+@pytest.fixture(scope="module")
+def html(rows: list[Record], tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page_of(rows, tmp_path_factory.mktemp("study"))
 
 
 def text(html: str) -> str:
@@ -264,13 +208,15 @@ def test_the_twin_with_one_gain_is_named_and_called_close_only_within_the_margin
 
 
 def test_the_documents_counted_are_those_of_the_loss(rows):
-    more = [replace(rows[-1], probe="engagement", cluster="document", n_clusters=999)]
+    last = of_kind(rows, Measurement)[-1]
+    more = [replace(last, probe="engagement", cluster="document", n_clusters=999)]
     assert "999" not in " ".join(words.headline([*rows, *more]))
 
 
 def test_a_relative_curve_ends_at_one_whatever_its_size(rows):
     spec = Figure("", ("mean without BOS",), kind="curve", relative=True, log_x=True)
-    mine = [replace(row, quantity="mean without BOS") for row in rows if row.x is not None]
+    curves = [row for row in of_kind(rows, Measurement) if row.x is not None]
+    mine = [replace(row, quantity="mean without BOS") for row in curves]
     mine = [replace(row, probe="gain_variation", stream="random", group="") for row in mine]
     figure = figures.draw([row for row in mine if row.value], spec)
     ends = [trace.y[-1] for trace in figure.data if trace.mode == "lines" and trace.name]
@@ -284,7 +230,7 @@ def test_plain_solu_being_better_means_nothing_to_explain():
     assert sentences[0].startswith("Nothing for smearing to explain at this size")
     joined = " ".join(sentences)
     assert "plain SoLU had a loss 0.07" in joined
-    assert UNDEFINED in joined
+    assert "undefined: no gain of LN at this size" in joined
 
 
 def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
@@ -376,7 +322,7 @@ def test_the_page_has_all_sections_and_starts_with_the_verdict(html, rows):
     assert "P1 LayerNorm engagement" in headings
     assert "P4 Scale freeze" in headings
     assert body.index(words.headline(rows)[0][:40]) < body.index("<h2>")
-    for run in {row.run for row in rows if row.run}:
+    for run in findings.runs_of(rows):
         assert run in body
 
 
@@ -399,70 +345,111 @@ def test_plotly_is_inlined_once_and_figures_have_fixed_names(html):
     assert len(names) > 8
 
 
-def test_the_same_rows_give_the_same_bytes(tmp_path, rows):
-    pages = []
-    for name in ("a", "b"):
-        results.write(tmp_path / name / "results.jsonl", rows)
-        pages.append(report.build(tmp_path / name).read_bytes())
-    assert pages[0] == pages[1]
+def test_the_same_records_give_the_same_bytes(some):
+    assert rendered(some) == rendered(some)
 
 
-def test_what_comes_from_data_is_escaped(tmp_path, rows):
-    bad = "<script>alert(1)</script><b>"
-    fields = {"arm": bad, "stream": bad, "note": bad, "run": bad, "group": bad, "unit": bad}
-    changed = [
-        replace(row, **{key: value for key, value in fields.items() if getattr(row, key)})
-        if row.arm == "gelu_ln"
-        else row
-        for row in rows
-    ]
-    unknown = replace(rows[-1], probe=bad, quantity=bad, study=bad, group="")
-    results.write(tmp_path / "results.jsonl", [*changed, unknown])
-    html = report.build(tmp_path).read_text(encoding="utf8")
+BAD = "<script>alert(1)</script><b>"
+KEYWORDS = {"kind", "role", "cluster", "sign", "setting", "more_smeared_when"}
+"""Fields of records whose text the report compares with its own."""
+PLACES = {"probe", "quantity", "statistic", "stream", "positions", "group", "quantities", "tested"}
+"""Fields by which the report knows what it cites and draws."""
+
+
+def spoiled(value: Any, kept: set[str]) -> Any:
+    """A record with markup after each of its texts, but for the fields of these names."""
+    if isinstance(value, str):
+        return value if isinstance(value, StrEnum) else value + BAD
+    if isinstance(value, tuple):
+        return tuple(spoiled(each, kept) for each in value)
+    if isinstance(value, dict):
+        return {key: spoiled(each, kept) for key, each in value.items()}
+    if is_dataclass(value):
+        of = {each.name: getattr(value, each.name) for each in fields(value)}
+        more = {k: spoiled(v, kept) for k, v in of.items() if k not in kept or isinstance(v, dict)}
+        return replace(value, **more)
+    return value
+
+
+@pytest.mark.parametrize("kept", [KEYWORDS, KEYWORDS | PLACES])
+def test_what_comes_from_data_is_escaped(some, swept, kept):
+    confirmed = Comparison(
+        study="s", term=Term.PROBE, against="x", probe="p", quantity="q", value=1.0, unit="u",
+        arm="solu_ln", note="n", choice="c", size="z", adds="a", cluster="seed",
+    )  # fmt: skip
+    rate = FalsePositives(
+        study="s", probe="engagement", tested="r", source="s", passed=True, value=0.1, unit="u"
+    )
+    gone = LeftOut(study="s", run="solu_ln-s0", arm="solu_ln", probe="engagement", note="n")
+    apart = NoChoice(study="s", arms=("a", "b"), note="n")
+    fact = replace(RUN, probe="pretrained", quantity="eps", value=1.0, pretrained=True)
+    failed = gate("scale_freeze", "pinned", "within 1 of 0", passed=False)
+    more = [*token_values(["x"]), *CITED, failed, confirmed, rate, gone, apart, fact]
+    html = rendered([spoiled(row, kept) for row in [*some, *more, *swept]])
     assert "<script>alert" not in html
     assert "</script><b>" not in html
-    assert "&lt;script&gt;alert(1)" in text(html)
+    assert text(html).count("&lt;script&gt;alert(1)") > 1000
 
 
 def test_labels_in_figures_are_escaped_against_plotlys_own_markup(rows):
     bad = "<b>bold</b>"
-    some = [replace(row, arm=bad) for row in rows if row.probe in ("engagement", "gain_variation")]
     for name in ("engagement", "gain_variation"):
-        for spec in plugins.pick("soluscope.probes", name).figures:
-            drawn = figures.draw([row for row in some if row.probe == name], spec)
+        some = [replace(r, arm=bad) for r in of_kind(rows, Measurement) if r.probe == name]
+        for spec in words_of(name).figures:
+            drawn = figures.draw(some, spec)
             assert "<b>" not in str(drawn.to_plotly_json())
 
 
-def test_a_row_without_interval_is_marked(tmp_path, rows):
-    bare = [replace(row, low=None, high=None) if row.probe == "engagement" else row for row in rows]
-    results.write(tmp_path / "results.jsonl", bare)
-    assert text(report.build(tmp_path).read_text(encoding="utf8")).count("(no interval)") > 100
+def test_a_row_without_interval_is_marked(rows):
+    engaged = [row for row in of_kind(rows, Measurement) if row.probe == "engagement"]
+    bare = [replace(row, low=None, high=None) for row in engaged]
+    assert text(rendered(bare[:200])).count("(no interval)") == 200
     spec = Figure("r", ("r",), statistic="median")
-    drawn = figures.draw([row for row in bare if row.probe == "engagement"], spec)
+    drawn = figures.draw(bare, spec)
     assert all(s.endswith("-open") for trace in drawn.data for s in trace.marker.symbol)
 
 
-def test_an_undefined_value_says_so(tmp_path):
-    results.write(tmp_path / "results.jsonl", make_rows(SIX | {"solu": 2.9}))
-    body = text(report.build(tmp_path).read_text(encoding="utf8"))
-    assert UNDEFINED in body
+def test_an_undefined_value_says_so():
+    body = text(rendered(sweep(SIX | {"solu": 2.9}, {})))
+    assert "undefined: no gain of LN at this size" in body
     assert "nan" not in body
 
 
-def test_a_probe_that_the_folder_no_longer_has_gets_a_plain_section(tmp_path, rows):
-    gone = replace(rows[-1], probe="long_gone", quantity="smear", group="")
-    results.write(tmp_path / "results.jsonl", [*rows, gone])
-    body = text(report.build(tmp_path).read_text(encoding="utf8"))
-    assert "There is no file for &#x27;long_gone&#x27; in probes/ any more" in body
+def test_a_probe_is_shown_with_the_words_it_was_measured_with():
+    """Whatever its file says by now, and also where there is no such file any more."""
+    old = replace(
+        words_of("scale_freeze"),
+        probe="long_gone",
+        name="An old name",
+        section="P99",
+        **{key: f"old {key}" for key in ("question", "reading", "pitfalls", "formula", "source")},
+        quantities={"smear": results.Quantity("nats", "old meaning", more_smeared_when="higher")},
+        figures=(Figure("old figure", ("smear",)),),
+        gates=(results.Gate("pinned", "smear", above=0.05),),
+        tested="smear",
+    )
+    found = [number("long_gone", "smear", 0.1), *passed("long_gone")]
+    html = rendered([LN, old, *found])
+    body = html.split("<h2>P99 An old name</h2>")[1].split("</section>")[0]
+    for wanted in ("question", "reading", "pitfalls", "formula", "source", "meaning", "figure"):
+        assert f"old {wanted}" in body, wanted
+    assert "above 0, the side that smearing predicts" in body
+    assert "more smeared when higher" in body
+    assert body.count('class="plot"') == 1
+
+
+def test_a_probe_without_stored_words_gets_a_plain_section():
+    body = text(rendered([number("wordless", "smear", 0.1)]))
+    assert "The results hold no words of &#39;wordless&#39;" in body
     assert "mean of smear" in body
 
 
 def test_a_broken_last_line_is_skipped_with_a_warning(tmp_path, rows, capsys):
     path = tmp_path / "results.jsonl"
     results.write(path, rows)
-    path.write_text(path.read_text() + '{"study": "synthetic", "pro')
+    path.write_text(path.read_text() + '{"kind": "measurement", "study": "synthetic", "pro')
     report.build(tmp_path)
-    assert f"line {len(rows) + 1} is not a row and is skipped" in capsys.readouterr().err
+    assert f"line {len(rows) + 1} is no record and is skipped" in capsys.readouterr().err
 
 
 def test_no_results_is_a_user_error(tmp_path):
@@ -470,23 +457,26 @@ def test_no_results_is_a_user_error(tmp_path):
         report.build(tmp_path)
 
 
-def test_the_report_is_built_without_torch_and_pandas(tmp_path, rows):
-    results.write(tmp_path / "results.jsonl", rows)
-    code = (
-        "import sys; from pathlib import Path; from soluscope import report;"
-        "report.build(Path(sys.argv[1])); print({'torch', 'pandas'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
+def test_the_results_are_all_that_the_report_reads(tmp_path, some):
+    """The page of another process is the same, where probes, controls and torch cannot be imported."""
+    here = page_of(some, tmp_path)
+    code = """
+import sys
+from pathlib import Path
+for name in ("torch", "pandas", "soluscope.probes", "soluscope.controls"):
+    sys.modules[name] = None  # importing it fails
+from soluscope import report
+report.build(Path(sys.argv[1]))
+"""
+    done = run_python("-c", code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report.html").read_text(encoding="utf8") == here
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_a_page_of_few_rows_is_still_a_page(tmp_path, rows, n_rows):
     for picked in (rows[:n_rows], rows[-n_rows:]):
-        results.write(tmp_path / "results.jsonl", picked)
-        assert report.build(tmp_path).read_text(encoding="utf8").endswith("</html>\n")
+        assert page_of(picked, tmp_path).endswith("</html>\n")
 
 
 # ---------------------------------------------------------------- controls
@@ -494,8 +484,8 @@ def test_a_page_of_few_rows_is_still_a_page(tmp_path, rows, n_rows):
 
 def test_each_control_has_a_badge_with_its_number_and_what_was_asked():
     asked = [
-        gate("engagement", "smear_shared", "pass: above 0.5"),
-        gate("engagement", "pinned", "FAIL: within 0.01 of 0", value=0.2, low=0.1),
+        gate("engagement", "smear_shared", "above 0.5"),
+        gate("engagement", "pinned", "within 0.01 of 0", passed=False, value=0.2, low=0.1),
     ]
     shown = section([number("engagement", "r", 0.9, statistic="median"), *asked], "engagement")
     badges = dict(re.findall(r'<span class="badge (\w+)" title="([^"]*)">', shown))
@@ -511,14 +501,12 @@ def test_a_probe_without_controls_says_that_none_was_run():
     assert "do not cite" not in shown
 
 
-def test_a_failed_gate_is_said_before_the_figures_and_in_the_navigation(tmp_path, rows):
+def test_a_failed_gate_is_said_before_the_figures_and_in_the_navigation(some):
     asked = [
-        gate("scale_freeze", "smear_shared", "pass: above 0.1"),
-        gate("scale_freeze", "uniform", "FAIL: within 0.001 of 0"),
+        gate("scale_freeze", "smear_shared", "above 0.1"),
+        gate("scale_freeze", "uniform", "within 0.001 of 0", passed=False),
     ]
-    mine = [row for row in rows if row.probe in ("scale_freeze", "engagement")]
-    results.write(tmp_path / "results.jsonl", [*mine, *asked])
-    shown = text(report.build(tmp_path).read_text(encoding="utf8"))
+    shown = text(rendered([*some, *asked]))
     warning = "This probe failed its control uniform: do not cite its numbers."
     freeze = shown[shown.index("<h2>P4 Scale freeze (control failed)") :]
     assert freeze.index(warning) < freeze.index('class="plot"')
@@ -528,7 +516,7 @@ def test_a_failed_gate_is_said_before_the_figures_and_in_the_navigation(tmp_path
 
 
 def test_the_headline_cites_no_probe_that_failed(rows):
-    failed = gate("scale_freeze", "uniform", "FAIL: within 0.001 of 0")
+    failed = gate("scale_freeze", "uniform", "within 0.001 of 0", passed=False)
     sentences = words.headline([*rows, *CITED, failed])
     assert not any(sentence.startswith("Giving all tokens") for sentence in sentences)
     assert sentences[-1] == (
@@ -542,11 +530,11 @@ def test_without_a_control_run_nothing_is_said_of_a_probes_numbers(rows):
     assert any("median r" in sentence for sentence in sentences)
     assert not any(sentence.startswith("Giving all tokens") for sentence in sentences)
     assert sentences[-1] == (
-        "scale_freeze was put before no control: nothing is said of its numbers."
+        "scale_freeze has not been validated on the control models, so its results are not summarised."
     )
-    found = number("engagement", "r", 0.9, statistic="median")
-    assert "What this result means" not in section([found], "engagement")
-    assert "What this result means" in section([found, *passed("engagement")], "engagement")
+    found = [LN, number("engagement", "r", 0.9, statistic="median")]
+    assert "What this result means" not in section(found, "engagement")
+    assert "What this result means" in section([*found, *passed("engagement")], "engagement")
 
 
 def test_what_was_not_counted_is_said_in_one_line():
@@ -558,19 +546,13 @@ def test_what_was_not_counted_is_said_in_one_line():
 
 
 def test_rates_of_false_positives_are_shown_with_their_draws():
-    found = Row(
-        study="",
-        probe="false positives",
-        quantity="engagement",
-        group="untrained models",
-        value=0.045,
-        low=0.02,
-        high=0.08,
-        n=200,
-        unit="share",
-        note="pass: nominal 0.05",
+    found = FalsePositives(
+        study="", probe="engagement", tested="r", source="untrained models", passed=True,
+        value=0.045, low=0.02, high=0.08, n=200, unit="share", note="nominal 0.05",
+    )  # fmt: skip
+    undefined = replace(
+        found, source="shuffled labels", value=None, passed=None, note="r is not defined there"
     )
-    undefined = replace(found, group="shuffled labels", value=None, note="r is not defined there")
     shown = section([number("engagement", "r", 0.9), found, undefined], "engagement")
     assert "untrained models: 0.045 [0.02, 0.08] of 200 draws; pass: nominal 0.05" in shown
     assert "shuffled labels: r is not defined there" in shown
@@ -578,21 +560,25 @@ def test_rates_of_false_positives_are_shown_with_their_draws():
 
 
 def test_what_was_left_out_is_named_with_its_reason():
-    gone = replace(RUN, probe="scale_freeze", quantity="left out", note="exact for one layer only")
+    about = {key: getattr(RUN, key) for key in ("study", "run", "arm", "variant", "seed")}
+    gone = LeftOut(**about, probe="scale_freeze", note="exact for one layer only")
     shown = section([number("scale_freeze", "frozen at best constant", 0.0), gone], "scale_freeze")
     assert "Left out: solu_ln-s0 (exact for one layer only)." in shown
-    assert "mean of left out" not in shown
 
 
 def test_the_terminal_matrix_has_each_probe_against_each_control():
     asked = [
-        gate("engagement", "smear_shared", "pass: above 0.5"),
-        gate("engagement", "pinned", "pass: within 0.01 of 0"),
-        gate("scale_freeze", "pinned", "FAIL: within 0.001 of 0", value=0.25, low=0.1),
+        gate("engagement", "smear_shared", "above 0.5"),
+        gate("engagement", "pinned", "within 0.01 of 0"),
+        gate("scale_freeze", "pinned", "within 0.001 of 0", passed=False, value=0.25, low=0.1),
     ]
-    rate = replace(asked[0], probe="false positives", group="untrained models", n=200, value=0.05)
+    known = [words_of(name) for name in ("scale_freeze", "engagement")]
+    rate = FalsePositives(
+        study="", probe="engagement", tested="r", source="untrained models", passed=True, n=200,
+        value=0.05, unit="share",
+    )  # fmt: skip
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(report.matrix([*asked, rate]))
+    console.print(report.matrix([*known, *asked, rate]))
     shown = console.export_text()
     lines = [line.split() for line in shown.splitlines()]
     assert lines[0] == ["probe", "C1", "C3"]
@@ -606,7 +592,7 @@ def test_the_terminal_matrix_has_each_probe_against_each_control():
 
 def test_eighty_columns_hold_the_name_of_every_probe_and_control():
     probes, planted = (plugins.names(f"soluscope.{kind}") for kind in ("probes", "controls"))
-    asked = [gate(probe, control, "pass: above 0") for probe in probes for control in planted]
+    asked = [gate(probe, control, "above 0") for probe in probes for control in planted]
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.matrix(asked))
     shown = console.export_text()
@@ -616,11 +602,12 @@ def test_eighty_columns_hold_the_name_of_every_probe_and_control():
 
 
 def test_the_terminal_table_has_a_line_on_the_controls(rows):
-    asked = [gate(name, "pinned", "pass: within 0.01 of 0") for name in ("engagement", "rotation")]
+    asked = passed("engagement", "rotation")
+    failed = gate("centring", "pinned", "above 1", passed=False)
     for found, line in (
         ([], "controls: none run"),
         (asked, "controls: 2 probes, all passed"),
-        ([*asked, gate("centring", "rms", "FAIL: above 1")], "3 probes, 1 failed: centring (rms)"),
+        ([*asked, failed], "3 probes, 1 failed: centring (pinned)"),
     ):
         console = Console(width=160, record=True, file=io.StringIO())
         console.print(report.table([*rows, *found]))
@@ -642,19 +629,19 @@ def test_the_terminal_table_has_a_line_on_the_controls(rows):
     ],
 )
 def test_a_difference_means_no_more_than_its_interval(value, half, said):
-    one = plugins.pick("soluscope.probes", "scale_freeze")
+    one = words_of("scale_freeze")
     found = number("scale_freeze", "frozen at best constant", value, half)
-    (sentence,) = meaning.sentences(one, [found])
+    (sentence,) = meaning.sentences(one, [found], [found.arm])
     assert sentence.startswith(f"solu_ln, natural: mean of frozen at best constant is {value:.3g}")
     assert sentence.endswith(f"): {said}.")
 
 
 def test_the_seeds_are_judged_together_and_the_twin_by_itself():
-    one = plugins.pick("soluscope.probes", "scale_freeze")
+    one = words_of("scale_freeze")
     up, down = (number("scale_freeze", "frozen at best constant", v, 0.001) for v in (0.01, -0.01))
     seeds = [up, replace(down, seed=1, run="solu_ln-s1")]
     twin = replace(up, arm="solu_frozen_ln", variant="solu_frozen_ln")
-    first, second = meaning.sentences(one, [*seeds, twin])
+    first, second = meaning.sentences(one, [*seeds, twin], [up.arm, twin.arm])
     assert "is -0.01 to 0.01 nats (the 95% intervals of 2 seeds reach -0.011 to 0.011)" in first
     assert first.endswith("which side of 0 is not settled.")
     assert second.startswith("solu_frozen_ln")
@@ -662,24 +649,26 @@ def test_the_seeds_are_judged_together_and_the_twin_by_itself():
 
 
 def test_a_share_that_cannot_be_below_0_is_not_called_above_0():
-    one = plugins.pick("soluscope.probes", "engagement")
+    one = words_of("engagement")
     share = {"unit": "share", "statistic": "median"}
     low, high = (number("engagement", "r", value, 0.001, **share) for value in (0.03, 0.9))
-    assert meaning.sentences(one, [low])[0].endswith("(95% interval 0.029 to 0.031).")
-    assert meaning.sentences(one, [high])[0].endswith("above 0.5, as on the control smear_shared.")
+    assert meaning.sentences(one, [low], [RUN.arm])[0].endswith("(95% interval 0.029 to 0.031).")
+    assert meaning.sentences(one, [high], [RUN.arm])[0].endswith(
+        "above 0.5, as on the control smear_shared."
+    )
 
 
 def test_each_stream_is_told_of_where_none_is_natural():
-    one = plugins.pick("soluscope.probes", "scale_patching")
+    one = words_of("scale_patching")
     found = [
         number("scale_patching", one.tested, value, stream=stream, statistic="")
         for stream, value in (("pairs: names", 0.4), ("pairs: subjects", 0.0))
     ]
-    first, second = meaning.sentences(one, found)
+    first, second = meaning.sentences(one, found, [RUN.arm])
     assert first.startswith("solu_ln, pairs: names: ")
     assert second.startswith("solu_ln, pairs: subjects: ")
     natural = [replace(row, stream="natural") for row in found[:1]]
-    assert len(meaning.sentences(one, [*found, *natural])) == 1
+    assert len(meaning.sentences(one, [*found, *natural], [RUN.arm])) == 1
 
 
 @pytest.mark.parametrize(
@@ -706,24 +695,26 @@ def test_a_side_is_settled_only_beyond_the_margin(ends, side):
 def test_only_what_is_the_same_at_every_token_needs_no_interval():
     bare = number("engagement", "r", 0.9, low=None, high=None, n=1)
     assert findings.envelope([bare]) is None
-    assert findings.envelope([replace(bare, note=results.ONE_NUMBER)]) == (0.9, 0.9)
-    assert findings.envelope([replace(bare, note=results.ONE_NUMBER), bare]) is None
+    assert findings.envelope([replace(bare, constant=True)]) == (0.9, 0.9)
+    assert findings.envelope([replace(bare, constant=True), bare]) is None
 
 
 def test_without_an_interval_nothing_is_judged():
-    one = plugins.pick("soluscope.probes", "scale_freeze")
+    one = words_of("scale_freeze")
     bare = number("scale_freeze", "frozen at best constant", 0.1, low=None, high=None)
-    assert meaning.sentences(one, [bare])[0].endswith("nats over 1 seed, without an interval.")
+    assert meaning.sentences(one, [bare], [RUN.arm])[0].endswith(
+        "nats over 1 seed, without an interval."
+    )
 
 
 # ---------------------------------------------------------------- hypotheses and evidence
 
 
-def verdicts(rows: list[Row], line: str) -> tuple[str, ...]:
+def verdicts(records: list[Record], line: str) -> tuple[str, ...]:
     """What is said under H0, static smuggling and smearing; empty where nothing may be."""
-    asked = {row.quantity for row in rows if row.probe == "controls"}
-    believed = passed(*({row.probe for row in rows} - {"comparison", "controls"} - asked))
-    found = {one.section: seen for one, seen in evidence.matrix([*believed, *rows])}
+    asked = {each.probe for each in records if isinstance(each, results.GateResult)}
+    believed = passed(*({each.probe for each in of_kind(records, Measurement)} - asked))
+    found = {one.section: seen for one, seen in evidence.matrix([LN, *believed, *records])}
     (seen,) = found[line]
     return seen.verdicts
 
@@ -775,25 +766,36 @@ def test_the_freeze_is_judged_at_the_constant_that_costs_less(geometric, best, s
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "note", "phi", "said"),
+    ("low", "high", "verdict", "phi", "said"),
     [
-        (0.010, 0.020, "", (0.1, 0.4), (NO, NO, YES)),
-        (0.010, 0.020, "", (-0.1, 0.4), (OPEN, OPEN, OPEN)),
-        (-0.002, 0.002, "equivalent: closer than 0.005 nats", None, (YES, YES, NO)),
-        (0.001, 0.003, "equivalent: closer than 0.005 nats", (-0.1, 0.2), (YES, YES, NO)),
-        (0.001, 0.003, "equivalent: closer than 0.005 nats", (0.1, 0.2), (OPEN, OPEN, OPEN)),
-        (-0.020, -0.010, "", None, (YES, YES, NO)),
-        (-0.010, 0.010, "inconclusive", None, (OPEN, OPEN, OPEN)),
+        (0.010, 0.020, Verdict.DIFFERENT, (0.1, 0.4), (NO, NO, YES)),
+        (0.010, 0.020, Verdict.DIFFERENT, (-0.1, 0.4), (OPEN, OPEN, OPEN)),
+        (-0.002, 0.002, Verdict.EQUIVALENT, None, (YES, YES, NO)),
+        (0.001, 0.003, Verdict.EQUIVALENT, (-0.1, 0.2), (YES, YES, NO)),
+        (0.001, 0.003, Verdict.EQUIVALENT, (0.1, 0.2), (OPEN, OPEN, OPEN)),
+        (-0.020, -0.010, Verdict.DIFFERENT, None, (YES, YES, NO)),
+        (-0.010, 0.010, Verdict.INCONCLUSIVE, None, (OPEN, OPEN, OPEN)),
     ],
 )
-def test_phi_dyn_separates_static_accounts_from_smearing(low, high, note, phi, said):
-    middle = (low + high) / 2
-    base = replace(RUN, run="", seed=None, cluster="seed", n=8, probe="comparison")
-    rows = [replace(base, quantity="static - LN", value=middle, low=low, high=high, note=note)]
+def test_phi_dyn_separates_static_accounts_from_smearing(low, high, verdict, phi, said):
+    static = Comparison(
+        study="synthetic", term=Term.STATIC, arm="solu_ln", variant="solu_ln", cluster="seed", n=8,
+        value=(low + high) / 2, low=low, high=high, unit="nats / token", verdict=verdict,
+    )  # fmt: skip
+    rows = [static]
     if phi:
         ends = {"value": sum(phi) / 2, "low": phi[0], "high": phi[1]}
-        rows.append(replace(base, quantity="Phi_dyn", unit="share", **ends))
+        rows.append(replace(static, term=Term.SHARE, unit="share", verdict=None, **ends))
     assert verdicts(rows, "P8") == said
+
+
+def test_a_verdict_is_not_read_from_the_note():
+    static = Comparison(
+        study="synthetic", term=Term.STATIC, arm="solu_ln", cluster="seed", n=8, value=0.002, low=0.001,
+        high=0.003, unit="nats / token", verdict=Verdict.DIFFERENT, note="equivalent; best static",
+    )  # fmt: skip
+    share = replace(static, term=Term.SHARE, value=0.2, low=0.1, high=0.3)
+    assert verdicts([static, share], "P8") == (NO, NO, YES)
 
 
 @pytest.mark.parametrize(
@@ -859,30 +861,39 @@ def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
         "specificity": ["A (gain only)"],
         "lateral_inhibition": ["g const", "Z const"],
     }.items():
-        one = plugins.pick("soluscope.probes", name)
-        assert set(quantities) <= (one.quantities | one.estimates).keys()
+        assert set(quantities) <= words_of(name).quantities.keys()
 
 
 def test_evidence_needs_a_passed_gate():
     found = number("engagement", "r", 0.9, statistic="median")
-    failed = gate("engagement", "pinned", "FAIL: within 0.01 of 0")
+    failed = gate("engagement", "pinned", "within 0.01 of 0", passed=False)
     assert verdicts([found, failed], "P1") == ()
-    shown = text(evidence.section([found, failed]))
+    shown = evidence_of([found, failed])
     assert "not citable (control failed)" in shown
     assert "0.9" not in shown
-    unasked = {one.section: seen for one, seen in evidence.matrix([found])}["P1"]
+    unasked = {one.section: seen for one, seen in evidence.matrix([LN, found])}["P1"]
     assert unasked[0].verdicts == (OPEN, OPEN, OPEN)
     assert "no control run" in unasked[0].observed
 
 
+def evidence_of(records: list[Record]) -> str:
+    """The matrix as the page shows it."""
+    return text(rendered([LN, *records])).split("<h2>Hypotheses")[1].split("</section>")[0]
+
+
 def test_what_is_missing_is_not_measured():
-    shown = text(evidence.section([number("engagement", "r", 0.9, statistic="median")]))
+    shown = evidence_of([number("engagement", "r", 0.9, statistic="median")])
     n_lines = shown.count("<tr>") - 1
     assert shown.count("not measured</td>") == n_lines - 1
     assert "P23 gap at convergence" in shown
 
 
 # ---------------------------------------------------------------- token view
+
+
+def token_view(records: list[TokenValue]) -> str:
+    """The section as the page shows it."""
+    return text(rendered(records)).split("<h2>Token view</h2>")[1].split("</section>")[0]
 
 
 def test_a_tokens_text_is_escaped_and_its_spaces_and_ends_of_lines_are_seen():
@@ -895,17 +906,17 @@ def test_a_tokens_text_is_escaped_and_its_spaces_and_ends_of_lines_are_seen():
         "\u202e",
         "\ud800",
     ]
-    shown = tokens.view(token_rows(texts))
+    shown = token_view(token_values(texts))
     shown.encode()  # half a surrogate pair could not be written
     spans = [markup.unescape(s) for s in re.findall(r"<span [^>]*>([^<]*)</span>", shown)]
     assert spans == [*texts[:3], "x\u21b5\n\u21b5\ny", texts[4], "\ufffd", "?"]
     assert "<script" not in shown
     assert not re.search(r'"\s+onfocus', shown)
-    assert "white-space: pre-wrap" in page.STYLE
+    assert re.search(r"\.words \{ white-space: pre-wrap", rendered([RUN]))
 
 
 def test_a_token_tells_all_three_numbers_to_pointer_and_keyboard():
-    shown = tokens.view(token_rows(["<|BOS|>", "the", " end"]))
+    shown = token_view(token_values(["<|BOS|>", "the", " end"]))
     titles = [markup.unescape(t) for t in re.findall(r'tabindex="0"[^>]*title="([^"]*)"', shown)]
     assert titles[1] == (
         "1 \u201cthe\u201d: gain 301 1 / activation, r 0.1 share, ablation effect -1 nats"
@@ -914,7 +925,7 @@ def test_a_token_tells_all_three_numbers_to_pointer_and_keyboard():
 
 
 def test_colours_are_scaled_after_bos_and_around_0_for_the_effect():
-    shown = tokens.view(token_rows(["<|BOS|>", "a", "b", "c", "d", "e"]))
+    shown = token_view(token_values(["<|BOS|>", "a", "b", "c", "d", "e"]))
     styles = re.findall(r'<span tabindex="0" style="([^"]*)"', shown)
     sky, orange = "#56b4e9", "#e69f00"
     assert f"--gain:{sky}" in styles[-1]
@@ -940,17 +951,19 @@ def test_text_is_readable_on_every_colour():
 
 def test_a_quantity_that_is_the_same_everywhere_has_no_colour():
     flat = [
-        replace(row, value=316.0 * (1 + 1e-9 * (row.x or 0))) if row.quantity == "gain" else row
-        for row in token_rows(["<|BOS|>", "a", "b"])
+        replace(row, value=316.0 * (1 + 1e-9 * row.place)) if row.quantity == "gain" else row
+        for row in token_values(["<|BOS|>", "a", "b"])
     ]
-    shown = tokens.view(flat)
+    shown = token_view(flat)
     assert "--gain:" not in shown
     assert "gain: 316 1 / activation at every token after BOS" in shown
 
 
 def test_the_token_view_has_a_block_an_arm_and_shows_the_first_quantity_without_a_script():
-    more = [replace(row, seed=1, run="solu_ln-s1", note="other") for row in token_rows(["x"])]
-    shown = tokens.view([*token_rows(["a", "b"]), *token_rows(["a", "b"], "gelu"), *more])
+    more = [replace(row, seed=1, run="solu_ln-s1", text="other") for row in token_values(["x"])]
+    texts = [*token_values(["a", "b"]), *token_values(["a", "b"], "gelu"), *more]
+    shown = token_view([*texts, LN])
+    assert re.findall(r"<details open><summary>(.*?)</summary>", shown) == ["solu_ln, seed 0"]
     assert re.findall(r"<summary>(.*?)</summary>", shown) == ["gelu, seed 0", "solu_ln, seed 0"]
     assert re.findall(r'id="(by-\w+)" checked', shown) == ["by-gain"]
     assert "other" not in shown
@@ -960,7 +973,7 @@ def test_the_token_view_has_a_block_an_arm_and_shows_the_first_quantity_without_
 # ---------------------------------------------------------------- doses
 
 
-def dosed(kappas: dict[str, float], n_seeds: int = 2) -> list[Row]:
+def dosed(kappas: dict[str, float], n_seeds: int = 2) -> list[Measurement]:
     """solu_ln arms by name with their kappa; r is 1 / (1 + kappa)."""
     rows = []
     for arm, kappa in kappas.items():
@@ -1033,7 +1046,7 @@ def test_kinds_of_one_curve_share_their_axis():
 
 
 def test_dots_show_every_seed_with_its_interval(rows):
-    mine = [row for row in rows if row.probe == "engagement"]
+    mine = [row for row in of_kind(rows, Measurement) if row.probe == "engagement"]
     drawn = figures.draw(mine, Figure("r", ("r",), statistic="median", streams=("natural",)))
     assert isinstance(drawn, go.Figure)
     assert len(drawn.data) == 6
@@ -1046,14 +1059,14 @@ def test_dots_show_every_seed_with_its_interval(rows):
 
 
 def test_quartiles_are_panels(rows):
-    mine = [row for row in rows if row.probe == "scale_freeze"]
+    mine = [row for row in of_kind(rows, Measurement) if row.probe == "scale_freeze"]
     drawn = figures.draw(mine, Figure("", ("frozen at geometric mean",), group="gain"))
     titles = [annotation.text for annotation in drawn.layout.annotations]
     assert titles == ["gain Q1", "gain Q2", "gain Q3", "gain Q4"]
 
 
 def test_curves_have_one_line_a_run_in_each_stream(rows):
-    mine = [row for row in rows if row.probe == "gain_variation"]
+    mine = [row for row in of_kind(rows, Measurement) if row.probe == "gain_variation"]
     drawn = figures.draw(mine, Figure("", ("last token",), kind="curve"))
     lines = [trace for trace in drawn.data if trace.hovertemplate]
     assert len(lines) == 12 * 3
@@ -1063,15 +1076,14 @@ def test_curves_have_one_line_a_run_in_each_stream(rows):
 def test_an_arm_keeps_its_colour_through_the_page(rows):
     look = figures.styles(rows)
     assert len({style.colour for style in look.values()}) == 6
-    mine = [row for row in rows if row.probe == "engagement" and row.arm == "solu_ln"]
+    mine = [row for row in of_kind(rows, Measurement) if row.probe == "engagement"]
+    mine = [row for row in mine if row.arm == "solu_ln"]
     drawn = figures.draw(mine, Figure("", ("r",), statistic="median"), look)
     assert {trace.marker.color for trace in drawn.data} == {look["solu_ln"].colour}
 
 
 def test_more_arms_than_colours_are_told_apart_by_shape():
-    arms = [
-        Row(study="", probe="", quantity="", value=0, unit="", arm=f"{i:02d}") for i in range(20)
-    ]
+    arms = [replace(RUN, arm=f"{i:02d}") for i in range(20)]
     assert len(set(figures.styles(arms).values())) == 20
 
 
@@ -1098,21 +1110,15 @@ def test_the_terminal_does_not_read_markup_in_names(rows):
     assert "[red]gelu[/]" in console.export_text()
 
 
-if __name__ == "__main__":  # a page to look at: python tests/test_report.py FOLDER
-    results.write(Path(sys.argv[1]) / "results.jsonl", make_rows())
-    print(report.build(Path(sys.argv[1])))
-
-
 def test_confirmatory_tests_have_their_own_table():
     made = make_rows()
-    base = next(row for row in made if row.run == "solu_ln-s0")
-    confirmed = replace(
-        base, run="", seed=None, probe="comparison", quantity="specificity: A (gain only)",
-        group="minus solu_frozen_ln", value=0.02, low=-0.1, high=0.14, n=2, unit="share",
-        cluster="seed", note="sign-flip p = 0.5; Holm-adjusted p = 1 over 3 tests",
+    confirmed = Comparison(
+        study="synthetic", term=Term.PROBE, probe="specificity", quantity="A (gain only)",
+        arm="solu_ln", variant="solu_ln", against="solu_frozen_ln", value=0.02, low=-0.1, high=0.14,
+        n=2, unit="share", cluster="seed", note="sign-flip p = 0.5; Holm-adjusted p = 1 over 3 tests",
     )  # fmt: skip
-    assert "Probes against the static twin" not in text(page.render(made))
-    body = text(page.render([*made, confirmed]))
+    assert "Probes against the static twin" not in text(rendered(made))
+    body = text(rendered([*made, confirmed]))
     assert "solu_ln minus solu_frozen_ln: specificity: A (gain only)" in body
     assert "0.02 [-0.1, 0.14]" in body
     assert "Holm-adjusted p = 1 over 3 tests" in body
@@ -1122,11 +1128,14 @@ def test_confirmatory_tests_have_their_own_table():
 
 
 def sweep(
-    arms: dict[str, float], settings: dict[str, dict[str, float | str]], n_seeds: int = 3
-) -> list[Row]:
+    arms: dict[str, float],
+    settings: dict[str, dict[str, float | str]],
+    n_seeds: int = 3,
+    **more: Lineage,
+) -> list[Record]:
     """The comparisons of a study of these arms, and the median r of each run."""
     losses = make_losses(arms, n_seeds, seed_noise=0.0005, settings=settings)
-    made = compare("synthetic", losses, "abc1234")
+    made = compare("synthetic", losses, "abc1234", **more)
     r = {"statistic": "median", "unit": "share"}
     runs = losses[["run", "arm", "variant", "seed"]].drop_duplicates().itertuples(index=False)
     for i, (run, arm, variant, seed) in enumerate(runs):
@@ -1135,13 +1144,13 @@ def sweep(
     return made
 
 
-def headings(rows: list[Row]) -> list[str]:
-    return re.findall(r"<h2>(.*?)</h2>", text(page.render(rows)))
+def headings(rows: list[Record]) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", text(rendered(rows)))
 
 
-def drawn(rows: list[Row], heading: str) -> list[go.Figure]:
+def drawn(rows: list[Record], heading: str) -> list[go.Figure]:
     """The figures of a section of the page, as a browser would draw them."""
-    body = page.render(rows).split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
+    body = rendered(rows).split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
     found = re.findall(r'<script type="application/json">(.*?)</script>', body, flags=re.S)
     return [go.Figure(json.loads(one)) for one in found]
 
@@ -1157,20 +1166,20 @@ def rings(figure: go.Figure) -> set[tuple[float, float]]:
     return {(x, y) for trace in ringed for x, y in zip(trace.x, trace.y, strict=True)}
 
 
-def printed(rows: list[Row]) -> list[str]:
+def printed(rows: list[Record]) -> list[str]:
     """The lines of the terminal's report."""
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report.table(rows))
     return console.export_text().splitlines()
 
 
-def cells(rows: list[Row]) -> list[list[str]]:
+def cells(rows: list[Record]) -> list[list[str]]:
     """The same, of those that are lines of a table, by cell."""
     return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in printed(rows)]
 
 
 @pytest.fixture(scope="module")
-def swept() -> list[Row]:
+def swept() -> list[Record]:
     """Three rates inside whose grid all optima lie but solu's, and LayerNorm at two kappas."""
     arms, told = tuned(**OPTIMA)
     for arm in list(arms):
@@ -1190,15 +1199,15 @@ def swept() -> list[Row]:
 
 def test_a_study_of_one_rate_and_kappa_has_no_sections_on_sweeps(rows):
     assert not {"Tuning", "Dose: kappa"} & set(headings(rows))
-    assert "common rate" not in text(page.render(rows))
+    assert "common rate" not in text(rendered(rows))
 
 
 def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):
     by_rate, by_gain = drawn(swept, "Tuning")
-    for figure, quantity in ((by_rate, "select loss by lr"), (by_gain, "select loss by gain")):
-        curve = [row for row in swept if row.quantity == quantity]
+    for figure, setting in ((by_rate, "lr"), (by_gain, "gain")):
+        curve = [row for row in of_kind(swept, ChoicePoint) if row.setting == setting]
         assert points(figure) == {(row.x, row.value) for row in curve}
-        assert rings(figure) == {(row.x, row.value) for row in curve if row.arm == row.group}
+        assert rings(figure) == {(row.x, row.value) for row in curve if row.arm == row.chosen_arm}
     assert {axis.type for axis in by_rate.select_xaxes() if axis.title.text} == {"log"}
     lines = [trace for trace in by_rate.data if trace.mode == "lines+markers"]
     assert {trace.name for trace in lines} == {
@@ -1209,21 +1218,50 @@ def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):
     assert all(any(trace.error_y.array) for trace in lines)
 
 
+def test_arms_are_known_by_their_roles_and_not_by_their_names(swept, tmp_path):
+    """With a static twin and an arm with a per-token norm called otherwise, all is the same."""
+    names = {"solu_frozen_ln": "solu_f", "solu_ln": "solu_x"}
+
+    def renamed(text: str) -> str:
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text
+
+    path = tmp_path / "results.jsonl"
+    results.write(path, [*swept, *CITED])
+    path.write_text(renamed(path.read_text()))
+    shown = rendered(results.read(path))
+    assert text(shown) == renamed(text(rendered([*swept, *CITED])))
+    assert "Trained with one gain for all tokens instead (solu_f" in shown
+
+
+def test_one_kappa_of_each_of_two_variants_is_no_dose():
+    arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln": 3.02, "solu_rms": 3.05}
+    told = {"solu_ln": {"kappa": 0.42}, "solu_rms": {"kappa": 42.0}}
+    made = sweep(arms, told, solu_rms=replace(LINEAGES["solu_ln"], twin=""))
+    assert findings.by_kappa(made) == {}
+    assert findings.per_token(made) == ["solu_ln", "solu_rms"]
+    assert [words.headline(made)[i].split(",")[0] for i in (0, 1)] == [
+        "LayerNorm lowers the loss (solu_ln",
+        "LayerNorm lowers the loss (solu_rms",
+    ]
+
+
 def test_an_optimum_at_the_edge_comes_before_all_verdicts(swept):
     first = words.headline(swept)[0]
     assert first.startswith("No comparison here is to be believed yet")
     assert (
         "for solu-lr0.008 (lr 0.008 is the highest of 0.001, 0.002, 0.004, 0.008). Widen" in first
     )
-    body = text(page.render(swept))
-    assert body.count(markup.escape(first)) == 2
+    body = text(rendered(swept))
+    assert body.count(escape(first)) == 2
     assert '<p class="warn">No comparison' in body
 
 
 def test_optima_inside_their_grids_leave_the_verdict_first():
     arms, told = tuned(**OPTIMA | {"solu": 0.004})
     made = sweep(arms, told)
-    assert "to be believed" not in text(page.render(made))
+    assert "to be believed" not in text(rendered(made))
     assert words.headline(made)[0].startswith(
         "LayerNorm lowers the loss (solu_ln-lr0.002, 3 seeds)"
     )
@@ -1251,7 +1289,7 @@ def test_a_gain_at_the_edge_unsettles_what_needs_the_static_arm_and_nothing_else
 def test_two_gains_are_no_grid_with_an_edge():
     made = sweep(*gains(8.0, 32.0))
     assert words.headline(made)[0].startswith("LayerNorm lowers the loss (solu_ln, 3 seeds)")
-    assert "edge of its grid" not in text(page.render(made))
+    assert "edge of its grid" not in text(rendered(made))
     assert ["solu_gain-32", "gain 32", "8, 32", "3", "no grid"] in cells(made)
 
 
@@ -1277,7 +1315,7 @@ def test_gains_at_one_rate_are_not_presented_as_tuned():
     made = sweep(*gains(8.0, 32.0, 128.0))
     once = "Trained at one rate only: solu, solu_gain-128, solu_gain-32, solu_gain-8, solu_ln."
     assert once in words.headline(made)
-    body = text(page.render(made))
+    body = text(rendered(made))
     assert "each at its best rate" not in body
     assert "all at the rate 0.002, untuned" in drawn(made, "Tuning")[0].to_json()
     assert once in body.split("<h2>Tuning</h2>")[1].split("<h2>")[0]
@@ -1285,7 +1323,7 @@ def test_gains_at_one_rate_are_not_presented_as_tuned():
 
 def test_gains_at_their_best_rates_are_presented_as_such(swept):
     assert "each at its best rate" in drawn(swept, "Tuning")[1].to_json()
-    assert "one rate only" not in text(page.render(swept))
+    assert "one rate only" not in text(rendered(swept))
 
 
 def test_kappas_at_one_rate_are_said_to_be():
@@ -1296,7 +1334,7 @@ def test_kappas_at_one_rate_are_said_to_be():
     once = "Trained at one rate only: solu, solu_gain, solu_ln-a, solu_ln-b."
     assert once in said
     assert not said[0].startswith("Trained")
-    assert once in text(page.render(made)).split("<h2>Dose: kappa</h2>")[1].split("<h2>")[0]
+    assert once in text(rendered(made)).split("<h2>Dose: kappa</h2>")[1].split("<h2>")[0]
 
 
 def test_a_rate_that_lacks_seeds_is_in_the_table_and_not_on_the_curve():
@@ -1305,9 +1343,9 @@ def test_a_rate_that_lacks_seeds_is_in_the_table_and_not_on_the_curve():
     lacking = "solu_ln-lr0.008"
     made = compare("synthetic", losses[(losses.arm != lacking) | (losses.seed == 0)], "abc1234")
     (by_rate,) = drawn(made, "Tuning")
-    left_out = next(r for r in made if r.quantity == "select loss by lr" and r.arm == lacking)
+    left_out = next(row for row in of_kind(made, ChoicePoint) if row.arm == lacking)
     assert (left_out.x, left_out.value) not in points(by_rate)
-    body = text(page.render(made))
+    body = text(rendered(made))
     tuning, rest = body.split("<h2>Tuning</h2>")[1].split("<h2>Loss</h2>")
     assert "not chosen from: 1 of 3 seeds" in tuning
     assert lacking not in rest.split("<h2>Where this comes from</h2>")[0]
@@ -1327,7 +1365,7 @@ def test_arms_that_share_no_seed_are_named_in_the_headline():
 
 def test_the_page_compares_arms_at_the_rates_that_were_chosen(swept):
     passed_over = {f"gelu-lr{lr}" for lr in (0.001, 0.004, 0.008)}
-    body = text(page.render(swept))
+    body = text(rendered(swept))
     tuning = body.index("<h2>Tuning</h2>"), body.index("<h2>Loss</h2>")
     where = body.index("<h2>Where this comes from</h2>")
     for arm in passed_over:
@@ -1338,13 +1376,13 @@ def test_the_page_compares_arms_at_the_rates_that_were_chosen(swept):
 
 def test_phi_dyn_is_drawn_against_kappa_and_against_a_common_rate(swept):
     (dose,) = drawn(swept, "Dose: kappa")
-    kappa = {row.arm: row.value for row in swept if row.group == "kappa"}
+    kappa = {row.arm: row.values.get("kappa") for row in of_kind(swept, Setting)}
     chosen = {"solu_ln-lr0.002", "solu_ln-kappa42-lr0.002"}
     wanted = {
         (kappa[row.arm], row.value)
-        for row in swept
-        if row.arm in chosen and row.cluster == "seed"
-        if row.quantity in ("loss", "static - LN", "Phi_dyn")
+        for row in of_kind(swept, Comparison)
+        if row.arm in chosen and row.cluster == "seed" and row.lr is None
+        if row.term in (Term.LOSS, Term.STATIC, Term.SHARE)
     }
     r = {
         (kappa[row.arm], row.value)
@@ -1356,10 +1394,9 @@ def test_phi_dyn_is_drawn_against_kappa_and_against_a_common_rate(swept):
     assert points(dose) == wanted | r
     *_, common = drawn(swept, "Phi_dyn and its terms")
     at_rates = {
-        (row.x, row.value)
-        for row in swept
-        if row.quantity.endswith(" at a common rate") and row.cluster == "seed"
-        if row.value is not None
+        (row.lr, row.value)
+        for row in of_kind(swept, Comparison)
+        if row.lr is not None and row.cluster == "seed" and row.value is not None
     }
     assert points(common) == at_rates
     assert len({x for x, _ in at_rates}) == 4
@@ -1369,9 +1406,9 @@ def test_an_undefined_phi_dyn_has_no_point_and_is_named():
     arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-a": 2.98, "solu_ln-b": 3.04}
     told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
     made = sweep(arms, told, n_seeds=8)
-    assert "Phi_dyn is undefined at kappa 42: see above." in text(page.render(made))
+    assert "Phi_dyn is undefined at kappa 42: see above." in text(rendered(made))
     (figure,) = drawn(made, "Dose: kappa")
-    phi = next(row for row in made if row.quantity == "Phi_dyn" and row.value is not None)
+    (phi,) = (row for row in findings.comparisons(made, Term.SHARE) if row.value is not None)
     assert (0.42, phi.value) in points(figure)
 
 
@@ -1405,11 +1442,13 @@ def test_the_terminal_says_what_was_chosen_and_whether_it_is_at_the_edge(swept):
 
 def test_names_in_sweeps_are_escaped(swept):
     bad = "<b>x</b>"
-    marked = [
-        replace(row, arm=row.arm.replace("gelu", bad), variant=row.variant.replace("gelu", bad),
-                group=row.group.replace("gelu", bad))
-        for row in swept
-    ]  # fmt: skip
-    assert bad not in text(page.render(marked))
+    names = ("arm", "variant", "against", "chosen_arm")
+
+    def marked_up(record: Record) -> Record:
+        its = {name: getattr(record, name) for name in names if hasattr(record, name)}
+        return replace(record, **{name: text.replace("gelu", bad) for name, text in its.items()})
+
+    marked = [marked_up(record) for record in swept]
+    assert bad not in text(rendered(marked))
     for figure in drawn(marked, "Tuning"):
         assert bad not in str(figure.to_plotly_json())

@@ -15,7 +15,6 @@ from soluscope.files import write_text
 from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
-    Choice,
     by_kappa,
     choices,
     comparisons,
@@ -26,11 +25,19 @@ from soluscope.report.findings import (
     span,
     tuned,
 )
-from soluscope.results import Record, Term
+from soluscope.results import Grid, Record, Term
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
+
+OPTIMUM = {
+    Grid.INSIDE: "inside",
+    Grid.LOWER_EDGE: "AT THE LOWER EDGE",
+    Grid.UPPER_EDGE: "AT THE UPPER EDGE",
+    Grid.TOO_FEW: "no grid",
+}
+"""Where on its grid the chosen setting lies."""
 
 __all__ = ["build", "matrix", "publish", "table"]
 
@@ -118,23 +125,12 @@ def _of_size(size: str, records: list[Record]) -> Iterator[Table]:
 def _chosen(records: list[Record]) -> Iterator[Table]:
     """Which rate and which gain each arm was given on the select split, and from what."""
     lines = [
-        [
-            choice.chosen.arm,
-            f"{choice.setting} {choice.chosen.x:.3g}",
-            choice.tried,
-            str(choice.chosen.n),
-            _optimum(choice),
-        ]
+        [at.arm, f"{at.setting} {at.x:.3g}", choice.tried, str(at.n), OPTIMUM[at.grid]]
         for choice in choices(records)
+        if (at := choice.chosen).grid
     ]
     if lines:
         yield _table(["chosen on the select split", "", "of", "seeds", "optimum"], lines)
-
-
-def _optimum(choice: Choice) -> str:
-    if not choice.is_grid:
-        return "no grid"
-    return f"AT THE {choice.edge.upper()} EDGE" if choice.edge else "inside"
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> Table:

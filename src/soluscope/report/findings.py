@@ -9,7 +9,6 @@ from typing import Literal
 from soluscope.results import (
     ChoicePoint,
     Comparison,
-    Grid,
     Measurement,
     Number,
     OfRun,
@@ -39,23 +38,6 @@ class Choice:
     """Points that lack seeds, and were not chosen from."""
 
     @property
-    def setting(self) -> str:
-        """`lr` or `gain`."""
-        return self.chosen.setting
-
-    @property
-    def is_grid(self) -> bool:
-        """Whether there is an inside for an optimum to lie in."""
-        return self.chosen.grid is not Grid.TOO_FEW
-
-    @property
-    def edge(self) -> str:
-        """`lower` or `upper` where the optimum is an end of the grid, and may lie beyond; else empty."""
-        return {Grid.LOWER_EDGE: "lower", Grid.UPPER_EDGE: "upper"}.get(
-            self.chosen.grid or Grid.INSIDE, ""
-        )
-
-    @property
     def tried(self) -> str:
         """The settings that were chosen from, in words."""
         return ", ".join(f"{point.x:.3g}" for point in self.points)
@@ -67,23 +49,19 @@ def choices(records: Iterable[Record]) -> list[Choice]:
     for point in of_kind(records, ChoicePoint):
         curves.setdefault((point.setting, point.chosen_arm), []).append(point)
     result = []
-    for (_, chosen_arm), points in curves.items():
-        points.sort(key=lambda point: point.x)
-        eligible = tuple(point for point in points if point.eligible)
+    for (_, chosen_arm), curve in sorted(curves.items(), key=lambda item: item[0][0], reverse=True):
+        curve.sort(key=lambda point: point.x)
+        points = tuple(point for point in curve if point.eligible)
+        without = tuple(point for point in curve if not point.eligible)
         chosen = next(point for point in points if point.arm == chosen_arm)
-        without = tuple(point for point in points if not point.eligible)
-        result.append(Choice(eligible, chosen, without))
-    return sorted(result, key=lambda choice: choice.setting, reverse=True)
+        result.append(Choice(points, chosen, without))
+    return result
 
 
 def tuned(records: Sequence[Record]) -> list[Record]:
     """Return all records but those of arms that are compared with none, since another rate was better."""
-    passed_over = {
-        point.arm
-        for choice in choices(records)
-        for point in (*choice.points, *choice.without)
-        if choice.setting == "lr" and point is not choice.chosen
-    }
+    rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
+    passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     return [record for record in records if record.arm not in passed_over]
 
 
@@ -170,16 +148,10 @@ def per_token_by_kappa(records: Sequence[Record]) -> list[str]:
 
 def at_one_rate(records: Sequence[Record]) -> list[str]:
     """Return the arms of which no other rate was tried, in studies that compare rates, gains or kappas."""
-    made = choices(records)
-    if not made and not any(by_kappa(of_one) for of_one in sizes(records).values()):
+    points = of_kind(records, ChoicePoint)
+    if not points and not any(by_kappa(of_one) for of_one in sizes(records).values()):
         return []
-    tried = {
-        point.arm
-        for choice in made
-        if choice.setting == "lr"
-        for point in (*choice.points, *choice.without)
-    }
-    return sorted(settings(records).keys() - tried)
+    return sorted(settings(records).keys() - {p.arm for p in points if p.setting == "lr"})
 
 
 def runs_of(records: Iterable[Record]) -> set[str]:

@@ -5,9 +5,10 @@ The templates escape whatever comes from data. The same records give the same by
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import count
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from plotly.offline import get_plotlyjs
 
 from soluscope.report import sections, words
@@ -22,15 +23,7 @@ N_SENTENCES = 10
 
 def render(records: list[Record]) -> str:
     """Return the whole page for a study's records."""
-    environment = Environment(
-        loader=PackageLoader("soluscope.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         study=", ".join(sorted({record.study for record in records})),
         headline=_headline(records),
         sections=sections.build(records),
@@ -40,6 +33,19 @@ def render(records: list[Record]) -> str:
         marks=MARKS,
         token_quantities=QUANTITIES,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("soluscope.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.j2")
 
 
 def _headline(records: list[Record]) -> list[Block]:

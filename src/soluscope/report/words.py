@@ -34,7 +34,9 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     MARGIN,
+    ChoicePoint,
     Comparison,
+    Grid,
     Measurement,
     NoChoice,
     Number,
@@ -79,20 +81,20 @@ def edges(records: list[Record]) -> list[str]:
     Source: science.md section 10.2 (c).
     """
     made = choices(records)
+    rates, gains = ([c for c in made if c.chosen.setting == name] for name in ("lr", "gain"))
     sentences = []
-    if at := _at_edges([choice for choice in made if choice.setting == "lr"]):
+    if at := _at_edges(rates):
         sentences.append(
             "No comparison here is to be believed yet: on the select split the best of what was tried lies at "
             f"the edge of its grid for {at}. Widen these grids."
         )
-    two = [choice for choice in made if choice.setting == "lr" and not choice.is_grid]
+    two = _grouped((c.tried, c.chosen.arm) for c in rates if c.chosen.grid is Grid.TOO_FEW)
     if two:
-        by_grid = _grouped((choice.tried, choice.chosen.arm) for choice in two)
-        tried = "; ".join(f"{', '.join(arms)} ({grid})" for grid, arms in by_grid.items())
+        tried = "; ".join(f"{', '.join(arms)} ({grid})" for grid, arms in two.items())
         sentences.append(
             f"Fewer than three rates are no grid, and a better one may lie beyond: {tried}."
         )
-    if at := _at_edges([choice for choice in made if choice.setting == "gain"]):
+    if at := _at_edges(gains):
         sentences.append(
             "The static arm may be better yet, so that static - LN and Phi_dyn are not settled: on the select "
             f"split the best gain lies at the edge of its grid for {at}. Widen these grids."
@@ -102,14 +104,11 @@ def edges(records: list[Record]) -> list[str]:
 
 def _at_edges(made: Sequence[Choice]) -> str:
     """The arms at an edge, those together that share it and their grid."""
-    extreme = {"lower": "lowest", "upper": "highest"}
+    extreme = {Grid.LOWER_EDGE: "lowest", Grid.UPPER_EDGE: "highest"}
     by_edge = _grouped(
-        (
-            f"{choice.setting} {choice.chosen.x:.3g} is the {extreme[choice.edge]} of {choice.tried}",
-            choice.chosen.arm,
-        )
+        (f"{at.setting} {at.x:.3g} is the {extreme[at.grid]} of {choice.tried}", at.arm)
         for choice in made
-        if choice.edge
+        if (at := choice.chosen).grid in extreme
     )
     return "; ".join(f"{', '.join(arms)} ({where})" for where, arms in by_edge.items())
 
@@ -145,7 +144,7 @@ def one_rate(records: list[Record]) -> str:
 def _headline(records: list[Record]) -> list[str]:
     sentences = [_basis(records)]
     several_kappas = any(by_kappa(of_one) for of_one in sizes(records).values())
-    several_gains = any(choice.setting == "gain" for choice in choices(records))
+    several_gains = any(point.setting == "gain" for point in of_kind(records, ChoicePoint))
     if (several_kappas or several_gains) and (untuned := one_rate(records)):
         sentences.append(untuned)
     arms = [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
