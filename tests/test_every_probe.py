@@ -24,6 +24,7 @@ from soluscope.hooked.ablation import loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
 from soluscope.probes import words_of
+from soluscope.probes._tokens import start_of_each_part
 from soluscope.probes.gain_variation import fits
 from soluscope.results import LeftOut, Measurement, of_kind
 from soluscope.runs.weights import load_facts
@@ -200,6 +201,36 @@ def test_padding_is_not_observed_and_changes_nothing():
     torch.testing.assert_close(together.mid[first], alone.mid)
     torch.testing.assert_close(together.loss[first], alone.loss, equal_nan=True)
     assert together.loss[first][-1].isnan()
+
+
+def test_centred_activations_are_mid_where_the_norm_does_not_centre():
+    for variant, centres in (("solu_ln", True), ("solu_gain", False), ("solu", False)):
+        run = observe(hooked_for(variant)[1], stream_of(some_tokens()))
+        mean = run.mid.mean(-1, keepdim=True)
+        torch.testing.assert_close(run.centred, run.mid - mean * centres, rtol=0, atol=1e-12)
+
+
+def test_the_tokens_that_are_scored_have_a_target_and_are_not_bos():
+    run = planted(torch.tensor([[[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]]] * 2), eps=1e-14)
+    assert run.scored.tolist() == [False, True, False] * 2
+    geometric_mean = float(run.mean_log_gain.exp())
+    assert geometric_mean == pytest.approx((1 / 2 * 1 / 4) ** 0.5)  # BOS's gain of 1 is left out
+
+
+@pytest.mark.parametrize(("n_items", "n_wanted"), [(10, 4), (10, 10), (10, 99), (10, 0), (1, 5)])
+def test_evenly_spaced_items_run_from_the_first_to_the_last(n_items, n_wanted):
+    chosen = streams.evenly_spaced(n_items, n_wanted)
+    assert len(chosen) == min(n_items, max(1, n_wanted))
+    assert chosen[0] == 0
+    assert chosen[-1] == n_items - 1 or n_wanted == 0
+    assert len(chosen) == 1 or np.ptp(np.diff(chosen)) <= 1
+    assert len(streams.evenly_spaced(0, 4)) == 0
+
+
+def test_the_start_of_each_part_leaves_out_the_end():
+    indices = torch.arange(10, 20)
+    assert start_of_each_part(indices, 4).tolist() == [10, 12, 15, 17]
+    assert start_of_each_part(indices, 99).tolist() == indices.tolist()
 
 
 def test_is_solu_is_read_off_the_activations():
