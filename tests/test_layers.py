@@ -195,6 +195,14 @@ def test_training_loads_neither_transformer_lens_nor_datasets() -> None:
     )
 
 
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_what_windows_lacks(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(MODULES[module])} & POSIX_ONLY
+
+
 def strings_in(path: Path) -> set[str]:
     """Return the string constants of a file, without docstrings and without values of `act_fn=`.
 

@@ -147,7 +147,8 @@ class TrainConfig:
     compile: bool | None = None
     """torch.compile. null: on cuda."""
     devices: int = 1
-    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch."""
+    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch.
+    torchrun or srun starts them."""
     nodes: int = 1
     """Machines that train this one model together; each starts the same command."""
 

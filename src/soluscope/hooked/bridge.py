@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from soluscope.errors import UserError
-from soluscope.model import LanguageModel, Record
+from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts
@@ -164,7 +164,7 @@ def check_agreement(trained: LanguageModel, model: HookedBridge) -> float:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(facts.d_vocab, (4, facts.ctx), generator=generator)
     tokens[:, 0] = facts.bos
-    record: Record = {}
+    record: Activations = {}
     wanted = {"logits": trained(tokens, record)} | record
     logits, cache = model.run_with_cache(tokens, record.__contains__)
     found = {"logits": logits} | cache

@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
 from soluscope.errors import UserError
-from soluscope.model import LanguageModel, Record
+from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm, check_norm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts
@@ -130,7 +130,7 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
     tokens = torch.randint(facts.d_vocab, (4, facts.ctx), generator=generator)
     tokens[:, 0] = facts.bos
     tokens = tokens.to(trained.unembed.W_U.device)
-    record: Record = {}
+    record: Activations = {}
     wanted = {"logits": trained(tokens, record)} | record
     logits, cache = hooked.run_with_cache(tokens)
     worst, where = 0.0, "logits"

@@ -20,7 +20,7 @@ from torch import Tensor
 from soluscope.config import Config
 from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
-from soluscope.model import LanguageModel, Record
+from soluscope.model import Activations, LanguageModel
 from soluscope.runs.folder import Run
 from soluscope.training.batches import batch_rows
 from soluscope.training.device import set_threads
@@ -216,7 +216,7 @@ def gain_medians(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[s
     norm = model.mlp(0).ln
     if norm is None or norm.eps is None:
         return {}
-    record: Record = {}
+    record: Activations = {}
     model.residual(tokens, record)
     square = record["blocks.0.mlp.ln.hook_scale"][:, 1:].double().square()  # s2 + eps
     return {

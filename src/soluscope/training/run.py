@@ -151,9 +151,9 @@ def _claim(run: Run, config: Config, trainer: lightning.Trainer) -> str:
     Raises:
         UserError: from `Run.claim`; or if the processes were started with different configurations.
     """
-    own_state = run.claim(config) if trainer.is_global_zero else ""
+    claimed = run.claim(config) if trainer.is_global_zero else ""
     state: str
-    state, first_config = trainer.strategy.broadcast((own_state, config))
+    state, first_config = trainer.strategy.broadcast((claimed, config))
     differing = differences(first_config, config)
     if differing:
         raise UserError(f"the first process was started with another configuration: {differing[0]}")

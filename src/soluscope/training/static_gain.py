@@ -10,7 +10,7 @@ from soluscope.config import Config
 from soluscope.data.cache import TokenCache
 from soluscope.data.streams import evenly_spaced
 from soluscope.errors import UserError
-from soluscope.model import LanguageModel, Record
+from soluscope.model import Activations, LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_rms
 from soluscope.runs.folder import Run
 from soluscope.training.batches import batch_rows
@@ -39,11 +39,11 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
 
 
 @torch.no_grad()
-def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Record:
+def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Activations:
     rows = cache.rows("train", config.model.ctx)
     n_rows = max(1, INIT_TOKENS // config.model.ctx)
     first = batch_rows(config.seed, 0, n_rows, len(rows))
-    record: Record = {}
+    record: Activations = {}
     model.residual(torch.from_numpy(rows[first]), record)
     return record
 
@@ -68,7 +68,7 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
     if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
         raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
     rows = cache.rows("select", facts.ctx)
-    record: Record = {}
+    record: Activations = {}
     chosen = evenly_spaced(len(rows), INIT_TOKENS // facts.ctx)
     model.residual(torch.from_numpy(rows[chosen]), record)
     scale = record[f"blocks.{layer}.mlp.ln.hook_scale"][:, 1:]  # [row pos 1], BOS left out
