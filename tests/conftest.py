@@ -23,6 +23,8 @@ os.environ["WANDB_MODE"] = "disabled"
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
 SEEDS = (0, 1)
+HANGS_AFTER_S = 600
+"""When a test gives up on another process. No test is about time: a busy machine may take long."""
 
 
 def tiny_config(runs_dir: Path, *words: str) -> Config:
@@ -60,7 +62,7 @@ def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProces
         env={**os.environ, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
         **options,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from _records import gate
 from _records import words as words_of
-from conftest import tiny_config
+from conftest import HANGS_AFTER_S, tiny_config
 
 from soluscope import results
 from soluscope.errors import UserError
@@ -145,7 +145,7 @@ def report(*words: str | Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS_AFTER_S,
     )
 
 
@@ -193,7 +193,7 @@ def test_dry_run_prints_the_json_and_neither_connects_nor_starts_a_process(
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == workspace()

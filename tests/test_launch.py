@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from _launching import until
-from conftest import ROOT, run_python
+from conftest import HANGS_AFTER_S, ROOT, run_python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -220,9 +220,9 @@ def test_four_processes_that_start_together_make_the_tokens_once(tmp_path: Path)
         subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for c in commands
     ]
-    until(lambda: len(list(meet.iterdir())) == 4, "all four have imported", seconds=300)
+    until(lambda: len(list(meet.iterdir())) == 4, "all four have imported")
     (meet / "go").touch()
-    ended = [process.communicate(timeout=120) for process in started]
+    ended = [process.communicate(timeout=HANGS_AFTER_S) for process in started]
     assert [process.returncode for process in started] == [0] * 4, ended
     places = {out.strip() for out, _ in ended}
     assert places == {str(tmp_path / ".tokens" / cache_key(load_config(words)))}
@@ -402,7 +402,7 @@ def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(
     metrics = tmp_path / "smoke" / "solu-s0" / "metrics.jsonl"
     until(lambda: metrics.is_file() and metrics.stat().st_size, "training begins")
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=HANGS_AFTER_S)
     assert process.returncode == 130, told
     assert "the same command goes on from here" in told
     now = standing(metrics.parents[1], jobs.Job("", "solu-s0", 3000, 256))

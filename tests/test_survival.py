@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from _launching import LAUNCH, at_work, session, started, sweep_file, until, words_for
-from conftest import ROOT, tiny_config, train_silently
+from conftest import HANGS_AFTER_S, ROOT, tiny_config, train_silently
 
 import soluscope
 from soluscope.config import Config
@@ -109,7 +109,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
     command = (LAUNCH, path, *words, "engine=ray", "ray.retries=20", "report=false")
     said = tmp_path / "said"
     with started(*command, "study=calm", said=said) as launch:
-        assert launch.wait(timeout=600) == 0, said.read_text()
+        assert launch.wait(timeout=HANGS_AFTER_S) == 0, said.read_text()
     calm = read_sweep(path, [*words, "study=calm"]).configs
     configs = read_sweep(path, [*words, "study=killed"]).configs
     kills = Kills(configs, seed)
@@ -127,7 +127,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
             launch.wait()
             until(lambda: not at_work(study), f"the workers die with it; {kills}")
     with started(*command, "study=killed", said=said) as launch:
-        assert launch.wait(timeout=600) == 0, f"{said.read_text()}; {kills}"
+        assert launch.wait(timeout=HANGS_AFTER_S) == 0, f"{said.read_text()}; {kills}"
     assert len(kills.told) == N_WORKER_KILLS + N_DRIVER_KILLS
     assert kills.n_in_training >= len(kills.told) / 2, str(kills)
     for one, other in zip(calm, configs, strict=True):
@@ -139,7 +139,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
         config.run_name: (config.run_dir / "done.json").stat().st_mtime_ns for config in configs
     }
     with started(*command, "study=killed", said=said) as launch:
-        assert launch.wait(timeout=60) == 0
+        assert launch.wait(timeout=HANGS_AFTER_S) == 0
     after = {
         config.run_name: (config.run_dir / "done.json").stat().st_mtime_ns for config in configs
     }
@@ -191,7 +191,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         until(lambda: all(Run(config.run_dir).last_row() for config in expected), "training begins")
         assert not any(Run(config.run_dir).checkpoint.exists() for config in configs)
         (os.killpg if number == "SIGINT" else os.kill)(process.pid, getattr(signal, number))
-        status = process.wait(timeout=120)
+        status = process.wait(timeout=HANGS_AFTER_S)
         until(lambda: not session(process.pid), "all its processes end")
     assert status == 130, said.read_text()
     assert said.read_text().splitlines()[-1] == "interrupted; the same command goes on from here"
@@ -201,7 +201,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         )
         assert not Run(config.run_dir).is_done()
     with started(*command, said=said) as process:
-        assert process.wait(timeout=120) == 0, said.read_text()
+        assert process.wait(timeout=HANGS_AFTER_S) == 0, said.read_text()
     for config in configs:
         assert (
             weights(config)
@@ -283,7 +283,7 @@ def test_a_file_system_that_fills_up_leaves_the_last_good_checkpoint(tmp_path: P
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         ["unshare", "-m", sys.executable, str(script), str(runs_dir), str(TRAIN), str(yaml)],
-        env={**os.environ, "PYTHONPATH": search_path}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": search_path}, capture_output=True, text=True, timeout=HANGS_AFTER_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (status, errors, files), (status_after, errors_after, _) = json.loads(done.stdout)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from _wandb_server import WandbServer
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope import results
 from soluscope.config import read_config
@@ -93,7 +93,7 @@ def python(
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from _wandb_server import USER, WandbServer, grid, violations
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope.config import load_config
 from soluscope.engines.wandb import ENGINE, Params, described
@@ -191,7 +191,12 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "sweeps/launch.py"), str(path), "engine=wandb", *words]
     return subprocess.run(
-        command, env=environment, cwd=path.parent, capture_output=True, text=True, timeout=120
+        command,
+        env=environment,
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER_S,
     )
 
 
@@ -277,7 +282,7 @@ def test_an_agent_trains_a_registered_sweep_from_end_to_end(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS_AFTER_S,
     )
     assert ran.returncode == 0, ran.stderr
 
