@@ -1,4 +1,5 @@
-# Two commands, each doing all it needs: make demo, make test. And make test-tl4, for TransformerLens 4.x.
+# Two commands, each doing all it needs: make demo, make test. And for more of the tests: make test-slow,
+# make test-arithmetic, and make test-tl4 for TransformerLens 4.x.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +7,21 @@ TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin
 
-.PHONY: demo test test-tl4 lint
+.PHONY: demo test test-slow test-arithmetic test-tl4 lint
 
 demo: $(VENV)/installed
 	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000 wandb=offline
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# Sweeps that are killed and moved, and other tests of more than 20 seconds.
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# The tests of numbers, with the arithmetic of other processors.
+test-arithmetic: $(VENV)/installed
+	PYTHON=$(BIN)/python tests/arithmetic.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -24,7 +24,9 @@ from soluscope import plugins
 from soluscope.config import Config, load_config
 from soluscope.data.cache import TokenCache, prepare
 from soluscope.hooked.convert import to_hooked
-from soluscope.training.run import Batches, TrainingModule, batch_rows, facts_of, train
+from soluscope.training.batches import Batches, batch_rows
+from soluscope.training.module import TrainingModule
+from soluscope.training.run import facts_of, train
 
 D_MODEL, D_MLP, CTX, D_VOCAB, BATCH = 128, 512, 128, 4096, 16
 N_STEPS, N_WARMUP, N_BATCHES = 12, 3, 512

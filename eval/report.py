@@ -7,42 +7,28 @@ python eval/report.py runs/demo --wandb entity/project --dry-run    # prints the
 
 from pathlib import Path
 
-from soluscope.errors import UserError, run_command
+from soluscope.command import Parser, run_command
 
 
 def main(arguments: list[str]) -> None:
-    if "--help" in arguments:
-        print(__doc__)
-        return
-    place = None
-    rest = [word for word in arguments if word != "--dry-run"]
-    if "--wandb" in rest:
-        at = rest.index("--wandb")
-        place = next(iter(rest[at + 1 :]), "")
-        rest = rest[:at] + rest[at + 2 :]
-    unknown = [word for word in rest if word.startswith("--")]
-    if unknown:
-        raise UserError(
-            f"no flag {unknown[0]}: there are --wandb entity/project, --dry-run, --help"
-        )
-    if len(rest) != 1:
-        raise UserError(
-            f"{len(rest)} words given, wanted one folder, as in: python eval/report.py runs/demo"
-        )
-    if "--dry-run" in arguments and place is None:
-        raise UserError("--dry-run shows what --wandb would save: give --wandb entity/project too")
+    parser = Parser(__doc__)
+    parser.add_argument("study", type=Path, help="folder of a study that was evaluated")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save the dashboard there")
+    parser.add_argument("--dry-run", action="store_true", help="print what --wandb would save")
+    given = parser.parse_intermixed_args(arguments)
+    if given.dry_run and given.wandb is None:
+        parser.error("--dry-run shows what --wandb would save: give --wandb entity/project too")
     from soluscope.report import dashboard, publish
 
-    folder = Path(rest[0])
-    where = None if place is None else dashboard.place(place)
-    if where and "--dry-run" in arguments:
-        print(dashboard.preview(folder, where))
+    where = None if given.wandb is None else dashboard.place(given.wandb)
+    if where and given.dry_run:
+        print(dashboard.preview(given.study, where))
         return
     if where:
         dashboard.sign_in()
-    print(f"report: {publish(folder)}")
+    print(f"report: {publish(given.study)}")
     if where:
-        print(f"dashboard: {dashboard.publish(folder, where)}")
+        print(f"dashboard: {dashboard.publish(given.study, where)}")
 
 
 if __name__ == "__main__":

@@ -6,40 +6,39 @@
 
 Words are a sweep file and key=value; keys that are not below go to every run (train/run.py --help).
 The same command goes on where an interrupted one stopped; what is finished is not done again.
-  --dry-run       the jobs, where they stand, and the tokens and FLOPs to go; then stop
-  --status STUDY  where a study's jobs stand, live on a terminal
-  --retry-failed  run jobs again that failed
-  --help          this text and every key, its default and its meaning
 """
 
 from pathlib import Path
 
-from soluscope.errors import UserError, run_command
+from soluscope.command import Parser, run_command
 from soluscope.launching import jobs, launch
 
 
 def main(arguments: list[str]) -> None:
-    if "--help" in arguments:
-        print(f"{__doc__}\n{launch.launch_help()}")
+    parser = Parser(__doc__, launch.launch_help)
+    parser.add_argument("words", nargs="*", help="a sweep file, and key=value")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the jobs, their states, and the tokens and FLOPs to go; then stop",
+    )
+    parser.add_argument(
+        "--status", type=Path, metavar="STUDY", help="show the states of a study's jobs, live on a terminal"
+    )  # fmt: skip
+    parser.add_argument("--retry-failed", action="store_true", help="run failed jobs again")
+    given = parser.parse_intermixed_args(arguments)
+    if given.status is not None:
+        if given.words or given.dry_run or given.retry_failed:
+            parser.error("--status takes a study and nothing else, as in: --status runs/first")
+        jobs.follow(given.status)
         return
-    flags = {word for word in arguments if word.startswith("--")}
-    paths = [word for word in arguments if "=" not in word and word not in flags]
-    unknown = sorted(flags - {"--dry-run", "--status", "--retry-failed"})
-    if unknown:
-        raise UserError(
-            f"no flag {unknown[0]}: there are --dry-run, --status, --retry-failed, --help"
-        )
+    paths = [word for word in given.words if "=" not in word]
     if len(paths) != 1:
-        raise UserError(
+        parser.error(
             f"{len(paths)} sweep files given, wanted one, as in: python sweeps/launch.py sweeps/demo.yaml"
         )
-    if "--status" in flags:
-        if len(arguments) > 2:
-            raise UserError("--status takes a study and nothing else, as in: --status runs/first")
-        jobs.follow(Path(paths[0]))
-        return
-    words = [word for word in arguments if "=" in word]
-    launch.launch(Path(paths[0]), words, "--dry-run" in flags, "--retry-failed" in flags)
+    words = [word for word in given.words if "=" in word]
+    launch.launch(Path(paths[0]), words, given.dry_run, given.retry_failed)
 
 
 if __name__ == "__main__":

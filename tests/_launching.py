@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 LAUNCH = ROOT / "sweeps" / "launch.py"
 
@@ -76,7 +76,7 @@ def parent(pid: int) -> int:
     return int(_status(pid)[1])
 
 
-def until(happens: Callable[[], object], what: str, seconds: float = 60) -> None:
+def until(happens: Callable[[], object], what: str, seconds: float = HANGS_AFTER_S) -> None:
     """Wait until something happens; fail where it does not."""
     end = time.monotonic() + seconds
     while not happens():

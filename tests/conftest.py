@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from soluscope import plugins
 from soluscope.config import Config, load_config
@@ -23,6 +23,8 @@ os.environ["WANDB_MODE"] = "disabled"
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
 SEEDS = (0, 1)
+HANGS_AFTER_S = 600
+"""When a test gives up on another process. No test is about time: a busy machine may take long."""
 
 
 def tiny_config(runs_dir: Path, *words: str) -> Config:
@@ -60,7 +62,7 @@ def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProces
         env={**os.environ, "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
         **options,
     )
 
@@ -74,8 +76,7 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
     shared = tmp_path_factory.getbasetemp()
     runs_dir = (shared if worker_id == "master" else shared.parent) / "runs"
     runs_dir.mkdir(exist_ok=True)
-    with (runs_dir / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(runs_dir / ".lock"):
         for variant in VARIANTS:
             for seed in SEEDS:
                 words = ("study=tiny", f"variant={variant}", f"seed={seed}")

@@ -13,6 +13,8 @@ from soluscope.evaluation import calibration
 from soluscope.evaluation.calibration import judge, untrained_run
 from soluscope.probes import Gate, _estimates
 
+pytestmark = pytest.mark.arithmetic
+
 RNG = np.random.default_rng(0)
 STRING = np.sort(RNG.integers(0, 30, 400))
 X = RNG.normal(size=400) + STRING / 10
@@ -67,6 +69,15 @@ def test_a_token_without_a_value_is_left_out_of_all_sums():
 
 def test_a_correlation_with_a_constant_is_undefined_and_not_zero():
     assert np.isnan(value_of(_estimates.correlation("q", X, np.ones(400), STRING)))
+    rounded = 0.1 * (1 + 2e-16 * np.tile([0, 1, 2, 3], 100))
+    assert len(np.unique(rounded)) > 1
+    assert np.isnan(value_of(_estimates.correlation("q", X, rounded, STRING)))
+    assert np.isnan(value_of(_estimates.rank_correlation("q", X, rounded, STRING)))
+    assert np.isnan(value_of(_estimates.slope("q", rounded, X, STRING)))
+    tiny = 1e-20 * Y
+    assert value_of(_estimates.correlation("q", X, tiny, STRING)) == pytest.approx(
+        value_of(_estimates.correlation("q", X, Y, STRING))
+    )
     assert np.isnan(value_of(_estimates.rank_correlation("q", X, np.ones(400), STRING)))
 
 

@@ -20,7 +20,7 @@ from soluscope import results
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Measurement
-from soluscope.runs.folder import last_checkpoint, lock
+from soluscope.runs.folder import Run, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
 HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")
@@ -70,7 +70,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # Answers that wait for nothing heavy
 
 MISTAKES: dict[tuple[str, ...], str] = {
-    (TRAIN,): "variant has no value: give it, as in variant=solu_ln. There are: ",
+    (TRAIN,): "variant has no value: give it, as in variant=gelu. There are: ",
     (TRAIN, "variant=solu_frozen"): "Did you mean 'solu_frozen_ln'? There are: gelu, gelu_ln, ",
     (TRAIN, "variant=solu", "size=big"): "no size called 'big'. There are: ",
     (TRAIN, "variant=solu", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",
@@ -82,7 +82,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (TRAIN, "variant=solu", "train.lr=null", "train.rates.solu=null"): "train.rates.solu",
     (TRAIN, "variant=solu", "nowhere.yaml"): "no configuration file nowhere.yaml",
     (TRAIN, "variant=solu", "broken.yaml"): "broken.yaml is not YAML",
-    (TRAIN, "variant=solu", "--cgf"): "'--cgf' is neither key=value nor a .yaml file",
+    (TRAIN, "variant=solu", "--cgf"): "unrecognized arguments: --cgf",
     (EVAL,): "0 folders given, wanted one",
     (EVAL, "a", "b"): "2 folders given, wanted one",
     (EVAL, "runs/nowhere"): "no folder runs/nowhere: name a study or a run",
@@ -93,7 +93,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (EVAL, ".", "probes=[engagment]"): "no probe called 'engagment'. Did you mean 'engagement'?",
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
-    (REPORT,): "0 words given, wanted one folder",
+    (REPORT,): "the following arguments are required: study",
     (REPORT, "."): "no results at results.jsonl: make it again with 'python eval/run.py .'",
     (LAUNCH,): "0 sweep files given, wanted one",
     (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
@@ -218,7 +218,7 @@ def refusal(action: Any, *arguments: Any) -> str:
 def unfinished(run_dir: Path) -> Path:
     """The run as if it had been killed after its last checkpoint, which is returned."""
     (run_dir / "done.json").unlink()
-    return last_checkpoint(run_dir)
+    return Run(run_dir).checkpoint
 
 
 def cut(path: Path) -> None:
@@ -276,7 +276,7 @@ def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Conf
 def test_checkpoint_that_is_no_checkpoint_is_refused(config: Config) -> None:
     for content in (b"", b"not a checkpoint"):
         (config.run_dir / "done.json").unlink(missing_ok=True)
-        last_checkpoint(config.run_dir).write_bytes(content)
+        Run(config.run_dir).checkpoint.write_bytes(content)
         assert "cannot read the checkpoint" in refusal(train_silently, config)
 
 
@@ -284,11 +284,11 @@ def test_checkpoint_of_another_shape_is_refused_and_names_the_tensor(
     config: Config, tiny_study: Path
 ) -> None:
     checkpoint = unfinished(config.run_dir)
-    shutil.copy(last_checkpoint(tiny_study / "gelu-s0"), checkpoint)
+    shutil.copy(Run(tiny_study / "gelu-s0").checkpoint, checkpoint)
     message = refusal(train_silently, config)
     assert message.startswith(f"the checkpoint {checkpoint} is of another shape: ")
     assert ".mlp.ln.b is nothing there and (128,) in this configuration" in message
-    loaded = torch.load(last_checkpoint(tiny_study / "solu_ln-s0"), weights_only=True)
+    loaded = torch.load(Run(tiny_study / "solu_ln-s0").checkpoint, weights_only=True)
     loaded["state_dict"]["model.unembed.W_U"] = torch.zeros(32, 7)
     torch.save(loaded, checkpoint)
     before = snapshot(config.run_dir)

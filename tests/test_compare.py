@@ -33,6 +33,8 @@ from soluscope.results import (
 )
 from soluscope.runs.weights import Facts
 
+pytestmark = pytest.mark.arithmetic
+
 N_DOCUMENTS = 40
 ALIKE = {
     "d_model": 64, "d_mlp": 256, "n_layers": 1, "n_heads": 4, "ctx": 64, "tokens": 1_843_200,

@@ -18,13 +18,12 @@ from soluscope.config import (
     configs_dir,
     differences,
     flatten,
-    help_lines,
     load_config,
     load_typed,
     read_config,
     to_yaml,
-    train_help,
 )  # fmt: skip
+from soluscope.config_help import help_lines, train_help
 from soluscope.errors import UserError
 
 TINY = ("variant=solu_ln", "size=tiny")
@@ -324,7 +323,7 @@ def test_unknown_member_names_the_nearest_and_lists_all() -> None:
 
 @pytest.mark.parametrize("words", [(), ("variant=",), ("variant=null",), ("variant=???",)])
 def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> None:
-    assert refusal(*words).startswith("variant has no value: give it, as in variant=solu_ln. There")
+    assert refusal(*words).startswith("variant has no value: give it, as in variant=gelu. There")
 
 
 @pytest.mark.parametrize(

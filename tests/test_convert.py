@@ -4,14 +4,23 @@ import dataclasses
 
 import pytest
 import torch
-from test_every_variant import BOS, D_VOCAB, VARIANTS, rough_model, some_tokens
+from test_every_variant import (
+    BOS,
+    CENTRED,
+    D_VOCAB,
+    NORMED,
+    STATIC,
+    VARIANTS,
+    rough_model,
+    some_tokens,
+)
 
 from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.hooked.convert import check_agreement, load, to_hooked
 from soluscope.runs.weights import Facts, lineage
 
-NORMED = [v for v in VARIANTS if plugins.pick("soluscope.variants", v).build_norm]
+pytestmark = pytest.mark.arithmetic
 
 
 def facts_for(name):
@@ -75,14 +84,14 @@ def test_the_gain_is_one_over_hook_scale_and_normalized_comes_before_gamma_and_b
     _, hooked = hooked_for(name)
     _, cache = hooked.run_with_cache(some_tokens())
     mid, scale = cache["blocks.0.mlp.hook_mid"], cache["blocks.0.mlp.ln.hook_scale"]
-    centred = mid if name == "solu_gain" else mid - mid.mean(-1, keepdim=True)
+    centred = mid - mid.mean(-1, keepdim=True) if name in CENTRED else mid
     torch.testing.assert_close(cache["blocks.0.mlp.ln.hook_normalized"], centred / scale)
-    if name in ("solu_gain", "solu_frozen_ln"):
+    if name in STATIC:
         torch.testing.assert_close(scale, torch.full_like(scale, 1 / 20))
     norm = hooked.blocks[0].mlp.ln
-    if name != "solu_gain":
-        post = cache["blocks.0.mlp.ln.hook_normalized"] * norm.w + norm.b
-        torch.testing.assert_close(cache["blocks.0.mlp.hook_post"], post)
+    gamma, beta = getattr(norm, "w", 1.0), getattr(norm, "b", 0.0)
+    post = cache["blocks.0.mlp.ln.hook_normalized"] * gamma + beta
+    torch.testing.assert_close(cache["blocks.0.mlp.hook_post"], post)
 
 
 @pytest.mark.parametrize("name", NORMED)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import HANGS_AFTER_S
 from tokenizers import Tokenizer
 
 from soluscope import plugins
@@ -359,7 +360,7 @@ def words_of(config: Config) -> list[str]:
 def test_processes_that_start_together_make_one_cache(tmp_path: Path, texts: list[str]) -> None:
     words = words_of(files_config(tmp_path))
     processes = [run_python(PREPARE, *words) for _ in range(3)]
-    answers = [process.communicate(timeout=60) for process in processes]
+    answers = [process.communicate(timeout=HANGS_AFTER_S) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], answers
     paths, made = zip(*(output.split() for output, _ in answers), strict=True)
     assert len(set(paths)) == 1
@@ -371,7 +372,7 @@ def test_disk_that_is_full_leaves_nothing_half_written(tmp_path: Path, texts: li
     words = words_of(files_config(tmp_path))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
     process = run_python(limit + PREPARE, *words)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANGS_AFTER_S)
     assert process.returncode == 1
     assert errors.startswith("error: cannot write the token cache")
     assert "tokens.cache_dir" in errors
@@ -439,7 +440,7 @@ print(sorted(heavy & set(sys.modules)))
     asked = [f"{key}={json.dumps(value)}" for key, value in cache.meta["asked"].items()]
     words = ["variant=solu", "size=tiny", *asked, f"tokens.prepared={carried}"]
     process = run_python(code, *words)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANGS_AFTER_S)
     assert (output.strip(), errors) == ("[]", "")
 
 
@@ -451,7 +452,7 @@ def test_every_source_lists_its_parameters_without_heavy_imports() -> None:
 import sys
 from dataclasses import fields
 from soluscope import plugins
-from soluscope.config import help_lines
+from soluscope.config_help import help_lines
 for name in plugins.names("soluscope.data.sources"):
     params = plugins.pick("soluscope.data.sources", name).params
     lines = [line for line in help_lines(params, "corpus.") if line.startswith("  corpus.")]
@@ -459,7 +460,7 @@ for name in plugins.names("soluscope.data.sources"):
     assert all(len(line.split()) > 4 for line in lines), lines
 print(sorted({"datasets", "tokenizers", "pyarrow", "torch", "numpy"} & set(sys.modules)))
 """
-    output, errors = run_python(code).communicate(timeout=60)
+    output, errors = run_python(code).communicate(timeout=HANGS_AFTER_S)
     assert (output.strip(), errors) == ("[]", "")
 
 
@@ -697,7 +698,7 @@ def hub_documents(address: str, home: Path, **params: object) -> tuple[list[list
     """Documents and stderr of a fresh process, since the client reads HF_ENDPOINT on import."""
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     process = run_python(HUB_DOCUMENTS, json.dumps(params), **environment)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=HANGS_AFTER_S)
     return json.loads(output) if process.returncode == 0 else [], errors
 
 

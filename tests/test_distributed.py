@@ -9,28 +9,34 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _launching import LAUNCH, sweep_file
 from conftest import ROOT, tiny_config, train_silently
 from safetensors.torch import load_file
 
 from soluscope.config import load_config
 from soluscope.data.cache import prepare
 from soluscope.errors import UserError
-from soluscope.runs.folder import at_work, last_checkpoint, last_row
+from soluscope.runs.folder import Run
 from soluscope.training import processes
-from soluscope.training.run import Batches
+from soluscope.training.batches import Batches
 
 STEPS = 100
+TRAIN = ROOT / "train" / "run.py"
 WORDS = (
     "size=tiny", "corpus.max_mb=1", "variant=solu_ln", f"train.steps={STEPS}", "train.log_every=1",
     "train.checkpoint_every=10", "train.threads=1", "train.precision=fp32", "wandb=off",
 )  # fmt: skip
-FROM_OUTSIDE = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR",
-                "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
+TOGETHER = ("train.devices=2", "train.micro_batches=2")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+MARK = "SOLUSCOPE_TEST"
+FROM_OUTSIDE = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+                "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -39,179 +45,182 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(runs_dir: Path) -> Path:
+def alone(runs_dir: Path) -> Run:
     """Trained by one process."""
-    return train_silently(tiny_config(runs_dir, *WORDS[2:], "study=alone"))
+    return Run(train_silently(tiny_config(runs_dir, *WORDS[2:], "study=alone")))
 
 
 @pytest.fixture(scope="module")
-def together(alone: Path, runs_dir: Path) -> Path:
-    """The same, trained by two: half of each batch each."""
-    return finished(start(runs_dir, "study=together", "train.devices=2"), runs_dir / "together")
+def together(alone: Run, runs_dir: Path) -> Run:
+    """The same, trained by two processes on two nodes under torchrun: half of each batch each."""
+    port = str(free_port())
+    nodes = [
+        start("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
+              "--master-addr=127.0.0.1", f"--master-port={port}", TRAIN,
+              *words(runs_dir, "study=together", "train.nodes=2", "train.micro_batches=2"))
+        for rank in (0, 1)
+    ]  # fmt: skip
+    first, second = (node.communicate(timeout=120) for node in nodes)
+    assert [node.returncode for node in nodes] == [0, 0], (first, second)
+    run = Run(runs_dir / "together" / "solu_ln-s0")
+    assert first[0] == f"{run.dir} is finished\n"
+    assert second == ("", "")  # only the first one speaks
+    return run
 
 
-def start(
-    runs_dir: Path, *words: str, launcher: tuple[str, ...] = (), **environment: str
-) -> subprocess.Popen[str]:
-    """`train/run.py words`, its tokens beside its runs."""
-    places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
+def words(runs_dir: Path, *others: str) -> list[str]:
+    """Words of a run of STEPS steps, its tokens beside its runs."""
+    return [*WORDS, f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}", *others]
+
+
+def start(*command: str | Path, mark: str = "") -> subprocess.Popen[str]:
+    """`python command` in a session of its own, it and all that it starts marked for `ranks_of`."""
     inherited = {key: value for key, value in os.environ.items() if key not in FROM_OUTSIDE}
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "train/run.py"), *WORDS, *places, *words],
-        env=inherited | {"PYTHONPATH": search_path} | environment,
+        [sys.executable, *map(str, command)],
+        env=inherited | {"PYTHONPATH": search_path, MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
-def finished(process: subprocess.Popen[str], study_dir: Path) -> Path:
-    """The run's folder, once the process has ended well."""
-    printed, complaint = process.communicate(timeout=120)
-    assert process.returncode == 0, complaint
-    assert printed == f"{study_dir / 'solu_ln-s0'} is finished\n"
-    return study_dir / "solu_ln-s0"
-
-
-def reach(process: subprocess.Popen[str], run_dir: Path, step: int) -> list[int]:
-    """Wait until a step has been logged; the process, and those that it has started, by their ids."""
-    until = time.monotonic() + 60
-    while last_row(run_dir).get("step", 0) < step:
+def reach(process: subprocess.Popen[str], run: Run, step: int, mark: str) -> list[int]:
+    """Wait until a step has been logged. Return the ids of the processes that train, by rank."""
+    until = time.monotonic() + 120
+    while run.last_row().get("step", 0) < step:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
         time.sleep(0.005)
-    helpers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(helpers) == 1
-    return [process.pid, *map(int, helpers)]
+    ranks = ranks_of(mark)
+    assert sorted(ranks) == ["0", "1"]
+    return [ranks["0"], ranks["1"]]
+
+
+def ranks_of(mark: str) -> dict[str, int]:
+    """Ids of the processes that torchrun has started under a command with this mark, by rank."""
+    ranks = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            lines = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = dict(line.partition("=")[::2] for line in lines)
+            if environment.get(MARK) == mark and "RANK" in environment:
+                ranks[environment["RANK"]] = int(folder.name)
+    return ranks
 
 
 def ended(pids: list[int], process: subprocess.Popen[str]) -> str:
-    """What the process has said on stderr, once it and all the others are gone: within 10 seconds."""
-    until = time.monotonic() + 10
-    complaint = process.communicate(timeout=10)[1]
+    """Return what the process has printed on stderr, once it and all of `pids` have ended."""
+    complaint = process.communicate(timeout=60)[1]
+    until = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.02)
     return complaint
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+def rows(run: Run) -> list[dict[str, Any]]:
+    lines = map(json.loads, run.metrics.read_text().splitlines())
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
 
 
-def assert_same(run_dir: Path, reference: Path) -> None:
+def step_of_checkpoint(run: Run) -> int:
+    step: int = torch.load(run.checkpoint, weights_only=True)["global_step"]
+    return step
+
+
+def assert_same(run: Run, reference: Run) -> None:
     """Losses and weights to 1e-5. b_K's gradient is 0 but for rounding, which Adam makes large."""
-    losses, wanted = ([row["loss"] for row in rows(run)] for run in (run_dir, reference))
+    losses, wanted = ([row["loss"] for row in rows(each)] for each in (run, reference))
     assert len(losses) == STEPS
     assert losses == pytest.approx(wanted, rel=0, abs=1e-5)
-    weights, right = (load_file(run / "model.safetensors") for run in (run_dir, reference))
+    weights, right = (load_file(each.weights) for each in (run, reference))
     assert weights.keys() == right.keys()
     for name in weights.keys() - {"blocks.0.attn.b_K"}:
         torch.testing.assert_close(weights[name], right[name], rtol=0, atol=1e-5)
 
 
-def test_two_processes_train_as_one_does_with_the_doubled_batch(
-    alone: Path, together: Path
-) -> None:
+def test_two_processes_train_as_one_does_with_the_doubled_batch(alone: Run, together: Run) -> None:
     assert_same(together, alone)
-    here, there = (json.loads((run / "done.json").read_text()) for run in (together, alone))
-    assert here["report_loss"] == pytest.approx(there["report_loss"], abs=1e-5)
-    assert here["tokens"] == there["tokens"]
-
-
-def test_two_processes_with_micro_batches_train_as_one_does(alone: Path, runs_dir: Path) -> None:
-    words = ("study=micro", "train.devices=2", "train.micro_batches=2")
-    run_dir = finished(start(runs_dir, *words), runs_dir / "micro")
-    assert_same(run_dir, alone)
-
-
-def test_two_nodes_under_torchrun_train_as_one_does_and_only_the_first_speaks(
-    alone: Path, runs_dir: Path
-) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-                "--master-addr=127.0.0.1", f"--master-port={free_port()}")  # fmt: skip
-    nodes = [
-        start(runs_dir, "study=nodes", "train.nodes=2", launcher=(*launcher, f"--node-rank={rank}"))
-        for rank in (0, 1)
-    ]
-    assert_same(finished(nodes[0], runs_dir / "nodes"), alone)
-    printed, complaint = nodes[1].communicate(timeout=20)
-    assert nodes[1].returncode == 0, complaint
-    assert (printed, complaint) == ("", "")
+    done, expected = together.done(), alone.done()
+    assert done is not None
+    assert expected is not None
+    assert done["report_loss"] == pytest.approx(expected["report_loss"], abs=1e-5)
+    assert done["tokens"] == expected["tokens"]
 
 
 @pytest.mark.slow
-def test_processes_that_were_stopped_and_then_killed_go_on_bit_for_bit(
-    together: Path, runs_dir: Path
+def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
+    together: Run, runs_dir: Path, tmp_path: Path
 ) -> None:
-    words, run_dir = ("study=interrupted", "train.devices=2"), runs_dir / "interrupted/solu_ln-s0"
-    first = start(runs_dir, *words)
-    pids = reach(first, run_dir, 15)
-    first.send_signal(signal.SIGTERM)
+    """A sweep's job is stopped by Ctrl-C, then loses a process, is finished, and has nothing to do."""
+    run = Run(runs_dir / "interrupted" / "solu_ln-s0")
+    sweep = sweep_file(tmp_path, variant=["solu_ln"])
+    ours = words(runs_dir, "study=interrupted", *TOGETHER)
+    in_sweep = [word for word in ours if not word.startswith("variant=")]
+
+    first = start(LAUNCH, sweep, *in_sweep, "report=false", mark="stopped")
+    pids = reach(first, run, 15, "stopped")
+    os.killpg(first.pid, signal.SIGINT)
     complaint = ended(pids, first)
-    assert first.returncode == 130
+    assert first.returncode == 130, complaint
     assert complaint.splitlines()[-1] == "interrupted; the same command goes on from here"
-    assert "Traceback" not in complaint
-    checkpoint = torch.load(last_checkpoint(run_dir), weights_only=True)
-    stopped_at = checkpoint["global_step"]
-    assert stopped_at in {last_row(run_dir)["step"], last_row(run_dir)["step"] + 1}
-    assert not at_work(run_dir)
+    stopped_at = step_of_checkpoint(run)
+    assert stopped_at in {run.last_row()["step"], run.last_row()["step"] + 1}
+    assert (run.at_work(), run.failure()) == (False, None)
 
-    second = start(runs_dir, *words)
-    pids = reach(second, run_dir, stopped_at + 15)
-    second.kill()  # and nothing is sent to the one that it has started
-    ended(pids, second)
-    assert stopped_at < torch.load(last_checkpoint(run_dir), weights_only=True)["global_step"]
-    assert last_row(run_dir)["step"] < STEPS
+    second = start(*TORCHRUN, TRAIN, *ours, mark="lost")
+    pids = reach(second, run, stopped_at + 15, "lost")
+    os.kill(pids[1], signal.SIGKILL)
+    complaint = ended(pids, second)
+    assert second.returncode != 0
+    assert run.failure() is None  # a lost process is no failure of the run's
+    assert stopped_at < step_of_checkpoint(run) < STEPS
+    assert not run.is_done()
 
-    finished(start(runs_dir, *words), runs_dir / "interrupted")
-    assert rows(run_dir) == rows(together)
-    left, right = (load_file(run / "model.safetensors") for run in (run_dir, together))
+    third = start(*TORCHRUN, TRAIN, *ours)
+    assert third.communicate(timeout=120)[0] == f"{run.dir} is finished\n"
+    assert rows(run) == rows(together)
+    left, right = (load_file(each.weights) for each in (run, together))
     assert all(torch.equal(left[name], right[name]) for name in right)
 
+    before = {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
+    fourth = start(*TORCHRUN, TRAIN, *ours)
+    assert fourth.communicate(timeout=120) == (f"{run.dir} was finished already\n", "")
+    assert before == {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
 
-def test_a_lost_process_ends_the_other_with_one_line_and_one_alone_can_go_on(
-    alone: Path, runs_dir: Path
+
+@pytest.mark.slow
+def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
+    alone: Run, runs_dir: Path, tmp_path: Path
 ) -> None:
-    run_dir = runs_dir / "lost/solu_ln-s0"
-    process = start(runs_dir, "study=lost", "train.devices=2")
-    pids = reach(process, run_dir, 12)
-    os.kill(pids[1], signal.SIGKILL)
-    complaint = ended(pids, process)
+    ours = words(runs_dir, "study=diverged", *TOGETHER, "train.lr=1e4", "train.warmup_steps=20")
+    in_sweep = [word for word in ours if not word.startswith("variant=")]
+    sweep = sweep_file(tmp_path, variant=["solu_ln"])
+    process = start(LAUNCH, sweep, *in_sweep, "report=false", mark="diverged")
+    complaint = process.communicate(timeout=120)[1]
     assert process.returncode == 2
-    assert "Traceback" not in complaint
-    assert "another of the 2 processes of solu_ln-s0 has ended" in complaint.splitlines()[-1]
-    assert not (run_dir / "failed.json").exists()  # a lost machine is no failure of the run's
-    assert 0 < torch.load(last_checkpoint(run_dir), weights_only=True)["global_step"] < STEPS
-    assert_same(train_silently(tiny_config(runs_dir, *WORDS[2:], "study=lost")), alone)
+    assert not ranks_of("diverged")
+    failure = Run(runs_dir / "diverged" / "solu_ln-s0").failure()
+    assert failure is not None
+    assert "at step" in failure
+    assert "lower train.lr, now 10000" in failure
+    assert complaint.count(f"solu_ln-s0 failed: {failure}\n") == 1
+    assert "1 job: 1 failed" in complaint.splitlines()[-1]
 
 
-def test_a_diverged_loss_ends_all_processes_with_one_line(runs_dir: Path) -> None:
-    words = ("train.lr=1e4", "train.warmup_steps=20", "train.log_every=5")
-    process = start(runs_dir, "study=diverged", "train.devices=2", *words)
-    printed, complaint = process.communicate(timeout=60)
-    assert process.returncode == 2
-    said = [line for line in complaint.splitlines() if not line.startswith("solu_ln-s0 ")]
-    assert len(said) == 1
-    assert "at step" in said[0]
-    assert "lower train.lr, now 10000" in said[0]
-    assert printed == ""
-
-
+@pytest.mark.slow
 def test_processes_that_wait_for_the_first_end_when_it_refuses_to_start(
-    alone: Path, runs_dir: Path
+    alone: Run, runs_dir: Path
 ) -> None:
-    """`alone`'s folder is of another configuration."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = ("study=alone", "train.nodes=2", "train.lr_rest=0.5")
-    nodes = [start(runs_dir, *words, NODE_RANK=str(rank), **meeting) for rank in (0, 1)]
-    first, second = (node.communicate(timeout=60)[1] for node in nodes)
-    assert nodes[0].returncode == 2
-    assert f"{alone} is of another configuration" in first
-    assert len(first.splitlines()) == 1
-    assert (second, nodes[1].returncode) == ("", 0)
+    ours = words(runs_dir, "study=alone", *TOGETHER, "train.lr_rest=0.5")
+    process = start(*TORCHRUN, TRAIN, *ours, mark="refused")
+    printed, complaint = process.communicate(timeout=120)
+    assert (process.returncode, printed) == (1, "")
+    assert complaint.count(f"error: {alone.dir} is of another configuration") == 1
+    assert not ranks_of("refused")
 
 
 def test_the_shares_of_all_processes_are_the_batch(runs_dir: Path) -> None:
@@ -231,64 +240,76 @@ def test_the_shares_of_all_processes_are_the_batch(runs_dir: Path) -> None:
     assert torch.equal(torch.stack(shares, dim=2).flatten(1, 2), whole)
 
 
-@pytest.mark.parametrize(
-    ("environment", "rank", "started"),
-    [
-        ({}, 0, False),
-        ({"LOCAL_RANK": "1"}, 1, True),
-        ({"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 3, True),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4",
-          "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_NODEID": "0"}, 2, True),
-        # An allocation in which srun has not started them, or only this one.
-        ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "0"}, 0, False),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, 0, False),
-    ],
-)  # fmt: skip
-def test_the_environment_says_which_process_this_is(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], rank: int, started: bool
-) -> None:
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "LOCAL_RANK": "3"}
+UNDER_SRUN = {
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "2",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment without what a launcher sets."""
     for name in (*FROM_OUTSIDE, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        (UNDER_TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 3),
+        (UNDER_SRUN | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, 2),
+        # torchrun inside an allocation.
+        (UNDER_SRUN | UNDER_TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, 3),
+    ],
+)  # fmt: skip
+def test_the_launcher_says_which_process_this_is(
+    outside: pytest.MonkeyPatch, environment: dict[str, str], rank: int
+) -> None:
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    found = processes.place(load_config(["variant=gelu", "size=tiny", "train.devices=4"]))
-    assert (found.rank, found.started) == (rank, started)
+        outside.setenv(name, value)
+    train = load_config(["variant=gelu", "size=tiny", "train.devices=4"]).train
+    assert processes.cluster_environment(train).global_rank() == rank
 
 
 @pytest.mark.parametrize(
     ("environment", "words", "wanted"),
     [
-        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, ("train.devices=4",), "--nproc-per-node=4"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, ("train.devices=4",), "--ntasks-per-node=4"),
+        ({}, ("train.devices=4",), "torchrun --standalone --nproc-per-node=4 train/run.py"),
+        ({}, ("train.nodes=2",), "torchrun --nnodes=2 --nproc-per-node=1"),
+        # An allocation in which srun has started this process alone.
+        (UNDER_SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, ("train.devices=4",), "torchrun"),
+        (UNDER_TORCHRUN | {"WORLD_SIZE": "2"}, ("train.devices=4",), "--nproc-per-node=4"),
+        (UNDER_TORCHRUN | {"WORLD_SIZE": "2"}, ("train.devices=1",), "--nproc-per-node=1"),
+        (UNDER_TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, ("train.devices=2", "train.nodes=2"),
+         "--nnodes=2 --nproc-per-node=2"),
+        (UNDER_SRUN | {"SLURM_STEP_NUM_TASKS": "2"}, ("train.devices=4",), "--ntasks-per-node=4"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ("train.devices=4",), "--ntasks-per-node=4"),
-        ({}, ("train.nodes=2",), "MASTER_ADDR"),
     ],
 )  # fmt: skip
-def test_processes_of_another_number_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    words: tuple[str, ...],
-    wanted: str,
+def test_another_number_of_processes_is_refused_with_the_command(
+    outside: pytest.MonkeyPatch, environment: dict[str, str], words: tuple[str, ...], wanted: str
 ) -> None:
-    for name in FROM_OUTSIDE:
-        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        outside.setenv(name, value)
     with pytest.raises(UserError, match=wanted) as refusal:
-        processes.place(load_config(["variant=gelu", "size=tiny", *words]))
+        processes.cluster_environment(load_config(["variant=gelu", "size=tiny", *words]).train)
     assert "\n" not in str(refusal.value)
 
 
 def test_one_process_ignores_the_allocation_around_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, outside: pytest.MonkeyPatch
 ) -> None:
     """As one task of four that srun has started, each with a run of its own."""
     for name, value in {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "sweep",
                         "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NODEID": "0"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    run_dir = train_silently(tiny_config(tmp_path, "variant=gelu", "wandb=off"))
-    assert (run_dir / "done.json").is_file()
-    assert torch.load(last_checkpoint(run_dir), weights_only=True)["global_step"] == 12
+        outside.setenv(name, value)
+    run = Run(train_silently(tiny_config(tmp_path, "variant=gelu", "wandb=off")))
+    assert run.is_done()
+    assert step_of_checkpoint(run) == 12
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config, train_silently
 from test_convert import facts_for, hooked_for
-from test_every_variant import BOS, VARIANTS, some_tokens
+from test_every_variant import BOS, PER_TOKEN, SOLU, VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import soluscope
@@ -19,13 +19,17 @@ from soluscope.config import EvalConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
 from soluscope.evaluation.calibration import check_gates
-from soluscope.evaluation.summaries import estimates, parameters, summarise, token_table
+from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.hooked.ablation import loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
+from soluscope.probes import words_of
+from soluscope.probes._tokens import start_of_each_part
 from soluscope.probes.gain_variation import fits
 from soluscope.results import LeftOut, Measurement, of_kind
 from soluscope.runs.weights import load_facts
+
+pytestmark = pytest.mark.arithmetic
 
 PROBES = plugins.names("soluscope.probes")
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
@@ -52,10 +56,11 @@ def test_a_probe_gives_the_answers_worked_by_hand(name):
     probe = plugins.pick("soluscope.probes", name)
     n_checked = 0
     for run, answers in probe.known():
-        table = token_table(probe, run)
+        measured = probe.measure(run)
+        table = token_table(run, measured)
         found_estimates = {
             e.quantity: float(e.value(e.sums.sum(0, keepdims=True))[0])
-            for e in estimates(probe, run, table)
+            for e in measured.estimates
             if (e.group, e.x) == ("", None)
         }
         for quantity, wanted in answers.items():
@@ -77,17 +82,15 @@ def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, var
     probe = plugins.pick("soluscope.probes", name)
     _, hooked = hooked_for(variant)
     run = observe(hooked, stream_for(probe))
-    measured = probe.measure(run, parameters(probe))
+    measured = probe.measure(run)
     split_columns = {c for q in probe.quantities.values() for c in q.split_by}
-    assert measured.keys() == probe.quantities.keys() | split_columns
-    assert {values.shape for values in measured.values()} == {run.pos.shape}
-    table = token_table(probe, run)
-    rows = list(summarise(probe, run, table, BASE, n_draws=100, seed=0))
+    assert measured.tokens.keys() == probe.quantities.keys() | split_columns
+    assert {values.shape for values in measured.tokens.values()} == {run.pos.shape}
+    table = token_table(run, measured)
+    rows = list(summarise(probe, table, measured.estimates, BASE, n_draws=100, seed=0))
     assert all(row.unit for row in rows)
     assert {row.quantity for row in rows} <= probe.quantities.keys() | probe.estimates.keys()
-    if probe.neurons is not None:
-        columns = probe.neurons(run, parameters(probe))
-        assert {len(values) for values in columns.values()} == {run.mid.shape[1]}
+    assert {len(values) for values in measured.neurons.values()} <= {run.mid.shape[1]}
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -109,6 +112,59 @@ def test_a_probe_says_what_it_measures_and_names_its_controls(name):
     assert any(g.within is not None for g in probe.gates), "no negative control"
 
 
+WORDS = """P99: A name
+
+Background, for readers of the file.
+
+Question:
+    Is it so?
+
+Formula:
+    a;
+    b
+
+Reading:
+    Yes means yes.
+
+    A second paragraph.
+
+Pitfalls:
+    None: known.
+
+Source:
+    A paper
+"""
+
+
+def test_a_probes_words_are_its_modules_docstring():
+    assert words_of(WORDS) == {
+        "section": "P99",
+        "name": "A name",
+        "question": "Is it so?",
+        "formula": "a; b",
+        "reading": "Yes means yes. A second paragraph.",
+        "pitfalls": "None: known.",
+        "source": "A paper",
+    }
+
+
+@pytest.mark.parametrize("heading", ["Question", "Formula", "Reading", "Pitfalls", "Source"])
+@pytest.mark.parametrize("fault", ["no heading", "no text"])
+def test_a_docstring_without_one_of_the_words_is_refused_in_one_line(heading, fault):
+    before, body = WORDS.split(f"{heading}:\n")
+    after = body.partition("\n\n")[2] if heading != "Reading" else body[body.index("Pitfalls") :]
+    faulty = before + (f"{heading}:\n\n" if fault == "no text" else "") + after
+    with pytest.raises(UserError, match=f"'P99: A name' lacks '{heading}': write") as refused:
+        words_of(faulty)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("docstring", [None, "", "What a name asks.", "P: A name"])
+def test_a_docstring_that_does_not_begin_with_a_number_and_a_name_is_refused(docstring):
+    with pytest.raises(UserError, match="begin it with 'P1: name'"):
+        words_of(docstring)
+
+
 def test_no_two_probes_have_one_section():
     sections = [plugins.pick("soluscope.probes", name).section for name in PROBES]
     assert len(set(sections)) == len(sections)
@@ -120,7 +176,7 @@ def test_no_two_probes_have_one_section():
 def test_a_probe_passes_its_controls(name):
     rows = list(check_gates(name))
     assert rows
-    assert [row for row in rows if not row.note.startswith("pass")] == []
+    assert [row for row in rows if not row.passed] == []
 
 
 def test_observed_losses_are_the_models_own_and_nan_without_a_target():
@@ -147,10 +203,39 @@ def test_padding_is_not_observed_and_changes_nothing():
     assert together.loss[first][-1].isnan()
 
 
+def test_centred_activations_are_mid_where_the_norm_does_not_centre():
+    for variant, centres in (("solu_ln", True), ("solu_gain", False), ("solu", False)):
+        run = observe(hooked_for(variant)[1], stream_of(some_tokens()))
+        mean = run.mid.mean(-1, keepdim=True)
+        torch.testing.assert_close(run.centred, run.mid - mean * centres, rtol=0, atol=1e-12)
+
+
+def test_the_tokens_that_are_scored_have_a_target_and_are_not_bos():
+    run = planted(torch.tensor([[[1.0, -1.0], [2.0, -2.0], [4.0, -4.0]]] * 2), eps=1e-14)
+    assert run.scored.tolist() == [False, True, False] * 2
+    geometric_mean = float(run.mean_log_gain.exp())
+    assert geometric_mean == pytest.approx((1 / 2 * 1 / 4) ** 0.5)  # BOS's gain of 1 is left out
+
+
+@pytest.mark.parametrize(("n_items", "n_wanted"), [(10, 4), (10, 10), (10, 99), (10, 0), (1, 5)])
+def test_evenly_spaced_items_run_from_the_first_to_the_last(n_items, n_wanted):
+    chosen = streams.evenly_spaced(n_items, n_wanted)
+    assert len(chosen) == min(n_items, max(1, n_wanted))
+    assert chosen[0] == 0
+    assert chosen[-1] == n_items - 1 or n_wanted == 0
+    assert len(chosen) == 1 or np.ptp(np.diff(chosen)) <= 1
+    assert len(streams.evenly_spaced(0, 4)) == 0
+
+
+def test_the_start_of_each_part_leaves_out_the_end():
+    indices = torch.arange(10, 20)
+    assert start_of_each_part(indices, 4).tolist() == [10, 12, 15, 17]
+    assert start_of_each_part(indices, 99).tolist() == indices.tolist()
+
+
 def test_is_solu_is_read_off_the_activations():
     assert all(
-        observe(hooked_for(v)[1], stream_of(some_tokens())).is_solu == v.startswith("solu")
-        for v in VARIANTS
+        observe(hooked_for(v)[1], stream_of(some_tokens())).is_solu == (v in SOLU) for v in VARIANTS
     )
 
 
@@ -167,7 +252,7 @@ def solu_1l():
 def test_engagement_of_solu_1l_is_section_1_2s_table(solu_1l):
     """By our definition of r from hook_mid alone, against the table that was read off hook_normalized."""
     run = planted(torch.from_numpy(solu_1l["hook_mid"])[None], eps=1e-5)
-    measured = plugins.pick("soluscope.probes", "engagement").measure(run, None)
+    measured = plugins.pick("soluscope.probes", "engagement").measure(run).tokens
     r = [.117, .0112, .0227, .0197, .0365, .0286, .0392, .0291, .0286, .0284, .0373, .0213, .0447,
          .0287, .0300]  # fmt: skip
     gain = [297.22, 314.45, 312.62, 313.09, 310.40, 311.67, 309.96, 311.60, 311.67, 311.70, 310.27, 312.84,
@@ -181,7 +266,7 @@ def test_engagement_of_solu_1l_is_section_1_2s_table(solu_1l):
 
 def test_solu_1ls_published_gain_curve_moves_and_its_last_token_does_not(solu_1l):
     run = planted(torch.from_numpy(solu_1l["hook_mid"])[None], eps=1e-5)
-    measured = plugins.pick("soluscope.probes", "gain_variation").measure(run, None)
+    measured = plugins.pick("soluscope.probes", "gain_variation").measure(run).tokens
     published = measured["mean with BOS (as published)"]
     np.testing.assert_allclose(published[[1, 2, 3, 14]], [305.8, 308.1, 309.4, 310.6], atol=0.06)
     assert measured["last token"][1:].log().std() < 0.006
@@ -190,11 +275,17 @@ def test_solu_1ls_published_gain_curve_moves_and_its_last_token_does_not(solu_1l
 # --- P2 -------------------------------------------------------------------------------------------
 
 
+def fits_of(run: HookedRun) -> dict[str, float]:
+    """Fits to the curves of a run of one string."""
+    tokens = plugins.pick("soluscope.probes", "gain_variation").measure(run).tokens
+    return fits(run.pos.numpy(), {name: values.numpy() for name, values in tokens.items()})
+
+
 def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_flat():
     """C9 of science.md section 6."""
     scales = torch.tensor([2.0] + [1.0] * 30)
     run = planted(scales[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-12)
-    row = fits(token_table(plugins.pick("soluscope.probes", "gain_variation"), run))
+    row = fits_of(run)
     assert row["AICc(log) - AICc(1/n): mean with BOS (as published)"] > 100
     assert np.isnan(row["AICc(log) - AICc(1/n): last token"])
     assert row["sd of log gain"] == pytest.approx(0, abs=1e-9)
@@ -203,7 +294,7 @@ def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_
 def test_where_the_gain_really_grows_with_log_n_the_fits_say_so():
     gain = 1 + 0.2 * torch.arange(1.0, 33).log()
     run = planted((1 / gain)[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-14)
-    row = fits(token_table(plugins.pick("soluscope.probes", "gain_variation"), run))
+    row = fits_of(run)
     assert row["AICc(log) - AICc(1/n): last token"] < -100
     assert row["sd of log gain"] > 0.05
 
@@ -212,7 +303,7 @@ def test_where_the_gain_really_grows_with_log_n_the_fits_say_so():
 
 
 def freeze(run: HookedRun) -> pd.DataFrame:
-    return token_table(plugins.pick("soluscope.probes", "scale_freeze"), run)
+    return token_table(run, plugins.pick("soluscope.probes", "scale_freeze").measure(run))
 
 
 def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
@@ -227,7 +318,7 @@ def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
     assert changes[1e-6] > 1e-2
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "ln" not in v or "frozen" in v])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PER_TOKEN])
 def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
     table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
     for column in (
@@ -414,12 +505,11 @@ def test_one_number_for_all_tokens_has_no_interval_and_is_constant():
     table.loc[59, "r"] = np.nan
     probe = plugins.pick("soluscope.probes", "engagement")
     table = table.assign(**{name: np.nan for name in probe.quantities if name != "r"})
-    run = planted(torch.zeros(1, 2, 2))
-    made = summarise(probe, run, table, BASE, n_draws=100, seed=0)
+    made = summarise(probe, table, (), BASE, n_draws=100, seed=0)
     rows = [row for row in made if row.positions == "1"]
     assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
     assert all((row.low, row.n, row.constant) == (None, 59, True) for row in rows)
-    few = summarise(probe, run, table[:20], BASE, n_draws=100, seed=0)
+    few = summarise(probe, table[:20], (), BASE, n_draws=100, seed=0)
     assert {row.note for row in few} == {"no interval from 10 documents, it takes 20"}
 
 
@@ -473,7 +563,9 @@ def test_the_token_view_holds_the_first_text_with_gain_engagement_and_ablation_e
 def test_fewer_documents_than_an_interval_takes_are_said():
     probe = plugins.pick("soluscope.probes", "engagement")
     run = observe(hooked_for("solu_ln")[1], stream_of(some_tokens()))
-    rows = summarise(probe, run, token_table(probe, run), BASE, n_draws=100, seed=0)
+    measured = probe.measure(run)
+    table = token_table(run, measured)
+    rows = summarise(probe, table, measured.estimates, BASE, n_draws=100, seed=0)
     row = next(row for row in rows if (row.quantity, row.statistic) == ("r", "median"))
     assert (row.low, row.high) == (None, None)
     assert row.note == "no interval from 3 documents, it takes 20"

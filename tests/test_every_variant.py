@@ -12,12 +12,25 @@ from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel
-from soluscope.norms import StaticNorm, gain_matching_layer_norm
+from soluscope.norms import StaticNorm, gain_matching_rms
 from soluscope.results import Step
 from soluscope.runs.weights import build_model
-from soluscope.variants import chain_of, twin_of
+from soluscope.variants import chain_of, check_variant, twin_of
+from soluscope.variants._parts import solu
+
+pytestmark = pytest.mark.arithmetic
 
 VARIANTS = plugins.names("soluscope.variants")
+NORMS = {
+    name: variant.build_norm(8, variant.params())
+    for name in VARIANTS
+    if (variant := plugins.pick("soluscope.variants", name)).build_norm
+}
+NORMED = [*NORMS]
+PER_TOKEN = [name for name, norm in NORMS.items() if norm.eps is not None]
+STATIC = [name for name in NORMED if name not in PER_TOKEN]
+CENTRED = [name for name, norm in NORMS.items() if norm.centres]
+SOLU = [name for name in VARIANTS if plugins.pick("soluscope.variants", name).nonlinearity is solu]
 D_VOCAB, BOS = 500, 0
 
 
@@ -123,7 +136,7 @@ def test_what_stands_in_the_middle_is_never_computed_below_fp32(name, dtype):
     assert all(tensor.dtype == torch.float32 for tensor in record.values())
 
 
-@pytest.mark.parametrize("name", [v for v in VARIANTS if v.endswith("_ln")])
+@pytest.mark.parametrize("name", NORMED)
 def test_the_fast_norm_is_the_formula(name):
     norm = rough_model(name, torch.float64).mlp(0).ln
     mid = torch.rand(5, 128, dtype=torch.float64) / 128
@@ -140,17 +153,27 @@ def test_epsilon_by_kappa_is_kappa_over_d_mlp_squared():
     assert solu_1l.mid.epsilon(2048) == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("name", ["solu_frozen_ln", "solu_gain"])
-def test_matched_gain_gives_the_output_the_rms_of_layer_norms(name):
+@pytest.mark.parametrize("name", STATIC)
+def test_matched_gain_gives_the_output_the_rms_of_the_norm_it_is_matched_to(name):
     norm = rough_model(name).mlp(0).ln
     for parameter in norm.parameters():
         parameter.data = torch.full_like(parameter, float(parameter is getattr(norm, "w", None)))
     mid = torch.rand(64, 128).square() / 128
-    norm.gain.fill_(gain_matching_layer_norm(norm, mid, eps=1e-4))
-    layer_norm = torch.nn.functional.layer_norm(mid, (128,), eps=1e-4)
+    norm.gain.fill_(gain_matching_rms(norm, mid, eps=1e-4))
+    wanted = norm.matched_to(128, 1e-4)(mid)
     assert norm(mid).square().mean().item() == pytest.approx(
-        layer_norm.square().mean().item(), rel=1e-4
+        wanted.square().mean().item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [(v, w) for v in VARIANTS if (w := plugins.pick("soluscope.variants", v).twin)],
+)
+def test_a_twin_has_the_centring_and_affine_part_of_its_norm_and_is_matched_to_it(name, twin):
+    norm, static = NORMS[name], NORMS[twin]
+    assert (static.centres, static.affine_part) == (norm.centres, norm.affine_part)
+    assert static.matched_to.centres == norm.centres
 
 
 def test_a_static_gain_that_nobody_set_gives_nan_not_a_number():
@@ -193,6 +216,12 @@ def test_a_chain_in_a_circle_and_a_member_that_is_not_there_are_refused(monkeypa
         chain_of(first)
     with pytest.raises(UserError, match=f"variant {second} has twin='solu_gian': no variant"):
         twin_of(second)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_computes_what_it_declares(name):
+    config = load_config([f"variant={name}", "size=tiny"])
+    check_variant(name, config.mid, config.model.d_mlp)
 
 
 def test_a_variant_that_is_not_there_is_answered_with_the_nearest():

@@ -35,7 +35,9 @@ def seen(control: str) -> dict[str, evidence.Seen]:
         one = plugins.pick("soluscope.probes", probe)
         run = control_run(control, "natural")
         base = replace(RUN, probe=probe)
-        records += summarise(one, run, token_table(one, run), base, n_draws=500, seed=0)
+        measured = one.measure(run)
+        table = token_table(run, measured)
+        records += summarise(one, table, measured.estimates, base, n_draws=500, seed=0)
     lines = ((one.section, found) for one, found in evidence.matrix(records) if one.probe)
     return {section: found for section, (found,) in lines}
 

@@ -25,6 +25,7 @@ from _hub import LARGE, Hub
 from conftest import ROOT, VARIANTS, run_python, tiny_config, train_silently
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
+from test_every_variant import NORMS
 from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import MODEL_ALIASES
 
@@ -35,7 +36,7 @@ from soluscope.export import _lens_state, export, load
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained
 from soluscope.results import Measurement
-from soluscope.runs.weights import load_model
+from soluscope.runs.folder import Run
 
 TOKEN = "hf_ours"
 TEXT = "def f(x): return 12 + <|BOS|>"
@@ -214,7 +215,7 @@ def study(tiny_study, tmp_path_factory) -> Path:
     of = {
         "study": "tiny",
         "run": LENS,
-        "config": load_model(study / LENS)[1].config,
+        "config": Run(study / LENS).facts.config,
         "stream": "natural",
     }
     r = Measurement(probe="engagement", quantity="r", statistic="median", value=0.25, low=0.125, high=0.5, n=77,
@@ -281,7 +282,7 @@ def test_transformer_lens_loads_a_run_right_or_refuses_it_by_name(run, pushed, t
 def test_what_transformer_lens_can_express_is_not_refused(pushed):
     expressed = {run for run in RUNS if not obstacle_of(pushed[run])}
     assert {"gelu-s0", "solu-s0", LENS} <= expressed
-    assert not {"gelu_ln-s0", "solu_frozen_ln-s0", "solu_gain-s0", "solu_ln-s0"} & expressed
+    assert not {f"{v}-s0" for v, norm in NORMS.items() if not norm.is_layer_norm} & expressed
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -325,7 +326,7 @@ def test_load_pretrained_takes_what_is_of_the_family_and_refuses_the_rest(run, p
     else:
         model = load_pretrained(str(pushed[run]))
         assert_same(found_in(model), trained[run])
-        facts, wanted = model.facts, load_model(pushed[run])[1]
+        facts, wanted = model.facts, Run(pushed[run]).facts
         for name in (
             "variant",
             "eps",
@@ -353,7 +354,8 @@ def test_the_weights_are_the_runs_own_and_hold_tensors_only(run, study, pushed):
 
 
 def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
-    model, facts = load_model(study / "gelu-s0")
+    run = Run(study / "gelu-s0")
+    model, facts = run.load_model(), run.facts
     variant = plugins.pick("soluscope.variants", "gelu")
     near = replace(variant, nonlinearity=lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
     with pytest.raises(UserError, match="nonlinearity"):
@@ -363,7 +365,8 @@ def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
 
 @pytest.mark.parametrize("words", [{"eps": 1.1e-5}, {"ln_eps": 1e-6}])
 def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words):
-    model, facts = load_model(study / LENS)
+    run = Run(study / LENS)
+    model, facts = run.load_model(), run.facts
     variant = plugins.pick("soluscope.variants", "solu_ln")
     assert _lens_state(model, facts, variant)
     with pytest.raises(UserError, match="epsilon"):
@@ -371,7 +374,8 @@ def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words)
 
 
 def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
-    model, facts = load_model(study / LENS)
+    run = Run(study / LENS)
+    model, facts = run.load_model(), run.facts
     model.mlp(0).ln.forward = lambda mid: mid  # a difference that no rule names
     with pytest.raises(UserError, match="differs"):
         _lens_state(model, facts, plugins.pick("soluscope.variants", "solu_ln"))
@@ -417,7 +421,9 @@ def test_text_from_data_is_shown_as_it_is(pushed):
 
 
 def test_a_card_of_our_own_variant_says_why_nothing_else_loads_it(pushed):
-    assert "FrozenLayerNorm" in rendered(pushed["solu_frozen_ln-s0"])
+    for variant, norm in NORMS.items():
+        if not norm.is_layer_norm:
+            assert f"mid norm is {type(norm).__name__}, and" in rendered(pushed[f"{variant}-s0"])
     assert "the epsilon of its mid norm is 0.00256" in rendered(pushed["solu_ln-s0"])
     assert "nonlinearity" in rendered(pushed["gelu_ln-s0"])
 

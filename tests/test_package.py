@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope.config import configs_dir
 
@@ -23,7 +23,7 @@ def run(*words: str | Path, cwd: Path, path: str = "") -> subprocess.CompletedPr
     environment = {**os.environ, "PYTHONPATH": path, "PIP_NO_INDEX": "1"}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANGS_AFTER_S
     )
     assert done.returncode == 0, done.stderr
     return done

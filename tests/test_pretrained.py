@@ -653,7 +653,7 @@ def test_section_1_2s_table_is_what_the_probes_find_in_solu_1l(solu_1l):
     var, r, gain, norm, z, p, x = np.array([row[1:] for row in rows], dtype=float).T
     mid = solu_1l["hook_mid"].astype(np.float64)
     run = planted(torch.from_numpy(mid)[None], eps=1e-5)
-    found = plugins.pick("soluscope.probes", "engagement").measure(run, None)
+    found = plugins.pick("soluscope.probes", "engagement").measure(run).tokens
     assert found["r"][0] == pytest.approx(r[0], abs=5.1e-4)  # printed to three digits
     np.testing.assert_allclose(found["r"][1:], r[1:], atol=5.1e-5)
     np.testing.assert_allclose(found["gain"], gain, atol=0.0051)

@@ -10,12 +10,12 @@ from scipy import stats as scipy_stats
 
 from soluscope import plugins
 from soluscope.comparison.stats import bootstrap_sums
-from soluscope.evaluation.calibration import check_gates, control_run
+from soluscope.evaluation.calibration import control_run
 from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import _features, neuron_statistics, specificity, two_tier_features
 
-NAMES = ("specificity", "neuron_statistics", "two_tier_features")
+pytestmark = pytest.mark.arithmetic
 
 
 def run_of(mid, tokens, vocab=(), **norm) -> HookedRun:
@@ -37,10 +37,25 @@ def random_run(seed=0, n_rows=40, width=51, d_mlp=12, n_kinds=6, share=0.5) -> H
 
 
 def estimates_of(name, run):
-    probe = plugins.pick("soluscope.probes", name)
-    return {
-        (e.quantity, e.group, e.x): e for e in probe.estimate(run, token_table(probe, run), None)
-    }
+    measured = plugins.pick("soluscope.probes", name).measure(run)
+    return {(e.quantity, e.group, e.x): e for e in measured.estimates}
+
+
+def halves_by_rank(run):
+    """The pairs of neuron and feature that P11 measures, on each half of the documents."""
+    return specificity._cross_fit(run, _features.label(run))
+
+
+def decoded(run):
+    """P14's probes of each feature, by stage."""
+    return two_tier_features._cross_fits(run, _features.label(run))
+
+
+def first_estimate(module, run):
+    """The first estimate alone: computing all for each of many runs takes minutes."""
+    features = _features.label(run)
+    fits = halves_by_rank(run) if module is specificity else decoded(run)
+    return next(module._estimates(run, features, fits))
 
 
 def halves_of(run):
@@ -65,12 +80,6 @@ def brute_auroc(scores, has, weights=None):
     wins = np.sign(scores[has][:, None] - scores[~has][None]) / 2 + 0.5
     pairs = weights[has][:, None] * weights[~has][None]
     return float((wins * pairs).sum() / pairs.sum())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_probe_says_yes_and_no_where_its_controls_do(name):
-    rows = list(check_gates(name))
-    assert [f"{row.group}: {row.note}" for row in rows if not row.note.startswith("pass")] == []
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -220,7 +229,7 @@ def test_a_neuron_counts_once_for_each_half_that_chose_it():
     tokens = torch.tensor([[0, *[1, 2, 3] * 12]]).repeat(24, 1)
     mid = torch.stack([(tokens == 1) * 2.0, (tokens == 2) * 2.0, 0 * tokens], dim=-1)
     mid[1::2, :, 0] = 0
-    second, first = specificity._cross_fit(run_of(mid, tokens))
+    second, first = halves_by_rank(run_of(mid, tokens))
     assert (second.holds.shape[1], first.holds.shape[1]) == (2, 1)
     found = numbers_of("specificity", run_of(mid, tokens))
     # Neuron 0 says nothing where it is measured; neuron 1 tells its token, twice.
@@ -268,9 +277,7 @@ def test_permuting_tokens_leaves_no_signature():
         tokens = run.tokens.clone()
         order = torch.randperm(len(content), generator=generator)
         tokens[content] = tokens[content[order]]
-        made = next(plugins.pick("soluscope.probes", "specificity").estimate(
-            replace(run, tokens=tokens), None, None
-        ))  # fmt: skip
+        made = first_estimate(specificity, replace(run, tokens=tokens))
         assert made.quantity == "A (gain only)"
         found.append(number(made))
     assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(20)
@@ -283,7 +290,7 @@ def test_permuting_tokens_leaves_no_signature():
 def test_skewness_and_kurtosis_are_scipys():
     run = random_run(seed=6, share=0.9)
     run = replace(run, mid=run.mid.exp())
-    table = neuron_statistics.neurons(run, None)
+    table = neuron_statistics.measure(run).neurons
     content = run.mid[~run.is_bos].numpy()
     skewness, kurtosis = scipy_stats.skew(content), scipy_stats.kurtosis(content)
     np.testing.assert_allclose(table["skewness: mid"], skewness, rtol=1e-9)
@@ -322,11 +329,22 @@ def test_a_neuron_that_never_varies_has_no_shape_and_spoils_no_median():
     mid = run.mid.clone()
     mid[:, 0] = 0.3
     run = replace(run, mid=mid)
-    table = neuron_statistics.neurons(run, None)
+    table = neuron_statistics.measure(run).neurons
     assert table["excess kurtosis: mid"][0].isnan()
     wanted = np.median(scipy_stats.kurtosis(mid[~run.is_bos, 1:].numpy()))
     found = numbers_of("neuron_statistics", run)["excess kurtosis: mid", "", None]
     assert found == pytest.approx(wanted)
+
+
+def test_a_neuron_that_varies_by_rounding_never_varies():
+    run = random_run(seed=8)
+    mid = run.mid.clone()
+    mid[:, 0] = 0.3 * (1 + 2e-16 * (torch.arange(len(mid)) % 4))
+    assert mid[:, 0].unique().numel() > 1
+    table = neuron_statistics.neurons(replace(run, mid=mid), None)
+    for name in ("skewness", "excess kurtosis", "token information"):
+        assert table[f"{name}: mid"][0].isnan()
+        assert table[f"{name}: mid"][1:].isfinite().all()
 
 
 def test_a_rotated_basis_is_not_privileged():
@@ -359,10 +377,7 @@ def test_token_information_is_the_share_of_variance_between_tokens(share):
     """Known by construction, and not pulled down by the noise of the means that predict."""
     runs = [random_run(seed, n_rows=40, n_kinds=60, share=share) for seed in range(8)]
     found = [
-        number(
-            next(plugins.pick("soluscope.probes", "neuron_statistics").estimate(run, None, None))
-        )
-        for run in runs
+        numbers_of("neuron_statistics", run)["token information: pre", "", None] for run in runs
     ]
     assert np.mean(found) == pytest.approx(share, abs=0.03)
 
@@ -377,7 +392,7 @@ def test_the_three_counts_of_neurons_agree_where_k_are_alike():
     """k equal activations of N: participation ratio k, K_eff k, active share k / N."""
     mid = torch.zeros(1, 3, 8)
     mid[0, 0, :1], mid[0, 1, :4], mid[0, 2, :] = 2.0, 0.5, -1.0
-    found = neuron_statistics.measure(planted(mid, gain=1.0), None)
+    found = neuron_statistics.measure(planted(mid, gain=1.0)).tokens
     for name in ("participation ratio", "K_eff"):
         assert found[f"{name}: mid"].tolist() == pytest.approx([1, 4, 8])
     assert found["active neurons: mid"].tolist() == pytest.approx([1 / 8, 4 / 8, 1])
@@ -389,7 +404,7 @@ def test_the_three_counts_of_neurons_agree_where_k_are_alike():
 def test_the_probe_on_one_neuron_is_the_best_neuron_of_the_other_half():
     run = random_run(seed=10)
     features = _features.label(run)
-    sums = two_tier_features._cross_fits(run)["mid"].sums
+    sums = decoded(run)["mid"].sums
     found = two_tier_features._mean_aurocs(sums.sum(axis=0)[None], sums)[0, :, 0]
     mid = run.mid.numpy()
     for feature, holds in enumerate(features.holds):
@@ -407,7 +422,7 @@ def test_the_full_probe_is_ridge_regression():
     """The direction of least squares with a penalty, by lstsq on augmented rows."""
     run = random_run(seed=11)
     features = _features.label(run)
-    directions = two_tier_features._cross_fits(run)["mid"].directions
+    directions = decoded(run)["mid"].directions
     for (fitted_on, _), of_fold in zip(halves_of(run), directions, strict=True):
         x = run.mid.numpy()[fitted_on]
         z = (x - x.mean(0)) / x.std(0)
@@ -427,7 +442,7 @@ def test_where_nothing_is_found_the_two_halves_find_the_same():
     tokens = rng.integers(1, 51, (40, 65))
     tokens[:, 0] = 0
     run = run_of(rng.normal(size=(40, 65, 32)), tokens)
-    sums = two_tier_features._cross_fits(run)["mid"].sums[:, :, :, -1:]
+    sums = decoded(run)["mid"].sums[:, :, :, -1:]
     total = sums.sum(axis=0)
     first, second = _features.auroc_of(total.reshape(1, -1), total.ravel()).reshape(2, -1)
     # .94 is expected: .98 for the lengths of 32 Gaussians, twice .98 for ranks instead of means.
@@ -468,9 +483,7 @@ def test_the_second_tier_of_the_shared_code_is_its_b_tokens_at_their_gain():
     """C1: from mid, A tokens take one neuron, B tokens all 32; after the norm none takes many."""
     run = control_run("smear_shared", "natural")
     features = _features.label(run)
-    index = {
-        stage: fits.index_of_all() for stage, fits in two_tier_features._cross_fits(run).items()
-    }
+    index = {stage: fits.index_of_all() for stage, fits in decoded(run).items()}
     for name, kind, before, after in zip(
         features.names, features.kinds, index["mid"], index["post"], strict=True
     ):
@@ -486,7 +499,7 @@ def test_removing_a_direction_is_what_brute_force_hooks_do():
     own = -planted_model.model(tokens).log_softmax(-1).flatten(0, 1).gather(-1, target).squeeze(-1)
     total, count = (torch.zeros(len(run.pos), dtype=torch.float64) for _ in range(2))
     features = _features.label(run)
-    directions = two_tier_features._cross_fits(run)["post"].directions
+    directions = decoded(run)["post"].directions
     for fold, (chosen, measured) in enumerate(halves_of(run)):
         # The half alone, as if there were no other; with probes of all sizes.
         half = run.subset(torch.from_numpy(chosen))
@@ -516,7 +529,7 @@ def test_removing_a_direction_is_what_brute_force_hooks_do():
                 here[kept[some]] = True
             total += torch.where(here, (loss - own).detach(), 0.0)
             count += here
-    found = two_tier_features.measure(run, None)[two_tier_features.REMOVED["many"]]
+    found = two_tier_features.measure(run).tokens[two_tier_features.REMOVED["many"]]
     assert int((count > 0).sum()) > 100
     torch.testing.assert_close(found, total / count, rtol=0, atol=1e-10, equal_nan=True)
 
@@ -530,9 +543,10 @@ def test_where_nothing_can_be_labelled_nothing_is_estimated(name, n_rows, width)
     """One document in a half, or too few tokens."""
     run = random_run(n_rows=n_rows, width=width)
     probe = plugins.pick("soluscope.probes", name)
-    table = token_table(probe, run)
+    measured = probe.measure(run)
+    table = token_table(run, measured)
     assert table[list(probe.quantities)].isna().all(axis=None)
-    assert list(probe.estimate(run, table, None)) == []
+    assert measured.estimates == ()
 
 
 @pytest.mark.parametrize("name", ["specificity", "two_tier_features"])
@@ -558,7 +572,7 @@ def test_every_document_is_a_cluster_and_24_have_an_interval(name, quantity):
         run.pos.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     run = replace(run, scale=scale + 0.5)
-    table = token_table(plugins.pick("soluscope.probes", name), run)
+    table = token_table(run, plugins.pick("soluscope.probes", name).measure(run))
     measured = table.drop(columns=["string", "pos", "token"]).notna().any(axis=1)
     assert table.string[measured].nunique() == 24
     estimate = estimates_of(name, run)[quantity, "", None]
@@ -583,9 +597,7 @@ def test_the_pairs_that_a_document_is_measured_on_are_not_its_choice():
     run = random_run(seed=15, n_rows=24, d_mlp=64, n_kinds=12, share=0.1)
     other = with_another_document(run, 7)
     same = []
-    for before, after in zip(
-        specificity._cross_fit(run), specificity._cross_fit(other), strict=True
-    ):
+    for before, after in zip(halves_by_rank(run), halves_by_rank(other), strict=True):
         elsewhere = before.string != 7
         same.append(
             np.array_equal(before.values["before"][elsewhere], after.values["before"][elsewhere])
@@ -600,14 +612,15 @@ def test_what_is_removed_from_a_document_is_not_its_choice():
     strings = run.string.unique().tolist()
     document = strings[7]
     other = with_another_document(run, document)
-    before, after = (two_tier_features.measure(one, None) for one in (run, other))
+    before, after = (two_tier_features.measure(one).tokens for one in (run, other))
     with_it = np.isin(run.string.numpy(), strings[1::2])
     own = run.string.numpy() == document
     for name in two_tier_features.REMOVED.values():
         one, two = before[name].numpy(), after[name].numpy()
-        np.testing.assert_array_equal(one[with_it & ~own], two[with_it & ~own])
+        # Losses of a few nats, from sums over 32 neurons whose order follows the number of tokens.
+        np.testing.assert_allclose(one[with_it & ~own], two[with_it & ~own], rtol=0, atol=1e-12)
     one, two = (found[two_tier_features.REMOVED["many"]].numpy() for found in (before, after))
-    assert not np.array_equal(one[~with_it], two[~with_it], equal_nan=True), "it has a part there"
+    assert np.nanmax(np.abs(one - two)[~with_it]) > 1e-6, "it has a part there"
 
 
 def test_permuting_tokens_leaves_nothing_to_decode():
@@ -619,7 +632,7 @@ def test_permuting_tokens_leaves_nothing_to_decode():
     for _ in range(40):
         tokens = run.tokens.clone()
         tokens[content] = tokens[content[torch.randperm(len(content), generator=generator)]]
-        made = next(two_tier_features.estimate(replace(run, tokens=tokens), None, None))
+        made = first_estimate(two_tier_features, replace(run, tokens=tokens))
         assert made.quantity == "AUROC above chance: post"
         found.append(bootstrap_sums(made.sums, made.value, made.n, n_draws=500))
     values = [interval.value for interval in found]

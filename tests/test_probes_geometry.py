@@ -12,18 +12,21 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from scipy.special import lambertw
 from test_convert import hooked_for
-from test_every_variant import BOS, VARIANTS, some_tokens
+from test_every_variant import BOS, CENTRED, NORMED, PER_TOKEN, STATIC, VARIANTS, some_tokens
 
 from soluscope import plugins
 from soluscope.comparison.stats import bootstrap_sums
 from soluscope.data import streams
-from soluscope.evaluation.summaries import estimates, token_table
+from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import observe, planted
 from soluscope.probes import rotation, scale_causes
+from soluscope.probes._tokens import start_of_each_part
+
+pytestmark = pytest.mark.arithmetic
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
-CENTRED = [v for v in VARIANTS if v in ("solu_ln", "gelu_ln", "solu_frozen_ln")]
+ONE_GAIN = [v for v in VARIANTS if v not in PER_TOKEN]
 
 
 def probe_named(name):
@@ -44,7 +47,7 @@ def observed(variant="solu_ln", n_rows=8, eps=None):
 def numbers(name, run):
     """A probe's estimates, by quantity and x."""
     probe = probe_named(name)
-    found = estimates(probe, run, token_table(probe, run))
+    found = probe.measure(run).estimates
     return {(e.quantity, e.x): float(e.value(e.sums.sum(0, keepdims=True))[0]) for e in found}
 
 
@@ -98,10 +101,10 @@ def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(cent
 
     scale, seen = scale_of(mid)
     run = dataclasses.replace(
-        run, mid=mid, scale=scale, eps=eps, post=seen / scale[:, None] * out.gamma + out.beta
-    )
-    assert run.centres == centred
-    values = probe_named("engagement").measure(run, None)
+        run, mid=mid, scale=scale, eps=eps, centres=centred,
+        post=seen / scale[:, None] * out.gamma + out.beta,
+    )  # fmt: skip
+    values = probe_named("engagement").measure(run).tokens
     step = 1e-5
     up, down = (-scale_of(mid * math.exp(h))[0].log() for h in (step, -step))
     same(values["r"], (down - up) / (2 * step), 1e-8)
@@ -112,10 +115,10 @@ def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(cent
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_post_is_affine_in_mid_and_the_fit_leaves_what_polyfit_leaves(variant):
     _, _, run = observed(variant, n_rows=2)
-    assert probe_named("engagement").measure(run, None)["residual"].max() < 1e-12
+    assert probe_named("engagement").measure(run).tokens["residual"].max() < 1e-12
     noise = torch.randn(run.post.shape, generator=torch.Generator().manual_seed(0)).double()
     noisy = dataclasses.replace(run, post=run.post + run.post.std() * noise)
-    found = probe_named("engagement").measure(noisy, None)["residual"]
+    found = probe_named("engagement").measure(noisy).tokens["residual"]
     for t in (1, 30):
         seen = run.mid[t] - run.mid[t].mean() * run.centres
         line, post = run.readout.gamma * seen, noisy.post[t] - run.readout.beta
@@ -128,7 +131,7 @@ def test_post_is_affine_in_mid_and_the_fit_leaves_what_polyfit_leaves(variant):
 
 def test_the_terms_sum_to_log_s_and_so_does_the_other_split():
     _, _, run = observed()
-    values = probe_named("scale_causes").measure(run, None)
+    values = probe_named("scale_causes").measure(run).tokens
     log_s = run.mid.std(dim=-1, correction=0).log()
     same(sum(values[name] for name in scale_causes.TERMS) - 0.5 * math.log(128), log_s, 1e-12)
     q = run.pre * run.pre.exp()
@@ -138,7 +141,7 @@ def test_the_terms_sum_to_log_s_and_so_does_the_other_split():
 
 def test_effective_numbers_are_what_their_formulas_give_token_by_token():
     _, _, run = observed(n_rows=1)
-    values = probe_named("scale_causes").measure(run, None)
+    values = probe_named("scale_causes").measure(run).tokens
     for t in range(4):
         a, p = run.mid[t].numpy(), run.pre[t].softmax(-1).numpy()
         assert values["K"][t].item() == pytest.approx((a**2).sum() / a.max() ** 2)
@@ -149,7 +152,7 @@ def test_effective_numbers_are_what_their_formulas_give_token_by_token():
 @pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-2])
 def test_shares_are_covariances_over_the_variance_and_sum_to_one(eps):
     _, _, run = observed(eps=eps)
-    table = token_table(probe_named("scale_causes"), run)
+    table = token_table(run, probe_named("scale_causes").measure(run))
     content = table[table["pos"] > 0]
     found = numbers("scale_causes", run)
     for what in ("log s", "log g"):
@@ -188,7 +191,7 @@ def test_the_elasticity_of_the_gain_is_the_mean_of_minus_r_along_the_way():
 
 def test_changed_pre_activations_give_the_gain_that_hooks_give():
     hooked, tokens, run = observed(eps=1e-5)
-    values = probe_named("scale_causes").measure(run, None)
+    values = probe_named("scale_causes").measure(run).tokens
 
     def change(name, edit):
         hooks = [(MLP + name, lambda value, hook: edit(value.flatten(0, 1)).view_as(value))]
@@ -232,7 +235,7 @@ def test_another_tokens_magnitudes_in_a_tokens_own_ranks_have_that_tokens_gain()
 
 def test_without_a_softmax_its_terms_are_nan_and_the_others_shares_still_sum_to_one():
     _, _, run = observed("gelu_ln")
-    values = probe_named("scale_causes").measure(run, None)
+    values = probe_named("scale_causes").measure(run).tokens
     for name in ("log xmax", "log pmax", "-log Z", "exp(H(p))", *scale_causes.CHANGES):
         assert values[name].isnan().all()
     found = numbers("scale_causes", run)
@@ -241,7 +244,7 @@ def test_without_a_softmax_its_terms_are_nan_and_the_others_shares_still_sum_to_
     assert ("share of log s: log xmax", None) not in found
 
 
-@pytest.mark.parametrize("variant", ["solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", STATIC)
 def test_a_constant_gain_has_nothing_to_share_out(variant):
     _, _, run = observed(variant)
     found = numbers("scale_causes", run)
@@ -295,8 +298,7 @@ def test_shares_in_solu_1l_are_section_7s():
         ("solu_ln", 1e-12),
         ("solu_ln", 1e-4),
         ("solu_ln", 1e2),
-        ("gelu_ln", None),
-        ("solu_gain", None),
+        *((variant, None) for variant in NORMED),
     ],
 )
 def test_scaled_activations_through_the_mid_norm_are_the_closed_form(variant, eps, factor):
@@ -317,7 +319,7 @@ def test_a_scaled_residual_stream_is_what_hooks_give(variant):
     hooked, tokens, run = observed(variant)
     hooks = [("blocks.0.hook_resid_mid", lambda resid, hook: 2 * resid)]
     after = cached(hooked, tokens, MLP + "hook_post", hooks)
-    values = probe_named("scale_invariance").measure(run, None)
+    values = probe_named("scale_invariance").measure(run).tokens
     W_out = hooked.W_out[0].detach()
     for what, one, two in (("post", run.post, after), ("O", run.post @ W_out, after @ W_out)):
         change = (two - one).norm(dim=-1) / one.norm(dim=-1)
@@ -329,7 +331,7 @@ def test_a_scaled_residual_stream_is_what_hooks_give(variant):
 
 def test_the_mlp_is_evaluated_at_evenly_spaced_tokens_only_where_there_are_many():
     run = planted(torch.randn(40, 60, 4, generator=torch.Generator().manual_seed(0)), eps=1e-5)
-    values = probe_named("scale_invariance").measure(run, None)
+    values = probe_named("scale_invariance").measure(run).tokens
     chosen = (~values["relative change of post at 2"].isnan()).nonzero().squeeze(-1)
     assert len(chosen) == 1000
     assert set(chosen.diff().tolist()) == {2, 3}
@@ -363,9 +365,9 @@ def linear_mlp(n_tokens=30, d_model=6, d_mlp=9):
 def test_a_linear_mlp_gives_the_closed_forms():
     """O = M u cos + M v sin: D, the length of an ellipse's quarter, and one change of sign a neuron."""
     run, M = linear_mlp()
-    values = probe_named("rotation").measure(run, None)
+    values = probe_named("rotation").measure(run).tokens
     found = numbers("rotation", run)
-    chosen = rotation._spread_tokens(run)
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), rotation.N_TOKENS)
     assert chosen.tolist() == list(range(1, 30))
     resid = run.resid_mid[chosen]
     side = resid.roll(len(resid) // 2, 0)
@@ -416,10 +418,10 @@ def brute_path(hooked, tokens, run, token, side, hold_gain=False):
 
 
 @pytest.mark.parametrize("kind", ["token", "feature"])
-@pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln", "solu"])
+@pytest.mark.parametrize("variant", [*PER_TOKEN, "solu"])
 def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
     hooked, tokens, run = observed(variant, n_rows=2)
-    values = probe_named("rotation").measure(run, None)
+    values = probe_named("rotation").measure(run).tokens
     ln2 = hooked.blocks[0].ln2
     content = (~run.is_bos).nonzero().squeeze(-1)
     partner = content.roll(len(content) // 2)
@@ -445,16 +447,16 @@ def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
         stays = Counter(map(tuple, (pre > 0).tolist()))
         entropy = -sum(n / 257 * math.log(n / 257) for n in stays.values())
         assert found["effective polytopes"] == pytest.approx(math.exp(entropy), rel=1e-9)
-        if variant != "solu":
+        if variant in NORMED:
             held, _ = brute_path(hooked, tokens, run, token, side, hold_gain=True)
             held_steps = held[:129].diff(dim=0).norm(dim=-1)
             added = longest - (held_steps.max() / held_steps.sum()).item()
             assert found["longest step, added by the gain"] == pytest.approx(added, abs=1e-11)
 
 
-@pytest.mark.parametrize("variant", ["gelu", "solu", "solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", ONE_GAIN)
 def test_a_constant_gain_adds_no_step(variant):
-    values = probe_named("rotation").measure(observed(variant)[2], None)
+    values = probe_named("rotation").measure(observed(variant)[2]).tokens
     for kind in rotation.KINDS:
         added = values[f"longest step, added by the gain: {kind}"]
         assert added[~added.isnan()].abs().max() < 1e-12
@@ -465,7 +467,7 @@ def test_an_mlp_that_writes_nothing_has_no_path():
     run, _ = linear_mlp()
     silent = dataclasses.replace(run.mlp, W_out=torch.zeros_like(run.mlp.W_out))
     run = dataclasses.replace(run, mlp=silent)
-    values = probe_named("rotation").measure(run, None)
+    values = probe_named("rotation").measure(run).tokens
     assert values["length: random"].isnan().all()
     assert math.isnan(numbers("rotation", run)["D: random", 90.0])
 
@@ -478,14 +480,14 @@ def test_loss_without_centring_is_what_brute_force_hooks_give(variant):
     hooked, tokens, run = observed(variant)
     norm = hooked.blocks[0].mlp.ln
     gamma, beta = norm.w.detach(), norm.b.detach()
-    values = probe_named("centring").measure(run, None)
+    values = probe_named("centring").measure(run).tokens
     before = loss_with_post(hooked, tokens, run.post)
     rms = (run.mid.square().mean(-1) + (run.eps or 0)).rsqrt()
     ratio = run.gain / rms
     gains = {"mean left in": run.gain, "RMS": rms}
     gains["RMS, gain matched"] = rms * mean_of_others(ratio.log()[:, None], run)[:, 0].exp()
     for name, gain in gains.items():
-        if variant == "solu_frozen_ln" and name != "mean left in":
+        if variant in STATIC and name != "mean left in":
             assert values[name].isnan().all()
             continue
         plain = gain[:, None] * run.mid * gamma + beta
@@ -498,7 +500,7 @@ def test_loss_without_centring_is_what_brute_force_hooks_give(variant):
 def test_centring_is_removable_from_what_the_mlp_writes(variant):
     """((a - m) gamma) W_out = sum_j a_j v_j, to rounding; by a loop over neurons at one token."""
     _, _, run = observed(variant)
-    assert probe_named("centring").measure(run, None)["linear residual"].max() < 1e-12
+    assert probe_named("centring").measure(run).tokens["linear residual"].max() < 1e-12
     gamma, W_out, a = run.readout.gamma, run.readout.W_out, run.mid[7]
     kbar = sum(gamma[i] * W_out[i] for i in range(128)) / 128
     total = sum(a[j] * (gamma[j] * W_out[j] - kbar) for j in range(128))
@@ -507,7 +509,7 @@ def test_centring_is_removable_from_what_the_mlp_writes(variant):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in CENTRED])
 def test_what_does_not_centre_has_no_centring_to_lose(variant):
-    values = probe_named("centring").measure(observed(variant)[2], None)
+    values = probe_named("centring").measure(observed(variant)[2]).tokens
     assert values["mean left in"].isnan().all()
     assert (values["angle"] > 0).all()
 
@@ -516,12 +518,12 @@ def test_what_does_not_centre_has_no_centring_to_lose(variant):
 
 
 @pytest.mark.parametrize("n_blocks", [4, 8])
-@pytest.mark.parametrize("variant", ["solu_ln", "gelu_ln"])
+@pytest.mark.parametrize("variant", [v for v in PER_TOKEN if v in CENTRED])
 def test_loss_at_the_blocks_own_gains_is_what_brute_force_hooks_give(variant, n_blocks):
     hooked, tokens, run = observed(variant)
     norm = hooked.blocks[0].mlp.ln
     gamma, beta = norm.w.detach(), norm.b.detach()
-    values = probe_named("blocked_norm").measure(run, None)
+    values = probe_named("blocked_norm").measure(run).tokens
     size = 128 // n_blocks
     blocks = run.mid.view(-1, n_blocks, size)
     alone = F.layer_norm(blocks, (size,), eps=norm.eps)
@@ -548,16 +550,16 @@ def test_blocks_that_hold_the_same_activations_lose_nothing_by_their_own_gains()
     gain = (mid.var(-1, correction=0) + run.eps).rsqrt()
     post = gain[:, None] * (mid - mid.mean(-1, keepdim=True)) * run.readout.gamma + run.readout.beta
     run = dataclasses.replace(run, mid=mid, post=post, scale=1 / gain)
-    values = probe_named("blocked_norm").measure(run, None)
+    values = probe_named("blocked_norm").measure(run).tokens
     for n_blocks in (4, 8):
         assert values[f"sd of log g, {n_blocks} blocks"].max() < 1e-9
         assert values[f"own gains, {n_blocks} blocks"].nan_to_num().abs().max() < 1e-9
         assert values[f"own gains, matched, {n_blocks} blocks"].nan_to_num().abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("variant", ["gelu", "solu", "solu_gain", "solu_frozen_ln"])
+@pytest.mark.parametrize("variant", ONE_GAIN)
 def test_a_norm_without_a_gain_by_token_has_no_gains_by_block(variant):
-    values = probe_named("blocked_norm").measure(observed(variant)[2], None)
+    values = probe_named("blocked_norm").measure(observed(variant)[2]).tokens
     assert all(column.isnan().all() for column in values.values())
 
 
@@ -583,8 +585,7 @@ def test_c1s_shares_are_the_differences_of_its_two_kinds_of_tokens():
     }
     total = sum(a.values()) - sum(b.values())
     probe = probe_named("scale_causes")
-    table = token_table(probe, run)
-    for estimate in estimates(probe, run, table):
+    for estimate in probe.measure(run).estimates:
         what, _, term = estimate.quantity.partition(": ")
         if what in ("share of log s", "share of log g") and term in a:
             interval = bootstrap_sums(estimate.sums, estimate.value, estimate.n)
@@ -599,7 +600,7 @@ def test_c1s_blocks_hold_what_its_docstring_says():
     run = control_run("smear_shared", "natural")
     a_hi = 12 * math.exp(12) / (math.exp(12) + 31)
     gap = 0.5 * math.log(1e12) + 0.5 * math.log(a_hi**2 * 7 / 64)
-    spread = probe_named("blocked_norm").measure(run, None)["sd of log g, 4 blocks"]
+    spread = probe_named("blocked_norm").measure(run).tokens["sd of log g, 4 blocks"]
     is_a = (run.tokens >= 1) & (run.tokens <= 32)
     same(spread[is_a], torch.full_like(spread[is_a], gap * math.sqrt(3) / 4), 1e-6)
     assert gap * math.sqrt(3) / 4 == pytest.approx(6.58, abs=0.01)
@@ -610,8 +611,8 @@ def test_c1s_gain_adds_the_step_that_its_gates_comment_derives():
     from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")
-    values = probe_named("rotation").measure(run, None)
-    chosen = rotation._spread_tokens(run)
+    values = probe_named("rotation").measure(run).tokens
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), rotation.N_TOKENS)
     is_a = (run.tokens[chosen] >= 1) & (run.tokens[chosen] <= 32)
     a_to_a = chosen[is_a & is_a.roll(len(chosen) // 2)]
     theta = torch.linspace(0, math.pi / 2, 129, dtype=torch.float64)

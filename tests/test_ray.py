@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from _launching import LAUNCH, at_work, parent, session, started, sweep_file, until, words_for
-from conftest import train_silently
+from conftest import HANGS_AFTER_S, train_silently
 
 from soluscope.config import Config
 from soluscope.engines import ray as engine
@@ -66,8 +66,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     words = words_for(folder / "runs", "study=ray", "train.steps=40")
     said = folder / "said"
     with started(LAUNCH, path, *words, "engine=ray", "report=false", said=said) as process:
-        status = process.wait(timeout=120)
-        until(lambda: not session(process.pid), "nothing of Ray is left", seconds=10)
+        status = process.wait(timeout=HANGS_AFTER_S)
+        until(lambda: not session(process.pid), "nothing of Ray is left")
     return SimpleNamespace(sweep=read_sweep(path, words), status=status, said=said.read_text())
 
 
@@ -139,7 +139,7 @@ def test_a_job_moves_to_another_node_when_its_own_is_lost(cluster: Any, tmp_path
         lost = min(homes)
         head.remove_node(raylets[homes[lost]])
         assert step(next(c for c in sweep.configs if c.run_name == lost)) < 800
-        assert process.wait(timeout=90) == 0, (tmp_path / "said").read_text()
+        assert process.wait(timeout=HANGS_AFTER_S) == 0, (tmp_path / "said").read_text()
     assert {config.run_name: weights(config) for config in sweep.configs} == trained_inline(
         path, tmp_path / "runs", *steps
     )
@@ -157,7 +157,7 @@ def test_a_job_that_loses_its_worker_too_often_is_told_and_not_done(tmp_path: Pa
             (pid,) = at_work(study).values()
             os.kill(pid, signal.SIGKILL)
             until(lambda: not Path(f"/proc/{pid}").exists(), "it is gone")  # noqa: B023
-        assert process.wait(timeout=60) == 2
+        assert process.wait(timeout=HANGS_AFTER_S) == 2
     lines = said.read_text().splitlines()
     assert [line for line in lines if line.startswith("solu-s0: lost WorkerCrashedError: ")]
     assert lines[-1].startswith(
@@ -208,16 +208,16 @@ def test_an_address_where_nobody_is_is_refused_at_once(sweep: Sweep) -> None:
     )
 
 
-def test_an_address_that_is_silent_is_refused_within_ten_seconds(sweep: Sweep) -> None:
-    """It takes connections and says nothing, ever."""
+def test_an_address_that_is_silent_is_not_waited_for(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and never answers; Ray itself would wait for minutes."""
     pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "ANSWER_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        began = time.monotonic()
         said = refusal(sweep, address=address)
-        took = time.monotonic() - began
-    assert said.startswith(f"no Ray cluster at ray.address={address}: ")
-    assert took < 10
+    assert said.startswith(f"no Ray cluster at ray.address={address}: no answer in 2 seconds")
 
 
 @pytest.mark.parametrize("address", ["here", "ray://", "host:", "10.0.0.1"])

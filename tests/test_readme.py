@@ -4,12 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from soluscope import plugins
 from soluscope.config import load_config
+from soluscope.norms import PerTokenNorm, check_norm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -49,10 +51,17 @@ def test_every_member_of_an_open_set_is_in_its_table(package):
 
 
 def test_the_python_example_is_valid_and_its_configuration_loads():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (code,) = re.findall(r"^```python\n(.*?)```", README, flags=re.DOTALL | re.MULTILINE)
     compile(code, "README.md", "exec")
     (words,) = re.findall(r"load_config\((\[.*?\])\)", code)
     assert load_config(eval(words)).variant == "solu_ln"
+
+
+def test_the_norm_of_the_recipe_computes_what_it_declares():
+    (code,) = re.findall(r"^   ```python\n(.*?)```", README, flags=re.DOTALL | re.MULTILINE)
+    names = {"PerTokenNorm": PerTokenNorm}
+    exec(textwrap.dedent(code), names)
+    check_norm(names["BiasedRMSNorm"](8, 1e-5), 8)
 
 
 def test_make_targets_exist():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,17 +17,10 @@ from safetensors.torch import load_file
 
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.runs.folder import (
-    at_work,
-    failure,
-    is_done,
-    last_checkpoint,
-    last_row,
-    lock,
-    record_failure,
-)
+from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import load_facts
-from soluscope.training import run as training
+from soluscope.training.callback import TrainingCallback
+from soluscope.training.module import TrainingModule
 from soluscope.variants import chain_of
 
 WORDS = ("variant=solu_ln", "train.checkpoint_every=5", "wandb=off")
@@ -51,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_done_knows_how_many_bytes_the_weights_have(whole: Path) -> None:
-    assert is_done(whole)
+    assert Run(whole).is_done()
     done = json.loads((whole / DONE).read_text())
     assert done["weights_bytes"] == len((whole / "model.safetensors").read_bytes())
 
@@ -61,21 +56,21 @@ def test_a_folder_without_one_of_its_files_is_not_done(
     whole: Path, config: Config, missing: str
 ) -> None:
     names = {DONE, "model.json", "model.safetensors"} - {missing}
-    assert not is_done(copied(whole, config, *names))
+    assert not Run(copied(whole, config, *names)).is_done()
 
 
 def test_a_folder_whose_weights_or_last_word_are_cut_is_not_done(
     whole: Path, config: Config
 ) -> None:
     run_dir = copied(whole, config, DONE, "model.json", "model.safetensors")
-    assert is_done(run_dir)
+    assert Run(run_dir).is_done()
     weights, done = run_dir / "model.safetensors", run_dir / DONE
     content, word = weights.read_bytes(), done.read_text()
     weights.write_bytes(content[:-1])
-    assert not is_done(run_dir)
+    assert not Run(run_dir).is_done()
     weights.write_bytes(content)
     done.write_text(word[: len(word) // 2])
-    assert not is_done(run_dir)
+    assert not Run(run_dir).is_done()
 
 
 def test_a_run_that_an_older_version_finished_is_done(whole: Path, config: Config) -> None:
@@ -83,7 +78,7 @@ def test_a_run_that_an_older_version_finished_is_done(whole: Path, config: Confi
     done = json.loads((run_dir / DONE).read_text())
     del done["weights_bytes"]
     (run_dir / DONE).write_text(json.dumps(done))
-    assert is_done(run_dir)
+    assert Run(run_dir).is_done()
 
 
 def test_facts_that_an_older_version_wrote_get_their_chain_from_the_variants_folder(
@@ -110,17 +105,17 @@ def test_a_half_copied_run_is_finished_again_with_the_same_weights(
     content = (run_dir / "model.safetensors").read_bytes()
     (run_dir / "model.safetensors").write_bytes(content[: len(content) // 2])
     began_at: list[int] = []
-    real = training.RunFolder.on_train_batch_end
+    real = TrainingCallback.on_train_batch_end
 
     def counting(self, trainer, *rest):  # type: ignore[no-untyped-def]
         began_at.append(trainer.global_step)
         assert not (run_dir / DONE).exists()
         real(self, trainer, *rest)
 
-    monkeypatch.setattr(training.RunFolder, "on_train_batch_end", counting)
+    monkeypatch.setattr(TrainingCallback, "on_train_batch_end", counting)
     train_silently(config)
     assert began_at == ([] if has_checkpoint else list(range(1, 13)))
-    assert is_done(run_dir)
+    assert Run(run_dir).is_done()
     again, before = (load_file(run / "model.safetensors") for run in (run_dir, whole))
     assert all(torch.equal(again[name], before[name]) for name in before)
     assert [row["step"] for row in map(json.loads, (run_dir / "metrics.jsonl").open())] == [10, 12]
@@ -129,7 +124,7 @@ def test_a_half_copied_run_is_finished_again_with_the_same_weights(
 def test_a_run_that_failed_says_why_until_it_is_tried_again(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = training.TrainingModule.training_step
+    real = TrainingModule.training_step
 
     def breaking(self, tokens, index):  # type: ignore[no-untyped-def]
         if self.trainer.global_step == 7:
@@ -137,22 +132,22 @@ def test_a_run_that_failed_says_why_until_it_is_tried_again(
         return real(self, tokens, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.TrainingModule, "training_step", breaking)
+        patch.setattr(TrainingModule, "training_step", breaking)
         with pytest.raises(RuntimeError, match="ran out of something"):
             train_silently(config)
-    assert failure(config.run_dir) == "RuntimeError: ran out of something"
-    assert not at_work(config.run_dir)
+    assert Run(config.run_dir).failure() == "RuntimeError: ran out of something"
+    assert not Run(config.run_dir).at_work()
 
     seen: list[str | None] = []
 
     def looking(self, tokens, index):  # type: ignore[no-untyped-def]
-        seen.append(failure(config.run_dir))
+        seen.append(Run(config.run_dir).failure())
         return real(self, tokens, index)
 
-    monkeypatch.setattr(training.TrainingModule, "training_step", looking)
+    monkeypatch.setattr(TrainingModule, "training_step", looking)
     train_silently(config)
     assert seen == [None] * 7  # from step 5, its last checkpoint: what came in a step is not kept
-    assert failure(config.run_dir) is None
+    assert Run(config.run_dir).failure() is None
 
 
 def test_what_is_refused_because_it_is_another_run_is_no_failure_of_this_one(
@@ -162,42 +157,63 @@ def test_what_is_refused_because_it_is_another_run_is_no_failure_of_this_one(
     root = config.run_dir.parents[1]
     with pytest.raises(UserError, match="is of another configuration"):
         train_silently(tiny_config(root, *WORDS, "train.lr_rest=0.5"))
-    assert failure(config.run_dir) is None
-    assert is_done(config.run_dir)
+    assert Run(config.run_dir).failure() is None
+    assert Run(config.run_dir).is_done()
 
 
 def test_a_full_disk_does_not_hide_the_error(tmp_path: Path) -> None:
-    record_failure(tmp_path / "file.txt" / "run", ValueError("the first"))  # nor is it raised
+    Run(tmp_path / "file.txt" / "run").record_failure(ValueError("the first"))  # nor is it raised
     (tmp_path / "file.txt").touch()
-    record_failure(tmp_path / "file.txt" / "run", ValueError("the second"))
+    Run(tmp_path / "file.txt" / "run").record_failure(ValueError("the second"))
 
 
 def test_a_question_about_the_lock_makes_nothing_and_does_not_keep_a_run_from_starting(
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
-    assert not at_work(run_dir)
+    assert not Run(run_dir).at_work()
     assert not run_dir.exists()
     with lock(run_dir):
-        assert at_work(run_dir)
+        assert Run(run_dir).at_work()
         with pytest.raises(UserError, match="another process is at work"), lock(run_dir):
             pass
-    assert not at_work(run_dir)
-    with (run_dir / ".lock").open() as asking:
-        fcntl.flock(asking, fcntl.LOCK_SH)
-        assert not at_work(run_dir)  # one question does not answer another
-        with pytest.raises(UserError), lock(run_dir):
-            pass
+    assert not Run(run_dir).at_work()
     with lock(run_dir):
-        assert at_work(run_dir)
+        assert Run(run_dir).at_work()
+
+
+def test_many_processes_may_ask_about_the_lock_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.lock():
+        pass
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: run.at_work(), range(200)))
+        with run.lock():  # nor does a question keep a run from starting
+            pass
+    assert not any(answers)
+
+
+def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path: Path) -> None:
+    holds = "import sys, time; from pathlib import Path; from soluscope.runs.folder import lock\n"
+    code = holds + "with lock(Path(sys.argv[1])):\n    print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        assert Run(tmp_path).at_work()
+        with pytest.raises(UserError, match="another process is at work"), lock(tmp_path):
+            pass
+        holder.kill()
+    assert not Run(tmp_path).at_work()
+    with lock(tmp_path):
+        pass
 
 
 def test_the_last_row_is_the_last_whole_one(whole: Path, config: Config) -> None:
-    assert last_row(config.run_dir) == {}
+    assert Run(config.run_dir).last_row() == {}
     run_dir = copied(whole, config, "metrics.jsonl")
     rows = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert last_row(run_dir) == json.loads(rows[-1])
+    assert Run(run_dir).last_row() == json.loads(rows[-1])
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
-    assert last_row(run_dir) == json.loads(rows[-1])
-    assert last_checkpoint(whole).is_file()
+    assert Run(run_dir).last_row() == json.loads(rows[-1])
+    assert Run(whole).checkpoint.is_file()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from _slurm_cluster import NoCluster, slurm_cluster, wait_until
-from conftest import ROOT, run_python, tiny_config, train_silently
+from conftest import HANGS_AFTER_S, ROOT, run_python, tiny_config, train_silently
 
 from soluscope.config import EvalConfig
 from soluscope.engines import slurm
@@ -90,7 +90,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
         metrics = run_dir / "metrics.jsonl"
         return metrics.is_file() and len(metrics.read_text().splitlines()) * 5 >= step
 
-    wait_until(reached, 60)
+    wait_until(reached, HANGS_AFTER_S)
 
 
 def queue() -> list[str]:
@@ -101,7 +101,7 @@ def queue() -> list[str]:
 
 
 def wait_for_the_queue_to_empty() -> None:
-    wait_until(lambda: not queue(), 90)
+    wait_until(lambda: not queue(), HANGS_AFTER_S)
 
 
 def logs(study_dir: Path) -> str:
@@ -141,7 +141,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
     wait_for_step(run_dir, 50)
     # What SLURM does 90 seconds before the limit, at once.
     subprocess.run(["scancel", "--me", "--state=RUNNING", "--signal=USR2"], check=True)
-    wait_until(lambda: "Requeued job" in logs(run_dir.parent), 30)
+    wait_until(lambda: "Requeued job" in logs(run_dir.parent), HANGS_AFTER_S)
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     assert 50 <= checkpoint["global_step"] < LONG
     wait_for_the_queue_to_empty()

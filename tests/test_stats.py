@@ -14,6 +14,8 @@ from statsmodels.regression.linear_model import OLS
 
 from soluscope.comparison import stats
 
+pytestmark = pytest.mark.arithmetic
+
 
 def tokens(n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Documents of 1 to 30 tokens, each with a mean of its own."""
@@ -233,19 +235,21 @@ def test_draws_equal_to_the_number_count_half_as_below_it():
 
 
 def test_numbers_that_are_often_undefined_have_no_interval():
-    sums = np.ones((30, 2))
+    sums = np.stack([np.random.default_rng(0).normal(size=30), np.ones(30)], axis=1)
 
     def undefined(share):
         def value(sums):
-            found = np.linspace(0, 1, len(sums))
-            found[1 : 1 + int(share * (len(sums) - 1))] = np.nan
-            return found
+            means = mean_of(sums)
+            lowest = means[1:] < np.quantile(means[1:], share)
+            return np.where([False, *lowest], np.nan, means)
 
         return value
 
     assert stats.bootstrap_sums(sums, undefined(0.06), 30, method="percentile").low is None
     few = stats.bootstrap_sums(sums, undefined(0.04), 30, method="percentile")
-    assert few.low == pytest.approx(0.04 + 0.96 * scipy.stats.norm.cdf(stats._z(0.95, 30)[0]), 0.01)
+    drawn = undefined(0.04)(stats._weights(30, 2000, 0) @ sums)[1:]
+    ends = np.nanquantile(drawn, scipy.stats.norm.cdf(stats._z(0.95, 30)))
+    assert (few.low, few.high) == pytest.approx(tuple(ends), rel=1e-9)
 
 
 def test_a_number_that_hangs_on_one_document_has_no_interval():
@@ -259,6 +263,81 @@ def test_a_number_outside_all_its_draws_has_no_interval():
     # How many different documents there are: a resample never has all.
     interval = stats.bootstrap_sums(np.eye(30), lambda sums: (sums > 0).sum(axis=1) / 1.0, 30)
     assert (interval.value, interval.low) == (30, None)
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def mean_difference(sums):
+    """Of two columns, by way of their means, so that what is left has the rounding of these."""
+    return sums[:, 0] / sums[:, 2] - sums[:, 1] / sums[:, 2]
+
+
+def two_columns(share: float, scale: float = 1.0) -> np.ndarray:
+    """Sums of x, of x (1 - share) and of 1 over 60 clusters."""
+    x = 28 * scale * np.random.default_rng(0).uniform(0.5, 1.5, 60)
+    return np.stack([x, x * (1 - share), np.ones(60)], axis=1)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("share", [0.0, 2e-16, -1e-15])
+def test_what_rounding_leaves_of_equal_numbers_is_zero(share, scale):
+    interval = stats.bootstrap_sums(two_columns(share, scale), mean_difference, n=60)
+    assert (interval.low, interval.value, interval.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_a_difference_of_one_in_ten_billion_is_real(scale):
+    interval = stats.bootstrap_sums(two_columns(1e-10, scale), mean_difference, n=60)
+    unit = two_columns(1e-10, scale)[:, 0].mean() * 1e-10
+    assert interval.value == pytest.approx(unit, rel=1e-4)
+    assert 0.8 * unit < interval.low < interval.value < interval.high < 1.2 * unit
+
+
+def test_a_mean_of_tiny_values_is_real():
+    """As wide in proportion as that of large ones: nothing was cancelled."""
+    values, clusters = tokens(60, seed=1)
+    large = stats.cluster_bootstrap(values, clusters)
+    tiny = stats.cluster_bootstrap(values * 1e-30, clusters)
+    wanted = [number * 1e-30 for number in (large.low, large.value, large.high)]
+    assert [tiny.low, tiny.value, tiny.high] == pytest.approx(wanted, rel=1e-9, abs=0)
+
+
+def test_draws_that_differ_from_the_number_by_rounding_equal_it():
+    draws = np.array([3.6e-14, *np.zeros(200)])
+    assert stats._ends(draws, 200, 0.95, acceleration=0.0) == (None, None)
+    ends = stats._ends(draws, 200, 0.95, acceleration=0.0, rounding=1e-13)
+    assert ends == (3.6e-14, 3.6e-14)
+
+
+def test_a_number_has_the_rounding_of_what_it_follows_from():
+    of_sums = np.array([[1.0, 2.0, 1.0]] * 30)
+    difference = stats._rounding(mean_difference, of_sums)
+    assert stats.ROUNDING < difference < 6 * stats.ROUNDING
+    small = stats._rounding(lambda sums: sums[:, 0] * sums[:, 1] * 1e-30, of_sums)
+    assert small < 2e3 * 4 * stats.ROUNDING * 1e-30
+
+
+def test_values_that_rounding_tells_apart_have_no_spread():
+    clusters = np.arange(1000) % 50
+    rounded = 0.1 * (1 + 2e-16 * np.tile([0, 1, 2, 3], 250))
+    assert len(np.unique(rounded)) > 1
+    interval = stats.cluster_bootstrap(rounded, clusters, "sd")
+    assert (interval.low, interval.value, interval.high) == (0, 0, 0)
+    assert stats.n_distinct(rounded) == 1
+    spread = 0.1 * (1 + 1e-9 * np.tile([0, 1, 2, 3], 250))
+    interval = stats.cluster_bootstrap(spread, clusters, "sd")
+    assert interval.value == pytest.approx(np.std(spread), rel=1e-5)
+    assert stats.n_distinct(spread) == 4
+    assert stats.order_of([3.0, 0.3, 0.1 + 0.2, -1.0]).tolist() == [2, 1, 1, 0]
+    assert (stats.n_distinct([]), stats.n_distinct([0.0, 0.0])) == (0, 1)
+
+
+def test_numbers_that_differ_by_rounding_do_not_differ():
+    assert 0.1 + 0.2 != 0.3
+    assert stats.difference(0.1 + 0.2, 0.3) == 0
+    assert stats.difference(1.0, 1 + 1e-10) == pytest.approx(-1e-10, rel=1e-5)
+    assert stats.difference(3e-20, 2e-20) == pytest.approx(1e-20)
 
 
 def test_sums_must_be_a_table():

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 from _wandb_server import WandbServer
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope import results
 from soluscope.config import read_config
-from soluscope.training.tracking import SENT_AGAIN, Tracker, mode_of
+from soluscope.training.wandb_run import SENT_AGAIN, Tracker, mode_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -93,7 +93,7 @@ def python(
         cwd=place,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS_AFTER_S,
     )
 
 
@@ -251,8 +251,9 @@ def test_probes_join_the_run_once_with_tables_and_figures(
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from soluscope.training import run as training
 from soluscope.config import load_config
+from soluscope.training.callback import TrainingCallback
+from soluscope.training.run import train
 at, *words = sys.argv[1:]
 def service():
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -262,19 +263,19 @@ def service():
             continue
         if name == "(wandb-core)" and int(parent) == os.getpid():
             return int(pid)
-real = training.RunFolder.on_train_batch_end
+real = TrainingCallback.on_train_batch_end
 def watched(self, trainer, *rest):
     real(self, trainer, *rest)
     if trainer.global_step == int(at):
         then()
-training.RunFolder.on_train_batch_end = watched
+TrainingCallback.on_train_batch_end = watched
 """
 KILL_ALL = """
 def then():
     time.sleep(1)
     os.kill(service(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-training.train(load_config(words))
+train(load_config(words))
 """
 
 
@@ -345,13 +346,13 @@ def then():
     os.kill(service(), signal.SIGKILL)
     time.sleep(0.5)
 config = load_config(words)
-training.train(config)
+train(config)
 then = lambda: None
 blocked = load_config([*words, "seed=1"])
 blocked.run_dir.mkdir(parents=True)
 (blocked.run_dir / "wandb").write_text("in the way")
-training.train(blocked)
-training.train(load_config([*words, "seed=2"]))
+train(blocked)
+train(load_config([*words, "seed=2"]))
 """
 
 
@@ -375,28 +376,28 @@ ONLINE = """
 import json
 from dataclasses import asdict
 from _wandb_server import WandbServer
-from soluscope.training import tracking
-tracking.FINISH_SECONDS = 3
+from soluscope.training import wandb_run
+wandb_run.FINISH_SECONDS = 3
 def then():
-    raise KeyboardInterrupt
+    raise RuntimeError("the machine ran out of something")
 config = load_config(words)
 with WandbServer() as server:
     os.environ |= server.environment()
     try:
-        training.train(config)
-    except KeyboardInterrupt:
+        train(config)
+    except RuntimeError:
         pass
     then = lambda: None
-    training.train(config)
+    train(config)
     (run,) = server.runs.values()
     (model,) = server.artifacts.values()
     print(json.dumps({"history": run.history, "summary": run.summary, "config": run.config, "id": run.id,
                       "exit_code": run.exit_code, "committed": model.committed, "group": run.group}))
     server.refusing = True
-    training.train(load_config([*words, "seed=1"]))  # the key is refused from here on
+    train(load_config([*words, "seed=1"]))  # the key is refused from here on
     server.refusing = False
     at, then = 12, lambda: server.__exit__()
-    training.train(load_config([*words, "seed=2"]))
+    train(load_config([*words, "seed=2"]))
 """
 
 
@@ -462,8 +463,8 @@ def test_a_refused_key_is_one_line_before_anything_starts(place: Path, server: S
 
 
 ASK = (
-    "import os; from soluscope.errors import run_command; "
-    "from soluscope.training.tracking import check_login; run_command(lambda words: check_login(words[0]))"
+    "import os; from soluscope.command import run_command; "
+    "from soluscope.training.wandb_run import check_login; run_command(lambda words: check_login(words[0]))"
 )
 
 
@@ -482,7 +483,7 @@ def test_online_without_a_good_key_is_one_line(place, server, key, said) -> None
 
 def test_asking_the_server_leaves_no_service_to_the_jobs_that_follow(place, server) -> None:
     code = (
-        "import os; from soluscope.errors import UserError; from soluscope.training.tracking import check_login\n"
+        "import os; from soluscope.errors import UserError; from soluscope.training.wandb_run import check_login\n"
         "try: check_login('online')\n"
         "except UserError: print(os.environ.get('WANDB_SERVICE'))"
     )

@@ -17,9 +17,11 @@ from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.data.cache import open_cache, prepare
 from soluscope.errors import UserError
-from soluscope.runs.weights import build_model, load_facts, load_model
-from soluscope.training import run as training
-from soluscope.training.run import batch_rows, parameter_groups, rate
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import build_model, load_facts
+from soluscope.training.batches import Batches, batch_rows
+from soluscope.training.module import TrainingModule, parameter_groups, rate
+from soluscope.training.static_gain import set_gain
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 7, 64, 1000])
@@ -53,11 +55,11 @@ def test_batches_are_the_same_for_every_variant(tmp_path):
     seen = {}
     for variant in plugins.names("soluscope.variants"):
         config = tiny_config(tmp_path, f"variant={variant}", "seed=4", "train.micro_batches=2")
-        batches = training.Batches(config, prepare(config))
+        batches = Batches(config, prepare(config))
         batches.trainer = type("At", (), {"global_step": 3})
         stream = iter(batches.train_dataloader())
         seen[variant] = torch.cat([next(stream) for _ in range(4)])
-    reference = seen["gelu"]
+    reference = seen[plugins.names("soluscope.variants")[0]]
     assert reference.shape == (16, 32)  # two steps of two micro-batches of four rows
     assert all(torch.equal(reference, tokens) for tokens in seen.values())
 
@@ -88,15 +90,15 @@ CHILD = """
 import os, signal, sys
 from conftest import tiny_config, train_silently
 from pathlib import Path
-from soluscope.training import run as training
+from soluscope.training.callback import TrainingCallback
 runs, at, *words = sys.argv[1:]
 config = tiny_config(Path(runs), *words)
-real = training.RunFolder.on_train_batch_end
+real = TrainingCallback.on_train_batch_end
 def dying(self, trainer, *rest):
     real(self, trainer, *rest)
     if trainer.global_step == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
-training.RunFolder.on_train_batch_end = dying
+TrainingCallback.on_train_batch_end = dying
 train_silently(config)
 """
 
@@ -210,13 +212,13 @@ def test_a_diverging_loss_stops_with_step_batch_checkpoint_and_knob(tmp_path):
 
 def test_a_nan_loss_names_the_first_bad_step_and_its_rows(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, "variant=gelu", "train.steps=20", "train.checkpoint_every=4")
-    real = training.TrainingModule.training_step
+    real = TrainingModule.training_step
 
     def breaking(self, tokens, index):
         loss = real(self, tokens, index)
         return loss * float("nan") if self.trainer.global_step == 6 else loss
 
-    monkeypatch.setattr(training.TrainingModule, "training_step", breaking)
+    monkeypatch.setattr(TrainingModule, "training_step", breaking)
     rows = batch_rows(0, 6, 8, len(prepare(config).rows("train", 32)))
     with pytest.raises(
         UserError,
@@ -231,7 +233,7 @@ def test_init_gain_is_near_one_over_root_epsilon_where_epsilon_pins(tmp_path):
     """With kappa far above the variance, LayerNorm's gain is 1/sqrt(eps), and so is its match."""
     config = tiny_config(tmp_path, "variant=solu_frozen_ln", "mid.kappa=1e5")
     model = build_model(config, prepare(config).meta["d_vocab"])
-    training.set_gain(model, config, prepare(config))
+    set_gain(model, config, prepare(config))
     assert float(model.mlp(0).ln.gain) == pytest.approx((1e5 / 128**2) ** -0.5, rel=1e-3)
 
 
@@ -246,7 +248,8 @@ def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_pat
         "train.warmup_steps=0",
     )
     facts = load_facts(train_silently(config))
-    model, ln_facts = load_model(tiny_study / "solu_ln-s1")
+    ln_run = Run(tiny_study / "solu_ln-s1")
+    model, ln_facts = ln_run.load_model(), ln_run.facts
     rows = prepare(config).rows("select", 32)
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), 8192 // 32)).astype(int)
     record = {}
@@ -256,14 +259,17 @@ def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_pat
     assert ln_facts.kappa == pytest.approx(41.94304)
 
 
-def test_gain_from_a_run_without_layer_norm_is_refused(tiny_study, tmp_path):
+def test_gain_from_a_run_without_a_per_token_gain_is_refused(tiny_study, tmp_path):
     config = tiny_config(tmp_path, "variant=solu_gain", f"mid.gain={tiny_study / 'gelu-s0'}")
-    with pytest.raises(UserError, match="has no LayerNorm to take a gain from"):
+    with pytest.raises(
+        UserError, match="is of gelu, which has no per-token gain to take the mean of"
+    ):
         train_silently(config)
 
 
 def test_done_holds_the_loss_of_the_saved_weights_on_both_splits(tiny_study):
-    model, facts = load_model(tiny_study / "solu_ln-s0")
+    run = Run(tiny_study / "solu_ln-s0")
+    model, facts = run.load_model(), run.facts
     done = json.loads((tiny_study / "solu_ln-s0" / "done.json").read_text())
     config = load_config(["variant=solu_ln", "size=tiny"])
     cache_path = json.loads((tiny_study / "data.json").read_text())["path"]
@@ -323,14 +329,14 @@ def test_the_logged_loss_is_the_steps_mean_over_its_micro_batches(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_checkpoint_takes_it(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, "variant=gelu", "train.steps=20", "train.checkpoint_every=4")
-    real = training.TrainingModule.configure_gradient_clipping
+    real = TrainingModule.configure_gradient_clipping
 
     def breaking(self, *words, **keys):
         if self.trainer.global_step == 6:
             self.model.unembed.b_U.grad[0] = torch.nan
         real(self, *words, **keys)
 
-    monkeypatch.setattr(training.TrainingModule, "configure_gradient_clipping", breaking)
+    monkeypatch.setattr(TrainingModule, "configure_gradient_clipping", breaking)
     with pytest.raises(UserError, match=r"gradient's norm is nan at step 7 .*last.ckpt, step 4"):
         train_silently(config)
     kept = torch.load(config.run_dir / "checkpoints" / "last.ckpt", weights_only=True)

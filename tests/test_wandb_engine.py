@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import yaml
 from _wandb_server import USER, WandbServer, grid, violations
-from conftest import ROOT
+from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope.config import load_config
 from soluscope.engines.wandb import ENGINE, Params, described
 from soluscope.errors import UserError
 from soluscope.launching.sweep import Sweep, read_sweep
-from soluscope.runs.folder import is_done
+from soluscope.runs.folder import Run
 
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -191,7 +191,12 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "sweeps/launch.py"), str(path), "engine=wandb", *words]
     return subprocess.run(
-        command, env=environment, cwd=path.parent, capture_output=True, text=True, timeout=120
+        command,
+        env=environment,
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        timeout=HANGS_AFTER_S,
     )
 
 
@@ -277,7 +282,7 @@ def test_an_agent_trains_a_registered_sweep_from_end_to_end(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANGS_AFTER_S,
     )
     assert ran.returncode == 0, ran.stderr
 
@@ -286,7 +291,7 @@ def test_an_agent_trains_a_registered_sweep_from_end_to_end(
         "solu_ln-s0-kappa0.42-lr4e-05",
     }
     for config in sweep.configs:
-        assert is_done(config.run_dir), ran.stderr
+        assert Run(config.run_dir).is_done(), ran.stderr
         facts = json.loads((config.run_dir / "model.json").read_text())
         assert facts["config"] == config.hash
 

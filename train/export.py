@@ -9,29 +9,19 @@ config.yaml goes with it as the run has it, with the names of its folders. --pus
 
 from pathlib import Path
 
-from soluscope.errors import UserError, run_command
+from soluscope.command import Parser, run_command
 
 
 def main(arguments: list[str]) -> None:
-    if "--help" in arguments:
-        print(__doc__)
-        return
-    repo = None
-    rest = list(arguments)
-    if "--push" in rest:
-        at = rest.index("--push")
-        repo = next(iter(rest[at + 1 :]), "")
-        rest = rest[:at] + rest[at + 2 :]
-    if len(rest) != 2:
-        raise UserError(
-            f"{len(rest)} words given, wanted a run and a new folder, as in: "
-            "python train/export.py runs/demo/solu_ln-s0 out/"
-        )
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload it to this repository too")
+    given = parser.parse_intermixed_args(arguments)
     from soluscope.export import export  # here, so that --help answers at once
 
-    run_dir, out = map(Path, rest)
-    obstacle, url = export(run_dir, out, repo)
-    print(f"{run_dir} is exported to {out}")
+    obstacle, url = export(given.run, given.out, given.push)
+    print(f"{given.run} is exported to {given.out}")
     if obstacle:
         print(f"soluscope alone loads it: {obstacle}")
     if url:

@@ -3,26 +3,28 @@
     python train/run.py variant=solu_ln seed=1 size=tiny train.steps=200
 
 Words are key=value, or YAML files whose keys come before the command line's.
-  --cfg   print the merged configuration and stop
-  --help  this text and every key, its default and its meaning
 """
 
-from soluscope.config import load_config, to_yaml, train_help
-from soluscope.errors import run_command
-from soluscope.runs.folder import is_done
+from soluscope.command import Parser, run_command
+from soluscope.config import load_config, to_yaml
+from soluscope.config_help import train_help
+from soluscope.runs.folder import Run
 
 
 def main(arguments: list[str]) -> None:
-    if "--help" in arguments:
-        print(__doc__ + "\n" + train_help())
-        return
-    config = load_config([word for word in arguments if word != "--cfg"])
-    if "--cfg" in arguments:
+    parser = Parser(__doc__, train_help)
+    parser.add_argument("words", nargs="*", help="key=value, or a YAML file")
+    parser.add_argument(
+        "--cfg", action="store_true", help="print the merged configuration and stop"
+    )
+    given = parser.parse_intermixed_args(arguments)
+    config = load_config(given.words)
+    if given.cfg:
         print(to_yaml(config), end="")
         return
     from soluscope.training.run import train  # here, so that the lines above answer at once
 
-    was_done = is_done(config.run_dir)
+    was_done = Run(config.run_dir).is_done()
     run_dir = train(config)
     print(f"{run_dir} {'was finished already' if was_done else 'is finished'}")
 

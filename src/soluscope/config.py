@@ -7,17 +7,12 @@ heavy is imported, so that `--help` and every mistake are answered at once.
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import json
 import math
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING as MISSING_DEFAULT
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -152,7 +147,8 @@ class TrainConfig:
     compile: bool | None = None
     """torch.compile. null: on cuda."""
     devices: int = 1
-    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch."""
+    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch.
+    torchrun or srun starts them."""
     nodes: int = 1
     """Machines that train this one model together; each starts the same command."""
 
@@ -414,9 +410,10 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     for group, name in groups.items():
         if name is None or name == "???":
             check(group == "variant", f"{group} has no value: give it, as in {group}=…")
+            known = plugins.names("soluscope.variants")
             raise UserError(
-                "variant has no value: give it, as in variant=solu_ln. There are: "
-                + ", ".join(plugins.names("soluscope.variants"))
+                f"variant has no value: give it, as in variant={known[0]}. There are: "
+                + ", ".join(known)
             )
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
@@ -470,53 +467,6 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
 def to_yaml(config: Any) -> str:
     """YAML of a configuration, with every value that was resolved."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
-
-
-def train_help() -> str:
-    """Every key of a training run, with its default and meaning."""
-    parts = [*help_lines(Config)]
-    for section, package in (("mid", "soluscope.variants"), ("corpus", "soluscope.data.sources")):
-        members: dict[type, list[str]] = {}
-        for name in plugins.names(package):
-            members.setdefault(plugins.pick(package, name).params, []).append(name)
-        for params, owners in members.items():
-            if fields(params):
-                kind = "variant" if section == "mid" else "data"
-                parts += [
-                    "",
-                    f"with {kind}={' or '.join(owners)}:",
-                    *help_lines(params, f"{section}."),
-                ]
-    return "\n".join(parts)
-
-
-def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
-    """`key  default  meaning` for every key of a dataclass, nested ones with their dotted names."""
-    meanings = _docstrings(schema)
-    for item in fields(schema):
-        made = item.default_factory
-        default = item.default if made is MISSING_DEFAULT else made()
-        if is_dataclass(default):
-            yield from help_lines(type(default), f"{prefix}{item.name}.")
-        elif item.name in meanings:
-            shown = (
-                "required" if default == MISSING else "null" if default is None else str(default)
-            )
-            lines = textwrap.wrap(meanings[item.name], width=72)
-            yield f"  {prefix + item.name:<24} {shown:<10}  {lines[0]}"
-            yield from (" " * 39 + line for line in lines[1:])
-
-
-def _docstrings(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass, its parents' included: the field's meaning."""
-    found: dict[str, str] = {}
-    for owner in reversed(schema.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(definition, ast.ClassDef)
-        for before, after in pairwise(definition.body):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
-    return found
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

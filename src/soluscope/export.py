@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from soluscope import plugins, results
-from soluscope.config import Config, read_config
+from soluscope import results
+from soluscope.config import Config
 from soluscope.errors import UserError
 from soluscope.files import write_bytes, write_text
 from soluscope.report import controls, findings
 from soluscope.results import Measurement, OfRun, Record, of_kind
-from soluscope.runs.folder import is_done
+from soluscope.runs.folder import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,13 +61,14 @@ def export(run_dir: Path, out: Path, repo: str | None = None) -> tuple[str | Non
     Raises:
         UserError: no finished run, `out` is not new, or the hub does not take it; nothing is left behind.
     """
-    _check_run(run_dir)
+    run = Run(run_dir)
+    _check_run(run)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already: name a new folder, or delete it")
     if repo is not None:
         _check_push(repo)
     with _whole(out.resolve()) as folder:
-        obstacle = _write(run_dir, folder, repo)
+        obstacle = _write(run, folder, repo)
         url = None if repo is None else _push(folder, repo)
     return obstacle, url
 
@@ -83,28 +84,21 @@ def load(folder: str | Path, device: str = "cpu") -> SoluscopeTransformer:
         UserError: it is no export, is broken, or the two models disagree.
     """
     from soluscope.hooked.convert import load_tokenizer, to_hooked
-    from soluscope.runs.weights import load_model
 
-    folder = Path(folder)
-    trained, facts = load_model(folder)
-    model = to_hooked(trained, facts, _variant(folder), device)
-    model.set_tokenizer(load_tokenizer(folder / "tokenizer.json", facts))
+    run = Run(Path(folder))
+    model = to_hooked(run.load_model(), run.facts, run.variant, device)
+    model.set_tokenizer(load_tokenizer(run.dir / "tokenizer.json", run.facts))
     return model
 
 
-def _variant(run_dir: Path) -> Variant:
-    variant: Variant = plugins.pick(
-        "soluscope.variants", read_config(run_dir / "config.yaml").variant
-    )
-    return variant
-
-
-def _check_run(run_dir: Path) -> None:
-    if not (run_dir / "config.yaml").is_file():
-        said = "has no config.yaml" if run_dir.is_dir() else "does not exist"
-        raise UserError(f"{run_dir} {said}: wanted a run's folder, such as runs/demo/solu_ln-s0")
-    if not is_done(run_dir):
-        raise UserError(f"{run_dir} has not finished: train it to its end, then export it")
+def _check_run(run: Run) -> None:
+    if not run.config_file.is_file():
+        problem = "has no config.yaml" if run.dir.is_dir() else "does not exist"
+        raise UserError(
+            f"{run.dir} {problem}: wanted a run's folder, such as runs/STUDY/VARIANT-s0"
+        )
+    if not run.is_done():
+        raise UserError(f"{run.dir} has not finished: train it to its end, then export it")
 
 
 @contextmanager
@@ -121,20 +115,17 @@ def _whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write(run_dir: Path, folder: Path, repo: str | None) -> str | None:
+def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     """All files of the export. Returns what keeps TransformerLens from loading it."""
     import torch
 
     from soluscope.hooked.convert import load_tokenizer
-    from soluscope.runs.weights import load_model
 
-    trained, facts = load_model(run_dir)
-    config = read_config(run_dir / "config.yaml")
+    trained, facts = run.load_model(), run.facts
     for name in OWN:
-        write_bytes(folder / name, (run_dir / name).read_bytes())
-    tokenizer = run_dir.parent / "tokenizer.json"
-    told = load_tokenizer(tokenizer, facts)  # checks that it is this model's
-    write_bytes(folder / "tokenizer.json", tokenizer.read_bytes())
+        write_bytes(folder / name, (run.dir / name).read_bytes())
+    told = load_tokenizer(run.tokenizer, facts)  # checks that it is this model's
+    write_bytes(folder / "tokenizer.json", run.tokenizer.read_bytes())
     special = {name: str(token) for name, token in told.special_tokens_map.items()}
     write_text(folder / "special_tokens_map.json", _json(special))
     write_text(
@@ -146,14 +137,14 @@ def _write(run_dir: Path, folder: Path, repo: str | None) -> str | None:
     )  # fmt: skip
     weights, obstacle = f"{facts.run}_final.pth", None
     try:
-        lens_state = _lens_state(trained, facts, _variant(run_dir))
+        lens_state = _lens_state(trained, facts, run.variant)
     except UserError as error:
         obstacle = str(error)
     else:
         torch.save(lens_state, file := io.BytesIO())
         write_bytes(folder / weights, file.getvalue())
-    write_text(folder / "config.json", _json(_family_config(config, facts, obstacle, repo)))
-    stored = run_dir.parent / "results.jsonl"
+    write_text(folder / "config.json", _json(_family_config(run.config, facts, obstacle, repo)))
+    stored = run.dir.parent / "results.jsonl"
     records = results.read(stored) if stored.is_file() else []
     own = [
         each
@@ -163,7 +154,7 @@ def _write(run_dir: Path, folder: Path, repo: str | None) -> str | None:
     if own:
         results.write(folder / "results.jsonl", own)
     probes = _probes(of_kind(own, Measurement), records)
-    write_text(folder / "README.md", _card(run_dir, facts, probes, weights, obstacle, repo))
+    write_text(folder / "README.md", _card(run, probes, weights, obstacle, repo))
     return obstacle
 
 
@@ -190,7 +181,7 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     from soluscope.hooked.convert import SoluscopeTransformer, check_agreement
 
     norm = trained.mlp(0).ln
-    if norm is not None and norm.eps is None:
+    if norm is not None and not norm.is_layer_norm:
         raise UserError(f"its mid norm is {facts.mid_norm}, and TransformerLens has LayerNorm only")
     for eps, where in (facts.ln_eps, "residual stream's norms"), (facts.eps, "mid norm"):
         if eps is not None and not math.isclose(eps, LENS_EPS, rel_tol=1e-6):
@@ -247,8 +238,7 @@ def _family_config(
 
 
 def _card(
-    run_dir: Path,
-    facts: Facts,
+    run: Run,
     probes: Sequence[dict[str, Any]],
     weights: str,
     obstacle: str | None,
@@ -258,8 +248,9 @@ def _card(
 
     The template escapes all values as Markdown but those of code blocks.
     """
-    yaml = (run_dir / "config.yaml").read_text(encoding="utf8").rstrip()
-    longest = max((len(run) for run in re.findall("`+", yaml)), default=0)
+    facts = run.facts
+    yaml = run.config_file.read_text(encoding="utf8").rstrip()
+    longest = max((len(ticks) for ticks in re.findall("`+", yaml)), default=0)
     described = {
         "variant": facts.variant, "mid norm": facts.mid_norm, "epsilon of the mid norm": facts.eps,
         "kappa, epsilon times d_mlp squared": facts.kappa, "gain, one for all tokens": facts.gain,
@@ -275,7 +266,7 @@ def _card(
     environment.filters["code"] = Markup
     return environment.get_template("card.md.j2").render(
         facts=facts, described=described, probes=probes, weights=weights, obstacle=obstacle, repo=repo,
-        done=json.loads((run_dir / "done.json").read_text(encoding="utf8")),
+        done=run.done() or {},
         folder=f'snapshot_download("{repo}")' if repo else HERE,
         import_hub="from huggingface_hub import snapshot_download\n" if repo else "",
         sizes=json.dumps(SIZES), yaml=yaml,

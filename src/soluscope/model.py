@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a bare machine trains without it
 
     Resid = Float[Tensor, "batch pos d_model"]
 
-Record = dict[str, Tensor]
+Activations = dict[str, Tensor]
 """Stages by TransformerLens's hook names, filled by a forward pass that is handed one."""
 
 CHUNK_LOGITS_ABOVE = 2**28
@@ -85,7 +85,7 @@ class MLP(nn.Module):
         self.b_out = nn.Parameter(torch.zeros(d_model))
         self.ln = variant.build_norm(d_mlp, params) if variant.build_norm else None
 
-    def forward(self, x: Resid, record: Record | None = None, prefix: str = "") -> Resid:
+    def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         pre = x @ self.W_in + self.b_in  # [batch pos d_mlp]
         # SoLU's activations are about 1/d_mlp with a variance of 1e-7, which bf16 would lose.
         pre = pre.to(torch.promote_types(pre.dtype, torch.float32))
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.ln2 = LayerNorm(config.d_model, config.ln_eps)
         self.mlp = MLP(config.d_model, config.d_mlp, variant, params)
 
-    def forward(self, x: Resid, record: Record | None = None, prefix: str = "") -> Resid:
+    def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         x = x + self.attn(self.ln1(x))
         out: Tensor = self.mlp(self.ln2(x), record, f"{prefix}mlp.")
         return x + out
@@ -134,7 +134,9 @@ class LanguageModel(nn.Module):
         """The MLP of a block."""
         return cast(Block, self.blocks[layer]).mlp
 
-    def residual(self, tokens: Int[Tensor, "batch pos"], record: Record | None = None) -> Resid:
+    def residual(
+        self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None
+    ) -> Resid:
         """The residual stream after the final norm."""
         x: Tensor = self.embed.W_E[tokens] + self.pos_embed.W_pos[: tokens.shape[1]]
         for index, block in enumerate(self.blocks):
@@ -142,7 +144,7 @@ class LanguageModel(nn.Module):
         return cast(Tensor, self.ln_final(x))
 
     def forward(
-        self, tokens: Int[Tensor, "batch pos"], record: Record | None = None
+        self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits; `record`, where given, receives the stages under TransformerLens's hook names."""
         return self.residual(tokens, record) @ self.unembed.W_U + self.unembed.b_U

@@ -21,7 +21,7 @@ from soluscope import plugins
 from soluscope.data import streams
 from soluscope.data.cache import open_cache
 from soluscope.errors import UserError
-from soluscope.evaluation.summaries import estimates, parameters, token_table
+from soluscope.evaluation.summaries import token_table
 from soluscope.hooked.activations import HookedRun, observe
 
 VARIANTS = plugins.names("soluscope.variants")
@@ -76,14 +76,13 @@ def _measured(observed: Callable[[str], HookedRun]) -> Numbers:
 
 
 def _numbers(probe: Any, run: HookedRun) -> Iterator[tuple[str, Any]]:
-    table = token_table(probe, run)
+    measured = probe.measure(run)
+    table = token_table(run, measured)
     yield from ((f"token {name}", column) for name, column in table.items())
-    for number, e in enumerate(estimates(probe, run, table)):
+    for number, e in enumerate(measured.estimates):
         key = f"estimate {number} {e.quantity} {e.group}"
         yield key, [np.nan if e.x is None else e.x, *e.value(e.sums.sum(0, keepdims=True))]
-    if probe.neurons is not None:
-        columns = probe.neurons(run, parameters(probe)).items()
-        yield from ((f"neuron {name}", column) for name, column in columns)
+    yield from ((f"neuron {name}", column) for name, column in measured.neurons.items())
 
 
 def write(folder: Path) -> None:

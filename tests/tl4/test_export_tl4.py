@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from soluscope import plugins
+
 ROOT = Path(__file__).parents[2]
 WITH_39 = Path(os.environ.get("PYTHON_WITH_39", ROOT / ".venv" / "bin" / "python"))
 pytestmark = [
@@ -36,7 +38,7 @@ pytestmark = [
 
 EXPRESSED = {"solu_ln": ("mid.eps=1e-5",), "solu": (), "gelu": ()}
 """Variants, and the words with which 4.x computes them."""
-OUR_OWN = {"solu_frozen_ln": (), "gelu_ln": (), "solu_gain": ()}
+OUR_OWN = {v: () for v in plugins.names("soluscope.variants") if v not in EXPRESSED}
 TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(5))
 TEXT = "def f(x): return 12 + <|BOS|>"
 

@@ -553,7 +553,9 @@ def _paired_probe(
         shared = here.keys() & there.keys()
         if shared:
             differences.append(
-                float(np.mean([here[name] - there[name] for name in sorted(shared)]))
+                float(
+                    np.mean([stats.difference(here[name], there[name]) for name in sorted(shared)])
+                )
             )
     if not differences:
         return []

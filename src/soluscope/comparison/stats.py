@@ -37,6 +37,17 @@ MAX_UNDEFINED = 0.05
 MAX_SEEDS_TO_FLIP = 20
 """2^20 patterns of signs; with more seeds the t interval needs no check."""
 
+ROUNDING = 4096 * float(np.finfo(np.float64).eps)
+"""Rounding of a sum, as a share of the sum of its terms' absolute values: 9.1e-13.
+
+Rounding grows as the square root of the number of terms, times the machine epsilon; 4096 is that of
+16 million tokens. Processors add in different orders, so that a number within its rounding of 0 is
+0 on one machine and has either sign on others. It is 0 here. A number that is small because its
+terms are small is not touched.
+"""
+N_ROUNDINGS = 16
+"""Ways to move all sums by their rounding, from which that of a number is estimated."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -68,6 +79,36 @@ class Fit:
     """Akaike's criterion with its small-sample term; the lower of two forms describes y better."""
 
 
+# ---------------------------------------------------------------- rounding
+
+
+def difference(left: float, right: float) -> float:
+    """Return left - right, 0 where the two numbers are equal up to rounding."""
+    return 0.0 if np.isclose(left, right, rtol=ROUNDING, atol=0) else left - right
+
+
+def centred(values: Floats) -> Floats:
+    """Return deviations from the mean, 0 where rounding alone makes them."""
+    deviations = values - (values.mean() if len(values) else 0)
+    unit = ROUNDING * np.abs(values).max(initial=0.0)
+    return np.where(np.abs(deviations) <= unit, 0.0, deviations)
+
+
+def order_of(values: ArrayLike) -> NDArray[np.intp]:
+    """Return each value's place among the distinct ones, from 0; values equal up to rounding share one."""
+    numbers = np.asarray(values, dtype=np.float64)
+    order = np.argsort(numbers, kind="stable")
+    unit = ROUNDING * np.abs(numbers).max(initial=0.0)
+    places = np.zeros(len(numbers), dtype=np.intp)
+    places[order[1:]] = np.cumsum(np.diff(numbers[order]) > unit)
+    return places
+
+
+def n_distinct(values: ArrayLike) -> int:
+    """Return how many different numbers there are; numbers equal up to rounding count once."""
+    return int(order_of(values).max(initial=-1)) + 1
+
+
 # ---------------------------------------------------------------- inside a model: documents
 
 
@@ -96,11 +137,11 @@ def bootstrap_sums(
         method: `bca` or `percentile`.
 
     Returns:
-        The number from all clusters. No ends below `MIN_CLUSTERS` clusters, where more than
-        `MAX_UNDEFINED` of the resamples leave the number undefined, or where BCa has none: with all
-        draws on one side of the number, or a number that hangs on one cluster. Where all draws are
-        equal, both ends are the number: the sample tells no more (a share of 0 in n clusters may
-        still be 3/n).
+        The number from all clusters, 0 where it is within its rounding of 0 (see `_rounding`). No
+        ends below `MIN_CLUSTERS` clusters, where more than `MAX_UNDEFINED` of the resamples leave
+        the number undefined, or where BCa has none: with all draws on one side of the number, or a
+        number that hangs on one cluster. Where all draws are equal up to rounding, both ends are
+        the number: the sample tells no more (a share of 0 in n clusters may still be 3/n).
 
     Raises:
         ValueError: if `sums` is not a table.
@@ -116,7 +157,9 @@ def bootstrap_sums(
         draws = value(_weights(n_clusters, n_draws, seed) @ per_cluster)
         if method == "bca" and len(draws) > 1:
             acceleration = _acceleration(value(_without_each(per_cluster)))
-    low, high = _ends(draws, n_clusters, level, acceleration)
+        rounding = _rounding(value, per_cluster)
+    draws = np.where(np.abs(draws) <= rounding, 0.0, draws)
+    low, high = _ends(draws, n_clusters, level, acceleration, rounding)
     return Interval(float(draws[0]), low, high, n, n_clusters)
 
 
@@ -194,8 +237,28 @@ def document_bootstrap(
     return bootstrap_sums(per_document, _quotient, n_tokens, n_draws, seed, level, method)
 
 
+def _rounding(value: Callable[[Floats], Floats], per_cluster: Floats) -> float:
+    """Return how far a number may be off because the sums that it follows from are rounded.
+
+    Every sum is moved, up or down, by ROUNDING of what was added up; the farthest that the number
+    moves is its rounding. So a difference of two large numbers has the rounding of these, and a
+    small number that follows from small sums has a small one.
+    """
+    moves = np.random.default_rng(0).choice(
+        [-ROUNDING, ROUNDING], (N_ROUNDINGS, per_cluster.shape[1])
+    )
+    total, size = per_cluster.sum(axis=0), np.abs(per_cluster).sum(axis=0)
+    moved = value(np.vstack([total, total + moves * size]))
+    distances = np.abs(moved[1:] - moved[0])
+    return float(distances[np.isfinite(distances)].max(initial=0.0))
+
+
 def _ends(
-    draws: Floats, n_units: int, level: float, acceleration: float | None = None
+    draws: Floats,
+    n_units: int,
+    level: float,
+    acceleration: float | None = None,
+    rounding: float = 0.0,
 ) -> tuple[float | None, float | None]:
     """Ends of the interval of `draws[0]` from the other draws; percentile without an acceleration.
 
@@ -207,7 +270,7 @@ def _ends(
         return None, None
     if len(drawn) < (1 - MAX_UNDEFINED) * (len(draws) - 1):
         return None, None
-    equal = np.isclose(drawn, number, rtol=1e-12, atol=0)
+    equal = np.isclose(drawn, number, rtol=ROUNDING, atol=rounding)
     if equal.all():
         return float(number), float(number)
     z = _z(level, n_units)
@@ -299,8 +362,8 @@ def _sums(
     if statistic == "mean":
         parts = [values]
     elif statistic == "sd":
-        centred = values - (values.mean() if len(values) else 0)  # small moments differ accurately
-        parts, value = [centred, centred**2], _sd
+        deviations = centred(values)  # small moments differ accurately
+        parts, value = [deviations, deviations**2], _sd
     elif statistic.startswith("share above "):
         parts = [(values > float(statistic.removeprefix("share above "))).astype(np.float64)]
     else:
@@ -477,7 +540,7 @@ def paired_seeds(numbers: ArrayLike, level: float = 0.95) -> Interval:
         flipped = np.zeros(1)
         for number in per_seed:
             flipped = np.concatenate([flipped + number, flipped - number])
-        rounding = 1e-12 * np.abs(per_seed).sum()
+        rounding = ROUNDING * np.abs(per_seed).sum()
         p = float(np.mean(np.abs(flipped) >= abs(per_seed.sum()) - rounding))
     return Interval(value, low, high, n, n, p)
 

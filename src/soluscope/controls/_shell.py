@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import brentq
+from scipy.special import logsumexp, wrightomega
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope.data.streams import Stream
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-    from transformer_lens import HookedTransformer
 
 BOS = 0
 BOS_TEXT = "<|BOS|>"
@@ -64,9 +67,6 @@ def assemble(
     Raises:
         ValueError: if no W_in gives `pre`.
     """
-    import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
     d_vocab, d_model = W_E.shape
     model = HookedTransformer(
         HookedTransformerConfig(
@@ -110,8 +110,6 @@ def anchored(
         effect: what one unit of a neuron's hook_post adds to each logit. Rows of mean 0.
         eps: the mid norm's.
     """
-    import torch
-
     d_vocab = len(pre)
     nothing = torch.zeros(d_vocab, d_vocab, dtype=pre.dtype)
     own = torch.eye(d_vocab, dtype=pre.dtype)
@@ -127,8 +125,6 @@ def anchored(
 
 def post(pre: Float[Tensor, "token d_mlp"], eps: float) -> Float[Tensor, "token d_mlp"]:
     """LayerNorm of SoLU, without gain and bias."""
-    import torch
-
     mid = pre * pre.softmax(-1)
     return torch.nn.functional.layer_norm(mid, mid.shape[-1:], eps=eps)
 
@@ -142,11 +138,6 @@ def pre_for(mid: Float[Tensor, "token d_mlp"]) -> Float[Tensor, "token d_mlp"]:
     Raises:
         ValueError: if an activation is below 0, where x is not unique.
     """
-    import numpy as np
-    import torch
-    from scipy.optimize import brentq
-    from scipy.special import logsumexp, wrightomega
-
     rows = []
     for a in mid.numpy():
         if a.min() < 0:
@@ -168,9 +159,6 @@ def pre_for(mid: Float[Tensor, "token d_mlp"]) -> Float[Tensor, "token d_mlp"]:
 
 def normal(seed: int, *shape: int) -> Tensor:
     """Standard normal numbers, fp64."""
-    import numpy as np
-    import torch
-
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
@@ -181,8 +169,6 @@ def random_effect(
 
     Rows have mean 0, and nothing is written on BOS's logit.
     """
-    import torch
-
     effect = normal(seed, like.shape[1], d_vocab - 1)
     effect *= sd / like.square().sum(-1).mean().sqrt()
     effect -= effect.mean(-1, keepdim=True)
@@ -191,8 +177,6 @@ def random_effect(
 
 def one_hot(n: int, d_mlp: int, first: int = 0) -> Float[Tensor, "n d_mlp"]:
     """Token k on neuron `first` + k."""
-    import torch
-
     return torch.eye(n, d_mlp, dtype=torch.float64).roll(first, dims=1)
 
 
@@ -200,9 +184,6 @@ def codes(
     seed: int, n: int, size: int, d_mlp: int, block: slice = slice(None)
 ) -> Float[Tensor, "n d_mlp"]:
     """Each token on its own random `size` neurons of the `block`; no two tokens on the same ones."""
-    import numpy as np
-    import torch
-
     rng = np.random.default_rng(seed)
     neurons = np.arange(d_mlp)[block]
     drawn: dict[tuple[int, ...], None] = {}
@@ -216,8 +197,6 @@ def codes(
 
 def logits(model: HookedTransformer) -> Float[Tensor, "d_vocab d_vocab"]:
     """Logits of the next token after each token."""
-    import torch
-
     with torch.no_grad():
         table: Tensor = model(torch.arange(model.cfg.d_vocab)[:, None])[:, 0]
     return table
@@ -231,8 +210,6 @@ def natural(
     A constant that is fitted to n such tokens costs about 1/(2 n) of loss on others although it changes
     nothing: what a negative control is asked to show within .001 nats takes some thousand tokens.
     """
-    import numpy as np
-
     chances = logits(model).softmax(-1).numpy()
     chances[:, BOS] = 0.0
     ceilings = chances.cumsum(-1) / chances.sum(-1, keepdims=True)
@@ -248,8 +225,6 @@ def pairs(found: Iterable[Pair], vocab: Sequence[str]) -> Stream:
 
     The logit difference of a pair is logit[right] - logit[wrong] at a row's last position but one.
     """
-    import numpy as np
-
     rows, strings = [], []
     rng = np.random.default_rng(1)
     for number, pair in enumerate(found):
@@ -284,8 +259,6 @@ def contrasts(model: HookedTransformer, clean: Iterable[int], corrupt: Sequence[
 
 
 def _stream(name: str, rows: object, strings: Iterable[int], vocab: Sequence[str]) -> Stream:
-    import torch
-
     tokens = torch.as_tensor(rows)
     string = torch.tensor(list(strings))[:, None].expand(tokens.shape)
     return Stream(

@@ -9,14 +9,13 @@ b + cos(theta) (x_j - b) + sin(theta) (x_k - b).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope.controls import _shell
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-    from transformer_lens import HookedTransformer
 
 
 def unnormed(
@@ -33,9 +32,6 @@ def unnormed(
         nonlinearity: elementwise.
         b_in: of every neuron.
     """
-    import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
     d_vocab, d_mlp = pre.shape
     d_model = 3 * d_vocab + 2
     model = HookedTransformer(
@@ -74,7 +70,5 @@ def next_in_line(n: int, logit: float) -> Float[Tensor, "n n+1"]:
 
     Rows are `logit` (e - 1/n): of mean 0, squared norm logit^2 (1 - 1/n), and inner product -logit^2 / n.
     """
-    import torch
-
     rows = logit * (torch.eye(n, dtype=torch.float64).roll(1, dims=1) - 1 / n)
     return torch.nn.functional.pad(rows, (1, 0))

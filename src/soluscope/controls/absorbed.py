@@ -12,13 +12,13 @@ Source: science.md section 6, C5.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 from soluscope.controls.smear_shared import EPS, VOCAB, pre
 
 
 def build() -> Planted:
-    import torch
-
     x = pre()
     d_vocab = len(VOCAB)
     W_E = torch.eye(d_vocab, d_vocab + 2, dtype=x.dtype)

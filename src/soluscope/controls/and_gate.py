@@ -18,6 +18,8 @@ Source: science.md section 6, C6.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 
 N, EPS = 32, 1e-12
@@ -30,8 +32,6 @@ VOCAB = (
 
 
 def build() -> Planted:
-    import torch
-
     content = slice(0, 16)
     low = _shell.codes(0, 1 + N_CLEAN, 8, N, content)
     pre = torch.cat([low, 12 * _shell.one_hot(N_CORRUPT, N, first=16)])

@@ -23,12 +23,10 @@ Source: science.md section 6, C8.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
 from soluscope.controls import Control, Planted, _shell
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 N, N_SIGNAL, N_EACH, EPS = 32, 16, 32, 1e-12
 VARIANCE, MEAN_A, MEAN_B = 0.06, 0.4, 0.16
@@ -42,8 +40,6 @@ VOCAB = (
 
 def mid() -> Tensor:
     """Activations of BOS (a B token), the A tokens and the B tokens."""
-    import torch
-
     is_a = torch.tensor([text.startswith("A") for text in VOCAB])
     level = torch.where(is_a, WEAK_A, WEAK_B).double()[:, None]
     signal = level + CODE * _shell.normal(0, len(VOCAB), N_SIGNAL).sign()
@@ -62,8 +58,6 @@ def mid() -> Tensor:
 
 
 def build() -> Planted:
-    import torch
-
     pre = _shell.pre_for(mid())
     d_vocab = len(VOCAB)
     signal = _shell.post(pre, EPS)[:, :N_SIGNAL]

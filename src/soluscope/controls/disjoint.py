@@ -17,6 +17,8 @@ Source: science.md section 6, C2.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 from soluscope.controls.smear_shared import VOCAB
 
@@ -26,8 +28,6 @@ BLOCKS = (slice(0, 32), slice(32, 64))
 
 
 def build() -> Planted:
-    import torch
-
     low = _shell.codes(0, 1 + N_EACH, 8, N, BLOCKS[1])
     pre = torch.cat([low[:1], 12 * _shell.one_hot(N_EACH, N), low[1:]])
     effect = _shell.random_effect(1, _shell.post(pre, EPS), len(VOCAB))

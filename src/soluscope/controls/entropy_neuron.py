@@ -18,6 +18,8 @@ Source: science.md section 6, C12; Stolfo et al. 2024 for entropy neurons.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 
 N, KAPPA = 32, 41.94
@@ -30,8 +32,6 @@ VOCAB = (_shell.BOS_TEXT, *(f"{'bbAA'[k % 4]}{k}" for k in range(N_TOKENS)))
 
 
 def build() -> Planted:
-    import torch
-
     d_vocab = len(VOCAB)
     mid = CONTENT * _shell.codes(0, d_vocab, 8, N, slice(0, N - 1))
     mid[1:, ENTROPY_NEURON] = torch.tensor(LEVELS, dtype=mid.dtype).repeat(N_TOKENS // len(LEVELS))

@@ -18,6 +18,8 @@ Source: science.md section 6, C13.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 
 N, KAPPA = 32, 1e6
@@ -30,8 +32,6 @@ VOCAB = (
 
 
 def build() -> Planted:
-    import torch
-
     content = _shell.codes(0, 1 + N_CONTENTS, 8, N, slice(0, N - 1))
     competitor = _shell.one_hot(1, N, first=N - 1)
     pre = torch.cat([content[:1], *(content[1:] + x * competitor for x in COMPETITOR)])

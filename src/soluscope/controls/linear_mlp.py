@@ -15,13 +15,13 @@ Source: science.md section 7, P16, "C- linear MLP".
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell, _unnormed
 from soluscope.controls.relu_few import LOGIT, VOCAB, N
 
 
 def build() -> Planted:
-    import torch
-
     pre = torch.nn.functional.pad(torch.eye(N, dtype=torch.float64), (0, 0, 1, 0))
     model = _unnormed.unnormed(pre, _unnormed.next_in_line(N, LOGIT), lambda x: x)
     return Planted(model, {"natural": _shell.natural(model, VOCAB)})

@@ -13,12 +13,9 @@ Source: science.md section 6, C10.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
 from soluscope.controls import Control, Planted, _shell
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 N, EPS, LEVEL = 32, 1e-12, 6.0
 CLASSES = (

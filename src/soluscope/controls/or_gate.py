@@ -23,6 +23,8 @@ Source: science.md section 6, C7.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 
 N, EPS = 32, 1e-12
@@ -39,8 +41,6 @@ VOCAB = (
 
 
 def build() -> Planted:
-    import torch
-
     d_vocab = len(VOCAB)
     clean = [(1 + N_CLEAN * f + i, f) for f in range(N_FEATURES) for i in range(N_CLEAN)]
     first = 1 + len(clean)

@@ -16,6 +16,8 @@ Source: science.md section 6, C3.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 from soluscope.controls.smear_shared import VOCAB, A, B
 
@@ -24,8 +26,6 @@ EPS = KAPPA / N**2
 
 
 def build() -> Planted:
-    import torch
-
     low = _shell.codes(0, 1 + len(B), 8, N)
     pre = torch.cat([low[:1], 2 * _shell.one_hot(len(A), N), low[1:]])
     effect = _shell.random_effect(1, _shell.post(low, EPS), len(VOCAB), sd=1.2)

@@ -14,14 +14,14 @@ Source: science.md section 6, C11.
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, monosemantic
 
 OFFSETS = (0, 4, 10, 23)
 
 
 def build() -> Planted:
-    import torch
-
     levels = torch.zeros(monosemantic.N, monosemantic.N, dtype=torch.float64)
     n_classes = len(monosemantic.CLASSES)
     for c in range(n_classes):

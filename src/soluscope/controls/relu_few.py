@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell, _unnormed
 
 N, LOGIT = 16, 3.0
@@ -31,8 +33,6 @@ VOCAB = (_shell.BOS_TEXT, *(f"w{k}" for k in range(N)))
 
 
 def build() -> Planted:
-    import torch
-
     b_in = -EDGE / (1 - EDGE)
     pre = b_in + torch.nn.functional.pad(torch.eye(N, dtype=torch.float64), (0, 0, 1, 0)) / (
         1 - EDGE

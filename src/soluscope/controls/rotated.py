@@ -16,12 +16,12 @@ Source: science.md section 7, P13, "C- rotated C10".
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell, _unnormed, monosemantic
 
 
 def build() -> Planted:
-    import torch
-
     levels = monosemantic.LEVEL * _shell.one_hot(monosemantic.N, monosemantic.N)
     plain = levels[list(monosemantic.CLASS_OF)]
     rotation = torch.linalg.qr(_shell.normal(4, monosemantic.N, monosemantic.N)).Q

@@ -24,6 +24,8 @@ Source: science.md section 7, P11 ("C+ C1, feature = A tokens"); Elhage et al. 2
 
 from __future__ import annotations
 
+import torch
+
 from soluscope.controls import Control, Planted, _shell
 
 N, N_SIGNAL, EPS = 32, 16, 1e-12
@@ -38,8 +40,6 @@ VOCAB = (
 
 
 def build() -> Planted:
-    import torch
-
     low = ON * _shell.codes(0, 1 + N_B, 8, N, slice(0, N_SIGNAL))
     high = (STRONG - WEAK) * _shell.one_hot(N_SIGNAL, N).repeat(A_EACH, 1)
     high[:, :N_SIGNAL] += WEAK

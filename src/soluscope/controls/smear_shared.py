@@ -26,12 +26,10 @@ Source: science.md section 6, C1.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
 from soluscope.controls import Control, Planted, _shell
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 N, N_EACH, EPS = 32, 32, 1e-12
 VOCAB = (
@@ -44,8 +42,6 @@ A, B = range(1, 1 + N_EACH), range(1 + N_EACH, 1 + 2 * N_EACH)
 
 def pre() -> Tensor:
     """Pre-activations of BOS (a B code of its own), the A tokens and the B tokens."""
-    import torch
-
     low = _shell.codes(0, 1 + N_EACH, 8, N)
     return torch.cat([low[:1], 12 * _shell.one_hot(N_EACH, N), low[1:]])
 

@@ -14,12 +14,11 @@ Source: science.md section 6, C4.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import numpy as np
+import torch
+from torch import Tensor
 
 from soluscope.controls import Control, Planted, _shell
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 N, N_EACH, EPS = 32, 32, 1e-12
 VOCAB = (
@@ -31,9 +30,6 @@ VOCAB = (
 
 def pre() -> Tensor:
     """Pre-activations of each token."""
-    import numpy as np
-    import torch
-
     levels = np.tile(np.linspace(-1.0, 3.0, N), (len(VOCAB), 1))
     return torch.from_numpy(np.random.default_rng(0).permuted(levels, axis=1))
 

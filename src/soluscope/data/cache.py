@@ -16,7 +16,6 @@ distinct document, its hash and its offset (about 100 bytes).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
 from soluscope import plugins
 from soluscope.config import Config, TokensConfig
@@ -532,10 +532,11 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
 @contextlib.contextmanager
 def _lock(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file `path`, waiting for a process that does."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting: another process {doing}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    file = FileLock(path)
+    try:
+        held = file.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: another process {doing}", file=sys.stderr)
+        held = file.acquire()
+    with held:
         yield

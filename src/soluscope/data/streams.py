@@ -76,7 +76,7 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
     import torch
 
     rows = cache.rows(split, ctx)
-    chosen = spread(len(rows), n_tokens // ctx)
+    chosen = evenly_spaced(len(rows), n_tokens // ctx)
     string = rows.documents(chosen)
     string[:, 0] = string[:, 1]
     tokens = torch.from_numpy(rows[chosen])
@@ -89,9 +89,12 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
     )
 
 
-def spread(n_rows: int, n_wanted: int) -> NDArray[np.int64]:
-    """At most `n_wanted` of `n_rows` row numbers (at least one), evenly spaced, each once."""
-    return np.linspace(0, n_rows - 1, max(1, min(n_rows, n_wanted))).astype(np.int64)
+def evenly_spaced(n_items: int, n_wanted: int) -> NDArray[np.int64]:
+    """Return the numbers of `n_wanted` items (at least one) from the first to the last, each once.
+
+    All numbers are returned where there are fewer items.
+    """
+    return np.linspace(0, n_items - 1, min(n_items, max(1, n_wanted))).astype(np.int64)
 
 
 def from_texts(
@@ -217,7 +220,9 @@ def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int,
     texts = prompts("sentences")
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[: ctx - 1] for text in texts]
     mean = sum(1 + len(each) for each in ids) / len(ids)
-    return [(int(place), ids[place]) for place in spread(len(ids), max(20, int(n_tokens / mean)))]
+    return [
+        (int(place), ids[place]) for place in evenly_spaced(len(ids), max(20, int(n_tokens / mean)))
+    ]
 
 
 def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Generator) -> list[int]:

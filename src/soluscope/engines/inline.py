@@ -38,11 +38,8 @@ def check(params: Params, sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None:
-    from soluscope.training.run import progress_bars
-
-    with progress_bars() as progress:
-        for config in todo:
-            jobs.execute(config, progress)
+    for config in todo:
+        jobs.execute(config)
     after()
 
 

@@ -27,7 +27,7 @@ from soluscope.engines import After, Engine
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
-from soluscope.runs.folder import at_work, record_failure
+from soluscope.runs.folder import Run
 
 ANSWER_S = 9.0
 """Seconds that a cluster has to answer."""
@@ -133,8 +133,9 @@ def _tell_if_lost(ray: Any, task: Any, config: Config) -> None:
         cause = getattr(error, "cause", None) or error
         lines = str(cause).strip().splitlines() or [""]
         lost = f"lost {type(cause).__name__}: {lines[0]}"
-        if not at_work(config.run_dir):
-            record_failure(config.run_dir, UserError(lost))
+        run = Run(config.run_dir)
+        if not run.at_work():
+            run.record_failure(UserError(lost))
         jobs.say(f"{config.run_name}: {lost}")
 
 

@@ -205,7 +205,8 @@ def _executor(folder: Path, params: Params, sweep: Sweep) -> Any:
 
 
 def _srun_args(params: Params) -> list[str]:
-    return [f"--cpus-per-task={params.cpus}"]  # since 22.05 srun does not take it from sbatch
+    # Since 22.05 srun does not take the CPUs from sbatch. A process that has failed ends the others.
+    return [f"--cpus-per-task={params.cpus}", "--kill-on-bad-exit"]
 
 
 def _placed(config: Config, params: Params) -> Config:

@@ -16,13 +16,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from soluscope.config import Config, read_yaml
+from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
 from soluscope.launching.sweep import Sweep
+from soluscope.training.processes import torchrun
 from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"
 """What wandb puts a job's `key=value` words in the place of."""
+_PYTHON = "${interpreter}"
+"""What wandb puts `python` in the place of."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ def check(params: Params, sweep: Sweep) -> None:
             f"{sweep.path} is no wandb sweep: wanted 'program: train/run.py' and "
             f'\'command: ["${{env}}", "${{interpreter}}", "${{program}}", "{_WORDS}"]\''
         )
+    devices = {config.train.devices for config in sweep.configs}
+    require(
+        devices == {1} or (len(devices) == 1 and _PYTHON in file["command"]),
+        f"engine=wandb gives all jobs one command, with torchrun after {_PYTHON}: wanted one train.devices "
+        f"and {_PYTHON} in the command of {sweep.path}",
+    )
+    require(
+        all(config.train.nodes == 1 for config in sweep.configs),
+        "train.nodes above 1 with engine=wandb: an agent runs a job on its own machine; choose engine=slurm",
+    )
     for config in sweep.configs:
         if config.wandb not in (None, "online"):
             raise UserError(
@@ -93,7 +107,11 @@ def described(sweep: Sweep) -> dict[str, Any]:
         for key, values in sweep.parameters.items()
     }
     parameters |= {key: {"value": _number(text)} for key, text in fixed.items()}
-    return _read(sweep.path) | {"name": sweep.configs[0].study, "parameters": parameters}
+    file = _read(sweep.path)
+    if sweep.configs[0].train.devices > 1:
+        at = file["command"].index(_PYTHON) + 1
+        file["command"][at:at] = torchrun(sweep.configs[0].train)
+    return file | {"name": sweep.configs[0].study, "parameters": parameters}
 
 
 def _plain(value: Any) -> int | float | str:

@@ -13,7 +13,7 @@ from soluscope import plugins
 from soluscope.config import EvalConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
-from soluscope.evaluation.summaries import about_run, summarise, token_table, words_of
+from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.probes import Probe
@@ -60,10 +60,11 @@ def probe(
     about, defaults = about_run(model.facts), EvalConfig()
     tables, figures = [], Figures()
     for name, one in chosen.items():
-        table = token_table(one, run)
+        measured = one.measure(run)
+        table = token_table(run, measured)
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream="text")
-        measured = summarise(one, run, table, base, defaults.n_draws, defaults.seed)
-        records = [words_of(name, one, base.study), *measured]
+        summaries = summarise(one, table, measured.estimates, base, defaults.n_draws, defaults.seed)
+        records = [stored_words(name, one, base.study), *summaries]
         figures.update(_draw(records, one.figures))
         long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
         tables.append(long.assign(probe=name))

@@ -14,7 +14,6 @@ from functools import lru_cache
 from itertools import islice
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
@@ -29,9 +28,9 @@ from soluscope.comparison.stats import (
     paired_seeds,
 )
 from soluscope.data import streams
-from soluscope.evaluation.summaries import POSITIONS, estimates, token_table
+from soluscope.evaluation.summaries import POSITIONS, token_table
 from soluscope.hooked.activations import HookedRun, observe
-from soluscope.probes import Estimate, Gate, Probe
+from soluscope.probes import Estimate, Gate, Measured, Probe
 from soluscope.probes._estimates import ratio
 from soluscope.results import FalsePositives, GateResult
 from soluscope.runs.weights import commit
@@ -63,11 +62,14 @@ def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
         UserError: if there is no such probe or control.
     """
     one: Probe = plugins.pick("soluscope.probes", name)
+    measured: dict[tuple[str, str], Measured] = {}
     for gate in one.gates:
         run = control_run(gate.control, gate.stream)
-        table = token_table(one, run)
+        key = gate.control, gate.stream
+        if key not in measured:
+            measured[key] = one.measure(run)
         # Two one-sided tests at 5% are read off the 90% interval.
-        interval = _estimate(one, run, table, gate, level=0.95 if gate.within is None else 0.90)
+        interval = _estimate(run, measured[key], gate, level=0.95 if gate.within is None else 0.90)
         passed, asked = judge(gate, interval)
         known = one.quantities | one.estimates
         how = f" ({gate.statistic})" if gate.quantity in one.quantities else ""
@@ -103,15 +105,14 @@ def judge(gate: Gate, interval: Interval) -> tuple[bool, str]:
     return bool(held), asked
 
 
-def _estimate(
-    one: Probe, run: HookedRun, table: pd.DataFrame, gate: Gate, level: float
-) -> Interval:
+def _estimate(run: HookedRun, measured: Measured, gate: Gate, level: float) -> Interval:
     """The number that a gate is about."""
-    if gate.quantity in one.quantities:
+    if gate.quantity in measured.tokens:
+        table = token_table(run, measured)
         here = table[POSITIONS[gate.positions](table["pos"])]
         return cluster_bootstrap(here[gate.quantity], here["string"], gate.statistic, level=level)
     wanted = (gate.quantity, gate.group, gate.x)
-    for estimate in estimates(one, run, table):
+    for estimate in measured.estimates:
         if (estimate.quantity, estimate.group, estimate.x) == wanted:
             return bootstrap_sums(estimate.sums, estimate.value, estimate.n, level=level)
     return Interval(float("nan"), None, None, 0, 0)
@@ -190,12 +191,13 @@ def _shuffled(one: Probe, n_draws: int) -> NDArray[np.bool_]:
 
 def _tested(one: Probe, run: HookedRun) -> Estimate | None:
     """What the probe tests, as a function of sums over strings; of a column of tokens, its mean."""
-    table = token_table(one, run)
-    if one.tested in one.quantities:
+    measured = one.measure(run)
+    if one.tested in measured.tokens:
+        table = token_table(run, measured)
         content = table[table["pos"] > 0]
         values = content[one.tested]
         return ratio(one.tested, values, values * 0 + 1, content["string"])
-    wanted = (each for each in estimates(one, run, table) if each.quantity == one.tested)
+    wanted = (each for each in measured.estimates if each.quantity == one.tested)
     return next(wanted, None)
 
 

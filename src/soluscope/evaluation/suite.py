@@ -36,7 +36,7 @@ from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
-from soluscope.evaluation.summaries import about_run, parameters, summarise, token_table, words_of
+from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
@@ -53,7 +53,7 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import is_done, lock
+from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import Facts, code_hash, commit, load_facts
 
 PACKAGE = "soluscope.probes"
@@ -119,9 +119,9 @@ def _say_at(say: Say, place: str, text: str) -> None:
 def finished_runs(folder: Path) -> list[Path]:
     """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
     folder = folder if folder.name else folder.resolve()  # "." has no parent
-    if is_done(folder) or (folder / ORIGIN).is_file():
+    if Run(folder).is_done() or (folder / ORIGIN).is_file():
         return [folder]
-    trained = (path.parent for path in folder.glob("*/done.json") if is_done(path.parent))
+    trained = (path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done())
     found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{ORIGIN}"))})
     if not found:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
@@ -171,7 +171,7 @@ def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[
         if path.is_file():
             return results.read(path, study_dir)
     say(f"{what} of {name}")
-    records = [words_of(name, plugins.pick(PACKAGE, name), study), *ask(name, study=study)]
+    records = [stored_words(name, plugins.pick(PACKAGE, name), study), *ask(name, study=study)]
     if path:
         results.write(path, records)
     return records
@@ -405,7 +405,7 @@ def _probe_records(
 ) -> list[Record]:
     """Return the probe's words and what it measures on each of its streams, and save its tables."""
     one: Probe = plugins.pick(PACKAGE, name)
-    words = words_of(name, one, about["study"])
+    words = stored_words(name, one, about["study"])
     left_out = partial(LeftOut, **about, probe=name)
     n_layers = observed.model.cfg.n_layers
     if one.one_layer and n_layers > 1:
@@ -419,14 +419,16 @@ def _probe_records(
             records.append(left_out(stream=stream, note=str(error)))
             continue
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
-        tables[stream] = token_table(one, run).assign(stream=stream)
-        records += summarise(one, run, tables[stream], base, config.n_draws, config.seed)
+        measured = one.measure(run)
+        tables[stream] = token_table(run, measured).assign(stream=stream)
+        records += summarise(
+            one, tables[stream], measured.estimates, base, config.n_draws, config.seed
+        )
+        if measured.neurons and stream == one.streams[0]:
+            columns = {key: values.numpy() for key, values in measured.neurons.items()}
+            _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
     if tables:
         _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
-    if one.neurons is not None and one.streams[0] in tables:
-        columns = one.neurons(observed(one.streams[0]), parameters(one))
-        neurons = pd.DataFrame({key: values.numpy() for key, values in columns.items()})
-        _write_parquet(folder / f"{name}-neurons.parquet", neurons)
     if not records:
         records.append(left_out(note="this model has nothing of what it measures"))
     return [words, *records]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from soluscope.comparison.stats import MIN_CLUSTERS, Interval, bootstrap_sums, cluster_bootstrap
+from soluscope.comparison.stats import (
+    MIN_CLUSTERS,
+    Interval,
+    bootstrap_sums,
+    cluster_bootstrap,
+    n_distinct,
+)
 from soluscope.data import streams
 from soluscope.hooked.activations import HookedRun
-from soluscope.probes import Estimate, Probe, Quantity
+from soluscope.probes import Estimate, Measured, Probe, Quantity
 from soluscope.results import Measurement, ProbeWords
 from soluscope.runs.weights import Facts, commit
 
@@ -28,24 +34,13 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
 """The prefix rules of science.md section 5. BOS is never averaged with the rest."""
 
 
-def token_table(one: Probe, run: HookedRun) -> pd.DataFrame:
-    """The probe's values with each token's place: string, pos, token, then one column a quantity."""
-    measured = one.measure(run, parameters(one))
+def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
+    """Return the values with each token's place: string, pos, token, then one column per quantity."""
     place = {"string": run.string, "pos": run.pos, "token": run.tokens}
-    return pd.DataFrame({name: values.numpy() for name, values in (place | measured).items()})
+    return pd.DataFrame({k: values.numpy() for k, values in (place | measured.tokens).items()})
 
 
-def estimates(one: Probe, run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
-    """The probe's numbers that are not averages over tokens."""
-    if one.estimate is not None:
-        yield from one.estimate(run, table, parameters(one))
-
-
-def parameters(one: Probe) -> Any:
-    return None if one.params is type(None) else one.params()
-
-
-def words_of(name: str, one: Probe, study: str) -> ProbeWords:
+def stored_words(name: str, one: Probe, study: str) -> ProbeWords:
     """Return what the probe of file `name` says of itself, as it is stored with its numbers."""
     return ProbeWords(
         study=study, commit=commit(), probe=name, name=one.name, section=one.section,
@@ -65,14 +60,19 @@ def about_run(facts: Facts, pretrained: bool = False) -> dict[str, Any]:
 
 
 def summarise(
-    one: Probe, run: HookedRun, table: pd.DataFrame, base: Measurement, n_draws: int, seed: int
+    one: Probe,
+    table: pd.DataFrame,
+    estimates: Iterable[Estimate],
+    base: Measurement,
+    n_draws: int,
+    seed: int,
 ) -> Iterator[Measurement]:
     """Every number the probe asks for, each with the interval for other documents (or strings).
 
     Args:
         one: the probe.
-        run: what it was measured on.
         table: its `token_table`.
+        estimates: what it measured beside the table.
         base: what the measurements have in common.
         n_draws: resamples.
         seed: of the resampling.
@@ -82,7 +82,7 @@ def summarise(
         if table[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
             yield from _quantity_rows(table, name, quantity, row, make)
-    for estimate in estimates(one, run, table):
+    for estimate in estimates:
         unit = one.estimates[estimate.quantity].unit
         row = replace(base, quantity=estimate.quantity, unit=unit, statistic="")
         yield make.of_sums(estimate, row)
@@ -105,7 +105,7 @@ def _quantity_rows(
                 yield make.of_tokens(here, name, statistic, replace(base, positions=positions))
     content = table[(table["pos"] > 0) & table[name].notna()]
     for column in quantity.split_by:
-        if content[column].nunique() < 4:
+        if n_distinct(content[column]) < 4:
             continue  # one constant: there are no quartiles
         edges = content[column].quantile([0.25, 0.5, 0.75])
         quartile = pd.Series(np.searchsorted(edges, content[column]), index=content.index)
@@ -129,7 +129,7 @@ class _Summary:
         values = table[name]
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
         row = self._filled(replace(base, statistic=statistic), interval)
-        if values.nunique() == 1 and interval.n_clusters >= MIN_CLUSTERS:
+        if n_distinct(values) == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context, a static norm one gain: nothing varies that could be resampled.
             return replace(row, low=None, high=None, constant=True, note=base.note)
         return row

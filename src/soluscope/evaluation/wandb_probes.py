@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from soluscope import results
-from soluscope.config import read_config
 from soluscope.files import digest, write_text
 from soluscope.report.figures import draw
 from soluscope.results import Measurement, OfRun, ProbeWords, Record, of_kind
-from soluscope.training.tracking import IDENTITY, identity, start
+from soluscope.runs.folder import Run
+from soluscope.training.wandb_run import IDENTITY, identity, start
 from soluscope.wandb_client import package
 
 CURVES = {"training"}
@@ -37,7 +37,7 @@ def send_probes(run_dir: Path) -> None:
     waiting = [name for name in sorted(now) if now[name] != sent.get(name)]
     if not waiting:
         return
-    tracker = start(read_config(run_dir / "config.yaml"), run_dir)
+    tracker = start(Run(run_dir).config, run_dir)
     taken = {n: now[n] for n in waiting if tracker.send(partial(_logged, n, paths[n]))}
     tracker.close()
     if taken:
@@ -55,7 +55,7 @@ def _logged(name: str, path: Path) -> dict[str, Any]:
 def _table(records: Sequence[Record]) -> Any:
     """Return a table with one row a record about the run; the probe's words are left out."""
     rows = [each for each in records if isinstance(each, OfRun)]
-    kinds: list[type[Any]] = [type(row) for row in rows] or [Measurement]
+    kinds: list[type[OfRun]] = [type(row) for row in rows] or [Measurement]
     columns = list(dict.fromkeys(field.name for kind in kinds for field in fields(kind)))
     return package().Table(
         columns=columns,

@@ -37,6 +37,9 @@ from soluscope.hooked.activations import HookedRun
 FinalNorm = Literal["live", "frozen"]
 """Whether ln_final rescales after the edit, or keeps the scale it had without it."""
 
+FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
+"""What a probe adds to a quantity's name for each way to treat ln_final."""
+
 Stage = Literal["pre", "mid", "post"]
 """Which of the MLP's activations an edit sets."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from soluscope.data.streams import Stream
 from soluscope.errors import UserError
+from soluscope.norms import MidNorm
 
 ROWS_AT_ONCE = 16
 LOGITS_AT_ONCE = 2**26
@@ -30,7 +31,7 @@ CENTRES = {
     "NormalizationBridge": True, "LayerNormPreBridge": True,
     "RMSNormalizationBridge": False, "RMSNormPreBridge": False,
 }  # fmt: skip
-"""Whether a final norm subtracts the mean, by its class in TransformerLens: four of 3.9, four of 4.x."""
+"""Whether a norm subtracts the mean, by its class in TransformerLens: four of 3.9, four of 4.x."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class HookedRun:
     resid_mid: Float[Tensor, "token d_model"]
     eps: float | None
     """Epsilon inside the denominator; None where the denominator is one constant, or there is none."""
+    centres: bool
+    """Whether the mid norm subtracts the mean over neurons; False where there is no mid norm."""
     readout: Readout
     mlp: Mlp
     vocab: tuple[str, ...] = ()
@@ -133,9 +136,23 @@ class HookedRun:
     @property
     def s2(self) -> Float[Tensor, " token"]:
         """Variance of mid over neurons, or its mean square where the norm does not centre; fp64."""
+        return self.centred.square().mean(-1)
+
+    @property
+    def centred(self) -> Float[Tensor, "token d_mlp"]:
+        """mid minus its mean over neurons, or mid itself where the norm does not centre; fp64."""
         mid = self.mid.double()
-        centred = mid - mid.mean(-1, keepdim=True) if self.centres else mid
-        return centred.square().mean(-1)
+        return mid - mid.mean(-1, keepdim=True) if self.centres else mid
+
+    @property
+    def scored(self) -> Bool[Tensor, " token"]:
+        """The tokens that are not BOS and have a target."""
+        return ~self.is_bos & (self.target >= 0)
+
+    @property
+    def mean_log_gain(self) -> Float[Tensor, ""]:
+        """Log of the gain's geometric mean over tokens that are not BOS; fp64."""
+        return self.gain.double().log()[~self.is_bos].mean()
 
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
         """The same run with some of its tokens only."""
@@ -148,20 +165,6 @@ class HookedRun:
         """Whether mid is x * softmax(x): read off the activations, not off a name."""
         pre, mid = self.pre[:256], self.mid[:256]
         return torch.allclose(pre * pre.softmax(-1), mid, rtol=1e-3, atol=1e-7)
-
-    @cached_property
-    def centres(self) -> bool:
-        """Whether the mid norm subtracts the mean over neurons: read off, as `is_solu` is.
-
-        post = gain * (mid - m) * gamma + beta, with m the mean, or 0 in an RMS norm, a plain gain, or
-        where there is no norm.
-        """
-        some = slice(0, 256)
-        mid, gain, out = self.mid[some], self.gain[some, None], self.readout
-        centred = gain * (mid - mid.mean(-1, keepdim=True)) * out.gamma + out.beta
-        plain = gain * mid * out.gamma + out.beta
-        post = self.post[some]
-        return bool((post - centred).abs().sum() < (post - plain).abs().sum())
 
 
 def planted(
@@ -199,7 +202,7 @@ def planted(
         string=torch.arange(n_rows)[:, None].expand(n_rows, width).flatten(),
         loss=loss.where(target >= 0, torch.nan).flatten(), pre=mid.flatten(0, 1),
         mid=mid.flatten(0, 1), post=post.flatten(0, 1), scale=scale.flatten(),
-        resid_mid=mid.flatten(0, 1), eps=eps,
+        resid_mid=mid.flatten(0, 1), eps=eps, centres=True,
         readout=Readout(
             W_out=zeros(d_mlp, d_mlp), b_out=zeros(d_mlp), gamma=zeros(d_mlp) + 1,
             beta=zeros(d_mlp), ln_w=zeros(d_mlp) + 1, ln_b=zeros(d_mlp), ln_eps=1e-5,
@@ -261,10 +264,21 @@ def observe(model: Any, stream: Stream) -> HookedRun:
         }  # fmt: skip
         parts.append({name: tensor.cpu()[keep] for name, tensor in part.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    centres, eps = _declared(norm)
     return HookedRun(
-        stream=stream.name, eps=getattr(norm, "eps", None),
+        stream=stream.name, eps=eps, centres=centres,
         readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
     )  # fmt: skip
+
+
+def _declared(norm: Any) -> tuple[bool, float | None]:
+    """Return whether a mid norm centres, and its epsilon: its own declaration, or by CENTRES."""
+    if norm is None:
+        return False, None
+    ours = getattr(norm, "original_component", norm)  # 4.x wraps it
+    if isinstance(ours, MidNorm):
+        return ours.centres, ours.eps
+    return CENTRES[type(norm).__name__], norm.eps
 
 
 def rows_at_once(width: int, d_vocab: int) -> int:
@@ -322,6 +336,13 @@ def check_model(model: Any) -> None:
         raise UserError(
             f"the model's final norm is {type(model.ln_final).__name__}: the closed forms need LayerNorm "
             "or RMSNorm before the unembedding"
+        )
+    norm = getattr(model.blocks[-1].mlp, "ln", None)
+    ours = getattr(norm, "original_component", norm)
+    if not (norm is None or isinstance(ours, MidNorm) or type(norm).__name__ in CENTRES):
+        raise UserError(
+            f"the model's mid norm is {type(norm).__name__}: wanted LayerNorm, RMSNorm or a MidNorm of "
+            "soluscope.norms, which declares whether it centres and its epsilon"
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

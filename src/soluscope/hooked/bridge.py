@@ -20,12 +20,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from soluscope import plugins
-from soluscope.config import read_config
 from soluscope.errors import UserError
-from soluscope.model import LanguageModel, Record
+from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm
-from soluscope.runs.weights import Facts, load_model
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import Facts
 
 try:
     from transformer_lens.config import TransformerBridgeConfig
@@ -94,10 +93,10 @@ def load(run_dir: str | Path) -> HookedBridge:
     Raises:
         UserError: no such run, not finished, broken, or the two models disagree.
     """
-    trained, facts = load_model(Path(run_dir))
-    variant = plugins.pick("soluscope.variants", read_config(Path(run_dir) / "config.yaml").variant)
+    run = Run(Path(run_dir))
+    trained, facts = run.load_model(), run.facts
     norms = [trained.mlp(layer).ln for layer in range(facts.n_layers)]
-    nonlinearity, act_fn = variant.nonlinearity, facts.hooked_act_fn
+    nonlinearity, act_fn = run.variant.nonlinearity, facts.hooked_act_fn
     model = HookedBridge(to_bridge(trained.state_dict(), nonlinearity, act_fn, norms, facts.ln_eps))
     model.facts = facts
     check_agreement(trained, model)
@@ -165,7 +164,7 @@ def check_agreement(trained: LanguageModel, model: HookedBridge) -> float:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(facts.d_vocab, (4, facts.ctx), generator=generator)
     tokens[:, 0] = facts.bos
-    record: Record = {}
+    record: Activations = {}
     wanted = {"logits": trained(tokens, record)} | record
     logits, cache = model.run_with_cache(tokens, record.__contains__)
     found = {"logits": logits} | cache

@@ -6,9 +6,10 @@ TransformerLens). The check runs the trained model beside the hooked one on the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,40 +19,39 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
-from soluscope import plugins
-from soluscope.config import read_config
 from soluscope.errors import UserError
-from soluscope.model import LanguageModel, Record
-from soluscope.norms import MidNorm
-from soluscope.runs.weights import Facts, load_model
+from soluscope.model import Activations, LanguageModel
+from soluscope.norms import MidNorm, check_norm
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import Facts
 from soluscope.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Largest difference between the two models, relative to the largest value of the stage."""
 
 
-class HookedMidNorm(nn.Module):
-    """One of our mid norms with the hooks that TransformerLens's LayerNorm has, in their order.
+class HookedMidNorm(MidNorm):
+    """A mid norm with the hooks that TransformerLens's LayerNorm has, in their order.
 
-    It owns the tensors, under their plain names, and borrows the formulas of the norm's class: so
-    `.to` moves all there is, and an edited `gain` is the one that is used.
+    Each instance is of a subclass of this class and of the norm's own, so that it has the norm's
+    declaration, tensors and formulas under their plain names.
     """
 
-    def __init__(self, norm: MidNorm) -> None:
-        super().__init__()
-        self._formulas = type(norm)
-        for name, parameter in norm.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in norm.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-        self.hook_scale = HookPoint()  # [batch pos 1], the denominator
-        self.hook_normalized = HookPoint()  # [batch pos d_mlp], before w and b
+    hook_scale: HookPoint  # [batch pos 1], the denominator
+    hook_normalized: HookPoint  # [batch pos d_mlp], before w and b
+
+    @classmethod
+    def of(cls, norm: MidNorm) -> HookedMidNorm:
+        """Return a copy of `norm` with hooks."""
+        hooked: Any = copy.deepcopy(norm)
+        hooked.__class__ = type(cls.__name__, (cls, type(norm)), {})
+        hooked.hook_scale, hooked.hook_normalized = HookPoint(), HookPoint()
+        return cast(HookedMidNorm, hooked)
 
     def forward(self, mid: Float[Tensor, "batch pos d_mlp"]) -> Float[Tensor, "batch pos d_mlp"]:
-        norm, formulas = cast(MidNorm, self), self._formulas
-        centred = formulas.centred(norm, mid)
-        scale = self.hook_scale(formulas.denominator(norm, centred))
-        return formulas.affine(norm, self.hook_normalized(centred / scale))
+        centred = self.centred(mid)
+        scale = self.hook_scale(self.denominator(centred))
+        return self.affine(self.hook_normalized(centred / scale))
 
 
 class SoluscopeTransformer(HookedTransformer):
@@ -66,11 +66,9 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
     Raises:
         UserError: no such run, not finished, broken, or the two models disagree.
     """
-    run_dir = Path(run_dir)
-    trained, facts = load_model(run_dir)
-    variant = plugins.pick("soluscope.variants", read_config(run_dir / "config.yaml").variant)
-    hooked = to_hooked(trained, facts, variant, device)
-    hooked.set_tokenizer(load_tokenizer(run_dir.parent / "tokenizer.json", facts))
+    run = Run(Path(run_dir))
+    hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
+    hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
 
 
@@ -96,10 +94,12 @@ def to_hooked(
     for layer, block in enumerate(hooked.blocks):
         block.mlp.act_fn = variant.nonlinearity
         norm = trained.mlp(layer).ln
-        if norm is not None and norm.eps is not None and hasattr(block.mlp, "ln"):
-            block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
-        elif norm is not None:
-            block.mlp.ln = HookedMidNorm(norm)
+        if norm is not None:
+            check_norm(norm, facts.d_mlp)
+            if norm.is_layer_norm and hasattr(block.mlp, "ln"):
+                block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
+            else:
+                block.mlp.ln = HookedMidNorm.of(norm)
     state = trained.state_dict()
     buffers = {name for name, _ in hooked.named_buffers()} - state.keys()  # attention masks
     missing, unexpected = hooked.load_state_dict(state, strict=False)
@@ -130,7 +130,7 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
     tokens = torch.randint(facts.d_vocab, (4, facts.ctx), generator=generator)
     tokens[:, 0] = facts.bos
     tokens = tokens.to(trained.unembed.W_U.device)
-    record: Record = {}
+    record: Activations = {}
     wanted = {"logits": trained(tokens, record)} | record
     logits, cache = hooked.run_with_cache(tokens)
     worst, where = 0.0, "logits"

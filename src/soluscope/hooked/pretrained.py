@@ -35,12 +35,14 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_neel_solu_old_weights
 from transformer_lens.supported_models import MODEL_ALIASES
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
 from soluscope.runs.weights import Facts, lineage, versions
+from soluscope.variants import Variant
 
 FAMILY = "NeelNanda/"
 """Whose repositories have this layout."""
@@ -295,11 +297,7 @@ def _variant(config: dict[str, Any], name: str) -> str:
     """The variant with the model's nonlinearity and mid norm; ATTN_ONLY where it has no MLP."""
     if config["attn_only"]:
         return ATTN_ONLY
-    known = [
-        variant
-        for variant in plugins.names("soluscope.variants")
-        if plugins.pick("soluscope.variants", variant).hooked_act_fn == variant
-    ]
+    known = _variants_by_act_fn()
     if str(config["act_fn"]).startswith("soluscope:"):
         raise UserError(
             f"{name} is an exported run of a variant that this layout cannot express ({config['act_fn']}): "
@@ -310,7 +308,26 @@ def _variant(config: dict[str, Any], name: str) -> str:
             f"the layout of {name} is not known: its config.json has act_fn={config['act_fn']!r}, known "
             f"is {' or '.join(map(repr, known))}"
         )
-    return str(config["act_fn"])
+    return known[config["act_fn"]]
+
+
+def _variants_by_act_fn() -> dict[str, str]:
+    """Return the variants that TransformerLens's own classes compute, by its act_fn for them.
+
+    Where several compute the same, the variant that is called as the act_fn is stands for them.
+    """
+    pre = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    variants: dict[str, str] = {}
+    for name in plugins.names("soluscope.variants"):
+        variant: Variant = plugins.pick("soluscope.variants", name)
+        act_fn, build_norm = variant.hooked_act_fn, variant.build_norm
+        same_mid = torch.allclose(
+            SUPPORTED_ACTIVATIONS[act_fn](pre), variant.nonlinearity(pre), atol=1e-9
+        )
+        same_norm = build_norm is None or build_norm(8, variant.params()).is_layer_norm
+        if same_mid and same_norm and (act_fn not in variants or act_fn == name):
+            variants[act_fn] = name
+    return variants
 
 
 def _lineage(variant: str) -> dict[str, Any]:

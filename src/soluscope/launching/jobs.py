@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from soluscope.config import Config, read_config
+from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
-from soluscope.runs.folder import (
-    Busy,
-    at_work,
-    failure,
-    is_done,
-    last_checkpoint,
-    last_row,
-    lock,
-    record_failure,
-)
+from soluscope.runs.folder import Busy, Run, lock
+from soluscope.training.processes import launcher, torchrun
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,11 +63,11 @@ class Standing:
 # --- running one ----------------------------------------------------------------------------------
 
 
-def execute(config: Config, progress: Any = None) -> bool:
+def execute(config: Config) -> bool:
     """Train one job to its end; where another process is at work on it, wait for that first.
 
-    A failure is told in one line on stderr and kept in the run folder; it is not raised, so that the other
-    jobs of a sweep go on.
+    A failure is one line on stderr and kept in the run folder; it is not raised, so that the other jobs
+    of a sweep go on.
 
     Returns:
         Whether the run is done.
@@ -78,30 +75,77 @@ def execute(config: Config, progress: Any = None) -> bool:
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, with the checkpoint saved.
     """
-    from soluscope.training.processes import place
-    from soluscope.training.run import train
-
+    run = Run(config.run_dir)
+    alone = launcher() is None and config.train.n_processes > 1 and config.train.nodes == 1
     try:
-        while True:
-            if place(config).rank == 0:  # the others follow the first one, which holds the folder
-                _wait_for_others(config)
-            with suppress(Busy):  # somebody was quicker
-                train(config, progress)
-                break
+        if alone:
+            _wait_while_at_work(run)
+            _train_under_torchrun(config)
+        else:
+            _train_when_free(config, run)
     except Stopped as error:
         say(f"{config.run_name} stopped: {error}")
     except Exception as error:  # the other jobs need not share it
-        if failure(config.run_dir) is None:  # found before the training began
-            record_failure(config.run_dir, error)
-        say(f"{config.run_name} failed: {failure(config.run_dir) or error}")
-    return is_done(config.run_dir)
+        if run.failure() is None:  # found before the training began
+            run.record_failure(error)
+        say(f"{config.run_name} failed: {run.failure() or error}")
+    return run.is_done()
 
 
-def _wait_for_others(config: Config) -> None:
-    if at_work(config.run_dir):
-        say(f"{config.run_name}: another process is at work on it, waiting")
-        while at_work(config.run_dir):
+def _train_when_free(config: Config, run: Run) -> None:
+    from soluscope.training.run import train
+
+    while True:
+        try:
+            train(config)
+            return
+        except Busy:
+            _wait_while_at_work(run)
+
+
+def _wait_while_at_work(run: Run) -> None:
+    if run.at_work():
+        say(f"{run.dir.name}: another process is at work on it, waiting")
+        while run.at_work():
             time.sleep(POLL_S)
+
+
+def _train_under_torchrun(config: Config) -> None:
+    """Train one job with several processes of this machine: `python -m soluscope.launching` under torchrun.
+
+    Each process goes through `execute`. SIGTERM and Ctrl-C reach them through torchrun, and they save.
+
+    Raises:
+        KeyboardInterrupt: SIGTERM or Ctrl-C, once they have ended.
+    """
+    asked_to_stop = threading.Event()
+    handlers = {
+        number: signal.signal(number, lambda *_: asked_to_stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "config.yaml"
+            write_text(saved, to_yaml(config))
+            command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
+            processes = subprocess.Popen(
+                [*command, str(saved)],
+                env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it, and say so
+                start_new_session=True,  # a terminal's Ctrl-C comes through this process alone
+            )
+            while processes.poll() is None:
+                if asked_to_stop.is_set():
+                    processes.terminate()
+                    processes.wait()
+                time.sleep(POLL_S)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if asked_to_stop.is_set():
+        raise KeyboardInterrupt
+    run = Run(config.run_dir)
+    if run.failure() is None and not run.is_done():
+        raise Stopped(f"its processes ended with status {processes.returncode}; see above")
 
 
 # --- where they stand -----------------------------------------------------------------------------
@@ -115,21 +159,21 @@ def job_of(config: Config) -> Job:
 
 def standing(study_dir: Path, job: Job) -> Standing:
     """Where a job stands now. Makes nothing."""
-    run_dir = study_dir / job.run
-    row = last_row(run_dir)
+    run = Run(study_dir / job.run)
+    row = run.last_row()
     step, loss = row.get("step", 0), row.get("loss")
-    if is_done(run_dir):
-        done = json.loads((run_dir / "done.json").read_text(encoding="utf8"))
+    done = run.done()
+    if done is not None:
         return Standing("done", job.steps, done.get("report_loss"), None, None)
-    if at_work(run_dir):
+    if run.at_work():
         speed = row.get("tokens_per_s")
         left = (job.steps - step) * job.tokens_a_step / speed if speed else None
         return Standing("running", step, loss, left, None)
-    error = failure(run_dir)
+    error = run.failure()
     if error is not None:
         return Standing("failed", step, loss, None, error)
-    interrupted = last_checkpoint(run_dir).is_file()
-    return Standing("resume" if interrupted else "waiting", step, loss, None, None)
+    state: State = "resume" if run.checkpoint.is_file() else "waiting"
+    return Standing(state, step, loss, None, None)
 
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
@@ -168,13 +212,13 @@ def listed(study_dir: Path) -> list[Job]:
         raise UserError(f"no folder {study_dir}: name a study, as in runs/first")
     jobs = read_list(study_dir)[1]
     known = {job.run for job in jobs}
-    saved = sorted(study_dir.glob("*/config.yaml"))
-    for path in saved:
-        if path.parent.name not in known:
+    for path in sorted(study_dir.glob("*/config.yaml")):
+        run = Run(path.parent)
+        if run.dir.name not in known:
             try:
-                jobs.append(job_of(read_config(path)))
-            except UserError:  # cut; the others can be told all the same
-                jobs.append(Job("", path.parent.name, 0, 0))
+                jobs.append(job_of(run.config))
+            except UserError:  # cut; the status of the other runs is shown all the same
+                jobs.append(Job("", run.dir.name, 0, 0))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
     return jobs

@@ -5,19 +5,20 @@ What is finished is not done again, what was interrupted goes on, and both are r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from soluscope import plugins
-from soluscope.config import Config, EvalConfig, differences, help_lines, load_typed, read_config
+from soluscope.config import Config, EvalConfig, differences, load_typed
+from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
-from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
-from soluscope.training.tracking import check_login
+from soluscope.runs.folder import Run
+from soluscope.training.processes import launcher
+from soluscope.training.wandb_run import check_login
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,11 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     Raises:
         UserError: bad input, before any job starts; or jobs that failed, after the last one.
     """
-    started_by = {"torchrun": "TORCHELASTIC_RUN_ID", "another process": "LOCAL_RANK"}
-    for who, variable in started_by.items():
-        if variable in os.environ:
-            raise UserError(
-                f"a sweep is launched once, not by {who} ({variable} is set): run train/run.py there, or "
-                "choose engine=slurm"
-            )
+    if launcher() == "torchrun":
+        raise UserError(
+            "a sweep is launched once, not by torchrun: leave torchrun out, the sweep starts it for each "
+            "job of several train.devices"
+        )
     mine, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
     config = load_typed(LaunchConfig, mine)
     evaluating, others = _pick_out(others, ("eval.",))
@@ -117,7 +116,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     for one in sweep.configs:
         state = found[one.run_name].state
         if state == "failed" and retry:
-            forget_failure(one.run_dir)
+            Run(one.run_dir).forget_failure()
         if state != "done" and (state != "failed" or retry):
             todo.append(one)
     engine.run(
@@ -147,19 +146,16 @@ def _check_study(sweep: Sweep) -> None:
             f"{sweep.study_dir} is a study of the sweep {there!r}, this is {sweep.name!r}: choose another study="
         )
     for config in sweep.configs:
-        saved = config.run_dir / "config.yaml"
-        if not (
-            saved.is_file()
-            and (is_done(config.run_dir) or last_checkpoint(config.run_dir).is_file())
-        ):
+        run = Run(config.run_dir)
+        if not (run.config_file.is_file() and (run.is_done() or run.checkpoint.is_file())):
             continue
-        has = read_config(saved)
+        has = run.config
         if config.train.precision == "auto":  # resolved where it ran
             has = replace(has, train=replace(has.train, precision="auto"))
         differing = differences(has, config)
         if differing:
             raise UserError(
-                f"{config.run_dir} is of another configuration ({differing[0]}): choose another study="
+                f"{run.dir} is of another configuration ({differing[0]}): choose another study="
             )
 
 

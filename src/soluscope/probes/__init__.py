@@ -1,26 +1,26 @@
-"""What a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
+"""Define what a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
 
-A probe turns one model's activations into values by token (`measure`), and where the answer is not
-an average over tokens (a correlation, a ratio, a curve over ranks), into sums by document and the
-number that follows from them (`estimate`). It never sees a variant's name or a config, and it does
-not average, resample, draw or save: evaluation/ makes the summaries, with their intervals, for all
-probes alike, and the report draws what `figures` asks for.
+A probe turns one model's activations into numbers (`measure`): values per token; estimates, which are
+numbers that are not averages over tokens (a correlation, a ratio, a curve over ranks), as sums over
+strings and the function of these sums; and, where it has any, values per neuron. It never sees a
+variant's name or a config, and it does not average, resample, draw or save: evaluation/ makes the
+summaries, with their intervals, for all probes alike, and the report draws what `figures` asks for.
 
-Probe files import torch inside functions, so that names, questions and parameters can be read
-without it.
+This file itself imports no torch, since a configuration is checked against the names in this folder.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from soluscope.errors import UserError
 from soluscope.results import Figure, Gate, Quantity
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -53,37 +53,37 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A measurement, the words that go with it, and the answers it must give."""
+class Measured:
+    """The numbers of one probe on one run."""
 
-    name: str
-    """Its heading: what a reader of the papers would look for."""
-    section: str
-    """Where science.md defines it: `P1`."""
-    question: str
-    """One sentence."""
-    reading: str
-    """How to read the result: what smearing would look like, what its absence would."""
-    pitfalls: str
-    measure: Callable[[HookedRun, Any], dict[str, Tensor]]
-    """Values by quantity, each [token], on the CPU in fp32 or fp64."""
+    tokens: dict[str, Tensor]
+    """By quantity, and by column that quantities are split by: one value per token, on the CPU in fp32
+    or fp64; nan where a token has none."""
+    estimates: tuple[Estimate, ...] = ()
+    neurons: dict[str, Tensor] = field(default_factory=dict)
+    """Columns of a table with one row per neuron, saved beside the tokens' for whoever wants to look."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement, the words that go with it, and the answers it must give.
+
+    Raises:
+        UserError: if the docstring lacks some of the words.
+    """
+
+    docstring: str | None = field(repr=False)
+    """The module's `__doc__`, from which the words are read: see `words_of`."""
+    measure: Callable[[HookedRun], Measured]
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Streams it is measured on, of those in data/streams.py."""
-    formula: str
-    """What is computed, in one or two lines of plain text."""
     gates: tuple[Gate, ...]
     """Positive and negative controls."""
     known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
     """Runs with planted activations and, by quantity, the value at each token, worked by hand."""
-    params: type = type(None)
-    estimate: Callable[[HookedRun, pd.DataFrame, Any], Iterator[Estimate]] | None = None
-    """From a run, the table of its tokens (string, pos, token and the measured columns) and the
-    parameters to the numbers that are not averages over tokens."""
     estimates: dict[str, Quantity] = field(default_factory=dict)
-    """What they are."""
-    neurons: Callable[[HookedRun, Any], dict[str, Tensor]] | None = None
-    """Columns of a table with one row a neuron, saved beside the tokens' for whoever wants to look."""
+    """The estimates that `measure` may give."""
     one_layer: bool = False
     """Exact, or meaningful, only where the model has one layer; left out by name for deeper ones,
     whose last layer all other probes read."""
@@ -95,5 +95,50 @@ class Probe:
     confirmatory: bool = False
     """One of the tests that are corrected together for their number (science.md section 5)."""
     figures: tuple[Figure, ...] = ()
-    source: str = ""
+    section: str = field(init=False)
+    """The probe's number in science.md: `P1`."""
+    name: str = field(init=False)
+    """The heading: what a reader of the papers would look for."""
+    question: str = field(init=False)
+    """One sentence."""
+    formula: str = field(init=False)
+    """The computation, in plain text."""
+    reading: str = field(init=False)
+    """How to read the result: what smearing would look like, what its absence would."""
+    pitfalls: str = field(init=False)
+    source: str = field(init=False)
     """Paper and section, or science.md section."""
+
+    def __post_init__(self) -> None:
+        for word, text in words_of(self.docstring).items():
+            object.__setattr__(self, word, text)
+
+
+SECTIONS = ("Question", "Formula", "Reading", "Pitfalls", "Source")
+"""Headings in the docstring of a probe's module."""
+
+
+def words_of(docstring: str | None) -> dict[str, str]:
+    """Return a probe's words from its module's docstring, each on one line.
+
+    The first line is `P1: name`. Each of `SECTIONS` stands with a colon on a line of its own, above its
+    indented text. Other text, which is not indented, is for readers of the file only.
+
+    Raises:
+        UserError: if the first line or a section is missing.
+    """
+    text = docstring or ""
+    first_line = text.partition("\n")[0]
+    title = re.fullmatch(r"(P\d+): (.+)", first_line)
+    if title is None:
+        raise UserError(f"a probe's docstring begins with {first_line!r}: begin it with 'P1: name'")
+    words = {"section": title[1], "name": title[2]}
+    for heading in SECTIONS:
+        body = re.search(rf"^{heading}:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+        if body is None or not body[1].strip():
+            raise UserError(
+                f"the docstring of probe {first_line!r} lacks {heading!r}: write '{heading}:' on a line of "
+                f"its own and indent the text below it; a probe has {', '.join(SECTIONS)}"
+            )
+        words[heading.lower()] = " ".join(body[1].split())
+    return words

@@ -8,13 +8,14 @@ approximation (science.md P17).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun
 
 
 def target_direction(run: HookedRun) -> Float[Tensor, "token d_model"]:
@@ -23,8 +24,6 @@ def target_direction(run: HookedRun) -> Float[Tensor, "token d_model"]:
     ln_final's weights are in it, and its centring where it has one; its bias and the unembedding's
     add the same at every edit and are left out. nan where there is no target.
     """
-    import torch
-
     out = run.readout
     target = run.target.clamp(min=0)
     direction = (out.W_U - out.W_U.mean(-1, keepdim=True))[:, target].T * out.ln_w
@@ -57,8 +56,6 @@ def contributions(run: HookedRun) -> Float[Tensor, "token d_mlp"]:
 
 def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any) -> HookedRun:
     """`run` with other weights after the mid norm, and the losses that it has with them."""
-    from soluscope.hooked.ablation import loss_at_post
-
     changed = replace(
         run,
         readout=replace(run.readout, **weights),
@@ -67,33 +64,11 @@ def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any
     return replace(changed, loss=loss_at_post(changed, changed.post))
 
 
-def spread_tokens(run: HookedRun, every: int) -> Tensor:
-    """Every `every`-th token, of those that are not BOS and have a target: [t] row numbers.
-
-    With a prime that is not 2, rows whose width is a power of 2 are met at all their positions.
-    """
-    chosen = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
-    return chosen[::every]
-
-
-def scattered(
-    run: HookedRun, tokens: Tensor, values: Float[Tensor, " t"]
-) -> Float[Tensor, " token"]:
-    """One value a token from values at `tokens`: nan at all others."""
-    import torch
-
-    full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64)
-    full[tokens] = values.double().cpu()
-    return full
-
-
 def reading_one_neuron(run: HookedRun) -> HookedRun:
     """A planted run of two neurons whose first one writes x = post on logits of -x and x.
 
     An epsilon of 1e24 under weights 1e12 times as large makes ln_final's scale one number.
     """
-    import torch
-
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
     return with_readout(
         run,

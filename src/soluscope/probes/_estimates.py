@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
 
+from soluscope.comparison.stats import centred, order_of
 from soluscope.probes import Estimate
 
 Floats = NDArray[np.float64]
@@ -90,11 +92,9 @@ def rank_correlation(
     Ranks are taken once, over all tokens; resampling moves the weights of strings. The partial
     correlation is that of the ranks' residuals on the ranks of what is given.
     """
-    from scipy.stats import rankdata  # a second to load, which the report need not wait for
-
     columns = [np.asarray(column, dtype=np.float64) for column in (x, y, *given)]
     kept = ~np.isnan(np.stack(columns)).any(axis=0)
-    ranks = [rankdata(column[kept]) / max(1, kept.sum()) - 0.5 for column in columns]
+    ranks = [rankdata(order_of(column[kept])) / max(1, kept.sum()) - 0.5 for column in columns]
     k = len(ranks)
     pairs = [(i, j) for i in range(k) for j in range(i, k)]
     parts = [np.ones(kept.sum()), *ranks, *(ranks[i] * ranks[j] for i, j in pairs)]
@@ -119,9 +119,10 @@ def rank_correlation(
 
 def _moments(x: ArrayLike, y: ArrayLike) -> list[Floats]:
     """1, x, y and their products, about their means: differences of large squares lose digits."""
-    a, b = (np.asarray(column, dtype=np.float64) for column in (x, y))
+    a, b = (np.array(column, dtype=np.float64) for column in (x, y))
     kept = ~(np.isnan(a) | np.isnan(b))
-    a, b = (np.where(kept, v - v[kept].mean() if kept.any() else v, np.nan) for v in (a, b))
+    for column in (a, b):
+        column[kept], column[~kept] = centred(column[kept]), np.nan
     return [np.where(kept, 1.0, np.nan), a, b, a * b, a * a, b * b]
 
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
-if TYPE_CHECKING:
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.activations import HookedRun
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -205,8 +205,6 @@ def auroc(values: NDArray[np.floating], holds: Bools) -> Floats:
     Returns:
         [feature column]; nan where all tokens or none have the feature.
     """
-    from scipy.stats import rankdata
-
     ranks = rankdata(levels(values), axis=0)
     n = holds.sum(axis=1, keepdims=True).astype(np.float64)
     above = holds.astype(np.float64) @ ranks - n * (n + 1) / 2
@@ -229,8 +227,6 @@ def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.in
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, "structural components".
     """
-    from scipy.stats import rankdata
-
     rounded = levels(values)
     ranks = rankdata(rounded, axis=0)
     placed = np.empty_like(rounded)

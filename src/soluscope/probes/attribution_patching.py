@@ -1,29 +1,54 @@
-"""P18: how well does attribution patching stand in for exact ablation, and does the mid gain spoil it?
+"""P18: Attribution patching against exact ablation
 
 Attribution patching replaces an ablation by the gradient times the change of the activation. It goes
 wrong where the loss bends: in the softmax over the vocabulary, in ln_final, and, for activations before
 the mid norm, in that norm's gain. The last part is told from the others by holding the gain fixed
 in the gradient.
 
-Source: Nanda 2023, "Attribution Patching"; Baroni et al. 2025 (arXiv 2507.02559), where removing
-LayerNorm does not help much; science.md section 7, P18, by sections 8.2, 8.3 and 8.5.
+Question:
+    Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that it
+    misses?
+
+Formula:
+    -h_j dl/dh_j against l(post_j = 0) - l;
+    E_p[delta] - delta_y + Var_p[delta] / 2 against the same;
+    -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l;
+    NMAE = sum |found - exact| / sum |exact|
+
+Reading:
+    An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain
+    detached as with the gradient through it says that the gain answers to no neuron: pinned by
+    epsilon, or a constant. With an active LayerNorm, detaching it changes the answer by the share
+    shown. Removing LayerNorm is expected to help little (Baroni et al.): the softmax over the
+    vocabulary bends most.
+
+Pitfalls:
+    Errors sit in the few large effects: read them by size. Signs are compared only where the change
+    is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0
+    before the norm is not one after it: a neuron at 0 comes out below the mean.
+
+Source:
+    Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7
+    P18 and 8.3
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import Ablation
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -52,13 +77,9 @@ class Pairs:
     """By method."""
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) pairs that the probe's numbers come from."""
-    from soluscope.hooked.ablation import Ablation
-    from soluscope.probes._attribution import spread_tokens
-
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     ablation = Ablation(run)
     gradient = ablation.gradient(tokens).double()
     bounds = ablation.bounds(tokens)
@@ -85,9 +106,8 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
     centring m and mean G are 0; with a constant gain dg/da_j is.
     """
     G = gradient * run.readout.gamma.double()
-    a, gain = run.mid[tokens].double(), run.gain[tokens, None].double()
+    a, gain = run.centred[tokens], run.gain[tokens, None].double()
     if run.centres:
-        a = a - a.mean(-1, keepdim=True)
         G = G - G.mean(-1, keepdim=True)
     detached = gain * G
     if run.eps is None:
@@ -96,13 +116,18 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
     return detached + slope * (a * G).sum(-1, keepdim=True), detached
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Errors and effects summed over neurons, sign agreement and overlap; nan but at every `EVERY`-th token."""
-    import torch
-
-    from soluscope.probes._attribution import scattered
-
+def measure(run: HookedRun) -> Measured:
+    """Return errors of attribution patching per token, and as shares of the exact effects."""
     at = pairs(run)
+    tokens = _errors(run, at)
+    return Measured(tokens, tuple(_estimates(run, at, tokens)))
+
+
+def _errors(run: HookedRun, at: Pairs) -> dict[str, Tensor]:
+    """Return errors and effects summed over neurons, sign agreement and overlap.
+
+    All are nan except at every `EVERY`-th token.
+    """
     values: dict[str, Tensor] = {
         "effect after the norm": at.exact["first order"].abs().sum(-1),
         "effect before the norm": at.exact["before the norm"].abs().sum(-1),
@@ -124,20 +149,17 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: scattered(run, at.tokens, column) for name, column in values.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, at: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
-    import numpy as np
-
-    at = pairs(run)
     if not len(at.tokens):
         return
-    string = table["string"]
+    string, columns = run.string.numpy(), arrays(tokens)
     here = run.string[at.tokens].numpy()
     owner = np.repeat(here, run.mid.shape[1])
     for name, found in at.found.items():
         effect = "effect after the norm" if name in OF_POST else "effect before the norm"
         exact = at.exact[name].numpy()
-        yield ratio(f"NMAE: {name}", table[f"error: {name}"], table[effect], string)
+        yield ratio(f"NMAE: {name}", columns[f"error: {name}"], columns[effect], string)
         yield correlation(f"Pearson: {name}", found.numpy().ravel(), exact.ravel(), owner)
         size, error = np.abs(exact), np.abs(found.numpy() - exact)
         edges = np.quantile(size, np.linspace(0, 1, N_BINS + 1)[1:-1])
@@ -150,7 +172,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
             )  # fmt: skip
     yield ratio(
         "share of detaching the gain",
-        table["error of detaching the gain"], table["effect before the norm"], string,
+        columns["error of detaching the gain"], columns["effect before the norm"], string,
     )  # fmt: skip
 
 
@@ -164,12 +186,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     gives (1, -1), the larger first, whatever they are: the gradient through the gain is 0, setting
     the first to 0 swaps the two, and setting the second to 0 does nothing.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
@@ -205,20 +221,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 _AT = f"at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Attribution patching against exact ablation",
-    section="P18",
-    question="Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that "
-    "it misses?",
-    reading="An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain "
-    "detached as with the gradient through it says that the gain answers to no neuron: pinned by epsilon, "
-    "or a constant. With an active LayerNorm, detaching it changes the answer by the share shown. Removing "
-    "LayerNorm is expected to help little (Baroni et al.): the softmax over the vocabulary bends most.",
-    pitfalls="Errors sit in the few large effects: read them by size. Signs are compared only where the "
-    "change is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0 "
-    "before the norm is not one after it: a neuron at 0 comes out below the mean.",
-    formula="-h_j dl/dh_j against l(post_j = 0) - l; E_p[delta] - delta_y + Var_p[delta] / 2 against the "
-    "same; -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l; NMAE = sum |found - exact| / sum "
-    "|exact|",
+    __doc__,
     gates=(
         Gate("smear_shared", "share of detaching the gain", above=0.1),
         Gate("pinned", "share of detaching the gain", within=0.01),
@@ -236,7 +239,6 @@ PROBE = Probe(
     tested="share of detaching the gain",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "effect after the norm": Quantity("nats", f"sum over neurons of |change|, post_j set to 0, {_AT}"),
         "effect before the norm": Quantity("nats", f"sum over neurons of |change|, mid_j set to 0, {_AT}"),
@@ -281,6 +283,4 @@ PROBE = Probe(
             kind="curve", x_title="rank of |exact|, as a share",
         ),
     ),
-    source="Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7 "
-    "P18 and 8.3",
 )  # fmt: skip

@@ -1,27 +1,48 @@
-"""P22: would a norm over blocks of neurons have another gain in each block, and would the loss notice?
+"""P22: Blocked norm
 
-Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the model stays as it was trained and
-only its gain is taken apart: with m_b and g_b = (s2_b + eps)^(-1/2) of the block's own neurons,
+Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the model stays as it was trained,
+and only its gain is taken apart: a block whose own gain is the joint one stays as it is.
 
-    post' = gamma * (g_b (a - m_b) + g (m_b - m)) + beta
+Question:
+    Do parts of the hidden layer call for gains of their own, and does the loss depend on their
+    sharing one?
 
-so that a block whose own gain is the joint one stays as it is.
+Formula:
+    g_b = (s2_b + eps)^(-1/2), with s2_b and m_b of the block's own neurons;
+    post' = gamma (g_b (a - m_b) + g (m_b - m)) + beta;
+    dL_t = l_t(post') - l_t
 
-Source: Elhage et al. 2022, "Softmax Linear Units", section 4.4; science.md section 7, P22.
+Reading:
+    A joint gain lets a block that is silent at a token be turned up, or down, by what the others
+    do: smearing across blocks. Then gains differ between the blocks of a token and the loss rises
+    when each keeps to its own. A change within .001 nats says that one gain for all neurons carries
+    nothing that a block's own would not. A norm that epsilon pins has the same gain in every block.
+    The loss also rises where a gain for each neuron could do what the joint one does (C2,
+    `disjoint`): whether a gain by token is needed is for P7 and P8.
+
+Pitfalls:
+    The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not
+    trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model
+    trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with
+    nothing to multiply.
+
+Source:
+    Elhage et al. 2022, section 4.4; science.md section 7 P22
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.ablation import disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 N_BLOCKS = (4, 8)
 COLUMNS = {
@@ -34,7 +55,7 @@ COLUMNS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Spread of the blocks' gains, and the change of each token's loss under them.
 
     The constants that match a block's rms are taken over all strings but the token's own, without
@@ -44,8 +65,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan where the norm is not a LayerNorm with an epsilon, and where d_mlp does not fall into
         blocks of one size, of two neurons at least.
     """
-    import torch
-
     nothing = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
     values: dict[str, Tensor] = {}
     for n_blocks in N_BLOCKS:
@@ -54,13 +73,11 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         columns = _columns(run, n_blocks) if possible else [nothing] * len(COLUMNS)
         named = [f"{name}, {n_blocks} blocks" for name in COLUMNS]
         values |= dict(zip(named, columns, strict=True))
-    return values
+    return Measured(values)
 
 
 def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
     """The three of `COLUMNS`, each [token]."""
-    from soluscope.hooked.ablation import disjoint_mean, loss_at_post
-
     mid = run.mid.double().unflatten(-1, (n_blocks, -1))  # [token block neuron]
     gamma = run.readout.gamma.double().view(n_blocks, -1)
     deviation = mid - mid.mean(-1, keepdim=True)
@@ -87,12 +104,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     eps = 0 all but: log g_b = 0 or -log 3, half of each. In eight blocks of one neuron nothing varies.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     token = torch.tensor([2.0, 0, 2, 0, 4, -2, 4, -2])
     nothing = [math.nan] * 6
     yield (
@@ -111,22 +122,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Blocked norm",
-    section="P22",
-    question="Do parts of the hidden layer call for gains of their own, and does the loss depend on their sharing "
-    "one?",
-    reading="A joint gain lets a block that is silent at a token be turned up, or down, by what the others do: "
-    "smearing across blocks. Then gains differ between the blocks of a token and the loss rises when each "
-    "keeps to its own. A change within .001 nats says that one gain for all neurons carries nothing that "
-    "a block's own would not. A norm that epsilon pins has the same gain in every block. The loss also rises where "
-    "a gain for each neuron could do what the joint one does (C2, `disjoint`): whether a gain by token is "
-    "needed is for P7 and P8.",
-    pitfalls="The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not "
-    "trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model "
-    "trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with "
-    "nothing to multiply.",
-    formula="g_b = (s2_b + eps)^(-1/2); post' = gamma (g_b (a - m_b) + g (m_b - m)) + beta; dL_t = l_t(post') - "
-    "l_t",
+    __doc__,
     gates=(
         # At an A token (47% of tokens) one of 4 blocks has s2_b = 7/64 12^2 and the others 0: log g_b of
         # -1.38 and three times 13.8, an sd of 6.58. So the mean is at least .47 * 6.58 = 3.1. On the
@@ -165,5 +161,4 @@ PROBE = Probe(
             "Spread of log gain over blocks", tuple(f"sd of log g, {n} blocks" for n in N_BLOCKS)
         ),
     ),
-    source="Elhage et al. 2022, section 4.4; science.md section 7 P22",
 )

@@ -1,28 +1,46 @@
-"""P21: does it matter that the mid LayerNorm subtracts the mean? LayerNorm against RMSNorm, at inference.
+"""P21: Centring
 
-In what the MLP writes, centring is not a nonlinearity at all: with v_j = gamma_j W_out[j] - mean_i gamma_i
-W_out[i],
+In what the MLP writes, centring is not a nonlinearity: other output weights, v_j below, do the same
+without it. Only the variance, hence the gain, depends on the mean. The probe leaves the mean in, with the
+weights that are there, and measures what that does to the loss.
 
-    ((a - m) * gamma) W_out = sum_j a_j v_j
+Question:
+    Does the loss need the mid norm to subtract each token's mean over neurons?
 
-so other output weights do the same without it. Only the variance, hence the gain, sees the mean. What
-a token's mean does to the loss with the weights that are there is measured by leaving it in.
+Formula:
+    dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a
+    constant;
+    ((a - m) gamma) W_out = sum_j a_j v_j, v_j = gamma_j W_out[j] - mean_i gamma_i W_out[i]
 
-Source: science.md sections 7, P21, and 8.5 for v_j.
+Reading:
+    Smearing is about scale, so it predicts nothing here; but centring gives small activations the
+    other sign, which looks like smearing when activations before and after the norm are compared
+    (Elhage 6.4). A change within .001 nats and a small angle say that centring is idle, and that
+    what LayerNorm does is its gain. A rise where the gain is kept, in a model whose scale hardly
+    varies, says that the mean carries it.
+
+Pitfalls:
+    The edit is off the training distribution and beta alone is refit: W_out could do the rest
+    exactly, so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at
+    every token, which gamma would take up: read the matched one.
+
+Source:
+    science.md sections 7 P21 and 8.5
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.ablation import disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CHANGES = {
     "mean left in": "loss with gamma g a + beta', the gain as it is, less loss as it is",
@@ -32,7 +50,7 @@ CHANGES = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Change of each token's loss without centring, and how far the mean is from mattering.
 
     beta' is beta plus the mean of what the edit took away, over all strings but the token's own, as
@@ -42,8 +60,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         Changes in nats, nan where the norm does not centre, and for RMS where its gain is one
         constant. Angle between a - m and a in degrees. The residual of the identity above, relative.
     """
-    import torch
-
     mid, out = run.mid.double(), run.readout
     mean = mid.mean(-1, keepdim=True)
     centred = mid - mean
@@ -60,7 +76,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         "mean share": mean.squeeze(-1).square() / mid.square().mean(-1),
     }
     if not run.centres:
-        return values
+        return Measured(values)
     gain = run.gain.double()[:, None]
     values["mean left in"] = _change(run, gain * mid * gamma)
     if run.eps is not None:
@@ -68,21 +84,17 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         values["RMS"] = _change(run, rms * mid * gamma)
         matched = rms * _mean_of_others(run, (gain / rms).log()).exp()
         values["RMS, gain matched"] = _change(run, matched * mid * gamma)
-    return values
+    return Measured(values)
 
 
 def _change(run: HookedRun, scaled: Tensor) -> Tensor:
     """Loss with post = scaled + beta' less loss as it is, [token]."""
-    from soluscope.hooked.ablation import loss_at_post
-
     refit = scaled + _mean_of_others(run, run.post - scaled)
     return loss_at_post(run, refit.to(run.post.dtype)) - loss_at_post(run, run.post)
 
 
 def _mean_of_others(run: HookedRun, values: Tensor) -> Tensor:
     """Mean of `values` [token column] over all strings but the token's own, without BOS."""
-    from soluscope.hooked.ablation import disjoint_mean
-
     return disjoint_mean(replace(run, post=values), "post")
 
 
@@ -91,12 +103,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     With W_out = [[1, 2], [3, 5]], v = [[-1, -1.5], [1, 1.5]].
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[3.0, 1.0], [3.0, 1.0], [2.0, -2.0]]]).expand(2, 3, 2)
     run = planted(mid, eps=1e-12)
     run = replace(
@@ -121,19 +127,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Centring",
-    section="P21",
-    question="Does the loss need the mid norm to subtract each token's mean over neurons?",
-    reading="Smearing is about scale, so it predicts nothing here; but centring gives small activations the other "
-    "sign, which looks like smearing when activations before and after the norm are compared (Elhage "
-    "6.4). A change within .001 nats and a small angle say that centring is idle, and that what LayerNorm "
-    "does is its gain. A rise where the gain is kept, in a model whose scale hardly varies, says that "
-    "the mean carries it.",
-    pitfalls="The edit is off the training distribution and beta alone is refit: W_out could do the rest exactly, "
-    "so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at every token, "
-    "which gamma would take up: read the matched one.",
-    formula="dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a constant; "
-    "((a - m) gamma) W_out = sum_j a_j v_j",
+    __doc__,
     gates=(
         # The class is read off a sum of 16 neurons, which the mean moves by 4.0825 16 (.4 - .16) / 2 = 7.8 either
         # way from what beta takes up: from -2.9 to 5.0 at A tokens, from 2.6 to -5.2 at B tokens.
@@ -161,5 +155,4 @@ PROBE = Probe(
         Figure("Loss without centring less loss as it is", tuple(CHANGES)),
         Figure("Angle between a - m and a, median token", ("angle",), statistic="median"),
     ),
-    source="science.md sections 7 P21 and 8.5",
 )

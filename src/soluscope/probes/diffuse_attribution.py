@@ -1,35 +1,72 @@
-"""P10: tokens where the MLP's direct logit attribution is high but no single neuron's is. Figure 6, both ways.
+"""P10: High MLP attribution without a high neuron
 
-The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse
-outlier score", took the ten highest positions, and asked whether LayerNorm turns these up more than
-random positions. Three things are wrong with it (science.md section 1.6). max a - mean a grows with
-the standard deviation s of a, so the selection by its inverse is a selection by 1/s, which is what
-the gain is. The ablation loss is the prompt's mean, so short prompts win. And what was compared, the outlier
-score after LayerNorm over the one before, is the gain itself, with BOS among the random positions.
+The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse outlier
+score", took the ten highest positions, and asked whether LayerNorm amplifies these more than random
+positions. Three things are wrong with it (science.md section 1.6). The selection is one by 1/s, which is
+what the gain is (see Pitfalls). The ablation loss is the prompt's mean, so short prompts win. And the
+quantity compared, the outlier score after LayerNorm over the one before, is the gain itself, with BOS
+among the random positions. The corrected score rests on K_dla, which no gain can change.
 
-The corrected score is the token's own change of loss times K_dla, the number of neurons that share the
-attribution, which no gain can change; its rank correlation with log g is given what else goes with both.
+Question:
+    Are tokens whose MLP attribution is high but spread over many neurons those that the gain turns
+    up?
 
-Source: Baginski et al. 2023 (hackathon study), part 3, Figure 6 and its notebook SoLU_LN_3; Nanda's
-problem 4.39c; science.md sections 1.6 and 7, P10.
+Formula:
+    c_tj = h_tj W_out[j].u_y / S;
+    K_dla = (sum |c|)^2 / sum c^2;
+    score = dl_t K_dla, dl_t the change of the token's loss with the MLP's post at 0;
+    partial Spearman(score, log g | surprisal, position, log token count, |resid_mid|)
+
+Reading:
+    Smearing predicts a partial correlation above 0 and above that with W_out permuted, together
+    with a gain at the top positions that is well above the gain of all. Where the gain is one
+    constant (sd of log gain below .01) there is nothing to rank, and no correlation is given. The
+    converse does not hold: a correlation above 0 says that the gain is high where many neurons
+    share a felt attribution, also where a gain for each neuron could do it (`disjoint`: .69);
+    whether it is needed is for P7 and P8. What is marked as published shows what the study's own
+    test finds on the same tokens, whether there is smearing or not.
+
+Pitfalls:
+    Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73
+    (`pinned`), so read the gain at the top positions beside them. If more than a tenth of the
+    tokens tie for the top score, no gain at the top is given. Circular as published: 1 / (max a -
+    mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is
+    given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17).
+    Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types
+    whatever their number, BOS included.
+
+Source:
+    Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md
+    sections 1.6 and 7 P10
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._attribution import (
+    contributions,
+    final_scale,
+    resid_final,
+    target_direction,
+    with_readout,
+)
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
+from soluscope.probes._tokens import arrays
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+Columns = dict[str, NDArray[np.floating]]
+"""The measured values by quantity, each [token]."""
 
 HIGH_DLA = 1.0
 """Logits; above it the MLP's attribution counts as high."""
@@ -53,19 +90,20 @@ MIN_STRINGS = 20
 """A type seen in fewer documents is not shown in the corrected figure."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Attribution, its concentration, ablation loss and both scores, one value a token.
+def measure(run: HookedRun) -> Measured:
+    """Return attribution and scores per token, and what goes with the gain."""
+    tokens = _scores(run)
+    return Measured(tokens, tuple(_estimates(run, arrays(tokens))))
+
+
+def _scores(run: HookedRun) -> dict[str, Tensor]:
+    """Return attribution, its concentration, ablation loss and both scores, one value a token.
 
     Returns:
         nan where there is no target, but for the published score, which is 0 there (removing a
         prompt's last token changes no loss), and for the inverse outlier score, which needs none. K
         and the share are nan where no neuron contributes.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-    from soluscope.probes._attribution import contributions
-
     c = contributions(run).double()
     size = c.abs()
     total, largest, dla = size.sum(-1), size.amax(-1), c.sum(-1)
@@ -99,37 +137,33 @@ def _score(removed: Tensor, neurons: Tensor) -> Tensor:
     return (removed * neurons).where(~(removed.abs() <= FELT), 0.0)
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """What goes with the gain, and Figure 6; BOS is left out of all that is not "as published"."""
-    import numpy as np
-
-    gain, content = run.gain.double().numpy(), table["pos"].to_numpy() > 0
-    if not table["score"][content].notna().any():
+    gain, string, content = run.gain.double().numpy(), run.string.numpy(), ~run.is_bos.numpy()
+    scores = columns["score"][content]
+    scores = scores[~np.isnan(scores)]
+    if not len(scores):
         return
-    if np.log(gain[content]).std() > FLAT and table["score"][content].nunique() > 1:
-        yield from _against_gain(run, table, np.log(gain))
-    yield from _circular(run, table[content])
+    if np.log(gain[content]).std() > FLAT and len(np.unique(scores)) > 1:
+        yield from _against_gain(run, columns["score"], np.log(gain))
+    yield from _circular(run, columns)
     for name, rows in (("score", content), ("score (as published)", content | True)):
-        words, here = name.removeprefix("score"), table[rows]
-        score = here[name].to_numpy()
+        words, score = name.removeprefix("score"), columns[name][rows]
         top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
         if np.nanmean(top) <= 2 * TOP:  # more are ties: of one score all tokens are the top
             yield _top_over_all(
-                f"gain at top positions over all{words}", gain[rows], top, here["string"].to_numpy()
+                f"gain at top positions over all{words}", gain[rows], top, string[rows]
             )
-    yield from _by_type(table, run)
-    yield from _by_k(table[content])
+    yield from _by_type(run, columns["MLP DLA"])
+    yield from _by_k(run, columns)
 
 
 def _against_gain(
-    run: HookedRun, table: pd.DataFrame, log_gain: NDArray[np.float64]
+    run: HookedRun, score: NDArray[np.floating], log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
     """Rank correlations of the score and of its null with log gain."""
-    import numpy as np
-
-    content = table["pos"].to_numpy() > 0
-    here = table[content]
-    string = here["string"]
+    content = ~run.is_bos.numpy()
+    string = run.string.numpy()[content]
     _, code, counts = np.unique(run.tokens.numpy(), return_inverse=True, return_counts=True)
     given = [
         column[content]
@@ -141,26 +175,25 @@ def _against_gain(
         )
     ]
     log_gain = log_gain[content]
-    found = rank_correlation(PARTIAL, here["score"], log_gain, string, given)
+    found = rank_correlation(PARTIAL, score[content], log_gain, string, given)
     nulls = [
-        rank_correlation(PARTIAL, score[content], log_gain, string, given)
-        for score in _null_scores(run)
+        rank_correlation(PARTIAL, null[content], log_gain, string, given)
+        for null in _null_scores(run)
     ]
     yield found
     yield _weighted(f"{PARTIAL}, W_out permuted", nulls, [1 / N_DEALS] * N_DEALS)
     yield _weighted(f"{PARTIAL}, less permuted", [found, *nulls], [1.0, *[-1 / N_DEALS] * N_DEALS])
 
 
-def _circular(run: HookedRun, here: pd.DataFrame) -> Iterator[Estimate]:
+def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """The published score's rank correlation with 1/s, s the standard deviation of the token's a."""
-    import numpy as np
-
-    s = run.mid.double().std(dim=-1, correction=0).numpy()[here.index]
+    content = ~run.is_bos.numpy()
+    s = run.mid.double().std(dim=-1, correction=0).numpy()[content]
     if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
         for name in ("inverse outlier score", "score"):
-            values = here[f"{name} (as published)"]
+            values = columns[f"{name} (as published)"][content]
             yield rank_correlation(
-                f"{name} (as published) against 1/s", values, 1 / s, here["string"]
+                f"{name} (as published) against 1/s", values, 1 / s, run.string.numpy()[content]
             )
 
 
@@ -170,16 +203,6 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
     Of `N_DEALS` fixed permutations; each token's activations are scaled so that its sum |c| stays
     what it was, and what is not felt scores 0, as in the score itself.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-    from soluscope.probes._attribution import (
-        contributions,
-        final_scale,
-        resid_final,
-        target_direction,
-    )
-
     out = run.readout
     generator = torch.Generator().manual_seed(0)
     direction, scale = target_direction(run), final_scale(run, resid_final(run))[:, None]
@@ -200,8 +223,6 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
 
 def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Estimate:
     """Sum of estimates over the same tokens, each times its weight."""
-    import numpy as np
-
     ends = np.cumsum([part.sums.shape[1] for part in parts])[:-1]
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -226,8 +247,6 @@ def _top_over_all(
     string: NDArray[np.int64],
 ) -> Estimate:
     """Mean gain at the top tokens (1, others 0, nan without a score), over the mean of all, less 1."""
-    import numpy as np
-
     sums, n = sums_by_string([top * gain, top, gain, np.ones_like(gain)], string)
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -238,35 +257,35 @@ def _top_over_all(
     return Estimate(quantity, sums, value, n)
 
 
-def _by_type(table: pd.DataFrame, run: HookedRun) -> Iterator[Estimate]:
+def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
     """Figure 6: mean DLA of the commonest token types; as published BOS is one, and rare ones are."""
-    with_target = table[table["MLP DLA"].notna()]
+    with_target = ~np.isnan(dla)
     for name in ("MLP DLA by token", "MLP DLA by token (as published)"):
         published = name.endswith("(as published)")
-        rows = with_target if published else with_target[with_target["pos"] > 0]
-        types = rows.groupby("token")["string"].agg(["size", "nunique"])
+        rows = with_target if published else with_target & ~run.is_bos.numpy()
+        tokens, string = run.tokens.numpy()[rows], run.string.numpy()[rows]
+        types, counts = np.unique(tokens, return_counts=True)
         if not published:
-            types = types[types["nunique"] >= MIN_STRINGS]
-        types = types.reset_index().sort_values(["size", "token"], ascending=[False, True])
-        for rank, token in enumerate(types["token"][:N_TYPES], start=1):
-            mine = (rows["token"] == token).to_numpy()
+            n_strings = np.unique(np.unique([tokens, string], axis=1)[0], return_counts=True)[1]
+            types, counts = types[n_strings >= MIN_STRINGS], counts[n_strings >= MIN_STRINGS]
+        for rank, token in enumerate(types[np.argsort(-counts, kind="stable")][:N_TYPES], start=1):
+            own = tokens == token
             yield ratio(
-                name, rows["MLP DLA"][mine], mine[mine], rows["string"][mine], x=float(rank),
+                name, dla[rows][own], own[own], string[own], x=float(rank),
                 note=run.vocab[int(token)] if run.vocab else str(token),
             )  # fmt: skip
 
 
-def _by_k(table: pd.DataFrame) -> Iterator[Estimate]:
+def _by_k(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """Mean DLA by tenth of K_dla, each at its own mean K: is what many neurons share small?"""
-    import numpy as np
-
-    rows = table[table["K_dla"].notna()].sort_values("K_dla", kind="stable")
-    for part in np.array_split(np.arange(len(rows)), N_BINS):
-        tenth = rows.iloc[part]
+    k, dla, string = columns["K_dla"], columns["MLP DLA"], run.string.numpy()
+    rows = np.flatnonzero(~run.is_bos.numpy() & ~np.isnan(k))
+    rows = rows[np.argsort(k[rows], kind="stable")]
+    for tenth in np.array_split(rows, N_BINS):
         if len(tenth):
             yield ratio(
-                "MLP DLA by K_dla", tenth["MLP DLA"], np.ones(len(tenth)), tenth["string"],
-                x=float(tenth["K_dla"].mean()),
+                "MLP DLA by K_dla", dla[tenth], np.ones(len(tenth)), string[tenth],
+                x=float(k[tenth].mean()),
             )  # fmt: skip
 
 
@@ -277,13 +296,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     logit is 6a, and without the MLP 0, so the loss is log(1 + e^(-12a)) against log 2. Signs: the
     second neuron's activation is -a and its weight negative. K = (4 + 2)^2 / (16 + 4) = 1.8.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
-
     a = 0.5
     run = planted(torch.tensor([[[a, -a]] * 3]))
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
@@ -318,27 +330,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PARTIAL = "partial rho of score and log gain"
 
 PROBE = Probe(
-    name="High MLP attribution without a high neuron",
-    section="P10",
-    question="Are tokens whose MLP attribution is high but spread over many neurons those that the gain "
-    "turns up?",
-    reading="Smearing predicts a partial correlation above 0 and above that with W_out permuted, together "
-    "with a gain at the top positions that is well above the gain of all. Where the gain is one constant (sd of "
-    "log gain below .01) there is nothing to rank, and no correlation is given. The converse does not hold: a "
-    "correlation above 0 says that the gain is high where many neurons share a felt attribution, also where "
-    "a gain for each neuron could do it (`disjoint`: .69); whether it is needed is for P7 and P8. What is "
-    "marked as published shows what the study's own test finds on the same tokens, whether there is "
-    "smearing or not.",
-    pitfalls="Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73 "
-    "(`pinned`), so read the gain at the top positions beside them. "
-    "If more than a tenth of the tokens tie for the top score, no gain at the top is given. Circular as published: "
-    "1 / (max a - mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is "
-    "given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17). "
-    "Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types whatever "
-    "their number, BOS included.",
-    formula="c_tj = h_tj W_out[j].u_y / S; K_dla = (sum |c|)^2 / sum c^2; score = dl_t K_dla, dl_t the "
-    "change of the token's loss with the MLP's post at 0; partial Spearman(score, log g | surprisal, "
-    "position, log token count, |resid_mid|)",
+    __doc__,
     gates=(
         Gate("smear_shared", PARTIAL, above=0.1),
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
@@ -357,7 +349,6 @@ PROBE = Probe(
     shuffle="scale",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "MLP DLA": Quantity(
             "logits", "the MLP's direct attribution to the target's centred logit",
@@ -436,6 +427,4 @@ PROBE = Probe(
             x_title="token type, the commonest first",
         ),
     ),
-    source="Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md "
-    "sections 1.6 and 7 P10",
 )  # fmt: skip

@@ -1,22 +1,45 @@
-"""P1: is the mid LayerNorm active, or pinned by its epsilon?
+"""P1: LayerNorm engagement
 
-Source: science.md section 1 (SoLU-1L: r of .01 to .05, BOS .12) and section 7, P1.
+Question:
+    Does the mid LayerNorm scale each token by its own activations, or all by one constant?
+
+Formula:
+    r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq
+    = s2 d_mlp^2;
+    elasticity of g to s is -r;
+    residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted
+
+Reading:
+    r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true
+    LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out
+    there. Models whose gain is one constant have r = 0 by construction. The residual of the affine
+    fit is a test of the probe itself: 0 but for rounding, or what stands at hook_post is not a norm
+    of hook_mid.
+
+Pitfalls:
+    Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens.
+    The variance is the population's, the mean square in a norm that does not centre; epsilon is
+    read from the module.
+
+Source:
+    science.md sections 1.2 (SoLU-1L: r of .01 to .05, .12 at BOS) and 7 P1
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from soluscope.probes import Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Engagement and what it depends on, one value a token.
 
     Returns:
@@ -28,25 +51,23 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         post - beta, relative to its norm, with m 0 where the norm does not centre; nan where that
         norm is 0.
     """
-    import torch
-
-    mid = run.mid.double()
-    nothing = torch.full_like(mid[:, 0], torch.nan)
-    centred = mid - mid.mean(-1, keepdim=True) if run.centres else mid
-    variance = centred.square().mean(-1)
+    mid, centred, variance = run.mid.double(), run.centred, run.s2
+    nothing = torch.full_like(variance, torch.nan)
     pre = run.pre.double()
-    return {
-        "r": run.engagement,
-        "gain": run.gain.double(),
-        "kappa": nothing
-        if run.eps is None
-        else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
-        "vq": variance * mid.shape[-1] ** 2,
-        "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
-        "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
-        "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
-        "residual": _residual(run, centred),
-    }
+    return Measured(
+        {
+            "r": run.engagement,
+            "gain": run.gain.double(),
+            "kappa": nothing
+            if run.eps is None
+            else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
+            "vq": variance * mid.shape[-1] ** 2,
+            "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
+            "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
+            "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
+            "residual": _residual(run, centred),
+        }
+    )
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:
@@ -64,13 +85,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     A norm that leaves the mean in takes the mean square, 1 and 5. A post of (.4, 0) where a - m is
     (1, -1) is as much off that line as along it.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
     with_eps = planted(mid, eps=3.0)
     yield (
@@ -85,7 +99,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         },
     )
     scale = torch.tensor([4.0, 8.0]).double().sqrt()  # of mean squares 1 and 5
-    uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None])
+    uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None], centres=False)
     yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
     bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
     yield bent, {"residual": [0, 0.5**0.5]}
@@ -93,19 +107,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="LayerNorm engagement",
-    section="P1",
-    question="Does the mid LayerNorm scale each token by its own activations, or all by one constant?",
-    reading="r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true "
-    "LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out there. "
-    "Models whose gain is one constant have r = 0 by construction. The residual of the affine fit is a test of "
-    "the probe itself: 0 but for rounding, or what stands at hook_post is not a norm of hook_mid.",
+    __doc__,
     tested="r",
-    pitfalls="Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens. "
-    "The variance is the population's, the mean square in a norm that does not centre; epsilon is read from the "
-    "module.",
-    formula="r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = "
-    "s2 d_mlp^2; elasticity of g to s is -r; residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted",
     gates=(
         Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),
         Gate("uniform", "r", above=0.5, statistic="median", truth=1.0),
@@ -145,5 +148,4 @@ PROBE = Probe(
         Figure("Gain, median token", ("gain",), statistic="median", log_y=True),
         Figure("Largest softmax weight, median token", ("max_p",), statistic="median", log_y=True),
     ),
-    source="science.md sections 1.2 and 7 P1",
 )

@@ -1,32 +1,59 @@
-"""P19: neurons that act through a norm's scale and not through logits: entropy, frequency and gain neurons.
+"""P19: Entropy, frequency and gain neurons
 
 An entropy neuron writes where the unembedding hardly reads: it lengthens the residual stream, ln_final
-divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. Their
-analogue at the mid norm is a gain neuron: taking it out moves the mid LayerNorm's gain, and so all other
+divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. A gain
+neuron is their analogue at the mid norm: removing it moves the mid LayerNorm's gain, and so all other
 neurons, by more than what it writes itself.
 
-Source: Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md
-section 7, P19, by sections 8.2 and 8.5.
+Question:
+    Are there neurons that act by moving a norm's scale rather than by what they write to the
+    logits?
+
+Formula:
+    TE - DE: change of entropy at post_j = 0, ln_final live less frozen;
+    LogitVar_j = Var_v cos(w_j, u_v);
+    null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2;
+    log gain moved = |a_j (a_j - m)| g^2 / N;
+    loss through the mid norm = (8.5) - (8.2) at mid_j = 0
+
+Reading:
+    An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from
+    0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must
+    vanish where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some,
+    as the gain has to be moved by something; without them (log gain moved near 0) no neuron steers
+    the others through the gain.
+
+Pitfalls:
+    One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean over
+    texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one
+    whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's
+    gamma and centring.
+
+Source:
+    Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md section
+    7 P19
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import benjamini_hochberg, mean_p
+from soluscope.hooked.ablation import Ablation
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._attribution import with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 11
 """All neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -52,13 +79,9 @@ class Effects:
     """Change of loss with mid_tj at 0, the mid norm live (8.5), less `loss`."""
 
 
-@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def effects(run: HookedRun) -> Effects:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    from soluscope.hooked.ablation import Ablation
-    from soluscope.probes._attribution import spread_tokens
-
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     live = Ablation(run)
     written = run.gain[tokens, None] * run.mid[tokens] * run.readout.gamma
     held = live.post(tokens, run.post[tokens] - written, tolerance=TOLERANCE).double()
@@ -76,20 +99,24 @@ def gain_elasticity(run: HookedRun) -> Tensor:
 
     0 where the gain is one constant; m is 0 in a norm that does not centre.
     """
-    import torch
-
     a = run.mid.double()
     if run.eps is None:
         return torch.zeros_like(a)
-    about = a - a.mean(-1, keepdim=True) if run.centres else a
-    return (a * about).abs() * run.gain.double().square()[:, None] / a.shape[-1]
+    return (a * run.centred).abs() * run.gain.double().square()[:, None] / a.shape[-1]
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Means over neurons of the sizes of their effects; nan but at every `EVERY`-th token, save the gain's."""
-    from soluscope.probes._attribution import scattered
+def measure(run: HookedRun) -> Measured:
+    """Return effects through the norms' scales: per token, of the largest neurons, and per neuron."""
+    at, facts = effects(run), weights(run)
+    tokens = _sizes(run, at)
+    return Measured(tokens, tuple(_estimates(run, at, facts, tokens)), _by_neuron(run, at, facts))
 
-    at = effects(run)
+
+def _sizes(run: HookedRun, at: Effects) -> dict[str, Tensor]:
+    """Return means over neurons of the sizes of their effects.
+
+    All but the effect on the gain are nan except at every `EVERY`-th token.
+    """
     through = (at.total - at.direct).abs()
     values = {
         "entropy: total effect": at.total.abs().mean(-1),
@@ -102,13 +129,13 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return columns | {"log gain moved": gain_elasticity(run).mean(-1)}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(
+    run: HookedRun, at: Effects, facts: dict[str, Tensor], tokens: dict[str, Tensor]
+) -> Iterator[Estimate]:
     """The largest neuron's means, how many neurons are discovered, and shares; facts of the weights."""
-    import numpy as np
-
-    at = effects(run)
     if not len(at.tokens):
         return
+    columns = arrays(tokens)
     string = run.string[at.tokens].numpy()
     through = (at.total - at.direct).numpy()
     yield _of_the_largest("largest mean TE - DE", through, at.tokens.numpy(), run)
@@ -123,18 +150,16 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
         ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
         ("loss effect through the mid norm", "loss: through the mid norm", "loss: mid norm held"),
     ):
-        part, rest = table[through_norm], table[otherwise]
-        yield ratio(f"share of {name}", part, part + rest, table["string"])
+        part, rest = columns[through_norm], columns[otherwise]
+        yield ratio(f"share of {name}", part, part + rest, run.string.numpy())
     for name, column in _WEIGHTS.items():
-        values = column(weights(run))
+        values = column(facts)
         if values.isfinite().any():
             yield _fact(name, values[values.isfinite()].max().item(), len(values))
 
 
 def _fact(quantity: str, value: float, n: int) -> Estimate:
     """One row, so no interval: of the weights, or of a number of discoveries, which resampling inflates."""
-    import numpy as np
-
     return Estimate(quantity, np.array([[value]]), lambda sums: sums[:, 0], n)
 
 
@@ -142,8 +167,6 @@ def _halves(
     tokens: NDArray[np.intp], run: HookedRun
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
     """Which of some tokens choose and which measure, each [t], for both folds of their documents."""
-    import numpy as np
-
     among = np.zeros(len(run.pos), dtype=bool)
     among[tokens] = True
     for chosen, measured in folds(run, among):
@@ -161,8 +184,6 @@ def _of_the_largest(
         values: [t d_mlp], at `tokens`.
         tokens: [t] row numbers.
     """
-    import numpy as np
-
     found = np.full(len(values), np.nan)
     for chosen, measured in _halves(tokens, run):
         if chosen.any():
@@ -177,8 +198,6 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
 
     The excess is the other half's mean of |TE - DE| - |DE| over the discovered neurons, 0 without any.
     """
-    import numpy as np
-
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
     for chosen, measured in _halves(at.tokens.numpy(), run):
@@ -203,20 +222,12 @@ def _excess(at: Effects) -> NDArray[np.float64]:
 
 def _p(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.float64]:
     """Each neuron's two-sided p over strings of a mean of 0, [d_mlp]; nan from too few strings."""
-    import numpy as np
-
-    from soluscope.comparison.stats import mean_p
-
     sums, _ = sums_by_string([np.ones(len(excess)), *excess.T], string)
     return mean_p(sums[:, 1:], sums[:, 0])
 
 
 def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Neurons whose mean excess is above 0 by Benjamini-Hochberg at q = .05, [d_mlp]."""
-    import numpy as np
-
-    from soluscope.comparison.stats import benjamini_hochberg
-
     if not len(excess):
         return np.zeros(excess.shape[1], dtype=bool)
     felt: NDArray[np.bool_] = excess.mean(0) > TOLERANCE
@@ -237,8 +248,6 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
         singular values; the correlation of what it adds to logits with the log unigram, over the
         tokens that the run has (nan if fewer than three).
     """
-    import torch
-
     out = run.readout
     d_model = len(out.W_U)
     W = out.W_out.double()
@@ -273,16 +282,12 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
 
 def _singular(U: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular directions [d d] and values [d], from the largest; from U U^T, which is small."""
-    import torch
-
     values, directions = torch.linalg.eigh(U @ U.T)
     return directions.flip(-1), values.flip(-1).clamp(min=0).sqrt()
 
 
 def _with_unigram(added: Tensor, run: HookedRun) -> Tensor:
     """Correlation over the vocabulary of what a neuron adds to logits with the log of token counts."""
-    import torch
-
     counts = torch.bincount(run.tokens[~run.is_bos], minlength=added.shape[1])
     seen = counts > 0
     if int(seen.sum()) < 3:
@@ -301,17 +306,12 @@ _WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 }
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Facts of the weights, mean effects, and the adjusted p of acting through ln_final more than directly."""
-    import torch
-
-    from soluscope.comparison.stats import benjamini_hochberg
-
-    at = effects(run)
+def _by_neuron(run: HookedRun, at: Effects, facts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return facts of the weights, mean effects, and the adjusted p of |TE - DE| - |DE|."""
     excess, string = _excess(at), run.string[at.tokens].numpy()
     content = ~run.is_bos
     return {
-        **weights(run),
+        **facts,
         "TE": at.total.mean(0),
         "DE": at.direct.mean(0),
         "TE - DE": (at.total - at.direct).mean(0),
@@ -337,12 +337,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     x is the first neuron's post (S constant by a large epsilon). Its mid at 0 with the norm held leaves
     1 - 2 * 3/2 = -2, with the norm live -1. The second neuron writes nothing and, gone, moves nothing.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
 
     def entropy(x: float) -> float:
         p = 1 / (1 + math.exp(-2 * x))
@@ -400,22 +394,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 _AT = f"mean over neurons, at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Entropy, frequency and gain neurons",
-    section="P19",
-    question="Are there neurons that act by moving a norm's scale rather than by what they write to the "
-    "logits?",
-    reading="An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from "
-    "0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must vanish "
-    "where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some, as the gain "
-    "has to be moved by something; without them (log gain moved near 0) no neuron steers the others through "
-    "the gain.",
-    pitfalls="One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean "
-    "over texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one "
-    "whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's gamma "
-    "and centring.",
-    formula="TE - DE: change of entropy at post_j = 0, ln_final live less frozen; LogitVar_j = Var_v "
-    "cos(w_j, u_v); null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2; log gain moved = "
-    "|a_j (a_j - m)| g^2 / N; loss through the mid norm = (8.5) - (8.2) at mid_j = 0",
+    __doc__,
     gates=(
         Gate("entropy_neuron", "largest mean TE - DE", above=0.1),
         Gate("entropy_neuron", "excess of discovered entropy neurons", above=0.1),
@@ -431,8 +410,6 @@ PROBE = Probe(
     tested="mean TE - DE",
     measure=measure,
     known=known,
-    estimate=estimate,
-    neurons=neurons,
     quantities={
         "entropy: total effect": Quantity("nats", f"|change of entropy| at post_j = 0, ln_final live, {_AT}"),
         "entropy: direct effect": Quantity("nats", f"the same with ln_final's scale frozen, {_AT}"),
@@ -495,6 +472,4 @@ PROBE = Probe(
             ("largest share in W_U's null space", "largest |correlation| with log unigram"),
         ),
     ),
-    source="Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md "
-    "section 7 P19",
 )  # fmt: skip

@@ -1,27 +1,56 @@
-"""P17: is direct logit attribution exact? Only where the final norm's scale does not answer to the MLP.
+"""P17: Exactness of direct logit attribution
 
 Direct logit attribution (DLA) divides what a component writes by the scale that ln_final has with
 the component in place. Without the component that scale is another: the true direct effect is the
-change of the target's centred logit when the component is taken out and ln_final rescales. In a
-one-layer model all paths from the MLP to the logits are direct, so this is the whole effect.
+change of the target's centred logit when the component is taken out and ln_final rescales.
 
-Source: Baroni et al. 2025 (arXiv 2507.02559): exact once the final LayerNorm is gone; science.md
-section 7, P17, by the closed form of section 8.2.
+Question:
+    Does direct logit attribution give the true direct effect of the MLP and of each neuron?
+
+Formula:
+    NMAE = sum |DLA - true| / sum |true|;
+    DLA = h W_out . u_y / S;
+    true = (R.u_y) / S(R) - (R'.u_y) / S(R'), R' the residual stream without the part;
+    in loss: removal with S frozen against removal with S live
+
+Reading:
+    An error of 0 means that ln_final's scale is the same with and without the part, and DLA can be
+    read as cause. Near 1, a part acts through the final norm rather than through what it writes to
+    the logits. This is about ln_final, not the mid norm: smearing neither predicts an error nor its
+    absence, but where the error is large, DLA-based evidence for or against smearing (P10) is weak.
+
+Pitfalls:
+    The direct effect is what removal does on the path to the unembedding alone: with one layer
+    there is no other. Logits are centred over the vocabulary. Errors of single neurons are small
+    where each is small against the residual stream: the whole MLP is the harder case.
+
+Source:
+    Baroni et al. 2025 (arXiv 2507.02559): exact once the final LayerNorm is gone;
+    science.md sections 7 P17 and 8.2
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
+
+from soluscope.hooked.ablation import Ablation, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._attribution import (
+    contributions,
+    final_scale,
+    resid_final,
+    target_direction,
+    with_readout,
+)
 from soluscope.probes._estimates import correlation, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """Neurons' losses are computed at every 7th token that has a target."""
@@ -33,8 +62,14 @@ PARTS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Attribution, true effect and the difference of the two, one value a token; nan without a target.
+def measure(run: HookedRun) -> Measured:
+    """Return attribution, true effect and error per token, and the errors as shares of the effects."""
+    tokens = _errors(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _errors(run: HookedRun) -> dict[str, Tensor]:
+    """Return attribution, true effect and the difference of the two, one value a token; nan without a target.
 
     Logits are centred over the vocabulary. Losses are the change on removal (post set to 0): with
     ln_final's scale frozen, which is what the attributed logits imply, and with it live.
@@ -43,18 +78,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         For the MLP the signed values and the size of the error; for neurons the sums over neurons of
         the sizes of error and effect; in loss at every `EVERY`-th token only.
     """
-    import torch
-
-    from soluscope.hooked.ablation import Ablation, loss_at_post
-    from soluscope.probes._attribution import (
-        contributions,
-        final_scale,
-        resid_final,
-        scattered,
-        spread_tokens,
-        target_direction,
-    )
-
     direction = target_direction(run)
     resid = resid_final(run)
     without = run.resid_mid + run.readout.b_out
@@ -69,7 +92,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     loss = loss_at_post(run, run.post)  # run.loss is fp32, whatever the model
     loss_live = loss_at_post(run, nothing) - loss
     loss_frozen = loss_at_post(run, nothing, "frozen") - loss
-    some = spread_tokens(run, EVERY)
+    some = every_nth(run, EVERY)
     neurons_live, neurons_frozen = (each.post(some, tolerance=TOLERANCE) for each in (live, frozen))
     return {
         "MLP: DLA": mlp,
@@ -87,17 +110,18 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     }
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Normalised mean absolute errors, and how DLA and effect go together, without BOS."""
-    table = table[table["pos"] > 0]
-    string = table["string"]
+    content = ~run.is_bos.numpy()
+    columns = {name: values[content] for name, values in arrays(tokens).items()}
+    string = run.string.numpy()[content]
     for part in PARTS:
-        yield ratio(f"NMAE: {part}", table[f"{part}: error"], table[f"{part}: effect"], string)
-        error, effect = table[f"{part}: error in loss"], table[f"{part}: effect on loss"]
+        yield ratio(f"NMAE: {part}", columns[f"{part}: error"], columns[f"{part}: effect"], string)
+        error, effect = columns[f"{part}: error in loss"], columns[f"{part}: effect on loss"]
         yield ratio(f"NMAE in loss: {part}", error, effect, string)
     yield correlation(
         "correlation of DLA and direct effect: MLP",
-        table["MLP: DLA"], table["MLP: direct effect"], string,
+        columns["MLP: DLA"], columns["MLP: direct effect"], string,
     )  # fmt: skip
 
 
@@ -110,14 +134,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     with it. With S held constant by an epsilon of 1e24 (and W_U as much larger), the neuron writing
     (1, 0) has both DLA and effect 1.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import with_readout
-
     run = planted(torch.tensor([[[2.0, -2.0]] * 3]))
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     resid = torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3, 2)
@@ -155,19 +171,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Exactness of direct logit attribution",
-    section="P17",
-    question="Does direct logit attribution give the true direct effect of the MLP and of each neuron?",
-    reading="An error of 0 means that ln_final's scale is the same with and without the part, and DLA can "
-    "be read as cause. Near 1, a part acts through the final norm rather than through what it writes to the "
-    "logits. This is about ln_final, not the mid norm: smearing neither predicts an error nor its absence, "
-    "but where the error is large, DLA-based evidence for or against smearing (P10) is weak.",
-    pitfalls="The direct effect is what removal does on the path to the unembedding alone: with one layer "
-    "there is no other. Logits are centred over the vocabulary. Errors of single neurons are small where "
-    "each is small against the residual stream: the whole MLP is the harder case.",
-    formula="NMAE = sum |DLA - true| / sum |true|; DLA = h W_out . u_y / S; true = (R.u_y) / S(R) - "
-    "(R'.u_y) / S(R'), R' the residual stream without the part; in loss: removal with S frozen against "
-    "removal with S live",
+    __doc__,
     gates=(
         Gate("entropy_neuron", "NMAE in loss: MLP", above=0.1),
         Gate("smear_shared", "NMAE: neurons", within=0.01),
@@ -197,7 +201,6 @@ PROBE = Probe(
             )
         },
     },
-    estimate=estimate,
     estimates={
         **{
             f"{what}: {part}": Quantity(
@@ -213,5 +216,4 @@ PROBE = Probe(
         Figure("Error of DLA, as a share of the direct effect", ("NMAE: MLP", "NMAE: neurons")),
         Figure("The same in nats of loss", ("NMAE in loss: MLP", "NMAE in loss: neurons")),
     ),
-    source="Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7 P17 and 8.2",
 )

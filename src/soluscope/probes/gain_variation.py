@@ -1,27 +1,49 @@
-"""P2: how much does the gain vary, and with what? The hackathon study's Figures 1 to 3, both ways.
+"""P2: Gain variation along a prompt
 
-The study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
+The hackathon study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
 all other tokens, so that average moves as 1/n with the prompt's length n even where every other
 token's gain is one constant (science.md section 1.6). The last token's gain and the mean without BOS
 do not have this defect; all are computed here from the same activations.
+
+Question:
+    How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?
+
+Formula:
+    g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS,
+    and 1/std of the whole [pos d_mlp] tensor;
+    a + b/n against a + b log n by AICc;
+    sd of log g within a string.
+
+Reading:
+    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only
+    the published aggregations move and the last token's gain is flat, what moves is BOS's share in
+    an average.
+
+Pitfalls:
+    Prefixes of one string are not independent: intervals resample strings. With learned positions a
+    repeated token still sees its position change. hook_scale is 1 / gain.
+
+Source:
+    Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import fit_aicc
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -31,13 +53,17 @@ AGGREGATIONS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """At each token, the value that a prompt ending there has in each aggregation; nan at BOS.
+def measure(run: HookedRun) -> Measured:
+    """Return the gain of every prefix in each aggregation, and how each string's curves grow."""
+    tokens = _curves(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _curves(run: HookedRun) -> dict[str, Tensor]:
+    """Return at each token the value that a prompt ending there has in each aggregation; nan at BOS.
 
     Attention is causal, so the prompt's prefixes need no runs of their own.
     """
-    import torch
-
     values: dict[str, list[Tensor]] = {name: [] for name in AGGREGATIONS}
     starts = [*run.is_bos.nonzero().squeeze(-1).tolist(), len(run.pos)]
     for start, end in pairwise(starts):
@@ -56,52 +82,50 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
-    """Mean over strings of what `fits` gives for each."""
-    import numpy as np
-
-    rows = [fits(string) for _, string in table.groupby("string")]
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+    """Average over strings what `fits` returns for each."""
+    string, pos, columns = run.string.numpy(), run.pos.numpy(), arrays(tokens)
+    by_string = np.argsort(string, kind="stable")
+    ends = np.flatnonzero(np.diff(string[by_string])) + 1
+    rows = [
+        fits(pos[own], {name: values[own] for name, values in columns.items()})
+        for own in np.split(by_string, ends)
+    ]
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
         if not np.isnan(values).all():
             yield mean_over_strings(name, values)
 
 
-def fits(string: pd.DataFrame) -> dict[str, float]:
-    """Which curve a string's values follow: a + b / n or a + b log n, by corrected AIC.
+def fits(pos: NDArray[np.int64], columns: dict[str, NDArray[np.floating]]) -> dict[str, float]:
+    """Fit a + b / n and a + b log n to one string's values, and compare them by corrected AIC.
+
+    Args:
+        pos: position of each of the string's tokens.
+        columns: by aggregation, the value at each of these tokens.
 
     Returns:
         For each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits better), nan
         where the gain does not vary; and sd of log gain over the string.
     """
-    import numpy as np
-
-    string = string[string["pos"] >= 1]
-    n = string["pos"].to_numpy(float) + 1  # tokens that are averaged over, BOS among them
-    spread = float(np.log(string["last token"]).std(ddof=0))
+    content = pos >= 1
+    n = pos[content].astype(float) + 1  # tokens that are averaged over, BOS among them
+    spread = float(np.log(columns["last token"][content]).std())
     row = {"sd of log gain": spread if spread > 1e-12 else 0.0}  # less is rounding
     for name in AGGREGATIONS:
-        y = string[name].to_numpy(float)
+        y = columns[name][content]
         flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
         row[f"AICc(log) - AICc(1/n): {name}"] = np.nan if flat else _preference(n, y)
     return row
 
 
-def _preference(n: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    from soluscope.comparison.stats import fit_aicc
-
+def _preference(n: NDArray[np.float64], y: NDArray[np.floating]) -> float:
     fit = fit_aicc(n, y)
     return fit["a + b log n"].aicc - fit["a + b/n"].aicc
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """BOS alone differs: gain 1/2 against 1. The published mean is 1 - 1/(2n), the others are flat."""
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     at_bos, elsewhere = [2.0, -2.0], [1.0, -1.0]
     run = planted(torch.tensor([[at_bos, elsewhere, elsewhere, elsewhere]]), eps=1e-12)
     n = range(2, 5)
@@ -117,15 +141,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Gain variation along a prompt",
-    section="P2",
-    question="How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?",
-    reading="Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the "
-    "published aggregations move and the last token's gain is flat, what moves is BOS's share in an average.",
-    pitfalls="Prefixes of one string are not independent: intervals resample strings. With learned positions a "
-    "repeated token still sees its position change. hook_scale is 1 / gain.",
-    formula="g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS, and "
-    "1/std of the whole [pos d_mlp] tensor; a + b/n against a + b log n by AICc; sd of log g within a string.",
+    __doc__,
     gates=(
         Gate("smear_shared", "sd of log gain", above=0.5),
         Gate("bos_gain", "sd of log gain", within=0.01),
@@ -140,7 +156,6 @@ PROBE = Probe(
         for name, meaning in AGGREGATIONS.items()
     },
     streams=("prefixes", "sentences", "repeated", "random"),
-    estimate=estimate,
     estimates={
         "sd of log gain": Quantity(
             "log gain",
@@ -161,5 +176,4 @@ PROBE = Probe(
         ),
         Figure("Spread of log gain within a string", ("sd of log gain",)),
     ),
-    source="Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2",
 )

@@ -1,4 +1,4 @@
-"""P20: does SoLU's softmax let neurons inhibit each other, or is it a pointwise unit times a constant?
+"""P20: Lateral inhibition
 
 SoLU is a_i = x_i p_i with p = softmax(x), so da_i/dx_j = p_i (d_ij (1 + x_i) - x_i p_j). What couples
 neurons is off the diagonal; its absolute values add up to |x_i| p_i (1 - p_i) in row i, since p adds up
@@ -9,21 +9,46 @@ live or one constant, which makes four models: with both constant the MLP is poi
 number. They are not independent: LN(x e^x / Z) = (q - mean q) / sqrt(var q + eps Z^2), q = x e^x, so under
 a live LayerNorm without epsilon Z cancels, and how much it matters depends on eps Z^2.
 
-Source: science.md sections 1.5 and 7, P20.
+Question:
+    Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a
+    pointwise unit?
+
+Formula:
+    sum_i |x_i| p_i (1 - p_i) / (that + sum_i p_i |1 + x_i (1 - p_i)|);
+    dL of {Z_t, exp(mean log Z)} x {g_t, exp(mean log g)} against both live;
+    interaction dL(both) - dL(Z) - dL(g)
+
+Reading:
+    A rise of the loss with Z const says that the softmax's denominator carries something: lateral
+    inhibition. A rise with g const and none with Z const is the main effect that smearing predicts;
+    it is also there where a gain for each neuron could do it (C2, `disjoint`), so whether it is
+    needed is for P7 and P8. Both within .001 nats: the MLP does what x e^x times one number does.
+    The interaction says how much of the one coupling rests on the other.
+
+Pitfalls:
+    Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by
+    construction: read it with r, and with the gain const. All cells but the first are off the
+    training distribution. The off-diagonal share counts sensitivities, not effects: it may be large
+    where Z hardly varies. The published SoLU-1L has max p below .0065 and sd log Z of .077 on
+    ordinary tokens: near idle.
+
+Source:
+    science.md sections 1.5 and 7 P20
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import log, nan
+from typing import Any
 
-from soluscope.probes import Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.ablation import FinalNorm
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.ablation import FINAL_NORMS, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CELLS = {
     "Z const": "Z the same at all tokens and a live gain",
@@ -31,10 +56,9 @@ CELLS = {
     "Z and g const": "Z and the gain the same at all tokens: a pointwise unit",
 }
 INTERACTION = "Z x g interaction"
-FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """How strongly neurons are coupled, and what each coupling is worth in nats. One value a token.
 
     The constants are geometric means over tokens that are not BOS, the token's own among them, as for
@@ -48,10 +72,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         those with a constant gain where the mid norm has an epsilon (where it has not, the gain is a
         constant already); nan otherwise, and where the token has no target.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     nothing = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
     columns = {"off-diagonal share": nothing, "log Z": nothing, "max p": nothing}
     if run.is_solu:
@@ -72,7 +92,7 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         z, g, both = (change.get(cell, nothing) for cell in CELLS)
         change |= {INTERACTION: both - z - g}
         columns |= {f"{name}{how}": change.get(name, nothing) for name in (*CELLS, INTERACTION)}
-    return columns
+    return Measured(columns)
 
 
 def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:
@@ -84,16 +104,10 @@ def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:
 
 def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
     """hook_post in each cell that exists, [token d_mlp]."""
-    import torch
-
-    def constant(log_values: Tensor) -> Tensor:
-        return log_values[~run.is_bos].mean()
-
     mids = {"": run.mid}
     if run.is_solu:
-        factor = (log_z - constant(log_z)).exp()[:, None]
+        factor = (log_z - log_z[~run.is_bos].mean()).exp()[:, None]
         mids["Z const"] = (run.mid.double() * factor).to(run.mid)
-    log_gain = constant(run.gain.double().log())
     posts = {}
     for cell, mid in mids.items():
         scale, post = (torch.ones_like(run.scale), mid)
@@ -104,7 +118,7 @@ def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
             posts[cell] = post
         if run.eps is not None:
             beta = run.readout.beta
-            again = (scale.double().log() + log_gain).exp().to(post)[:, None]
+            again = (scale.double().log() + run.mean_log_gain).exp().to(post)[:, None]
             posts["Z and g const" if cell else "g const"] = (post - beta) * again + beta
     return posts
 
@@ -113,13 +127,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """Two neurons at x = (ln 3, 0) have p = (3/4, 1/4): off the diagonal 3 ln 3 / 16 and 0, on it
     3/4 + 3 ln 3 / 16 and 1/4. At x = 0 nothing is coupled. The MLP writes nothing, so no cell costs loss.
     """
-    from dataclasses import replace
-    from math import log, nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     pre = torch.tensor([[log(3), 0.0], [0.0, 0.0], [log(3), 0.0]], dtype=torch.float64)
     mid = pre * pre.softmax(-1)
     share = 3 * log(3) / (16 + 6 * log(3))
@@ -135,21 +142,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Lateral inhibition",
-    section="P20",
-    question="Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a pointwise "
-    "unit?",
-    reading="A rise of the loss with Z const says that the softmax's denominator carries something: lateral "
-    "inhibition. A rise with g const and none with Z const is the main effect that smearing predicts; it is also "
-    "there where a gain for each neuron could do it (C2, `disjoint`), so whether it is needed is for P7 and P8. "
-    "Both within .001 nats: the MLP does what x e^x times one number does. The interaction says how much of the "
-    "one coupling rests on the other.",
-    pitfalls="Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by "
-    "construction: read it with r, and with the gain const. All cells but the first are off the training "
-    "distribution. The off-diagonal share counts sensitivities, not effects: it may be large where Z hardly "
-    "varies. The published SoLU-1L has max p below .0065 and sd log Z of .077 on ordinary tokens: near idle.",
-    formula="sum_i |x_i| p_i (1 - p_i) / (that + sum_i p_i |1 + x_i (1 - p_i)|); dL of {Z_t, exp(mean log Z)} x "
-    "{g_t, exp(mean log g)} against both live; interaction dL(both) - dL(Z) - dL(g)",
+    __doc__,
     gates=(
         *(Gate("lateral", f"Z const{how}", above=0.1) for how in FINAL_NORMS.values()),
         Gate("smear_shared", "g const", above=0.1),
@@ -209,5 +202,4 @@ PROBE = Probe(
         ),
         Figure("Spread of log Z", ("log Z",), statistic="sd"),
     ),
-    source="science.md sections 1.5 and 7 P20",
 )

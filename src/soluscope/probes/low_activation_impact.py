@@ -1,10 +1,7 @@
-"""P9: do neurons with a low activation before LayerNorm matter as much as others after it? Figures 4, 5, both ways.
+"""P9: Low activation, high impact
 
-The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each
-to 0 after it, and plotted the change of the prompt's loss against the activation, looking for a second
-cluster. None can appear (science.md section 1.6): with a constant gain the effect is, to first order,
-linear in a, whether or not the model smears. Two more things hide what there is: the prompt's mean divides each
-change by the prompt's length, and the lowest signed activations are SoLU's negative ones, not the small.
+The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each to 0
+after it, and plotted the change of the prompt's loss against the activation, looking for a second cluster.
 
 Here: exact changes of the token's own loss; ranks by |a| within the token and within the neuron; and
 the same ablations in the static surrogate, which is the same model with one gain for all tokens
@@ -18,27 +15,62 @@ that centring gave to neurons at a = 0: in a model with a neuron for each class 
 alone, mean and gain held: it is 0 where the low activations are 0, whatever the mean. So removal of
 the lowest nine tenths speaks of static smuggling, and its D of the gain.
 
-Source: Baginski et al. 2023 (hackathon study), part 2; Nanda's problem 4.39b; science.md sections 1.6
-and 7, P9, by the closed form of section 8.2.
+Question:
+    Do activations that are small before LayerNorm carry loss after it, and is it the per-token gain
+    that makes them?
+
+Formula:
+    dl_tj = l_t(post_tj = 0 or its mean) - l_t;
+    lift = E[|dl| | lowest tenth of |a|] / E[|dl|];
+    D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS;
+    sets: the lowest 10% to 90% of a token's |a| at once;
+    removed: post_j - g gamma_j a_j for the set's j
+
+Reading:
+    Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they
+    carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two
+    apart: 0 if one gain does the same, above 0 at tokens of high gain if their own is what makes
+    them felt. It is also above 0 where a gain for each neuron could do it (`disjoint`); whether it
+    is needed is for P7 and P8. That the low set costs less than random neurons of as much |n| says
+    nothing: it does in both smearing controls. The published scatters have the same shape in all
+    cases.
+
+Pitfalls:
+    Removal cannot tell a code of many equal neurons that is meant to be read so from a static
+    smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at
+    0 is LayerNorm's mean, not 'off', and takes back what centring took; the mean over other
+    documents is given too. Single neurons cannot show a code spread over many, and their D is above
+    0 at high gain by construction, (1 - c/g) dl to first order: read the set curve. Each change is
+    exact to 1e-6 nats, so |D| has a floor of that size a neuron. The surrogate is off its training
+    distribution, like any freeze (P4): D at tokens of low gain, which it turns up, says how far. As
+    published: with a constant gain the effect is linear in a, so no cluster can appear; the
+    prompt's mean divides each change by the number of targets; the lowest signed activations are
+    negative ones, not small ones.
+
+Source:
+    Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b;
+    science.md sections 1.6, 7 P9 and 8.2
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.comparison.stats import benjamini_hochberg, mean_p
+from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
 """All neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -79,20 +111,14 @@ class Pairs:
     """Rank of |a_tj| among the neuron's values at these tokens, as a share from 0 to below 1."""
 
 
-@lru_cache(maxsize=1)  # of what `measure`, `estimate` and `neurons` are given, which is one run
 def pairs(run: HookedRun) -> Pairs:
     """All (token, neuron) ablations that the probe's numbers come from."""
-    import torch
-
-    from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_post
-    from soluscope.probes._attribution import spread_tokens
-
-    tokens = spread_tokens(run, EVERY)
+    tokens = every_nth(run, EVERY)
     mask = torch.zeros(run.pos.shape, dtype=torch.bool)
     mask[tokens] = True
     live = run.subset(mask)
     live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32, whatever the model
-    fixed = surrogate(live, static_gain(run))
+    fixed = surrogate(live, float(run.mean_log_gain.exp()))
     post_mean = disjoint_mean(run, "post")[tokens]
     every = torch.arange(len(tokens))
     ablation = Ablation(live)
@@ -109,17 +135,8 @@ def pairs(run: HookedRun) -> Pairs:
     )
 
 
-def static_gain(run: HookedRun) -> float:
-    """The geometric mean of the gain over tokens that are not BOS."""
-    return float(run.gain[~run.is_bos].double().log().mean().exp())
-
-
 def surrogate(run: HookedRun, gain: float) -> HookedRun:
     """The same weights and tokens with one gain for all."""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     factor = (gain * run.scale.double()).to(run.post.dtype)[:, None]
     beta = run.readout.beta
     post = beta + (run.post - beta) * factor
@@ -134,8 +151,6 @@ def _ranks(sizes: Tensor, dim: int) -> Tensor:
     rounding orders nothing. Softmax spreads sizes over many powers of ten, so that their steps are
     relative.
     """
-    import torch
-
     numbers = sizes.double()
     least = 1e-12 * float(numbers.max()) if len(numbers) else 0.0
     steps = (numbers.clamp(min=least).log() / 1e-6).round()
@@ -157,15 +172,11 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
     long as their sum of |n| (n: after the mid norm, before its gain and bias) is at most the
     lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
     """
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
     order = shuffled.argsort(-1).argsort(-1).double()
     lowest = _lowest(found.in_token, share)
-    mid = found.live.mid.double()
-    mass = mid - (mid.mean(-1, keepdim=True) if found.live.centres else 0.0)
-    mass = mass.abs()  # |n| over the token's gain
+    mass = found.live.centred.abs()  # |n| over the token's gain
     allowed = (mass * lowest).sum(-1, keepdim=True)
     by_order = order.argsort(-1)
     running = mass.gather(-1, by_order).cumsum(-1)
@@ -180,10 +191,6 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
 
 def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     live, fixed = found.live, found.fixed
     zero, mean = torch.zeros_like(live.post), found.post_mean
     chosen = sets(found, share)
@@ -211,21 +218,23 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
     return effects
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Effects of single neurons and of the lowest together, and how these differ from the surrogate's.
+def measure(run: HookedRun) -> Measured:
+    """Return effects of single neurons and of the lowest together: per token, by rank, and per neuron."""
+    found = pairs(run)
+    tokens = _effects(run, found)
+    return Measured(tokens, tuple(_estimates(run, found, tokens)), _by_neuron(run, found))
+
+
+def _effects(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+    """Return effects of single neurons and of the lowest together, and how these differ from the surrogate's.
 
     Returns:
         nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
     """
-    import torch
-
-    from soluscope.probes._attribution import scattered
-
-    found = pairs(run)
     low = _lowest(found.in_token, LOWEST)
     D = found.zero - found.static
     half, most = set_effects(found, 0.5), set_effects(found, MOST)
-    above = found.live.gain.double() > static_gain(run)
+    above = found.live.gain.double() > float(run.mean_log_gain.exp())
     values = {
         "|dl|, all": found.zero.abs().mean(-1),
         "|dl|, lowest tenth": (found.zero.abs() * low).sum(-1) / low.sum(-1),
@@ -244,15 +253,14 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return columns | {"gain": run.gain}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, found: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Lifts, curves over ranks and over sets, and the published figures."""
-    found = pairs(run)
     if not len(found.tokens):
         return
     string = run.string[found.tokens].numpy()
     yield from _lifts(found, string)
     yield from _deciles(found, string)
-    yield from _residual(run, table)
+    yield from _residual(run, tokens)
     for share in SHARES:
         for name, effect in set_effects(found, share).items():
             values = effect.numpy()
@@ -279,8 +287,6 @@ def _lifts(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
 
 
 def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
     with np.errstate(divide="ignore", invalid="ignore"):
         value: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3])
     return value
@@ -288,8 +294,6 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _deciles(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
-    import numpy as np
-
     n_neurons = found.zero.shape[1]
     size, static = found.zero.abs().numpy(), found.static.abs().numpy()
     tenths = {
@@ -325,8 +329,6 @@ def _quantile(
     The edges are quantiles of all values, a hundredth of the tail 1 - q apart, from four times the
     tail to its end.
     """
-    import numpy as np
-
     ranks = 1 - (1 - q) * np.linspace(4, 0, 401)
     edges = np.quantile(values, ranks) if len(values) else np.zeros(1)
     names, owner = np.unique(string, return_inverse=True)
@@ -350,24 +352,19 @@ def _quantile(
     return Estimate(quantity, sums, value, len(values), x=x)
 
 
-def _residual(run: HookedRun, table: pd.DataFrame) -> Iterator[Estimate]:
+def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """How large D is against the effects, and whether it goes with the gain."""
-    import numpy as np
-
     n_neurons = run.mid.shape[1]
-    string = table["string"]
-    yield ratio("|D| over |dl|", table["|D|"], table["|dl|, all"] * n_neurons, string)
+    string, columns = run.string.numpy(), arrays(tokens)
+    yield ratio("|D| over |dl|", columns["|D|"], columns["|dl|, all"] * n_neurons, string)
     log_gain = run.gain.double().log().numpy()
-    if np.ptp(log_gain[table["D"].notna()]) > FLAT:
-        yield correlation("correlation of D and log gain", log_gain, table["D"], string)
-        yield slope("slope of D on log gain", log_gain, table["D"], string)
+    if np.ptp(log_gain[~np.isnan(columns["D"])]) > FLAT:
+        yield correlation("correlation of D and log gain", log_gain, columns["D"], string)
+        yield slope("slope of D on log gain", log_gain, columns["D"], string)
 
 
 def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
-    import numpy as np
-    import torch
-
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
     change = (found.zero / n_targets[:, None]).numpy()
@@ -389,23 +386,16 @@ def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Itera
 
 
 def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    import numpy as np
-
     ranks: NDArray[np.intp] = np.argsort(np.argsort(values, kind="stable"))
     return ranks
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """For each neuron: its mean |dl| and mean D, and the chance of such a mean D where there is none.
+def _by_neuron(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+    """Return for each neuron its mean |dl| and mean D, and the chance of such a mean D where there is none.
 
     The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
     at most a share q of the neurons is there by chance.
     """
-    import torch
-
-    from soluscope.comparison.stats import benjamini_hochberg, mean_p
-
-    found = pairs(run)
     D = found.zero - found.static
     string = run.string[found.tokens].numpy()
     sums, _ = sums_by_string([*D.T.numpy(), D[:, 0].numpy() * 0 + 1], string)
@@ -428,12 +418,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     two the odd one is left). Removed, it is left with a - m = 1, so that post is 1/3, under the
     surrogate 1. Then the same with one gain for all, where there is no residual.
     """
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-    from soluscope.probes._attribution import reading_one_neuron
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
@@ -486,28 +470,7 @@ _BY_REMOVAL = (REMOVED, f"{REMOVED}, D", f"{REMOVED}, D where the gain is high")
 _AT = f"at every {EVERY}th token"
 
 PROBE = Probe(
-    name="Low activation, high impact",
-    section="P9",
-    question="Do activations that are small before LayerNorm carry loss after it, and is it the per-token "
-    "gain that makes them?",
-    reading="Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they "
-    "carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two apart: 0 if one "
-    "gain does the same, above 0 at tokens of high gain if their own is what makes them felt. It is also "
-    "above 0 where a gain for each neuron could do it (`disjoint`); whether it is needed is for P7 and P8. "
-    "That the low set costs less than random neurons of as much |n| says nothing: it does in both smearing "
-    "controls. The published scatters have the same shape in all cases.",
-    pitfalls="Removal cannot tell a code of many equal neurons that is meant to be read so from a static "
-    "smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at 0 is "
-    "LayerNorm's mean, not 'off', and takes back what centring took; the mean over other documents is given too. "
-    "Single neurons cannot show a code spread over many, and their D is above 0 at high gain by construction, "
-    "(1 - c/g) dl to first order: read the set curve. Each change is exact to 1e-6 "
-    "nats, so |D| has a floor of that size a neuron. The surrogate is off its training distribution, like "
-    "any freeze (P4): D at tokens of low gain, which it turns up, says how far. As published: with a "
-    "constant gain the effect is linear in a, so no cluster can appear; the prompt's mean divides each "
-    "change by the number of targets; the lowest signed activations are negative ones, not small ones.",
-    formula="dl_tj = l_t(post_tj = 0 or its mean) - l_t; lift = E[|dl| | lowest tenth of |a|] / E[|dl|]; "
-    "D_tj = dl_tj(g_t) - dl_tj(c), c = exp(mean log g) over tokens that are not BOS; sets: the lowest 10% "
-    "to 90% of a token's |a| at once; removed: post_j - g gamma_j a_j for the set's j",
+    __doc__,
     gates=(
         *(
             Gate(positive, quantity, above=0.1)
@@ -532,8 +495,6 @@ PROBE = Probe(
     tested=f"{REMOVED}, D",
     measure=measure,
     known=known,
-    estimate=estimate,
-    neurons=neurons,
     quantities={
         "|dl|, all": Quantity("nats / neuron", f"size of a neuron's effect, mean over all neurons, {_AT}"),
         "|dl|, lowest tenth": Quantity(
@@ -651,6 +612,4 @@ PROBE = Probe(
             kind="curve", x_title="activation before LayerNorm",
         ),
     ),
-    source="Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b; "
-    "science.md sections 1.6, 7 P9 and 8.2",
 )  # fmt: skip

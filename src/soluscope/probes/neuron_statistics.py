@@ -1,4 +1,4 @@
-"""P13: are the neurons a basis that means something, and does the norm flatten what they hold?
+"""P13: Neuron statistics
 
 A neuron that answers to one thing is mostly silent: its distribution is skewed, heavy-tailed and sparse,
 and which token stands there explains it. A rotation of the same activations has none of that, so the
@@ -6,15 +6,49 @@ kurtosis over that of a rotated basis says how far the basis is privileged. But 
 Gaussian noise: the kurtosis is also set against Gaussian pre-activations with each neuron's own mean
 and variance, sent through the same nonlinearity.
 
-Source: science.md section 7, P13; the rotated basis after Elhage et al. 2022, section 3.2.
+Question:
+    Are the neurons a basis in which activations are sparse, heavy-tailed and about tokens, and does
+    the norm change that?
+
+Formula:
+    median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2;
+    mean over neurons of token information, Cov(x, the token's mean in other documents) / Var(x);
+    privileged basis = median kurtosis less that of a random rotation;
+    by token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10
+
+Reading:
+    With smearing the neurons are aligned before the norm and less so after it: kurtosis, and its
+    excess over a rotated basis, fall from mid to post, and the density rises, because distributed
+    activations are amplified. A norm whose gain is one constant leaves every neuron's shape as it
+    was, up to centring: post less mid is 0. Where the kurtosis of mid is no more than that of
+    Gaussian pre-activations, SoLU made it, not the model.
+
+Pitfalls:
+    x softmax(x) makes tails out of anything: read no kurtosis without the Gaussian beside it.
+    Kurtosis rests on few tokens and, where tails are heavy, grows with their number: compare it on
+    the same text only. The three counts of neurons (participation ratio, K_eff, active neurons)
+    weigh tails differently and may disagree. post has gamma and beta in it, which change no
+    neuron's kurtosis, and the skewness only in sign. In a trained model tokens tell something about
+    any direction, rotated ones too.
+
+Source:
+    science.md section 7 P13; Elhage et al. 2022, section 3.2
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.data.streams import evenly_spaced
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     first_half,
     mean_of_defined,
@@ -22,15 +56,7 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Floats = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 STAGES = ("pre", "mid", "post")
 ABOVE = 0.1
@@ -41,8 +67,16 @@ SEED = 0
 """Of the rotation and of the Gaussian pre-activations."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """How many neurons carry each token, in three counts that need not agree.
+def measure(run: HookedRun) -> Measured:
+    """Return how many neurons carry each token, and the shape of the neurons' distributions."""
+    content = run.subset(~run.is_bos)
+    values = {stage: _values(content, stage) for stage in STAGES}
+    estimates = tuple(_estimates(content, values))
+    return Measured(_counts(run), estimates, _by_neuron(content, values))
+
+
+def _counts(run: HookedRun) -> dict[str, Tensor]:
+    """Return how many neurons carry each token, in three counts that need not agree.
 
     Returns:
         By stage: participation ratio, (sum a^2)^2 / sum a^4; K_eff, |a|^2 / max(a)^2; and the share
@@ -60,11 +94,9 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return found
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(content: HookedRun, values: dict[str, Floats]) -> Iterator[Estimate]:
     """Averages over neurons, BOS left out; neurons that never vary have no shape and are left out."""
-    content = run.subset(~run.is_bos)
     string, n = content.string.numpy(), len(content.pos)
-    values = {stage: _values(content, stage) for stage in STAGES}
     for stage in STAGES:
         sums = _information_sums(content, _some(values[stage]))
         # A mean: the median of shares that are nothing but noise lies below 0.
@@ -75,7 +107,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
             yield _median_moment(f"{name}: {stage}", powers[stage], moment, n)
         sums = _density_sums(_some(values[stage]), string)
         yield Estimate(f"density: {stage}", sums, lambda sums: median_of_defined(_density(sums)), n)
-    rotation = _rotation(run.mid.shape[1])
+    rotation = _rotation(content.mid.shape[1])
     for stage in STAGES:
         rotated = _power_sums(_some(values[stage] @ rotation), string)
         yield _less(f"privileged basis: {stage}", powers[stage], rotated, n, paired=False)
@@ -91,8 +123,6 @@ def _median_moment(quantity: str, sums: Floats, moment: Moment, n: int) -> Estim
 
 def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Estimate:
     """Kurtosis less another: the median neuron's difference, or, unpaired, that of two medians."""
-    import numpy as np
-
     totals = one.sum(axis=0), other.sum(axis=0)
 
     def value(drawn: Floats) -> Floats:
@@ -105,44 +135,33 @@ def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Es
     return Estimate(quantity, np.concatenate([one, other], axis=1), value, n)
 
 
-def neurons(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """One row a neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
-    import torch
-
-    content = run.subset(~run.is_bos)
+def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tensor]:
+    """Return one row per neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
     string = content.string.numpy()
     found: dict[str, Floats] = {}
-    for stage in STAGES:
-        values = _values(content, stage)
-        total = _power_sums(values, string).sum(axis=0)
+    for stage, own in values.items():
+        total = _power_sums(own, string).sum(axis=0)
         found[f"skewness: {stage}"] = _skewness(total[None], total)[0]
         found[f"excess kurtosis: {stage}"] = _kurtosis(total[None], total)[0]
-        density = _density_sums(values, string).sum(axis=0, keepdims=True)
+        density = _density_sums(own, string).sum(axis=0, keepdims=True)
         found[f"density: {stage}"] = _density(density)[0]
-        information = _information_sums(content, values).sum(axis=0, keepdims=True)
+        information = _information_sums(content, own).sum(axis=0, keepdims=True)
         found[f"token information: {stage}"] = _information(information)[0]
     return {name: torch.from_numpy(column) for name, column in found.items()}
 
 
 def _values(run: HookedRun, stage: str) -> Floats:
-    import numpy as np
-
     values: Floats = getattr(run, stage).numpy().astype(np.float64)
     return values
 
 
 def _some(values: Floats) -> Floats:
     """At most MAX_NEURONS columns, evenly spaced."""
-    import numpy as np
-
-    n = values.shape[1]
-    return values[:, np.linspace(0, n - 1, min(n, MAX_NEURONS)).astype(int)]
+    return values[:, evenly_spaced(values.shape[1], MAX_NEURONS)]
 
 
 def _rotation(n: int) -> Floats:
     """A random orthogonal matrix."""
-    import numpy as np
-
     rotation: Floats = np.linalg.qr(np.random.default_rng(SEED).standard_normal((n, n)))[0]
     return rotation
 
@@ -152,9 +171,6 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
     Whole vectors are drawn: SoLU's softmax runs over all neurons.
     """
-    import numpy as np
-    import torch
-
     noise = np.random.default_rng(SEED + 1).standard_normal(tuple(run.pre.shape))
     pre = run.pre.mean(0) + run.pre.std(0, correction=0) * torch.from_numpy(noise)
     mid: Floats = run.mlp.nonlinearity(pre.to(run.pre.dtype)).numpy().astype(np.float64)
@@ -163,16 +179,20 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
 def _power_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
     """Counts and sums of z, z^2, z^3 and z^4, z the standardised values; [document 5*neuron]."""
-    import numpy as np
-
-    sd = values.std(axis=0)
-    varies = sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0)
-    z = np.where(varies, values - values.mean(axis=0), 0.0) / np.where(varies, sd, 1.0)
+    sd = _spread(values)
+    z = np.where(sd > 0, values - values.mean(axis=0), 0.0) / np.where(sd > 0, sd, 1.0)
     power, sums = np.ones_like(z), []
     for _ in range(5):
         sums.append(sums_by_document(power, string))
         power = power * z
     return np.concatenate(sums, axis=1)
+
+
+def _spread(values: Floats) -> Floats:
+    """Return each neuron's sd, 0 where it is no more than rounding."""
+    sd = values.std(axis=0)
+    spread: Floats = np.where(sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0), sd, 0.0)
+    return spread
 
 
 Moment = Callable[..., "Floats"]
@@ -197,24 +217,18 @@ def _kurtosis(sums: Floats, total: Floats) -> Floats:
 
 def _shape(total: Floats) -> list[Floats]:
     """Variance, third and fourth moment of z over all tokens; nan for a neuron that never varies."""
-    import numpy as np
-
     _, second, third, fourth = _moments(total[None])
     return [np.where(second > 0, moment, np.nan)[0] for moment in (second, third, fourth)]
 
 
 def _moments(sums: Floats) -> list[Floats]:
     """Means of z to z^4, [draw neuron] each."""
-    import numpy as np
-
     n, *powers = np.split(sums, 5, axis=1)
     return [power / n for power in powers]
 
 
 def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
     """Counts and sums of |x| and x^2, in units of the largest; [document 3*neuron]."""
-    import numpy as np
-
     size = np.abs(values)
     largest = size.max(axis=0, initial=0.0)
     size = size / np.where(largest > 0, largest, 1.0)
@@ -224,8 +238,6 @@ def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
 
 def _density(sums: Floats) -> Floats:
     """(mean |x|)^2 / mean x^2: 1 where all tokens excite alike, p where a share p does."""
-    import numpy as np
-
     n, size, square = np.split(sums, 3, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = size**2 / (n * square)
@@ -238,15 +250,13 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
     The prediction is the token's mean over the first half of the documents, the mean of all where it
     does not occur there; the sums are over the second half.
     """
-    import numpy as np
-
     known, tokens = first_half(run), run.tokens.numpy()
     _, kind = np.unique(tokens, return_inverse=True)
     means = np.broadcast_to(values[known].mean(axis=0), (kind.max() + 1, values.shape[1])).copy()
     seen = np.unique(kind[known])
     counts = np.bincount(kind[known])[seen]
     means[seen] = sums_by_document(values[known], kind[known]) / counts[:, None]
-    scale = np.where(values.std(axis=0) > 0, values.std(axis=0), 1.0)
+    scale = np.where(_spread(values) > 0, _spread(values), 1.0)
     x = (values[~known] - values.mean(axis=0)) / scale
     predicted = (means[kind[~known]] - values.mean(axis=0)) / scale
     parts, string = (np.ones_like(x), x, predicted, x * predicted, x * x), run.string.numpy()
@@ -259,8 +269,6 @@ def _information(sums: Floats) -> Floats:
     The prediction's noise is that of other documents, so its covariance with x is the variance between
     tokens without the bias that 1 - residual / variance would have: 0 where tokens tell nothing.
     """
-    import numpy as np
-
     n, x, predicted, product, square = np.split(sums, 5, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = square / n - (x / n) ** 2
@@ -280,12 +288,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     density p. The mean over neurons is one constant, so centring changes no shape. Where the tokens
     are dealt so that each stands once on each neuron, they tell nothing.
     """
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     bos = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
     document = torch.cat([bos, 3 * torch.eye(4)[[0, 1, 2, 3] * 4]])
     run = planted(document.expand(6, -1, -1), gain=2.0)
@@ -318,23 +320,7 @@ def _of_stages(unit: str, name: str, meaning: str, **how: Any) -> dict[str, Quan
 
 
 PROBE = Probe(
-    name="Neuron statistics",
-    section="P13",
-    question="Are the neurons a basis in which activations are sparse, heavy-tailed and about tokens, and does the "
-    "norm change that?",
-    reading="With smearing the neurons are aligned before the norm and less so after it: kurtosis, and its "
-    "excess over a rotated basis, fall from mid to post, and the density rises, because distributed activations "
-    "are amplified. A norm whose gain is one constant leaves every neuron's shape as it was, up to centring: post "
-    "less mid is 0. Where the kurtosis of mid is no more than that of Gaussian pre-activations, SoLU made it, not "
-    "the model.",
-    pitfalls="x softmax(x) makes tails out of anything: read no kurtosis without the Gaussian beside it. "
-    "Kurtosis rests on few tokens and, where tails are heavy, grows with their number: compare it on the same text "
-    "only. The three counts of neurons (participation ratio, K_eff, active neurons) weigh tails differently and "
-    "may disagree. post has gamma and beta in it, which change no neuron's kurtosis, and the skewness only in "
-    "sign. In a trained model tokens tell something about any direction, rotated ones too.",
-    formula="median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2; mean over neurons of "
-    "token information, Cov(x, the token's mean in other documents) / Var(x); privileged basis = median kurtosis "
-    "less that of a random rotation; by token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10",
+    __doc__,
     gates=(
         Gate("monosemantic", "privileged basis: mid", above=1.0),
         Gate("monosemantic", "token information: mid", above=0.5, truth=1.0),
@@ -356,7 +342,6 @@ PROBE = Probe(
         **_of_stages("share", "active neurons", "above a tenth of the token's largest |a|"),
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **_of_stages(
             "share of variance", "token information", "what the token's identity explains"
@@ -372,7 +357,6 @@ PROBE = Probe(
             "sd^4", "what the norm does to the median neuron's tails", more_smeared_when="lower"
         ),
     },
-    neurons=neurons,
     figures=(
         Figure(
             "Kurtosis of the median neuron, less that of a rotated basis",
@@ -393,5 +377,4 @@ PROBE = Probe(
             log_y=True,
         ),
     ),
-    source="science.md section 7 P13; Elhage et al. 2022, section 3.2",
 )

@@ -1,32 +1,63 @@
-"""P16: turn the residual stream away from its direction: does what the MLP writes follow smoothly?
+"""P16: Rotation smoothness
 
-The path starts at a token's own residual stream, less what ln2 takes away, and turns in the plane of
-a second direction v at constant length: |resid| (u cos theta + v sin theta). LayerNorm makes ln2's
-output depend on direction alone, so this is the path u cos theta + v sin theta after ln2's
-normalisation; ln2's own gain and bias, and all of the MLP, act on it as they stand.
+The path starts at a token's own residual stream, minus what ln2 takes away, and turns in the plane of a
+second direction v at constant length. LayerNorm makes ln2's output depend on direction alone, so this is
+the path u cos theta + v sin theta after ln2's normalisation; ln2's own gain and bias, and all of the MLP,
+act on it as they stand.
 
 What the mid norm adds is seen by following the same path with the token's gain held at its value at
 theta = 0. Where the gain is one constant the two are the same path. That is asked from 0 to pi/2 alone:
 around the token's antipode, where pre-activations are the opposite of what any text gives, a norm without
 epsilon turns the last bit of activation up to full size, and that one jump would be the answer.
 
-Source: asked for in the comments of Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP
-Layers are Monosemantic"; Janiak et al. 2024 for plateaus; science.md section 7, P16.
+Question:
+    When the residual stream turns away from a token's direction, does the MLP's output turn
+    smoothly or in steps?
+
+Formula:
+    path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps;
+    D = |O(theta) - O(0)| / |O(0)|;
+    length = sum |dO| / |O(pi/2) - O(0)|;
+    plateau = first theta with D >= D(pi/2) / 2, over pi/2;
+    feature direction: d x_j / d resid, j = argmax x of the other token
+
+Reading:
+    A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of
+    pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions,
+    each with a meaning of its own. A norm that smears adds to them: on the way from one neuron's
+    region to the next it turns the small activations in between up to full size, so the longest
+    step grows with it. If holding the gain changes nothing, what steps there are come from the
+    nonlinearity. The gain also adds steps where a gain for each neuron could do its work (C2,
+    `disjoint`): need is for P7 and P8.
+
+Pitfalls:
+    A random direction leaves the places where text is; another token's does not. Without biases
+    every neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much
+    above 256 every step has a pattern of its own and there are 257 effective polytopes. A step
+    shorter than pi/256 is not resolved. 64 evenly spaced tokens; nan elsewhere. Softmax makes steps
+    without any norm: compare arms.
+
+Source:
+    asked for in the comments of Jorgensen 2023; Janiak et al. 2024 for plateaus; science.md
+    section 7 P16
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import nan, pi, sin, sqrt
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import scattered, start_of_each_part
 
 N_TOKENS = 64
 """Tokens whose paths are followed, evenly spaced over those that are not BOS."""
@@ -61,58 +92,41 @@ STATISTICS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Shape of the path of O = post W_out from `N_TOKENS` tokens.
+def measure(run: HookedRun) -> Measured:
+    """Return the shape of the path of O = post W_out from `N_TOKENS` tokens, and how far O has gone.
 
     Returns:
         nan at all other tokens; where there is no second direction, since the other token's is the
         same; and, but for switches and turning, where O(0) is 0 or O stands still.
     """
-    import torch
+    chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
+    paths = {kind: _Paths(run, chosen, kind) for kind in KINDS}
+    tokens = {
+        f"{name}: {kind}": scattered(run, chosen, column)
+        for kind, of_kind in paths.items()
+        for name, column in of_kind.statistics().items()
+    }
+    distances = {kind: of_kind.distance for kind, of_kind in paths.items()}
+    return Measured(tokens, tuple(_estimates(distances, run.string[chosen].numpy())))
 
-    chosen = _spread_tokens(run)
-    values = {}
-    for kind in KINDS:
-        paths = _Paths(run, chosen, kind)
-        for name, column in paths.statistics().items():
-            everywhere = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
-            values[f"{name}: {kind}"] = everywhere.index_copy(0, chosen, column)
-    return values
 
-
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Iterator[Estimate]:
     """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
-    import numpy as np
-
-    chosen = _spread_tokens(run)
-    string = run.string[chosen].numpy()
-    for kind in KINDS:
-        distance = _Paths(run, chosen, kind).distance
+    for kind, distance in distances.items():
         for step in range(0, N_STEPS + 1, N_STEPS // 16):
             yield ratio(
                 f"D: {kind}",
                 distance[:, step].numpy(),
-                np.ones(len(chosen)),
+                np.ones(len(string)),
                 string,
                 x=180 * step / N_STEPS,
             )
-
-
-def _spread_tokens(run: HookedRun) -> Tensor:
-    """At most `N_TOKENS` token numbers, evenly spaced over tokens that are not BOS."""
-    import torch
-
-    content = (~run.is_bos).nonzero().squeeze(-1)
-    n = min(len(content), N_TOKENS)
-    return content[torch.arange(n) * len(content) // n]
 
 
 class _Paths:
     """Paths of O from the chosen tokens, [token step], and what the pre-activations do on the way."""
 
     def __init__(self, run: HookedRun, chosen: Tensor, kind: str) -> None:
-        import torch
-
         start, side = _plane(run, chosen, kind)
         theta = torch.linspace(0, torch.pi, N_STEPS + 1, dtype=start.dtype)[:, None]
         blocks = []
@@ -145,8 +159,6 @@ class _Paths:
 
     def statistics(self) -> dict[str, Tensor]:
         """Each of `STATISTICS`, [token]."""
-        import torch
-
         quarter = N_STEPS // 2
         end = self.distance[:, quarter]
         reached = self.distance[:, : quarter + 1] >= end[:, None] / 2
@@ -162,8 +174,6 @@ class _Paths:
 
 def _relative(vectors: Tensor, out: Tensor) -> Tensor:
     """Lengths of `vectors` [token step d_model] in units of |O(0)|; nan where that is 0."""
-    import torch
-
     lengths: Tensor = vectors.norm(dim=-1)
     start: Tensor = out[:, :1].norm(dim=-1)
     return lengths / start.where(start > 0, torch.nan)
@@ -171,8 +181,6 @@ def _relative(vectors: Tensor, out: Tensor) -> Tensor:
 
 def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The path's start and, at the same length and orthogonal to it, its quarter point."""
-    import torch
-
     start = run.resid_mid[chosen].double()
     if kind == "token":
         side = start.roll(len(start) // 2, 0)
@@ -197,8 +205,6 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
 
     A neuron's column of W_in, by way of ln2's gain.
     """
-    import torch
-
     resid, reads = run.resid_mid[chosen], run.mlp.W_in.T[neuron]
     _, gradient = torch.autograd.functional.vjp(run.mlp.ln2, resid, reads.to(resid.dtype))
     found: Tensor = gradient.double()
@@ -207,8 +213,6 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
 
 def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
     """Whether ln2 takes away the mean over d_model: read off."""
-    import torch
-
     resid = run.resid_mid[chosen]
     before, after = (run.mlp.ln2(r) for r in (resid, resid + resid.abs().mean()))
     return torch.allclose(before, after, rtol=1e-3, atol=1e-4)
@@ -216,8 +220,6 @@ def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
 
 def _angles(motion: Tensor) -> Tensor:
     """Angles between successive steps, [token step]; nan beside a step that goes nowhere."""
-    import torch
-
     unit = motion / motion.norm(dim=-1, keepdim=True)
     one, two = unit[:, :-1], unit[:, 1:]
     # Twice the half-angle: arccos of their product would lose small angles to rounding.
@@ -231,8 +233,6 @@ def _switches(state: Tensor) -> Tensor:
 
 def _effective_number(patterns: Tensor) -> Tensor:
     """exp of the entropy of how often each pattern occurs, [token]; patterns are [token step neuron]."""
-    import torch
-
     found = []
     for path in patterns:
         counts = torch.unique(path, dim=0, return_counts=True)[1]
@@ -253,13 +253,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     2 sqrt 2 sin(theta / 2), which first passes 1/2 at step 29 of 128. It turns by h between the arc's
     64 chords, the last of which is h/2 short of straight down; then by pi/2 + h/2: 191.5 h in all.
     """
-    from dataclasses import replace
-    from math import nan, pi, sin, sqrt
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     chord = 2 * sin(pi / (2 * N_STEPS))
     eye = torch.eye(2, dtype=torch.float64)
     run = planted(torch.tensor([[[5.0, 1.0], [1.0, 2.0], [3.0, -1.0]]]))
@@ -294,24 +287,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Rotation smoothness",
-    section="P16",
-    question="When the residual stream turns away from a token's direction, does the MLP's output turn smoothly or "
-    "in steps?",
-    reading="A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of "
-    "pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions, each "
-    "with a meaning of its own. A norm that smears adds to them: on the way from one neuron's region to "
-    "the next it turns the small activations in between up to full size, so the longest step grows with "
-    "it. If holding the gain changes nothing, what steps there are come from the nonlinearity. The gain also adds "
-    "steps where a gain for each neuron could do its work (C2, `disjoint`): need is for P7 and P8.",
-    pitfalls="A random direction leaves the places where text is; another token's does not. Without biases every "
-    "neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much above 256 every step "
-    "has a pattern of its own and there are 257 effective polytopes. A step shorter than pi/256 is not "
-    f"resolved. {N_TOKENS} evenly spaced tokens; nan elsewhere. Softmax makes steps without any norm: "
-    "compare arms.",
-    formula="path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps; D = |O(theta) - O(0)| / "
-    "|O(0)|; length = sum |dO| / |O(pi/2) - O(0)|; plateau = first theta with D >= D(pi/2) / 2, over pi/2; "
-    "feature direction: d x_j / d resid, j = argmax x of the other token",
+    __doc__,
     gates=(
         # From one A token to another x is 12 cos and 12 sin theta, and O, of one length under a live norm,
         # turns by atan(tan(theta) e^d), d = 12 (sin - cos): at 45 degrees by 6 sqrt 2 + 1 for each unit of
@@ -340,7 +316,6 @@ PROBE = Probe(
     tested="longest step, added by the gain: token",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         f"{name}: {kind}": Quantity(unit, f"{meaning}; {which}", ("mean", "median"))
         for kind, which in KINDS.items()
@@ -366,5 +341,4 @@ PROBE = Probe(
             for kind, which in KINDS.items()
         ),
     ),
-    source="Jorgensen 2023, comments; science.md section 7 P16",
 )

@@ -1,31 +1,48 @@
-"""P3: what makes a token's scale large or small: magnitude, peakedness, or how many neurons share?
+"""P3: Causes of the scale
 
-With a = x * softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the largest
-a and the largest x are the same neuron), exactly
+Question:
+    Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?
 
-    log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N
+Formula:
+    With a = x softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the
+    largest a and the largest x are the same neuron), exactly
+    log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N;
+    pmax = e^xmax / Z; K = |a|^2 / max(a)^2; mbar = mean(a)^2 / mean(a^2);
+    share = Cov(term, log s) / Var(log s), so that the shares sum to 1.
+    For log g each term is weighted with the elasticity -r, averaged from the mean token to this one.
 
-pmax = e^xmax / Z; K = |a|^2 / max(a)^2, how many neurons share the norm; mbar = mean(a)^2 / mean(a^2).
-So each term's covariance with log s, over the variance of log s, is a share, and the shares sum to 1.
+Reading:
+    Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the
+    variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax
+    alone carries it, the gain answers to how strongly neurons fire and not to how many do. Read
+    amplitude first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L:
+    correlation .66, amplitude .4%).
 
-Source: science.md section 7, P3.
+Pitfalls:
+    Shares can be negative or above 1, since terms cancel: the covariances are given too. K,
+    exp(H(p)) and the participation ratio are three different effective numbers. The gain is blind
+    to which neuron holds which value, so swaps exchange magnitude and relative sizes, not ranks.
+
+Source:
+    science.md section 7 P3
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays
 
 TERMS = {
     "log xmax": "magnitude: the largest pre-activation",
@@ -52,8 +69,14 @@ FLAT = 1e-9
 """A spread of logs below this is rounding: there is nothing to share out."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """The terms, three effective numbers, and what interventions on x do to the gain, each [token].
+def measure(run: HookedRun) -> Measured:
+    """Return the terms of log s per token, and their shares of the variances of log s and log g."""
+    tokens = _terms(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _terms(run: HookedRun) -> dict[str, Tensor]:
+    """Return the terms, three effective numbers, and what interventions on x do to the gain, each [token].
 
     `log s` is of what the norm divides by, without epsilon: about the mean, or about 0 in a norm
     that has an epsilon and does not centre. The interventions compute the gain anew by its formula,
@@ -63,10 +86,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         nan where no activation is above 0; where a term needs the softmax and the nonlinearity is
         not SoLU; and, for changes of the gain, where it is one constant. BOS has no partner.
     """
-    import math
-
-    import torch
-
     mid, pre = run.mid.double(), run.pre.double()
     nothing = torch.full_like(mid[:, 0], torch.nan)
     square = mid.square()
@@ -108,8 +127,6 @@ def _changes(run: HookedRun) -> dict[str, Tensor]:
     relative to it, the only pair of factors of x that the gain can tell apart. The partner is half
     the stream away.
     """
-    import torch
-
     pre = run.pre.double()
     own = _log_gain(run, pre)
     changes = {
@@ -140,7 +157,7 @@ def _log_gain(run: HookedRun, pre: Tensor, temperature: float = 1.0) -> Tensor:
     return -0.5 * ((mid - centre).square().mean(-1) + run.eps).log()
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Shares of the variance of log s and of log g, over tokens that are not BOS.
 
     For log g the chain rule runs through epsilon: along the straight line from the tokens' mean
@@ -148,16 +165,16 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     contributes the mean elasticity on the way times its own change. These sum to log g exactly.
     A pair of tokens whose magnitude and shape were swapped counts to the first one's string.
     """
-    import numpy as np
-
-    table = table[(table["pos"] > 0) & np.isfinite(table["log s"])]  # -inf: all activations equal
-    string, log_s = table["string"].to_numpy(), table["log s"].to_numpy()
-    if not len(table):
+    columns = arrays(tokens)
+    kept = ~run.is_bos.numpy() & np.isfinite(columns["log s"])  # -inf: all activations equal
+    if not kept.any():
         return
-    names = [name for name in (*TERMS, *OTHER_SPLITS) if table[name].notna().any()]
+    columns = {name: values[kept] for name, values in columns.items()}
+    string, log_s = run.string.numpy()[kept], columns["log s"]
+    names = [name for name in (*TERMS, *OTHER_SPLITS) if not np.isnan(columns[name]).all()]
     varies = np.ptp(log_s) > FLAT
     for name in names:
-        term = table[name].to_numpy()
+        term = columns[name]
         yield _covariance(f"covariance with log s: {name}", term, log_s, string)
         if varies:
             yield slope(f"share of log s: {name}", log_s, term, string)
@@ -167,23 +184,22 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     if np.ptp(log_g) > FLAT:
         elasticity = _mean_elasticity(log_s, run.eps)
         for name in names:
-            term = table[name].to_numpy()
+            term = columns[name]
             yield slope(f"share of log g: {name}", log_g, elasticity * (term - term.mean()), string)
-    log_k = 2 * table["half log K"].to_numpy()
+    log_k = 2 * columns["half log K"]
     if np.ptp(log_k) > FLAT:
-        own_log_g = run.gain.double().log().numpy()[table.index]
+        own_log_g = run.gain.double().log().numpy()[kept]
         yield correlation("corr(log g, log K)", own_log_g, log_k, string)
-    total = table["another's both"].to_numpy()
+    total = columns["another's both"]
     if run.is_solu and np.nanmax(np.abs(total)) > FLAT:
-        magnitude, shape = (table[f"another's {what}"] for what in ("magnitude", "shape"))
-        both_orders = 0.5 * (magnitude + total - shape).to_numpy()
+        magnitude, shape = (columns[f"another's {what}"] for what in ("magnitude", "shape"))
+        both_orders = 0.5 * (magnitude + total - shape)
         yield ratio("swap share: magnitude", both_orders * total, total**2, string)
         yield ratio("swap share: shape", (total - both_orders) * total, total**2, string)
 
 
-def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
+def _mean_elasticity(log_s: NDArray[np.floating], eps: float) -> NDArray[np.float64]:
     """d log g / d log s averaged between the mean of log s and each token's own; between -1 and 0."""
-    import numpy as np
 
     def log_g(log_s: Any) -> Any:
         return -0.5 * np.logaddexp(2 * log_s, np.log(eps))
@@ -199,11 +215,9 @@ def _mean_elasticity(log_s: NDArray[np.float64], eps: float) -> NDArray[np.float
 
 
 def _covariance(
-    quantity: str, x: NDArray[np.float64], y: NDArray[np.float64], string: NDArray[np.int64]
+    quantity: str, x: NDArray[np.floating], y: NDArray[np.floating], string: NDArray[np.int64]
 ) -> Estimate:
     """Covariance over tokens; sums are about the means, so that no digits are lost."""
-    import numpy as np
-
     x, y = x - x.mean(), y - y.mean()
     sums, n = sums_by_string([np.ones_like(x), x, y, x * y], string)
 
@@ -221,13 +235,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     .5 log 2 + .5 log 6. x = (1, 1, 0, 0): Z = 2e + 2, p = e / Z on the two that are on. With two
     equal ones of four mean(a)^2 / mean(a^2) = 1/2 and s = max(a) / 2, with one 1/4 and s = sqrt(3)/4 max(a).
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     log3, z = math.log(3), 2 * math.e + 2
     pre = torch.tensor([[log3, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
     run = replace(planted((pre * pre.softmax(-1))[None], eps=1e-5), pre=pre)
@@ -261,20 +268,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Causes of the scale",
-    section="P3",
-    question="Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?",
-    reading="Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the "
-    "variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax alone "
-    "carries it, the gain answers to how strongly neurons fire and not to how many do. Read amplitude "
-    "first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L: correlation .66, "
-    "amplitude .4%).",
-    pitfalls="Shares can be negative or above 1, since terms cancel: the covariances are given too. K, exp(H(p)) "
-    "and the participation ratio are three different effective numbers. The gain is blind to which neuron "
-    "holds which value, so swaps exchange magnitude and relative sizes, not ranks.",
-    formula="log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N; share = Cov(term, log s) / "
-    "Var(log s). For log g each term is weighted with the elasticity -r, averaged from the mean token to "
-    "this one.",
+    __doc__,
     gates=(
         # Two kinds of tokens: a share is the difference of a term over that of log s, 4.396. Terms at A
         # and B: log 12, 0; -.0002, 1 - log(8e + 24); 0, .5 log 8; .5 log(31/32), .5 log(3/4).
@@ -289,7 +283,6 @@ PROBE = Probe(
     shuffle="scale",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "log s": Quantity(
             "log activation", "log of the standard deviation of a over neurons", ("mean", "sd")
@@ -345,5 +338,4 @@ PROBE = Probe(
             "Effective number of neurons", ("K", "exp(H(p))", "PR"), statistic="median", log_y=True
         ),
     ),
-    source="science.md section 7 P3",
 )

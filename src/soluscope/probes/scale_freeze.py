@@ -1,19 +1,41 @@
-"""P4: does it matter that each token has its own gain? Freeze it, and see what the loss does.
+"""P4: Scale freeze
 
-Source: science.md section 7, P4, by the closed form of section 8.4; Heimersheim 2024 for freezing.
+Question:
+    Does the loss rise when every token gets the same gain instead of its own?
+
+Formula:
+    dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the
+    constant of least mean loss on the other documents;
+    ln_final's scale live, or frozen at what it was
+
+Reading:
+    Smearing predicts a rise, on tokens with a high gain and activations spread over many neurons. A
+    change within .001 nats says that the per-token scale carries nothing at inference. A model
+    whose gain is one constant is unchanged by construction at its mean.
+
+Pitfalls:
+    A frozen model is off its training distribution: its cost overstates need (in a pilot
+    twelvefold): training a static arm decides, not this. It costs where a gain for each neuron
+    would do, too (C2 `disjoint`). The best constant is an estimate from the other documents, whose
+    error alone costs about 1 / (2 n) nats for n tokens. The final norm may absorb the scale: both
+    ways are shown.
+
+Source:
+    science.md sections 7 P4 and 8.4; Heimersheim 2024 for freezing
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from soluscope.probes import Figure, Gate, Probe, Quantity
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.ablation import loss_at_gain
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 REACH = 0.7
 """How far beyond the tokens' own gains the best constant is sought, in log gain."""
@@ -21,7 +43,7 @@ N_FAR, N_NEAR = 21, 21
 """At how many places: over the whole range, and around the best of these."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
     """Change of each token's loss, in nats, when its gain is replaced by a constant.
 
     The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
@@ -29,27 +51,24 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     loss over tokens that are not BOS, sought for each string on all the others.
     Each with ln_final live, and with ln_final's scale kept as it was.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
     log_gain = run.gain.double().log()
-    content = ~run.is_bos
-    geomean = torch.full_like(log_gain, float(log_gain[content].mean()))
+    geomean = torch.full_like(log_gain, float(run.mean_log_gain))
     gains = torch.stack([log_gain, geomean, _best_constant(run, geomean)], dim=-1).exp()
     live, frozen = (
         loss_at_gain(run, gains.to(run.post.dtype), final_norm) for final_norm in ("live", "frozen")
     )
-    return {
-        "frozen at geometric mean": live[:, 1] - live[:, 0],
-        "frozen at best constant": live[:, 2] - live[:, 0],
-        "geometric mean, final norm frozen": frozen[:, 1] - frozen[:, 0],
-        "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
-        "gain": run.gain,
-        "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
-        # Between own and frozen, or sorting by noise in the one would pass for an effect.
-        "surprisal": (live[:, 0] + live[:, 1]) / 2,
-    }
+    return Measured(
+        {
+            "frozen at geometric mean": live[:, 1] - live[:, 0],
+            "frozen at best constant": live[:, 2] - live[:, 0],
+            "geometric mean, final norm frozen": frozen[:, 1] - frozen[:, 0],
+            "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
+            "gain": run.gain,
+            "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
+            # Between own and frozen, or sorting by noise in the one would pass for an effect.
+            "surprisal": (live[:, 0] + live[:, 1]) / 2,
+        }
+    )
 
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
@@ -59,24 +78,20 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     more closely around the best of them, and summed by string. For each string the others' sum is
     minimised over all these, and between the close ones by the parabola through the lowest three.
     """
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
-    counted = ~run.is_bos & (run.target >= 0)
-    some = run.subset(counted)
+    scored = run.scored
+    some = run.subset(scored)
     if not len(some.pos):
         return start
     _, owner = run.string.unique(return_inverse=True)
     centre = float(start[0])
-    spread = run.gain[counted].double().log() - centre
+    spread = some.gain.double().log() - centre
 
     def others(shifts: Tensor) -> Tensor:
         """Sum of losses on all other strings, [string shift]."""
         gains = (centre + shifts).exp().to(run.post.dtype).expand(len(some.pos), -1)
         losses = loss_at_gain(some, gains).double()  # [token shift]
         sums = losses.new_zeros(int(owner.max()) + 1, len(shifts))
-        sums.index_add_(0, owner[counted], losses)
+        sums.index_add_(0, owner[scored], losses)
         return sums.sum(0) - sums if len(sums) > 1 else sums
 
     far = torch.linspace(
@@ -98,12 +113,6 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """An MLP that writes nothing: the gain varies by three, and freezing it changes no loss."""
-    import math
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[3.0, -3.0], [1.0, -1.0], [2.0, -2.0]]]).expand(4, 3, 2)
     run = planted(mid, eps=1e-12)
     yield run, {name: [0, 0, math.nan] * 4 for name in _FREEZES} | {"gain": [1 / 3, 1, 1 / 2] * 4}
@@ -117,18 +126,7 @@ _FREEZES = {
 }
 
 PROBE = Probe(
-    name="Scale freeze",
-    section="P4",
-    question="Does the loss rise when every token gets the same gain instead of its own?",
-    reading="Smearing predicts a rise, on tokens with a high gain and activations spread over many "
-    "neurons. A change within .001 nats says that the per-token scale carries nothing at inference. A model whose "
-    "gain is one constant is unchanged by construction at its mean.",
-    pitfalls="A frozen model is off its training distribution: its cost overstates need (in a pilot twelvefold): "
-    "training a static arm decides, not this. It costs where a gain for each neuron would do, too (C2 `disjoint`). "
-    "The best constant is an estimate from the other documents, whose error alone costs about 1 / (2 n) nats for n "
-    "tokens. The final norm may absorb the scale: both ways are shown.",
-    formula="dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the constant "
-    "of least mean loss on the other documents; ln_final's scale live, or frozen at what it was",
+    __doc__,
     gates=(
         Gate("smear_shared", "frozen at geometric mean", above=0.1),
         Gate("smear_shared", "frozen at best constant", above=0.1),
@@ -167,5 +165,4 @@ PROBE = Probe(
             group="gain",
         ),
     ),
-    source="science.md sections 7 P4 and 8.4",
 )

@@ -1,29 +1,46 @@
-"""P15: does the MLP answer to a direction alone, whatever its length? Before ln2, and across the mid norm.
+"""P15: Scale invariance
 
 A LayerNorm without epsilon maps lambda * v to what it maps v to, so that each direction of the residual
-stream has one meaning (Jorgensen). Epsilon takes it away: for the mid norm exactly
+stream has one meaning (Jorgensen). Epsilon takes this away.
 
-    |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps))
+Question:
+    Does a direction mean the same at any length, into the MLP and across its mid norm?
 
-1 at every lambda where r = s2 / (s2 + eps) is 1 (invariant), and lambda where r is 0 (linear).
+Formula:
+    |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)): 1 at every lambda where
+    r = s2 / (s2 + eps) is 1 (invariant), lambda where r is 0 (linear);
+    and post and O at lambda * resid against lambda = 1, lambda from 2^-6 to 2^6
 
-Source: Jorgensen 2023, "Because of LayerNorm, Directions in GPT-2 MLP Layers are Monosemantic";
-science.md section 7, P15.
+Reading:
+    Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda),
+    as a LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays
+    small. Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until
+    lambda takes the residual stream down to ln2's own epsilon.
+
+Pitfalls:
+    The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid
+    norm. Invariance holds for one direction scaled as a whole, not for one of several that are
+    added. The MLP is evaluated at 1000 evenly spaced tokens; the mid norm's closed form at all.
+
+Source:
+    Jorgensen 2023; science.md section 7 P15
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import start_of_each_part
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
@@ -41,28 +58,29 @@ RESIDUAL_ERRORS = {
 }
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
+def measure(run: HookedRun) -> Measured:
+    """Return the errors at lambda = 2 per token, and every error against lambda."""
+    return Measured(_errors_at_2(run), tuple(_estimates(run)))
+
+
+def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
+    """Return the errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
 
     Returns:
         nan at the other tokens, and where there is nothing to compare: post or O is zero.
     """
-    import torch
-
     values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
-    chosen = _spread_tokens(run)
+    chosen = start_of_each_part(torch.arange(len(run.pos)), N_TOKENS)
     for name, error in _residual_errors(run, chosen, 2.0).items():
         column = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
         values[f"{name} at 2"] = column.index_copy(0, chosen, error)
     return values
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun) -> Iterator[Estimate]:
     """Every error against lambda, averaged over tokens that are not BOS."""
-    import numpy as np
-
     content = run.subset(~run.is_bos)
-    chosen = _spread_tokens(content)
+    chosen = start_of_each_part(torch.arange(len(content.pos)), N_TOKENS)
     for factor in LAMBDAS:
         errors = [
             (_mid_errors(content, factor), content.string),
@@ -76,14 +94,10 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
 
 def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
     """By the closed form; a constant gain, or no norm, is linear."""
-    import torch
-
-    mid = run.mid.double()
-    grown = torch.full_like(mid[:, 0], factor)
+    s2 = run.s2
+    grown = torch.full_like(s2, factor)
     if run.eps is not None:
-        centre = mid.mean(-1, keepdim=True) if run.centres else 0.0
-        variance = (mid - centre).square().mean(-1)
-        grown = factor * ((variance + run.eps) / (factor**2 * variance + run.eps)).sqrt()
+        grown = factor * ((s2 + run.eps) / (factor**2 * s2 + run.eps)).sqrt()
     errors = (grown - 1).abs(), (grown / factor - 1).abs()
     return dict(zip(MID_ERRORS, errors, strict=True))
 
@@ -103,27 +117,12 @@ def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str,
     return values
 
 
-def _spread_tokens(run: HookedRun) -> Tensor:
-    """At most `N_TOKENS` token numbers, evenly spaced."""
-    import torch
-
-    n = min(len(run.pos), N_TOKENS)
-    return torch.arange(n) * len(run.pos) // n
-
-
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """Two neurons at +1 and -1 (s2 = 1). eps = 4: |n(2a)| / |n(a)| = 2 sqrt(5 / 8).
 
     ln2 and W_in are the identity, so doubling the residual stream doubles a; n keeps its direction.
     Without an epsilon the gain is one constant, and all is linear.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0]]])
     grown = 2 * math.sqrt(5 / 8)
     run = planted(mid, eps=4.0)
@@ -151,18 +150,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 PROBE = Probe(
-    name="Scale invariance",
-    section="P15",
-    question="Does a direction mean the same at any length, into the MLP and across its mid norm?",
-    reading="Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda), as a "
-    "LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays small. "
-    "Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until lambda takes "
-    "the residual stream down to ln2's own epsilon.",
-    pitfalls="The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid "
-    "norm. Invariance holds for one direction scaled as a whole, not for one of several that are added. "
-    f"The MLP is evaluated at {N_TOKENS} evenly spaced tokens; the mid norm's closed form at all.",
-    formula="|n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)); and post and O at lambda * "
-    "resid against lambda = 1, lambda from 2^-6 to 2^6",
+    __doc__,
     gates=(
         Gate("uniform", "linearity error of n at 2", above=0.4, truth=0.5),
         Gate("uniform", "invariance error of n at 2", within=0.01),
@@ -178,7 +166,6 @@ PROBE = Probe(
     tested="relative change of O at 2",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         **{
             f"{name} at 2": Quantity(
@@ -217,5 +204,4 @@ PROBE = Probe(
             ("invariance error of n at 2", "linearity error of n at 2"),
         ),
     ),
-    source="Jorgensen 2023; science.md section 7 P15",
 )

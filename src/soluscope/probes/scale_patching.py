@@ -1,4 +1,4 @@
-"""P6: does the gain carry what tells two prompts apart? Patched from clean to corrupt and back.
+"""P6: Scale patching, both directions
 
 A mid norm's output is made of parts: n = g L u, with g the gain, L = |a - m| and u = (a - m) / L the
 direction; m, the mean over neurons, is what was taken off. Each part of one prompt is put into the
@@ -10,23 +10,56 @@ The 2x2 contrast is over the gain and what it multiplies, the direction with its
 its corners are the two runs' own activations. With the length held, a donor's direction would be as long
 as no token makes it, and the contrast would measure that.
 
-Source: science.md section 7, P6; Heimersheim on clean to corrupt and corrupt to clean, in the comments on
-"A circuit for Python docstrings" (2023). The decomposition is ours.
+Question:
+    Does the gain carry what tells a prompt from its corruption, on its own or together with the
+    direction?
+
+Formula:
+    n = g L u;
+    m = logit[y+] - logit[y-] before the answer;
+    denoise (m - m_cor) / (m_cl - m_cor), noise (m_cl - m) / (m_cl - m_cor);
+    each a ratio of sums over rows, sum |m_cl - m_cor| below;
+    2x2 contrast m(g', c') - m(g', c) - m(g, c') + m(g, c), c = L u
+
+Reading:
+    Smearing predicts that the gain alone moves the logit difference in at least one direction:
+    denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of
+    it: a receiver that says the opposite says it louder with a higher gain, so in C1
+    (`smear_shared`) the shares are far below 0. Without smearing the gain moves nothing either way
+    (within .01), and content and direction move all there is. An interaction above 0 says that gain
+    and content work together. Where the gain is one constant its shares are exactly 0.
+
+Pitfalls:
+    Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may
+    overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is
+    left out: see how many are left. Which word corrupts matters, so there are five. The residual
+    stream before the MLP and attention stay the receiver's, and so even the whole content need not
+    move all. L = |a - m| stays too: under a true LayerNorm a patched gain changes the norm of n,
+    which no prompt of its own would do. In a tokenizer of code, names are whole words. Prefixes of
+    one document count as pairs of their own.
+
+Source:
+    science.md section 7 P6; Heimersheim 2023, comments on docstring circuits, for both directions;
+    the decomposition is ours
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import nan
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings, ratio
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
@@ -43,13 +76,18 @@ COMPONENTS = {
     "mean": "mean over neurons alone, the gain staying as it was",
 }
 INTERACTION = "interaction"
-FROZEN = ", final norm frozen"
-FINAL_NORMS = {"live": "", "frozen": FROZEN}
+FROZEN = FINAL_NORMS["frozen"]
 DIFFERENCE = "m_clean - m_corrupt"
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Share of the logit difference that each part moves, at each corrupt row's last position but one.
+def measure(run: HookedRun) -> Measured:
+    """Return the share of the logit difference that each part moves, per corruption and over all."""
+    tokens = _shares(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
+
+
+def _shares(run: HookedRun) -> dict[str, Tensor]:
+    """Return the share of the logit difference that each part moves, at each corrupt row's last position but one.
 
     Args:
         run: rows of equal length in groups of 6, a clean one and then 5 corruptions, each ending with
@@ -67,8 +105,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     Raises:
         ValueError: if the rows are not such groups.
     """
-    import torch
-
     clean, corrupt = _places(run)
     pairs = {"denoise": (corrupt, clean), "noise": (clean, corrupt)}  # receiver, donor
     answers = run.tokens[clean + 1], run.tokens[corrupt + 1]
@@ -93,8 +129,6 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
 
 def _places(run: HookedRun) -> tuple[Tensor, Tensor]:
     """Index of the position before the answer in the clean and the corrupt row of each corruption."""
-    import torch
-
     starts = run.is_bos.nonzero().squeeze(-1)
     ends = torch.cat([starts[1:], starts.new_tensor([len(run.pos)])])
     n_rows = len(starts)
@@ -117,14 +151,11 @@ class _Patched:
     def __init__(
         self, run: HookedRun, receiver: Tensor, donor: Tensor, right: Tensor, wrong: Tensor
     ) -> None:
-        import torch.nn.functional as F
-
         self.out = run.readout
         self.answers = right, wrong
         self.resid = run.resid_mid[receiver].double() + self.out.b_out
-        mid = run.mid.double()
+        mid, centred = run.mid.double(), run.centred
         mean = mid.mean(-1, keepdim=True) if run.centres else mid.new_zeros(len(mid), 1)
-        centred = mid - mean
         length = centred.norm(dim=-1, keepdim=True)
         direction = F.normalize(centred, dim=-1, eps=1e-30)  # activations may be 1e-7
         gain = run.gain.double()[:, None]
@@ -138,7 +169,7 @@ class _Patched:
             "mean": g[0] * (L[0] * u[0] + m[0] - m[1]),
         }
 
-    def m_of(self, part: str, final_norm: str = "live") -> Tensor:
+    def m_of(self, part: str, final_norm: FinalNorm = "live") -> Tensor:
         """logit[right] - logit[wrong] with this part of the donor's. [row]"""
         out, (right, wrong) = self.out, self.answers
         resid = self._resid(part)
@@ -159,19 +190,21 @@ def _row(way: str, part: str, how: str) -> str:
     return f"by row, {way}: {part}{how}"
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Each share over all corruptions: the sum of what was moved over the sum of what there was to move.
 
     Each row counts by |m_clean - m_corrupt|, so that no ratio blows up, and the sign of a row's
     difference does not matter; a trimmed mean would do the first at the price of an interval that hangs
     on which rows are cut. And the share of pairs of which a corruption is left.
     """
-    size = table[DIFFERENCE].abs()
+    string, columns = run.string.numpy(), arrays(tokens)
+    size = np.abs(columns[DIFFERENCE])
     for way, part, how in _MEANINGS:
-        share = table[_row(way, part, how)]
-        if share.notna().any():
-            yield ratio(f"{way}: {part}{how}", share * size, size, table["string"])
-    left = (size >= LEAST_DIFFERENCE).groupby(table["string"]).any()
+        share = columns[_row(way, part, how)]
+        if not np.isnan(share).all():
+            yield ratio(f"{way}: {part}{how}", share * size, size, string)
+    _, pair = np.unique(string, return_inverse=True)
+    left = np.bincount(pair, weights=size >= LEAST_DIFFERENCE) > 0
     yield mean_over_strings("pairs left", left, note=f"{left.sum()} of {len(left)} pairs")
 
 
@@ -184,13 +217,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     of the way back; the corrupt direction turns it round. The contrast is over a - m with either gain:
     (1 - (-1/2) - 2 + (-1)) / 2 = -3/4 denoising, and the same four numbers noising.
     """
-    from dataclasses import replace
-    from math import nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     clean, corrupt = [[2.0, -2.0]] * 3, [[-1.0, 1.0]] * 3
     run = planted(torch.tensor([clean] + [corrupt] * N_CORRUPTIONS), eps=1e-14)
     # ln_final's epsilon makes its scale the constant 1e6; right answers are token 0, wrong ones 1.
@@ -225,25 +251,7 @@ _MEANINGS = {
 }
 
 PROBE = Probe(
-    name="Scale patching, both directions",
-    section="P6",
-    question="Does the gain carry what tells a prompt from its corruption, on its own or together with the "
-    "direction?",
-    reading="Smearing predicts that the gain alone moves the logit difference in at least one direction: "
-    "denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of it: a "
-    "receiver that says the opposite says it louder with a higher gain, so in C1 (`smear_shared`) the shares are "
-    "far below 0. Without smearing the gain moves nothing either way (within .01), and content and direction move "
-    "all there is. An interaction above 0 says that gain and content work together. Where the gain is one constant "
-    "its shares are exactly 0.",
-    pitfalls="Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may "
-    "overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is left out: see "
-    "how many are left. Which word corrupts matters, so there are five. The residual stream before the MLP and "
-    "attention stay the receiver's, and so even the whole content need not move all. L = |a - m| stays too: "
-    "under a true LayerNorm a patched gain changes the norm of n, which no prompt of its own would do. In a "
-    "tokenizer of code, names are whole words. Prefixes of one document count as pairs of their own.",
-    formula="n = g L u; m = logit[y+] - logit[y-] before the answer; denoise (m - m_cor) / (m_cl - m_cor), noise "
-    "(m_cl - m) / (m_cl - m_cor); each a ratio of sums over rows, sum |m_cl - m_cor| below; 2x2 contrast m(g', "
-    "c') - m(g', c) - m(g, c') + m(g, c), c = L u",
+    __doc__,
     gates=(
         Gate("and_gate", "noise: gain", above=0.5, truth=0.98767, stream="pairs"),
         Gate("and_gate", "denoise: gain", within=0.01, stream="pairs"),
@@ -278,7 +286,6 @@ PROBE = Probe(
     confirmatory=True,
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         DIFFERENCE: Quantity("logits", "what there is to move, at each corruption", ("mean", "sd")),
         **{
@@ -308,5 +315,4 @@ PROBE = Probe(
         ),
         Figure("Pairs left", ("pairs left",)),
     ),
-    source="science.md section 7 P6; Heimersheim 2023, comments on docstring circuits",
 )

@@ -1,29 +1,56 @@
-"""P5: would another token's gain do as well? Swaps between like tokens, and a dose curve of each.
+"""P5: Scale swap and dose curve
 
-A swap stays within what the model knows: the gain that a token gets is one that a token like it
-has. Which token gives to which is a random order within each class (position group, fifth of the
+Which token gives to which is a random order within each class (position group, fifth of the
 surprisal), each giving to the next, from a fixed seed; so the donors of a class are the class, and its
 log ratios add up to 0.
 
-Source: science.md section 7, P5, by the closed form of section 8.4.
+Question:
+    Does a token need its own gain, or would that of another token like it, or half or twice its
+    own, do as well?
+
+Formula:
+    l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the
+    surprisal;
+    its slope on log(g_u / g_t);
+    l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps
+
+Reading:
+    Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative
+    one down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap
+    changes nothing: where the gain is one constant exactly, where it varies to no effect within
+    .001 nats. A steep dose curve alone says that the output scale matters, which a static gain has
+    too. Swaps also cost loss where a gain for each neuron could do it (C2, `disjoint`): whether a
+    gain by token is needed is for P7 and P8.
+
+Pitfalls:
+    Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that
+    up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs
+    apart. The best dose of a single token is where its one target is likeliest, often an end of the
+    range; only the best dose for all says whether gains are right. A swapped gain is off the
+    token's own distribution, though not off the model's. Tokens are matched within one stream; dose
+    curves are of 2048 evenly spaced tokens at most.
+
+Source:
+    science.md sections 7 P5 and 8.4
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from math import log, nan
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.ablation import FinalNorm
-    from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import arrays
 
 POSITION_GROUPS = (2, 16)
 """Where the second and the third begin; science.md section 5."""
@@ -39,11 +66,15 @@ N_DOSED = 2048
 FLAT = 1e-6
 """Nats: a curve that moves by less is rounding, and has no lowest point."""
 
-FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
+
+def measure(run: HookedRun) -> Measured:
+    """Return what swaps and doses of the gain do to each token's loss, and slopes and mean curves."""
+    tokens = _changes_by_token(run)
+    return Measured(tokens, tuple(_estimates(run, tokens)))
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Change of each token's loss with another gain, in nats; nan at BOS and without a target.
+def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
+    """Return the change of each token's loss with another gain, in nats; nan at BOS and without a target.
 
     Returns:
         With ln_final live, and with its scale frozen:
@@ -54,13 +85,11 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
         log alpha at 1, by differences: all nan but at `N_DOSED` evenly spaced tokens;
         and the log ratio of the two gains.
     """
-    import torch
-
     gain = run.gain.double()
     donor = matched(run)
     swapped = donor >= 0
     log_ratio = torch.where(swapped, (gain[donor] / gain).log(), torch.nan)
-    dosed = _evenly_spaced(~run.is_bos & (run.target >= 0))
+    dosed = _evenly_spaced(run.scored)
     doses = run.gain[:, None] * torch.tensor(DOSES, dtype=run.gain.dtype)
     step = (DOUBLINGS[1] - DOUBLINGS[0]) * torch.tensor(2.0).log()
     middle = DOSES.index(1.0)
@@ -87,19 +116,17 @@ def matched(run: HookedRun) -> Tensor:
     Returns:
         int64 [token]; -1 at BOS, without a target, and where no other token is alike.
     """
-    import torch
-
-    content = (~run.is_bos & (run.target >= 0)).nonzero().squeeze(-1)
+    scored = run.scored.nonzero().squeeze(-1)
     group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
     shares = torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS
     surprisal = run.loss.double()
-    edges = surprisal[content].quantile(shares.double())
+    edges = surprisal[scored].quantile(shares.double())
     likeness = group * N_SURPRISAL_BINS + torch.bucketize(surprisal, edges)
     generator = torch.Generator().manual_seed(SEED)
-    content = content[torch.randperm(len(content), generator=generator)]
+    scored = scored[torch.randperm(len(scored), generator=generator)]
     donor = torch.full_like(run.pos, -1)
-    for kind in likeness[content].unique():
-        members = content[likeness[content] == kind]
+    for kind in likeness[scored].unique():
+        members = scored[likeness[scored] == kind]
         if len(members) > 1:
             donor[members] = members.roll(1)
     return donor
@@ -107,21 +134,16 @@ def matched(run: HookedRun) -> Tensor:
 
 def _evenly_spaced(candidates: Tensor) -> Tensor:
     """At most `N_DOSED` of the tokens that are candidates. [token], bool"""
-    import torch
-
     places = candidates.nonzero().squeeze(-1)
-    n = min(len(places), N_DOSED)
+    # `streams.evenly_spaced` rounds otherwise: for one in 150 lengths it dosed a few other tokens.
+    spaced = torch.linspace(0, len(places) - 1, min(len(places), N_DOSED), dtype=torch.float64)
     chosen = torch.zeros_like(candidates)
-    chosen[places[torch.linspace(0, len(places) - 1, n, dtype=torch.float64).long()]] = True
+    chosen[places[spaced.long()]] = True
     return chosen
 
 
 def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm) -> Tensor:
     """Loss at `gains` [token edit] less loss at the own gain; nan where not `kept`. fp64"""
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_gain
-
     part = run.subset(kept)
     losses = loss_at_gain(part, torch.cat([part.gain[:, None], gains[kept]], dim=1), final_norm)
     losses = losses.double()
@@ -135,8 +157,6 @@ def lowest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Between doses by the parabola through the lowest three; nan where the curve is flat.
     """
-    import numpy as np
-
     last = len(DOUBLINGS) - 1
     place = np.nan_to_num(curves, nan=0.0).argmin(-1)
     inner = np.clip(place, 1, last - 1)[..., None]
@@ -156,26 +176,25 @@ def _at(dose: float, how: str) -> str:
     return f"l({dose:.3g} g) - l(g){how}"
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Slopes of the change on log(g_u / g_t), of all swaps and of each sign; the mean dose curve.
 
     Swaps between equal gains change nothing, and count for both signs. No slopes where all gains
     are equal.
     """
-    import numpy as np
-
-    string, log_ratio = table["string"], table["log(g_u / g_t)"]
-    signs = {"": log_ratio.notna(), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
+    string, columns = run.string.numpy(), arrays(tokens)
+    log_ratio = columns["log(g_u / g_t)"]
+    signs = {"": ~np.isnan(log_ratio), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
     for how in FINAL_NORMS.values():
         for sign, rows in signs.items():
             if rows.any() and np.ptp(log_ratio[rows]) > SAME:
-                change = table.loc[rows, f"swap, signed{how}"]
+                change = columns[f"swap, signed{how}"][rows]
                 yield slope(f"slope{sign}{how}", log_ratio[rows], change, string[rows])
-        columns = [table[_at(dose, how)] for dose in DOSES]
-        counted = np.ones(len(table))
-        for dose, column in zip(DOSES, columns, strict=True):
+        curve = [columns[_at(dose, how)] for dose in DOSES]
+        counted = np.ones(len(string))
+        for dose, column in zip(DOSES, curve, strict=True):
             yield ratio(f"dose curve{how}", column, counted, string, x=dose)
-        sums, n = sums_by_string([*columns, counted], string)
+        sums, n = sums_by_string([*curve, counted], string)
         yield Estimate(f"log2 of the best dose for all{how}", sums, _lowest_mean, n)
 
 
@@ -189,13 +208,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     post is (1, -1) at both, W_out copies it, and ln_final's epsilon is so large that its scale is one
     constant; W_U makes (alpha ln 3, 0) of it, and the target is the second token.
     """
-    from dataclasses import replace
-    from math import log, nan
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     mid = torch.tensor([[[1.0, -1.0]] * 3, [[3.0, -3.0]] * 3])
     run = planted(mid, eps=1e-12)
     unembed = 1e6 * log(3) / 2 * torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -218,8 +230,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 def _by_final_norm(quantities: dict[str, Quantity]) -> dict[str, Quantity]:
-    from dataclasses import replace
-
     return {
         f"{name}{how}": replace(quantity, meaning=quantity.meaning + how)
         for how in FINAL_NORMS.values()
@@ -228,23 +238,7 @@ def _by_final_norm(quantities: dict[str, Quantity]) -> dict[str, Quantity]:
 
 
 PROBE = Probe(
-    name="Scale swap and dose curve",
-    section="P5",
-    question="Does a token need its own gain, or would that of another token like it, or half or twice its own, "
-    "do as well?",
-    reading="Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative one "
-    "down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap changes "
-    "nothing: where the gain is one constant exactly, where it varies to no effect within .001 nats. A steep "
-    "dose curve alone says that the output scale matters, which a static gain has too. Swaps also cost loss where "
-    "a gain for each neuron could do it (C2, `disjoint`): whether a gain by token is needed is for P7 and P8.",
-    pitfalls="Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that "
-    "up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs apart. The "
-    "best dose of a single token is where its one target is likeliest, often an end of the range; only the best "
-    "dose for all says whether gains are right. A swapped gain is off the token's own distribution, though not "
-    f"off the model's. Tokens are matched within one stream; dose curves are of {N_DOSED} evenly spaced tokens at "
-    "most.",
-    formula="l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the surprisal; "
-    "its slope on log(g_u / g_t); l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps",
+    __doc__,
     gates=(
         Gate("smear_shared", "swap, absolute", above=0.1),
         Gate("smear_shared", "swap, absolute, final norm frozen", above=0.1),
@@ -264,7 +258,6 @@ PROBE = Probe(
     tested="swap, signed",
     measure=measure,
     known=known,
-    estimate=estimate,
     quantities={
         "log(g_u / g_t)": Quantity("log gain", "how far apart the swapped gains are", ("sd",)),
         **_by_final_norm(
@@ -333,5 +326,4 @@ PROBE = Probe(
         ),
         Figure("Where the mean dose curve is lowest", ("log2 of the best dose for all",)),
     ),
-    source="science.md sections 7 P5 and 8.4",
 )

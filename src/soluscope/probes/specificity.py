@@ -1,4 +1,4 @@
-"""P11: are weak activations less specific after the norm than before it? Elhage et al., section 6.4.
+"""P11: Specificity before and after the norm
 
 Elhage et al. looked at tokens across a neuron's range of activations and found that after the
 LayerNorm far more of the weakly activating ones had nothing to do with the neuron's feature: "the
@@ -14,17 +14,53 @@ Neurons and their features are chosen on either half of the documents and measur
 are taken within a half, and a mean over neurons is over the choices of both: a neuron that both halves
 chose counts twice, be it with one feature or with two, and one that a single half chose counts once.
 
-Source: science.md section 7, P11; Elhage et al. 2022, section 6.4.
+Question:
+    Do a neuron's weak activations have less to do with its feature after the mid norm than before
+    it?
+
+Formula:
+    A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with
+    post = g a, a - m or g (a - m);
+    weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0;
+    f has the highest AUROC for a_j on the other half of the documents;
+    both halves' neurons together
+
+Reading:
+    Smearing predicts A above 0 by the gain alone: tokens without the feature, amplified, overtake
+    tokens that have it weakly beside something stronger. A at 0 by the gain, and above 0 by
+    centring alone, is no smearing: the mean re-signs small activations. All at 0: the norm moves
+    nothing past anything else.
+
+Pitfalls:
+    Elhage et al. set levels by value, and judged the tokens on which the feature had been found.
+    Equal values are not comparable before and after a norm that compresses the range: a bin then
+    holds other numbers of tokens, and the base rate does the rest. And a feature that was chosen on
+    the same data looks too specific. Here levels are ranks, and what is chosen on either half of
+    the documents is measured on the other; the figure as published is beside it. Ranks are blind to
+    a gain that compresses without changing the order within a neuron: for that read the scale
+    freeze. A neuron counts once for each half that chose it, with its best feature, also where that
+    is not good: see its AUROC. Gamma and beta are left out.
+
+Source:
+    Elhage et al. 2022, section 6.4; science.md section 7 P11
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import block_diag
+from scipy.stats import rankdata
+from torch import Tensor
+
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     Features,
     auroc,
@@ -37,15 +73,7 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Floats = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 N_BINS = 8
 """Of activation; bin 1 is the weakest."""
@@ -74,17 +102,21 @@ class _Pairs:
     """Which of the run's tokens these are."""
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
+def measure(run: HookedRun) -> Measured:
+    """Return how specific weak activations are before and after the norm, per token and by level."""
+    features = label(run)
+    halves = _cross_fit(run, features)
+    return Measured(_shares(run, halves), tuple(_estimates(run, features, halves)))
+
+
+def _shares(run: HookedRun, halves: Sequence[_Pairs]) -> dict[str, Tensor]:
     """Of the neurons that a token activates weakly, the share whose feature the token has.
 
     Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
     documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
     """
-    import numpy as np
-    import torch
-
     found = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
-    for pairs in _cross_fit(run):
+    for pairs in halves:
         for stage, name in SHARES.items():
             weak = _bins_by_rank(pairs, stage)[:, :, LOW].sum(axis=2)  # [token pair]
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -93,12 +125,8 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: torch.from_numpy(column) for name, column in found.items()}
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> Iterator[Estimate]:
     """A by part of the norm, the curves behind it, and both as published."""
-    import numpy as np
-    from scipy.linalg import block_diag
-
-    halves = _cross_fit(run)
     if not halves:
         return
     bins = {stage: [_bins_by_rank(pairs, stage) for pairs in halves] for stage in STAGES}
@@ -107,7 +135,7 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     for stage in STAGES:
         yield from _curve("specificity", halves, bins[stage], stage)
     content = ~run.is_bos.numpy()
-    whole = _matched(run, label(run), chosen=content, measured=content)
+    whole = _matched(run, features, chosen=content, measured=content)
     before, both = ([_bins_by_value(whole, stage)] for stage in ("before", "both"))
     yield _difference("A by value (as published)", [whole], before, both)
     for stage, by_value in (("before", before), ("both", both)):
@@ -132,10 +160,8 @@ def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Esti
     )
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
-def _cross_fit(run: HookedRun) -> tuple[_Pairs, ...]:
+def _cross_fit(run: HookedRun, features: Features) -> tuple[_Pairs, ...]:
     """The pairs that either half of the documents chose, on the other half; a half may have none."""
-    features = label(run)
     if not features.names:
         return ()
     content = ~run.is_bos.numpy()
@@ -154,8 +180,6 @@ def _matched(
         chosen: the tokens on which neurons and features are chosen, [token].
         measured: the tokens to measure, [token].
     """
-    import numpy as np
-
     mid, gain = run.mid.numpy().astype(np.float64), run.gain.numpy().astype(np.float64)[:, None]
     scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
     fires = np.flatnonzero((levels(mid[chosen]) > 0).any(axis=0))
@@ -178,9 +202,6 @@ def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
     With n tokens above 0 before the norm, bin b holds the ranks from n / 2^b to n / 2^(b-1) from the
     top, and the last bin the rest: as many tokens in each stage, whatever has become of their signs.
     """
-    import numpy as np
-    from scipy.stats import rankdata
-
     n = (levels(pairs.values["before"]) > 0).sum(axis=0)  # [pair]
     values = levels(pairs.values[stage])
     start = len(values) - rankdata(values, "max", axis=0)  # tokens above, [token pair]
@@ -194,8 +215,6 @@ def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
 
 def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
     """Which of equally wide bins from 0 to the neuron's largest value a token is in, [token pair bin]."""
-    import numpy as np
-
     values = pairs.values[stage]
     largest = values.max(axis=0, initial=0.0)
     place = np.ceil(values / np.where(largest > 0, largest, 1.0) * N_BINS)
@@ -216,8 +235,6 @@ def _difference(
         before: bins of each half before the norm, [token pair bin].
         after: and after it.
     """
-    import numpy as np
-
     bins = [
         np.concatenate([one[:, :, LOW], other[:, :, LOW]], axis=2)
         for one, other in zip(before, after, strict=True)
@@ -251,9 +268,6 @@ def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
 
     A document has nothing in the columns of the pairs that it had a part in choosing.
     """
-    import numpy as np
-    from scipy.linalg import block_diag
-
     by_half = []
     for pairs, shares in zip(halves, bins, strict=True):
         parts = np.stack([shares * pairs.holds[:, :, None], shares], axis=3)
@@ -264,8 +278,6 @@ def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
 
 def _specificity(sums: Floats) -> Floats:
     """P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
-    import numpy as np
-
     having, of_all = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         found: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
@@ -286,13 +298,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     2/8, 0, 0, 1. The mean falls by 3/16; at neuron 1, positive at the weak `A` alone, by 0; and the
     mean over both neurons by 3/32.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     n_documents = 12
 
     def run(strong: list[float], weak: list[float], b: list[float], **norm: float) -> HookedRun:
@@ -321,22 +326,7 @@ def _signature(gain: float, centring: float) -> dict[str, Any]:
 
 
 PROBE = Probe(
-    name="Specificity before and after the norm",
-    section="P11",
-    question="Do a neuron's weak activations have less to do with its feature after the mid norm than before it?",
-    reading="Smearing predicts A above 0 by the gain alone: tokens without the feature, amplified, overtake "
-    "tokens that have it weakly beside something stronger. A at 0 by the gain, and above 0 by centring alone, is "
-    "no smearing: the mean re-signs small activations. All at 0: the norm moves nothing past anything else.",
-    pitfalls="Elhage et al. set levels by value, and judged the tokens on which the feature had been found. "
-    "Equal values are not comparable before and after a norm that compresses the range: a bin then holds other "
-    "numbers of tokens, and the base rate does the rest. And a feature that was chosen on the same data looks too "
-    "specific. Here levels are ranks, and what is chosen on either half of the documents is measured on the other; "
-    "the figure as published is beside it. Ranks are blind to a gain that compresses without changing the order "
-    "within a neuron: for that read the scale freeze. A neuron counts once for each half that chose it, with its "
-    "best feature, also where that is not good: see its AUROC. Gamma and beta are left out.",
-    formula="A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with post = "
-    "g a, a - m or g (a - m); weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0; "
-    "f has the highest AUROC for a_j on the other half of the documents; both halves' neurons together",
+    __doc__,
     gates=(
         Gate("smear_graded", "A (gain only)", above=0.2),
         Gate("smear_graded", "A (centring only)", within=0.01),
@@ -362,7 +352,6 @@ PROBE = Probe(
         for stage, name in SHARES.items()
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **{
             f"A ({part})": Quantity(
@@ -403,5 +392,4 @@ PROBE = Probe(
         ),
         Figure("How well the neurons tell their features", ("AUROC of the matched neurons",)),
     ),
-    source="Elhage et al. 2022, section 6.4; science.md section 7 P11",
 )

@@ -1,4 +1,4 @@
-"""P14: on how many neurons does a feature live? Sparse probing, before and after the norm.
+"""P14: Two tiers of features
 
 Elhage et al. suspect two tiers of features: some on a neuron of their own, some spread over many, which
 have a large effect only where no feature of the first tier is present and the LayerNorm turns them up. A
@@ -12,17 +12,55 @@ removal needs the direction and the tier before it is measured; both come from t
 documents, the tier by halving that half again. So a feature may be removed from the one half and not
 from the other, or in another tier there.
 
-Source: science.md section 7, P14; Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing.
+Question:
+    Are there features that only many neurons together tell, and do they stand where the gain is
+    high?
+
+Formula:
+    least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class
+    means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of
+    the documents, fitted on the other;
+    tier gap = share of decoded features with k > 16;
+    removal: post - ((post - mean) . w) w, with w and the mean of post from the other half
+
+Reading:
+    Smearing predicts a second tier: features that few neurons of mid do not tell and all of them
+    do, which stand on tokens with a high gain (log gain above 0), take fewer neurons after the norm
+    than before it, and whose removal costs loss. Without it the tiers have one gain, and the index
+    is the same in mid and post. A second tier with a removal of 0 is decoded by the probe and not
+    used by the model.
+
+Pitfalls:
+    A probe reads what the model does not use: that is what the removal is for, next to the random
+    direction, which removes as much from the same tokens. Features that are unions of others (all
+    capitals) take many neurons in any model: compare kinds, and tokens' identities first. The index
+    asks for 95% of what all neurons give, and moves in powers of two. The ridge grows with the
+    number of neurons; with few tokens all neurons may tell less than some of them. Intervals are
+    for other documents at the same probes, and as wide as those of one half: too wide where probes
+    are good. What to remove is chosen on quarters of the documents, where fewer features are
+    decoded.
+
+Source:
+    Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing; science.md section 7 P14
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import block_diag
+from torch import Tensor
+
+from soluscope.data.streams import evenly_spaced
+from soluscope.hooked.ablation import loss_at_post
+from soluscope.hooked.activations import HookedRun, planted
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._features import (
     Features,
     auroc_of,
@@ -34,16 +72,8 @@ from soluscope.probes._features import (
     sums_by_document,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from soluscope.hooked.activations import HookedRun
-
-    Bools = NDArray[np.bool_]
-    Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 
 STAGES = ("mid", "post")
 ENOUGH = 0.95
@@ -84,8 +114,6 @@ class _CrossFit:
 
     def index(self, aurocs: Floats) -> Floats:
         """Distribution index, [draw feature], from AUROCs [draw feature size]; nan where not decoded."""
-        import numpy as np
-
         above_chance = aurocs - 0.5
         full: Floats = above_chance[:, :, -1]
         least = (above_chance >= ENOUGH * full[:, :, None]).argmax(axis=2)
@@ -98,22 +126,24 @@ class _CrossFit:
         return index
 
 
-def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
-    """Change of a token's loss, in nats, when the directions of its features are removed from post.
+def measure(run: HookedRun) -> Measured:
+    """Return what removing features costs per token, and how many neurons tell a feature."""
+    features = label(run)
+    fits = _cross_fits(run, features)
+    return Measured(_costs(run, features, fits), tuple(_estimates(run, features, fits)))
+
+
+def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> dict[str, Tensor]:
+    """Return the change of a token's loss, in nats, when the directions of its features are removed from post.
 
     One feature at a time, of those that are decoded from post. Mean over those that the token has: the
     ones that few neurons of mid tell, the others, and both when as long a piece of a random direction
     is removed. At some of the tokens that have a target, nan elsewhere. ln_final is live.
     """
-    import numpy as np
-    import torch
-
-    from soluscope.hooked.ablation import loss_at_post
-
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
-    for tier, tokens, mean, direction in _removals(run):
-        some = np.linspace(0, len(tokens) - 1, min(len(tokens), MAX_REMOVED)).astype(int)
+    for tier, tokens, mean, direction in _removals(run, features, fits):
+        some = evenly_spaced(len(tokens), MAX_REMOVED)
         chosen = torch.zeros(len(run.pos), dtype=torch.bool)
         chosen[tokens[some]] = True
         here = run.subset(chosen)
@@ -129,20 +159,18 @@ def measure(run: HookedRun, params: None) -> dict[str, Tensor]:
     return {name: totals[tier][:, 0] / totals[tier][:, 1] for tier, name in REMOVED.items()}
 
 
-def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
+def _removals(
+    run: HookedRun, features: Features, fits: dict[str, _CrossFit]
+) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
     """What is removed where, all of it chosen on the half of the documents without these tokens.
 
     Yields:
         For each half and each feature that is decoded from post: its tier by mid, the places of the
         tokens that have it and a target, the mean of post [d_mlp], and the direction [d_mlp].
     """
-    import numpy as np
-    import torch
-
-    fits = _cross_fits(run)
     if not fits:
         return
-    features, content, has_target = label(run), ~run.is_bos.numpy(), (run.target >= 0).numpy()
+    content, has_target = ~run.is_bos.numpy(), (run.target >= 0).numpy()
     for fold, (chosen_on, measured_on) in enumerate(folds(run, content)):
         of_mid, of_post = (
             _cross_fit(run, stage, features, chosen_on, most=FEW).index_of_all() for stage in STAGES
@@ -154,14 +182,13 @@ def _removals(run: HookedRun) -> Iterator[tuple[str, NDArray[np.int64], Tensor, 
             yield tier, tokens, mean, fits["post"].directions[fold, feature]
 
 
-def estimate(run: HookedRun, table: pd.DataFrame, params: None) -> Iterator[Estimate]:
+def _estimates(
+    run: HookedRun, features: Features, fits: dict[str, _CrossFit]
+) -> Iterator[Estimate]:
     """How many neurons tell a feature, from post and from mid, and the gain where it takes many."""
-    import numpy as np
-
-    fits = _cross_fits(run)
     if not fits:
         return
-    features, content = label(run), ~run.is_bos.numpy()
+    content = ~run.is_bos.numpy()
     log_gain, string = run.gain.double().log().numpy(), run.string.numpy()
     by_fold = []
     for _, measured in folds(run, content):
@@ -185,7 +212,6 @@ def _tiers(
         features: what was decoded.
         n: tokens that are not BOS.
     """
-    import numpy as np
 
     def mean_auroc(aurocs: Floats) -> Floats:
         return mean_of_defined(aurocs[:, :, -1])
@@ -244,8 +270,6 @@ def _from_aurocs(
         more: sums of something else, [document ...].
         place: `x` and `group`.
     """
-    import numpy as np
-
     flat = sums.reshape(len(sums), -1)
     width = flat.shape[1]
 
@@ -266,8 +290,6 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
         drawn: weighted sums over documents, [draw fold feature size 4].
         sums: of each document, [document fold feature size 4].
     """
-    import numpy as np
-
     total = sums.sum(axis=0)
     shape = total.shape[:-1]
     own, found = (
@@ -279,12 +301,11 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
     return spread
 
 
-@lru_cache(maxsize=1)  # of what `measure` and `estimate` are given, which is one run
-def _cross_fits(run: HookedRun) -> dict[str, _CrossFit]:
+def _cross_fits(run: HookedRun, features: Features) -> dict[str, _CrossFit]:
     """By stage, of all documents; nothing where no feature can be labelled."""
-    features, content = label(run), ~run.is_bos.numpy()
     if not features.names:
         return {}
+    content = ~run.is_bos.numpy()
     return {stage: _cross_fit(run, stage, features, content) for stage in STAGES}
 
 
@@ -300,9 +321,6 @@ def _cross_fit(
         among: tokens of the documents to halve, [token].
         most: no probe of more neurons than this but that on all; without it, every power of 2.
     """
-    import numpy as np
-    from scipy.linalg import block_diag
-
     values = getattr(run, stage).numpy().astype(np.float64)
     n_neurons = values.shape[1]
     powers = 2 ** np.arange((n_neurons - 1).bit_length())
@@ -337,8 +355,6 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
         Weights of the standardised neurons, [feature neuron size], 0 for a feature that all tokens have
         or none; and each neuron's sd, [neuron], infinite where it is 0.
     """
-    import numpy as np
-
     n, n_neurons = values.shape
     mean, sd = values.mean(axis=0), values.std(axis=0)
     unit = np.where(sd <= 1e-6 * np.abs(values).max(), np.inf, sd)
@@ -375,13 +391,6 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     are at 0, 1.5, -1.5, 0 and the negative of that: one neuron tells the second and the third, and
     nothing linear the first and the fourth, which have AUROC 1/2 and count as not decoded.
     """
-    import math
-    from dataclasses import replace
-
-    import torch
-
-    from soluscope.hooked.activations import planted
-
     n_rows, n_each = 6, 6
     order = list(range(4)) * n_each
 
@@ -414,24 +423,7 @@ def _of_stages(unit: str, name: str, meaning: str, **how: Any) -> dict[str, Quan
 
 
 PROBE = Probe(
-    name="Two tiers of features",
-    section="P14",
-    question="Are there features that only many neurons together tell, and do they stand where the gain is high?",
-    reading="Smearing predicts a second tier: features that few neurons of mid do not tell and all of them do, "
-    "which stand on tokens with a high gain (log gain above 0), take fewer neurons after the norm than before it, "
-    "and whose removal costs loss. Without it the tiers have one gain, and the index is the same in mid and post. "
-    "A second tier with a removal of 0 is decoded by the probe and not used by the model.",
-    pitfalls="A probe reads what the model does not use: that is what the removal is for, next to the random "
-    "direction, which removes as much from the same tokens. Features that are unions of others (all capitals) "
-    "take many neurons in any model: compare kinds, and tokens' identities first. The index asks for 95% of what "
-    "all neurons give, and moves in powers of two. The ridge grows with the number of neurons; with few tokens "
-    "all neurons may tell less than some of them. Intervals are for other documents at the same probes, and as "
-    "wide as those of one half: too wide where probes are good. What to remove is chosen on quarters of the "
-    "documents, where fewer features are decoded.",
-    formula="least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class "
-    "means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of the "
-    "documents, fitted on the other; tier gap = share of decoded features with k > 16; removal: "
-    "post - ((post - mean) . w) w, with w and the mean of post from the other half",
+    __doc__,
     gates=(
         Gate("smear_shared", "tier gap: mid", above=0.2, group="token"),
         Gate("smear_shared", "tier gap: post", within=0.01, group="token"),
@@ -464,7 +456,6 @@ PROBE = Probe(
         REMOVED["random"]: Quantity("nats", "change of loss without as much of another direction"),
     },
     streams=("natural", "code"),
-    estimate=estimate,
     estimates={
         **_of_stages(
             "AUROC - 1/2", "AUROC above chance", "of the probe on all neurons, mean over features"
@@ -506,5 +497,4 @@ PROBE = Probe(
         ),
         Figure("Loss when a feature's direction is removed", tuple(REMOVED.values())),
     ),
-    source="Elhage et al. 2022, section 6.4; science.md section 7 P14",
 )

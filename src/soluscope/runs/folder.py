@@ -1,117 +1,239 @@
-"""The state of a run, read from its folder alone: done, at work, failed, or what would resume it.
+"""A run's folder as one object: its configuration, its facts, and its state.
 
-Reads without torch, so that a status is answered at once.
+config.yaml          the resolved configuration: enough to run it again
+checkpoints/last.ckpt  Lightning's, for resuming
+model.safetensors    final weights under TransformerLens's names
+model.json           facts about the model (`Facts`)
+metrics.jsonl        loss by step and tokens
+done.json            written last; its absence means: resume
+failed.json          why the last try ended, until the next one begins
+
+State is read without torch, so that a status is answered at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock, Timeout
+
+from soluscope import plugins
+from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import write_text
 
+if TYPE_CHECKING:
+    from soluscope.model import LanguageModel
+    from soluscope.runs.weights import Facts
+    from soluscope.variants import Variant
+
 LOCK_PATIENCE_S = 1.0
-"""A question about the lock holds it for an instant; who wants it asks again for this long."""
+"""How long `lock` tries: a process that only asks about the lock holds it for an instant."""
+ASK_PATIENCE_S = 0.05
+"""How long `Run.at_work` tries: another process may be asking at the same moment."""
 
 
 class Busy(UserError):
     """Another process is at work in the folder."""
 
 
-def last_checkpoint(run_dir: Path) -> Path:
-    return run_dir / "checkpoints" / "last.ckpt"
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
 
-
-def is_done(run_dir: Path) -> bool:
-    """Whether the run has ended and all that it leaves behind is there, whole.
-
-    A folder that was copied half-way may have its done.json and not the weights that it speaks of.
+    Configuration and facts are read once, when they are first used. State changes while a process
+    is at work in the folder, so it is read at every call.
     """
-    try:
-        done = json.loads((run_dir / "done.json").read_text(encoding="utf8"))
-        n_bytes = (run_dir / "model.safetensors").stat().st_size
-        wanted = done.get("weights_bytes", n_bytes)
-    except (OSError, ValueError, AttributeError):  # not there, cut, or no object
-        return False
-    return (run_dir / "model.json").is_file() and n_bytes == wanted
+
+    dir: Path
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration that was saved with the run.
+
+        Raises:
+            UserError: if config.yaml is missing or broken.
+        """
+        return read_config(self.config_file)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Facts of a finished run.
+
+        Raises:
+            UserError: if there is no such run, it is not finished, or model.json is broken.
+        """
+        from soluscope.runs.weights import load_facts
+
+        return load_facts(self.dir)
+
+    @property
+    def variant(self) -> Variant:
+        """The variant that the run's configuration names."""
+        variant: Variant = plugins.pick("soluscope.variants", self.config.variant)
+        return variant
+
+    @property
+    def config_file(self) -> Path:
+        return self.dir / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint, from which an interrupted run resumes."""
+        return self.dir / "checkpoints" / "last.ckpt"
+
+    @property
+    def weights(self) -> Path:
+        """The final weights of a finished run."""
+        return self.dir / "model.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer of the run's study."""
+        return self.dir.parent / "tokenizer.json"
+
+    def load_model(self) -> LanguageModel:
+        """Return the trained model of a finished run.
+
+        Raises:
+            UserError: truncated weights, or weights of another shape than the run's configuration.
+        """
+        from soluscope.runs.weights import load_weights
+
+        facts = self.facts  # first, since its error says that there is no finished run
+        return load_weights(self.dir, self.config, facts)
+
+    def done(self) -> dict[str, Any] | None:
+        """Return the content of done.json if the run has ended and all its files are complete.
+
+        A folder that was copied half-way may have done.json without the weights that belong to it.
+        """
+        try:
+            content = json.loads((self.dir / "done.json").read_text(encoding="utf8"))
+            n_bytes = self.weights.stat().st_size
+            complete = content.get("weights_bytes", n_bytes) == n_bytes
+        except (OSError, ValueError, AttributeError):  # missing, cut, or not an object
+            return None
+        return content if complete and (self.dir / "model.json").is_file() else None
+
+    def is_done(self) -> bool:
+        """Return whether the run has ended and all its files are complete."""
+        return self.done() is not None
+
+    def at_work(self) -> bool:
+        """Return whether a process holds the folder now. Creates no file."""
+        path = self.dir / ".lock"
+        if not path.is_file():
+            return False
+        try:
+            with FileLock(path).acquire(timeout=ASK_PATIENCE_S, poll_interval=0.01):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # a folder that this user may only read
+            return False
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder for this process; see `lock`."""
+        return lock(self.dir)
+
+    def claim(self, config: Config) -> Literal["done", "resume", "start"]:
+        """Create the folder for `config`, or check that the existing one is of this configuration.
+
+        Returns:
+            What is left to do.
+
+        Raises:
+            UserError: if the folder is of another configuration, or cannot be written.
+        """
+        if self.is_done():
+            state: Literal["done", "resume", "start"] = "done"
+        else:
+            state = "resume" if self.checkpoint.is_file() else "start"
+        if state == "start":  # config.yaml left by a run that never started may be overwritten
+            write_text(self.config_file, to_yaml(config))
+        else:
+            self._check_same(config)
+        if state != "done":
+            (self.dir / "done.json").unlink(missing_ok=True)  # of a folder that is not complete
+            self.forget_failure()
+        return state
+
+    def _check_same(self, config: Config) -> None:
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.config_file} is missing: delete {self.dir} to train the run again"
+            )
+        differing = differences(self.config, config)
+        if differing:
+            raise UserError(
+                f"{self.dir} is of another configuration ({differing[0]}"
+                + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
+                + "): set tag= or study= to train this one beside it"
+            )
+
+    def record_failure(self, error: BaseException) -> None:
+        """Write why the run failed to failed.json. A full disk does not hide the error itself."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        last = lines[-1]
+        reason = last if isinstance(error, UserError) else f"{type(error).__name__}: {last}"
+        with contextlib.suppress(UserError, OSError):
+            write_text(self.dir / "failed.json", json.dumps({"error": reason}) + "\n")
+
+    def failure(self) -> str | None:
+        """Return the last line of the error that ended the run's last try, if one did."""
+        try:
+            reason = json.loads((self.dir / "failed.json").read_text(encoding="utf8"))["error"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return str(reason)
+
+    def forget_failure(self) -> None:
+        """Delete failed.json: a new try begins."""
+        with contextlib.suppress(OSError):
+            (self.dir / "failed.json").unlink(missing_ok=True)
+
+    def last_row(self) -> dict[str, Any]:
+        """Return the last complete row of metrics.jsonl, empty if there is none."""
+        try:
+            with self.metrics.open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 4096))
+                lines = file.read().decode("utf8", "replace").split("\n")[:-1]
+            row = json.loads(lines[-1])
+        except (OSError, ValueError, IndexError):
+            return {}
+        return row if isinstance(row, dict) else {}
 
 
 @contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the folder for this process. The kernel lets go when the process ends, however it ends."""
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. The kernel releases it when the process ends, however it ends.
+
+    Raises:
+        Busy: if another process holds it.
+        UserError: if the folder cannot be written.
+    """
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock").acquire(timeout=LOCK_PATIENCE_S)
+    except Timeout as error:
+        raise Busy(
+            f"another process is at work in {folder}: wait for it, or set tag= or study="
+        ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write {run_dir}: {error.strerror}; choose another runs_dir"
+            f"cannot write {folder}: {error.strerror}; choose another runs_dir"
         ) from error
-    with file:
-        until = time.monotonic() + LOCK_PATIENCE_S
-        while not _lock_now(file, fcntl.LOCK_EX):
-            if time.monotonic() > until:
-                raise Busy(
-                    f"another process is at work in {run_dir}: wait for it, or set tag= or study="
-                )
-            time.sleep(0.05)
+    with held:
         yield
-
-
-def at_work(run_dir: Path) -> bool:
-    """Whether a process holds the folder now. Makes nothing."""
-    try:
-        file = (run_dir / ".lock").open()
-    except OSError:
-        return False
-    with file:
-        return not _lock_now(file, fcntl.LOCK_SH)
-
-
-def _lock_now(file: Any, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def record_failure(run_dir: Path, error: BaseException) -> None:
-    """Keep why a run failed: failed.json. A full disk does not hide the error itself."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    said = lines[-1] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[-1]}"
-    with contextlib.suppress(UserError, OSError):
-        write_text(run_dir / "failed.json", json.dumps({"error": said}) + "\n")
-
-
-def failure(run_dir: Path) -> str | None:
-    """The last line of the error that ended the run's last try, if one did."""
-    try:
-        said = json.loads((run_dir / "failed.json").read_text(encoding="utf8"))["error"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(said)
-
-
-def forget_failure(run_dir: Path) -> None:
-    """A new try begins."""
-    with contextlib.suppress(OSError):
-        (run_dir / "failed.json").unlink(missing_ok=True)
-
-
-def last_row(run_dir: Path) -> dict[str, Any]:
-    """The last whole row of metrics.jsonl, empty if there is none."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
-            lines = file.read().decode("utf8", "replace").split("\n")[:-1]
-        row = json.loads(lines[-1])
-    except (OSError, ValueError, IndexError):
-        return {}
-    return row if isinstance(row, dict) else {}

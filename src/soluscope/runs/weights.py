@@ -1,13 +1,4 @@
-"""The run folder: what a run leaves behind, whether it is finished, and who is writing to it.
-
-config.yaml          the resolved configuration: enough to run it again
-checkpoints/last.ckpt  Lightning's, for resuming
-model.safetensors    final weights under TransformerLens's names
-model.json           facts about the model (`Facts`)
-metrics.jsonl        loss by step and tokens
-done.json            written last; its absence means: resume
-failed.json          why the last try ended, until the next one begins
-"""
+"""A run's final weights, the facts about them, and which code made them."""
 
 from __future__ import annotations
 
@@ -25,12 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from soluscope import plugins
-from soluscope.config import Config, differences, read_config, to_yaml
+from soluscope.config import Config
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
 from soluscope.model import LanguageModel
 from soluscope.results import Step
-from soluscope.runs.folder import forget_failure, is_done, last_checkpoint
 from soluscope.variants import chain_of, twin_of
 
 SOURCE = Path(__file__).parents[1]
@@ -97,38 +87,6 @@ def lineage(variant: str) -> dict[str, Any]:
     return {"role": role, "twin": twin_of(variant), "chain": chain_of(variant)}
 
 
-def claim(config: Config) -> str:
-    """Make the run's folder, or check that the one that is there is of this configuration.
-
-    Returns:
-        `done`, `resume` or `start`: what is left to do.
-
-    Raises:
-        UserError: if the folder is of another configuration, or cannot be written.
-    """
-    saved = config.run_dir / "config.yaml"
-    if is_done(config.run_dir):
-        state = "done"
-    else:
-        state = "resume" if last_checkpoint(config.run_dir).is_file() else "start"
-    if state == "start":  # what a start that was refused left behind binds nobody
-        write_text(saved, to_yaml(config))
-    else:
-        if not saved.is_file():
-            raise UserError(f"{saved} is missing: delete {config.run_dir} to train the run again")
-        differing = differences(read_config(saved), config)
-        if differing:
-            raise UserError(
-                f"{config.run_dir} is of another configuration ({differing[0]}"
-                + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
-                + "): set tag= or study= to train this one beside it"
-            )
-    if state != "done":
-        (config.run_dir / "done.json").unlink(missing_ok=True)  # of a folder that is not whole
-        forget_failure(config.run_dir)
-    return state
-
-
 def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
     """Final weights and facts, each whole or not there."""
     state = {
@@ -160,14 +118,12 @@ def load_facts(run_dir: Path) -> Facts:
         raise UserError(f"{path} is broken ({error}): delete {run_dir} and train again") from error
 
 
-def load_model(run_dir: Path) -> tuple[LanguageModel, Facts]:
-    """The trained model of a finished run, strictly: every tensor by name and shape.
+def load_weights(run_dir: Path, config: Config, facts: Facts) -> LanguageModel:
+    """Return the trained model of a finished run, strictly: every tensor by name and shape.
 
     Raises:
         UserError: truncated weights, or weights of another shape than the run's configuration.
     """
-    facts = load_facts(run_dir)
-    config = read_config(run_dir / "config.yaml")
     path = run_dir / "model.safetensors"
     try:
         state = load_file(path)
@@ -184,7 +140,7 @@ def load_model(run_dir: Path) -> tuple[LanguageModel, Facts]:
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
-    return model.eval(), facts
+    return model.eval()
 
 
 def build_model(config: Config, d_vocab: int) -> LanguageModel:

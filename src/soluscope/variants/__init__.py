@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from soluscope.norms import MidNorm
 
 
+ACT_FNS = (
+    "gelu",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+    "silu",
+    "solu",
+    "solu_ln",
+)
+"""What TransformerLens takes as act_fn; solu_ln alone has a mid norm. Known here without loading it."""
+
+
 @dataclass(frozen=True)
 class NoParams:
     """A variant without parameters of its own."""
@@ -32,7 +46,8 @@ class Variant:
 
     nonlinearity: Callable[[Tensor], Tensor]
     hooked_act_fn: str
-    """TransformerLens's act_fn; it must end in `_ln` where there is a mid norm, for hook_mid."""
+    """TransformerLens's act_fn, one of ACT_FNS; it must end in `_ln` where there is a mid norm, for
+    hook_mid."""
     role: Literal["baseline", "plain", "static", "per_token"]
     """How a comparison uses the variant. static: one gain for all tokens, a candidate for the best
     static arm. per_token: a gain for each token. plain: SoLU without a norm. baseline: not SoLU."""
@@ -72,6 +87,46 @@ def twin_of(name: str) -> str:
         UserError: if `twin` names no variant.
     """
     return _checked(name, "twin", plugins.pick("soluscope.variants", name).twin)
+
+
+def check_variant(name: str, params: Any, d_mlp: int) -> None:
+    """Refuse a variant that the conversion, the probes or the comparison would read wrongly.
+
+    Args:
+        name: the variant's.
+        params: its parameters.
+        d_mlp: number of neurons.
+
+    Raises:
+        UserError: an unknown `after` or `twin`, a role or an act_fn that does not go with the norm, or
+            a norm that does not compute what it declares.
+    """
+    from soluscope.norms import check_norm
+
+    chain_of(name)
+    twin_of(name)
+    variant: Variant = plugins.pick("soluscope.variants", name)
+    norm = None
+    if variant.build_norm is not None:
+        try:
+            norm = variant.build_norm(d_mlp, params)
+            check_norm(norm, d_mlp)
+        except UserError as error:
+            raise UserError(f"variant {name}: {error}") from error
+    if variant.hooked_act_fn not in ACT_FNS:
+        raise UserError(
+            f"variant {name} has hooked_act_fn={variant.hooked_act_fn!r}: TransformerLens has "
+            + ", ".join(ACT_FNS)
+        )
+    if variant.hooked_act_fn.endswith("_ln") != (norm is not None):
+        state = "no mid norm" if norm is None else "a mid norm"
+        raise UserError(
+            f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: wanted a name "
+            "that ends in _ln where there is a mid norm, and no other"
+        )
+    kind = "plain" if norm is None else "static" if norm.eps is None else "per_token"
+    if variant.role not in ("baseline", kind):
+        raise UserError(f"variant {name} has role={variant.role!r}, and its norm makes it {kind!r}")
 
 
 def _checked(name: str, field: str, other: str) -> str:

@@ -28,10 +28,11 @@ def solu(pre: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerNormParams:
-    """The mid LayerNorm's epsilon, given as itself or as the dose it stands for."""
+    """The per-token mid norm's epsilon, given as itself or as the dose it stands for."""
 
     eps: float | None = None
-    """Epsilon of the mid norm, added to the variance. null: taken from kappa."""
+    """Epsilon of the mid norm, added to the variance, or to the mean square where it does not centre.
+    null: taken from kappa."""
     kappa: float | None = None
     """eps * d_mlp^2, the dose that is comparable across sizes. null with eps null: SoLU-1L's 41.94."""
 
@@ -54,11 +55,12 @@ class LayerNormParams:
 
 @dataclass(frozen=True)
 class StaticParams(LayerNormParams):
-    """A constant gain. `eps` or `kappa` say which LayerNorm `gain=init` is matched to."""
+    """A constant gain. `eps` or `kappa` say which per-token norm `gain=init` is matched to."""
 
     gain: int | float | str = "init"
-    """A number; `init`: output rms equal to the LayerNorm's on the first batches, untrained; or the
-    folder of a finished solu_ln run ({seed} is filled in): its geometric mean gain, BOS left out."""
+    """A number; `init`: output rms equal to the per-token norm's on the first batches, untrained; or
+    the folder of a finished run with a per-token norm ({seed} is filled in): its geometric mean gain,
+    BOS left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

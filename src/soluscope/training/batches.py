@@ -1,0 +1,109 @@
+"""Batches: which rows of the train split each step takes, drawn by (seed, step) alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+
+from soluscope.config import Config
+from soluscope.data.cache import Rows, TokenCache
+from soluscope.training.device import on_cuda
+
+if TYPE_CHECKING:  # a bare machine trains without it
+    from numpy.typing import NDArray
+
+STEPS_AHEAD = 64
+"""Steps whose rows are drawn at once: a call costs as much for many as for few."""
+
+
+def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np.int64]:
+    """Which rows make up a step's batch: each row once an epoch, in an order drawn by (seed, epoch).
+
+    A function of its arguments alone, in constant memory: the order is a keyed permutation that is
+    evaluated where it is needed, never stored.
+    """
+    return rows_in_order(seed, step * batch_size, batch_size, n_rows)
+
+
+def rows_in_order(seed: int, start: int, count: int, n_rows: int) -> NDArray[np.int64]:
+    """`count` rows of the endless order of `seed`, from place `start` of it."""
+    epoch, place = np.divmod(start + np.arange(count, dtype=np.int64), n_rows)
+    return _permute(place.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
+
+
+def _permute(
+    place: NDArray[np.uint64], n: int, seed: int, epoch: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside it."""
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    outside = np.ones(len(place), dtype=bool)
+    while outside.any():
+        left, right = place[outside] >> half, place[outside] & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right, seed, epoch[outside], turn) & mask)
+        place[outside] = left << half | right
+        outside = place >= n
+    return place.astype(np.int64)
+
+
+def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:
+    """A well-mixed 64-bit hash of integers, modulo 2^64 (splitmix64's finaliser, once a key)."""
+    for key in keys:
+        offset = np.asarray(key, dtype=np.uint64) + np.array([0x9E3779B97F4A7C15], np.uint64)
+        value = (value ^ offset) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
+        value = value ^ (value >> np.uint64(31))
+    return value
+
+
+class Batches(lightning.LightningDataModule):
+    """Rows of the train split, from the step that the trainer has reached.
+
+    Of n processes, process r takes rows r, r + n, ... of each micro-batch.
+    """
+
+    def __init__(self, config: Config, cache: TokenCache, rank: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.share = slice(rank, None, config.train.n_processes)
+        self.rows = cache.rows("train", config.model.ctx)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(
+            _RowDataset(self.rows),
+            sampler=_FromGlobalStep(self),
+            batch_size=None,
+            pin_memory=on_cuda(self.config),
+        )
+
+
+class _FromGlobalStep:
+    """Rows of micro-batch after micro-batch, without end; where to begin is asked when it begins."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        config, n_rows = self.batches.config, len(self.batches.rows)
+        assert self.batches.trainer is not None
+        size = config.train.batch_size // config.train.micro_batches
+        ahead = config.train.batch_size * STEPS_AHEAD
+        first = self.batches.trainer.global_step * config.train.batch_size
+        for start in itertools.count(first, ahead):
+            rows = rows_in_order(config.seed, start, ahead, n_rows)
+            yield from rows.reshape(-1, size)[:, self.batches.share]
+
+
+class _RowDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.rows[indices])

@@ -1,0 +1,230 @@
+"""What happens between the steps of a run: metrics, checkpoints, the check of the loss, stopping."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from soluscope.config import Config
+from soluscope.errors import Stopped, UserError
+from soluscope.files import replacing, write_text
+from soluscope.model import Activations, LanguageModel
+from soluscope.runs.folder import Run
+from soluscope.training.batches import batch_rows
+from soluscope.training.device import set_threads
+from soluscope.training.processes import is_lost
+from soluscope.training.progress import NoProgress
+from soluscope.training.wandb_run import Tracker
+
+if TYPE_CHECKING:  # a bare machine trains without them
+    from jaxtyping import Int
+    from rich.progress import Progress
+
+DIVERGED_ABOVE = 2.0
+"""A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
+
+
+STOPPING = {signal.SIGTERM, signal.SIGINT}
+"""SIGTERM and Ctrl-C stop a run after the current step."""
+
+
+@contextmanager
+def stops_held_back() -> Iterator[None]:
+    """Delay SIGTERM and Ctrl-C until `TrainingCallback` listens, or the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where they end the process instead
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class TrainingCallback(lightning.Callback):
+    """Progress, metrics.jsonl, checkpoints, the check of the loss, and stopping between two steps.
+
+    Inside a step nothing could be saved that would resume bit for bit, so SIGTERM and Ctrl-C wait for
+    the step's end. Lightning's own handlers would stop anywhere.
+    """
+
+    def __init__(self, config: Config, progress: Progress | NoProgress, tracker: Tracker) -> None:
+        self.config = config
+        self.run = Run(config.run_dir)
+        self.tracker = tracker
+        self.progress = progress
+        self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
+        self.part: Tensor | float = 0.0
+        """Loss of the current step's micro-batches so far."""
+        self.losses: list[tuple[int, Tensor]] = []
+        """Step, and [loss, gradient norm], of the steps since the last check."""
+        self.saved_step = -1
+        self.seconds = 0.0
+        self.asked_to_stop = False
+        """Whether this process has received SIGTERM or Ctrl-C."""
+        self.stopped = False
+        """Whether training was stopped, with its checkpoint saved."""
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        self.vocabulary = len(module.model.unembed.b_U)
+        self.n_rows = len(trainer.datamodule.rows)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.began = self.logged = time.perf_counter()
+        self.logged_step = trainer.global_step
+        self.saved_step = trainer.global_step if trainer.global_step else -1
+        self._listen()
+        set_threads(self.config)  # Lightning may have set its own
+        if trainer.is_global_zero:
+            rows = _complete_lines(self.run.metrics)
+            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
+            write_text(self.run.metrics, "".join(line + "\n" for line in kept))
+            self.tracker.catch_up([json.loads(line) for line in kept])
+        self.progress.update(self.bar, completed=trainer.global_step)
+
+    def _listen(self) -> None:
+        """Replace Lightning's signal handlers; it restores the caller's own when training ends."""
+
+        def ask(number: int, frame: Any) -> None:
+            self.asked_to_stop = True
+
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPPING:
+                signal.signal(number, ask)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.part = self.part + outputs["loss"].detach()  # Lightning has divided it by their number
+        if (index + 1) % self.config.train.micro_batches:
+            return
+        assert isinstance(self.part, Tensor)
+        both = torch.stack([self.part.float(), module.grad_norm.float()])
+        self.losses.append((trainer.global_step, both))
+        self.part = 0.0
+        step, train = trainer.global_step, self.config.train
+        last = step == train.steps
+        log, save = step % train.log_every == 0 or last, step % train.checkpoint_every == 0 or last
+        if log or save:
+            loss = self._check_losses(trainer)
+            if log and trainer.is_global_zero:
+                self._log(step, loss, module, batch)
+            if save:
+                self._save(trainer)
+        if last:
+            self.seconds = time.perf_counter() - self.began
+        if trainer.strategy.reduce_boolean_decision(self.asked_to_stop, all=False):
+            if self.losses:
+                self._check_losses(trainer)
+            self._save(trainer)
+            self.stopped = trainer.should_stop = True
+
+    def _check_losses(self, trainer: Any) -> float:
+        """The last loss, if all since the last check are sound: one transfer from the device for all.
+
+        A loss is the batch's: the mean over the processes, which all come to the same answer.
+
+        Raises:
+            UserError: with the first bad step, its batch, and the last good checkpoint.
+        """
+        both = trainer.strategy.reduce(torch.stack([both for _, both in self.losses]))
+        loss, norm = both.cpu().unbind(-1)
+        limit = DIVERGED_ABOVE * math.log(self.vocabulary)
+        bad = (~((loss <= limit) & norm.isfinite())).nonzero()
+        if len(bad):
+            if not trainer.is_global_zero:
+                sys.exit()  # the first process reports it
+            first = int(bad[0])
+            step, what = self.losses[first][0], f"loss is {float(loss[first]):.4g}"
+            if loss[first] <= limit:
+                what = f"gradient's norm is {float(norm[first]):.4g}"
+            rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
+            saved = self.saved_step >= 0
+            kept = f"{self.run.checkpoint}, step {self.saved_step}" if saved else "none yet"
+            raise UserError(
+                f"the {what} at step {step} of {self.config.run_name} (batch of train rows "
+                f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {kept}): "
+                f"lower train.lr, now {self.config.train.lr:g}"
+            )
+        self.losses.clear()
+        return float(loss[-1])
+
+    def _log(self, step: int, loss: float, module: Any, batch: Tensor) -> None:
+        now, train = time.perf_counter(), self.config.train
+        tokens_a_step = train.batch_size * self.config.model.ctx
+        speed = (step - self.logged_step) * tokens_a_step / (now - self.logged)
+        self.logged, self.logged_step = now, step
+        row = {
+            "step": step, "tokens": step * tokens_a_step, "loss": loss,
+            "lr": module.optimizers().param_groups[0]["lr"], "grad_norm": float(module.grad_norm),
+            "tokens_per_s": round(speed), **gain_medians(module.model, batch[:1]),
+        }  # fmt: skip
+        try:
+            with self.run.metrics.open("a", encoding="utf8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise Stopped(
+                f"cannot write {self.run.metrics}: {error.strerror}; the last good checkpoint is "
+                f"{self.run.checkpoint}"
+            ) from error
+        self.tracker.log(row)
+        self.progress.update(
+            self.bar, completed=step, loss=f"loss {loss:.3f}", speed=f"{speed / 1000:.1f}k tok/s"
+        )
+
+    def _save(self, trainer: Any) -> None:
+        """Write a checkpoint beside the last one, then replace that: a complete one is always there."""
+        if self.saved_step == trainer.global_step:
+            return
+        checkpoint = self.run.checkpoint
+        try:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            # All processes take part, and the first one writes.
+            with (
+                replacing(checkpoint) if trainer.is_global_zero else nullcontext(checkpoint) as path
+            ):
+                trainer.save_checkpoint(path)
+        except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+            if is_lost(error):
+                raise
+            saved = self.saved_step >= 0
+            kept = f"step {self.saved_step} stays in {checkpoint}" if saved else "there is none yet"
+            raise Stopped(
+                f"cannot save the checkpoint of step {trainer.global_step} "
+                f"({str(error).splitlines()[0]}): free disk space; {kept}"
+            ) from error
+        self.saved_step = trainer.global_step
+
+
+@torch.no_grad()
+def gain_medians(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str, float]:
+    """Return the medians over one row, BOS left out, of the per-token norm's r and gain: P23 needs their course."""
+    norm = model.mlp(0).ln
+    if norm is None or norm.eps is None:
+        return {}
+    record: Activations = {}
+    model.residual(tokens, record)
+    square = record["blocks.0.mlp.ln.hook_scale"][:, 1:].double().square()  # s2 + eps
+    return {
+        "r": float((1 - norm.eps / square).median()),
+        "gain": float(square.rsqrt().median()),
+    }
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Return the complete lines of a file; a killed process may have left the last one unfinished."""
+    return path.read_text(encoding="utf8").split("\n")[:-1] if path.is_file() else []

@@ -1,0 +1,63 @@
+"""What a model is trained on: GPU or CPU, in which precision, with how many threads."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+
+from soluscope.config import Config
+from soluscope.errors import UserError
+from soluscope.runs.folder import Run
+
+
+def with_precision(config: Config) -> Config:
+    """Return `config` with train.precision=auto resolved: the saved configuration says what was computed.
+
+    It is that in which the run was begun, or else another run of its study: runs that are compared
+    differ in nothing else.
+    """
+    if config.train.precision != "auto":
+        return config
+    own = Run(config.run_dir)
+    begun = [Run(path.parent) for path in sorted(config.study_dir.glob("*/config.yaml"))]
+    for run in (own, *begun):
+        if not run.checkpoint.is_file():
+            continue
+        with suppress(UserError):  # a folder that was copied half-way
+            precision = run.config.train.precision
+            return replace(config, train=replace(config.train, precision=precision))
+    precision = "bf16" if on_cuda(config) else "fp32"
+    return replace(config, train=replace(config.train, precision=precision))
+
+
+def set_threads(config: Config) -> None:
+    """Set the number of CPU threads of this process."""
+    torch.set_num_threads(config.train.threads or max(1, _n_cores() // config.train.devices))
+
+
+def _n_cores() -> int:
+    """Return the number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        return os.cpu_count() or 1
+
+
+def on_cuda(config: Config) -> bool:
+    """Return whether `config` is trained on GPUs here.
+
+    Raises:
+        UserError: if it asks for more GPUs than there are.
+    """
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU here: set train.device=cpu")
+    n_gpus = 0 if config.train.device == "cpu" else torch.cuda.device_count()
+    if 0 < n_gpus < config.train.devices:
+        raise UserError(
+            f"train.devices={config.train.devices}, but torch sees {n_gpus} GPUs here: "
+            f"set train.devices={n_gpus}, or let each process see all GPUs of its node"
+        )
+    return n_gpus > 0

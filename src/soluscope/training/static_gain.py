@@ -1,0 +1,75 @@
+"""The constant of a static mid norm: a number, LayerNorm's gain at initialisation, or a trained run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from soluscope.config import Config
+from soluscope.data.cache import TokenCache
+from soluscope.data.streams import evenly_spaced
+from soluscope.errors import UserError
+from soluscope.model import Activations, LanguageModel
+from soluscope.norms import StaticNorm, gain_matching_rms
+from soluscope.runs.folder import Run
+from soluscope.training.batches import batch_rows
+
+INIT_TOKENS = 8192
+"""Tokens, about, on which a static gain is measured: training's first ones, or a finished run's."""
+
+
+def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
+    """Give each static mid norm its constant: a number, a per-token norm's rms at init, or a run's mean gain.
+
+    Source: science.md section 3, its rows with a constant gain.
+    """
+    for index in range(config.model.n_layers):
+        norm = model.mlp(index).ln
+        if not isinstance(norm, StaticNorm):
+            continue
+        gain = config.mid.gain
+        if isinstance(gain, str) and gain == "init":
+            mid = _first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
+            content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
+            gain = gain_matching_rms(norm, content, config.mid.epsilon(config.model.d_mlp))
+        elif isinstance(gain, str):
+            gain = mean_gain(Path(gain.format(seed=config.seed)), index, cache)
+        norm.gain.fill_(gain)
+
+
+@torch.no_grad()
+def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Activations:
+    rows = cache.rows("train", config.model.ctx)
+    n_rows = max(1, INIT_TOKENS // config.model.ctx)
+    first = batch_rows(config.seed, 0, n_rows, len(rows))
+    record: Activations = {}
+    model.residual(torch.from_numpy(rows[first]), record)
+    return record
+
+
+@torch.no_grad()
+def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
+    """exp(mean log gain) of a finished run's per-token mid norm on the select split, BOS left out.
+
+    The report split is left alone: a gain chosen on it would be chosen on what it is judged by.
+
+    Raises:
+        UserError: if the run has no per-token scale, or another tokenizer.
+    """
+    run = Run(run_dir)
+    model, facts = run.load_model(), run.facts
+    norm = model.mlp(layer).ln
+    if norm is None or norm.eps is None:
+        raise UserError(
+            f"mid.gain={run_dir} is of {facts.variant}, which has no per-token gain to take the mean of: "
+            "name a run of a variant that has"
+        )
+    if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
+        raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
+    rows = cache.rows("select", facts.ctx)
+    record: Activations = {}
+    chosen = evenly_spaced(len(rows), INIT_TOKENS // facts.ctx)
+    model.residual(torch.from_numpy(rows[chosen]), record)
+    scale = record[f"blocks.{layer}.mlp.ln.hook_scale"][:, 1:]  # [row pos 1], BOS left out
+    return float(scale.double().log().mean().neg().exp())

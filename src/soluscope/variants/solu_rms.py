@@ -1,0 +1,34 @@
+"""SoLU, then an RMSNorm with its own scale for each token: LayerNorm without centring and bias.
+
+If this recovers what LayerNorm wins, neither the centring nor the bias is needed for it.
+
+Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; the dose kappa is solu_ln's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from soluscope.variants import Variant
+from soluscope.variants._parts import LayerNormParams, solu
+
+if TYPE_CHECKING:
+    from soluscope.norms import RMSNorm
+
+
+def build_norm(d_mlp: int, params: LayerNormParams) -> RMSNorm:
+    from soluscope.norms import RMSNorm
+
+    return RMSNorm(d_mlp, params.epsilon(d_mlp))
+
+
+VARIANT = Variant(
+    nonlinearity=solu,
+    hooked_act_fn="solu_ln",  # so that hook_mid exists; the conversion puts our norm at mlp.ln
+    role="per_token",
+    build_norm=build_norm,
+    params=LayerNormParams,
+    after="solu_frozen_rms",
+    adds="a per-token scale from the mean square, with its gradient",
+    twin="solu_frozen_rms",
+)
