@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from soluscope import plugins
-from soluscope.evaluation.summaries import words_of
+from soluscope.evaluation.summaries import stored_words
 from soluscope.results import GateResult, Measurement, ProbeWords, Setting, TokenValue
 
 ABOUT: dict[str, Any] = {
@@ -37,7 +37,7 @@ def number(
 @cache
 def words(probe: str) -> ProbeWords:
     """A probe's words as they are stored with its numbers."""
-    return words_of(probe, plugins.pick("soluscope.probes", probe), "synthetic")
+    return stored_words(probe, plugins.pick("soluscope.probes", probe), "synthetic")
 
 
 def gate(
