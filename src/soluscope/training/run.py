@@ -92,6 +92,11 @@ def _train_claimed(
     trainer: lightning.Trainer,
     progress: Progress | NoProgress | None,
 ) -> None:
+    """Train from `state` to the end of the run.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once a checkpoint is saved.
+    """
     with first_process_first(trainer):
         cache = prepare(config)
     for split in SPLITS:
