@@ -129,6 +129,34 @@ def test_numbers_stay_numbers_for_wandbs_axes(tmp_path: Path) -> None:
     assert parameters["train.lr"] == {"value": 4e-5}
 
 
+def test_agents_start_torchrun_for_jobs_of_several_processes(tmp_path: Path) -> None:
+    sweep = read_sweep(written(tmp_path, TWO_JOBS), ["train.devices=2"])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert described(sweep)["command"] == [*COMMAND[:2], *torchrun, *COMMAND[2:]]
+    assert described(read_sweep(sweep.path, []))["command"] == COMMAND
+
+
+@pytest.mark.parametrize(
+    ("command", "parameters", "wanted"),
+    [
+        (COMMAND, {"arm": {"values": ["solu", "solu_ln train.devices=2"]}}, "wanted one train.devices"),
+        (
+            ["python", *COMMAND[2:]],
+            {"train.devices": {"value": 2}},
+            r"interpreter\} in the command",
+        ),
+        (COMMAND, {"train.nodes": {"value": 2}}, "train.nodes above 1 with engine=wandb"),
+    ],
+)
+def test_processes_that_agents_cannot_start_are_refused(
+    tmp_path: Path, command: list[str], parameters: dict[str, Any], wanted: str
+) -> None:
+    sweep = read_sweep(written(tmp_path, TWO_JOBS | parameters, command=command), [])
+    with pytest.raises(UserError, match=wanted) as refusal:
+        ENGINE.check(Params(), sweep)
+    assert "\n" not in str(refusal.value)
+
+
 def test_the_schema_here_says_no_where_wandbs_does() -> None:
     good = {"method": "grid", "parameters": {"seed": {"values": [0]}, "size": {"value": None}}}
     assert violations(good) == []

@@ -93,6 +93,11 @@ def _train_claimed(
     trainer: lightning.Trainer,
     progress: Progress | NoProgress | None,
 ) -> None:
+    """Train from `state` to the end of the run.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once a checkpoint is saved.
+    """
     check_variant(config.variant, config.mid, config.model.d_mlp)
     with first_process_first(trainer):
         cache = prepare(config)
