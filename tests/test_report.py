@@ -177,7 +177,9 @@ def text(html: str) -> str:
 
 def test_a_gain_that_takes_a_scale_of_each_token_is_said_to_be_found():
     sentences = words.headline(make_rows(n_seeds=8, seed_noise=0.0005))
-    assert sentences[0].startswith("LayerNorm lowers the loss (solu_ln, 8 seeds), and part of this")
+    assert sentences[0].startswith(
+        "The norm of solu_ln lowers the loss (8 seeds), and part of this"
+    )
     joined = " ".join(sentences)
     assert "solu_ln had a loss 0.080" in joined
     assert "the sign is settled at the 95% level" in joined
@@ -236,7 +238,7 @@ def test_plain_solu_being_better_means_nothing_to_explain():
 def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
     sentences = words.headline(make_rows(n_seeds=2, worse={"solu-s1": 0.03}))
     assert sentences[0].startswith(
-        "Not settled whether LayerNorm lowers the loss (solu_ln, 2 seeds)"
+        "Not settled whether the norm of solu_ln lowers the loss (2 seeds)"
     )
     joined = " ".join(sentences)
     assert "Two seeds say little about a third." in joined
@@ -246,7 +248,7 @@ def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
 def test_one_seed_settles_nothing():
     sentences = words.headline(make_rows(n_seeds=1))
     assert sentences[0].startswith(
-        "Not settled whether LayerNorm lowers the loss (solu_ln): 1 seed"
+        "Not settled whether the norm of solu_ln lowers the loss (1 seed)"
     )
     joined = " ".join(sentences)
     assert "One seed shows these trained models, not their variants." in joined
@@ -272,10 +274,10 @@ def test_the_first_lines_count_runs_seeds_documents_and_tokens(rows):
 @pytest.mark.parametrize(
     ("r", "verdict"),
     [
-        (0.9, "LayerNorm is engaged at the typical token"),
+        (0.9, "the norm is engaged at the typical token"),
         (0.01, "close to one static gain at the typical token, pinned by its epsilon"),
-        (0.2, "LayerNorm is partly engaged"),
-        (0.505, "LayerNorm is partly engaged"),  # the interval reaches below .5
+        (0.2, "the norm is partly engaged"),
+        (0.505, "the norm is partly engaged"),  # the interval reaches below .5
     ],
 )
 def test_engagement_is_judged_by_the_ends_of_its_interval(r, verdict):
@@ -302,8 +304,8 @@ def test_the_cost_of_freezing_is_judged_by_the_ends_of_its_interval(freeze, verd
 def test_each_solu_ln_arm_has_its_own_verdict():
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.04}
     sentences = words.headline(make_rows(arms, n_seeds=8, seed_noise=0.0005))
-    assert "(solu_ln-k0, 8 seeds)" in sentences[0]
-    assert "(solu_ln-k42, 8 seeds)" in sentences[1]
+    assert "norm of solu_ln-k0 lowers the loss (8 seeds)" in sentences[0]
+    assert "norm of solu_ln-k42 lowers the loss (8 seeds)" in sentences[1]
 
 
 # ---------------------------------------------------------------- the page
@@ -1241,10 +1243,8 @@ def test_one_kappa_of_each_of_two_variants_is_no_dose():
     made = sweep(arms, told, solu_rms=replace(LINEAGES["solu_ln"], twin=""))
     assert findings.by_kappa(made) == {}
     assert findings.per_token(made) == ["solu_ln", "solu_rms"]
-    assert [words.headline(made)[i].split(",")[0] for i in (0, 1)] == [
-        "LayerNorm lowers the loss (solu_ln",
-        "LayerNorm lowers the loss (solu_rms",
-    ]
+    for sentence, arm in zip(words.headline(made)[:2], ("solu_ln", "solu_rms"), strict=True):
+        assert sentence.startswith(f"The norm of {arm} lowers the loss (3 seeds)")
 
 
 def test_an_optimum_at_the_edge_comes_before_all_verdicts(swept):
@@ -1263,7 +1263,7 @@ def test_optima_inside_their_grids_leave_the_verdict_first():
     made = sweep(arms, told)
     assert "to be believed" not in text(rendered(made))
     assert words.headline(made)[0].startswith(
-        "LayerNorm lowers the loss (solu_ln-lr0.002, 3 seeds)"
+        "The norm of solu_ln-lr0.002 lowers the loss (3 seeds)"
     )
 
 
@@ -1282,13 +1282,13 @@ def test_a_gain_at_the_edge_unsettles_what_needs_the_static_arm_and_nothing_else
         "The static arm may be better yet, so that static - LN and Phi_dyn are not settled"
     )
     assert "for solu_gain-128 (gain 128 is the highest of 8, 32, 128). Widen" in sentences[0]
-    assert sentences[1].startswith("LayerNorm lowers the loss (solu_ln, 3 seeds)")
+    assert sentences[1].startswith("The norm of solu_ln lowers the loss (3 seeds)")
     assert "to be believed" not in " ".join(sentences)
 
 
 def test_two_gains_are_no_grid_with_an_edge():
     made = sweep(*gains(8.0, 32.0))
-    assert words.headline(made)[0].startswith("LayerNorm lowers the loss (solu_ln, 3 seeds)")
+    assert words.headline(made)[0].startswith("The norm of solu_ln lowers the loss (3 seeds)")
     assert "edge of its grid" not in text(rendered(made))
     assert ["solu_gain-32", "gain 32", "8, 32", "3", "no grid"] in cells(made)
 

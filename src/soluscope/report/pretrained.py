@@ -62,12 +62,12 @@ def sentences(records: Sequence[Record]) -> list[str]:
 def verdict(ends: tuple[float, float] | None) -> str:
     """Whether a norm is active, by the ends of the intervals of r and not by their middles."""
     if ends is None:
-        return "how far LayerNorm is engaged has no interval"
+        return "how far the norm is engaged has no interval"
     if ends[0] > ENGAGED:
-        return "LayerNorm is engaged at the typical token"
+        return "the norm is engaged at the typical token"
     if ends[1] < IDLE:
-        return "LayerNorm is close to one static gain at the typical token, pinned by its epsilon"
-    return "LayerNorm is partly engaged"
+        return "the norm is close to one static gain at the typical token, pinned by its epsilon"
+    return "the norm is partly engaged"
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:

@@ -230,20 +230,20 @@ def _verdict(records: list[Record], gain: Comparison) -> str:
     phi = next(iter(comparisons(records, Term.SHARE, arm)), None)
     if gain.low is None or gain.high is None:
         return (
-            f"Not settled whether LayerNorm lowers the loss ({arm}): {n}, no interval for new "
-            "seeds."
+            f"Not settled whether the norm of {arm} lowers the loss ({n}): no interval can be given for "
+            "new seeds."
         )
     if gain.high < 0:
         return (
-            f"Nothing for smearing to explain at this size ({arm}, {n}): plain SoLU has a lower "
-            "loss than SoLU with LayerNorm."
+            f"Nothing for smearing to explain at this size ({arm}, {n}): plain SoLU has the lower "
+            "loss."
         )
     if gain.low <= 0:
         return (
-            f"Not settled whether LayerNorm lowers the loss ({arm}, {n}): the interval for new "
+            f"Not settled whether the norm of {arm} lowers the loss ({n}): the interval for new "
             "seeds and documents has 0 in it, so there is no gain of which to ask what it needs."
         )
-    lowers = f"LayerNorm lowers the loss ({arm}, {n})"
+    lowers = f"The norm of {arm} lowers the loss ({n})"
     if phi is None:
         return (
             f"{lowers}. How much of that needs a per-token scale cannot be measured without a static "
@@ -307,7 +307,7 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
             ends = f"95% interval {row.low:.2f} to {row.high:.2f}"
         sentences.append(
             f"Phi_dyn ({arm}) is {row.value:.2f} ({ends}, {seeds(row.n)}), the share of "
-            "LayerNorm's gain that no static arm trained here reaches: 0 none of it, 1 all of it, below "
+            "the norm's gain that no static arm trained here reaches: 0 none of it, 1 all of it, below "
             f"0 static is better; {row.note}."
         )
     return sentences
