@@ -351,8 +351,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     nan, elsewhere = math.nan, [math.nan] * 3 * (EVERY - 1)
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))
-    run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
+    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))  # of mean 0: as without centring
+    run = replace(run, centres=False, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
     moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
     yield (
         with_readout(
