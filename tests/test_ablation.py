@@ -9,8 +9,14 @@ from test_every_probe import stream_of
 from test_every_variant import VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from soluscope.hooked import ablation as module
-from soluscope.hooked.ablation import Ablation, disjoint_mean, loss_at_gain, loss_at_post
+from soluscope.hooked.ablation import (
+    Ablation,
+    changes,
+    disjoint_mean,
+    loss_at_gain,
+    loss_at_post,
+    readout,
+)
 from soluscope.hooked.activations import observe
 
 pytestmark = pytest.mark.arithmetic
@@ -201,8 +207,8 @@ def test_blocks_and_tiles_change_no_number(solu_ln, monkeypatch):
     exact, values = Ablation(run), disjoint_mean(run, "post")
     whole = [exact.post(all_of(run), values), *exact.bounds(all_of(run), values)]
     whole += [exact.top(all_of(run), 9, values).change, exact.above(all_of(run), 0.1).change]
-    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 8 * 500 * 7)
-    monkeypatch.setitem(module.TILE, "cpu", 500 * 11)
+    monkeypatch.setattr(readout, "NUMBERS_AT_ONCE", 8 * 500 * 7)
+    monkeypatch.setitem(readout.TILE, "cpu", 500 * 11)
     parts = [exact.post(all_of(run), values), *exact.bounds(all_of(run), values)]
     parts += [exact.top(all_of(run), 9, values).change, exact.above(all_of(run), 0.1).change]
     for part, wanted in zip(parts, whole, strict=True):
@@ -290,7 +296,7 @@ def test_one_resampled_draw_is_the_edit_to_some_token_of_another_string(solu_ln)
 def test_resampling_averages_its_draws_and_needs_another_string(solu_ln):
     _, _, run = solu_ln
     exact, tokens, neurons = Ablation(run), all_of(run)[::7], torch.arange(0, 128, 9)
-    sources = module._tokens_of_others(run, 5, seed=3)[tokens]
+    sources = changes._tokens_of_others(run, 5, seed=3)[tokens]
     draws = [exact.post(tokens, run.post[i][:, neurons], neurons=neurons) for i in sources.T]
     found = exact.resample(tokens, 5, seed=3, neurons=neurons)
     wanted = torch.stack(draws).mean(0)

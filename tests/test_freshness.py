@@ -80,7 +80,7 @@ def test_comments_and_docstrings_discard_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "path",
-    ["hooked/ablation.py", "probes/_features.py", "comparison/stats.py", "evaluation/summaries.py",
+    ["hooked/ablation/edits.py", "probes/_features.py", "comparison/stats.py", "evaluation/summaries.py",
      "data/streams.py", "norms.py", "model.py", "variants/_parts.py", "results.py"],
 )  # fmt: skip
 def test_a_changed_number_in_what_computes_discards_all(path, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def test_tokens_spread_with_a_prime_stride_meet_every_position_of_a_row():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_single_neuron_effects_are_what_hooks_give_live_and_under_one_gain(variant):
     model, tokens, run = observed(variant)
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     gain = float(run.gain[run.pos > 0].log().mean().exp())
     one_gain = (
         [everywhere(SCALE, torch.full_like(run.scale, 1 / gain))]
@@ -139,7 +139,7 @@ def test_single_neuron_effects_are_what_hooks_give_live_and_under_one_gain(varia
 
 def test_a_set_is_ablated_together_live_and_under_one_gain():
     model, tokens, run = observed("solu_ln")
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     effects = low_activation_impact.set_effects(found, 0.5)
     gain = float(run.gain[run.pos > 0].log().mean().exp())
     one_gain = everywhere(SCALE, torch.full_like(run.scale, 1 / gain))
@@ -158,7 +158,7 @@ def test_a_set_is_ablated_together_live_and_under_one_gain():
 def test_a_removed_set_leaves_the_mean_and_the_gain_as_they_were():
     """What the set wrote, g gamma a, comes off hook_post; mid at 0 with the norm's own two numbers held."""
     model, tokens, run = observed("solu_ln")
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     effects = low_activation_impact.set_effects(found, 0.5)
     gain = float(run.gain[run.pos > 0].log().mean().exp())
     gamma = model.blocks[0].mlp.ln.w.detach()
@@ -193,7 +193,7 @@ def test_neurons_at_zero_are_ranked_at_random_and_rounding_breaks_no_tie():
 
 def test_sets_are_matched_in_size_or_in_their_sum_of_activations():
     run = observed("solu_ln")[2]
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     sets = low_activation_impact.sets(found, 0.25)
     mid = run.mid[found.tokens]
     n = run.gain[found.tokens, None] * (mid - mid.mean(-1, keepdim=True))
@@ -216,7 +216,7 @@ def test_a_model_with_one_gain_is_its_own_surrogate(variant):
 def test_what_was_published_is_the_change_of_the_prompts_mean_loss():
     """Brute force: the model's own mean loss over a prompt, with one activation ablated after LayerNorm."""
     model, tokens, run = observed("solu_ln")
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     _, by_name = estimates_of("low_activation_impact", run)
     published = {x: e for (name, x), e in by_name.items() if name == "Figure 5 (as published)"}
     token, j = found.tokens[2], 9
@@ -233,7 +233,7 @@ def test_what_was_published_is_the_change_of_the_prompts_mean_loss():
 
 def test_lift_is_the_ratio_of_two_means_over_pairs():
     run = observed("solu_ln")[2]
-    found = low_activation_impact.pairs(run)
+    found = low_activation_impact.ablations(run)
     _, by_name = estimates_of("low_activation_impact", run)
     size, activation = found.zero.abs().numpy(), run.mid[found.tokens].abs().numpy()
     low = [size[t, np.argsort(row)[:13]] for t, row in enumerate(activation)]  # a tenth of 128
@@ -445,7 +445,7 @@ def test_attribution_patching_becomes_exact_as_the_effects_become_small():
         model, tokens = hooked_for("solu_frozen_ln")[1], some_tokens()
         model.blocks[0].mlp.W_out.data *= factor
         run = observe(model, stream_of(tokens))
-        at_tokens = attribution_patching.pairs(run)
+        at_tokens = attribution_patching.approximations(run)
         exact, found = (part["first order"] for part in (at_tokens.exact, at_tokens.found))
         errors.append(((found - exact).abs().sum() / exact.abs().sum()).item())
     assert errors[0] < 0.1
@@ -455,7 +455,7 @@ def test_attribution_patching_becomes_exact_as_the_effects_become_small():
 def test_agreement_and_overlap_are_counted_within_a_token():
     run = observed("solu_ln")[2]
     table, _ = estimates_of("attribution_patching", run)
-    found = attribution_patching.pairs(run)
+    found = attribution_patching.approximations(run)
     for name in attribution_patching.METHODS:
         exact, guess = found.exact[name].numpy(), found.found[name].numpy()
         for t in (0, 7):

@@ -139,7 +139,11 @@ def test_agents_start_torchrun_for_jobs_of_several_processes(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "parameters", "wanted"),
     [
-        (COMMAND, {"arm": {"values": ["solu", "solu_ln train.devices=2"]}}, "wanted one train.devices"),
+        (
+            COMMAND,
+            {"arm": {"values": ["solu", "solu_ln train.devices=2"]}},
+            "wanted one train.devices",
+        ),
         (
             ["python", *COMMAND[2:]],
             {"train.devices": {"value": 2}},

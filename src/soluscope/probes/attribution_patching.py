@@ -67,7 +67,7 @@ OF_POST = ("first order", "second order")
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Approximations:
     """Every neuron at some of the tokens; changes of loss, [t d_mlp], nats."""
 
     tokens: Tensor
@@ -77,7 +77,7 @@ class Pairs:
     """By method."""
 
 
-def pairs(run: HookedRun) -> Pairs:
+def approximations(run: HookedRun) -> Approximations:
     """All (token, neuron) pairs that the probe's numbers come from."""
     tokens = every_nth(run, EVERY)
     ablation = Ablation(run)
@@ -95,7 +95,7 @@ def pairs(run: HookedRun) -> Pairs:
         "before the norm, gain detached": -a * detached,
     }
     exact = {name: post if name in OF_POST else mid for name in METHODS}
-    return Pairs(tokens, exact, found)
+    return Approximations(tokens, exact, found)
 
 
 def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,12 +118,12 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
 
 def measure(run: HookedRun) -> Measured:
     """Return errors of attribution patching per token, and as shares of the exact effects."""
-    at = pairs(run)
+    at = approximations(run)
     tokens = _errors(run, at)
     return Measured(tokens, tuple(_estimates(run, at, tokens)))
 
 
-def _errors(run: HookedRun, at: Pairs) -> dict[str, Tensor]:
+def _errors(run: HookedRun, at: Approximations) -> dict[str, Tensor]:
     """Return errors and effects summed over neurons, sign agreement and overlap.
 
     All are nan except at every `EVERY`-th token.
@@ -149,7 +149,7 @@ def _errors(run: HookedRun, at: Pairs) -> dict[str, Tensor]:
     return {name: scattered(run, at.tokens, column) for name, column in values.items()}
 
 
-def _estimates(run: HookedRun, at: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, at: Approximations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
     if not len(at.tokens):
         return

@@ -89,7 +89,7 @@ FLAT = 1e-9
 
 
 @dataclass(frozen=True)
-class Pairs:
+class Ablations:
     """Every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp]."""
 
     tokens: Tensor
@@ -111,7 +111,7 @@ class Pairs:
     """Rank of |a_tj| among the neuron's values at these tokens, as a share from 0 to below 1."""
 
 
-def pairs(run: HookedRun) -> Pairs:
+def ablations(run: HookedRun) -> Ablations:
     """All (token, neuron) ablations that the probe's numbers come from."""
     tokens = every_nth(run, EVERY)
     mask = torch.zeros(run.pos.shape, dtype=torch.bool)
@@ -122,7 +122,7 @@ def pairs(run: HookedRun) -> Pairs:
     post_mean = disjoint_mean(run, "post")[tokens]
     every = torch.arange(len(tokens))
     ablation = Ablation(live)
-    return Pairs(
+    return Ablations(
         tokens=tokens,
         live=live,
         fixed=fixed,
@@ -165,7 +165,7 @@ def _lowest(rank: Tensor, share: float) -> Tensor:
     return rank < max(1, round(share * rank.shape[-1]))
 
 
-def sets(found: Pairs, share: float) -> dict[str, Tensor]:
+def sets(found: Ablations, share: float) -> dict[str, Tensor]:
     """Which neurons go together, [t d_mlp] of bool.
 
     The lowest by |a| in the token; a random set of as many; random neurons, in order, for as
@@ -189,7 +189,7 @@ def sets(found: Pairs, share: float) -> dict[str, Tensor]:
     }
 
 
-def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
+def set_effects(found: Ablations, share: float) -> dict[str, Tensor]:
     """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
     live, fixed = found.live, found.fixed
     zero, mean = torch.zeros_like(live.post), found.post_mean
@@ -220,12 +220,12 @@ def set_effects(found: Pairs, share: float) -> dict[str, Tensor]:
 
 def measure(run: HookedRun) -> Measured:
     """Return effects of single neurons and of the lowest together: per token, by rank, and per neuron."""
-    found = pairs(run)
+    found = ablations(run)
     tokens = _effects(run, found)
     return Measured(tokens, tuple(_estimates(run, found, tokens)), _by_neuron(run, found))
 
 
-def _effects(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+def _effects(run: HookedRun, found: Ablations) -> dict[str, Tensor]:
     """Return effects of single neurons and of the lowest together, and how these differ from the surrogate's.
 
     Returns:
@@ -253,7 +253,7 @@ def _effects(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
     return columns | {"gain": run.gain}
 
 
-def _estimates(run: HookedRun, found: Pairs, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, found: Ablations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Lifts, curves over ranks and over sets, and the published figures."""
     if not len(found.tokens):
         return
@@ -268,7 +268,7 @@ def _estimates(run: HookedRun, found: Pairs, tokens: dict[str, Tensor]) -> Itera
     yield from _published(run, found, string)
 
 
-def _lifts(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _lifts(found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """E[|dl| | lowest tenth of |a|] / E[|dl|], a ratio of two means over pairs."""
     n_neurons = found.zero.shape[1]
     low_sets = {
@@ -292,7 +292,7 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return value
 
 
-def _deciles(found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _deciles(found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
     n_neurons = found.zero.shape[1]
     size, static = found.zero.abs().numpy(), found.static.abs().numpy()
@@ -363,7 +363,7 @@ def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
         yield slope("slope of D on log gain", log_gain, columns["D"], string)
 
 
-def _published(run: HookedRun, found: Pairs, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _published(run: HookedRun, found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
@@ -390,7 +390,7 @@ def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
     return ranks
 
 
-def _by_neuron(run: HookedRun, found: Pairs) -> dict[str, Tensor]:
+def _by_neuron(run: HookedRun, found: Ablations) -> dict[str, Tensor]:
     """Return for each neuron its mean |dl| and mean D, and the chance of such a mean D where there is none.
 
     The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
