@@ -13,6 +13,7 @@ from soluscope import plugins
 from soluscope.config import EvalConfig
 from soluscope.evaluation import suite
 from soluscope.runs import weights
+from soluscope.runs.folder import Run
 
 SOURCE = weights.SOURCE
 STORED = {f"{name}.jsonl" for name in ("engagement", "rotation", "loss", "training")}
@@ -60,7 +61,7 @@ def kept(tmp_path: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyPatch)
     (run_dir / "done.json").write_text("{}")
 
     def discard_stale() -> None:
-        shared = suite._rests_on(run_dir, EvalConfig())
+        shared = suite._rests_on(Run(run_dir), EvalConfig())
         suite._discard_stale(run_dir / "probes", shared, lambda text: None)
 
     discard_stale()

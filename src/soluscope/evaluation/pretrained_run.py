@@ -28,8 +28,8 @@ from soluscope.hooked.activations import HookedRun, check_model
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained, repository_of
 from soluscope.results import Measurement
-from soluscope.runs.folder import lock
-from soluscope.runs.weights import Facts, load_facts
+from soluscope.runs.folder import Run, lock
+from soluscope.runs.weights import Facts
 
 ORIGIN = "pretrained.json"
 
@@ -108,8 +108,8 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
     return run_dir
 
 
-def load_again(run_dir: Path, origin: Origin, device: str) -> SoluscopeTransformer:
-    """The model that a run folder is of, from the hub's cache or its folder.
+def load_again(run: Run, origin: Origin, device: str) -> SoluscopeTransformer:
+    """Return the model that a run folder is of, from the hub's cache or its folder.
 
     Raises:
         UserError: if it is not to be had any more, or the folder holds other weights now.
@@ -118,10 +118,10 @@ def load_again(run_dir: Path, origin: Origin, device: str) -> SoluscopeTransform
     model = load_pretrained(origin.name, revision, device)
     if model.facts.commit != origin.commit:
         raise UserError(
-            f"{origin.name} holds other weights than those of {run_dir}: probe them anew with "
+            f"{origin.name} holds other weights than those of {run.dir}: probe them anew with "
             f"'python eval/run.py {origin.name}'"
         )
-    model.facts = load_facts(run_dir)
+    model.facts = run.facts
     return model
 
 

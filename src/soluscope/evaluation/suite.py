@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from soluscope import plugins, results
 from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
-from soluscope.config import EvalConfig, PretrainedConfig, read_config
+from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, open_cache, prepare
 from soluscope.errors import UserError
@@ -41,7 +41,7 @@ from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
-from soluscope.hooked.convert import SoluscopeTransformer, load
+from soluscope.hooked.convert import SoluscopeTransformer, load_run
 from soluscope.probes import Probe
 from soluscope.results import (
     FalsePositives,
@@ -53,8 +53,8 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import Run, lock
-from soluscope.runs.weights import Facts, code_hash, commit, load_facts
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import Facts, code_hash, commit
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
@@ -81,13 +81,13 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     Raises:
         UserError: if there is no finished run, one cannot be read, or its tokens are gone.
     """
-    run_dirs = finished_runs(folder)
-    study_dir = run_dirs[0].parent
+    runs = finished_runs(folder)
+    study_dir = runs[0].dir.parent
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         _calibrated("controls", name, study_dir, say)
-    for number, run_dir in enumerate(run_dirs, start=1):
-        place = f"[{number}/{len(run_dirs)}] {run_dir.name}:"
-        _evaluate_run(run_dir, config, partial(_say_at, say, place))
+    for number, run in enumerate(runs, start=1):
+        prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
+        _evaluate_run(run, config, partial(_say_after, say, prefix))
     return write_results(study_dir)
 
 
@@ -112,20 +112,24 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = print) -
     return publish(evaluate(run_dir, probing, say).parent)
 
 
-def _say_at(say: Say, place: str, text: str) -> None:
-    say(f"{place} {text}")
+def _say_after(say: Say, prefix: str, text: str) -> None:
+    say(f"{prefix} {text}")
 
 
-def finished_runs(folder: Path) -> list[Path]:
-    """Folders of finished runs and pretrained models: `folder` itself, or those directly in it."""
+def finished_runs(folder: Path) -> list[Run]:
+    """Return the finished runs and pretrained models: `folder` itself, or those directly in it.
+
+    Raises:
+        UserError: if there is none.
+    """
     folder = folder if folder.name else folder.resolve()  # "." has no parent
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
-        return [folder]
-    trained = (path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done())
-    found = sorted({*trained, *(path.parent for path in folder.glob(f"*/{ORIGIN}"))})
-    if not found:
+        return [Run(folder)]
+    trained = {path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done()}
+    pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
+    if not trained | pretrained:
         raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
-    return found
+    return [Run(path) for path in sorted(trained | pretrained)]
 
 
 def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
@@ -144,7 +148,7 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
 
     from soluscope.report import matrix
 
-    study_dir = finished_runs(folder)[0].parent if folder else None
+    study_dir = finished_runs(folder)[0].dir.parent if folder else None
     records: list[Record] = []
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         records += _calibrated(what, name, study_dir, say)
@@ -185,17 +189,17 @@ def write_results(study_dir: Path) -> Path:
     losses = []
     compared: list[Facts] = []
     beside: dict[str, None] = {}
-    for run_dir in finished_runs(study_dir):
-        folder = run_dir / "probes"
+    for run in finished_runs(study_dir):
+        folder = run.dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
         for path in sorted(folder.glob("*.jsonl")):
             records += results.read(path, study_dir)
-        if origin := read_origin(run_dir):  # of other tokens than any run's: compared with none
+        if origin := read_origin(run.dir):  # of other tokens than any run's: compared with none
             beside |= dict.fromkeys(origin.beside)
         else:
-            compared.append(load_facts(run_dir))
-            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run_dir)))
+            compared.append(run.facts)
+            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
         records += compare(study_dir.name, table, commit(), _lineages(compared))
@@ -254,9 +258,9 @@ def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
     return lineages
 
 
-def _settings(run_dir: Path) -> dict[str, float | str]:
-    """What tells a run's arm from others, as `compare` asks for it; nan for what the run has not."""
-    facts, config = load_facts(run_dir), read_config(run_dir / "config.yaml")
+def _settings(run: Run) -> dict[str, float | str]:
+    """Return the settings that distinguish a run's arm from others, nan where the run has none."""
+    facts, config = run.facts, run.config
     family = replace(config, seed=0, train=replace(config.train, lr=None))
     settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
     matched = getattr(config.mid, "gain", None) == "init"  # to the LayerNorm of a kappa
@@ -268,17 +272,17 @@ def _settings(run_dir: Path) -> dict[str, float | str]:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _evaluate_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
-    with lock(run_dir):
-        _probe_run(run_dir, config, say)
-        send_probes(run_dir)
+def _evaluate_run(run: Run, config: EvalConfig, say: Say) -> None:
+    with run.lock():
+        _probe_run(run, config, say)
+        send_probes(run)
 
 
-def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
-    folder = run_dir / "probes"
-    _discard_stale(folder, _rests_on(run_dir, config), say)
+def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
+    folder = run.dir / "probes"
+    _discard_stale(folder, _rests_on(run, config), say)
     names = config.probes if config.probes is not None else plugins.names(PACKAGE)
-    origin = read_origin(run_dir)
+    origin = read_origin(run.dir)
     course = () if origin else ("training",)
     waiting = [
         name
@@ -288,16 +292,15 @@ def _probe_run(run_dir: Path, config: EvalConfig, say: Say) -> None:
     if not waiting:
         say("probed already")
         return
-    facts = load_facts(run_dir)
-    about = about_run(facts, pretrained=origin is not None)
-    model = load_again(run_dir, origin, config.device) if origin else load(run_dir, config.device)
+    about = about_run(run.facts, pretrained=origin is not None)
+    model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
     check_model(model)
-    observed = _Observed(model, _tokens_of(run_dir, facts, config), config)
-    for place, name in enumerate(waiting, start=1):
-        say(f"{name} ({place} of {len(waiting)})")
+    observed = _Observed(model, _tokens_of(run, config), config)
+    for number, name in enumerate(waiting, start=1):
+        say(f"{name} ({number} of {len(waiting)})")
         records: Sequence[Record]
         if name == "training":
-            records = training_points(run_dir, about)
+            records = training_points(run, about)
         elif name == "loss" and origin:
             records = _pretrained(observed, folder, origin, about, config)
         elif name == "loss":
@@ -341,44 +344,45 @@ def _probe_files() -> tuple[str, ...]:
     return tuple(f"probes/{name}.py" for name in plugins.names(PACKAGE))
 
 
-def _rests_on(run_dir: Path, config: EvalConfig) -> str:
+def _rests_on(run: Run, config: EvalConfig) -> str:
     """Hash of what all summaries of a run rest on, the probes' own files left out."""
     settings = {
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
     made_from = "done.json"
-    if (run_dir / ORIGIN).is_file():
+    if (run.dir / ORIGIN).is_file():
         made_from = "model.json"
-        settings["tokens"] = json.loads((run_dir.parent / "data.json").read_text())["key"]
-    trained = digest((run_dir / made_from).read_text(encoding="utf8"))
+        settings["tokens"] = json.loads((run.dir.parent / "data.json").read_text())["key"]
+    trained = digest((run.dir / made_from).read_text(encoding="utf8"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
     code = code_hash(*COMPUTES, but=_probe_files())
     return digest([settings, trained, prompts, code])
 
 
-def _tokens_of(run_dir: Path, facts: Facts, config: EvalConfig) -> TokenCache:
-    """The tokens that the run was trained on, whatever has become of the corpus since; or the text of
-    a pretrained model, which `pretrained_run` has made.
+def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
+    """Return the tokens that the run was trained on, whatever has become of the corpus since; or the
+    text of a pretrained model, which `pretrained_run` has made.
 
     Raises:
-        UserError: if they are not to be had: other tokens would give numbers that look right.
+        UserError: if these tokens are gone: other ones would give numbers that look right.
     """
-    data = run_dir.parent / "data.json"
+    data = run.dir.parent / "data.json"
     if not data.is_file():
         raise UserError(f"no {data}: a run folder is read from inside its study")
     trained_on = json.loads(data.read_text(encoding="utf8"))
-    place = Path(config.prepared or trained_on["path"])
-    if origin := read_origin(run_dir):
-        if not place.is_dir():
+    path = Path(config.prepared or trained_on["path"])
+    facts = run.facts
+    if origin := read_origin(run.dir):
+        if not path.is_dir():
             raise UserError(
-                f"the tokens {place} are gone: make them again with 'python eval/run.py {origin.name}'"
+                f"the tokens {path} are gone: make them again with 'python eval/run.py {origin.name}'"
             )
         facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
-    cache = open_cache(place) if place.is_dir() else prepare(read_config(run_dir / "config.yaml"))
+    cache = open_cache(path) if path.is_dir() else prepare(run.config)
     same = (cache.meta["key"], cache.meta["tokenizer_hash"])
     if same != (trained_on["key"], facts.tokenizer_hash):
         raise UserError(
-            f"{run_dir} was trained on the tokens {trained_on['key']}, and {cache.path} has others: "
+            f"{run.dir} was trained on the tokens {trained_on['key']}, and {cache.path} has others: "
             "set prepared= to the folder where they are now"
         )
     return cache
@@ -487,9 +491,9 @@ def _pretrained(
     return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
 
 
-def training_points(run_dir: Path, about: dict[str, Any]) -> list[Measurement]:
+def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
     """Return the course of training: means over at most 60 stretches of metrics.jsonl."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     metrics = pd.DataFrame(lines)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
     points = []

@@ -22,27 +22,27 @@ CURVES = {"training"}
 """Files of probes/ that are not sent: the training curves are in wandb already."""
 
 
-def send_probes(run_dir: Path) -> None:
+def send_probes(run: Run) -> None:
     """Send what the probes have found on a run to the wandb run that it was trained in.
 
     A table and figures a probe; what was sent already and has not changed since is left out. Nothing
     where the run was trained without wandb.
     """
-    known = identity(run_dir)
+    known = identity(run.dir)
     if not known:
         return
-    paths = {path.stem: path for path in sorted((run_dir / "probes").glob("*.jsonl"))}
+    paths = {path.stem: path for path in sorted((run.dir / "probes").glob("*.jsonl"))}
     now = {name: digest(paths[name].read_text(encoding="utf8")) for name in paths.keys() - CURVES}
     sent: dict[str, str] = known.get("probes", {})
     waiting = [name for name in sorted(now) if now[name] != sent.get(name)]
     if not waiting:
         return
-    tracker = start(Run(run_dir).config, run_dir)
+    tracker = start(run.config, run.dir)
     taken = {n: now[n] for n in waiting if tracker.send(partial(_logged, n, paths[n]))}
     tracker.close()
     if taken:
         write_text(
-            run_dir / IDENTITY, json.dumps(identity(run_dir) | {"probes": sent | taken}) + "\n"
+            run.dir / IDENTITY, json.dumps(identity(run.dir) | {"probes": sent | taken}) + "\n"
         )
 
 

@@ -66,7 +66,11 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
     Raises:
         UserError: no such run, not finished, broken, or the two models disagree.
     """
-    run = Run(Path(run_dir))
+    return load_run(Run(Path(run_dir)), device)
+
+
+def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
+    """`load`, from the run itself."""
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
