@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests run in one process: what they share (a study, a hub, a sweep that was killed) is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin
@@ -13,11 +15,11 @@ demo: $(VENV)/installed
 	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000 wandb=offline
 
 test: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Sweeps that are killed and moved, and other tests of more than 20 seconds.
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(PYTEST) -m slow
 
 # The tests of numbers, with the arithmetic of other processors.
 test-arithmetic: $(VENV)/installed

@@ -11,7 +11,7 @@ while read -r threads torch mkl openblas numpy; do
     echo "== ${setting[*]}"
     # One process for each core: more threads than cores wait for each other.
     env "${setting[@]}" "${PYTHON:-.venv/bin/python}" -m pytest -q -m "arithmetic and not slow" \
-        -n $((2 / threads)) "$@" < /dev/null
+        -n $((2 / threads)) --dist loadfile "$@" < /dev/null
 done <<'SETTINGS'
 1 default COMPATIBLE Prescott X86_V3
 2 default AVX Sandybridge X86_V3

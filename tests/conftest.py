@@ -1,10 +1,11 @@
-"""What several test files share: a study that was really trained, once for all of them."""
+"""What several test files share: a study that was really trained, and what the controls say of the probes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,16 @@ def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProces
     )
 
 
+def shared_by_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Return the session's temporary folder, the same for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
 @pytest.fixture(scope="session")
 def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """runs/tiny: every variant at seeds 0 and 1, trained for 12 steps. To change it, copy it first.
-
-    Under pytest-xdist the first worker to ask trains it and the others wait and read.
-    """
-    shared = tmp_path_factory.getbasetemp()
-    runs_dir = (shared if worker_id == "master" else shared.parent) / "runs"
+    """runs/tiny: every variant at seeds 0 and 1, trained for 12 steps. To change it, copy it first."""
+    runs_dir = shared_by_workers(tmp_path_factory, worker_id) / "runs"
     runs_dir.mkdir(exist_ok=True)
     with FileLock(runs_dir / ".lock"):
         for variant in VARIANTS:
@@ -82,3 +85,24 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
                 words = ("study=tiny", f"variant={variant}", f"seed={seed}")
                 train_silently(tiny_config(runs_dir, *words))
     return runs_dir / "tiny"
+
+
+@pytest.fixture(scope="session")
+def gates(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str], Path]:
+    """Give the file of a probe's results on its controls, for a study called e2e; made once for all tests."""
+    folder = shared_by_workers(tmp_path_factory, worker_id) / "gates"
+    folder.mkdir(exist_ok=True)
+
+    def file_of(probe: str) -> Path:
+        from soluscope import results
+        from soluscope.evaluation.calibration import check_gates
+        from soluscope.evaluation.summaries import stored_words
+
+        path = folder / f"controls-{probe}.jsonl"
+        with FileLock(folder / f".{probe}"):
+            if not path.is_file():
+                words = stored_words(probe, plugins.pick("soluscope.probes", probe), "e2e")
+                results.write(path, [words, *check_gates(probe, study="e2e")])
+        return path
+
+    return file_of

@@ -371,7 +371,10 @@ def test_static_gain_of_a_run_without_a_norm_is_refused(
     words: tuple[str, ...], tiny_study: Path, tmp_path: Path
 ) -> None:
     gain = ("variant=solu_gain", "study=other")
-    for run, says in (("gelu-s{seed}", "has no LayerNorm"), ("none-s{seed}", "does not exist")):
+    for run, says in (
+        ("gelu-s{seed}", "has no per-token gain"),
+        ("none-s{seed}", "does not exist"),
+    ):
         config = tiny_config(tmp_path, *words, *gain, f"mid.gain={tiny_study / run}")
         assert says in refusal(train_silently, config)
 

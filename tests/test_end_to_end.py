@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from soluscope import plugins, results
+from soluscope.evaluation import suite
 from soluscope.results import (
     Comparison,
     FalsePositives,
@@ -24,7 +26,9 @@ from soluscope.results import (
 )
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = plugins.names("soluscope.variants")
+VARIANTS = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())["parameters"]["variant"][
+    "values"
+]
 
 
 def run(folder, *words):
@@ -41,13 +45,18 @@ def run(folder, *words):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, gates):
+    """The demo, smaller; all but one of the probes have been through their controls before."""
     folder = tmp_path_factory.mktemp("end_to_end")
+    here = folder / "runs" / "e2e"
+    suite._calibrated("controls", "gain_variation", here, print)  # notes the code that makes them
+    for probe in {*plugins.names("soluscope.probes")} - {"gain_variation", "engagement"}:
+        shutil.copy(gates(probe), here / suite.CONTROLS)
     words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",
              "eval.n_tokens=1000", "eval.n_loss_tokens=2000", "eval.n_draws=200"]  # fmt: skip
     first = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
     again = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
-    return folder / "runs" / "e2e", first, again
+    return here, first, again
 
 
 def test_every_run_leaves_what_design_says(study):
@@ -96,6 +105,8 @@ def test_results_hold_each_probes_words_once(study):
 def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
     _, first, again = study
     assert "demo: 12 jobs: 12 waiting" in first.stderr
+    assert first.stderr.count("controls of") == 1
+    assert "controls of" not in again.stderr
     assert "demo: 12 jobs: 12 done" in again.stderr
     assert again.stderr.count("probed already") == 12
 
@@ -123,8 +134,7 @@ def test_the_report_is_rebuilt_from_results_alone_without_torch(study, tmp_path)
 def test_probing_the_same_models_again_gives_the_same_rows_bit_for_bit(study, tmp_path):
     copy = tmp_path / "runs" / "e2e"
     shutil.copytree(study[0], copy)
-    for probes in copy.glob("solu*-s0/probes"):
-        shutil.rmtree(probes)
+    shutil.rmtree(copy / "solu_ln-s0" / "probes")
     cache = json.loads((copy / "data.json").read_text())["path"]
     shutil.copytree(study[0].parents[1] / Path(cache).parent, tmp_path / Path(cache).parent)
     run(
