@@ -57,7 +57,7 @@ Question:
     How large is the largest activation after the norm?
 
 Formula:
-    max_j |post_j|
+    max_j |post_j|, over the neurons j of a token
 
 Reading:
     Large where one neuron speaks.
@@ -86,8 +86,10 @@ def measure(run: HookedRun) -> Measured:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Yield activations 1 and -1, which a gain of 7 makes 7."""
-    yield planted(torch.tensor([[[1.0, -1.0], [3.0, 1.0]]]), gain=7.0), {"largest": [7, 7]}
+    """Yield activations 1 and -1 about their mean, at three gains."""
+    for gain in (2.0, 3.0, 7.0):
+        run = planted(torch.tensor([[[1.0, -1.0], [3.0, 1.0]]]), gain=gain)
+        yield run, {"largest": [gain, gain]}
 
 
 PROBE = Probe(
