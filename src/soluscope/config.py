@@ -313,7 +313,7 @@ class PretrainedConfig(EvalConfig):
     def studies(self) -> list[str]:
         """Those of `study`, one by one."""
         named = (self.study or "").strip("[]").split(",")  # a study's name is never read as YAML
-        return [one.strip() for one in named if one.strip()]
+        return [name.strip() for name in named if name.strip()]
 
     def text(self, data: str, tokenizer: str) -> Config:
         """The text from a source as a training run would be given it; only its tokens are used.
@@ -514,15 +514,15 @@ def _spell_out_arm(overrides: list[str]) -> list[str]:
         variant, *parts = value.split() or [""]
         for part in parts:
             check("=" in part, f"arm={value!r}: wanted a variant and key=value words, not {part!r}")
-        own = [f"variant={variant}", *parts]
+        arm_words = [f"variant={variant}", *parts]
         for other in overrides:
             name = other.partition("=")[0]
             check(
-                name == "tag" or name not in {part.partition("=")[0] for part in own},
+                name == "tag" or name not in {part.partition("=")[0] for part in arm_words},
                 f"{other!r} and arm={value!r} both set {name}: leave one of them out",
             )
         named = [part.removeprefix("tag=") for part in parts if part.startswith("tag=")]
-        spelled += [part for part in own if not part.startswith("tag=")]
+        spelled += [part for part in arm_words if not part.startswith("tag=")]
         tags = named or [short_name(*part.split("=", 1)) for part in parts]
     if not tags:
         return spelled

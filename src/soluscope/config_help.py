@@ -61,11 +61,11 @@ def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
 
 def _docstrings(schema: type) -> dict[str, str]:
     """The string under each field of a dataclass, its parents' included: the field's meaning."""
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for owner in reversed(schema.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(definition, ast.ClassDef)
         for before, after in pairwise(definition.body):
             if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                found[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
-    return found
+                docs[ast.unparse(before.target)] = " ".join(ast.literal_eval(after.value).split())
+    return docs

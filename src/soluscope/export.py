@@ -124,9 +124,9 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     trained, facts = run.load_model(), run.facts
     for name in OWN:
         write_bytes(folder / name, (run.dir / name).read_bytes())
-    told = load_tokenizer(run.tokenizer, facts)  # checks that it is this model's
+    tokenizer = load_tokenizer(run.tokenizer, facts)  # checks that it is this model's
     write_bytes(folder / "tokenizer.json", run.tokenizer.read_bytes())
-    special = {name: str(token) for name, token in told.special_tokens_map.items()}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     write_text(folder / "special_tokens_map.json", _json(special))
     write_text(
         folder / "tokenizer_config.json",
@@ -146,14 +146,14 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     write_text(folder / "config.json", _json(_family_config(run.config, facts, obstacle, repo)))
     stored = run.dir.parent / "results.jsonl"
     records = results.read(stored) if stored.is_file() else []
-    own = [
+    of_run = [
         each
         for each in records
         if isinstance(each, OfRun) and (each.run, each.config) == (facts.run, facts.config)
     ]
-    if own:
-        results.write(folder / "results.jsonl", own)
-    probes = _probes(of_kind(own, Measurement), records)
+    if of_run:
+        results.write(folder / "results.jsonl", of_run)
+    probes = _probes(of_kind(of_run, Measurement), records)
     write_text(folder / "README.md", _card(run, probes, weights, obstacle, repo))
     return obstacle
 
@@ -274,9 +274,13 @@ def _card(
     )  # fmt: skip
 
 
-def _probes(own: Sequence[Measurement], records: Sequence[Record]) -> list[dict[str, Any]]:
+def _probes(measurements: Sequence[Measurement], records: Sequence[Record]) -> list[dict[str, Any]]:
     """What each probe found of this run on natural text, BOS left out; the rest is in results.jsonl."""
-    points = [row for row in own if row.x is None and (row.positions, row.group) == ("not BOS", "")]
+    points = [
+        row
+        for row in measurements
+        if row.x is None and (row.positions, row.group) == ("not BOS", "")
+    ]
     result = []
     for probe in sorted({row.probe for row in points}):
         rows = [row for row in points if row.probe == probe]
@@ -367,5 +371,7 @@ def _why_not(error: BaseException, repo: str, endpoint: str) -> str:
             "nothing was pushed"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    said = f"answers {status}" if status is not None else f"was not reached ({reason})"
-    return f"{endpoint} {said} for {repo}: push it again, it has the whole export or nothing of it"
+    outcome = f"answers {status}" if status is not None else f"was not reached ({reason})"
+    return (
+        f"{endpoint} {outcome} for {repo}: push it again, it has the whole export or nothing of it"
+    )

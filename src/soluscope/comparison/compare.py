@@ -124,10 +124,10 @@ class _Arms:
     @cached_property
     def _alike(self) -> list[list[_Arm]]:
         """Arms that differ in nothing but their rate, from the lowest rate up."""
-        found: dict[str, list[_Arm]] = {}
+        by_family: dict[str, list[_Arm]] = {}
         for arm in self.arms:
-            found.setdefault(arm.family, []).append(arm)
-        return [sorted(alike, key=lambda arm: arm.settings["lr"]) for alike in found.values()]
+            by_family.setdefault(arm.family, []).append(arm)
+        return [sorted(alike, key=lambda arm: arm.settings["lr"]) for alike in by_family.values()]
 
     @cached_property
     def not_chosen(self) -> list[list[_Arm]]:

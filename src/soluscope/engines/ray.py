@@ -263,18 +263,18 @@ def _ask(address: str) -> list[Node]:
         UserError: if it does not answer in time.
     """
     until = time.monotonic() + ANSWER_S
-    place = _ADDRESS.fullmatch(address)
+    parts = _ADDRESS.fullmatch(address)
     try:
-        if place is not None and place["host"]:
-            there = (place["host"].strip("[]"), int(place["port"]))
+        if parts is not None and parts["host"]:
+            there = (parts["host"].strip("[]"), int(parts["port"]))
             socket.create_connection(there, timeout=ANSWER_S / 2).close()
         asked = subprocess.run([sys.executable, "-c", _ASK, address], capture_output=True, text=True,
                                timeout=until - time.monotonic())  # fmt: skip
         if asked.returncode == 0:
             nodes: list[Node] = json.loads(asked.stdout.splitlines()[-1])
             return nodes
-        said = asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"]
-        problem = said[-1]
+        error_lines = asked.stderr.strip().splitlines() or [f"exit status {asked.returncode}"]
+        problem = error_lines[-1]
     except subprocess.TimeoutExpired:
         problem = f"no answer in {ANSWER_S:g} seconds"
     except (OSError, OverflowError) as error:

@@ -225,12 +225,12 @@ def _queued(folder: Path) -> dict[str, str]:
     from submitit.helpers import DelayedSubmission
 
     states = "--states=PENDING,RUNNING,SUSPENDED"
-    found = {}
+    job_ids = {}
     for job_id in _ask("squeue", "--me", "--noheader", "--array", "--format=%i", states).split():
         kept = folder / f"{job_id}_submitted.pkl"
         if kept.is_file():
-            found[DelayedSubmission.load(kept).function.name] = job_id
-    return found
+            job_ids[DelayedSubmission.load(kept).function.name] = job_id
+    return job_ids
 
 
 def _ask(*words: str) -> str:

@@ -59,14 +59,16 @@ def probe(
     run = observe(model, stream)
     about, defaults = about_run(model.facts), EvalConfig()
     tables, figures = [], Figures()
-    for name, one in chosen.items():
-        measured = one.measure(run)
+    for name, chosen_probe in chosen.items():
+        measured = chosen_probe.measure(run)
         table = token_table(run, measured)
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream="text")
-        summaries = summarise(one, table, measured.estimates, base, defaults.n_draws, defaults.seed)
-        records = [stored_words(name, one, base.study), *summaries]
-        figures.update(_draw(records, one.figures))
-        long = table.melt(["string", "pos", "token"], list(one.quantities), "quantity")
+        summaries = summarise(
+            chosen_probe, table, measured.estimates, base, defaults.n_draws, defaults.seed
+        )
+        records = [stored_words(name, chosen_probe, base.study), *summaries]
+        figures.update(_draw(records, chosen_probe.figures))
+        long = table.melt(["string", "pos", "token"], list(chosen_probe.quantities), "quantity")
         tables.append(long.assign(probe=name))
     frame = pd.concat(tables, ignore_index=True)
     frame["text"] = [
@@ -78,10 +80,10 @@ def probe(
 def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
     """Return which probes have nothing to say about a text of one's own, and why."""
     why = {}
-    for name, one in chosen.items():
-        if all(stream.startswith(streams.PAIRS) for stream in one.streams):
+    for name, chosen_probe in chosen.items():
+        if all(stream.startswith(streams.PAIRS) for stream in chosen_probe.streams):
             why[name] = "measured on pairs of prompts, and not on a text of your own"
-        elif one.one_layer and n_layers > 1:
+        elif chosen_probe.one_layer and n_layers > 1:
             why[name] = f"exact for one layer only, and the model has {n_layers}"
     return why
 

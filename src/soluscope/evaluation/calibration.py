@@ -61,18 +61,18 @@ def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
     Raises:
         UserError: if there is no such probe or control.
     """
-    one: Probe = plugins.pick("soluscope.probes", name)
+    probe: Probe = plugins.pick("soluscope.probes", name)
     measured: dict[tuple[str, str], Measured] = {}
-    for gate in one.gates:
+    for gate in probe.gates:
         run = control_run(gate.control, gate.stream)
         key = gate.control, gate.stream
         if key not in measured:
-            measured[key] = one.measure(run)
+            measured[key] = probe.measure(run)
         # Two one-sided tests at 5% are read off the 90% interval.
         interval = _estimate(run, measured[key], gate, level=0.95 if gate.within is None else 0.90)
         passed, asked = judge(gate, interval)
-        known = one.quantities | one.estimates
-        how = f" ({gate.statistic})" if gate.quantity in one.quantities else ""
+        known = probe.quantities | probe.estimates
+        how = f" ({gate.statistic})" if gate.quantity in probe.quantities else ""
         where = "".join(f", {part}" for part in (gate.group, gate.x) if part not in ("", None))
         n_strings = interval.n_clusters
         yield GateResult(
@@ -137,15 +137,15 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
     Raises:
         UserError: if there is no such probe.
     """
-    one: Probe = plugins.pick("soluscope.probes", name)
+    probe: Probe = plugins.pick("soluscope.probes", name)
     tallies = {
-        "untrained models": _untrained(one, n_draws),
-        "shuffled labels": _shuffled(one, n_draws),
+        "untrained models": _untrained(probe, n_draws),
+        "shuffled labels": _shuffled(probe, n_draws),
     }
     for source, outcomes in tallies.items():
         base = FalsePositives(
-            study=study, probe=name, tested=one.tested, source=source, passed=None, value=None,
-            unit="share", cluster="draw", commit=commit(), note=f"{one.tested} is not defined there",
+            study=study, probe=name, tested=probe.tested, source=source, passed=None, value=None,
+            unit="share", cluster="draw", commit=commit(), note=f"{probe.tested} is not defined there",
         )  # fmt: skip
         if len(outcomes):
             test = binomtest(int(outcomes.sum()), len(outcomes))
@@ -158,9 +158,9 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
         yield base
 
 
-def _untrained(one: Probe, n_draws: int) -> NDArray[np.bool_]:
+def _untrained(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
     """For each draw, whether a difference was found between models that differ in their seeds."""
-    made = (_tested(one, untrained_run(seed, one.streams[0])) for seed in range(N_MODELS))
+    made = (_tested(probe, untrained_run(seed, probe.streams[0])) for seed in range(N_MODELS))
     values = np.array([float(each.value(each.sums.sum(0)[None])[0]) for each in made if each])
     values = values[~np.isnan(values)]
     if len(values) < 2 * N_PAIRS:
@@ -170,34 +170,34 @@ def _untrained(one: Probe, n_draws: int) -> NDArray[np.bool_]:
     return np.array([_leaves_out_zero(paired_seeds(left - right)) for left, right in groups])
 
 
-def _shuffled(one: Probe, n_draws: int) -> NDArray[np.bool_]:
+def _shuffled(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
     """For each draw, whether something was found in labels that were dealt at random."""
     generator = np.random.default_rng(1)
-    found = []
+    outcomes = []
     for draw in range(n_draws):
-        run = untrained_run(draw, one.streams[0])
-        if one.shuffle:
-            run = _permuted(run, one.shuffle, generator)
-        estimate = _tested(one, run)
+        run = untrained_run(draw, probe.streams[0])
+        if probe.shuffle:
+            run = _permuted(run, probe.shuffle, generator)
+        estimate = _tested(probe, run)
         if estimate is None:
             continue
-        if not one.shuffle:
+        if not probe.shuffle:
             estimate = _between_halves(estimate, generator)
         interval = bootstrap_sums(estimate.sums, estimate.value, estimate.n, n_draws=1000)
         if interval.low is not None:
-            found.append(_leaves_out_zero(interval))
-    return np.array(found, dtype=bool)
+            outcomes.append(_leaves_out_zero(interval))
+    return np.array(outcomes, dtype=bool)
 
 
-def _tested(one: Probe, run: HookedRun) -> Estimate | None:
+def _tested(probe: Probe, run: HookedRun) -> Estimate | None:
     """What the probe tests, as a function of sums over strings; of a column of tokens, its mean."""
-    measured = one.measure(run)
-    if one.tested in measured.tokens:
+    measured = probe.measure(run)
+    if probe.tested in measured.tokens:
         table = token_table(run, measured)
         content = table[table["pos"] > 0]
-        values = content[one.tested]
-        return ratio(one.tested, values, values * 0 + 1, content["string"])
-    wanted = (each for each in measured.estimates if each.quantity == one.tested)
+        values = content[probe.tested]
+        return ratio(probe.tested, values, values * 0 + 1, content["string"])
+    wanted = (each for each in measured.estimates if each.quantity == probe.tested)
     return next(wanted, None)
 
 

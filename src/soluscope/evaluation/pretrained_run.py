@@ -208,13 +208,13 @@ def _check_place(study_dir: Path, before: Origin | None, name: str, repository: 
 
 def _write_tokenizer(model: SoluscopeTransformer, folder: Path) -> None:
     """The file itself, and its special tokens as the model takes them, for `data.tokenizer.load`."""
-    told = {
+    special_tokens = {
         f"{key}_token": model.tokenizer.convert_ids_to_tokens(getattr(model.facts, key))
         for key in ("bos", "eos", "pad")
     }
     content = (Path(model.tokenizer.name_or_path) / "tokenizer.json").read_bytes()
     write_bytes(folder / "tokenizer.json", content)
-    write_text(folder / "tokenizer_config.json", json.dumps(told) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(special_tokens) + "\n")
 
 
 def _text(
@@ -256,10 +256,10 @@ def _of_last_time(study_dir: Path, folder: Path) -> TokenCache | None:
     shared = study_dir / "data.json"
     if not shared.is_file():
         return None
-    place = Path(json.loads(shared.read_text(encoding="utf8"))["path"])
-    if not place.is_dir():
+    path = Path(json.loads(shared.read_text(encoding="utf8"))["path"])
+    if not path.is_dir():
         return None
-    cache = open_cache(place)
+    cache = open_cache(path)
     return cache if cache.meta["tokenizer_hash"] == _hash_in_cache(folder) else None
 
 

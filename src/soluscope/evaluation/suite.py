@@ -408,27 +408,27 @@ def _probe_records(
     name: str, observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
 ) -> list[Record]:
     """Return the probe's words and what it measures on each of its streams, and save its tables."""
-    one: Probe = plugins.pick(PACKAGE, name)
-    words = stored_words(name, one, about["study"])
+    probe: Probe = plugins.pick(PACKAGE, name)
+    words = stored_words(name, probe, about["study"])
     left_out = partial(LeftOut, **about, probe=name)
     n_layers = observed.model.cfg.n_layers
-    if one.one_layer and n_layers > 1:
+    if probe.one_layer and n_layers > 1:
         return [words, left_out(note=f"exact for one layer only, and the model has {n_layers}")]
     records: list[Record] = []
     tables = {}
-    for stream in one.streams:
+    for stream in probe.streams:
         try:
             run = observed(stream)
         except UserError as error:  # this corpus or tokenizer does not give the stream
             records.append(left_out(stream=stream, note=str(error)))
             continue
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
-        measured = one.measure(run)
+        measured = probe.measure(run)
         tables[stream] = token_table(run, measured).assign(stream=stream)
         records += summarise(
-            one, tables[stream], measured.estimates, base, config.n_draws, config.seed
+            probe, tables[stream], measured.estimates, base, config.n_draws, config.seed
         )
-        if measured.neurons and stream == one.streams[0]:
+        if measured.neurons and stream == probe.streams[0]:
             columns = {key: values.numpy() for key, values in measured.neurons.items()}
             _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
     if tables:
@@ -449,11 +449,11 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     }
     return [
         TokenValue(
-            **about, quantity=name, unit=unit, stream=run.stream, place=place, value=float(value),
-            text=text.vocab[int(text.tokens[place])],
+            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=float(value),
+            text=text.vocab[int(text.tokens[index])],
         )
         for name, (unit, values) in columns.items()
-        for place, value in enumerate(values)
+        for index, value in enumerate(values)
     ]  # fmt: skip
 
 

@@ -36,17 +36,17 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
 
 def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
     """Return the values with each token's place: string, pos, token, then one column per quantity."""
-    place = {"string": run.string, "pos": run.pos, "token": run.tokens}
-    return pd.DataFrame({k: values.numpy() for k, values in (place | measured.tokens).items()})
+    columns = {"string": run.string, "pos": run.pos, "token": run.tokens}
+    return pd.DataFrame({k: values.numpy() for k, values in (columns | measured.tokens).items()})
 
 
-def stored_words(name: str, one: Probe, study: str) -> ProbeWords:
+def stored_words(name: str, probe: Probe, study: str) -> ProbeWords:
     """Return what the probe of file `name` says of itself, as it is stored with its numbers."""
     return ProbeWords(
-        study=study, commit=commit(), probe=name, name=one.name, section=one.section,
-        question=one.question, formula=one.formula, reading=one.reading, pitfalls=one.pitfalls,
-        source=one.source, tested=one.tested, quantities=one.quantities | one.estimates,
-        figures=one.figures, gates=one.gates,
+        study=study, commit=commit(), probe=name, name=probe.name, section=probe.section,
+        question=probe.question, formula=probe.formula, reading=probe.reading, pitfalls=probe.pitfalls,
+        source=probe.source, tested=probe.tested, quantities=probe.quantities | probe.estimates,
+        figures=probe.figures, gates=probe.gates,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def about_run(facts: Facts, pretrained: bool = False) -> dict[str, Any]:
 
 
 def summarise(
-    one: Probe,
+    probe: Probe,
     table: pd.DataFrame,
     estimates: Iterable[Estimate],
     base: Measurement,
@@ -70,7 +70,7 @@ def summarise(
     """Every number the probe asks for, each with the interval for other documents (or strings).
 
     Args:
-        one: the probe.
+        probe: the probe.
         table: its `token_table`.
         estimates: what it measured beside the table.
         base: what the measurements have in common.
@@ -78,12 +78,12 @@ def summarise(
         seed: of the resampling.
     """
     make = _Summary(streams.unit_of(base.stream), n_draws, seed)
-    for name, quantity in one.quantities.items():
+    for name, quantity in probe.quantities.items():
         if table[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
             yield from _quantity_rows(table, name, quantity, row, make)
     for estimate in estimates:
-        unit = one.estimates[estimate.quantity].unit
+        unit = probe.estimates[estimate.quantity].unit
         row = replace(base, quantity=estimate.quantity, unit=unit, statistic="")
         yield make.of_sums(estimate, row)
 

@@ -228,11 +228,11 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
     """For the terminal: a line a job; of more than `most`, those at work and those that failed first."""
     from rich.text import Text
 
-    found = [standing(study_dir, job) for job in jobs]
-    states = [one.state for one in found]
-    lines = sorted(zip(jobs, found, strict=True), key=lambda line: _URGENT.index(line[1].state))
+    standings = [standing(study_dir, job) for job in jobs]
+    states = [each.state for each in standings]
+    lines = sorted(zip(jobs, standings, strict=True), key=lambda line: _URGENT.index(line[1].state))
     if most is None or len(lines) <= most:
-        lines = list(zip(jobs, found, strict=True))
+        lines = list(zip(jobs, standings, strict=True))
     made = new_table(f"{study_dir}: {counted(states)}", "run", "state")
     for heading in ("step", "loss", "time left"):
         made.add_column(heading, justify="right", no_wrap=True)

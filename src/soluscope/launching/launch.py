@@ -44,21 +44,21 @@ class Evaluate:
         Raises:
             UserError: naming what failed or is not finished.
         """
-        found = [jobs.standing(self.study_dir, job) for job in self.jobs]
+        standings = [jobs.standing(self.study_dir, job) for job in self.jobs]
         behind = [
             f"{job.run} ({now.error or now.state})"
-            for job, now in zip(self.jobs, found, strict=True)
+            for job, now in zip(self.jobs, standings, strict=True)
             if now.state != "done"
         ]
         if behind:
-            failed = any(now.state == "failed" for now in found)
+            failed = any(now.state == "failed" for now in standings)
             raise UserError(
-                f"{jobs.counted([now.state for now in found])}; not done: {'; '.join(behind)}. "
+                f"{jobs.counted([now.state for now in standings])}; not done: {'; '.join(behind)}. "
                 f"Give the same command again{' with --retry-failed' if failed else ''}, or "
                 f"'python eval/run.py {self.study_dir}' for those that are done"
             )
         if not self.report:
-            print(f"{self.study_dir}: {jobs.counted([now.state for now in found])}")
+            print(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
             return
         from soluscope import report
         from soluscope.evaluation import suite
@@ -85,8 +85,8 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
             "a sweep is launched once, not by torchrun: leave torchrun out, the sweep starts it for each "
             "job of several train.devices"
         )
-    mine, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
-    config = load_typed(LaunchConfig, mine)
+    launch_words, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
+    config = load_typed(LaunchConfig, launch_words)
     evaluating, others = _pick_out(others, ("eval.",))
     evaluation = load_typed(EvalConfig, [w.removeprefix("eval.") for w in evaluating], "eval.yaml")
     engine = plugins.pick("soluscope.engines", config.engine)
@@ -100,25 +100,25 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
             )
     params = load_typed(engine.params, [word.removeprefix(f"{config.engine}.") for word in keys])
     sweep = read_sweep(path, others)
-    listed = [jobs.job_of(one) for one in sweep.configs]
+    listed = [jobs.job_of(run_config) for run_config in sweep.configs]
     _check_study(sweep)
     if dry_run:
         _print_plan(sweep)
         return
-    for mode in {one.wandb for one in sweep.configs}:
+    for mode in {run_config.wandb for run_config in sweep.configs}:
         check_login(mode)
     engine.check(params, sweep)
     _prepare(sweep)
     jobs.write_list(sweep.study_dir, sweep.name, listed)
-    found = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
-    jobs.say(f"{sweep.name}: {jobs.counted([now.state for now in found.values()])}")
+    standings = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
+    jobs.say(f"{sweep.name}: {jobs.counted([now.state for now in standings.values()])}")
     todo = []
-    for one in sweep.configs:
-        state = found[one.run_name].state
+    for run_config in sweep.configs:
+        state = standings[run_config.run_name].state
         if state == "failed" and retry:
-            Run(one.run_dir).forget_failure()
+            Run(run_config.run_dir).forget_failure()
         if state != "done" and (state != "failed" or retry):
-            todo.append(one)
+            todo.append(run_config)
     engine.run(
         sweep, todo, params, Evaluate(sweep.study_dir, tuple(listed), evaluation, config.report)
     )

@@ -64,9 +64,9 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
     overridden = {word.split("=", 1)[0] for word in words}
     axes = {key: values for key, values in _axes(path, grid) if key not in overridden}
     check(bool(axes), f"{path} is an empty grid: wanted parameters that no word overrides")
-    own = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
-    if own and not {"tag"} & (axes.keys() | overridden):
-        axes["tag"] = ("-".join(short_name(key, f"${{{key}}}") for key in own),)
+    tag_keys = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
+    if tag_keys and not {"tag"} & (axes.keys() | overridden):
+        axes["tag"] = ("-".join(short_name(key, f"${{{key}}}") for key in tag_keys),)
     configs = [load_config([*chosen, *words]) for chosen in _points(axes)]
     _check_apart(path, configs)
     return Sweep(path, tuple(words), axes, tuple(configs))

@@ -34,10 +34,10 @@ def gates(records: Iterable[Record], probe: str) -> dict[str, list[GateResult]]:
 
 def standing(records: Iterable[Record], probe: str) -> Standing:
     """Return whether a probe passed its controls: only where it has some, and passed all of them."""
-    found = [gate for gate in of_kind(records, GateResult) if gate.probe == probe]
-    if not found:
+    results = [gate for gate in of_kind(records, GateResult) if gate.probe == probe]
+    if not results:
         return "not run"
-    return "passed" if all(gate.passed for gate in found) else "failed"
+    return "passed" if all(gate.passed for gate in results) else "failed"
 
 
 def failures(records: Iterable[Record], probe: str) -> list[str]:
@@ -144,9 +144,9 @@ def _gates(
 
     result = _table(["", "probe", *(section for _, section in controls)])
     for probe in probes:
-        found = gates(records, probe)
-        if {name for name, _ in controls} & set(found):
-            cells = (_cell(found.get(name)) for name, _ in controls)
+        by_control = gates(records, probe)
+        if {name for name, _ in controls} & set(by_control):
+            cells = (_cell(by_control.get(name)) for name, _ in controls)
             result.add_row(Text(_section(records, probe)), Text(probe), *cells)
     return result
 

@@ -154,16 +154,16 @@ def _line(evidence: Evidence, seen: Sequence[Seen], named: bool) -> list[Cell]:
 
 
 def _engagement(records: Sequence[Record], arm: str) -> Seen | None:
-    found = measured(records, "engagement", "r", arm, "median")
-    if not found:
+    rows = measured(records, "engagement", "r", arm, "median")
+    if not rows:
         return None
-    ends = envelope(found)
+    ends = envelope(rows)
     smear: Verdict = "not settled"
     if ends is not None and ends[0] > ENGAGED:
         smear = "consistent"
     elif ends is not None and ends[1] < IDLE:
         smear = "inconsistent"
-    return Seen((_observed(found),), ("consistent", "consistent", smear))
+    return Seen((_observed(rows),), ("consistent", "consistent", smear))
 
 
 def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
@@ -174,15 +174,15 @@ def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
     """
     observed, overall, at_high_gain = [], [], []
     for constant in CONSTANTS:
-        found = measured(records, "scale_freeze", f"frozen at {constant}", arm)
-        if not found:
+        rows = measured(records, "scale_freeze", f"frozen at {constant}", arm)
+        if not rows:
             continue
         highest = measured(records, "scale_freeze", f"frozen at {constant}", arm, group=HIGH_GAIN)
-        observed.append(f"{constant} {_observed(found)}")
+        observed.append(f"{constant} {_observed(rows)}")
         if highest:
             observed.append(f"{constant}, at the quartile of highest gain {_observed(highest)}")
-        overall.append(side_of_zero(found, NO_COST))
-        at_high_gain.append(side_of_zero(highest or found, NO_COST))
+        overall.append(side_of_zero(rows, NO_COST))
+        at_high_gain.append(side_of_zero(highest or rows, NO_COST))
     if not observed:
         return None
     none = _if_zero(_least(overall))
@@ -190,12 +190,12 @@ def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
 
 
 def _swap(records: Sequence[Record], arm: str) -> Seen | None:
-    found = measured(records, "scale_swap", "swap, signed", arm)
-    if not found:
+    rows = measured(records, "scale_swap", "swap, signed", arm)
+    if not rows:
         return None
-    where = side_of_zero(found, NO_COST)
+    where = side_of_zero(rows, NO_COST)
     none = _if_zero(where)
-    return Seen((_observed(found),), (none, none, _if_above(where)))
+    return Seen((_observed(rows),), (none, none, _if_above(where)))
 
 
 def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
@@ -244,13 +244,13 @@ def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
 
 def _specificity(records: Sequence[Record], arm: str) -> Seen | None:
     """A gain may vary, and carry all, without a change of order: no A is no sign of no smearing."""
-    found = measured(records, "specificity", "A (gain only)", arm)
-    if not found:
+    rows = measured(records, "specificity", "A (gain only)", arm)
+    if not rows:
         return None
-    where = side_of_zero(found, NO_SHARE)
+    where = side_of_zero(rows, NO_SHARE)
     none = _if_zero(where)
     return Seen(
-        (_observed(found),), (none, none, "consistent" if where == "above" else "not settled")
+        (_observed(rows),), (none, none, "consistent" if where == "above" else "not settled")
     )
 
 
@@ -258,7 +258,7 @@ def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
     cells = [measured(records, "lateral_inhibition", name, arm) for name in ("g const", "Z const")]
     if not all(cells):
         return None
-    gain, softmax = (side_of_zero(found, NO_COST) for found in cells)
+    gain, softmax = (side_of_zero(rows, NO_COST) for rows in cells)
     idle = _if_zero("zero" if gain == softmax == "zero" else "open")
     observed = (f"g const {_observed(cells[0])}", f"Z const {_observed(cells[1])}")
     return Seen(observed, (idle, idle, _if_above(gain)))

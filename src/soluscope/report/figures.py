@@ -102,8 +102,8 @@ def against_dose(
     """
     several = doses.several()
     panels: Panels[Measurement] = {}
-    for key, found in _panels(rows, spec).items():
-        for row in found:
+    for key, panel_rows in _panels(rows, spec).items():
+        for row in panel_rows:
             dose = doses.of.get(row.run)
             if row.variant in several and dose is not None:
                 panels.setdefault((*key, dose.name), []).append(replace(row, x=dose.value))
@@ -111,20 +111,20 @@ def against_dose(
         return go.Figure()
     figure = _grid(panels, row_height=270, curves=True)
     named: set[str] = set()
-    for place, (key, found) in enumerate(panels.items()):
-        for variant, seed in sorted({(row.variant, row.seed or 0) for row in found}):
+    for index, (key, panel_rows) in enumerate(panels.items()):
+        for variant, seed in sorted({(row.variant, row.seed or 0) for row in panel_rows}):
             line = [
                 Point(row.x or 0.0, row, variant)
-                for row in found
+                for row in panel_rows
                 if (row.variant, row.seed or 0) == (variant, seed)
             ]
-            style = look[min(row.arm for row in found if row.variant == variant)]
-            _add(figure, _joined(line, style, variant, named), place)
-        figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(place))
-        unit = html.escape(found[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
+            style = look[min(row.arm for row in panel_rows if row.variant == variant)]
+            _add(figure, _joined(line, style, variant, named), index)
+        figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(index))
+        unit = html.escape(panel_rows[0].unit)
+        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
         if not spec.log_y:
-            _mark_zero(figure, found, place, upright=True)
+            _mark_zero(figure, panel_rows, index, upright=True)
     return figure
 
 
@@ -166,7 +166,7 @@ def along(
     keys = [(title, "", "") for title in filled]
     figure = _grid(keys, row_height=270, curves=True, gap=112)  # labels are slanted
     named: set[str] = set()
-    for place, points in enumerate(filled.values()):
+    for index, points in enumerate(filled.values()):
         in_order = sorted({point.line for point in points}, key=list(names).index)
         for line in in_order:
             style = look[line]
@@ -175,19 +175,19 @@ def along(
             joined = [point for point in on_line if not _of_these_models(point.number)]
             if fixed:
                 x, rows = [point.x for point in fixed], [point.number for point in fixed]
-                _add(figure, _intervals(rows, x, style, 5, marked=False, upright=True), place)
-            _add(figure, _joined(joined, style, names[line], named), place)
+                _add(figure, _intervals(rows, x, style, 5, marked=False, upright=True), index)
+            _add(figure, _joined(joined, style, names[line], named), index)
             for point in joined:
                 if point.ringed:
-                    _add(figure, _ring(point, style), place)
+                    _add(figure, _ring(point, style), index)
         tried = sorted({point.x for point in points})
         ticks = {"tickvals": tried, "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40}
-        figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(place))
+        figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(index))
         rows = [point.number for point in points]
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
-        figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(place))
-        _mark_zero(figure, rows, place, upright=True)
+        figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(index))
+        _mark_zero(figure, rows, index, upright=True)
     return figure
 
 
@@ -238,16 +238,16 @@ def doses(rows: Iterable[Record]) -> Doses:
     Source: science.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
     """
     wanted = {"kappa": 0, "gain": 1}  # the kappa of a static arm is not there
-    found = [
+    selected = [
         row
         for row in of_kind(rows, Measurement)
         if row.probe == "engagement" and row.quantity in wanted and row.statistic == "median"
         if (row.stream, row.positions, row.group) == ("natural", "not BOS", "") and row.value
     ]
-    found.sort(key=lambda row: (wanted[row.quantity], row.arm, row.seed or 0))
+    selected.sort(key=lambda row: (wanted[row.quantity], row.arm, row.seed or 0))
     of: dict[str, Dose] = {}
     arms: dict[str, tuple[str, Dose]] = {}
-    for row in found:
+    for row in selected:
         if row.value is not None and row.value > 0:  # the axis is logarithmic
             dose = of.setdefault(row.run, Dose(row.quantity, row.value))
             arms.setdefault(row.arm, (row.variant, dose))
@@ -285,16 +285,16 @@ def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go
     """One panel a quantity, group and stream; arms down the side, one dot a number, in their order."""
     arms = sorted({row.arm for rows in panels.values() for row in rows})
     figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
-    for place, rows in enumerate(panels.values()):
+    for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
             heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
-            _add(figure, _intervals(of_arm, heights, look[arm]), place)
-        figure.update_yaxes(_arm_axis(arms, place), **_at(place))
+            _add(figure, _intervals(of_arm, heights, look[arm]), index)
+        figure.update_yaxes(_arm_axis(arms, index), **_at(index))
         unit = html.escape(rows[0].unit)
-        figure.update_xaxes(title_text=unit, type="log" if log else None, **_at(place))
+        figure.update_xaxes(title_text=unit, type="log" if log else None, **_at(index))
         if not log:
-            _mark_zero(figure, rows, place)
+            _mark_zero(figure, rows, index)
     return figure
 
 
@@ -304,7 +304,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
     if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
         figure.update_yaxes(matches="y")  # kinds of one number, to be read against each other
     named: set[str] = set()
-    for place, rows in enumerate(panels.values()):
+    for index, rows in enumerate(panels.values()):
         for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
             line = sorted(
                 (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
@@ -313,7 +313,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
             if spec.relative:
                 line = _relative(line)
             if all(row.low is not None and row.high is not None for row in line):
-                _add(figure, _band(line, style), place)
+                _add(figure, _band(line, style), index)
             trace = go.Scatter(
                 x=[row.x for row in line],
                 y=[row.value for row in line],
@@ -325,11 +325,11 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
                 hovertemplate=f"{label}, seed {seed}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
             )
             named.add(arm)
-            _add(figure, trace, place)
+            _add(figure, trace, index)
         x_type = "log" if spec.log_x else None
-        figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(place))
+        figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(place))
+        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
     return figure
 
 
@@ -397,15 +397,15 @@ def _forest(
     if not panels:
         return go.Figure()
     figure = _grid(panels, row_height=40 + 34 * len(names))
-    for place, rows in enumerate(panels.values()):
+    for index, rows in enumerate(panels.values()):
         for row in rows:
             new_seeds = row.cluster == "seed"
             width, height = 1.4 if new_seeds else 5, names.index(name_of(row))
             trace = _intervals([row], [height], look[row.arm], width, marked=new_seeds)
-            _add(figure, trace, place)
-        figure.update_yaxes(_arm_axis(names, place), **_at(place))
-        figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(place))
-        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(place))
+            _add(figure, trace, index)
+        figure.update_yaxes(_arm_axis(names, index), **_at(index))
+        figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(index))
+        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(index))
     return figure
 
 
@@ -579,10 +579,10 @@ def min_width(figure: go.Figure) -> int:
     return 330 if n_columns == 1 else 130 + 210 * n_columns
 
 
-def _arm_axis(labels: Sequence[str], place: int) -> dict[str, object]:
+def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
     """Arms from top to bottom, named at the left of each row of panels."""
     return {
-        "showticklabels": place % N_COLUMNS == 0,
+        "showticklabels": index % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
         "ticktext": [html.escape(label) for label in labels],
         "range": [len(labels) - 0.4, -0.6],
@@ -601,21 +601,21 @@ def _alike(panels: Collection[Key]) -> bool:
 
 
 def _mark_zero(
-    figure: go.Figure, rows: Sequence[Number], place: int, upright: bool = False
+    figure: go.Figure, rows: Sequence[Number], index: int, upright: bool = False
 ) -> None:
     """A line at 0 where there are values on both sides of it."""
     ends = [end for row in rows for end in (row.low, row.value, row.high) if end is not None]
     if min(ends) < 0 < max(ends):
         line = {"color": INK, "width": 1, "dash": "dot"}
         if upright:
-            figure.add_hline(y=0, line=line, **_at(place))
+            figure.add_hline(y=0, line=line, **_at(index))
         else:
-            figure.add_vline(x=0, line=line, **_at(place))
+            figure.add_vline(x=0, line=line, **_at(index))
 
 
-def _at(place: int) -> dict[str, int]:
-    return {"row": place // N_COLUMNS + 1, "col": place % N_COLUMNS + 1}
+def _at(index: int) -> dict[str, int]:
+    return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
 
 
-def _add(figure: go.Figure, trace: go.Scatter, place: int) -> None:
-    figure.add_trace(trace, **_at(place))
+def _add(figure: go.Figure, trace: go.Scatter, index: int) -> None:
+    figure.add_trace(trace, **_at(index))

@@ -31,10 +31,10 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
     known = words.quantities
     leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
     for name in [words.tested] * (words.tested in known) + leaning:
-        found = _main(rows, name, known[name])
-        streams = sorted({by_stream(row) for row in found})
+        selected = _main(rows, name, known[name])
+        streams = sorted({by_stream(row) for row in selected})
         each = (
-            [row for row in found if row.arm == arm and by_stream(row) == stream]
+            [row for row in selected if row.arm == arm and by_stream(row) == stream]
             for arm in arms
             for stream in streams
         )
@@ -45,13 +45,13 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
 
 def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Measurement]:
     """The quantity's rows, unsplit, by its first statistic; on natural text where there is any."""
-    found = [
+    selected = [
         row
         for row in rows
         if row.quantity == name and row.statistic in (*quantity.statistics[:1], "")
         if row.x is None and row.value is not None and (row.group, row.positions) == ("", "not BOS")
     ]
-    return [row for row in found if row.stream == "natural"] or found
+    return [row for row in selected if row.stream == "natural"] or selected
 
 
 def _sentence(words: ProbeWords, rows: Sequence[Measurement]) -> str:
@@ -86,8 +86,8 @@ def _judged(words: ProbeWords, row: Measurement, ends: tuple[float, float]) -> s
 
 
 def _is_about(gate: Gate, row: Measurement) -> bool:
-    place = (gate.quantity, gate.group, gate.x, gate.positions)
-    return place == (row.quantity, "", None, row.positions) and row.statistic in (
+    key = (gate.quantity, gate.group, gate.x, gate.positions)
+    return key == (row.quantity, "", None, row.positions) and row.statistic in (
         gate.statistic,
         "",
     )

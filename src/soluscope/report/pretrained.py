@@ -109,9 +109,9 @@ def _engaged(records: Sequence[Record], arm: str) -> list[str]:
     if at_bos := engagement(records, arm, "BOS"):
         text += f", {number(at_bos[0].value)} at BOS"
     of_gain = [
-        found[0]
+        rows[0]
         for statistic in ("median", "q05", "q95")
-        if (found := measured(records, "engagement", "gain", arm, statistic=statistic))
+        if (rows := measured(records, "engagement", "gain", arm, statistic=statistic))
     ]
     if len(of_gain) == 3:
         middle, low, high = (number(row.value) for row in of_gain)
@@ -122,12 +122,12 @@ def _engaged(records: Sequence[Record], arm: str) -> list[str]:
 def _epsilon(records: Sequence[Record], arm: str) -> list[str]:
     """Whether the gain is 1 / sqrt(var + eps) with the epsilon that the model says it has."""
     names = ("eps", "1/g^2 - var", "|g^2 (var + eps) - 1|")
-    found = [
+    values = [
         row.value for name in names for row in _facts(records, name)[:1] if row.value is not None
     ]
-    if len(found) < len(names):
+    if len(values) < len(names):
         return []
-    eps, implied, off = found
+    eps, implied, off = values
     is_it = "as LayerNorm has it" if off <= SAME else "which LayerNorm has not"
     return [
         f"{arm}: 1/g^2 - var is {implied:.4e} at the median token, and the epsilon that the model states is "

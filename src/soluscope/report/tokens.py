@@ -63,7 +63,7 @@ def _texts(records: Iterable[Record]) -> dict[tuple[str, int], list[Values]]:
     for arm, seed in sorted(by_run):
         first.setdefault(arm, seed)
     return {
-        (arm, seed): [by_run[arm, seed][place] for place in sorted(by_run[arm, seed])]
+        (arm, seed): [by_run[arm, seed][position] for position in sorted(by_run[arm, seed])]
         for arm, seed in first.items()
     }
 
@@ -133,10 +133,10 @@ def _range(tokens: Sequence[Values], quantity: str, around_zero: bool) -> tuple[
 def _colour(value: float | None, low: float, high: float, around_zero: bool) -> str:
     if value is None or math.isclose(low, high, rel_tol=1e-6):  # rounding is not a difference
         return ""
-    place = min(1.0, max(0.0, (value - low) / (high - low)))
+    fraction = min(1.0, max(0.0, (value - low) / (high - low)))
     if not around_zero:
-        return _mix(HIGH, place)
-    return _mix(HIGH, 2 * place - 1) if place >= 0.5 else _mix(LOW, 1 - 2 * place)
+        return _mix(HIGH, fraction)
+    return _mix(HIGH, 2 * fraction - 1) if fraction >= 0.5 else _mix(LOW, 1 - 2 * fraction)
 
 
 def _mix(end: tuple[int, int, int], share: float) -> str:

@@ -165,4 +165,4 @@ def _defined(records: Iterable[Record], term: Term) -> list[Comparison]:
     """A term's comparisons that have a value; of a loss those for new seeds, else with either interval."""
     clusters = ("seed",) if term is Term.LOSS else ("seed", "document")
     both = (comparisons(records, term, cluster=cluster) for cluster in clusters)
-    return [each for found in both for each in found if each.value is not None]
+    return [each for of_cluster in both for each in of_cluster if each.value is not None]

@@ -155,8 +155,8 @@ def _headline(records: list[Record]) -> list[str]:
             "No verdict on LayerNorm: that takes runs of both plain SoLU and an arm with a per-token norm "
             "that share a seed.",
         )
-    for place, gain in enumerate(gains):
-        sentences.insert(place, _verdict(records, gain))
+    for index, gain in enumerate(gains):
+        sentences.insert(index, _verdict(records, gain))
     for gain in gains:
         sentences += [_gain(records, gain), *_phi_dyn(records, gain.arm)]
         sentences += [*_static(records, gain.arm), *_twins(records, gain.arm)]
@@ -354,9 +354,9 @@ def _engagement(records: list[Record], arm: str) -> list[str]:
     groups = ("BOS", "1", "2-15", ">=16")
     labels = {"BOS": "BOS", "1": "position 1", "2-15": "positions 2-15", ">=16": "from 16 on"}
     by_position = [
-        f"{labels[group]} {span(row.value for row in found)}"
+        f"{labels[group]} {span(row.value for row in rows)}"
         for group in groups
-        if (found := engagement(records, arm, group))
+        if (rows := engagement(records, arm, group))
     ]
     return [f"{text}; {', '.join(by_position)}." if by_position else f"{text}."]
 
@@ -365,11 +365,11 @@ def _freeze(records: list[Record], arm: str) -> list[str]:
     """What one gain for all tokens costs a trained model."""
     parts = []
     for quantity, name in FREEZES:
-        found = measured(records, "scale_freeze", quantity, arm)
-        if not found:
+        rows = measured(records, "scale_freeze", quantity, arm)
+        if not rows:
             continue
-        text = f"at {name} the loss changes by {_signed_span(found)} nats"
-        ends = envelope(found)
+        text = f"at {name} the loss changes by {_signed_span(rows)} nats"
+        ends = envelope(rows)
         if ends is None:
             parts.append(f"{text} (no interval)")
             continue
@@ -381,7 +381,7 @@ def _freeze(records: list[Record], arm: str) -> list[str]:
             judged = "an improvement"
         else:
             judged = "not settled"
-        each = "95% interval" if len(found) == 1 else "the 95% intervals of the runs reach from"
+        each = "95% interval" if len(rows) == 1 else "the 95% intervals of the runs reach from"
         parts.append(f"{text} ({judged}; {each} {signed(ends[0])} to {signed(ends[1])})")
     if not parts:
         return []
