@@ -112,14 +112,14 @@ def anchored(
     """
     d_vocab = len(pre)
     nothing = torch.zeros(d_vocab, d_vocab, dtype=pre.dtype)
-    own = torch.eye(d_vocab, dtype=pre.dtype)
-    W_E = torch.cat([own, nothing, nothing[:, :2]], dim=1)
+    identity = torch.eye(d_vocab, dtype=pre.dtype)
+    W_E = torch.cat([identity, nothing, nothing[:, :2]], dim=1)
     W_out = torch.nn.functional.pad(effect, (d_vocab, 2))
     anchor = ANCHOR * float((post(pre, eps) @ effect).norm(dim=-1).max())
     b_out = torch.zeros_like(W_E[0])
     b_out[-2], b_out[-1] = anchor / 2**0.5, -anchor / 2**0.5
     scale = (W_E[1] + b_out).std(correction=0)
-    W_U = torch.cat([nothing, own, nothing[:2]]) * scale
+    W_U = torch.cat([nothing, identity, nothing[:2]]) * scale
     return assemble(W_E, pre, W_out, b_out, W_U, eps)
 
 
@@ -220,14 +220,14 @@ def natural(
     return _stream("natural", rows, range(n_rows), vocab)
 
 
-def pairs(found: Iterable[Pair], vocab: Sequence[str]) -> Stream:
+def pairs(selected: Iterable[Pair], vocab: Sequence[str]) -> Stream:
     """Rows BOS, two words, last word, answer; each pair is one string: clean, then its corruptions.
 
     The logit difference of a pair is logit[right] - logit[wrong] at a row's last position but one.
     """
     rows, strings = [], []
     rng = np.random.default_rng(1)
-    for number, pair in enumerate(found):
+    for number, pair in enumerate(selected):
         context = rng.integers(1, len(vocab), 2).tolist()
         rows.append([BOS, *context, pair.clean, pair.right])
         rows += [[BOS, *context, corrupt, pair.wrong] for corrupt in pair.corrupt]
@@ -250,12 +250,12 @@ def contrasts(model: HookedTransformer, clean: Iterable[int], corrupt: Sequence[
         corrupt: what may stand in a clean token's place; it need not exclude that token.
     """
     table, best = logits(model), answers(model)
-    found = []
+    result = []
     for token in clean:
         right, wrong = best[token - 1]
         by_contrast = sorted(corrupt, key=lambda c: float(table[c, right] - table[c, wrong]))
-        found.append(Pair(token, tuple(by_contrast[:N_CORRUPTIONS]), right, wrong))
-    return found
+        result.append(Pair(token, tuple(by_contrast[:N_CORRUPTIONS]), right, wrong))
+    return result
 
 
 def _stream(name: str, rows: object, strings: Iterable[int], vocab: Sequence[str]) -> Stream:

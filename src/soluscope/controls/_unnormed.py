@@ -44,7 +44,7 @@ def unnormed(
     ).eval()  # fmt: skip
     block = model.blocks[0]
     block.mlp.act_fn = nonlinearity
-    own = torch.eye(d_vocab, dtype=pre.dtype)
+    identity = torch.eye(d_vocab, dtype=pre.dtype)
     logits = slice(2 * d_vocab, 3 * d_vocab)
     anchor = _shell.ANCHOR * float((nonlinearity(pre) @ effect).norm(dim=-1).max())
     with torch.no_grad():
@@ -52,15 +52,15 @@ def unnormed(
             parameter.zero_()
         for norm in (block.ln1, block.ln2, model.ln_final):
             norm.w.fill_(1.0)
-        model.embed.W_E[:, :d_vocab] = own
-        model.embed.W_E[:, d_vocab : 2 * d_vocab] = -own
+        model.embed.W_E[:, :d_vocab] = identity
+        model.embed.W_E[:, d_vocab : 2 * d_vocab] = -identity
         seen = block.ln2(model.embed.W_E)
         block.mlp.W_in.copy_(torch.linalg.lstsq(seen, pre - b_in, driver="gels").solution)
         block.mlp.b_in.fill_(b_in)
         block.mlp.W_out[:, logits] = effect
         block.mlp.b_out[-2:] = torch.tensor([anchor, -anchor]) / 2**0.5
         scale = (model.embed.W_E[1] + block.mlp.b_out).std(correction=0)
-        model.unembed.W_U[logits] = own * scale
+        model.unembed.W_U[logits] = identity * scale
         model.unembed.b_U[_shell.BOS] = _shell.BOS_LOGIT
     return model
 

@@ -40,7 +40,7 @@ def build() -> Planted:
     effect[16:] = 0
     model = _shell.anchored(pre, effect, EPS)
     corrupt = range(1 + N_CLEAN, len(VOCAB))
-    found = [
+    pairs = [
         _shell.Pair(
             clean,
             tuple(corrupt[(clean + i) % N_CORRUPT] for i in range(_shell.N_CORRUPTIONS)),
@@ -50,7 +50,7 @@ def build() -> Planted:
         for clean, (right, wrong) in enumerate(_shell.answers(model)[:N_CLEAN], start=1)
     ]
     return Planted(
-        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(found, VOCAB)}
+        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(pairs, VOCAB)}
     )
 
 

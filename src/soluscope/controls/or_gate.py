@@ -68,7 +68,7 @@ def build() -> Planted:
         W_U[direction[f], answer[f]] = TOP_LOGIT / W_E.shape[1] ** 0.5
     pre = _shell.pre_for(mid)
     model = _shell.assemble(W_E, pre, W_out, torch.zeros_like(W_E[0]), W_U, EPS)
-    found = [
+    pairs = [
         _shell.Pair(
             token,
             tuple(other for other, g in corrupt if g == f),
@@ -78,7 +78,7 @@ def build() -> Planted:
         for token, f in clean
     ]
     return Planted(
-        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(found, VOCAB)}
+        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(pairs, VOCAB)}
     )
 
 

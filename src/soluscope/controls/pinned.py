@@ -30,10 +30,10 @@ def build() -> Planted:
     pre = torch.cat([low[:1], 2 * _shell.one_hot(len(A), N), low[1:]])
     effect = _shell.random_effect(1, _shell.post(low, EPS), len(VOCAB), sd=1.2)
     model = _shell.anchored(pre, effect, EPS)
-    found = [*_shell.contrasts(model, B[:16], A), *_shell.contrasts(model, A[:16], B)]
+    pairs = [*_shell.contrasts(model, B[:16], A), *_shell.contrasts(model, A[:16], B)]
     return Planted(
         model,
-        {"natural": _shell.natural(model, VOCAB, n_rows=192), "pairs": _shell.pairs(found, VOCAB)},
+        {"natural": _shell.natural(model, VOCAB, n_rows=192), "pairs": _shell.pairs(pairs, VOCAB)},
     )
 
 

@@ -49,9 +49,9 @@ def pre() -> Tensor:
 def build() -> Planted:
     x = pre()
     model = _shell.anchored(x, _shell.random_effect(1, _shell.post(x, EPS), len(VOCAB)), EPS)
-    found = [*_shell.contrasts(model, B[:16], A), *_shell.contrasts(model, A[:16], B)]
+    pairs = [*_shell.contrasts(model, B[:16], A), *_shell.contrasts(model, A[:16], B)]
     return Planted(
-        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(found, VOCAB)}
+        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(pairs, VOCAB)}
     )
 
 

@@ -87,18 +87,18 @@ def share_with_study(cache: TokenCache, study_dir: Path) -> None:
         UserError: if the study's runs are of other tokens.
     """
     saved, tokenizer = study_dir / "data.json", study_dir / "tokenizer.json"
-    own = cache.tokenizer_path.read_bytes()
+    content = cache.tokenizer_path.read_bytes()
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
         with _lock(study_dir / ".data.lock", "shares its tokens with the study"):
             if not saved.is_file():
-                write_bytes(tokenizer, own)
+                write_bytes(tokenizer, content)
                 facts = cache.meta | {"path": str(cache.path)}
                 write_text(saved, json.dumps(facts, indent=1) + "\n")
             there = json.loads(saved.read_text(encoding="utf8"))["key"]
-            whole = tokenizer.is_file() and tokenizer.read_bytes() == own
+            whole = tokenizer.is_file() and tokenizer.read_bytes() == content
             if there == cache.meta["key"] and not whole:  # of a study that was copied half-way
-                write_bytes(tokenizer, own)
+                write_bytes(tokenizer, content)
     except (ValueError, KeyError) as error:
         raise UserError(f"{saved} is broken ({error}): delete {saved} to make it again") from error
     except OSError as error:
@@ -163,10 +163,10 @@ def _hash(text: bytes) -> bytes:
 
 
 def _split_of(text_hash: bytes, select_share: float, report_share: float) -> Split:
-    place = int.from_bytes(text_hash[:8]) / 2**64
-    if place < select_share:
+    position = int.from_bytes(text_hash[:8]) / 2**64
+    if position < select_share:
         return "select"
-    return "report" if place < select_share + report_share else "train"
+    return "report" if position < select_share + report_share else "train"
 
 
 def open_cache(path: Path) -> TokenCache:
@@ -238,8 +238,8 @@ class TokenCache:
 
     def _problem(self) -> str | None:
         """What keeps the files from being those that meta.json describes."""
-        found = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
-        if found != self.meta["tokenizer_hash"]:
+        tokenizer_hash = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        if tokenizer_hash != self.meta["tokenizer_hash"]:
             return "tokenizer.json is not the one that made the tokens"
         for split in SPLITS:
             counts = self.meta["splits"][split]

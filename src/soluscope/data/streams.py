@@ -216,12 +216,12 @@ def prompts(name: str) -> list[str]:
 
 
 def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int, list[int]]]:
-    """Sentences of all lengths, about `n_tokens` in all but at least 20 of them; (place, tokens)."""
+    """Sentences of all lengths, about `n_tokens` in all but at least 20 of them; (index, tokens)."""
     texts = prompts("sentences")
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[: ctx - 1] for text in texts]
     mean = sum(1 + len(each) for each in ids) / len(ids)
     return [
-        (int(place), ids[place]) for place in evenly_spaced(len(ids), max(20, int(n_tokens / mean)))
+        (int(index), ids[index]) for index in evenly_spaced(len(ids), max(20, int(n_tokens / mean)))
     ]
 
 
@@ -231,11 +231,11 @@ def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Genera
     Raises:
         UserError: if the tokenizer has no whole word.
     """
-    found = pairs.one_token(tokenizer, prompts(name))
-    if len(found) >= n_wanted:
-        return found
-    others = rng.permutation(sorted({*single_token_words(tokenizer)} - {*found}))
-    return [*found, *others[: n_wanted - len(found)].tolist()]
+    words = pairs.one_token(tokenizer, prompts(name))
+    if len(words) >= n_wanted:
+        return words
+    others = rng.permutation(sorted({*single_token_words(tokenizer)} - {*words}))
+    return [*words, *others[: n_wanted - len(words)].tolist()]
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:
@@ -257,8 +257,8 @@ def docstrings(code: str) -> str:
     except (SyntaxError, ValueError):
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    return "\n\n".join(text for text in found if text)
+    texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    return "\n\n".join(text for text in texts if text)
 
 
 def _prefixes(cache: TokenCache, ctx: int, n_tokens: int) -> Iterator[tuple[int, list[int]]]:

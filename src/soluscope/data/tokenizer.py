@@ -155,11 +155,11 @@ def _download(name: str) -> Path:
 
 def _special(token: str, tokenizer: Tokenizer, folder: Path) -> int | None:
     """Id of `bos_token`, `eos_token` or `pad_token`, said in `folder`, else by usual names."""
-    said = [_said(folder / file, token) for file in _SAYS_SO]
-    for content in (*said, *_USUAL[token]):
-        found = None if content is None else tokenizer.token_to_id(content)
-        if found is not None:
-            return found
+    contents = [_said(folder / file, token) for file in _SAYS_SO]
+    for content in (*contents, *_USUAL[token]):
+        token_id = None if content is None else tokenizer.token_to_id(content)
+        if token_id is not None:
+            return token_id
     return None
 
 

@@ -167,11 +167,11 @@ def check_agreement(trained: LanguageModel, model: HookedBridge) -> float:
     record: Activations = {}
     wanted = {"logits": trained(tokens, record)} | record
     logits, cache = model.run_with_cache(tokens, record.__contains__)
-    found = {"logits": logits} | cache
+    computed = {"logits": logits} | cache
     differences = {
-        name: float((found[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        name: float((computed[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         for name, expected in wanted.items()
-        if name in found  # without a mid norm there is no hook_mid: there, mid is post
+        if name in computed  # without a mid norm there is no hook_mid: there, mid is post
     }
     where = max(differences, key=lambda name: differences[name])
     tolerance = TOLERANCE[trained.unembed.W_U.dtype]

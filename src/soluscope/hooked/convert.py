@@ -143,8 +143,8 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
             continue  # TransformerLens has none without a mid norm: there, mid is post
         if name != "logits" and name not in cache:
             raise UserError(f"the converted {facts.run} has no {name}: see its hooked_act_fn")
-        found = logits if name == "logits" else cache[name]
-        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        actual = logits if name == "logits" else cache[name]
+        difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= worst:
             worst, where = difference, name
     if not worst <= TOLERANCE[trained.unembed.W_U.dtype]:
@@ -164,10 +164,10 @@ def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
     if not path.is_file():
         raise UserError(f"no tokenizer at {path}: a run folder is read from inside its study")
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != facts.tokenizer_hash:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != facts.tokenizer_hash:
         raise UserError(
-            f"{path} (sha256 {found[:12]}…) is not the tokenizer that {facts.run} was trained with "
+            f"{path} (sha256 {digest[:12]}…) is not the tokenizer that {facts.run} was trained with "
             f"({facts.tokenizer_hash[:12]}…): it is another study's; put the run back into its own"
         )
     tokenizer = Tokenizer.from_buffer(content)

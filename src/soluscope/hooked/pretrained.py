@@ -263,16 +263,16 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     for key in SIZES:
         if not isinstance(config[key], int) or config[key] < (key != "d_mlp"):
             raise UserError(f"config.json of {name} has {key}={config[key]!r}, wanted a count")
-    told = {
+    settings = {
         "architecture": (config.get("architecture"), (None, "neel", "neel-solu-old")),
         "normalization": (config["normalization_type"], NORMS),
         "neuron_temp": (config.get("neuron_temp", 1), (1,)),
         "neuron_scale": (config.get("neuron_scale", 1), (1,)),
     }
-    for key, (found, known) in told.items():
-        if found not in known:
+    for key, (value, known) in settings.items():
+        if value not in known:
             raise UserError(
-                f"the layout of {name} is not known: its config.json has {key}={found!r}, known is "
+                f"the layout of {name} is not known: its config.json has {key}={value!r}, known is "
                 f"{' or '.join(map(repr, known))}"
             )
     return config
@@ -390,13 +390,15 @@ def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Pa
 
 def _special_tokens(folder: Path, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
     """Ids of `bos`, `eos` and `pad`; where one is not named, the one that TransformerLens takes."""
-    told: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for file in reversed(TOKENIZER[1:]):
         if (folder / file).is_file():
-            told |= {key: value for key, value in _read_json(folder / file, name).items() if value}
+            settings |= {
+                key: value for key, value in _read_json(folder / file, name).items() if value
+            }
     texts = {
         key: value["content"] if isinstance(value, dict) else value
-        for key, value in told.items()
+        for key, value in settings.items()
         if key in ("bos_token", "eos_token", "pad_token")
     }
     eos = texts.get("eos_token", "<|endoftext|>")
@@ -418,8 +420,8 @@ def _weights_file(folder: Path, name: str) -> Path:
     for pattern in WEIGHTS:
         for path in sorted(folder.rglob(pattern)):
             return path
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise UserError(f"{name} has no weights: wanted {' or '.join(WEIGHTS)}, there is {found}")
+    files = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise UserError(f"{name} has no weights: wanted {' or '.join(WEIGHTS)}, there is {files}")
 
 
 def _load_weights(
@@ -436,8 +438,8 @@ def _load_weights(
             f"the layout of {name} is not known: {path.name} has {', '.join(sorted(state)[:3])}…, wanted "
             "embed.W_E, pos_embed.W_pos, blocks.0.…"
         )
-    told = config.get("architecture", "neel-solu-old" if "_old" in name else "")
-    if told == "neel-solu-old" or any("norm" in key for key in state):
+    architecture = config.get("architecture", "neel-solu-old" if "_old" in name else "")
+    if architecture == "neel-solu-old" or any("norm" in key for key in state):
         state = convert_neel_solu_old_weights(state, model.cfg)
     for buffer, _ in model.named_buffers():  # attention masks, which TransformerLens makes itself
         state.pop(buffer, None)

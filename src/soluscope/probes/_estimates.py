@@ -33,24 +33,24 @@ def sums_by_string(parts: Iterable[ArrayLike], string: ArrayLike) -> tuple[Float
     return sums, int(kept.sum())
 
 
-def mean_over_strings(quantity: str, values: ArrayLike, **place: object) -> Estimate:
+def mean_over_strings(quantity: str, values: ArrayLike, **fields: object) -> Estimate:
     """Mean of one value a string."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     sums = np.stack([numbers, np.ones_like(numbers)], axis=1)
-    return _estimate(quantity, sums, _quotient, len(numbers), place)
+    return _estimate(quantity, sums, _quotient, len(numbers), fields)
 
 
 def ratio(
-    quantity: str, top: ArrayLike, bottom: ArrayLike, string: ArrayLike, **place: object
+    quantity: str, top: ArrayLike, bottom: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
     """Sum of `top` over sum of `bottom`, both [token]: a ratio of means, not a mean of ratios."""
     sums, n = sums_by_string([top, bottom], string)
-    return _estimate(quantity, sums, _quotient, n, place)
+    return _estimate(quantity, sums, _quotient, n, fields)
 
 
 def slope(
-    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **place: object
+    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
     """Least-squares slope of `y` on `x`, both [token], with an intercept."""
     sums, n = sums_by_string(_moments(x, y), string)
@@ -58,14 +58,14 @@ def slope(
     def value(sums: Floats) -> Floats:
         xy, xx, _ = _covariances(sums)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = np.where(xx > 0, xy / xx, np.nan)
-        return found
+            result: Floats = np.where(xx > 0, xy / xx, np.nan)
+        return result
 
-    return _estimate(quantity, sums, value, n, place)
+    return _estimate(quantity, sums, value, n, fields)
 
 
 def correlation(
-    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **place: object
+    quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
     """Pearson's correlation over tokens."""
     sums, n = sums_by_string(_moments(x, y), string)
@@ -73,10 +73,10 @@ def correlation(
     def value(sums: Floats) -> Floats:
         xy, xx, yy = _covariances(sums)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = np.where(xx * yy > 0, xy / np.sqrt(xx * yy), np.nan)
-        return found
+            result: Floats = np.where(xx * yy > 0, xy / np.sqrt(xx * yy), np.nan)
+        return result
 
-    return _estimate(quantity, sums, value, n, place)
+    return _estimate(quantity, sums, value, n, fields)
 
 
 def rank_correlation(
@@ -85,7 +85,7 @@ def rank_correlation(
     y: ArrayLike,
     string: ArrayLike,
     given: Iterable[ArrayLike] = (),
-    **place: object,
+    **fields: object,
 ) -> Estimate:
     """Spearman's correlation over tokens, partial where there is something `given`.
 
@@ -103,18 +103,18 @@ def rank_correlation(
     def value(sums: Floats) -> Floats:
         mean = sums[:, 1 : 1 + k] / sums[:, :1]
         covariance = np.empty((len(sums), k, k))
-        for place_, (i, j) in enumerate(pairs):
-            joint = sums[:, 1 + k + place_] / sums[:, 0] - mean[:, i] * mean[:, j]
+        for index, (i, j) in enumerate(pairs):
+            joint = sums[:, 1 + k + index] / sums[:, 0] - mean[:, i] * mean[:, j]
             covariance[:, i, j] = covariance[:, j, i] = joint
-        own, others = covariance[:, :2, :2], covariance[:, :2, 2:]
+        xy, others = covariance[:, :2, :2], covariance[:, :2, 2:]
         if k > 2:
-            own = own - others @ np.linalg.pinv(covariance[:, 2:, 2:]) @ others.swapaxes(1, 2)
+            xy = xy - others @ np.linalg.pinv(covariance[:, 2:, 2:]) @ others.swapaxes(1, 2)
         with np.errstate(divide="ignore", invalid="ignore"):
-            scale = own[:, 0, 0] * own[:, 1, 1]
-            found: Floats = np.where(scale > 1e-20, own[:, 0, 1] / np.sqrt(np.abs(scale)), np.nan)
-        return found
+            scale = xy[:, 0, 0] * xy[:, 1, 1]
+            result: Floats = np.where(scale > 1e-20, xy[:, 0, 1] / np.sqrt(np.abs(scale)), np.nan)
+        return result
 
-    return _estimate(quantity, sums, value, n, place)
+    return _estimate(quantity, sums, value, n, fields)
 
 
 def _moments(x: ArrayLike, y: ArrayLike) -> list[Floats]:
@@ -134,11 +134,15 @@ def _covariances(sums: Floats) -> tuple[Floats, Floats, Floats]:
 
 def _quotient(sums: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = sums[:, 0] / sums[:, 1]
-    return found
+        result: Floats = sums[:, 0] / sums[:, 1]
+    return result
 
 
 def _estimate(
-    quantity: str, sums: Floats, value: Callable[[Floats], Floats], n: int, place: dict[str, object]
+    quantity: str,
+    sums: Floats,
+    value: Callable[[Floats], Floats],
+    n: int,
+    fields: dict[str, object],
 ) -> Estimate:
-    return Estimate(quantity, sums, value, n, **place)  # type: ignore[arg-type]
+    return Estimate(quantity, sums, value, n, **fields)  # type: ignore[arg-type]

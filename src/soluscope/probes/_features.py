@@ -89,13 +89,13 @@ def label(run: HookedRun) -> Features:
     content = ~run.is_bos.numpy()
     enough = len(np.unique(run.string.numpy()[content])) >= MIN_DOCUMENTS
     halves = [measured for _, measured in folds(run, content)]
-    found: dict[bytes, tuple[str, str, Bools]] = {}
+    distinct: dict[bytes, tuple[str, str, Bools]] = {}
     for name, kind, everywhere in _candidates(run) if enough else ():
         holds = everywhere & content
         counts = [(int((holds & half).sum()), int((~holds & half).sum())) for half in halves]
         if min(min(pair) for pair in counts) >= MIN_TOKENS:
-            found.setdefault(np.packbits(holds).tobytes(), (name, kind, holds))
-    kept = list(found.values())
+            distinct.setdefault(np.packbits(holds).tobytes(), (name, kind, holds))
+    kept = list(distinct.values())
     return Features(
         names=tuple(name for name, _, _ in kept),
         kinds=tuple(kind for _, kind, _ in kept),
@@ -140,17 +140,17 @@ def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
         yield f"token {name}", "token", tokens == token
     if not run.vocab:
         return
-    used, place = np.unique(tokens, return_inverse=True)
+    used, index = np.unique(tokens, return_inverse=True)
     texts = [run.vocab[token] for token in used]
     looks = {
-        name: np.array([bool(re.search(pattern, text)) for text in texts])[place] & ~starts
+        name: np.array([bool(re.search(pattern, text)) for text in texts])[index] & ~starts
         for name, pattern in TEXT.items()
     }
     for name, holds in looks.items():
         yield name, "text", holds
     for name in BEFORE:
         yield f"after: {name}", "context", np.roll(looks[name], 1) & ~starts
-    yield from _in_brackets([texts[i] for i in place], starts)
+    yield from _in_brackets([texts[i] for i in index], starts)
 
 
 def _in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bools]]:
@@ -209,8 +209,8 @@ def auroc(values: NDArray[np.floating], holds: Bools) -> Floats:
     n = holds.sum(axis=1, keepdims=True).astype(np.float64)
     above = holds.astype(np.float64) @ ranks - n * (n + 1) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = above / (n * (holds.shape[1] - n))
-    return found
+        result: Floats = above / (n * (holds.shape[1] - n))
+    return result
 
 
 def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.int64]) -> Floats:
@@ -230,11 +230,13 @@ def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.in
     rounded = levels(values)
     ranks = rankdata(rounded, axis=0)
     placed = np.empty_like(rounded)
-    for own in (holds, ~holds):
-        below = ranks[own] - rankdata(rounded[own], axis=0)  # of the other class, ties half
-        share = below / max(1, int((~own).sum()))
-        placed[own] = share if own is holds else 1 - share
-    parts = [part for one in placed.T for part in (one * holds, holds, one * ~holds, ~holds)]
+    for group in (holds, ~holds):
+        below = ranks[group] - rankdata(rounded[group], axis=0)  # of the other class, ties half
+        share = below / max(1, int((~group).sum()))
+        placed[group] = share if group is holds else 1 - share
+    parts = [
+        part for column in placed.T for part in (column * holds, holds, column * ~holds, ~holds)
+    ]
     return sums_by_document(np.stack(parts, axis=1), string)
 
 
@@ -249,20 +251,20 @@ def auroc_of(sums: Floats, everything: Floats) -> Floats:
     """
 
     def means(sums: Floats) -> tuple[Floats, Floats]:
-        own, n_own, other, n_other = np.moveaxis(sums.reshape(len(sums), -1, 4), -1, 0)
+        present, n_present, absent, n_absent = np.moveaxis(sums.reshape(len(sums), -1, 4), -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return own / n_own, other / n_other
+            return present / n_present, absent / n_absent
 
-    own, other = means(sums)
-    return own + other - means(everything[None])[0]
+    present, absent = means(sums)
+    return present + absent - means(everything[None])[0]
 
 
 def mean_of_defined(values: Floats) -> Floats:
     """Mean over the last axis of what is not nan; nan where nothing is."""
     defined = ~np.isnan(values)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = np.where(defined, values, 0.0).sum(axis=-1) / defined.sum(axis=-1)
-    return found
+        result: Floats = np.where(defined, values, 0.0).sum(axis=-1) / defined.sum(axis=-1)
+    return result
 
 
 def median_of_defined(values: Floats) -> Floats:
@@ -270,5 +272,5 @@ def median_of_defined(values: Floats) -> Floats:
     ordered = np.sort(values, axis=-1)  # nan comes last
     n = (~np.isnan(ordered)).sum(axis=-1, keepdims=True)
     middle = np.concatenate([(n - 1) // 2, n // 2], axis=-1).clip(0)
-    found: Floats = np.take_along_axis(ordered, middle, axis=-1).mean(axis=-1)
-    return found
+    result: Floats = np.take_along_axis(ordered, middle, axis=-1).mean(axis=-1)
+    return result

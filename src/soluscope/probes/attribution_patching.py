@@ -88,14 +88,14 @@ def approximations(run: HookedRun) -> Approximations:
     )
     through, detached = gradients_of_mid(run, tokens, gradient)
     a = run.mid[tokens].double()
-    found = {
+    by_method = {
         "first order": -run.post[tokens].double() * gradient,
         "second order": (bounds.first + bounds.second / 2).double(),
         "before the norm": -a * through,
         "before the norm, gain detached": -a * detached,
     }
     exact = {name: post if name in OF_POST else mid for name in METHODS}
-    return Approximations(tokens, exact, found)
+    return Approximations(tokens, exact, by_method)
 
 
 def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,16 +132,16 @@ def _errors(run: HookedRun, at: Approximations) -> dict[str, Tensor]:
         "effect after the norm": at.exact["first order"].abs().sum(-1),
         "effect before the norm": at.exact["before the norm"].abs().sum(-1),
     }
-    for name, found in at.found.items():
+    for name, approximate in at.found.items():
         exact = at.exact[name]
         counted = exact.abs() > TOLERANCE
-        same = (found.sign() == exact.sign()) & counted
+        same = (approximate.sign() == exact.sign()) & counted
         k = min(N_TOP, exact.shape[-1])
         best, guessed = (
             torch.zeros_like(counted).scatter(-1, part.abs().topk(k).indices, True)
-            for part in (exact, found)
+            for part in (exact, approximate)
         )
-        values[f"error: {name}"] = (found - exact).abs().sum(-1)
+        values[f"error: {name}"] = (approximate - exact).abs().sum(-1)
         values[f"sign agreement: {name}"] = same.sum(-1) / counted.sum(-1)
         values[f"top-10 overlap: {name}"] = (best & guessed).sum(-1) / k
     through, detached = (at.found[n] for n in METHODS if n not in OF_POST)
@@ -156,12 +156,12 @@ def _estimates(run: HookedRun, at: Approximations, tokens: dict[str, Tensor]) ->
     string, columns = run.string.numpy(), arrays(tokens)
     here = run.string[at.tokens].numpy()
     owner = np.repeat(here, run.mid.shape[1])
-    for name, found in at.found.items():
+    for name, approximate in at.found.items():
         effect = "effect after the norm" if name in OF_POST else "effect before the norm"
         exact = at.exact[name].numpy()
         yield ratio(f"NMAE: {name}", columns[f"error: {name}"], columns[effect], string)
-        yield correlation(f"Pearson: {name}", found.numpy().ravel(), exact.ravel(), owner)
-        size, error = np.abs(exact), np.abs(found.numpy() - exact)
+        yield correlation(f"Pearson: {name}", approximate.numpy().ravel(), exact.ravel(), owner)
+        size, error = np.abs(exact), np.abs(approximate.numpy() - exact)
         edges = np.quantile(size, np.linspace(0, 1, N_BINS + 1)[1:-1])
         bins = np.searchsorted(edges, size)
         for number in range(N_BINS):

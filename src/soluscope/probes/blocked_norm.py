@@ -82,21 +82,21 @@ def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
     gamma = run.readout.gamma.double().view(n_blocks, -1)
     deviation = mid - mid.mean(-1, keepdim=True)
     variance = deviation.square().mean(-1)
-    own = (variance + run.eps).rsqrt()  # [token block]
+    block_gain = (variance + run.eps).rsqrt()  # [token block]
     joint = run.gain.double()[:, None]
     rms_of = (
         replace(run, post=(joint.square() * variance)),
-        replace(run, post=own.square() * variance),
+        replace(run, post=block_gain.square() * variance),
     )
     before, after = (disjoint_mean(each, "post") for each in rms_of)
     match = (before / after).where(after != 0, 1.0).sqrt()  # a block that is silent throughout
     loss = loss_at_post(run, run.post)
     changes = []
-    for gain in (own, match * own):
+    for gain in (block_gain, match * block_gain):
         added = gamma * (gain - joint)[..., None] * deviation
         changed = run.post + added.flatten(-2)
         changes.append(loss_at_post(run, changed.to(run.post.dtype)) - loss)
-    return [own.log().std(-1, correction=0), *changes]
+    return [block_gain.log().std(-1, correction=0), *changes]
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:

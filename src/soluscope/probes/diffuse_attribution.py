@@ -175,14 +175,16 @@ def _against_gain(
         )
     ]
     log_gain = log_gain[content]
-    found = rank_correlation(PARTIAL, score[content], log_gain, string, given)
+    partial = rank_correlation(PARTIAL, score[content], log_gain, string, given)
     nulls = [
         rank_correlation(PARTIAL, null[content], log_gain, string, given)
         for null in _null_scores(run)
     ]
-    yield found
+    yield partial
     yield _weighted(f"{PARTIAL}, W_out permuted", nulls, [1 / N_DEALS] * N_DEALS)
-    yield _weighted(f"{PARTIAL}, less permuted", [found, *nulls], [1.0, *[-1 / N_DEALS] * N_DEALS])
+    yield _weighted(
+        f"{PARTIAL}, less permuted", [partial, *nulls], [1.0, *[-1 / N_DEALS] * N_DEALS]
+    )
 
 
 def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
@@ -226,16 +228,16 @@ def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Est
     ends = np.cumsum([part.sums.shape[1] for part in parts])[:-1]
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.sum(
+        result: NDArray[np.float64] = np.sum(
             [
-                weight * part.value(own)
-                for weight, part, own in zip(
+                weight * part.value(part_sums)
+                for weight, part, part_sums in zip(
                     weights, parts, np.split(sums, ends, axis=1), strict=True
                 )
             ],
             axis=0,
         )
-        return found
+        return result
 
     return Estimate(quantity, np.concatenate([p.sums for p in parts], axis=1), value, parts[0].n)
 
@@ -251,8 +253,8 @@ def _top_over_all(
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3]) - 1
-        return found
+            result: NDArray[np.float64] = (sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3]) - 1
+        return result
 
     return Estimate(quantity, sums, value, n)
 
@@ -269,9 +271,9 @@ def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
             n_strings = np.unique(np.unique([tokens, string], axis=1)[0], return_counts=True)[1]
             types, counts = types[n_strings >= MIN_STRINGS], counts[n_strings >= MIN_STRINGS]
         for rank, token in enumerate(types[np.argsort(-counts, kind="stable")][:N_TYPES], start=1):
-            own = tokens == token
+            selected = tokens == token
             yield ratio(
-                name, dla[rows][own], own[own], string[own], x=float(rank),
+                name, dla[rows][selected], selected[selected], string[selected], x=float(rank),
                 note=run.vocab[int(token)] if run.vocab else str(token),
             )  # fmt: skip
 

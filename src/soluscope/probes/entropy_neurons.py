@@ -184,13 +184,13 @@ def _of_the_largest(
         values: [t d_mlp], at `tokens`.
         tokens: [t] row numbers.
     """
-    found = np.full(len(values), np.nan)
+    result = np.full(len(values), np.nan)
     for chosen, measured in _halves(tokens, run):
         if chosen.any():
             mean = values[chosen].mean(0)
             largest = abs(mean).argmax()
-            found[measured] = np.sign(mean[largest]) * values[measured, largest]
-    return ratio(quantity, found, found * 0 + 1, run.string.numpy()[tokens])
+            result[measured] = np.sign(mean[largest]) * values[measured, largest]
+    return ratio(quantity, result, result * 0 + 1, run.string.numpy()[tokens])
 
 
 def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
@@ -201,13 +201,13 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
     for chosen, measured in _halves(at.tokens.numpy(), run):
-        found = _discovered(excess[chosen], string[chosen])
-        again = np.zeros_like(found)
+        discovered = _discovered(excess[chosen], string[chosen])
+        again = np.zeros_like(discovered)
         if measured.any():  # one document has no other half
             again = (excess[measured].mean(0) > 0) & (_p(excess[measured], string[measured]) < Q)
-        n_confirmed.append((found & again).mean())
-        if found.any():
-            kept[measured] = excess[measured][:, found].mean(-1)
+        n_confirmed.append((discovered & again).mean())
+        if discovered.any():
+            kept[measured] = excess[measured][:, discovered].mean(-1)
     yield _fact(
         "share of neurons confirmed as entropy neurons", float(np.mean(n_confirmed)), len(excess)
     )

@@ -88,8 +88,8 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     by_string = np.argsort(string, kind="stable")
     ends = np.flatnonzero(np.diff(string[by_string])) + 1
     rows = [
-        fits(pos[own], {name: values[own] for name, values in columns.items()})
-        for own in np.split(by_string, ends)
+        fits(pos[indices], {name: values[indices] for name, values in columns.items()})
+        for indices in np.split(by_string, ends)
     ]
     for name in rows[0]:
         values = np.array([row[name] for row in rows])

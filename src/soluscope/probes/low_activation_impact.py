@@ -165,7 +165,7 @@ def _lowest(rank: Tensor, share: float) -> Tensor:
     return rank < max(1, round(share * rank.shape[-1]))
 
 
-def sets(found: Ablations, share: float) -> dict[str, Tensor]:
+def sets(ablated: Ablations, share: float) -> dict[str, Tensor]:
     """Which neurons go together, [t d_mlp] of bool.
 
     The lowest by |a| in the token; a random set of as many; random neurons, in order, for as
@@ -173,10 +173,10 @@ def sets(found: Ablations, share: float) -> dict[str, Tensor]:
     lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
     """
     generator = torch.Generator().manual_seed(0)
-    shuffled = torch.rand(found.in_token.shape, generator=generator, dtype=torch.float64)
+    shuffled = torch.rand(ablated.in_token.shape, generator=generator, dtype=torch.float64)
     order = shuffled.argsort(-1).argsort(-1).double()
-    lowest = _lowest(found.in_token, share)
-    mass = found.live.centred.abs()  # |n| over the token's gain
+    lowest = _lowest(ablated.in_token, share)
+    mass = ablated.live.centred.abs()  # |n| over the token's gain
     allowed = (mass * lowest).sum(-1, keepdim=True)
     by_order = order.argsort(-1)
     running = mass.gather(-1, by_order).cumsum(-1)
@@ -185,15 +185,15 @@ def sets(found: Ablations, share: float) -> dict[str, Tensor]:
         "lowest": lowest,
         "random": _lowest(order, share),
         "same |n|": within,
-        "lowest in neuron": found.in_neuron < share,
+        "lowest in neuron": ablated.in_neuron < share,
     }
 
 
-def set_effects(found: Ablations, share: float) -> dict[str, Tensor]:
+def set_effects(ablated: Ablations, share: float) -> dict[str, Tensor]:
     """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
-    live, fixed = found.live, found.fixed
-    zero, mean = torch.zeros_like(live.post), found.post_mean
-    chosen = sets(found, share)
+    live, fixed = ablated.live, ablated.fixed
+    zero, mean = torch.zeros_like(live.post), ablated.post_mean
+    chosen = sets(ablated, share)
 
     def change(of: HookedRun, which: str, to: Tensor) -> Tensor:
         return (loss_at_post(of, to.where(chosen[which], of.post)) - of.loss).double()
@@ -220,24 +220,24 @@ def set_effects(found: Ablations, share: float) -> dict[str, Tensor]:
 
 def measure(run: HookedRun) -> Measured:
     """Return effects of single neurons and of the lowest together: per token, by rank, and per neuron."""
-    found = ablations(run)
-    tokens = _effects(run, found)
-    return Measured(tokens, tuple(_estimates(run, found, tokens)), _by_neuron(run, found))
+    ablated = ablations(run)
+    tokens = _effects(run, ablated)
+    return Measured(tokens, tuple(_estimates(run, ablated, tokens)), _by_neuron(run, ablated))
 
 
-def _effects(run: HookedRun, found: Ablations) -> dict[str, Tensor]:
+def _effects(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
     """Return effects of single neurons and of the lowest together, and how these differ from the surrogate's.
 
     Returns:
         nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
     """
-    low = _lowest(found.in_token, LOWEST)
-    D = found.zero - found.static
-    half, most = set_effects(found, 0.5), set_effects(found, MOST)
-    above = found.live.gain.double() > float(run.mean_log_gain.exp())
+    low = _lowest(ablated.in_token, LOWEST)
+    D = ablated.zero - ablated.static
+    half, most = set_effects(ablated, 0.5), set_effects(ablated, MOST)
+    above = ablated.live.gain.double() > float(run.mean_log_gain.exp())
     values = {
-        "|dl|, all": found.zero.abs().mean(-1),
-        "|dl|, lowest tenth": (found.zero.abs() * low).sum(-1) / low.sum(-1),
+        "|dl|, all": ablated.zero.abs().mean(-1),
+        "|dl|, lowest tenth": (ablated.zero.abs() * low).sum(-1) / low.sum(-1),
         "D": D.sum(-1),
         "D where the gain is high": D.sum(-1).where(above, torch.nan),
         "D where the gain is low": D.sum(-1).where(~above, torch.nan),
@@ -249,33 +249,33 @@ def _effects(run: HookedRun, found: Ablations) -> dict[str, Tensor]:
         f"{REMOVED}, D": most["lowest, removed, D"],
         f"{REMOVED}, D where the gain is high": most["lowest, removed, D"].where(above, torch.nan),
     }
-    columns = {name: scattered(run, found.tokens, column) for name, column in values.items()}
+    columns = {name: scattered(run, ablated.tokens, column) for name, column in values.items()}
     return columns | {"gain": run.gain}
 
 
-def _estimates(run: HookedRun, found: Ablations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+def _estimates(run: HookedRun, ablated: Ablations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Lifts, curves over ranks and over sets, and the published figures."""
-    if not len(found.tokens):
+    if not len(ablated.tokens):
         return
-    string = run.string[found.tokens].numpy()
-    yield from _lifts(found, string)
-    yield from _deciles(found, string)
+    string = run.string[ablated.tokens].numpy()
+    yield from _lifts(ablated, string)
+    yield from _deciles(ablated, string)
     yield from _residual(run, tokens)
     for share in SHARES:
-        for name, effect in set_effects(found, share).items():
+        for name, effect in set_effects(ablated, share).items():
             values = effect.numpy()
             yield ratio(f"set: {name}", values, values * 0 + 1, string, x=share)
-    yield from _published(run, found, string)
+    yield from _published(run, ablated, string)
 
 
-def _lifts(found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _lifts(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """E[|dl| | lowest tenth of |a|] / E[|dl|], a ratio of two means over pairs."""
-    n_neurons = found.zero.shape[1]
+    n_neurons = ablated.zero.shape[1]
     low_sets = {
-        "in token": _lowest(found.in_token, LOWEST),
-        "in neuron": found.in_neuron < LOWEST,
+        "in token": _lowest(ablated.in_token, LOWEST),
+        "in neuron": ablated.in_neuron < LOWEST,
     }
-    for to, effect in (("", found.zero), (", to the mean", found.mean)):
+    for to, effect in (("", ablated.zero), (", to the mean", ablated.mean)):
         size = effect.abs()
         for within, low in low_sets.items():
             parts = [
@@ -292,18 +292,18 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return value
 
 
-def _deciles(found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _deciles(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
-    n_neurons = found.zero.shape[1]
-    size, static = found.zero.abs().numpy(), found.static.abs().numpy()
+    n_neurons = ablated.zero.shape[1]
+    size, static = ablated.zero.abs().numpy(), ablated.static.abs().numpy()
     tenths = {
-        "in token": (found.in_token / n_neurons * N_BINS).long().numpy(),
-        "in neuron": (found.in_neuron * N_BINS).long().numpy(),
+        "in token": (ablated.in_token / n_neurons * N_BINS).long().numpy(),
+        "in neuron": (ablated.in_neuron * N_BINS).long().numpy(),
     }
     for tenth in range(N_BINS):
         x = (tenth + 0.5) / N_BINS
-        for within, place in tenths.items():
-            inside = place == tenth
+        for within, bins in tenths.items():
+            inside = bins == tenth
             yield ratio(
                 f"mean |dl| by rank {within}",
                 (size * inside).sum(-1), inside.sum(-1), string, x=x,
@@ -344,10 +344,10 @@ def _quantile(
         low, high = sums[rows, before], sums[rows, after]
         with np.errstate(divide="ignore", invalid="ignore"):
             part = np.where(high > low, (wanted[:, 0] - low) / (high - low), 1.0)
-        found: NDArray[np.float64] = edges[before] + part.clip(0, 1) * (
+        result: NDArray[np.float64] = edges[before] + part.clip(0, 1) * (
             edges[after] - edges[before]
         )
-        return found
+        return result
 
     return Estimate(quantity, sums, value, len(values), x=x)
 
@@ -363,13 +363,13 @@ def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
         yield slope("slope of D on log gain", log_gain, columns["D"], string)
 
 
-def _published(run: HookedRun, found: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
+def _published(run: HookedRun, ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
     row = run.is_bos.cumsum(0)
-    n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][found.tokens]
-    change = (found.zero / n_targets[:, None]).numpy()
-    activation = run.mid[found.tokens].double().numpy()
-    signed = run.mid[found.tokens].argsort(stable=True).argsort().double()
+    n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][ablated.tokens]
+    change = (ablated.zero / n_targets[:, None]).numpy()
+    activation = run.mid[ablated.tokens].double().numpy()
+    signed = run.mid[ablated.tokens].argsort(stable=True).argsort().double()
     for figure, kept in (("Figure 4", _lowest(signed, LOWEST)), ("Figure 5", signed >= 0)):
         inside = kept.numpy()
         a, y = activation[inside], change[inside]
@@ -377,11 +377,11 @@ def _published(run: HookedRun, found: Ablations, string: NDArray[np.int64]) -> I
         yield correlation(f"{figure} (as published): correlation", a, y, owner)
         bins = (_rank(a) * N_BINS // len(a)).astype(int)
         for number in range(N_BINS):
-            mine = bins == number
-            if mine.any():
+            in_bin = bins == number
+            if in_bin.any():
                 yield ratio(
-                    f"{figure} (as published)", y[mine], np.ones(mine.sum()), owner[mine],
-                    x=float(a[mine].mean()),
+                    f"{figure} (as published)", y[in_bin], np.ones(in_bin.sum()), owner[in_bin],
+                    x=float(a[in_bin].mean()),
                 )  # fmt: skip
 
 
@@ -390,17 +390,17 @@ def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
     return ranks
 
 
-def _by_neuron(run: HookedRun, found: Ablations) -> dict[str, Tensor]:
+def _by_neuron(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
     """Return for each neuron its mean |dl| and mean D, and the chance of such a mean D where there is none.
 
     The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
     at most a share q of the neurons is there by chance.
     """
-    D = found.zero - found.static
-    string = run.string[found.tokens].numpy()
+    D = ablated.zero - ablated.static
+    string = run.string[ablated.tokens].numpy()
     sums, _ = sums_by_string([*D.T.numpy(), D[:, 0].numpy() * 0 + 1], string)
     return {
-        "mean |dl|": found.zero.abs().mean(0),
+        "mean |dl|": ablated.zero.abs().mean(0),
         "mean D": D.mean(0),
         "adjusted p of mean D": torch.from_numpy(
             benjamini_hochberg(mean_p(sums[:, :-1], sums[:, -1]))

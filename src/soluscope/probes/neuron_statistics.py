@@ -82,16 +82,16 @@ def _counts(run: HookedRun) -> dict[str, Tensor]:
         By stage: participation ratio, (sum a^2)^2 / sum a^4; K_eff, |a|^2 / max(a)^2; and the share
         of neurons above a tenth of the token's largest |a|. nan at a token that is 0 everywhere.
     """
-    found = {}
+    counts = {}
     for stage in STAGES:
         square = getattr(run, stage).double().square()
         largest = square.amax(-1)
         total = square.sum(-1)
-        found[f"participation ratio: {stage}"] = total.square() / square.square().sum(-1)
-        found[f"K_eff: {stage}"] = total / largest
+        counts[f"participation ratio: {stage}"] = total.square() / square.square().sum(-1)
+        counts[f"K_eff: {stage}"] = total / largest
         active = (square > ABOVE**2 * largest[:, None]).double().mean(-1)
-        found[f"active neurons: {stage}"] = active.masked_fill(largest == 0, float("nan"))
-    return found
+        counts[f"active neurons: {stage}"] = active.masked_fill(largest == 0, float("nan"))
+    return counts
 
 
 def _estimates(content: HookedRun, values: dict[str, Floats]) -> Iterator[Estimate]:
@@ -121,9 +121,9 @@ def _median_moment(quantity: str, sums: Floats, moment: Moment, n: int) -> Estim
     return Estimate(quantity, sums, lambda drawn: median_of_defined(moment(drawn, total)), n)
 
 
-def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Estimate:
+def _less(quantity: str, first: Floats, second: Floats, n: int, paired: bool) -> Estimate:
     """Kurtosis less another: the median neuron's difference, or, unpaired, that of two medians."""
-    totals = one.sum(axis=0), other.sum(axis=0)
+    totals = first.sum(axis=0), second.sum(axis=0)
 
     def value(drawn: Floats) -> Floats:
         halves = np.split(drawn, 2, axis=1)
@@ -132,22 +132,22 @@ def _less(quantity: str, one: Floats, other: Floats, n: int, paired: bool) -> Es
             return median_of_defined(left - right)
         return median_of_defined(left) - median_of_defined(right)
 
-    return Estimate(quantity, np.concatenate([one, other], axis=1), value, n)
+    return Estimate(quantity, np.concatenate([first, second], axis=1), value, n)
 
 
 def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tensor]:
     """Return one row per neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
     string = content.string.numpy()
-    found: dict[str, Floats] = {}
-    for stage, own in values.items():
-        total = _power_sums(own, string).sum(axis=0)
-        found[f"skewness: {stage}"] = _skewness(total[None], total)[0]
-        found[f"excess kurtosis: {stage}"] = _kurtosis(total[None], total)[0]
-        density = _density_sums(own, string).sum(axis=0, keepdims=True)
-        found[f"density: {stage}"] = _density(density)[0]
-        information = _information_sums(content, own).sum(axis=0, keepdims=True)
-        found[f"token information: {stage}"] = _information(information)[0]
-    return {name: torch.from_numpy(column) for name, column in found.items()}
+    columns: dict[str, Floats] = {}
+    for stage, activations in values.items():
+        total = _power_sums(activations, string).sum(axis=0)
+        columns[f"skewness: {stage}"] = _skewness(total[None], total)[0]
+        columns[f"excess kurtosis: {stage}"] = _kurtosis(total[None], total)[0]
+        density = _density_sums(activations, string).sum(axis=0, keepdims=True)
+        columns[f"density: {stage}"] = _density(density)[0]
+        information = _information_sums(content, activations).sum(axis=0, keepdims=True)
+        columns[f"token information: {stage}"] = _information(information)[0]
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def _values(run: HookedRun, stage: str) -> Floats:
@@ -240,8 +240,8 @@ def _density(sums: Floats) -> Floats:
     """(mean |x|)^2 / mean x^2: 1 where all tokens excite alike, p where a share p does."""
     n, size, square = np.split(sums, 3, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = size**2 / (n * square)
-    return found
+        result: Floats = size**2 / (n * square)
+    return result
 
 
 def _information_sums(run: HookedRun, values: Floats) -> Floats:
@@ -273,8 +273,8 @@ def _information(sums: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         variance = square / n - (x / n) ** 2
         covariance = product / n - x / n * predicted / n
-    found: Floats = covariance / np.where(variance > 1e-9, variance, np.nan)
-    return found
+    result: Floats = covariance / np.where(variance > 1e-9, variance, np.nan)
+    return result
 
 
 def _mean_information(sums: Floats) -> Floats:
@@ -291,7 +291,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     bos = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
     document = torch.cat([bos, 3 * torch.eye(4)[[0, 1, 2, 3] * 4]])
     run = planted(document.expand(6, -1, -1), gain=2.0)
-    own = torch.tensor([4, *[0, 1, 2, 3] * 4]).repeat(6)
+    tokens = torch.tensor([4, *[0, 1, 2, 3] * 4]).repeat(6)
     shape: dict[str, Any] = {
         f"{name}: {stage}": answer
         for stage in ("pre", "mid", "post")
@@ -310,7 +310,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         "active neurons: post": [1] * 102,
     }
     after = {"density: mid": 1 / 4, "density: post": 3 / 4, "kurtosis, post less mid": 0.0}
-    yield replace(run, tokens=own), shape | counts | after
+    yield replace(run, tokens=tokens), shape | counts | after
     dealt = torch.tensor([4, *[0] * 4, *[1] * 4, *[2] * 4, *[3] * 4]).repeat(6)
     yield replace(run, tokens=dealt), {f"token information: {stage}": 0.0 for stage in STAGES}
 

@@ -207,8 +207,8 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
     """
     resid, reads = run.resid_mid[chosen], run.mlp.W_in.T[neuron]
     _, gradient = torch.autograd.functional.vjp(run.mlp.ln2, resid, reads.to(resid.dtype))
-    found: Tensor = gradient.double()
-    return found
+    result: Tensor = gradient.double()
+    return result
 
 
 def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
@@ -221,9 +221,9 @@ def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
 def _angles(motion: Tensor) -> Tensor:
     """Angles between successive steps, [token step]; nan beside a step that goes nowhere."""
     unit = motion / motion.norm(dim=-1, keepdim=True)
-    one, two = unit[:, :-1], unit[:, 1:]
+    before, after = unit[:, :-1], unit[:, 1:]
     # Twice the half-angle: arccos of their product would lose small angles to rounding.
-    return 2 * torch.atan2((one - two).norm(dim=-1), (one + two).norm(dim=-1))
+    return 2 * torch.atan2((before - after).norm(dim=-1), (before + after).norm(dim=-1))
 
 
 def _switches(state: Tensor) -> Tensor:
@@ -233,12 +233,12 @@ def _switches(state: Tensor) -> Tensor:
 
 def _effective_number(patterns: Tensor) -> Tensor:
     """exp of the entropy of how often each pattern occurs, [token]; patterns are [token step neuron]."""
-    found = []
+    numbers = []
     for path in patterns:
         counts = torch.unique(path, dim=0, return_counts=True)[1]
         share = counts.double() / counts.sum()
-        found.append((-(share * share.log()).sum()).exp())
-    return torch.stack(found)
+        numbers.append((-(share * share.log()).sum()).exp())
+    return torch.stack(numbers)
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:

@@ -128,24 +128,24 @@ def _changes(run: HookedRun) -> dict[str, Tensor]:
     the stream away.
     """
     pre = run.pre.double()
-    own = _log_gain(run, pre)
+    log_gain = _log_gain(run, pre)
     changes = {
-        "x halved": _log_gain(run, pre / 2) - own,
-        "x doubled": _log_gain(run, pre * 2) - own,
-        "softmax at temperature 2": _log_gain(run, pre, temperature=2.0) - own,
-        "softmax at temperature 1/2": _log_gain(run, pre, temperature=0.5) - own,
+        "x halved": _log_gain(run, pre / 2) - log_gain,
+        "x doubled": _log_gain(run, pre * 2) - log_gain,
+        "softmax at temperature 2": _log_gain(run, pre, temperature=2.0) - log_gain,
+        "softmax at temperature 1/2": _log_gain(run, pre, temperature=0.5) - log_gain,
     }
     xmax = pre.amax(-1)
     chosen = (~run.is_bos & (xmax > 0)).nonzero().squeeze(-1)
     partner = chosen.roll(len(chosen) // 2)
     factor = (xmax[partner] / xmax[chosen])[:, None]
     swapped = {
-        "another's magnitude": _log_gain(run, pre[chosen] * factor) - own[chosen],
-        "another's shape": _log_gain(run, pre[partner] / factor) - own[chosen],
-        "another's both": own[partner] - own[chosen],
+        "another's magnitude": _log_gain(run, pre[chosen] * factor) - log_gain[chosen],
+        "another's shape": _log_gain(run, pre[partner] / factor) - log_gain[chosen],
+        "another's both": log_gain[partner] - log_gain[chosen],
     }
     for name, change in swapped.items():
-        changes[name] = torch.full_like(own, torch.nan).index_copy(0, chosen, change)
+        changes[name] = torch.full_like(log_gain, torch.nan).index_copy(0, chosen, change)
     return changes
 
 
@@ -208,10 +208,10 @@ def _mean_elasticity(log_s: NDArray[np.floating], eps: float) -> NDArray[np.floa
     step = log_s - middle
     near = np.abs(step) < 1e-6  # where the quotient would be rounding
     local = -1 / (1 + eps * np.exp(-2 * middle))
-    found: NDArray[np.float64] = np.where(
+    result: NDArray[np.float64] = np.where(
         near, local, (log_g(log_s) - log_g(middle)) / np.where(near, 1.0, step)
     )
-    return found
+    return result
 
 
 def _covariance(

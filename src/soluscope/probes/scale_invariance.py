@@ -104,11 +104,11 @@ def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
 
 def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str, Tensor]:
     resid = run.resid_mid[chosen]
-    own, other = (run.mlp(scaled).post.double() for scaled in (resid, factor * resid))
+    original, other = (run.mlp(scaled).post.double() for scaled in (resid, factor * resid))
     W_out = run.mlp.W_out.double()
     values: dict[str, Tensor] = {}
     errors = iter(RESIDUAL_ERRORS)
-    for before, after in ((own, other), (own @ W_out, other @ W_out)):
+    for before, after in ((original, other), (original @ W_out, other @ W_out)):
         size = before.norm(dim=-1)
         values[next(errors)] = (after - before).norm(dim=-1) / size
         # Half the squared distance of the two unit vectors: 1 - cos without its cancellation.

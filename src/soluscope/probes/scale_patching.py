@@ -108,20 +108,20 @@ def _shares(run: HookedRun) -> dict[str, Tensor]:
     clean, corrupt = _places(run)
     pairs = {"denoise": (corrupt, clean), "noise": (clean, corrupt)}  # receiver, donor
     answers = run.tokens[clean + 1], run.tokens[corrupt + 1]
-    own = {way: _Patched(run, *pair, *answers) for way, pair in pairs.items()}
-    difference = own["noise"].m_of("nothing") - own["denoise"].m_of("nothing")
+    by_way = {way: _Patched(run, *pair, *answers) for way, pair in pairs.items()}
+    difference = by_way["noise"].m_of("nothing") - by_way["denoise"].m_of("nothing")
     kept = difference.abs() >= LEAST_DIFFERENCE
-    found = {DIFFERENCE: difference}
+    measured = {DIFFERENCE: difference}
     for final_norm, how in FINAL_NORMS.items():
-        for way, patched in own.items():
+        for way, patched in by_way.items():
             sign = 1 if way == "denoise" else -1
             m = {part: patched.m_of(part, final_norm) / difference for part in patched.n}
             shares = {part: sign * (m[part] - m["nothing"]) for part in COMPONENTS}
             shares[INTERACTION] = m["content"] - m["gain"] - m["centred"] + m["nothing"]
             for part, share in shares.items():
-                found[_row(way, part, how)] = share.where(kept, torch.nan)
+                measured[_row(way, part, how)] = share.where(kept, torch.nan)
     columns = {}
-    for name, values in found.items():
+    for name, values in measured.items():
         columns[name] = values.new_full(run.pos.shape, torch.nan)
         columns[name][corrupt] = values
     return columns

@@ -158,18 +158,18 @@ def lowest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
     Between doses by the parabola through the lowest three; nan where the curve is flat.
     """
     last = len(DOUBLINGS) - 1
-    place = np.nan_to_num(curves, nan=0.0).argmin(-1)
-    inner = np.clip(place, 1, last - 1)[..., None]
+    index = np.nan_to_num(curves, nan=0.0).argmin(-1)
+    inner = np.clip(index, 1, last - 1)[..., None]
     left, middle, right = (
         np.take_along_axis(curves, inner + k, axis=-1)[..., 0] for k in (-1, 0, 1)
     )
     bend = left - 2 * middle + right
     with np.errstate(divide="ignore", invalid="ignore"):
-        between = place + 0.5 * (left - right) / bend
-    ends = (place == 0) | (place == last)
-    where = DOUBLINGS[0] + (DOUBLINGS[1] - DOUBLINGS[0]) * np.where(ends, place, between)
-    found: NDArray[np.float64] = np.where(np.ptp(curves, axis=-1) > FLAT, where, np.nan)
-    return found
+        between = index + 0.5 * (left - right) / bend
+    ends = (index == 0) | (index == last)
+    where = DOUBLINGS[0] + (DOUBLINGS[1] - DOUBLINGS[0]) * np.where(ends, index, between)
+    result: NDArray[np.float64] = np.where(np.ptp(curves, axis=-1) > FLAT, where, np.nan)
+    return result
 
 
 def _at(dose: float, how: str) -> str:

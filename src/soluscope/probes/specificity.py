@@ -115,14 +115,14 @@ def _shares(run: HookedRun, halves: Sequence[_Pairs]) -> dict[str, Tensor]:
     Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
     documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
     """
-    found = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
+    columns = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
     for pairs in halves:
         for stage, name in SHARES.items():
             weak = _bins_by_rank(pairs, stage)[:, :, LOW].sum(axis=2)  # [token pair]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = (weak * pairs.holds).sum(axis=1) / weak.sum(axis=1)
-            found[name][pairs.measured] = share
-    return {name: torch.from_numpy(column) for name, column in found.items()}
+            columns[name][pairs.measured] = share
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> Iterator[Estimate]:
@@ -217,8 +217,8 @@ def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
     """Which of equally wide bins from 0 to the neuron's largest value a token is in, [token pair bin]."""
     values = pairs.values[stage]
     largest = values.max(axis=0, initial=0.0)
-    place = np.ceil(values / np.where(largest > 0, largest, 1.0) * N_BINS)
-    shares: Floats = (place[:, :, None] == 1 + np.arange(N_BINS)).astype(np.float64)
+    number = np.ceil(values / np.where(largest > 0, largest, 1.0) * N_BINS)
+    shares: Floats = (number[:, :, None] == 1 + np.arange(N_BINS)).astype(np.float64)
     return shares
 
 
@@ -236,10 +236,10 @@ def _difference(
         after: and after it.
     """
     bins = [
-        np.concatenate([one[:, :, LOW], other[:, :, LOW]], axis=2)
-        for one, other in zip(before, after, strict=True)
+        np.concatenate([half[:, :, LOW], other[:, :, LOW]], axis=2)
+        for half, other in zip(before, after, strict=True)
     ]
-    shape = (sum(one.shape[1] for one in bins), 2, bins[0].shape[2] // 2)
+    shape = (sum(half.shape[1] for half in bins), 2, bins[0].shape[2] // 2)
 
     def value(sums: Floats) -> Floats:
         inside = _specificity(sums).reshape(len(sums), *shape)
@@ -257,8 +257,8 @@ def _curve(
         return mean_of_defined(_specificity(sums))
 
     for b in range(N_BINS):
-        here = [one[:, :, b : b + 1] for one in bins]
-        if any(one.any() for one in here):
+        here = [half[:, :, b : b + 1] for half in bins]
+        if any(half.any() for half in here):
             sums, n = _sums(halves, here), _n_tokens(halves)
             yield Estimate(quantity, sums, value, n, x=float(b + 1), group=stage)
 
@@ -280,8 +280,8 @@ def _specificity(sums: Floats) -> Floats:
     """P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
     having, of_all = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
-    return found
+        result: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
+    return result
 
 
 def _n_tokens(halves: Sequence[_Pairs]) -> int:

@@ -117,8 +117,8 @@ class _CrossFit:
         above_chance = aurocs - 0.5
         full: Floats = above_chance[:, :, -1]
         least = (above_chance >= ENOUGH * full[:, :, None]).argmax(axis=2)
-        found: Floats = np.where(full >= DECODED - 0.5, self.sizes[least], np.nan)
-        return found
+        result: Floats = np.where(full >= DECODED - 0.5, self.sizes[least], np.nan)
+        return result
 
     def index_of_all(self) -> Floats:
         """The index itself, without resampling. [feature]"""
@@ -152,9 +152,9 @@ def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> di
             for vector in (direction, generator.standard_normal(len(direction)))
         )
         length = (here.post - mean) @ read  # [token]
-        own = loss_at_post(here, here.post)
+        loss = loss_at_post(here, here.post)
         for name, removed in ((tier, read), ("random", elsewhere)):
-            change = loss_at_post(here, here.post - length[:, None] * removed) - own
+            change = loss_at_post(here, here.post - length[:, None] * removed) - loss
             totals[name][chosen] += torch.stack([change, torch.ones_like(change)], -1).double()
     return {name: totals[tier][:, 0] / totals[tier][:, 1] for tier, name in REMOVED.items()}
 
@@ -236,18 +236,23 @@ def _tiers(
     full = decoding.sums[:, :, :, -1:]
     yield _from_aurocs(f"AUROC above chance: {stage}", full, above_chance, n)
     for kind in ("", *dict.fromkeys(features.kinds)):
-        mine = np.array([kind in ("", own) for own in features.kinds])
-        sums = decoding.sums[:, :, mine]
+        selected = np.array([kind in ("", feature_kind) for feature_kind in features.kinds])
+        sums = decoding.sums[:, :, selected]
         for quantity, number in (
             (f"distribution index: {stage}", median_index),
             (f"tier gap: {stage}", second_tier),
         ):
             yield _from_aurocs(quantity, sums, number, n, group=kind)
         yield _from_aurocs(
-            f"log gain of the second tier: {stage}", sums, tier_gain, n, gains[:, mine], group=kind
+            f"log gain of the second tier: {stage}",
+            sums,
+            tier_gain,
+            n,
+            gains[:, selected],
+            group=kind,
         )
-    for place, size in enumerate(decoding.sizes):
-        sums = decoding.sums[:, :, :, place : place + 1]
+    for position, size in enumerate(decoding.sizes):
+        sums = decoding.sums[:, :, :, position : position + 1]
         x = float(size)
         yield _from_aurocs("AUROC by neurons", sums, mean_auroc, n, x=x, group=stage)
 
@@ -258,7 +263,7 @@ def _from_aurocs(
     number: Callable[..., Floats],
     n: int,
     more: Floats | None = None,
-    **place: Any,
+    **fields: Any,
 ) -> Estimate:
     """An Estimate whose `number` is a function of AUROCs [draw feature size].
 
@@ -268,7 +273,7 @@ def _from_aurocs(
         number: given the AUROCs, and the weighted sums of `more` where there are any.
         n: tokens.
         more: sums of something else, [document ...].
-        place: `x` and `group`.
+        fields: `x` and `group`.
     """
     flat = sums.reshape(len(sums), -1)
     width = flat.shape[1]
@@ -278,7 +283,7 @@ def _from_aurocs(
         return number(aurocs) if more is None else number(aurocs, drawn[:, width:])
 
     together = flat if more is None else np.concatenate([flat, more.reshape(len(more), -1)], 1)
-    return Estimate(quantity, together, value, n, **place)
+    return Estimate(quantity, together, value, n, **fields)
 
 
 def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
@@ -292,11 +297,13 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
     """
     total = sums.sum(axis=0)
     shape = total.shape[:-1]
-    own, found = (
+    observed, resampled = (
         auroc_of(each.reshape(len(each), -1), total.ravel()).reshape(-1, *shape)
         for each in (total[None], drawn)
     )  # [1 or draw, fold feature size]
-    mean, deviation = (mean_of_defined(np.moveaxis(each, 1, -1)) for each in (own, found - own))
+    mean, deviation = (
+        mean_of_defined(np.moveaxis(each, 1, -1)) for each in (observed, resampled - observed)
+    )
     spread: Floats = mean + HALVES_AGREE * deviation
     return spread
 
@@ -330,8 +337,8 @@ def _cross_fit(
         weights, unit = _fit(values[fitted_on], features.holds[:, fitted_on], sizes)
         tested, string = values[tested_on] / unit, run.string.numpy()[tested_on]
         by_feature = [
-            auroc_sums(tested @ own, holds, string)
-            for own, holds in zip(weights, features.holds[:, tested_on], strict=True)
+            auroc_sums(tested @ weight, holds, string)
+            for weight, holds in zip(weights, features.holds[:, tested_on], strict=True)
         ]
         directions.append(weights[:, :, -1] / unit)
         sums.append(np.concatenate(by_feature, axis=1))
@@ -371,10 +378,10 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
     ridge = n_neurons / n * np.eye(n_neurons)
     weights[:, :, -1] = np.linalg.solve(correlation + ridge, difference.T).T
     for feature, order in enumerate(best_first):
-        for place, k in enumerate(sizes[:-1]):
+        for position, k in enumerate(sizes[:-1]):
             chosen = order[:k]
             ridge = k / n * np.eye(k)
-            weights[feature, chosen, place] = np.linalg.solve(
+            weights[feature, chosen, position] = np.linalg.solve(
                 correlation[np.ix_(chosen, chosen)] + ridge, difference[feature, chosen]
             )
     return weights, unit

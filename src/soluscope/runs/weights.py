@@ -218,10 +218,10 @@ class _WithoutDocstrings(ast.NodeTransformer):
 @cache
 def versions() -> dict[str, str]:
     """Versions of what the numbers rest on."""
-    found = {}
+    result = {}
     for package in ("soluscope", "torch", "lightning", "transformer-lens", "numpy"):
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            result[package] = "not installed"
+    return result

@@ -33,24 +33,24 @@ def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np
 
 def rows_in_order(seed: int, start: int, count: int, n_rows: int) -> NDArray[np.int64]:
     """`count` rows of the endless order of `seed`, from place `start` of it."""
-    epoch, place = np.divmod(start + np.arange(count, dtype=np.int64), n_rows)
-    return _permute(place.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
+    epoch, position = np.divmod(start + np.arange(count, dtype=np.int64), n_rows)
+    return _permute(position.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
 
 
 def _permute(
-    place: NDArray[np.uint64], n: int, seed: int, epoch: NDArray[np.uint64]
+    position: NDArray[np.uint64], n: int, seed: int, epoch: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside it."""
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    outside = np.ones(len(place), dtype=bool)
+    outside = np.ones(len(position), dtype=bool)
     while outside.any():
-        left, right = place[outside] >> half, place[outside] & mask
+        left, right = position[outside] >> half, position[outside] & mask
         for turn in range(4):
             left, right = right, left ^ (_mix(right, seed, epoch[outside], turn) & mask)
-        place[outside] = left << half | right
-        outside = place >= n
-    return place.astype(np.int64)
+        position[outside] = left << half | right
+        outside = position >= n
+    return position.astype(np.int64)
 
 
 def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:

@@ -21,9 +21,9 @@ def with_precision(config: Config) -> Config:
     """
     if config.train.precision != "auto":
         return config
-    own = Run(config.run_dir)
+    this_run = Run(config.run_dir)
     begun = [Run(path.parent) for path in sorted(config.study_dir.glob("*/config.yaml"))]
-    for run in (own, *begun):
+    for run in (this_run, *begun):
         if not run.checkpoint.is_file():
             continue
         with suppress(UserError):  # a folder that was copied half-way

@@ -236,9 +236,9 @@ def mean_loss(
 def _check_fits(path: Path, module: nn.Module) -> None:
     """Refuse a checkpoint of other shapes before anything is overwritten."""
     state = load_checkpoint(path).get("state_dict", {})
-    own = module.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        here = tuple(own[name].shape) if name in own else "nothing"
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        here = tuple(expected[name].shape) if name in expected else "nothing"
         there = tuple(state[name].shape) if name in state else "nothing"
         if here != there:
             raise UserError(

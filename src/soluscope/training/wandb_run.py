@@ -200,14 +200,14 @@ def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
 
 def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -> Any:
     wandb = package()
-    place = {
+    destination = {
         "id": known.get("id", secrets.token_hex(6)),
         "project": known.get("project", os.environ.get("WANDB_PROJECT", PROJECT)),
         "entity": known.get("entity", os.environ.get("WANDB_ENTITY")),
     }
     under_agent = "WANDB_SWEEP_ID" in os.environ  # it says which run this is, and where
     return wandb.init(
-        **({} if under_agent else place),
+        **({} if under_agent else destination),
         dir=run_dir,
         name=config.run_name,
         group=config.study,
@@ -260,8 +260,8 @@ def _config(config: Config) -> dict[str, Any]:
 def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{facts['study']}-{facts['run']}")
     artifact = package().Artifact(name, type="model", metadata=dict(facts))
-    own = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
-    for path in (*own, run_dir.parent / "tokenizer.json"):
+    paths = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
+    for path in (*paths, run_dir.parent / "tokenizer.json"):
         # From where it lies: by default wandb copies every model into the home folder first.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
     return artifact

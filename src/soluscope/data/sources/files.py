@@ -65,19 +65,19 @@ def _files(params: Params) -> list[Path]:
     Raises:
         UserError: if a glob matches no file, or a file's ending is not known.
     """
-    found: set[Path] = set()
+    paths: set[Path] = set()
     for pattern in params.paths:
         expanded = glob.glob(str(Path(pattern).expanduser()), recursive=True)
         matches = {Path(match) for match in expanded if Path(match).is_file()}
         if not matches:
             raise UserError(f"corpus.paths: {pattern!r} matches no file, seen from {Path.cwd()}")
-        found |= matches
-    for path in found:
+        paths |= matches
+    for path in paths:
         if path.suffix not in _READERS:
             raise UserError(
                 f"corpus.paths: {path} ends in {path.suffix!r}; wanted {', '.join(_READERS)}"
             )
-    return sorted(found)
+    return sorted(paths)
 
 
 def _read_txt(path: Path, params: Params, skip: Skip) -> Iterator[Document]:

@@ -54,15 +54,15 @@ def _files(params: Params) -> list[tuple[str, int]]:
         subfolders[:] = set(subfolders) - _LEFT_OUT
         below = Path(folder).relative_to(root)
         names += [(below / file).as_posix() for file in files if file.endswith(".py")]
-    found = []
+    selected = []
     n_bytes = 0
     for name in sorted(names):
         size = (root / name).stat().st_size
         n_bytes += size
         if params.max_mb is not None and n_bytes > params.max_mb * 1e6:
             break
-        found.append((name, size))
-    return found
+        selected.append((name, size))
+    return selected
 
 
 SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint)

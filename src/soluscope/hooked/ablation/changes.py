@@ -174,15 +174,15 @@ class Ablation(Edits):
         row, neuron, low, high = self._candidates(tokens, values, k=k)
         reach = torch.maximum(low.abs(), high.abs())
         order = reach.argsort(descending=True, stable=True)
-        found = low.new_empty(0)
+        evaluated = low.new_empty(0)
         for part in order.split(max(k, 256)):
-            if len(found) >= k and reach[part[0]] < found.abs().topk(k).values[-1]:
+            if len(evaluated) >= k and reach[part[0]] < evaluated.abs().topk(k).values[-1]:
                 break
-            found = torch.cat([found, self._at(tokens, values, row[part], neuron[part])])
-        best = found.abs().argsort(descending=True, stable=True)[:k]
+            evaluated = torch.cat([evaluated, self._at(tokens, values, row[part], neuron[part])])
+        best = evaluated.abs().argsort(descending=True, stable=True)[:k]
         chosen = order[best]
-        change, error = found[best], torch.zeros_like(found[best])
-        return self._pairs(tokens, row[chosen], neuron[chosen], change, error, len(found))
+        change, error = evaluated[best], torch.zeros_like(evaluated[best])
+        return self._pairs(tokens, row[chosen], neuron[chosen], change, error, len(evaluated))
 
     @torch.no_grad()
     def above(
@@ -307,15 +307,15 @@ class Ablation(Edits):
             by_entry = (
                 part[tokens, ..., columns].unbind() for part in (block.E, block.p, surprise)
             )
-            found_sums = []
+            tile_sums = []
             for u_t, w_t, mean_t, E_t, p_t, surprise_t in zip(*by_pair, *by_entry, strict=True):
                 torch.mm(u_t, E_t, out=delta).addcmul_(w_t, B)
-                found_sums.append(measure(delta, mean_t, p_t, surprise_t))
-            sums[:, tokens, rows] += torch.stack(found_sums, dim=1)
+                tile_sums.append(measure(delta, mean_t, p_t, surprise_t))
+            sums[:, tokens, rows] += torch.stack(tile_sums, dim=1)
         if of == "loss":
-            found = sums[0].log() - edit.target
+            result = sums[0].log() - edit.target
         else:
-            found = sums[0].log1p() - (sums[1] + sums[2]) / (1 + sums[0])
+            result = sums[0].log1p() - (sums[1] + sums[2]) / (1 + sums[0])
         for pairs in anew.nonzero().split(max(1, size // d_vocab)):
             t, j = pairs.T
             after, before = self._run_anew(block, neurons, edit, t, j), block.log_p[t]
@@ -323,8 +323,8 @@ class Ablation(Edits):
                 change = (before - after).gather(-1, block.target[t, None]).squeeze(-1)
             else:
                 change = (before.exp() * before - after.exp() * after).sum(-1)
-            found[t, j] = change.double()
-        return found
+            result[t, j] = change.double()
+        return result
 
     def _candidates(
         self, tokens: Tensor, values: float | Tensor, *, k: int = 0, threshold: float | None = None
@@ -354,20 +354,20 @@ class Ablation(Edits):
         self, tokens: Tensor, values: float | Tensor, row: Tensor, neuron: Tensor
     ) -> Float[Tensor, " pair"]:
         """Change of loss at some pairs, given by row of `tokens` and neuron; fp64."""
-        rows, place = row.unique(return_inverse=True)
+        rows, index = row.unique(return_inverse=True)
         given = torch.as_tensor(values)
-        found = torch.empty(len(row), dtype=torch.float64, device=row.device)
+        result = torch.empty(len(row), dtype=torch.float64, device=row.device)
         done = 0
         for block, _, edit in self._edits(
             "post", tokens[rows], given[rows] if given.dim() == 2 else given, self._neurons
         ):
-            here = ((place >= done) & (place < done + len(block.ids))).nonzero().squeeze(-1)
-            at = place[here] - done, neuron[here]
+            here = ((index >= done) & (index < done + len(block.ids))).nonzero().squeeze(-1)
+            at = index[here] - done, neuron[here]
             where = torch.zeros_like(edit.w, dtype=torch.bool)
             where[at] = True
-            found[here] = self._evaluate(block, self._neurons, edit, where)[at]
+            result[here] = self._evaluate(block, self._neurons, edit, where)[at]
             done += len(block.ids)
-        return found
+        return result
 
     def _pairs(
         self,
@@ -393,13 +393,15 @@ def _tokens_of_others(run: HookedRun, n_draws: int, seed: int) -> Int[Tensor, "t
     content = (~run.is_bos).nonzero().squeeze(-1)
     content = content[owner[content].argsort(stable=True)]  # by string
     counts = torch.bincount(owner[content], minlength=int(owner.max()) + 1)
-    own, before = counts[owner, None], (counts.cumsum(0) - counts)[owner, None]
-    n_others = len(content) - own
+    n_own, before = counts[owner, None], (counts.cumsum(0) - counts)[owner, None]
+    n_others = len(content) - n_own
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(owner), n_draws, dtype=torch.float64, generator=generator).to(own.device)
-    place = (draws * n_others).long()
-    place += own * (place >= before)  # past the token's own string
-    return content[place.clamp_max(len(content) - 1)].where(n_others > 0, -1)
+    draws = torch.rand(len(owner), n_draws, dtype=torch.float64, generator=generator).to(
+        n_own.device
+    )
+    index = (draws * n_others).long()
+    index += n_own * (index >= before)  # past the token's own string
+    return content[index.clamp_max(len(content) - 1)].where(n_others > 0, -1)
 
 
 def _tiles(

@@ -188,13 +188,13 @@ class Edits:
     def _edit(
         self, kind: Stage, block: Tokens, neurons: Neurons, moments: Moments, values: Tensor
     ) -> Edit:
-        """What setting each neuron to `values` adds to R: c_r of each V_r, and `own` of W_j."""
+        """What setting each neuron to `values` adds to R: c_r of each V_r, and `c_W` of W_j."""
         if kind == "post":
-            own = values - self.run.post[block.ids][:, neurons.ids].double()
-            c = own[..., None].new_zeros(*own.shape, 1)
+            c_W = values - self.run.post[block.ids][:, neurons.ids].double()
+            c = c_W[..., None].new_zeros(*c_W.shape, 1)
         else:
             factor, step = self._through_norm(kind, block.ids, neurons, values)
-            own = step * neurons.gamma.double()
+            c_W = step * neurons.gamma.double()
             c = torch.stack([torch.zeros_like(step), factor - 1, step], dim=-1)
         d_model, scale = neurons.W.shape[1], block.scale
         gram = (block.V @ block.V.transpose(1, 2)).double()
@@ -202,19 +202,19 @@ class Edits:
         added = (
             2 * (c @ gram[:, :, :1]).squeeze(-1)
             + ((c @ gram) * c).sum(-1)
-            + 2 * own * (VW[..., 0] + (VW * c).sum(-1))
-            + own.square() * neurons.square
+            + 2 * c_W * (VW[..., 0] + (VW * c).sum(-1))
+            + c_W.square() * neurons.square
         ) / d_model  # to |R|^2 / d_model
         square = scale.square() + added
         lengths = gram.diagonal(dim1=1, dim2=2).sqrt()[..., None]
-        parts = (c.abs() @ lengths).squeeze(-1) + own.abs() * neurons.square.sqrt()
+        parts = (c.abs() @ lengths).squeeze(-1) + c_W.abs() * neurons.square.sqrt()
         cancels = ~(parts.square() <= CANCELS**2 * d_model * square) & values.isfinite()
         after = square.clamp_min(self.run.readout.ln_eps).sqrt()
         if self.final_norm == "frozen":
             added, after = torch.zeros_like(added), scale.expand_as(added)
         u = c * (scale / after)[..., None]
         u[..., 0] = -added / (after * (scale + after))  # S / S' - 1
-        w = own / after
+        w = c_W / after
         ends_E = [u * end[:, None] for end in (moments.highest_E, moments.lowest_E)]
         ends_B = [w * (end - moments.mean_B) for end in (neurons.highest, neurons.lowest)]
         return Edit(

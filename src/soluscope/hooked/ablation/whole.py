@@ -86,8 +86,8 @@ def loss_at_post(
     losses = torch.full_like(post[:, 0], torch.nan)
     for block in token_blocks((run.target >= 0).nonzero().squeeze(-1), run, 4):
         resid = resid_of(run, block, post)
-        own = resid if final_norm == "live" else resid_of(run, block, run.post)
-        scale = (own.square().mean(-1, keepdim=True) + run.readout.ln_eps).sqrt()
+        scale_resid = resid if final_norm == "live" else resid_of(run, block, run.post)
+        scale = (scale_resid.square().mean(-1, keepdim=True) + run.readout.ln_eps).sqrt()
         losses[block] = cross_entropy(bias + unembed(run, resid) / scale, run.target[block])
     return losses
 
