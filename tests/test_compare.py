@@ -31,6 +31,7 @@ from soluscope.results import (
     Verdict,
     of_kind,
 )
+from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts
 
 pytestmark = pytest.mark.arithmetic
@@ -875,7 +876,7 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "model.json").write_text(json.dumps(facts))
-        return _settings(folder)
+        return _settings(Run(folder))
 
     first = told(train__lr=0.001, seed=0, tag="a")
     assert first.keys() >= {*SETTINGS, "family"}

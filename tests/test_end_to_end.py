@@ -25,6 +25,8 @@ from soluscope.results import (
     of_kind,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 VARIANTS = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())["parameters"]["variant"][
     "values"

@@ -21,6 +21,8 @@ from soluscope.launching import jobs
 from soluscope.launching.launch import Evaluate
 from soluscope.launching.sweep import Sweep, read_sweep
 
+pytestmark = pytest.mark.slow
+
 LONG = 500
 """Steps of a job that is disturbed: some seconds."""
 
