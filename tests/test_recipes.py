@@ -148,16 +148,9 @@ parameters:
   variant: {values: [solu, solu_biased, solu_ln]}
 """
 PARTS = (
-    "src",
-    "configs",
-    "docs",
-    "sweeps",
-    "tests",
-    "train",
-    "eval",
-    "README.md",
-    "pyproject.toml",
-)
+    "src", "configs", "docs", "sweeps", "tests", "train", "eval", "benchmarks", "README.md", "Makefile",
+    "pyproject.toml", "constraints.txt", "CHANGELOG.md", "LICENSE",
+)  # fmt: skip
 NEW = {
     "src/soluscope/variants/solu_biased.py": VARIANT,
     "configs/variant/solu_biased.yaml": "variant: solu_biased\n",
