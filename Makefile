@@ -1,5 +1,5 @@
-# Two commands, each doing all it needs: make demo, make test. And for more of the tests: make test-slow,
-# make test-arithmetic, and make test-tl4 for TransformerLens 4.x.
+# Two commands, each doing all it needs: make demo, make test. `make smoke` is the shortest path through everything, `make docs`
+# builds the site. More tests: make test-slow, make test-arithmetic, and make test-tl4 for TransformerLens 4.x.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +9,17 @@ TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin
 
-.PHONY: demo test test-slow test-arithmetic test-tl4 lint
+.PHONY: demo smoke docs test test-slow test-arithmetic test-tl4 lint
 
 demo: $(VENV)/installed
-	$(BIN)/python sweeps/launch.py sweeps/demo.yaml eval.n_tokens=4000 wandb=offline
+	$(BIN)/soluscope sweep demo eval.n_tokens=4000 wandb=offline
+
+# Trains four tiny models, converts, probes and reports them, in less than two minutes.
+smoke: $(VENV)/installed
+	$(BIN)/soluscope sweep smoke wandb=offline eval.probes=[engagement,scale_freeze] eval.n_tokens=500 eval.n_loss_tokens=2000
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	$(PYTEST) -m "not slow"

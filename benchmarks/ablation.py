@@ -1,11 +1,12 @@
-"""Times of exact ablation against hooks at SoLU-1L's shape, one JSON line a case on stdout.
+"""Times of exact ablation against hooks at SoLU-1L's shape, one JSON line per case on stdout.
 
     python benchmarks/ablation.py [--device cuda] [--n_positions 64]
 
 Weights and tokens are random. Both sides of a ratio run in one process, interleaved, in fp32 and
-inference mode. A hooked forward that edits one neuron at one position gives one (token, neuron) pair;
-one that edits it at all positions takes as long and gives a pair for each, the loss being by token.
-The closed forms are timed for all 2048 neurons of some tokens; W_out U, made once a model, is not.
+inference mode. A hooked forward pass that edits one neuron at one position gives one (token, neuron)
+pair. A pass that edits the neuron at all positions takes as long and gives one pair per position,
+because the loss is per-token. The closed forms are timed for all 2048 neurons of some tokens; computing
+W_out U, once per model, is not timed.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ TOLERANCE = 1e-6
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--n_positions", type=int, default=64, help="of the prompt; BOS is one")
-    parser.add_argument("--n_tokens", type=int, default=32, help="ablated in one call")
+    parser.add_argument(
+        "--n_positions", type=int, default=64, help="positions of the prompt, BOS included"
+    )
+    parser.add_argument("--n_tokens", type=int, default=32, help="tokens ablated in one call")
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, run = _model_and_run(args.device, args.n_positions)
@@ -92,7 +95,7 @@ def _model_and_run(device: str, n_positions: int) -> tuple[Any, HookedRun]:
 
 @torch.inference_mode()
 def _hooked(model: Any, run: HookedRun, stage: str, neuron: int, where: slice) -> Tensor:
-    """Losses by token when the neuron is zeroed at some positions."""
+    """Return per-token losses with the neuron set to zero at some positions."""
 
     def zeroed(values: Tensor, hook: Any) -> Tensor:
         values[:, where, neuron] = 0
@@ -106,7 +109,7 @@ def _hooked(model: Any, run: HookedRun, stage: str, neuron: int, where: slice) -
 
 
 def _on(device: str, value: Any) -> Any:
-    """A run, or a part of one, with its tensors on a device."""
+    """Return a run, or a part of a run, with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if not is_dataclass(value) or isinstance(value, type):
@@ -117,7 +120,7 @@ def _on(device: str, value: Any) -> Any:
 def _interleaved(
     measure: Callable[[], Tensor], hooked: Callable[[], Tensor], device: str
 ) -> tuple[float, float, float]:
-    """Median milliseconds of both, and the most bytes that `measure` held besides what was there."""
+    """Return the median milliseconds of both, and the peak number of bytes that `measure` added."""
     times: dict[Callable[[], Tensor], list[float]] = {measure: [], hooked: []}
     measure(), hooked()
     peak = 0.0
@@ -136,26 +139,26 @@ def _interleaved(
 
 
 def _memory(device: str, *, peak: bool = False) -> float:
-    """Bytes in use; or the most since the last time that this was asked without `peak`."""
+    """Return the bytes in use; with `peak`, the largest number since the last call without `peak`."""
     if device == "cuda":
         if peak:
             return torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if not peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return float(status["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
 
 
-def _difference(model: Any, run: HookedRun, case: str, tokens: Tensor, found: Tensor) -> float:
-    """Largest difference in nats from the hooks at some neurons."""
+def _difference(model: Any, run: HookedRun, case: str, tokens: Tensor, changes: Tensor) -> float:
+    """Return the largest difference from the hooks at some neurons, in nats."""
     stage = case.split(",")[0]
     nothing = _hooked(model, run, stage, 0, slice(0, 0))
     worst = 0.0
     for neuron in torch.linspace(0, D_MLP - 1, N_CHECKED).long().tolist():
         wanted = (_hooked(model, run, stage, neuron, slice(None)) - nothing)[tokens]
-        worst = max(worst, float((wanted - found[:, neuron]).abs().max()))
+        worst = max(worst, float((wanted - changes[:, neuron]).abs().max()))
     return worst
 
 

@@ -1,17 +1,17 @@
-"""How long the probes take on one model, and whether that grows as the number of tokens does.
+"""Times of the probes on one model, and their growth with the number of tokens.
 
     python benchmarks/suite.py runs/demo/solu_ln-s0
     python benchmarks/suite.py runs/demo/solu_ln-s0 2000 10000 50000
     python benchmarks/suite.py --pretrained-shape 2000
 
-Works on a copy of the run's folder. Prints one JSON line a probe: seconds at each number of tokens,
-its own activations and intervals included, and the exponent by which they grow from the first number
-to the last (1: in proportion). The first stream that needs a model's activations pays for them, so
-`tokens` stands for observing the natural stream.
+The script works on a copy of the run's folder. It prints one JSON line per probe: seconds at each number
+of tokens, activations and intervals included, and the exponent of their growth from the first number to
+the last (1: in proportion). The first probe of a stream pays for its activations, so `tokens` includes
+the time of observing the natural stream.
 
---pretrained-shape: on random weights of SoLU-1L's shape, in a folder as the hub's cache has it, with a
-tokenizer of as many entries; also the seconds in which the model is loaded, and the process's largest
-memory in GB. Its text is Python's standard library.
+With --pretrained-shape, the model has random weights of SoLU-1L's shape, files as in the hub's cache and
+a tokenizer of as many entries. The script then also prints the seconds that loading takes and the
+process's peak memory in GB. The text is Python's standard library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPE = {
     "n_layers": 1, "d_model": 512, "d_mlp": 2048, "d_head": 64, "n_heads": 8, "n_ctx": 1024, "d_vocab": 48262,
     "act_fn": "solu_ln", "attn_only": False, "normalization": "LN", "final_rms": False, "ln_eps": 1e-5,
 }  # fmt: skip
-"""SoLU-1L's config.json, as far as it says what is computed."""
+"""The settings of SoLU-1L's config.json that define the computation."""
 
 Marks = list[tuple[str, float]]
 
@@ -49,15 +49,15 @@ def main(words: list[str]) -> None:
     pretrained = words[0] == "--pretrained-shape"
     sizes = [int(word) for word in words[1:]] or [2000, 10_000, 50_000]
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
+        folder = Path(scratch)
         if pretrained:
-            write_model(place / "model")
+            write_model(folder / "model")
             begin = time.perf_counter()
-            load_pretrained(str(place / "model"))
+            load_pretrained(str(folder / "model"))
             print(json.dumps({"load": round(time.perf_counter() - begin, 2)}), flush=True)
-            taken = {n: pretrained_times(place, n) for n in sizes}
+            taken = {n: pretrained_times(folder, n) for n in sizes}
         else:
-            taken = {n: times(Path(words[0]), place / str(n), n) for n in sizes}
+            taken = {n: times(Path(words[0]), folder / str(n), n) for n in sizes}
     for name in [*taken[sizes[0]], "all"]:
         seconds = {n: round(each.get(name, sum(each.values())), 2) for n, each in taken.items()}
         line: dict[str, object] = {"probe": name, "seconds": seconds}
@@ -69,7 +69,7 @@ def main(words: list[str]) -> None:
 
 
 def times(run_dir: Path, scratch: Path, n_tokens: int) -> dict[str, float]:
-    """Seconds of each probe, and of `tokens`; controls and losses left out."""
+    """Return the seconds of each probe and of `tokens`, without controls and losses."""
     marks: Marks = []
     study = scratch / run_dir.parent.name
     copy = study / run_dir.name
@@ -83,7 +83,7 @@ def times(run_dir: Path, scratch: Path, n_tokens: int) -> dict[str, float]:
 
 
 def pretrained_times(scratch: Path, n_tokens: int) -> dict[str, float]:
-    """Seconds of each probe, of `tokens` and of `loss`; controls left out."""
+    """Return the seconds of each probe, of `tokens` and of `loss`, without controls."""
     marks: Marks = []
     begin = time.perf_counter()
 
@@ -99,16 +99,16 @@ def pretrained_times(scratch: Path, n_tokens: int) -> dict[str, float]:
 
 
 def between(marks: Marks) -> dict[str, float]:
-    """Seconds from what was said of each probe to what was said next."""
-    found = {}
+    """Return the seconds from each probe's line of progress to the next line."""
+    seconds = {}
     for (text, begin), (_, end) in pairwise([*marks, ("", time.perf_counter())]):
         if "controls of" not in text:
-            found[text.rpartition(": ")[2].split(" (")[0]] = end - begin
-    return found
+            seconds[text.rpartition(": ")[2].split(" (")[0]] = end - begin
+    return seconds
 
 
 def write_model(folder: Path) -> None:
-    """Random weights of SoLU-1L's shape, as a repository of its family holds them."""
+    """Write random weights of SoLU-1L's shape, in the layout of its family's repositories."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(SHAPE))
     write_tokenizer(folder)
@@ -122,7 +122,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A BPE of the standard library, and made-up words in the places that it leaves."""
+    """Write a BPE tokenizer of the standard library, filled up to d_vocab with made-up words."""
     source = plugins.pick("soluscope.data.sources", "stdlib")
     texts = (document.text for document in source.documents(source.params(max_mb=4)))
     tokenizer = Tokenizer(models.BPE())
@@ -139,8 +139,8 @@ def write_tokenizer(folder: Path) -> None:
     n_left = int(str(SHAPE["d_vocab"])) - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"<made-up {i}>" for i in range(n_left)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = dict(zip(("eos_token", "bos_token", "pad_token"), special, strict=True))
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    names = dict(zip(("eos_token", "bos_token", "pad_token"), special, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
 if __name__ == "__main__":

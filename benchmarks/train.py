@@ -1,8 +1,8 @@
-"""Times of a training step, one JSON line a case on stdout.
+"""Times of a training step, one JSON line per case on stdout.
 
     python benchmarks/train.py [--device cuda]
 
-All sides of a ratio run in one process, interleaved, so that a noisy machine moves both alike:
+All sides of a ratio run in one process, interleaved, so that a noisy machine slows both sides equally:
 our module, the same step under Lightning, and HookedTransformer with the same weights and optimizer.
 """
 
@@ -31,7 +31,7 @@ from soluscope.training.run import facts_of, train
 D_MODEL, D_MLP, CTX, D_VOCAB, BATCH = 128, 512, 128, 4096, 16
 N_STEPS, N_WARMUP, N_BATCHES = 12, 3, 512
 BF16_FLOPS = {"H100": 989e12, "H200": 989e12}
-"""Dense bf16 peak of a GPU, by a part of its name."""
+"""Dense bf16 peak of each GPU, in FLOP/s, keyed by a part of the GPU's name."""
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def _config(variant: str, device: str, folder: str) -> Config:
 def _steps(
     config: Config, cache: TokenCache, device: str
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Our step and HookedTransformer's: same weights, batch, optimizer and clipping, no Lightning."""
+    """Return our step and HookedTransformer's: same weights, batch, optimizer and clipping, no Lightning."""
     ours = TrainingModule(config, cache).to(device)
     facts = facts_of(config, cache, ours.model)
     variant = plugins.pick("soluscope.variants", config.variant)
@@ -108,7 +108,7 @@ def _steps(
 
 
 def _interleaved(steps: dict[str, Callable[[], None]], device: str) -> dict[str, float]:
-    """Median milliseconds of each, over rounds in which each runs once."""
+    """Return the median milliseconds of each step, over rounds in which each step runs once."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(N_WARMUP + N_STEPS):
         for name, step in steps.items():
@@ -122,10 +122,10 @@ def _interleaved(steps: dict[str, Callable[[], None]], device: str) -> dict[str,
 
 
 def _lightning_step(config: Config, device: str) -> float:
-    """Milliseconds that Lightning and our callback add to a step.
+    """Return the milliseconds that Lightning and our callback add to a step.
 
-    The difference of two large, noisy times would drown it, so a model of two neurons is trained
-    through the real loop and the same step is timed without it.
+    This small time would drown in the difference of two large, noisy times. So a model of two neurons is
+    trained through the real loop, and the same step is timed without the loop.
     """
     small = load_config(
         [
@@ -143,7 +143,7 @@ def _lightning_step(config: Config, device: str) -> float:
 
 
 def _data_case(config: Config, cache: TokenCache, step_ms: float) -> dict[str, Any]:
-    """A batch through the real data loader, rows drawn and copied from the memmap, against a step."""
+    """Time a batch from the real data loader, rows drawn and copied from the memmap, relative to a step."""
     batches = Batches(config, cache)
     batches.trainer = SimpleNamespace(global_step=0)
     loader = iter(batches.train_dataloader())
@@ -156,7 +156,7 @@ def _data_case(config: Config, cache: TokenCache, step_ms: float) -> dict[str, A
 
 
 def _throughput(ms: float) -> dict[str, float]:
-    """Tokens a second, and the share of the GPU's dense bf16 peak that the matrix products make up."""
+    """Return tokens per second, and the matrix products' share of the GPU's dense bf16 peak."""
     tokens = BATCH * CTX
     matrices = 4 * D_MODEL**2 + 2 * D_MODEL * D_MLP + D_MODEL * D_VOCAB
     flops = 6 * tokens * (matrices + CTX * D_MODEL)

@@ -1,12 +1,12 @@
-"""A Hugging Face hub on loopback: the routes that huggingface_hub asks for, over folders of files.
+"""A Hugging Face hub on loopback: the routes that huggingface_hub requests, over repositories in memory.
 
     GET       /api/models/{repo}[/revision/{rev}]   the commit that `rev` stands for, and its files
     GET       /api/models/{repo}/tree/{rev}         the files with their sizes and checksums
-    HEAD, GET /{repo}/resolve/{rev}/{file}          a small file; of a large one where it lies, elsewhere
-    GET       /lfs/{sha256}/{file}                  a large file, from the byte that is asked for
+    HEAD, GET /{repo}/resolve/{rev}/{file}          a small file; a redirect for a large file
+    GET       /lfs/{sha256}/{file}                  a large file, from the requested byte on
 
-Large are .pth and .safetensors: they lie at `localhost` where the hub is `127.0.0.1`, so that the client
-takes them for another host's as it does the real hub's.
+Files that end in .pth or .safetensors are large. They are served from `localhost` while the hub is `127.0.0.1`, so
+the client treats them as files of another host, as with the real hub.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Files = dict[str, bytes]
 
 
 def checksum(name: str, content: bytes) -> str:
-    """What the hub announces: sha256 of a large file, git's sha1 of a small one."""
+    """Return the checksum that the hub announces: sha256 of a large file, git's sha1 of a small file."""
     if name.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Hub:
-    """Repositories with their commits, and what goes wrong with them.
+    """Repositories with their commits, and the faults with which they are served.
 
-    `faults` maps a file or a repository to what befalls it: a status (401, 403, 404, 500); or of a file
-    `cut` (the connection breaks in its middle), `short` (half of it comes, in good order), `flipped` (a
-    byte differs from what was announced). `cut once` breaks once.
+    `faults` maps a file or a repository to its fault. A fault is a status (401, 403, 404, 500) or, for a
+    file only, `cut` (the connection breaks halfway), `short` (a complete answer with half of the file),
+    `flipped` (one byte does not match the announced checksum). `cut once` breaks only once.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Hub:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """For as long as this lasts, nobody listens."""
+        """Stop the server while the block runs, then listen on the same port again."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -76,7 +76,7 @@ class Hub:
             self.__enter__()
 
     def put(self, repo: str, files: Files, branch: str = "main") -> str:
-        """Commit `files` to a branch. Returns the commit's sha."""
+        """Add a commit of `files` to a branch, and return the commit's sha."""
         sums = json.dumps([repo, sorted((name, checksum(name, f)) for name, f in files.items())])
         commit = hashlib.sha1(sums.encode()).hexdigest()
         self.commits.setdefault(repo, {})[commit] = dict(files)
@@ -129,19 +129,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(fault, "EntryNotFound" if fault == 404 else "")
         if name not in files:
             return self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        told = {"X-Repo-Commit": commit, "ETag": f'"{checksum(name, files[name])}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{checksum(name, files[name])}"'}
         if not name.endswith(LARGE):
-            return self._send(200, self._damaged(name, files[name]), told)
+            return self._send(200, self._damaged(name, files[name]), headers)
         sum_, port = checksum(name, files[name]), self.hub.port
-        told |= {"X-Linked-ETag": told["ETag"], "X-Linked-Size": str(len(files[name]))}
+        headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(files[name]))}
         return self._send(
-            302, b"", told | {"Location": f"http://localhost:{port}/lfs/{sum_}/{name}"}
+            302, b"", headers | {"Location": f"http://localhost:{port}/lfs/{sum_}/{name}"}
         )
 
     def _large(self, sum_: str, name: str) -> None:
         repositories = (commit for repo in self.hub.commits.values() for commit in repo.values())
-        found = (files[name] for files in repositories if name in files)
-        content = next(content for content in found if checksum(name, content) == sum_)
+        versions = (files[name] for files in repositories if name in files)
+        content = next(content for content in versions if checksum(name, content) == sum_)
         content = self._damaged(name, content)
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         fault = self.hub.faults.get(name)
@@ -155,8 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if start:
-            told = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            return self._send(206, content[start:], told)
+            headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            return self._send(206, content[start:], headers)
         return self._send(200, content, {})
 
     def _damaged(self, name: str, content: bytes) -> bytes:

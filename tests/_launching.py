@@ -1,4 +1,4 @@
-"""Sweeps launched as a user launches them, and who is at work on their runs: for tests that kill things."""
+"""Helpers that launch sweeps as a user does and find the processes at work; for tests that kill processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LAUNCH = ROOT / "sweeps" / "launch.py"
 SMALL = (
     "size=tiny", "corpus.max_mb=1", "train.threads=1", "train.precision=fp32", "train.device=cpu", "wandb=off"
 )  # fmt: skip
-"""Words of a job that takes a second or so for 300 steps, and gives the same bits wherever it runs."""
+"""Words of a job that takes about a second for 300 steps and gives the same bits in any process."""
 
 
 def sweep_file(folder: Path, **parameters: Sequence[object]) -> Path:
-    """A sweep over `parameters` (`train__lr` is train.lr), in `folder`."""
+    """Write a sweep over `parameters` (`train__lr` is train.lr) into `folder`, and return its path."""
     lines = [
         f"  {key.replace('__', '.')}: {{values: {list(v)!r}}}" for key, v in parameters.items()
     ]
@@ -32,15 +32,15 @@ def sweep_file(folder: Path, **parameters: Sequence[object]) -> Path:
 
 
 def words_for(runs_dir: Path, *words: str) -> list[str]:
-    """`words` for small jobs in `runs_dir`, their tokens beside them."""
+    """Return the words of small jobs in `runs_dir`, with their tokens beside them, and then `words`."""
     return [*SMALL, f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}", *words]
 
 
 @contextmanager
 def started(*words: str | Path, said: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`python words` in a session of its own; all that it prints goes to the file `said`.
+    """Start `python words` in a new session, with its output appended to the file `said`.
 
-    What is left of it at the end is killed.
+    Processes of the session that still run at the end of the block are killed.
     """
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     with said.open("ab") as output:
@@ -50,6 +50,8 @@ def started(*words: str | Path, said: Path) -> Iterator[subprocess.Popen[bytes]]
             stdout=output,
             stderr=output,
             start_new_session=True,
+            # A shell starts background jobs with Ctrl-C ignored, and a child inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process
@@ -60,24 +62,24 @@ def started(*words: str | Path, said: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def at_work(study_dir: Path) -> dict[str, int]:
-    """Which process holds each run of a study: {run: pid}. From the system, not from what it says of itself."""
-    found = {}
+    """Return the process that holds the lock of each run of a study, {run: pid}, as /proc lists it."""
+    pids = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             for descriptor in (process / "fd").iterdir():
                 target = Path(os.readlink(descriptor))
                 if target.name == ".lock" and target.parents[1] == study_dir:
-                    found[target.parent.name] = int(process.name)
-    return found
+                    pids[target.parent.name] = int(process.name)
+    return pids
 
 
 def parent(pid: int) -> int:
-    """The process that started another."""
+    """Return the id of the process that started `pid`."""
     return int(_status(pid)[1])
 
 
 def until(happens: Callable[[], object], what: str, seconds: float = HANGS_AFTER_S) -> None:
-    """Wait until something happens; fail where it does not."""
+    """Wait until something happens; fail if it does not happen in time."""
     end = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
@@ -85,13 +87,13 @@ def until(happens: Callable[[], object], what: str, seconds: float = HANGS_AFTER
 
 
 def session(leader: int) -> list[int]:
-    """The processes of the session that one began: itself, and all that was started by those in it."""
+    """Return the ids of all processes in the session of `leader`, the leader included."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if _status(pid)[3:4] == [str(leader)]]
 
 
 def _status(pid: int) -> list[str]:
-    """state, parent, group, session, ... of a process; empty if there is none."""
+    """Return the state, parent, group, session, ... of a process; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -18,7 +18,7 @@ RUN = Measurement(
     **ABOUT, probe="", quantity="", value=None, unit="nats", stream="natural", n=400, n_clusters=40,
     cluster="document",
 )  # fmt: skip
-"""A measurement of one run, to be filled."""
+"""A measurement of one run, to be completed."""
 LN = Setting(
     study="synthetic", arm="solu_ln", variant="solu_ln", values={}, role="per_token",
     twin="solu_frozen_ln",
@@ -29,21 +29,21 @@ LN = Setting(
 def number(
     probe: str, quantity: str, value: float, half: float = 0.0001, **fields: Any
 ) -> Measurement:
-    """A probe's number for one run, with an interval of twice `half`."""
+    """Return a probe's number for one run, with an interval of width 2 `half`."""
     known = {"probe": probe, "quantity": quantity, "low": value - half, "high": value + half}
     return replace(RUN, value=value, **(known | fields))
 
 
 @cache
 def words(probe: str) -> ProbeWords:
-    """A probe's words as they are stored with its numbers."""
+    """Return a probe's words in the form in which they are stored with its numbers."""
     return stored_words(probe, plugins.pick("soluscope.probes", probe), "synthetic")
 
 
 def gate(
     probe: str, control: str, asked: str, passed: bool = True, value: float = 0.9, low: float = 0.8
 ) -> GateResult:
-    """What a probe found on a control."""
+    """Return the result of a probe on a control."""
     return GateResult(
         study="synthetic", probe=probe, control=control, passed=passed, asked=asked,
         section=plugins.pick("soluscope.controls", control).section,
@@ -53,12 +53,12 @@ def gate(
 
 
 def passed(*probes: str) -> list[GateResult]:
-    """Gate results by which these probes can be believed."""
+    """Return a passed gate for each of these probes, so that the report may cite them."""
     return [gate(probe, "pinned", "within 0.01 of 0") for probe in probes]
 
 
 def token_values(texts: Sequence[str], arm: str = "solu_ln") -> list[TokenValue]:
-    """A text in which the n-th token has gain 300 + n, r n/10, and effect n - 2 but for the last."""
+    """Return the values of a text: token n has gain 300 + n, r n/10 and effect n - 2 (none at the last token)."""
     columns = {
         "gain": ("1 / activation", lambda n: 300.0 + n),
         "r": ("share", lambda n: n / 10),

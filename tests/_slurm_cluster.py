@@ -1,4 +1,4 @@
-"""A real SLURM of one node on loopback: slurmctld and slurmd of this machine, in a folder of their own."""
+"""A real SLURM of one node on loopback: this machine's slurmctld and slurmd, in a separate folder."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ UP_WITHIN_S = 30
 
 
 class NoCluster(Exception):
-    """Why there is none."""
+    """The reason why no cluster is available."""
 
 
 @contextmanager
 def slurm_cluster(folder: Path, n_cpus: int = 4) -> Iterator[Path]:
-    """A cluster that takes jobs, gone at the end with all that it started.
+    """Start a cluster that accepts jobs. At the end, kill the cluster and every process that it started.
 
     Args:
-        folder: an empty one for its configuration, state and logs.
-        n_cpus: cores that it believes to have.
+        folder: an empty folder for the configuration, the state and the logs.
+        n_cpus: number of cores that SLURM assumes.
 
     Yields:
-        Its slurm.conf; commands find it by the environment variable SLURM_CONF.
+        The path of slurm.conf. Commands find the cluster by the environment variable SLURM_CONF.
 
     Raises:
-        NoCluster: if SLURM is not installed, or does not come up.
+        NoCluster: if SLURM is not installed, or does not start in time.
     """
-    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])  # where Debian has daemons
+    path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])  # Debian's daemons are there
     missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
         raise NoCluster(f"SLURM is not installed: no {missing[0]}")
@@ -45,7 +45,7 @@ def slurm_cluster(folder: Path, n_cpus: int = 4) -> Iterator[Path]:
     with ExitStack() as stack:
         for daemon in ("slurmctld", "slurmd"):
             log = stack.enter_context((folder / f"{daemon}.out").open("w"))
-            # They die with the tests, however these end.
+            # The daemons die with the tests, however the tests end.
             words = ["setpriv", "--pdeathsig", "KILL", daemon, "-D"]
             stack.enter_context(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
             stack.callback(_end_all_of, conf)
@@ -59,7 +59,7 @@ def slurm_cluster(folder: Path, n_cpus: int = 4) -> Iterator[Path]:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:
-    """Look again and again. Raises TimeoutError if it does not hold in time."""
+    """Poll until `holds()` is true. Raises TimeoutError if it is not true in time."""
     until = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > until:
@@ -87,7 +87,7 @@ def _configuration(folder: Path, n_cpus: int) -> str:
         "SlurmdUser": user,
         "AuthType": "auth/none",
         "CredType": "cred/none",
-        "AuthInfo": "cred_expire=5",  # how long a requeued job waits, 120 s by default; 5 is the least
+        "AuthInfo": "cred_expire=5",  # wait before a requeued job starts: 120 s by default, 5 at least
         "SchedulerParameters": "sched_interval=1,bf_interval=1",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
@@ -107,7 +107,7 @@ def _configuration(folder: Path, n_cpus: int) -> str:
         "JobRequeue": 1,
         "KillWait": 10,
         "ReturnToService": 2,
-        "SlurmdParameters": "config_overrides",  # as many CPUs as we say
+        "SlurmdParameters": "config_overrides",  # use the number of CPUs given here
         "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs={n_cpus}",
         "PartitionName": f"main Nodes={host} Default=YES State=UP",
     }
@@ -124,16 +124,16 @@ def _free_port() -> int:
 
 
 def _end_all_of(conf: Path) -> None:
-    """Kill every process that was started with this SLURM_CONF: daemons, jobs and what they started."""
+    """Kill every process that was started with this SLURM_CONF: daemons, jobs and their children."""
     mark = f"SLURM_CONF={conf}".encode()
     for _ in range(20):
         alive = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                found = mark in (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # ended, or somebody else's
+                is_ours = mark in (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # the process has ended, or belongs to another user
                 continue
-            if found and int(entry.name) != os.getpid():
+            if is_ours and int(entry.name) != os.getpid():
                 alive.append(int(entry.name))
         for pid in alive:
             try:

@@ -1,8 +1,8 @@
-"""As much of wandb's server as its unpatched client asks for, on 127.0.0.1.
+"""The part of wandb's server that its unpatched client uses, on 127.0.0.1.
 
-Runs with their configurations and histories, sweeps of `method: grid`, and the agents that run them.
-Nothing is kept on disk and nothing leaves the machine. What a client asked and nobody answered is in
-`unknown`, so that a newer client shows what it lacks.
+It serves runs with their configurations and histories, sweeps of `method: grid`, and the agents that run
+them. Nothing is kept on disk and nothing leaves the machine. Requests without an answer are listed in
+`unknown`, so that the missing parts show when a newer client needs more.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ USER = "tester"
 
 @dataclass
 class Run:
-    """A run as the server holds it."""
+    """A run as the server stores it."""
 
     id: str
     project: str
     entity: str
     config: dict[str, Any] = field(default_factory=dict)
-    """Values by key, wandb's own `_wandb` left out."""
+    """Values by key, without wandb's own `_wandb`."""
     group: str | None = None
     display_name: str | None = None
     tags: tuple[str, ...] = ()
     sweep: str | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One row a step, as logged."""
+    """One row per step, as logged."""
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass
 class Artifact:
-    """Files that a run has left behind for others."""
+    """Files that a run has stored for later use."""
 
     id: str
     name: str
@@ -59,20 +59,20 @@ class Artifact:
     run: str
     metadata: dict[str, Any]
     files: dict[str, bytes] = field(default_factory=dict)
-    """By name; `manifest` is wandb's own list of them."""
+    """Contents by name; `manifest` is wandb's own list of the files."""
     committed: bool = False
 
 
 @dataclass
 class SweepRecord:
-    """A registered sweep, and which of its points have been handed to agents."""
+    """A registered sweep, and the number of its points that agents have received."""
 
     id: str
     project: str
     entity: str
     config: dict[str, Any]
     warnings: list[str]
-    """What wandb's schema has against the configuration."""
+    """Violations of wandb's schema in the configuration."""
     handed: int = 0
 
     @property
@@ -81,13 +81,13 @@ class SweepRecord:
 
 
 class WandbServer:
-    """A server for the time of a `with` block.
+    """A server that runs for the duration of a `with` block.
 
     Attributes:
         refusing: while True, every key is answered with 401.
-        runs, sweeps, artifacts: what clients have made, by id.
+        runs, sweeps, artifacts: objects that clients have created, by id.
         asked: (operation, variables) of each GraphQL request, in order.
-        unknown: requests for which there is no answer here.
+        unknown: requests that this server cannot answer.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class WandbServer:
         return f"http://127.0.0.1:{self._http.server_port}"
 
     def environment(self, key: str = KEY) -> dict[str, str]:
-        """What makes a client speak to this server and to nothing else."""
+        """Return the environment variables with which a client connects to this server and to no other."""
         return {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": key,
@@ -123,7 +123,7 @@ class WandbServer:
         self._http.shutdown()
         self._http.server_close()
 
-    # What the client asks by name: an operation of wandb's GraphQL, and the answer's `data`.
+    # Operations of wandb's GraphQL, by name. Each returns the `data` of its answer.
 
     def answer(self, operation: str, query: str, given: dict[str, Any]) -> dict[str, Any]:
         self.asked.append((operation, given))
@@ -189,7 +189,7 @@ class WandbServer:
     def _heartbeat(self, given: dict[str, Any]) -> dict[str, Any]:
         sweep = self.sweeps[self.agents[given["id"]]]
         commands: list[dict[str, Any]] = []
-        if not json.loads(given["runState"]):  # one run at a time
+        if not json.loads(given["runState"]):  # an agent gets one run at a time
             if sweep.handed < len(sweep.points):
                 point = sweep.points[sweep.handed]
                 run = f"{sweep.id}run{sweep.handed}"
@@ -208,7 +208,7 @@ class WandbServer:
             run = Run(given["name"], given["project"], given.get("entity") or USER)
             self.runs[run.id] = run
         config = json.loads(given.get("config") or "{}")
-        run.config |= {key: one["value"] for key, one in config.items() if key != "_wandb"}
+        run.config |= {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
         run.summary |= json.loads(given.get("summaryMetrics") or "{}")
         run.group = given.get("groupName") or run.group
         run.display_name = given.get("displayName") or run.display_name or run.id
@@ -259,17 +259,17 @@ class WandbServer:
     def _create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
         asked = given["input"]
         name = asked["artifactCollectionName"]
-        made = Artifact(f"artifact{len(self.artifacts)}", name, asked["artifactTypeName"],
-                        asked["runName"], json.loads(asked.get("metadata") or "{}"))  # fmt: skip
-        self.artifacts[made.id] = made
-        return {"createArtifact": {"artifact": {"id": made.id, "state": "PENDING",
+        artifact = Artifact(f"artifact{len(self.artifacts)}", name, asked["artifactTypeName"],
+                            asked["runName"], json.loads(asked.get("metadata") or "{}"))  # fmt: skip
+        self.artifacts[artifact.id] = artifact
+        return {"createArtifact": {"artifact": {"id": artifact.id, "state": "PENDING",
                 "artifactSequence": {"id": name, "latestArtifact": None}}}}  # fmt: skip
 
     def _create_manifest(self, given: dict[str, Any]) -> dict[str, Any]:
-        made = given["artifactID"]
-        file = {"id": made, "name": "manifest", "displayName": "manifest", "storagePath": "manifest",
-                "uploadUrl": f"{self.url}/artifact/{made}/manifest", "uploadHeaders": []}  # fmt: skip
-        return {"createArtifactManifest": {"artifactManifest": {"id": made, "file": file}}}
+        artifact_id = given["artifactID"]
+        file = {"id": artifact_id, "name": "manifest", "displayName": "manifest", "storagePath": "manifest",
+                "uploadUrl": f"{self.url}/artifact/{artifact_id}/manifest", "uploadHeaders": []}  # fmt: skip
+        return {"createArtifactManifest": {"artifactManifest": {"id": artifact_id, "file": file}}}
 
     def _create_artifact_files(self, given: dict[str, Any]) -> dict[str, Any]:
         nodes = [
@@ -292,7 +292,7 @@ class WandbServer:
         self.artifacts[given["artifactID"]].committed = True
         return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": ""}}}
 
-    # Rows and files, which do not go through GraphQL.
+    # Rows and files do not go through GraphQL.
 
     def stream(self, run_id: str, given: dict[str, Any]) -> None:
         run = self.runs[run_id]
@@ -312,7 +312,7 @@ class _Http(ThreadingHTTPServer):
     unknown: list[str]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a client that went away
+        if not isinstance(sys.exception(), ConnectionError):  # the client closed the connection
             self.unknown.append(traceback.format_exc())
 
 
@@ -379,12 +379,12 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-# What wandb's server does with a sweep, after its own package for it (wandb/sweeps 0.3.0, MIT licence):
-# that cannot be installed here, since it wants numpy below 2.
+# The grid and the schema of wandb's server, modelled on wandb/sweeps 0.3.0 (MIT licence). That package
+# cannot be installed here, since it requires numpy below 2.
 
 
 def grid(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of a grid in the order in which agents get them: parameters sorted, the last one fastest."""
+    """Return the points of a grid in the order in which agents get them: keys sorted, the last key fastest."""
     axes = {
         key: [spec["value"]] if "value" in spec else spec["values"]
         for key, spec in sorted(parameters.items())
@@ -396,26 +396,26 @@ _TYPES: dict[str, type] = {"apiVersion": str, "kind": str, "controller": dict, "
                            "program": str, "job": str, "image_uri": str, "entity": str, "project": str,
                            "method": str, "command": list, "name": str, "run_cap": int, "metric": dict,
                            "early_terminate": dict, "parameters": dict}  # fmt: skip
-"""Keys of a sweep. Two that a grid cannot have, `metrics` and `scheduler`, are left out."""
+"""Types of a sweep's keys. `metrics` and `scheduler` are left out, since a grid cannot have them."""
 
 
 def violations(config: Any) -> list[str]:
-    """What wandb's schema has against a sweep that says `method: grid`."""
+    """Return the violations of wandb's schema in a sweep of `method: grid`."""
     if not isinstance(config, dict):
         return [f"{config!r} is not of type 'object'"]
-    found = [
-        f"{key}: {value!r} is not what belongs here"
+    messages = [
+        f"{key}: {value!r} is not allowed here"
         for key, value in config.items()
         if not isinstance(value, _TYPES.get(key, ()))
     ]
     if config.get("method") != "grid":
-        found.append(f"method: {config.get('method')!r} is not 'grid'")
+        messages.append(f"method: {config.get('method')!r} is not 'grid'")
     parameters = config.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
-        return [*found, "'parameters' is a required property"]
+        return [*messages, "'parameters' is a required property"]
     for name, spec in parameters.items():
         if not re.match(r"^[A-Za-z_][A-Za-z0-9_.-]*$", str(name)):
-            found.append(f"{name!r} does not match the pattern of a parameter's name")
+            messages.append(f"{name!r} does not match the pattern of a parameter's name")
         of_values = (
             isinstance(spec, dict) and isinstance(spec.get("values"), list) and spec["values"]
         )
@@ -423,5 +423,5 @@ def violations(config: Any) -> list[str]:
         kind = "categorical" if of_values else "constant"
         rest = set(spec) - {"values" if of_values else "value"} if of_values or one_value else {"?"}
         if rest - {"distribution"} or (rest and spec["distribution"] != kind):
-            found.append(f"{name}: {spec!r} is not valid under any of the given schemas")
-    return found
+            messages.append(f"{name}: {spec!r} is not valid under any of the given schemas")
+    return messages

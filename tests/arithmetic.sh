@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests marked `arithmetic`, with the arithmetic of other processors: narrower vectors add in another order.
-# Arguments go to pytest. PYTHON is the interpreter, .venv's by default.
+# Runs the tests marked `arithmetic` with the arithmetic of other processors: narrower vectors add in another order.
+# Arguments go to pytest. PYTHON is the interpreter, by default that of .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ while read -r threads torch mkl openblas numpy; do
              "OPENBLAS_CORETYPE=$openblas" "NPY_DISABLE_CPU_FEATURES=$numpy")
     [ "$torch" = own ] && setting=("OMP_NUM_THREADS=$threads")
     echo "== ${setting[*]}"
-    # One process for each core: more threads than cores wait for each other.
+    # Threads times processes is 2, the number of cores: with more, the threads wait for each other.
     env "${setting[@]}" "${PYTHON:-.venv/bin/python}" -m pytest -q -m "arithmetic and not slow" \
         -n $((2 / threads)) --dist loadfile "$@" < /dev/null
 done <<'SETTINGS'

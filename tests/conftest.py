@@ -1,4 +1,4 @@
-"""What several test files share: a study that was really trained, and what the controls say of the probes."""
+"""Helpers and fixtures of several test files: a trained study, and the probes' results on the controls."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from filelock import FileLock
 from soluscope import plugins
 from soluscope.config import Config, load_config
 
-# Models this small gain nothing from a second thread, and where other processes hold the cores the
-# threads wait for each other: 20 times slower on two cores with -n 2. Children inherit it.
+# A second thread does not speed up models this small. Where other processes use the cores, the threads
+# wait for each other: 20 times slower on two cores with -n 2. Child processes inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tests that are about wandb say where their curves go; the others have none.
+# Tests of wandb set this themselves. All other tests send no curves.
 os.environ["WANDB_MODE"] = "disabled"
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = plugins.names("soluscope.variants")
 SEEDS = (0, 1)
 HANGS_AFTER_S = 600
-"""When a test gives up on another process. No test is about time: a busy machine may take long."""
+"""Seconds after which a test stops waiting for another process. No test measures time: a machine may be busy."""
 
 
 def tiny_config(runs_dir: Path, *words: str) -> Config:
-    """A configuration whose run takes about a second, its tokens beside its runs.
+    """Return a configuration whose run takes about a second.
 
     Args:
-        runs_dir: where it would lie; `runs_dir`/.tokens holds the tokens.
-        words: the variant, and what else should differ.
+        runs_dir: folder of the runs; `runs_dir`/.tokens holds the tokens.
+        words: the variant, and other settings to change.
     """
     places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
     small = (
@@ -47,7 +47,7 @@ def tiny_config(runs_dir: Path, *words: str) -> Config:
 
 
 def train_silently(config: Config) -> Path:
-    """The run's folder, without progress bars."""
+    """Train without progress bars, and return the run's folder."""
     from rich.progress import Progress
 
     from soluscope.training.run import train
@@ -56,7 +56,7 @@ def train_silently(config: Config) -> Path:
 
 
 def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`python words`, able to import soluscope, with what it printed; options as for subprocess.run."""
+    """Run `python words` with soluscope on its path, and capture its output; options as for subprocess.run."""
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *map(str, words)],
@@ -76,7 +76,7 @@ def shared_by_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) 
 
 @pytest.fixture(scope="session")
 def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """runs/tiny: every variant at seeds 0 and 1, trained for 12 steps. To change it, copy it first."""
+    """Return runs/tiny: every variant at seeds 0 and 1, trained for 12 steps. Copy it before you change it."""
     runs_dir = shared_by_workers(tmp_path_factory, worker_id) / "runs"
     runs_dir.mkdir(exist_ok=True)
     with FileLock(runs_dir / ".lock"):
@@ -89,7 +89,7 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
 
 @pytest.fixture(scope="session")
 def gates(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str], Path]:
-    """Give the file of a probe's results on its controls, for a study called e2e; made once for all tests."""
+    """Return a function from a probe to the file of its results on its controls, computed once, for a study e2e."""
     folder = shared_by_workers(tmp_path_factory, worker_id) / "gates"
     folder.mkdir(exist_ok=True)
 

@@ -1,4 +1,4 @@
-"""Exact ablation against hooks on the model itself, pair by pair, in fp64 unless it says otherwise."""
+"""Exact ablation compared with hooks on the model, pair by pair; fp64 unless a test states otherwise."""
 
 from dataclasses import fields, is_dataclass, replace
 
@@ -26,7 +26,7 @@ POSITIONS = (0, 3, 17, 30)
 
 
 def small_model(n_layers=1, act_fn="solu_ln", eps=1e-5, peaked=1.0, **options):
-    """A HookedTransformer in fp64 whose every weight, bias and gain is random."""
+    """Return a HookedTransformer in fp64 in which every parameter is random."""
     config = HookedTransformerConfig(
         n_layers=n_layers, d_model=16, n_ctx=32, d_head=8, n_heads=2, d_mlp=24, d_vocab=500,
         act_fn=act_fn, eps=eps, dtype=torch.float64, **{"normalization_type": "LN", **options},
@@ -56,7 +56,7 @@ MODELS = {variant: lambda variant=variant: hooked_for(variant)[1] for variant in
 
 @pytest.fixture(scope="module", params=MODELS)
 def seen(request):
-    """A model, its tokens and what was observed on them."""
+    """Return a model, its tokens and the run observed on them."""
     model, tokens = MODELS[request.param](), some_tokens()
     return model, tokens, observe(model, stream_of(tokens))
 
@@ -78,7 +78,7 @@ def name_of(model, stage):
 
 @torch.no_grad()
 def hooked_log_p(model, tokens, stage, edit, final_norm="live"):
-    """Log-probabilities when `edit` changes the values at a stage of the last MLP in place."""
+    """Return log-probabilities when `edit` changes the values at a stage of the last MLP in place."""
 
     def changed(values, hook):
         values = values.clone()
@@ -93,7 +93,7 @@ def hooked_log_p(model, tokens, stage, edit, final_norm="live"):
 
 
 def losses_of(log_p, tokens):
-    """By token, nan at each row's end."""
+    """Return per-token losses, nan at the end of each row."""
     loss = -log_p[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return torch.cat([loss, loss.new_full((len(tokens), 1), torch.nan)], dim=1)
 
@@ -103,7 +103,7 @@ def nothing(values):
 
 
 def to_dtype(value, dtype):
-    """A run with its numbers in another precision."""
+    """Return a run with its numbers in another precision."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if not is_dataclass(value):
@@ -114,7 +114,7 @@ def to_dtype(value, dtype):
 
 
 def check(model, tokens, stage, values, found, final_norm="live", n_neurons=5, atol=1e-10):
-    """Some pairs of `found` [token neuron] against one hooked forward for each position and neuron."""
+    """Compare some pairs of `found` [token neuron] with one hooked forward pass per position and neuron."""
     d_mlp = found.shape[1]
     values = (
         torch.as_tensor(values, dtype=torch.float64).expand(found.shape).view(*tokens.shape, -1)
@@ -164,7 +164,7 @@ def test_in_fp32_every_edit_is_within_1e_4_nats_of_fp64(seen, stage):
 
 
 def test_the_neuron_that_holds_all_is_ablated_without_cancellation(seen):
-    """Where one activation is nearly all of the norm, what is left without it is far smaller."""
+    """If one activation makes up nearly all of the norm, the remainder without it is far smaller."""
     model, tokens, run = seen
     top = run.mid.abs().argmax(-1)
     before = losses_of(hooked_log_p(model, tokens, "mid", nothing), tokens)
@@ -182,7 +182,7 @@ def test_the_neuron_that_holds_all_is_ablated_without_cancellation(seen):
 
 
 def test_an_edit_beyond_what_exponentials_hold_is_still_exact(solu_ln):
-    """With ln_final frozen, logits grow with the edit: here to thousands of nats."""
+    """With ln_final frozen, logits grow with the edit, here to thousands of nats."""
     model, tokens, run = solu_ln
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         found = Ablation(to_dtype(run, dtype), "frozen").post(all_of(run), 5e3)
@@ -217,7 +217,9 @@ def test_blocks_and_tiles_change_no_number(solu_ln, monkeypatch):
 
 def test_values_of_a_wrong_shape_are_refused(solu_ln):
     _, _, run = solu_ln
-    with pytest.raises(ValueError, match=r"shape \(7,\): give one number, one for each of the 128"):
+    with pytest.raises(
+        ValueError, match=r"shape \(7,\): give a scalar, one value for each of the 128"
+    ):
         Ablation(run).post(torch.arange(4), torch.zeros(7))
 
 
@@ -308,13 +310,13 @@ def test_resampling_averages_its_draws_and_needs_another_string(solu_ln):
     assert Ablation(alone).resample(torch.arange(3), 2, 0).isnan().all()
 
 
-# --- bounds and what rests on them ----------------------------------------------------------------
+# --- bounds and queries ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("final_norm", FINAL_NORMS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_interval_always_holds_the_change(seen, stage, final_norm):
-    """All pairs, at edits from tiny to far off the activations; the change is exact by the tests above."""
+    """All pairs, for edits from tiny to far outside the activations. The tests above check the change itself."""
     _, _, run = seen
     tokens = all_of(run)[run.target >= 0]
     exact, generator = Ablation(run, final_norm), torch.Generator().manual_seed(7)
@@ -323,11 +325,11 @@ def test_the_interval_always_holds_the_change(seen, stage, final_norm):
         values = getattr(run, stage)[tokens] + size * noise
         bounds = exact.bounds(tokens, values, stage)
         change = getattr(exact, stage)(tokens, values)
-        rounding = 1e-14 * (1 + change.abs())  # of the exponentials' sum
+        rounding = 1e-14 * (1 + change.abs())  # error of the sum of exponentials
         assert (bounds.low <= change + rounding).all()
         assert (change - rounding <= bounds.high).all()
-        if size == 1e-3:  # where delta is small the expansion is close
-            # Below that, what is left of the change beside its first order is rounding.
+        if size == 1e-3:  # for small delta the expansion is accurate
+            # For a smaller second cumulant, the change minus its first order is mostly rounding error.
             measurable = bounds.second > 1e3 * rounding
             by_two = bounds.first + bounds.second / 2
             error = ((change - by_two).abs() / bounds.second)[measurable]
@@ -341,7 +343,7 @@ def test_in_fp32_the_interval_holds_what_evaluation_in_fp64_gives(seen):
     single = to_dtype(run, torch.float32)
     wanted = Ablation(to_dtype(single, torch.float64)).post(tokens)
     bounds = Ablation(single).bounds(tokens)
-    rounding = 1e-14 * (1 + wanted.abs())  # of the exponentials' sum in fp64
+    rounding = 1e-14 * (1 + wanted.abs())  # error of the sum of exponentials in fp64
     assert (bounds.low <= wanted + rounding).all()
     assert (wanted - rounding <= bounds.high).all()
 

@@ -1,4 +1,4 @@
-"""Numbers from sums over strings, what a gate asks, and how often nothing is taken for something."""
+"""Estimates from sums over strings, the conditions of gates, and the rates of false positives."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def value_of(estimate, weights=None):
 
 
 def partial_spearman(x, y, z):
-    """Correlation of the residuals of ranks."""
+    """Return the correlation of the residuals of ranks."""
     ranks = [scipy_stats.rankdata(v) for v in (x, y, z)]
     residuals = [r - np.polyval(np.polyfit(ranks[2], r, 1), ranks[2]) for r in ranks[:2]]
     return scipy_stats.pearsonr(*residuals)[0]
@@ -123,7 +123,7 @@ def test_permuting_a_field_keeps_its_values_and_leaves_bos_where_it_is():
 
 
 def test_false_positives_are_counted_with_their_binomial_interval(monkeypatch):
-    """About one in twenty, where the seed alone differs; every time, where the rule is rigged."""
+    """The rate is about one in twenty if only the seed differs, and 1 if the rule is rigged."""
     monkeypatch.setattr(calibration, "N_MODELS", 64)
     rows = list(calibration.false_positives("engagement", n_draws=60))
     assert all(row.passed and row.note == "nominal 0.05" for row in rows)
@@ -135,7 +135,7 @@ def test_false_positives_are_counted_with_their_binomial_interval(monkeypatch):
         assert (row.low, row.high) == pytest.approx((wanted.low, wanted.high))
     monkeypatch.setattr(calibration, "_leaves_out_zero", lambda interval: True)
     for row in calibration.false_positives("engagement", n_draws=20):
-        assert row.value == 1  # however the interval lies
+        assert row.value == 1  # for any interval
         assert row.passed is False
 
 
@@ -162,6 +162,6 @@ def test_a_difference_between_random_halves_is_of_the_halves_own_estimates():
     made = _estimates.ratio("q", X, Y, STRING)
     halves = calibration._between_halves(made, np.random.default_rng(3))
     inside = np.random.default_rng(3).permutation(30) < 15
-    mine = inside[STRING]
-    wanted = X[mine].sum() / Y[mine].sum() - X[~mine].sum() / Y[~mine].sum()
+    half = inside[STRING]
+    wanted = X[half].sum() / Y[half].sum() - X[~half].sum() / Y[~half].sum()
     assert value_of(halves)[0] == pytest.approx(wanted)

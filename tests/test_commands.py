@@ -1,10 +1,9 @@
-"""The commands: mistakes are answered in one line, at once, and nothing is written over."""
+"""The commands: mistakes are answered in one line, at once, and no file is overwritten."""
 
 from __future__ import annotations
 
 import json
 import resource
-import runpy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,18 @@ from conftest import ROOT, run_python, tiny_config, train_silently
 from safetensors.torch import load_file, save_file
 
 import soluscope
-from soluscope import results
+from soluscope import plugins, results
 from soluscope.config import Config, to_yaml
 from soluscope.errors import UserError
 from soluscope.results import Measurement
 from soluscope.runs.folder import Run, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
+SOLUSCOPE = "src/soluscope/__main__.py"
 HEAVY = ("torch", "lightning", "transformer_lens", "transformers", "datasets", "pandas")
 
-# Runs many command lines in one interpreter, each as `python script words` would, and says after
-# each which heavy modules are there by now: one that is never there was imported by none of them.
+# Runs many command lines in one interpreter, each as `python script words` would. After each it prints
+# the heavy modules imported so far: no command line imported a module that is never printed.
 RUNNER = """
 import contextlib, io, json, runpy, sys
 for script, *words in json.loads(sys.argv[1]):
@@ -51,7 +51,7 @@ class Answer:
 
 
 def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
-    """What each command line answers, all of them in one fresh process that runs in `folder`."""
+    """Return the answer to each command line. All run in one fresh process, in `folder`."""
     given = json.dumps([[str(ROOT / script), *words] for script, *words in lines])
     done = run_python("-c", RUNNER % (HEAVY,), given, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, without locks and without why its last try failed."""
+    """Return the contents of every file below a folder, except locks and failed.json."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -67,17 +67,17 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
-# Answers that wait for nothing heavy
+# Answers that need no heavy import
 
 MISTAKES: dict[tuple[str, ...], str] = {
-    (TRAIN,): "variant has no value: give it, as in variant=gelu. There are: ",
+    (TRAIN,): "variant has no value: set it, as in variant=gelu. There are: ",
     (TRAIN, "variant=solu_frozen"): "Did you mean 'solu_frozen_ln'? There are: gelu, gelu_ln, ",
     (TRAIN, "variant=solu", "size=big"): "no size called 'big'. There are: ",
     (TRAIN, "variant=solu", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",
     (TRAIN, "variant=solu", "train.stepz=3"): "Did you mean 'train.steps'?",
     (TRAIN, "variant=solu", "train.steps=many"): "train.steps: Value 'many'",
     (TRAIN, "variant=solu", "model.n_heads=3"): "model.n_heads=3 does not divide model.d_model=64",
-    (TRAIN, "variant=solu_ln", "mid.eps=1", "mid.kappa=1"): "both given: set one of them to null",
+    (TRAIN, "variant=solu_ln", "mid.eps=1", "mid.kappa=1"): "both set: set one of them to null",
     (TRAIN, "variant=solu", "data=files"): "corpus.paths has no value",
     (TRAIN, "variant=solu", "train.lr=null", "train.rates.solu=null"): "train.rates.solu",
     (TRAIN, "variant=solu", "nowhere.yaml"): "no configuration file nowhere.yaml",
@@ -94,14 +94,21 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
     (REPORT,): "the following arguments are required: study",
-    (REPORT, "."): "no results at results.jsonl: make it again with 'python eval/run.py .'",
-    (LAUNCH,): "0 sweep files given, wanted one",
+    (REPORT, "."): "no results at results.jsonl: create it with 'soluscope probe .'",
+    (LAUNCH,): "0 sweeps given, wanted one",
+    (LAUNCH, "varints"): "no sweep called 'varints'. Did you mean 'variants'? There are: demo, ",
+    (SOLUSCOPE, "trian"): "no command called 'trian'. Did you mean 'train'? There are: export, ",
+    (SOLUSCOPE, "train"): "variant has no value: set it, as in variant=gelu.",
+    (SOLUSCOPE, "--print-completion"): "--print-completion takes one of: bash, ",
     (LAUNCH, "nowhere.yaml"): "no configuration file nowhere.yaml",
     (LAUNCH, "broken.yaml"): "broken.yaml is not YAML",
-    (LAUNCH, "random.yaml"): "random.yaml is not a sweep: wanted 'method: grid' and 'parameters:'",
+    (
+        LAUNCH,
+        "random.yaml",
+    ): "random.yaml is not a sweep: it needs 'method: grid' and 'parameters:'",
     (LAUNCH, "twice.yaml"): "gives two jobs the folder runs/default/solu-s0-x",
-    (LAUNCH, "empty.yaml"): "is an empty grid at variant: wanted 'values: [...]'",
-    (LAUNCH, "studies.yaml"): "studies.yaml is of several studies, wanted one: a, b",
+    (LAUNCH, "empty.yaml"): "is an empty grid at variant: it needs 'values: [...]'",
+    (LAUNCH, "studies.yaml"): "studies.yaml has the studies a, b, but a sweep must have one",
     (LAUNCH, "grid.yaml", "train.stepz=3"): "Did you mean 'train.steps'?",
     (LAUNCH, "grid.yaml", "eval.n_tokenz=300"): "Did you mean 'n_tokens'?",
 }
@@ -146,10 +153,24 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
     assert eval_help.index("with a pretrained model:") < eval_help.index("\n  revision ")
     assert ", engagement, " in eval_help
     assert "n_tokens: 300\n" in eval_cfg
-    assert "eval/report.py runs/demo" in report_help
-    assert "sweeps/launch.py sweeps/variants.yaml" in launch_help
+    assert "soluscope report runs/demo" in report_help
+    assert "soluscope sweep variants" in launch_help
+    assert "demo, gain, kappa, lr, sizes, smoke, variants" in launch_help
     assert "\n  ray.cpus " in launch_help
     assert not list(tmp_path.iterdir())
+
+
+def test_soluscope_lists_its_commands_and_completes_them(tmp_path: Path) -> None:
+    helped, bare, completed = answers(
+        tmp_path, (SOLUSCOPE, "--help"), (SOLUSCOPE,), (SOLUSCOPE, "--print-completion", "bash")
+    )
+    assert helped == bare
+    assert (helped.status, helped.errors, helped.heavy) == (0, "", [])
+    names = plugins.names("soluscope.commands")
+    assert names == ["export", "probe", "report", "sweep", "train"]
+    assert all(f"\n  {name} " in helped.output for name in names)
+    assert (completed.status, completed.heavy) == (0, [])
+    assert all(name in completed.output for name in (*names, "--dry-run", "--false-positives"))
 
 
 def test_printed_configuration_can_be_given_back(tmp_path: Path) -> None:
@@ -177,7 +198,7 @@ def test_report_is_made_without_torch_and_skips_a_broken_last_line(tmp_path: Pat
         file.write('{"study": "s", "probe": "lo')
     (answer,) = answers(tmp_path, (REPORT, "."))
     assert answer.status == 0, answer.errors
-    assert answer.errors.splitlines()[0].startswith("warning: results.jsonl line 2 is no record")
+    assert answer.errors.splitlines()[0].startswith("warning: results.jsonl line 2 is not a record")
     assert "report: report.html" in answer.output
     assert not {"torch", "lightning", "transformer_lens", "transformers"} & set(answer.heavy)
 
@@ -187,7 +208,7 @@ def test_report_is_made_without_torch_and_skips_a_broken_last_line(tmp_path: Pat
 
 @pytest.fixture
 def study(tiny_study: Path, tmp_path: Path) -> Path:
-    """A study with one finished run, solu_ln-s0, to be broken."""
+    """Return a study with one finished run, solu_ln-s0, for tests to damage."""
     for name in ("solu_ln-s0", "data.json", "tokenizer.json"):
         source, copy = tiny_study / name, tmp_path / "tiny" / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
@@ -196,19 +217,19 @@ def study(tiny_study: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def words(tiny_study: Path) -> tuple[str, ...]:
-    """What the run in `study` was started with, besides where it lies."""
+    """Return the words that started the run in `study`, except its path."""
     tokens = f"tokens.cache_dir={tiny_study.parent / '.tokens'}"
     return ("variant=solu_ln", "seed=0", "study=tiny", tokens)
 
 
 @pytest.fixture
 def config(study: Path, words: tuple[str, ...]) -> Config:
-    """The configuration of the run in `study`."""
+    """Return the configuration of the run in `study`."""
     return tiny_config(study.parent, *words)
 
 
 def refusal(action: Any, *arguments: Any) -> str:
-    """What `action` is refused with: always one line."""
+    """Return the message with which `action` is refused, which must be one line."""
     with pytest.raises(UserError) as caught:
         action(*arguments)
     assert "\n" not in str(caught.value)
@@ -216,7 +237,7 @@ def refusal(action: Any, *arguments: Any) -> str:
 
 
 def unfinished(run_dir: Path) -> Path:
-    """The run as if it had been killed after its last checkpoint, which is returned."""
+    """Make the run look as if it had been killed after its last checkpoint, and return the checkpoint."""
     (run_dir / "done.json").unlink()
     return Run(run_dir).checkpoint
 
@@ -240,8 +261,8 @@ def test_run_folder_of_another_configuration_is_refused_and_untouched(
     before = snapshot(study)
     other = tiny_config(study.parent, *words, "train.steps=13", "train.lr=1e-3")
     assert refusal(train_silently, other) == (
-        f"{study / 'solu_ln-s0'} is of another configuration (train.lr=0.004 there, 0.001 here and "
-        "1 more keys): set tag= or study= to train this one beside it"
+        f"{study / 'solu_ln-s0'} has a different configuration (train.lr=0.004 there, 0.001 here and "
+        "1 more keys): set tag= or study= to train this configuration in another folder"
     )
     assert snapshot(study) == before
 
@@ -268,7 +289,7 @@ def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Conf
     assert done.stderr.splitlines()[-1].startswith(
         f"error: cannot read the checkpoint {checkpoint}"
     )
-    assert "delete it to start the run again" in done.stderr
+    assert "delete it to train the run from step 0" in done.stderr
     assert "Traceback" not in done.stderr
     assert snapshot(study) == before
 
@@ -286,14 +307,14 @@ def test_checkpoint_of_another_shape_is_refused_and_names_the_tensor(
     checkpoint = unfinished(config.run_dir)
     shutil.copy(Run(tiny_study / "gelu-s0").checkpoint, checkpoint)
     message = refusal(train_silently, config)
-    assert message.startswith(f"the checkpoint {checkpoint} is of another shape: ")
-    assert ".mlp.ln.b is nothing there and (128,) in this configuration" in message
+    assert message.startswith(f"the checkpoint {checkpoint} does not fit this configuration: ")
+    assert ".mlp.ln.b is missing in the checkpoint and (128,) here" in message
     loaded = torch.load(Run(tiny_study / "solu_ln-s0").checkpoint, weights_only=True)
     loaded["state_dict"]["model.unembed.W_U"] = torch.zeros(32, 7)
     torch.save(loaded, checkpoint)
     before = snapshot(config.run_dir)
     message = refusal(train_silently, config)
-    assert "model.unembed.W_U is (32, 7) there and (32, 512) in this configuration" in message
+    assert "model.unembed.W_U is (32, 7) in the checkpoint and (32, 512) here" in message
     assert snapshot(config.run_dir) == before
 
 
@@ -303,7 +324,9 @@ def test_truncated_weights_are_refused_and_made_again_as_the_message_says(config
     cut(path)
     message = refusal(soluscope.load, config.run_dir)
     assert message.startswith(f"cannot read {path} (")
-    assert message.endswith(f"delete {config.run_dir / 'done.json'} to make it again")
+    assert message.endswith(
+        f"delete {config.run_dir / 'done.json'} and run the training command again"
+    )
     (config.run_dir / "done.json").unlink()
     train_silently(config)
     assert path.read_bytes() == whole
@@ -318,7 +341,7 @@ def test_weights_that_are_missing_shaped_otherwise_or_not_finite_are_refused_by_
     broken = weights["blocks.0.mlp.W_in"].clone()
     broken[3, 4] = float("nan")
     for changed, says in (
-        ({"blocks.0.mlp.W_in": broken}, "blocks.0.mlp.W_in holds values that are not finite"),
+        ({"blocks.0.mlp.W_in": broken}, "blocks.0.mlp.W_in contains values that are not finite"),
         ({"blocks.0.mlp.W_in": torch.zeros(3, 4)}, "size mismatch for blocks.0.mlp.W_in"),
         ({"more": torch.zeros(3)}, 'Unexpected key(s) in state_dict: "more"'),
     ):
@@ -332,7 +355,7 @@ def test_run_that_is_not_there_or_not_finished_is_refused(study: Path) -> None:
     missing = study / "no-s0"
     assert refusal(soluscope.load, missing) == f"no model at {missing}: the run does not exist"
     (study / "solu_ln-s0" / "model.json").unlink()
-    assert "has not finished: train it to its end" in refusal(soluscope.load, study / "solu_ln-s0")
+    assert "has not finished: finish training it" in refusal(soluscope.load, study / "solu_ln-s0")
     (study / "solu_ln-s0" / "model.json").write_text("{")
     assert "model.json is broken" in refusal(soluscope.load, study / "solu_ln-s0")
 
@@ -342,7 +365,7 @@ def test_second_process_on_a_run_folder_is_refused(config: Config) -> None:
     before = snapshot(config.run_dir)
     with lock(config.run_dir):
         assert refusal(train_silently, config) == (
-            f"another process is at work in {config.run_dir}: wait for it, or set tag= or study="
+            f"another process is at work in {config.run_dir}: wait until it ends, or set tag= or study="
         )
         assert snapshot(config.run_dir) == before
     assert (train_silently(config) / "done.json").is_file()
@@ -352,14 +375,14 @@ def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file where the folder should be")
     config = tiny_config(tmp_path / "file", "variant=solu")
     assert refusal(train_silently, config) == (
-        f"cannot write {config.run_dir}: Not a directory; choose another runs_dir"
+        f"cannot write {config.run_dir}: Not a directory; set runs_dir to another folder"
     )
     assert (tmp_path / "file").read_text() == "a file where the folder should be"
 
 
 def test_tokenizer_of_another_study_is_refused(study: Path, config: Config) -> None:
     path = study / "tokenizer.json"
-    path.write_text(path.read_text() + "\n")  # as many entries, so that only its hash tells
+    path.write_text(path.read_text() + "\n")  # the same number of entries, so only the hash differs
     message = refusal(soluscope.load, config.run_dir)
     assert message.startswith(f"{path} (sha256 ")
     assert "is not the tokenizer that solu_ln-s0 was trained with" in message
@@ -382,7 +405,7 @@ def test_static_gain_of_a_run_without_a_norm_is_refused(
 def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
     study: Path, words: tuple[str, ...]
 ) -> None:
-    """The run goes on from step 12 to 24, where nothing larger than 100 kB can be written."""
+    """The run continues from step 12 to 24, where no file larger than 100 kB can be written."""
     longer = tiny_config(study.parent, *words, "train.steps=24")
     checkpoint = unfinished(longer.run_dir)
     yaml = longer.run_dir / "config.yaml"
@@ -396,7 +419,7 @@ def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: cannot save the checkpoint of step 24 (")
-    assert last.endswith(f"free disk space; step 12 stays in {checkpoint}")
+    assert last.endswith(f"free disk space; the checkpoint of step 12 stays in {checkpoint}")
     assert "Traceback" not in done.stderr
     assert checkpoint.read_bytes() == good
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
@@ -406,7 +429,7 @@ def test_disk_full_while_saving_keeps_the_last_good_checkpoint(
 
 
 def test_evaluation_without_a_finished_run_is_refused(study: Path, tmp_path: Path) -> None:
-    main = runpy.run_path(str(ROOT / EVAL))["main"]
+    main = plugins.pick("soluscope.commands", "probe").run
     unfinished(study / "solu_ln-s0")
     before = snapshot(study)
     for folder in (study, study / "solu_ln-s0", tmp_path):

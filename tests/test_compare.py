@@ -41,7 +41,7 @@ ALIKE = {
     "d_model": 64, "d_mlp": 256, "n_layers": 1, "n_heads": 4, "ctx": 64, "tokens": 1_843_200,
     "lr": 0.002, "kappa": np.nan, "gain": np.nan,
 }  # fmt: skip
-"""What all arms of a study have in common, if not told otherwise."""
+"""Settings that all arms of a study share, unless a test sets others."""
 
 
 def make_losses(
@@ -53,9 +53,10 @@ def make_losses(
     worse: dict[str, float] | None = None,
     settings: dict[str, dict[str, float | str]] | None = None,
 ) -> pd.DataFrame:
-    """Losses a token as given for each arm, `variant` or `variant-more`, with noise a seed.
+    """Return losses with the given mean per token for each arm, and noise per seed.
 
-    `worse` adds to the losses of single runs; `settings` are of arms that differ from `ALIKE`.
+    An arm is named `variant` or `variant-more`. `worse` is added to the losses of single runs. `settings`
+    holds the settings of arms that differ from `ALIKE`.
     """
     random = np.random.default_rng(0)
     counts = {split: random.integers(50, 200, N_DOCUMENTS) for split in ("select", "report")}
@@ -89,7 +90,7 @@ def make_losses(
 
 
 def chain(*variants: str) -> tuple[Step, ...]:
-    """Each variant adds itself to the one before it."""
+    """Return a chain in which each variant adds a step to the previous variant."""
     return tuple(Step(name, f"what {name} adds" if i else "") for i, name in enumerate(variants))
 
 
@@ -103,11 +104,11 @@ LINEAGES = {
         "per_token", "solu_frozen_ln", chain("solu", "solu_gain", "solu_frozen_ln", "solu_ln")
     ),
 }
-"""Stated here: the comparison knows variants by these fields alone."""
+"""Stated here, since the comparison uses only these fields of a variant."""
 
 
 def compare(study: str, losses: pd.DataFrame, commit: str, **more: Lineage) -> list[Record]:
-    """Compare with `LINEAGES` and those of further variants, by name."""
+    """Compare with `LINEAGES` and with the lineages of further variants, by name."""
     return compare_with(study, losses, commit, LINEAGES | more)
 
 
@@ -122,7 +123,7 @@ SIX = {
 
 
 def find(records, term, cluster="seed", lr=None, **fields):
-    """The one comparison of `term` that has these fields."""
+    """Return the only comparison of `term` that has these fields."""
     (record,) = (
         each
         for each in terms(records, term)
@@ -133,12 +134,12 @@ def find(records, term, cluster="seed", lr=None, **fields):
 
 
 def terms(records, *wanted):
-    """The comparisons of these terms."""
+    """Return the comparisons of these terms."""
     return [each for each in of_kind(records, Comparison) if each.term in wanted]
 
 
 def curve_points(records, setting):
-    """The points of the curves on which a setting was chosen."""
+    """Return the points of the curves on which a setting was chosen."""
     return [each for each in of_kind(records, ChoicePoint) if each.setting == setting]
 
 
@@ -171,14 +172,14 @@ def test_the_interval_for_trained_models_is_narrower_than_the_one_for_new_seeds(
     rows = compare(
         "study", make_losses(SIX, n_seeds=2, seed_noise=0.01, document_noise=0.01), "abc"
     )
-    new, fixed = find(rows, Term.GAIN), find(rows, Term.GAIN, "document")
+    new, fixed = find(rows, Term.BENEFIT), find(rows, Term.BENEFIT, "document")
     assert new.low < fixed.low < fixed.high < new.high
 
 
 def test_only_seeds_that_both_arms_have_are_compared():
     losses = make_losses(SIX, n_seeds=4)
     losses = losses[(losses.arm != "solu_ln") | (losses.seed >= 1)]
-    row = find(compare("study", losses, "abc"), Term.GAIN)
+    row = find(compare("study", losses, "abc"), Term.BENEFIT)
     assert row.n == 3
     assert [row.n for row in terms(compare("study", losses, "abc"), Term.LOSS)].count(4) == 5
 
@@ -190,14 +191,14 @@ def test_phi_dyn_is_the_share_that_was_put_in():
     assert row.low < 0.25 < row.high
     assert row.high - row.low < 0.05
     assert "seeds and documents resampled; Fieller's is 0.2" in row.note
-    assert find(rows, Term.GAIN).value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.BENEFIT).value == pytest.approx(0.08, abs=0.001)
     assert find(rows, Term.STATIC).value == pytest.approx(0.02, abs=0.001)
     assert find(rows, Term.STATIC).verdict is Verdict.DIFFERENT
     assert find(rows, Term.STATIC).note.startswith("different: farther than 0.005 nats")
 
 
 def test_the_primary_family_is_corrected_for_every_solu_ln_arm():
-    # One arm is better than the static one at all eight seeds, one is as good.
+    # One arm is better than the static arm at all eight seeds; the other is as good as the static arm.
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.0601}
     rows = compare("study", make_losses(arms), "abc")
     p = {name: find(rows, Term.STATIC, arm=name).p for name in ("solu_ln-k42", "solu_ln-k0")}
@@ -225,7 +226,7 @@ def test_an_undefined_phi_dyn_has_no_p_and_its_numerator_stays_in_the_family():
 def test_p_is_of_differences_over_seeds_and_of_nothing_else():
     rows = of_kind(compare("study", make_losses(SIX), "abc"), Comparison)
     assert find(rows, Term.DIFFERENCE, arm="solu", against="gelu").p == 2 / 256
-    assert find(rows, Term.GAIN).p == 2 / 256
+    assert find(rows, Term.BENEFIT).p == 2 / 256
     assert {row.p for row in rows if row.cluster != "seed" or row.term is Term.LOSS} == {None}
     adjusted = {row.term for row in rows if row.p_adj is not None}
     assert adjusted == {Term.STATIC, Term.SHARE}
@@ -243,8 +244,8 @@ def test_phi_dyn_of_few_seeds_has_fiellers_interval():
     ("changes", "n_seeds", "why"),
     [
         ({"solu": 2.95}, 8, "the plain arm is better"),
-        ({"solu": 3.0201}, 8, "it reaches 0"),
-        ({"solu": 3.0245}, 8, "its lower end is not above 0.005 nats"),
+        ({"solu": 3.0201}, 8, "the interval contains 0"),
+        ({"solu": 3.0245}, 8, "the lower bound is not above 0.005 nats"),
         ({}, 1, "with one seed, which gives no interval for new seeds"),
     ],
 )
@@ -254,7 +255,7 @@ def test_phi_dyn_is_undefined_where_there_is_no_gain(changes, n_seeds, why):
     assert row.value is None
     assert (row.low, row.high) == (None, None)
     assert row.verdict is Verdict.UNDEFINED
-    assert row.note.startswith("undefined: no gain of LN at this size")
+    assert row.note.startswith("undefined: no benefit of LN at this size")
     assert why in row.note
     assert find(rows, Term.STATIC).value == pytest.approx(0.02, abs=0.002)
 
@@ -262,8 +263,8 @@ def test_phi_dyn_is_undefined_where_there_is_no_gain(changes, n_seeds, why):
 def test_two_seeds_that_differ_do_not_establish_a_gain():
     losses = make_losses(SIX, n_seeds=2, worse={"solu-s1": 0.03})
     rows = compare("study", losses, "abc")
-    assert find(rows, Term.GAIN, "document").low > 0.05
-    assert "it reaches 0" in find(rows, Term.SHARE).note
+    assert find(rows, Term.BENEFIT, "document").low > 0.05
+    assert "the interval contains 0" in find(rows, Term.SHARE).note
 
 
 def test_equal_static_arm_is_called_equivalent():
@@ -286,8 +287,8 @@ def test_the_static_arm_is_chosen_on_select_even_where_report_disagrees():
 def test_every_solu_ln_arm_has_its_own_contrasts():
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-k42": 3.02, "solu_ln-k0": 3.04}
     rows = compare("study", make_losses(arms), "abc")
-    assert find(rows, Term.GAIN, arm="solu_ln-k42").value == pytest.approx(0.08, abs=0.001)
-    assert find(rows, Term.GAIN, arm="solu_ln-k0").value == pytest.approx(0.06, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln-k42").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln-k0").value == pytest.approx(0.06, abs=0.001)
     assert find(rows, Term.SHARE, arm="solu_ln-k42").value == pytest.approx(0.5, abs=0.02)
     assert find(rows, Term.SHARE, arm="solu_ln-k0").value == pytest.approx(1 / 3, abs=0.02)
 
@@ -301,8 +302,8 @@ def test_every_solu_ln_arm_has_its_own_contrasts():
         (("solu_det", "solu_gain", "solu_frozen_ln"), ["solu solu_ln"]),
     ],
 )  # fmt: skip
-def test_steps_along_the_chain_sum_to_the_gain_of_ln_over_the_members_there_are(missing, steps):
-    """A member may have a per-token norm too: it is a step of the other's chain."""
+def test_steps_along_the_chain_sum_to_the_benefit_of_ln_over_the_members_there_are(missing, steps):
+    """A variant with a per-token norm may be a step in the chain of another such variant."""
     long = chain("solu", "solu_gain", "solu_frozen_ln", "solu_det", "solu_ln")
     lineages = {
         "solu_ln": Lineage("per_token", "solu_frozen_ln", long),
@@ -314,7 +315,7 @@ def test_steps_along_the_chain_sum_to_the_gain_of_ln_over_the_members_there_are(
     assert [" ".join(row.step) for row in made] == steps
     assert [row.against for row in made] == [step.split()[0] for step in steps]
     assert sum(row.value for row in made) == pytest.approx(
-        find(rows, Term.GAIN, arm="solu_ln").value, abs=1e-12
+        find(rows, Term.BENEFIT, arm="solu_ln").value, abs=1e-12
     )
     added = [row.adds.split("; ") for row in made]
     assert [name for names in added for name in names] == [step.adds for step in long[1:]]
@@ -360,8 +361,8 @@ RMS = {
 def test_a_second_per_token_variant_has_its_own_gain_static_arm_and_chain():
     arms = SIX | {"solu_frozen_rms": 3.07, "solu_rms": 3.05}
     rows = compare("study", make_losses(arms), "abc", **RMS)
-    assert find(rows, Term.GAIN, arm="solu_rms").value == pytest.approx(0.05, abs=0.001)
-    # The best static arm is that of all, whatever chain it is in.
+    assert find(rows, Term.BENEFIT, arm="solu_rms").value == pytest.approx(0.05, abs=0.001)
+    # The best static arm is chosen from all chains.
     static = find(rows, Term.STATIC, arm="solu_rms")
     assert static.value == pytest.approx(-0.01, abs=0.001)
     assert static.against == "solu_frozen_ln"
@@ -391,9 +392,9 @@ def test_the_gain_is_over_the_plain_arm_at_the_root_of_the_arms_own_chain():
     }
     arms = SIX | {"sharp": 3.3, "sharp_ln": 3.1}
     rows = compare("study", make_losses(arms), "abc", **lineages)
-    assert find(rows, Term.GAIN, arm="sharp_ln").against == "sharp"
-    assert find(rows, Term.GAIN, arm="sharp_ln").value == pytest.approx(0.2, abs=0.001)
-    assert find(rows, Term.GAIN, arm="solu_ln").against == "solu"
+    assert find(rows, Term.BENEFIT, arm="sharp_ln").against == "sharp"
+    assert find(rows, Term.BENEFIT, arm="sharp_ln").value == pytest.approx(0.2, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln").against == "solu"
 
 
 def test_rows_do_not_depend_on_the_order_of_the_losses():
@@ -429,7 +430,7 @@ def test_too_few_documents_give_no_interval_and_no_phi():
     losses = make_losses(SIX)
     few = losses[losses.document.str[-3:].astype(int) < stats.MIN_CLUSTERS - 1]
     rows = compare("study", few, "abc")
-    assert find(rows, Term.GAIN).low is None
+    assert find(rows, Term.BENEFIT).low is None
     assert "19 documents are too few for an interval" in find(rows, Term.SHARE).note
 
 
@@ -445,13 +446,13 @@ def measurements(arm, values, quantity="A", probe="specificity"):
 
 
 def settings_of(*arms, **lineages):
-    """What the comparison stores of arms at one size and rate."""
+    """Return the settings that the comparison stores for arms of one size and rate."""
     made = compare("s", make_losses(dict.fromkeys(arms, 3.0), 2), "c", **lineages)
     return of_kind(made, Setting)
 
 
 def test_a_probe_is_confirmed_by_pairs_of_seeds_with_the_static_twin():
-    """Differences .1, .2, .3, .4, .5, .6 at six seeds: p = 2 / 2^6, doubled by a second test."""
+    """Differences .1, .2, .3, .4, .5, .6 at six seeds: p = 2 / 2^6, which Holm doubles for two tests."""
     ln = [{"natural": 0.2 + 0.1 * s, "code": 0.0 + 0.1 * s} for s in range(6)]
     static = [{"natural": 0.0, "code": 0.0} for _ in range(6)]
     rows = [
@@ -492,7 +493,7 @@ def test_a_probe_is_not_confirmed_across_sizes_nor_at_a_rate_that_was_not_chosen
 
 
 def two_kappas(told: dict[str, dict[str, float]]) -> set[tuple[str, str]]:
-    """The pairs that are confirmed of LayerNorm at two kappas and of static arms with these settings."""
+    """Return the confirmed pairs of LayerNorm at two kappas and static arms with these settings."""
     told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}} | told
     arms = {arm: 3.0 + 0.01 * i for i, arm in enumerate(told)}
     compared = compare("s", make_losses(arms, 3, settings=told), "c")
@@ -501,7 +502,7 @@ def two_kappas(told: dict[str, dict[str, float]]) -> set[tuple[str, str]]:
 
 
 def test_a_probe_is_confirmed_against_the_twin_of_the_same_kappa():
-    """The third static arm's gain was given outright, and is the twin of none."""
+    """The gain of the third static arm was set as a number, so this arm is not a twin."""
     static = {
         "solu_frozen_ln-a": {"gain": 310.0, "gain_of_kappa": 4e-5},
         "solu_frozen_ln-b": {"gain": 39.0, "gain_of_kappa": 41.94},
@@ -537,7 +538,7 @@ NUMBERS = (
 
 
 def two_sizes() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Losses of two sizes together, of the small one, and of the large one, which is better throughout."""
+    """Return the losses of both sizes, of the small size, and of the large size, which is always better."""
     small = {f"{arm}-d64": loss for arm, loss in SIX.items()}
     large = {f"{arm}-d128": loss - 0.5 for arm, loss in SIX.items()}
     both = make_losses(small | large, settings=dict.fromkeys(large, LARGE))
@@ -581,18 +582,18 @@ def test_more_training_is_another_size():
     arms = {"solu": 3.1, "solu_ln": 3.02, "solu-long": 2.9, "solu_ln-long": 2.7}
     told = {arm: {"tokens": 10_000_000} for arm in arms if arm.endswith("long")}
     rows = compare("study", make_losses(arms, settings=told), "abc")
-    assert find(rows, Term.GAIN, arm="solu_ln").value == pytest.approx(0.08, abs=0.001)
-    assert find(rows, Term.GAIN, arm="solu_ln-long").value == pytest.approx(0.2, abs=0.001)
-    assert find(rows, Term.GAIN, arm="solu_ln").size == "tokens 1843200"
+    assert find(rows, Term.BENEFIT, arm="solu_ln").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln-long").value == pytest.approx(0.2, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln").size == "tokens 1843200"
 
 
 def test_sizes_may_be_measured_on_other_targets():
-    """Another context length has another number of first tokens, which are no targets."""
+    """The first token of a context is no target, so another context length gives another number of targets."""
     both, *_ = two_sizes()
     large = both.arm.str.endswith("d128")
     longer = both.assign(n_tokens=both.n_tokens + large, ctx=both.ctx.where(~large, 128))
     rows = compare("study", longer, "abc")
-    assert find(rows, Term.GAIN, arm="solu_ln-d64").value == pytest.approx(0.08, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln-d64").value == pytest.approx(0.08, abs=0.001)
 
 
 def test_the_primary_family_holds_the_arms_of_all_sizes():
@@ -605,7 +606,7 @@ def test_the_primary_family_holds_the_arms_of_all_sizes():
 
 
 def tuned(**optimum: float) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
-    """Arms at four rates and their settings; each loses .01 nats a doubling away from its optimum."""
+    """Return arms at four rates and their settings; the loss rises by .01 nats per doubling from the optimum."""
     arms, told = {}, {}
     for variant, best in optimum.items():
         for lr in (0.001, 0.002, 0.004, 0.008):
@@ -622,9 +623,9 @@ def test_arms_are_compared_at_their_own_best_rates():
     arms, told = tuned(**OPTIMA)
     rows = compare("study", make_losses(arms, settings=told), "abc")
     chosen = {f"{variant}-lr{lr}" for variant, lr in OPTIMA.items()}
-    for term in (Term.DIFFERENCE, Term.GAIN, Term.STATIC, Term.SHARE):
+    for term in (Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE):
         assert {row.arm for row in terms(rows, term) if row.lr is None} <= chosen
-    row = find(rows, Term.GAIN, arm="solu_ln-lr0.002")
+    row = find(rows, Term.BENEFIT, arm="solu_ln-lr0.002")
     assert row.value == pytest.approx(0.08, abs=0.001)
     assert row.choice == "solu-lr0.008, the best of 4 rates on the select split over 8 seeds"
     assert find(rows, Term.SHARE).value == pytest.approx(0.25, abs=0.02)
@@ -644,7 +645,7 @@ def test_the_rate_is_chosen_on_select_and_the_curve_holds_its_losses():
         by_seed = mine.groupby("seed")[["loss_sum", "n_tokens"]].sum()
         assert row.value == pytest.approx((by_seed.loss_sum / by_seed.n_tokens).mean())
         assert row.low < row.value < row.high
-    assert find(rows, Term.GAIN).arm == "solu_ln-lr0.004"
+    assert find(rows, Term.BENEFIT).arm == "solu_ln-lr0.004"
 
 
 def test_an_optimum_at_an_edge_of_its_grid_is_said():
@@ -659,19 +660,19 @@ def test_an_optimum_at_an_edge_of_its_grid_is_said():
 
 
 def curve_of(losses: pd.DataFrame) -> dict[float, ChoicePoint]:
-    """The points of the one curve of rates, by rate."""
+    """Return the points of the only curve of rates, by rate."""
     return {row.x: row for row in curve_points(compare("s", losses, "c"), "lr")}
 
 
 def easy_first(**optimum: float) -> pd.DataFrame:
-    """Rates at three seeds, of which the easy seed 0 is .5 nats below the others."""
+    """Return losses at four rates and three seeds. Seed 0 is easy: .5 nats below the other two seeds."""
     arms, told = tuned(**optimum)
     easy = {f"{arm}-s0": -0.5 for arm in arms}
     return make_losses(arms, n_seeds=3, worse=easy, settings=told)
 
 
 def test_a_rate_does_not_win_by_its_seeds():
-    """The worst rate was trained at the easy seed alone; no rate has all three."""
+    """The worst rate was trained at the easy seed only. No rate has all three seeds."""
     losses = easy_first(solu_ln=0.002)
     lacks = {0.008: (1, 2), 0.001: (1,), 0.002: (2,), 0.004: (1,)}
     for lr, seeds in lacks.items():
@@ -682,13 +683,13 @@ def test_a_rate_does_not_win_by_its_seeds():
 
 
 def test_a_rate_with_fewer_seeds_does_not_replace_one_with_all():
-    """The best rate has two of three seeds: it is told, and not chosen; the others keep their three."""
+    """The best rate has two of three seeds, so it is shown but not chosen. The other rates keep three seeds."""
     losses = easy_first(solu_ln=0.008)
     losses = losses[(losses.arm != "solu_ln-lr0.008") | (losses.seed < 2)]
     curve = curve_of(losses)
     assert {row.chosen_arm for row in curve.values()} == {"solu_ln-lr0.004"}
     assert {lr: row.n for lr, row in curve.items()} == {0.001: 3, 0.002: 3, 0.004: 3, 0.008: 2}
-    # The edge is that of the rates chosen from.
+    # The edge belongs to the rates that may be chosen.
     assert curve[0.004].grid is Grid.UPPER_EDGE
     assert {lr: row.eligible for lr, row in curve.items()} == {
         0.001: True,
@@ -696,7 +697,7 @@ def test_a_rate_with_fewer_seeds_does_not_replace_one_with_all():
         0.004: True,
         0.008: False,
     }
-    assert curve[0.008].note == "not chosen from: 2 of 3 seeds"
+    assert curve[0.008].note == "not eligible: 2 of 3 seeds"
 
 
 def test_rates_that_share_no_seed_are_not_chosen_from_and_named():
@@ -717,7 +718,7 @@ def test_static_arms_that_share_no_seed_are_not_chosen_from_and_named():
     losses = losses[(losses.arm != "solu_frozen_ln") | (losses.seed >= 2)]
     rows = compare("s", losses, "c")
     assert not terms(rows, Term.STATIC, Term.SHARE)
-    assert find(rows, Term.GAIN).n == 4
+    assert find(rows, Term.BENEFIT).n == 4
     (row,) = of_kind(rows, NoChoice)
     assert row.arms == ("solu_frozen_ln", "solu_gain")
 
@@ -764,13 +765,13 @@ def test_a_common_rate_gives_what_a_study_of_that_rate_gives():
     rows = compare("study", losses, "abc")
     for lr in (0.001, 0.002, 0.004, 0.008):
         alone = compare("study", losses[losses.lr == lr], "abc")
-        for term in (Term.GAIN, Term.STATIC, Term.SHARE):
+        for term in (Term.BENEFIT, Term.STATIC, Term.SHARE):
             there = find(alone, term)
             here = find(rows, term, lr=lr)
             assert (here.value, here.low, here.high) == (there.value, there.low, there.high)
             assert (here.arm, here.tuned_arm) == (f"solu_ln-lr{lr}", "solu_ln-lr0.002")
             assert here.p_adj is None
-    assert find(rows, Term.GAIN, lr=0.001).value == pytest.approx(0.1, abs=0.001)
+    assert find(rows, Term.BENEFIT, lr=0.001).value == pytest.approx(0.1, abs=0.001)
 
 
 def test_a_rate_that_not_all_have_is_not_common():
@@ -786,7 +787,7 @@ def test_one_rate_under_two_names_is_no_choice_of_rates():
     told = {arm: {"family": arm.split("-")[0]} for arm in arms}
     rows = compare("study", make_losses(arms, settings=told), "abc")
     assert rows == compare("study", make_losses(arms), "abc")
-    assert find(rows, Term.GAIN, arm="solu_ln-again").value == pytest.approx(0.07, abs=0.001)
+    assert find(rows, Term.BENEFIT, arm="solu_ln-again").value == pytest.approx(0.07, abs=0.001)
 
 
 def test_gains_are_chosen_each_at_its_best_rate():
@@ -866,8 +867,8 @@ def test_an_arm_of_two_settings_is_refused(name):
 
 
 def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
-    def told(**changes):
-        """What the suite reads in the folder of a run with these words."""
+    def settings(**changes):
+        """Return the settings that the suite reads from the folder of a run with these words."""
         words = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
         config = tiny_config(tmp_path, "variant=solu_ln", *words)
         facts = {field.name: None for field in fields(Facts)}
@@ -878,13 +879,13 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
         (folder / "model.json").write_text(json.dumps(facts))
         return _settings(Run(folder))
 
-    first = told(train__lr=0.001, seed=0, tag="a")
+    first = settings(train__lr=0.001, seed=0, tag="a")
     assert first.keys() >= {*SETTINGS, "family"}
     assert (first["lr"], first["kappa"]) == (0.001, pytest.approx(0.001 * 128**2))
     assert math.isnan(first["gain"])
-    assert told(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]
-    assert told(train__lr=0.001, mid__kappa=3)["family"] != first["family"]
-    assert told(train__lr=0.001, train__weight_decay=0)["family"] != first["family"]
+    assert settings(train__lr=0.004, seed=3, tag="b")["family"] == first["family"]
+    assert settings(train__lr=0.001, mid__kappa=3)["family"] != first["family"]
+    assert settings(train__lr=0.001, train__weight_decay=0)["family"] != first["family"]
 
 
 def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_name():
@@ -900,4 +901,4 @@ def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_
         UserError, match="runs 'solu_gain-s0' and 'solu_gain-s2' of variant"
     ) as refused:
         _lineages([*two, other])
-    assert "delete the line 'role' of both model.json" in str(refused.value)
+    assert "delete the line 'role' from both model.json files" in str(refused.value)

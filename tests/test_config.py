@@ -1,4 +1,4 @@
-"""Configuration: three layers, checked at load, saved so that it can be run again."""
+"""The configuration: three layers, checked when loaded, and saved so that it can be run again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VARIANTS = plugins.names("soluscope.variants")
 
 
 def refusal(*words: str) -> str:
-    """What `words` are refused with: always one line."""
+    """Return the message with which `words` are refused, which must be one line."""
     with pytest.raises(UserError) as caught:
         load_config(words)
     assert "\n" not in str(caught.value)
@@ -107,7 +107,7 @@ def test_rate_that_nobody_tuned_is_refused() -> None:
     )
 
 
-# What is saved
+# The saved configuration
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -132,7 +132,7 @@ def test_saved_nested_lists_read_back_equal(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no configuration at .*: not a run folder"):
+    with pytest.raises(UserError, match=r"no configuration at .* is not a run folder"):
         read_config(tmp_path / "config.yaml")
 
 
@@ -183,7 +183,7 @@ def test_run_is_named_by_variant_seed_and_tag() -> None:
 
 
 def schemas() -> Iterator[tuple[str, type]]:
-    """Every dataclass whose keys a user can set, nested ones and those of open sets included."""
+    """Yield every dataclass whose keys a user can set, including the parameters of open sets."""
     yield "", Config
     yield "", EvalConfig
     for section, package in (("mid.", GROUPS["variant"]), ("corpus.", GROUPS["data"])):
@@ -200,9 +200,9 @@ def keys_of(schema: type, prefix: str) -> Iterator[str]:
 
 
 def shown(schema: type, prefix: str = "") -> dict[str, list[str]]:
-    """What help says of each key: its default, and the words of its meaning's first line."""
+    """Return the help on each key: its default, and the words of the first line of its meaning."""
     lines = (line for line in help_lines(schema, prefix) if not line.startswith("   "))
-    return {key: said for key, *said in map(str.split, lines)}
+    return {key: entry for key, *entry in map(str.split, lines)}
 
 
 @pytest.mark.parametrize(("prefix", "schema"), list(schemas()))
@@ -301,7 +301,7 @@ def test_evaluation_reads_its_own_file_and_then_the_words() -> None:
 
 def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert refusal(*TINY, "train.stepz=3") == (
-        "no key called 'train.stepz'. Did you mean 'train.steps'? --help lists them"
+        "no key called 'train.stepz'. Did you mean 'train.steps'? --help lists all keys"
     )
     assert "'trian'. Did you mean 'train'?" in refusal(*TINY, "trian.steps=3")
     assert "'mid.kapa'. Did you mean 'mid.kappa'?" in refusal(*TINY, "mid.kapa=3")
@@ -323,7 +323,7 @@ def test_unknown_member_names_the_nearest_and_lists_all() -> None:
 
 @pytest.mark.parametrize("words", [(), ("variant=",), ("variant=null",), ("variant=???",)])
 def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> None:
-    assert refusal(*words).startswith("variant has no value: give it, as in variant=gelu. There")
+    assert refusal(*words).startswith("variant has no value: set it, as in variant=gelu. There")
 
 
 @pytest.mark.parametrize(
@@ -336,14 +336,14 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("train.lr=[1]", "train.lr: "),
         ("train.schedule=linear", "train.schedule: Invalid value 'linear', expected one of"),
         ("train.device=tpu", "expected one of ['auto', 'cpu', 'cuda']"),
-        ("model=3", "model=3: wanted keys below it"),
-        ("mid=null", "mid=null: wanted keys below it"),
+        ("model=3", "model=3: set keys below model"),
+        ("mid=null", "mid=null: set keys below mid"),
         ("train.steps=${nowhere}", "nowhere"),
         ("train.steps=[1", "cannot read 'train.steps=[1'"),
         # relations
         ("model.n_heads=3", "model.n_heads=3 does not divide model.d_model=32"),
         ("train.micro_batches=3", "train.micro_batches=3 does not divide train.batch_size=8"),
-        ("train.warmup_steps=61", "must lie between 0 and train.steps=60"),
+        ("train.warmup_steps=61", "must be between 0 and train.steps=60"),
         ("tokens.select_share=0.95", "leave a share for training"),
         # ranges
         ("model.n_heads=0", "model.n_heads=0 must be 1 or more"),
@@ -365,9 +365,9 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("mid.kappa=-1", "mid.kappa=-1.0 must be above 0"),
         ("seed=-1", "seed=-1 must be 0 or more"),
         # names of folders
-        ("study=../up", "study='../up' is used as a folder's name"),
-        ("study=..", "study='..' is used as a folder's name"),
-        ("tag=a/b", "tag='a/b' is used as a folder's name"),
+        ("study=../up", "study='../up' is used in a folder's name"),
+        ("study=..", "study='..' is used in a folder's name"),
+        ("tag=a/b", "tag='a/b' is used in a folder's name"),
         # neither key=value nor a file
         ("steps", "'steps' is neither key=value nor a .yaml file"),
         ("--steps=3", "no key called '--steps'"),
@@ -380,8 +380,8 @@ def test_value_that_cannot_be_is_refused_with_its_key(word: str, says: str) -> N
 
 def test_epsilon_and_kappa_together_are_refused() -> None:
     message = refusal(*TINY, "mid.eps=1e-5", "mid.kappa=3")
-    assert message == ("mid.eps=1e-05 and mid.kappa=3.0 are both given: set one of them to null")
-    assert "both given" in refusal("variant=gelu_ln", "size=tiny", "mid.kappa=3")
+    assert message == ("mid.eps=1e-05 and mid.kappa=3.0 are both set: set one of them to null")
+    assert "are both set" in refusal("variant=gelu_ln", "size=tiny", "mid.kappa=3")
     assert load_config(["variant=gelu_ln", "size=tiny", "mid.eps=null", "mid.kappa=3"])
 
 
@@ -395,15 +395,15 @@ def test_static_gain_is_a_number_above_zero_or_a_word() -> None:
 
 
 def test_parameter_that_a_source_cannot_do_without_is_asked_for() -> None:
-    assert refusal(*TINY, "data=files") == "corpus.paths has no value: give it, as in corpus.paths=…"  # fmt: skip
+    assert refusal(*TINY, "data=files") == "corpus.paths has no value: set it, as in corpus.paths=…"  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("train: {steps: [", "is not YAML"),
-        ("- train", "holds no keys: wanted key: value lines"),
-        ("train: 3", "train=3: wanted keys below it"),
+        ("- train", "contains no keys: write lines such as 'key: value'"),
+        ("train: 3", "train=3: set keys below train"),
     ],
 )
 def test_yaml_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, says: str) -> None:
@@ -414,7 +414,7 @@ def test_yaml_file_that_cannot_be_used_is_refused(tmp_path: Path, content: str, 
     ("word", "says"),
     [
         ("probes=[engagment]", "no probe called 'engagment'. Did you mean 'engagement'?"),
-        ("probes=engagement", "probes: wanted a list, as in probes=[…]"),
+        ("probes=engagement", "probes: give a list, as in probes=[…]"),
         ("n_tokens=99", "n_tokens=99 must be 100 or more"),
         ("n_tokenz=200", "'n_tokenz'. Did you mean 'n_tokens'?"),
         ("seed=-1", "seed=-1 must be 0 or more"),

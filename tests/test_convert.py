@@ -1,4 +1,4 @@
-"""Run folder -> HookedTransformer: the same function, and all of TransformerLens's hooks."""
+"""Conversion of a run folder to a HookedTransformer: the same function, with all of TransformerLens's hooks."""
 
 import dataclasses
 
@@ -105,7 +105,7 @@ def test_patching_the_scale_reaches_the_logits(name):
 
 def test_a_model_that_computes_something_else_is_refused_with_where_and_by_how_much():
     trained = rough_model("solu_ln")
-    with pytest.raises(UserError, match=r"does not compute what was trained: \S+ differs by \d"):
+    with pytest.raises(UserError, match=r"disagrees with the trained model: \S+ differs by \d"):
         to_hooked(trained, facts_for("solu_ln"), plugins.pick("soluscope.variants", "gelu_ln"))
 
 
@@ -119,7 +119,7 @@ def test_another_epsilon_in_the_mid_norm_is_refused():
 def test_a_tensor_without_a_place_is_refused():
     trained = rough_model("solu")
     trained.register_buffer("surplus", torch.zeros(1))
-    with pytest.raises(UserError, match=r"without a place \['surplus'\]"):
+    with pytest.raises(UserError, match=r"unexpected tensors \['surplus'\]"):
         to_hooked(trained, facts_for("solu"), plugins.pick("soluscope.variants", "solu"))
 
 
@@ -128,7 +128,7 @@ def test_a_norm_that_transformer_lens_would_leave_out_is_refused():
     facts = dataclasses.replace(
         facts_for("solu_ln"), hooked_act_fn="solu"
     )  # without _ln, no hook_mid
-    with pytest.raises(UserError, match=r"has no blocks.0.mlp.\S+: see its hooked_act_fn"):
+    with pytest.raises(UserError, match=r"has no blocks.0.mlp.\S+: check hooked_act_fn"):
         to_hooked(trained, facts, plugins.pick("soluscope.variants", "solu_ln"))
 
 

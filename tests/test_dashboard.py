@@ -1,6 +1,6 @@
-"""The wandb dashboard of a study: its code's JSON, and what wandb's own client sends to a server.
+"""The wandb dashboard of a study: its JSON, and the requests that wandb's own client sends to a server.
 
-After a change of the dashboard: python tests/test_dashboard.py > tests/dashboard.json
+After a change of the dashboard, run: python tests/test_dashboard.py > tests/dashboard.json
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PLACE = "team/solu"
 LOW, HIGH = "solu_ln-low", "solu_ln-high"
 KAPPAS = {LOW: 0.42, HIGH: 419.4}
 LOSSES = {"solu": 4.0, "solu_gain": 3.97, LOW: 3.9, HIGH: 3.99}
-UNDEFINED = "undefined: no gain of LN at this size"
+UNDEFINED = "undefined: no benefit of LN at this size"
 
 
 ROLES = {"solu": "plain", "solu_gain": "static", "solu_ln": "per_token"}
@@ -42,7 +42,7 @@ ROLES = {"solu": "plain", "solu_gain": "static", "solu_ln": "per_token"}
 def comparison(
     term: Term, arm: str, value: float | None, half: float, **more: Any
 ) -> list[Comparison]:
-    """A comparison with its interval for new seeds, and half as wide for these models."""
+    """Return a comparison with an interval for new seeds. For a difference, add a narrower one for these models."""
     base = Comparison(
         study="first", term=term, value=value, unit="nats / token", arm=arm, variant=arm.split("-")[0],
         n=4, n_clusters=4, cluster="seed", commit="abc",
@@ -56,15 +56,15 @@ def comparison(
 
 
 def make_rows() -> list[Record]:
-    """A study of plain SoLU, a static arm and two kappas; at one of them Phi_dyn is undefined."""
+    """Return a study of plain SoLU, a static arm and two kappas; at one kappa Phi_dyn is undefined."""
     rows: list[Record] = [
         row for arm, loss in LOSSES.items() for row in comparison(Term.LOSS, arm, loss, 0.01)
     ]
     for arm in (LOW, HIGH):
-        gain = LOSSES["solu"] - LOSSES[arm]
-        rows += comparison(Term.GAIN, arm, gain, 0.02)
+        benefit = LOSSES["solu"] - LOSSES[arm]
+        rows += comparison(Term.BENEFIT, arm, benefit, 0.02)
         rows += comparison(Term.STATIC, arm, LOSSES["solu_gain"] - LOSSES[arm], 0.02)
-        rows += comparison(Term.DIFFERENCE, "solu", gain, 0.02, against=arm)
+        rows += comparison(Term.DIFFERENCE, "solu", benefit, 0.02, against=arm)
     rows += comparison(Term.SHARE, LOW, 0.7, 0.2, unit="share", note="Fieller's interval")
     rows += comparison(Term.SHARE, HIGH, None, 0.0, unit="share", note=UNDEFINED)
     for arm, loss in LOSSES.items():
@@ -96,14 +96,14 @@ ONE_KAPPA = [row for row in ROWS if row.arm != HIGH]
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """A study's folder that holds its rows and nothing else."""
+    """Return a study's folder that holds its rows and nothing else."""
     results.write(tmp_path / "first" / "results.jsonl", ROWS)
     return tmp_path / "first"
 
 
 @pytest.fixture
 def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whom wandb does not know, and a server that is not there should anything be sent."""
+    """Remove every wandb login, and set an address without a server, so that nothing can be sent."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -112,7 +112,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def workspace(rows: list[Record] = ROWS) -> dict[str, Any]:
-    """The dashboard's JSON."""
+    """Return the dashboard's JSON."""
     made = dashboard._workspace(rows, dashboard.drawings(rows), dashboard.place(PLACE))
     model: dict[str, Any] = made._to_model().model_dump(by_alias=True, exclude_none=True)
     return model
@@ -124,7 +124,7 @@ def section(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def panels(model: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    """Configurations of the panels of a kind."""
+    """Return the configurations of the panels of a kind."""
     return [
         panel["config"]
         for part in section(model)["panelBankConfig"]["sections"]
@@ -150,7 +150,7 @@ def report(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a command that was refused."""
+    """Return the only line that a refused command prints."""
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert not done.stdout
@@ -177,7 +177,7 @@ def test_the_same_rows_give_the_same_json_with_ids_of_which_none_is_twice() -> N
 def test_dry_run_prints_the_json_and_neither_connects_nor_starts_a_process(
     study: Path, no_key: None
 ) -> None:
-    """Python says what it does to an audit hook; wandb's client is a process of its own."""
+    """An audit hook sees every connection and child process; wandb's client would be a child process."""
     watched = (
         "import json, runpy, sys\n"
         "seen = []\n"
@@ -204,7 +204,7 @@ def test_dry_run_prints_the_json_and_neither_connects_nor_starts_a_process(
 def test_panels_read_what_training_runs_log(tiny_study: Path, tmp_path: Path) -> None:
     run_dir = tiny_study / "solu_ln-s0"
     curves = set(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0]))
-    # The last value of a curve is among a wandb run's numbers too.
+    # A wandb run's summary also holds the last value of each curve.
     numbers = curves | set(json.loads((run_dir / "done.json").read_text()))
     config = wandb_run._config(tiny_config(tmp_path, "variant=solu_ln")).keys()
     model = workspace()
@@ -240,7 +240,7 @@ def test_the_runs_table_holds_the_runs_of_the_study_by_what_tells_them_apart() -
 
 
 def leaves(filters: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The conditions of a tree of filters."""
+    """Yield the conditions of a tree of filters."""
     if "key" in filters:
         yield filters
     for one in filters.get("filters", ()):
@@ -359,7 +359,7 @@ def test_a_place_that_is_not_entity_and_project_is_refused(text: str) -> None:
     [
         (["--wandb"], "argument --wandb: expected one argument"),
         (["--wandb", "solu"], "'solu' is not entity/project"),
-        (["--dry-run"], "give --wandb entity/project too"),
+        (["--dry-run"], "--dry-run needs --wandb entity/project"),
         (["--wandb", PLACE], "there is no key"),
         ([f"--wandb={PLACE}"], "there is no key"),
         (["--wand", PLACE], "unrecognized arguments: --wand"),
@@ -386,7 +386,7 @@ def test_an_address_that_is_none_is_one_line(
 
 def test_what_is_not_installed_is_named(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(UserError, match="wants wandb-workspaces: pip install wandb"):
+    with pytest.raises(UserError, match="needs wandb-workspaces: pip install wandb"):
         dashboard.preview(study, dashboard.place(PLACE))
 
 
@@ -402,7 +402,7 @@ def test_offline_mode_and_a_report_to_wandb_exclude_each_other(
 
 
 def with_views() -> Any:
-    """A server that also takes dashboards and tables."""
+    """Return a server that also accepts dashboards and tables."""
     from _wandb_server import WandbServer
 
     class Server(WandbServer):
@@ -433,7 +433,7 @@ def with_views() -> Any:
             return {"upsertView": {"view": {"id": id, "name": given["name"]}, "inserted": True}}
 
         def committed(self, given: dict[str, Any]) -> dict[str, Any]:
-            """As if its content were here already; the run's own files hold the table too."""
+            """Answer as if the server had the content already. The table is also among the run's own files."""
             artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s"}}
             return {"createArtifact": {"artifact": artifact}}
 
@@ -471,7 +471,7 @@ def test_a_server_that_refuses_the_dashboard_is_one_line(
         done = report(study, "--wandb", PLACE)
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"error: wandb did not take the study into --wandb {PLACE}: ")
+    assert line.startswith(f"error: wandb did not accept the study in --wandb {PLACE}: ")
     assert server.views == {}
 
 

@@ -1,4 +1,4 @@
-"""Sources, tokenizer and token cache: what training reads is the corpus, whole and once."""
+"""Sources, tokenizer and token cache: training reads the whole corpus, and every document once."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
 
 
 def config_of(tmp_path: Path, *words: str) -> Config:
-    """A configuration of small splits that none of 80 documents leaves empty."""
+    """Return a configuration in which no split of 80 documents is empty."""
     shares = ("tokens.select_share=0.2", "tokens.report_share=0.2", "tokens.d_vocab=300")
     folder = f"tokens.cache_dir={tmp_path / 'cache'}"
     return load_config(["variant=solu", "size=tiny", folder, *shares, *words])
 
 
 def files_config(tmp_path: Path, *words: str) -> Config:
-    """A configuration that reads all files in `tmp_path`/texts."""
+    """Return a configuration that reads all files in `tmp_path`/texts."""
     return config_of(tmp_path, "data=files", f"corpus.paths=[{tmp_path}/texts/*.*]", *words)
 
 
 def documents_of(name: str, *words: str) -> tuple[list[Document], dict[str, str]]:
-    """A source's documents, and what it skipped."""
+    """Return a source's documents, and by name the reason for each text that it skipped."""
     config = load_config(["variant=solu", "size=tiny", f"data={name}", *words])
     source: Source = plugins.pick("soluscope.data.sources", name)
     skipped: dict[str, str] = {}
@@ -63,7 +63,7 @@ def documents_of(name: str, *words: str) -> tuple[list[Document], dict[str, str]
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """A fresh interpreter that runs `code` and can import soluscope."""
+    """Start a fresh interpreter that runs `code` and can import soluscope."""
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -76,7 +76,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Pop
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[str]:
-    """80 documents in `tmp_path`/texts, of which five stand there twice and one is blank."""
+    """Write 80 documents, five duplicates and a blank document to `tmp_path`/texts; return the 80."""
     found = [text_of(seed) for seed in range(80)]
     (tmp_path / "texts").mkdir()
     write_jsonl(tmp_path / "texts" / "all.jsonl", [*found, *found[:5], " \n"])
@@ -89,7 +89,7 @@ def cache(tmp_path: Path, texts: list[str]) -> TokenCache:
 
 
 def decoded_documents(cache: TokenCache, split: str) -> list[str]:
-    """The split's stream, cut at its offsets and decoded."""
+    """Return the documents of a split: its stream, cut at its offsets and decoded."""
     decoder = Tokenizer.from_file(str(cache.tokenizer_path))
     stream, offsets = cache.stream(split), cache.offsets(split)
     assert all(stream[offsets[1:] - 1] == cache.meta["eos"])
@@ -231,7 +231,7 @@ def test_vocabulary_is_its_real_size_where_the_corpus_gives_fewer_pairs(
 
 
 def save_word_tokenizer(path: Path, words: list[str]) -> Path:
-    """A tokenizer.json of whole words."""
+    """Write a tokenizer.json of whole words, and return its path."""
     from tokenizers import models, pre_tokenizers
 
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
@@ -270,14 +270,14 @@ def test_what_lies_beside_a_tokenizer_says_its_bos(tmp_path: Path) -> None:
 def test_tokenizer_that_is_not_there_or_not_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no such file"):
         tokenizer.load(str(tmp_path / "missing.json"))
-    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
+    with pytest.raises(UserError, match=r"contains no tokenizer.json"):
         tokenizer.load(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"cannot read"):
         tokenizer.load(str(tmp_path))
 
 
-# The key
+# The cache's key
 
 
 def test_key_changes_with_all_that_determines_the_tokens(tmp_path: Path, texts: list[str]) -> None:
@@ -350,7 +350,7 @@ except UserError as error:
 
 
 def words_of(config: Config) -> list[str]:
-    """The command line of `files_config`, for another process."""
+    """Return the command line of `files_config`, for another process."""
     return [
         "variant=solu", "size=tiny", "data=files", f"corpus.paths={config.corpus.paths}",
         f"tokens.cache_dir={config.tokens.cache_dir}",
@@ -403,7 +403,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, texts: list[st
         ("train.tokens", "train.tokens has"),
         ("meta.json", "incomplete"),
         ("select.offsets.npy", "incomplete"),
-        ("tokenizer.json", "not the one that made the tokens"),
+        ("tokenizer.json", "not the tokenizer that produced the tokens"),
     ],
 )
 def test_cache_with_a_truncated_file_is_refused(cache: TokenCache, name: str, says: str) -> None:
@@ -548,7 +548,7 @@ def test_glob_that_matches_nothing_and_endings_not_known_are_refused(tmp_path: P
     with pytest.raises(UserError, match=r"'.*/\*\.txt' matches no file"):
         documents_of("files", f"corpus.paths=[{tmp_path}/*.txt]")
     (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(UserError, match=r"ends in '.pdf'; wanted .txt, .jsonl, .parquet"):
+    with pytest.raises(UserError, match=r"ends in '.pdf'; only .txt, .jsonl, .parquet can be read"):
         documents_of("files", f"corpus.paths=[{tmp_path}/*]")
     with pytest.raises(UserError, match=r"corpus.paths.* missing|corpus.paths has no value"):
         documents_of("files")
@@ -593,7 +593,7 @@ def test_prose_comes_through_files(tmp_path: Path) -> None:
     assert sorted(found) == sorted(table.column("text").to_pylist())
 
 
-# The hub, served on loopback through the real client
+# The hub, on loopback, through the real client
 
 COMMIT = "0" * 40
 REPOSITORIES = {
@@ -612,7 +612,7 @@ REPOSITORIES = {
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the client asks the hub for, for REPOSITORIES."""
+    """The hub's answers to the client's requests for REPOSITORIES."""
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
@@ -672,7 +672,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """Address of a hub that has REPOSITORIES."""
+    """Yield the address of a hub that has REPOSITORIES."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -695,7 +695,7 @@ CODE = {"path": "someone/code", "text_field": "content", "weight": 0.2}
 
 
 def hub_documents(address: str, home: Path, **params: object) -> tuple[list[list[str]], str]:
-    """Documents and stderr of a fresh process, since the client reads HF_ENDPOINT on import."""
+    """Return the documents and stderr of a fresh process: the client reads HF_ENDPOINT when imported."""
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
     process = run_python(HUB_DOCUMENTS, json.dumps(params), **environment)
     output, errors = process.communicate(timeout=HANGS_AFTER_S)
@@ -710,7 +710,7 @@ def test_hub_sets_are_mixed_by_weight_in_bytes(hub: str, tmp_path: Path, streami
     assert found, errors
     n_bytes = {"tales": 0, "code": 0}
     for name, text in found:
-        # The next document was drawn from the set that was furthest behind.
+        # Each document is drawn from the set that is furthest behind its share.
         behind = "tales" if n_bytes["tales"] / 0.8 <= n_bytes["code"] / 0.2 else "code"
         assert name.startswith(f"someone/{behind}:train:")
         n_bytes[behind] += len(text)
@@ -721,7 +721,7 @@ def test_hub_sets_are_mixed_by_weight_in_bytes(hub: str, tmp_path: Path, streami
 def test_hub_mix_ends_where_a_set_runs_out_and_says_so(hub: str, tmp_path: Path) -> None:
     found, errors = hub_documents(hub, tmp_path, sets=[TALES, {**CODE, "weight": 8}], max_mb=9)
     assert 0 < len(found) < 400
-    assert "skipped the rest of someone/tales: someone/code ran out" in errors
+    assert "skipped the rest of someone/tales: someone/code ended" in errors
 
 
 def test_hub_errors_name_the_set_in_one_line(hub: str, tmp_path: Path) -> None:
@@ -740,7 +740,7 @@ def test_hub_errors_name_the_set_in_one_line(hub: str, tmp_path: Path) -> None:
 def test_hub_that_cannot_be_reached_is_one_line_that_names_the_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a refused connection is tried again for 25 seconds
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise the client retries for 25 seconds
     found, errors = hub_documents("http://127.0.0.1:9", tmp_path, sets=[TALES], max_mb=1)
     assert not found
     assert errors.startswith("error: corpus.sets: cannot read someone/tales")
@@ -763,7 +763,7 @@ def test_hub_reads_a_local_folder_of_the_same_layout(tmp_path: Path) -> None:
 
 
 def test_streaming_without_an_end_is_refused() -> None:
-    with pytest.raises(UserError, match=r"corpus.max_mb is null: streaming needs an end"):
+    with pytest.raises(UserError, match=r"corpus.max_mb is null, but streaming needs a limit"):
         documents_of("hub", "corpus.max_mb=null")
     with pytest.raises(UserError, match=r"corpus.sets is empty"):
         documents_of("hub", "corpus.sets=[]")
@@ -784,5 +784,7 @@ def test_prepared_cache_that_the_configuration_does_not_describe_is_refused(
     words = ["variant=solu", "size=tiny", *asked, f"tokens.prepared={cache.path}"]
     assert prepare(load_config(words)).meta["key"] == cache.meta["key"]
     wrong = load_config([*words, "tokens.d_vocab=4096"])
-    with pytest.raises(UserError, match=r"made with tokens.d_vocab=\d+, .*says 4096: set tokens.d"):
+    with pytest.raises(
+        UserError, match=r"made with tokens.d_vocab=\d+, .*has tokens.d_vocab=4096: set tokens.d"
+    ):
         prepare(wrong)

@@ -1,4 +1,4 @@
-"""One model trained by several processes: the same numbers, and no process left behind."""
+"""One model trained by several processes: the numbers are the same, and no process is left behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from _launching import LAUNCH, sweep_file
-from conftest import ROOT, tiny_config, train_silently
+from conftest import HANGS_AFTER_S, ROOT, tiny_config, train_silently
 from safetensors.torch import load_file
 
 from soluscope.config import load_config
@@ -46,13 +46,13 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(runs_dir: Path) -> Run:
-    """Trained by one process."""
+    """Return a run that was trained by one process."""
     return Run(train_silently(tiny_config(runs_dir, *WORDS[2:], "study=alone")))
 
 
 @pytest.fixture(scope="module")
 def together(alone: Run, runs_dir: Path) -> Run:
-    """The same, trained by two processes on two nodes under torchrun: half of each batch each."""
+    """Return the same run trained by two processes on two nodes under torchrun, each with half of every batch."""
     port = str(free_port())
     nodes = [
         start("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={rank}",
@@ -60,21 +60,21 @@ def together(alone: Run, runs_dir: Path) -> Run:
               *words(runs_dir, "study=together", "train.nodes=2", "train.micro_batches=2"))
         for rank in (0, 1)
     ]  # fmt: skip
-    first, second = (node.communicate(timeout=120) for node in nodes)
+    first, second = (node.communicate(timeout=HANGS_AFTER_S) for node in nodes)
     assert [node.returncode for node in nodes] == [0, 0], (first, second)
     run = Run(runs_dir / "together" / "solu_ln-s0")
     assert first[0] == f"{run.dir} is finished\n"
-    assert second == ("", "")  # only the first one speaks
+    assert second == ("", "")  # only the first process prints
     return run
 
 
 def words(runs_dir: Path, *others: str) -> list[str]:
-    """Words of a run of STEPS steps, its tokens beside its runs."""
+    """Return the words of a run of STEPS steps, with its tokens beside its runs."""
     return [*WORDS, f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}", *others]
 
 
 def start(*command: str | Path, mark: str = "") -> subprocess.Popen[str]:
-    """`python command` in a session of its own, it and all that it starts marked for `ranks_of`."""
+    """Start `python command` in a new session. The process and its children carry a mark for `ranks_of`."""
     inherited = {key: value for key, value in os.environ.items() if key not in FROM_OUTSIDE}
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -89,7 +89,7 @@ def start(*command: str | Path, mark: str = "") -> subprocess.Popen[str]:
 
 def reach(process: subprocess.Popen[str], run: Run, step: int, mark: str) -> list[int]:
     """Wait until a step has been logged. Return the ids of the processes that train, by rank."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + HANGS_AFTER_S
     while run.last_row().get("step", 0) < step:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until
@@ -100,10 +100,10 @@ def reach(process: subprocess.Popen[str], run: Run, step: int, mark: str) -> lis
 
 
 def ranks_of(mark: str) -> dict[str, int]:
-    """Ids of the processes that torchrun has started under a command with this mark, by rank."""
+    """Return the ids of the processes that torchrun started under a command with this mark, by rank."""
     ranks = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             lines = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
             environment = dict(line.partition("=")[::2] for line in lines)
             if environment.get(MARK) == mark and "RANK" in environment:
@@ -112,9 +112,9 @@ def ranks_of(mark: str) -> dict[str, int]:
 
 
 def ended(pids: list[int], process: subprocess.Popen[str]) -> str:
-    """Return what the process has printed on stderr, once it and all of `pids` have ended."""
-    complaint = process.communicate(timeout=60)[1]
-    until = time.monotonic() + 60
+    """Wait until the process and all of `pids` have ended. Return the stderr of the process."""
+    complaint = process.communicate(timeout=HANGS_AFTER_S)[1]
+    until = time.monotonic() + HANGS_AFTER_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -132,7 +132,7 @@ def step_of_checkpoint(run: Run) -> int:
 
 
 def assert_same(run: Run, reference: Run) -> None:
-    """Losses and weights to 1e-5. b_K's gradient is 0 but for rounding, which Adam makes large."""
+    """Compare losses and weights to 1e-5. Leave out b_K: its gradient is pure rounding, which Adam amplifies."""
     losses, wanted = ([row["loss"] for row in rows(each)] for each in (run, reference))
     assert len(losses) == STEPS
     assert losses == pytest.approx(wanted, rel=0, abs=1e-5)
@@ -155,7 +155,7 @@ def test_two_processes_train_as_one_does_with_the_doubled_batch(alone: Run, toge
 def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
     together: Run, runs_dir: Path, tmp_path: Path
 ) -> None:
-    """A sweep's job is stopped by Ctrl-C, then loses a process, is finished, and has nothing to do."""
+    """A sweep's job is stopped by Ctrl-C, then loses a process, then is finished, and at last has nothing to do."""
     run = Run(runs_dir / "interrupted" / "solu_ln-s0")
     sweep = sweep_file(tmp_path, variant=["solu_ln"])
     ours = words(runs_dir, "study=interrupted", *TOGETHER)
@@ -166,7 +166,7 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
     os.killpg(first.pid, signal.SIGINT)
     complaint = ended(pids, first)
     assert first.returncode == 130, complaint
-    assert complaint.splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert complaint.splitlines()[-1] == "interrupted; the same command resumes from here"
     stopped_at = step_of_checkpoint(run)
     assert stopped_at in {run.last_row()["step"], run.last_row()["step"] + 1}
     assert (run.at_work(), run.failure()) == (False, None)
@@ -176,19 +176,19 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
     os.kill(pids[1], signal.SIGKILL)
     complaint = ended(pids, second)
     assert second.returncode != 0
-    assert run.failure() is None  # a lost process is no failure of the run's
+    assert run.failure() is None  # a lost process is not a failure of the run
     assert stopped_at < step_of_checkpoint(run) < STEPS
     assert not run.is_done()
 
     third = start(*TORCHRUN, TRAIN, *ours)
-    assert third.communicate(timeout=120)[0] == f"{run.dir} is finished\n"
+    assert third.communicate(timeout=HANGS_AFTER_S)[0] == f"{run.dir} is finished\n"
     assert rows(run) == rows(together)
     left, right = (load_file(each.weights) for each in (run, together))
     assert all(torch.equal(left[name], right[name]) for name in right)
 
     before = {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
     fourth = start(*TORCHRUN, TRAIN, *ours)
-    assert fourth.communicate(timeout=120) == (f"{run.dir} was finished already\n", "")
+    assert fourth.communicate(timeout=HANGS_AFTER_S) == (f"{run.dir} was finished already\n", "")
     assert before == {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
 
 
@@ -200,7 +200,7 @@ def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
     in_sweep = [word for word in ours if not word.startswith("variant=")]
     sweep = sweep_file(tmp_path, variant=["solu_ln"])
     process = start(LAUNCH, sweep, *in_sweep, "report=false", mark="diverged")
-    complaint = process.communicate(timeout=120)[1]
+    complaint = process.communicate(timeout=HANGS_AFTER_S)[1]
     assert process.returncode == 2
     assert not ranks_of("diverged")
     failure = Run(runs_dir / "diverged" / "solu_ln-s0").failure()
@@ -217,9 +217,9 @@ def test_processes_that_wait_for_the_first_end_when_it_refuses_to_start(
 ) -> None:
     ours = words(runs_dir, "study=alone", *TOGETHER, "train.lr_rest=0.5")
     process = start(*TORCHRUN, TRAIN, *ours, mark="refused")
-    printed, complaint = process.communicate(timeout=120)
+    printed, complaint = process.communicate(timeout=HANGS_AFTER_S)
     assert (process.returncode, printed) == (1, "")
-    assert complaint.count(f"error: {alone.dir} is of another configuration") == 1
+    assert complaint.count(f"error: {alone.dir} has a different configuration") == 1
     assert not ranks_of("refused")
 
 
@@ -251,7 +251,7 @@ UNDER_SRUN = {
 
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment without what a launcher sets."""
+    """Remove the variables that a launcher sets, and return the patch of the environment."""
     for name in (*FROM_OUTSIDE, "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
@@ -262,7 +262,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [
         (UNDER_TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, 3),
         (UNDER_SRUN | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, 2),
-        # torchrun inside an allocation.
+        # torchrun inside a SLURM allocation.
         (UNDER_SRUN | UNDER_TORCHRUN | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_NTASKS": "1"}, 3),
     ],
 )  # fmt: skip
@@ -280,7 +280,7 @@ def test_the_launcher_says_which_process_this_is(
     [
         ({}, ("train.devices=4",), "torchrun --standalone --nproc-per-node=4 train/run.py"),
         ({}, ("train.nodes=2",), "torchrun --nnodes=2 --nproc-per-node=1"),
-        # An allocation in which srun has started this process alone.
+        # A SLURM allocation in which srun has started only this process.
         (UNDER_SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, ("train.devices=4",), "torchrun"),
         (UNDER_TORCHRUN | {"WORLD_SIZE": "2"}, ("train.devices=4",), "--nproc-per-node=4"),
         (UNDER_TORCHRUN | {"WORLD_SIZE": "2"}, ("train.devices=1",), "--nproc-per-node=1"),
@@ -303,7 +303,7 @@ def test_another_number_of_processes_is_refused_with_the_command(
 def test_one_process_ignores_the_allocation_around_it(
     tmp_path: Path, outside: pytest.MonkeyPatch
 ) -> None:
-    """As one task of four that srun has started, each with a run of its own."""
+    """srun has started four tasks, each with its own run; this process is one of them."""
     for name, value in {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "sweep",
                         "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NODEID": "0"}.items():  # fmt: skip
         outside.setenv(name, value)

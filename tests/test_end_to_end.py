@@ -1,4 +1,4 @@
-"""train -> convert -> probe -> report through the real commands, in a temporary folder, no network."""
+"""Training, conversion, probes and report through the real commands, in a temporary folder, without network."""
 
 import json
 import os
@@ -28,13 +28,12 @@ from soluscope.results import (
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())["parameters"]["variant"][
-    "values"
-]
+VARIANTS = ["gelu", "solu", "solu_gain", "solu_frozen_ln", "solu_ln"]
+"""A baseline, and solu_ln's chain with its static twin."""
 
 
 def run(folder, *words):
-    """A command in `folder`, refused all network by a proxy that is not there."""
+    """Run a command in `folder` without network: its proxy does not exist."""
     nowhere = dict.fromkeys(
         ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
     )
@@ -48,16 +47,19 @@ def run(folder, *words):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, gates):
-    """The demo, smaller; all but one of the probes have been through their controls before."""
+    """Launch a small demo twice; return its folder and both outputs. Only engagement has no control results yet."""
     folder = tmp_path_factory.mktemp("end_to_end")
     here = folder / "runs" / "e2e"
-    suite._calibrated("controls", "gain_variation", here, print)  # notes the code that makes them
+    suite._calibrated("controls", "gain_variation", here, print)  # also stores the hash of its code
     for probe in {*plugins.names("soluscope.probes")} - {"gain_variation", "engagement"}:
         shutil.copy(gates(probe), here / suite.CONTROLS)
     words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",
              "eval.n_tokens=1000", "eval.n_loss_tokens=2000", "eval.n_draws=200"]  # fmt: skip
-    first = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
-    again = run(folder, ROOT / "sweeps" / "launch.py", ROOT / "sweeps" / "demo.yaml", *words)
+    sweep = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())
+    sweep["parameters"]["variant"]["values"] = VARIANTS
+    (folder / "demo.yaml").write_text(yaml.safe_dump(sweep))
+    first = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
+    again = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
     return here, first, again
 
 
@@ -106,11 +108,11 @@ def test_results_hold_each_probes_words_once(study):
 
 def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
     _, first, again = study
-    assert "demo: 12 jobs: 12 waiting" in first.stderr
+    assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} waiting" in first.stderr
     assert first.stderr.count("controls of") == 1
     assert "controls of" not in again.stderr
-    assert "demo: 12 jobs: 12 done" in again.stderr
-    assert again.stderr.count("probed already") == 12
+    assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} done" in again.stderr
+    assert again.stderr.count("probed already") == 2 * len(VARIANTS)
 
 
 def test_the_terminal_shows_the_table_and_where_the_report_is(study):
@@ -225,7 +227,7 @@ def test_a_changed_probe_is_made_anew_and_the_others_stay(study, tmp_path):
     words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     prepared = f"prepared={study[0].parents[1] / tokens}"
     done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
-    assert "solu-s0: engagement has changed and is made anew" in done.stderr
+    assert "solu-s0: engagement has changed and is recomputed" in done.stderr
     assert "solu-s0: engagement (1 of 1)" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
@@ -234,7 +236,7 @@ OLD = (
     '{"study": "e2e", "probe": "loss", "quantity": "loss", "value": 4.0, "unit": "nats / token",'
     ' "run": "solu-s0"}\n'
 )
-"""A row as versions wrote it whose records had no kind."""
+"""A row of an older version, in which records had no kind."""
 
 
 def test_what_an_older_version_left_in_a_run_is_made_again_and_refused_elsewhere(study, tmp_path):
@@ -251,7 +253,7 @@ def test_what_an_older_version_left_in_a_run_is_made_again_and_refused_elsewhere
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "was written by another version" in line
-    assert line.endswith("make it again with 'python eval/run.py runs/e2e'")
+    assert line.endswith("create it with 'soluscope probe runs/e2e'")
     run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words)
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 

@@ -1,7 +1,7 @@
-"""Facts about every planted model, and each one's truth, by hooks on the model itself.
+"""Facts about every planted model, and the truth of each model, tested by hooks on the model itself.
 
-Nothing here goes through a probe or a closed form: a truth is the model's own distribution before and
-after an edit, or its activations against the numbers that its docstring derives.
+No probe and no closed form is used here. A truth is tested on the model's own distribution before and
+after an edit, or on its activations, which must have the values that its docstring derives.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def observed(name: str) -> HookedRun:
 
 
 def log_probs(name: str, edits: dict[str, Edit] | None = None) -> Tensor:
-    """Log of the next token's distribution at the positions after BOS of `natural`. [row pos d_vocab]"""
+    """Return log probabilities of the next token at the positions after BOS of `natural`. [row pos d_vocab]"""
     planted = built(name)
     hooks = [(where, lambda x, hook, f=f: f(x)) for where, f in (edits or {}).items()]
     with torch.no_grad():
@@ -61,13 +61,13 @@ def log_probs(name: str, edits: dict[str, Edit] | None = None) -> Tensor:
 
 
 def cost(name: str, edits: dict[str, Edit]) -> float:
-    """Mean KL divergence from the model's own distribution to the edited one, in nats."""
+    """Return the mean KL divergence from the model's own distribution to the edited distribution, in nats."""
     own, edited = log_probs(name), log_probs(name, edits)
     return float((own.exp() * (own - edited)).sum(-1).mean())
 
 
 def by_token(name: str, where: str) -> Tensor:
-    """Activations at each token of the vocabulary. [d_vocab d_mlp]"""
+    """Return the activations at each token of the vocabulary. [d_vocab d_mlp]"""
     model = built(name).model
     _, found = model.run_with_cache(torch.arange(model.cfg.d_vocab)[:, None], names_filter=where)
     activations: Tensor = found[where][:, 0]
@@ -79,20 +79,20 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def frozen(name: str) -> dict[str, Edit]:
-    """One gain for all tokens: the geometric mean over those that are not BOS."""
+    """Return an edit that sets one gain for all tokens: the geometric mean over the tokens after BOS."""
     log_gain = content(name, "gain").log().mean()
     return {SCALE: lambda scale: torch.full_like(scale, float((-log_gain).exp()))}
 
 
 def content(name: str, field: str) -> Tensor:
-    """A field of the observed run, BOS left out."""
+    """Return a field of the observed run, without BOS."""
     run = observed(name)
     found: Tensor = getattr(run, field)[~run.is_bos]
     return found
 
 
 def of_class(name: str, letter: str) -> Tensor:
-    """Which of the content tokens begin with `letter`."""
+    """Return whether each content token begins with `letter`."""
     vocab = built(name).streams["natural"].vocab
     starts = torch.tensor([text.startswith(letter) for text in vocab])
     return starts[content(name, "tokens")]
@@ -105,7 +105,7 @@ def spread(log_gain: Tensor) -> float:
 # --- every control --------------------------------------------------------------------------------
 
 
-def test_every_section_of_science_md_has_a_control() -> None:
+def test_every_planted_model_of_the_protocol_has_a_control() -> None:
     sections = [control(name).section for name in CONTROLS]
     assert set(sections) >= {f"C{k}" for k in range(1, 14)}
     assert len(set(sections)) == len(sections)
@@ -141,7 +141,7 @@ def test_the_next_token_depends_on_the_current_one_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_the_natural_rows_are_drawn_from_the_model_itself(name: str) -> None:
-    """Their surprisal is its entropy, within 4 standard errors of the mean over rows."""
+    """The surprisal of the rows equals the model's entropy, within 4 standard errors of the mean over rows."""
     stream = built(name).streams["natural"]
     assert (stream.tokens[:, 0] == _shell.BOS).all()
     assert (stream.tokens[:, 1:] != _shell.BOS).all()
@@ -150,14 +150,14 @@ def test_the_natural_rows_are_drawn_from_the_model_itself(name: str) -> None:
     surprisal = -own.gather(-1, stream.tokens[:, 2:, None]).squeeze(-1)
     excess = (surprisal - entropy(own)).mean(-1)
     assert abs(excess.mean()) < 4 * excess.std() / len(excess) ** 0.5
-    assert entropy(own).mean() < math.log(own.shape[-1] - 1) - 0.3  # there is something to lose
+    assert entropy(own).mean() < math.log(own.shape[-1] - 1) - 0.3  # there is information to lose
 
 
 PAIRED = [name for name in CONTROLS if "pairs" in built(name).streams]
 
 
 def contrast(stream: Stream, logits: Tensor) -> Tensor:
-    """logit[right] - logit[wrong] before the answer, [pair row], the clean row first."""
+    """Return logit[right] - logit[wrong] before the answer, [pair row], with the clean row first."""
     answers = stream.tokens[:, -1].view(-1, 1 + _shell.N_CORRUPTIONS)
     last = logits[:, -2].view(*answers.shape, -1)
     right, wrong = answers[:, :1, None], answers[:, 1:2, None]
@@ -174,9 +174,9 @@ def test_pairs_are_a_clean_row_and_five_corruptions_that_differ_in_the_last_word
     assert len(tokens) >= 24
     assert torch.equal(number, torch.arange(len(tokens))[:, None, None].expand(tokens.shape))
     assert (tokens[:, :, 0] == _shell.BOS).all()
-    assert (tokens[:, 1:, 1:-2] == tokens[:, :1, 1:-2]).all()  # one context
+    assert (tokens[:, 1:, 1:-2] == tokens[:, :1, 1:-2]).all()  # the same context
     assert (tokens[:, 1:, -2] != tokens[:, :1, -2]).all()  # another last word
-    assert (tokens[:, 1:, -1] == tokens[:, 1:2, -1]).all()  # one wrong answer
+    assert (tokens[:, 1:, -1] == tokens[:, 1:2, -1]).all()  # the same wrong answer
     assert (tokens[:, 0, -1] != tokens[:, 1, -1]).all()
     assert all(len(set(row.tolist())) == _shell.N_CORRUPTIONS for row in tokens[:, 1:, -2])
     with torch.no_grad():
@@ -185,10 +185,10 @@ def test_pairs_are_a_clean_row_and_five_corruptions_that_differ_in_the_last_word
 
 
 def patched_gain(name: str, direction: str) -> tuple[float, float]:
-    """Least and largest share of a pair's logit difference that follows the gain of the last word.
+    """Return the least and largest share of a pair's logit difference that follows the gain of the last word.
 
-    `denoise`: recovered in the corrupt run by the clean run's gain; `noise`: lost in the clean run by
-    the corrupt run's.
+    `denoise`: share recovered in the corrupt run by the clean run's gain. `noise`: share lost in the clean
+    run by the corrupt run's gain.
     """
     planted, size = built(name), 1 + _shell.N_CORRUPTIONS
     stream = planted.streams["pairs"]
@@ -224,12 +224,14 @@ def test_pre_for_inverts_solu() -> None:
 
 
 def test_pre_for_refuses_negative_activations() -> None:
-    with pytest.raises(ValueError, match=r"is -0\.1: only 0 or more"):
+    with pytest.raises(
+        ValueError, match=r"is -0\.1, for which the pre-activation is not unique: pass activations"
+    ):
         _shell.pre_for(torch.tensor([[0.5, -0.1]], dtype=torch.float64))
 
 
 def test_the_shell_computes_what_was_planned() -> None:
-    """hook_pre is the plan, and with the anchor a logit is post @ effect to 1e-8 of itself."""
+    """hook_pre equals the plan. With the anchor, logits equal post @ effect to 2e-8 of the largest logit."""
     pre = _shell.normal(0, 9, 6)
     effect = _shell.random_effect(1, _shell.post(pre, 1e-3), 9)
     model = _shell.anchored(pre, effect, eps=1e-3)
@@ -288,7 +290,7 @@ def test_c1_activations_of_b_are_a_two_hundredth_of_sums_of_those_of_a() -> None
 
 
 def _curvature(features: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Return the second derivative of the mean KL by a readout's weights, flattened, where it predicts q."""
+    """Return the second derivative of the mean KL by the flattened weights of a readout, at its prediction q."""
     n, d = q.shape[1], features.shape[1]
     found = np.zeros((d, n, d, n))
     diagonal = np.einsum("ta,tb,tv->vab", features, features, q, optimize=True)
@@ -298,20 +300,20 @@ def _curvature(features: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solve a singular system: softmax does not see a constant that is added to all logits."""
+    """Solve a singular system: a constant that is added to all logits does not change the softmax."""
     shifted = matrix + 1e-12 * np.eye(len(matrix))
     found: np.ndarray = scipy.linalg.cho_solve(scipy.linalg.cho_factor(shifted), right.ravel())
     return found.reshape(right.shape)
 
 
 def test_c1_no_readout_at_a_constant_gain_comes_within_4_tenths_of_a_nat() -> None:
-    """The least mean KL over linear readouts with a bias: from above by minimising, from below by duality.
+    """Minimising bounds the least mean KL of linear readouts with a bias from above; duality bounds it from below.
 
     min over W of mean [lse(F W)_t - P_t (F W)_t - H(P_t)] = max over Q with F' Q = F' P of
-    mean [H(Q_t) - H(P_t)]: each Q that keeps these moments is a lower bound. Here F is mid and 1.
-    With q what W predicts, Newton's step is the one for which Q = q (1 + F step, less its mean under
-    q) has these moments; P has them too, and between the two lies a Q without a negative part. The
-    bounds meet, whatever the order of sums.
+    mean [H(Q_t) - H(P_t)]. So each Q with these moments gives a lower bound. F is mid with a column of ones.
+    Let q be the prediction of W. With Newton's step, Q = q (1 + F step - mean of F step under q) has
+    these moments. P has them too, and between Q and P there is a point without negative entries. The
+    two bounds meet, whatever the order of sums.
     """
     log_p = _shell.logits(built("smear_shared").model)[1:, 1:].log_softmax(-1).numpy()
     p, n = np.exp(log_p), len(log_p)
@@ -340,7 +342,6 @@ def test_c1_no_readout_at_a_constant_gain_comes_within_4_tenths_of_a_nat() -> No
         kept = np.maximum(p + change, 0)
         above, below = mean_kl(w), ((p * log_p).sum() - scipy.special.xlogy(kept, kept).sum()) / n
         if above - below < 1e-4:
-            print("iterations", _)
             break
         size = 1.0
         while mean_kl(w + size * step) > above + 1e-4 * size * (slope * step).sum():
@@ -348,7 +349,7 @@ def test_c1_no_readout_at_a_constant_gain_comes_within_4_tenths_of_a_nat() -> No
         w += size * step
     assert above == pytest.approx(0.4020, abs=2e-4)
     assert above - 1e-4 < below <= above
-    # The bound is off by W' (F' Q - F' P) at most, W being the best readout.
+    # The error of the lower bound is at most W' (F' Q - F' P), where W is the best readout.
     assert abs(features.T @ (kept - p)).max() * abs(w).sum() / n < 1e-4
 
     alike = p.mean(0)
@@ -409,7 +410,7 @@ def test_c3_is_pinned() -> None:
 
 
 def test_c3_reads_small_distributed_activations_all_the_same() -> None:
-    """Where B's eight neurons are silenced its predictions are lost, and none of them is ever large."""
+    """Silencing B's eight neurons destroys B's predictions, although none of these neurons is ever large."""
     own = log_probs("pinned")
     edited = log_probs("pinned", {MID: lambda mid: torch.where(mid < 0.1, 0.0, mid)})
     is_b = ~of_class("pinned", "A").view(own.shape[:2])
@@ -460,7 +461,7 @@ def test_c5_gain_varies_as_in_c1() -> None:
     ids=["gains of others", "double gain", "no activations", "no MLP", "other neurons"],
 )
 def test_c5_nothing_that_the_mlp_writes_changes_a_prediction(edits: dict[str, Edit]) -> None:
-    # Where B's gain multiplies an A token's activations the MLP writes 81 times more than it ever does.
+    # With B's gain on an A token's activations, the MLP writes 81 times more than without an edit.
     allowed = 1e-5 if SCALE not in edits else 1e-3
     assert (log_probs("absorbed", edits) - log_probs("absorbed")).abs().max() < allowed
     assert cost("absorbed", edits) < 1e-6
@@ -524,7 +525,7 @@ def test_c8_sign_after_centring_tells_the_class_of_small_activations() -> None:
     weak = signal[is_a] < 1
     assert (weak.sum(-1) == 15).all()
     assert signal.min() > 0
-    assert signal[is_a].min() > signal[~is_a].max()  # before: every A above every B
+    assert signal[is_a].min() > signal[~is_a].max()  # before centring, every A is above every B
     assert -0.1301 < centred[is_a][weak].min() < centred[is_a][weak].max() < -0.0699
     assert 0.0099 < centred[~is_a].min() < centred[~is_a].max() < 0.0701
 
@@ -557,7 +558,7 @@ def test_c9_mean_gain_with_bos_is_exactly_one_over_n() -> None:
 
 
 def firing_classes(name: str) -> list[set[int]]:
-    """Of each neuron, the classes whose tokens it fires for, having checked that it does for all of each."""
+    """Return the classes for which each neuron fires, after checking that it fires for all their tokens."""
     from soluscope.controls.monosemantic import CLASS_OF
 
     mid = by_token(name, MID)
@@ -643,7 +644,7 @@ def test_c12_no_other_neuron_acts_through_the_scale_alone() -> None:
 
 
 def pointwise(pre: Tensor) -> Tensor:
-    """SoLU with its denominator replaced by the geometric mean over content tokens."""
+    """Return SoLU with its denominator replaced by the geometric mean over content tokens."""
     return pre * (pre - content("lateral", "pre").logsumexp(-1).mean()).exp()
 
 
@@ -675,7 +676,7 @@ def test_c13_competitor_writes_nothing() -> None:
 
 
 def on_the_way(name: str, start: int, end: int, steps: int = 256) -> tuple[Tensor, Tensor]:
-    """Pre-activations and O where the residual stream turns from one token to another, 0 to pi."""
+    """Return pre-activations and O while the residual stream turns from one token to another, 0 to pi."""
     model = built(name).model
     W_E = model.embed.W_E.detach()
     theta = torch.linspace(0, math.pi, steps + 1, dtype=W_E.dtype)[:, None]
@@ -691,7 +692,7 @@ def on_the_way(name: str, start: int, end: int, steps: int = 256) -> tuple[Tenso
 
 
 def lengths_on_the_way(out: Tensor) -> tuple[float, float]:
-    """Path over the distance of its ends, and its longest step over the path, from 0 to pi/2."""
+    """Return path length over end-to-end distance, and longest step over path length, from 0 to pi/2."""
     step = out[:129].diff(dim=0).norm(dim=-1)
     return float(step.sum() / (out[128] - out[0]).norm()), float(step.max() / step.sum())
 
@@ -734,4 +735,5 @@ def test_c10_rotated_computes_what_its_classes_do_and_no_neuron_is_one_of_them()
     mid = by_token("rotated", POST)
     assert torch.allclose(mid.norm(dim=-1), mid.new_tensor(6), rtol=1e-9)
     assert mid.abs().max() < 5
-    assert (mid.abs() > 0.6).double().mean() > 0.4  # of 6 / sqrt(32) = 1.06, as of a Gaussian
+    # The rms is 6 / sqrt(32) = 1.06, and the values are spread like a Gaussian's.
+    assert (mid.abs() > 0.6).double().mean() > 0.4

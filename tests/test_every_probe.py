@@ -1,4 +1,4 @@
-"""What holds for every probe over the folder, and what each must find where the answer is known."""
+"""Facts about every probe in the folder, and the results of each probe where the answer is known."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def stream_of(tokens, name="natural"):
 
 
 def stream_for(probe):
-    """Random tokens as the probe wants them: as texts, or as prompts with their corruptions."""
+    """Return random tokens in the form that the probe needs: texts, or prompts with their corruptions."""
     if not probe.streams[0].startswith(streams.PAIRS):
         return stream_of(some_tokens())
     tokens = some_tokens(18)
@@ -87,6 +87,7 @@ def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, var
     assert {values.shape for values in measured.tokens.values()} == {run.pos.shape}
     table = token_table(run, measured)
     rows = list(summarise(probe, table, measured.estimates, BASE, n_draws=100, seed=0))
+    assert rows
     assert all(row.unit for row in rows)
     assert {row.quantity for row in rows} <= probe.quantities.keys() | probe.estimates.keys()
     assert {len(values) for values in measured.neurons.values()} <= {run.mid.shape[1]}
@@ -158,7 +159,7 @@ def test_a_docstring_without_one_of_the_words_is_refused_in_one_line(heading, fa
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("docstring", [None, "", "What a name asks.", "P: A name"])
+@pytest.mark.parametrize("docstring", [None, "", "A question without a number.", "P: A name"])
 def test_a_docstring_that_does_not_begin_with_a_number_and_a_name_is_refused(docstring):
     with pytest.raises(UserError, match="begin it with 'P1: name'"):
         words_of(docstring)
@@ -249,7 +250,7 @@ def solu_1l():
 
 
 def test_engagement_of_solu_1l_is_section_1_2s_table(solu_1l):
-    """By our definition of r from hook_mid alone, against the table that was read off hook_normalized."""
+    """Our definition of r uses hook_mid only. The table was read from hook_normalized."""
     run = planted(torch.from_numpy(solu_1l["hook_mid"])[None], eps=1e-5)
     measured = plugins.pick("soluscope.probes", "engagement").measure(run).tokens
     r = [.117, .0112, .0227, .0197, .0365, .0286, .0392, .0291, .0286, .0284, .0373, .0213, .0447,
@@ -275,13 +276,13 @@ def test_solu_1ls_published_gain_curve_moves_and_its_last_token_does_not(solu_1l
 
 
 def fits_of(run: HookedRun) -> dict[str, float]:
-    """Fits to the curves of a run of one string."""
+    """Return the fits to the curves of a run of one string."""
     tokens = plugins.pick("soluscope.probes", "gain_variation").measure(run).tokens
     return fits(run.pos.numpy(), {name: values.numpy() for name, values in tokens.items()})
 
 
 def test_where_only_bos_differs_the_published_mean_is_one_over_n_and_the_others_flat():
-    """C9 of science.md section 6."""
+    """C9 of protocol.md section 6."""
     scales = torch.tensor([2.0] + [1.0] * 30)
     run = planted(scales[None, :, None] * torch.tensor([1.0, -1.0]), eps=1e-12)
     row = fits_of(run)
@@ -306,7 +307,7 @@ def freeze(run: HookedRun) -> pd.DataFrame:
 
 
 def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
-    """The same weights at kappa 1e6 (C3: pinned by epsilon) and at a tiny one."""
+    """The same weights at kappa 1e6 (C3: pinned by epsilon) and at a tiny kappa."""
     changes = {}
     for kappa in (1e6, 1e-6):
         _, hooked = hooked_for("solu_ln")
@@ -328,7 +329,7 @@ def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
 
 
 def test_the_best_constant_is_the_minimum_over_all_other_strings():
-    """Against scipy's minimiser; targets are the model's own guesses, so its gain is too low."""
+    """The reference is scipy's minimiser. The targets are the model's own guesses, so its gain is too low."""
     from scipy.optimize import minimize_scalar
 
     from soluscope.probes.scale_freeze import _best_constant
@@ -424,7 +425,7 @@ def test_tokens_that_the_model_does_not_know_are_another_tokenizers():
     _, hooked = hooked_for("solu_ln")
     tokens = some_tokens()
     tokens[1, 3] = hooked.cfg.d_vocab
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="tokenise the text with the model's tokenizer"):
         observe(hooked, stream_of(tokens))
 
 
@@ -472,6 +473,7 @@ def test_probing_a_text_gives_a_table_and_figures(tiny_study):
     on_texts = {n for n in PROBES if "pairs" not in plugins.pick("soluscope.probes", n).streams[0]}
     assert set(frame["probe"]) == on_texts
     r = frame[(frame["quantity"] == "r") & (frame["pos"] > 0)]["value"]
+    assert len(r) > 10
     assert r.between(0, 1).all()
     assert (frame[frame["pos"] == 0]["text"] == "<|BOS|>").all()
     assert len(figures) > len(on_texts)
@@ -509,7 +511,7 @@ def test_one_number_for_all_tokens_has_no_interval_and_is_constant():
     assert {row.statistic: row.value for row in rows}["share above 0.5"] == 0
     assert all((row.low, row.n, row.constant) == (None, 59, True) for row in rows)
     few = summarise(probe, table[:20], (), BASE, n_draws=100, seed=0)
-    assert {row.note for row in few} == {"no interval from 10 documents, it takes 20"}
+    assert {row.note for row in few} == {"no interval from 10 documents: at least 20 are needed"}
 
 
 # --- the suite ------------------------------------------------------------------------------------
@@ -567,7 +569,7 @@ def test_fewer_documents_than_an_interval_takes_are_said():
     rows = summarise(probe, table, measured.estimates, BASE, n_draws=100, seed=0)
     row = next(row for row in rows if (row.quantity, row.statistic) == ("r", "median"))
     assert (row.low, row.high) == (None, None)
-    assert row.note == "no interval from 3 documents, it takes 20"
+    assert row.note == "no interval from 3 documents: at least 20 are needed"
 
 
 def test_one_short_text_of_ones_own_is_probed_by_all_that_can(tiny_study):

@@ -1,4 +1,4 @@
-"""The matrix of hypotheses and evidence on models whose answer is known: it rules out nothing that is true."""
+"""The matrix of hypotheses and evidence on models whose answer is known: it never rejects the true hypothesis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from soluscope.report import evidence
 from soluscope.results import Record
 
 H0, STATIC, SMEAR = range(3)
-"""Places in `evidence.HYPOTHESES`."""
+"""Indices into `evidence.HYPOTHESES`."""
 TRUE_OF = {
     "smear_shared": SMEAR,
     "smear_graded": SMEAR,
@@ -29,7 +29,7 @@ PROBES = tuple(one.probe for one in evidence.EVIDENCE if one.probe)
 
 @cache
 def seen(control: str) -> dict[str, evidence.Seen]:
-    """By section, what the matrix says of a planted model, as if it were a run with a per-token norm."""
+    """Return the matrix of a planted model, by section, as if the model were a run with a per-token norm."""
     records: list[Record] = [LN, *passed(*PROBES)]
     for probe in PROBES:
         one = plugins.pick("soluscope.probes", probe)
@@ -59,6 +59,6 @@ def test_smearing_is_ruled_out_where_no_token_needs_a_scale_of_its_own(control):
 
 
 def test_a_set_is_large_by_what_it_costs_and_not_beside_neurons_of_its_mass():
-    """In `pinned` random neurons of the same |n| carry more, and the low ones do carry loss."""
+    """In `pinned`, random neurons of the same total |n| carry more loss, yet the low neurons carry loss too."""
     found = seen("pinned")["P9"]
     assert found.verdicts == ("not settled", "consistent", "inconsistent")

@@ -1,7 +1,7 @@
-"""Exports: pushed to a hub on loopback by the real client, and loaded from it by what the card says.
+"""Exports: pushed to a hub on loopback by the real client, and loaded from it by the code on the card.
 
-huggingface_hub reads HF_ENDPOINT and HF_HOME when it is imported, so all that asks the hub runs in a
-process of its own, which sends back what it found.
+huggingface_hub reads HF_ENDPOINT and HF_HOME when it is imported. So code that uses the hub runs in a
+separate process, which returns the results.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ TOKEN = "hf_ours"
 TEXT = "def f(x): return 12 + <|BOS|>"
 TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(5))
 LENS = "solu_ln-s0-lens"
-"""The run whose mid norm has the epsilon of the others, 1e-5."""
+"""The run whose mid norm has the same epsilon as its other norms, 1e-5."""
 RUNS = [*(f"{variant}-s0" for variant in VARIANTS), LENS]
 FAMILY = dict(
     zip(RUNS, sorted(name for name in MODEL_ALIASES if name.startswith("NeelNanda/")), strict=False)
 )
-"""Names of TransformerLens's own list, under which the exports lie on our hub."""
+"""Names from TransformerLens's own list. Our hub holds the exports under these names."""
 HOSTILE = "a|b <script>alert(1)</script> [x](y) `c` **d** # e\n# heading <!-- f"
 
 
-# --- the hub, and who asks it ---------------------------------------------------------------------
+# --- the hub and its client -----------------------------------------------------------------------
 
 
 class WritableHub(Hub):
     """The hub with the routes of a push.
 
-    POST  /api/repos/create                       a new repository; 409 where it is
+    POST  /api/repos/create                       a new repository; 409 if it exists
     POST  /api/validate-yaml                      the card's front matter
     POST  /api/models/{repo}/preupload/{rev}      which files are large
-    POST  /{repo}.git/info/lfs/objects/batch      where to put them
+    POST  /{repo}.git/info/lfs/objects/batch      addresses for large files
     PUT   /put/{sha256}                           a large file
-    POST  /api/models/{repo}/commit/{rev}         small files, sums of large ones, and what is deleted
+    POST  /api/models/{repo}/commit/{rev}         small files, sums of large files, deletions
     """
 
     def __enter__(self) -> WritableHub:
@@ -74,7 +74,7 @@ class WritableHub(Hub):
         return self
 
     def files(self, repo: str) -> dict[str, bytes]:
-        """What the repository's main branch holds."""
+        """Return the files of the repository's main branch."""
         return self.commits[repo][self.branches[repo]["main"]]
 
 
@@ -152,7 +152,7 @@ def found_in(model: HookedTransformer) -> dict:
 
 
 def run_there(code: str) -> dict:
-    """What the card's code makes, or how it ends."""
+    """Run a card's code, and return its model's weights, logits and tokens, or its error."""
     names: dict = {}
     try:
         exec(code, names)
@@ -162,7 +162,7 @@ def run_there(code: str) -> dict:
 
 
 def lens_there(name: str) -> dict:
-    """The same of TransformerLens's own from_pretrained."""
+    """Return the same for TransformerLens's own from_pretrained."""
     return run_there(
         "from transformer_lens import HookedTransformer\n"
         f"model = HookedTransformer.from_pretrained_no_processing({name!r}, device='cpu')"
@@ -184,14 +184,14 @@ def hub() -> Iterator[WritableHub]:
 
 @pytest.fixture(scope="module")
 def there(hub, tmp_path_factory):
-    """Call functions of this file in a process that knows our hub only."""
+    """Yield a function that runs functions of this file in a process that can use only our hub."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
             patch.delenv(name)
         patch.setenv("HF_ENDPOINT", hub.url)
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         patch.setenv("HF_TOKEN", TOKEN)
-        patch.setenv("HF_HUB_DISABLE_XET", "1")  # its protocol is another server's
+        patch.setenv("HF_HUB_DISABLE_XET", "1")  # its protocol needs another server
         patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
         patch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -205,7 +205,7 @@ def there(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(tiny_study, tmp_path_factory) -> Path:
-    """The tiny study with one more run, one of whose runs has been probed."""
+    """Return the tiny study with one more run, LENS, which has been probed."""
     runs_dir = tmp_path_factory.mktemp("export") / "runs"
     study = runs_dir / "tiny"
     shutil.copytree(tiny_study, study)
@@ -232,13 +232,13 @@ def study(tiny_study, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(study) -> dict[str, dict]:
-    """What the runs themselves compute, by soluscope.load."""
+    """Return the weights, logits and tokens of the runs themselves, by soluscope.load."""
     return {run: found_in(soluscope.load(study / run)) for run in RUNS}
 
 
 @pytest.fixture(scope="module")
 def pushed(study, there, tmp_path_factory) -> dict[str, Path]:
-    """Each run's export, pushed under a name of the family."""
+    """Push the export of each run under a name of the family, and return its folder."""
     out = tmp_path_factory.mktemp("out")
     for run in RUNS:
         told = there(export_there, study / run, out / run, FAMILY[run])
@@ -252,7 +252,7 @@ def obstacle_of(folder: Path) -> bool:
 
 
 def codes(folder: Path) -> list[str]:
-    """The Python of a card: for soluscope, TransformerLens 3.9 and 4."""
+    """Return the Python code on a card: for soluscope, TransformerLens 3.9 and 4."""
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
 
 
@@ -265,7 +265,7 @@ def assert_same(found: dict, wanted: dict) -> None:
     assert found["tokens"] == wanted["tokens"]
 
 
-# --- what loads it --------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -290,7 +290,7 @@ def test_the_code_of_the_card_loads_the_run(run, pushed, there, trained):
     ours, *lens = codes(pushed[run])
     found = there(run_there, ours)
     assert_same(found, trained[run])
-    np.testing.assert_array_equal(found["logits"], trained[run]["logits"])
+    np.testing.assert_allclose(found["logits"], trained[run]["logits"], rtol=0, atol=1e-5)
     assert bool(lens) is not obstacle_of(pushed[run])
     if lens:
         assert FAMILY[run] in lens[0]
@@ -300,7 +300,7 @@ def test_the_code_of_the_card_loads_the_run(run, pushed, there, trained):
 
 
 def test_the_code_for_transformer_lens_stops_at_a_model_of_our_own(pushed, there):
-    """Whoever uses another model's card for it gets its name and no model."""
+    """The code of another model's card raises an error that names our variant, and gives no model."""
     code = codes(pushed[LENS])[1].replace(FAMILY[LENS], FAMILY["solu_frozen_ln-s0"])
     assert "soluscope:solu_frozen_ln" in there(run_there, code)["error"]
 
@@ -350,7 +350,7 @@ def test_the_weights_are_the_runs_own_and_hold_tensors_only(run, study, pushed):
         assert all(key.endswith(("mask", "IGNORE")) for key in state.keys() - wanted.keys())
 
 
-# --- what is refused, though it looks like it -----------------------------------------------------
+# --- near misses that are refused -----------------------------------------------------------------
 
 
 def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
@@ -376,7 +376,7 @@ def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words)
 def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
     run = Run(study / LENS)
     model, facts = run.load_model(), run.facts
-    model.mlp(0).ln.forward = lambda mid: mid  # a difference that no rule names
+    model.mlp(0).ln.forward = lambda mid: mid  # a difference that no rule covers
     with pytest.raises(UserError, match="differs"):
         _lens_state(model, facts, plugins.pick("soluscope.variants", "solu_ln"))
 
@@ -399,7 +399,7 @@ def test_the_card_tells_configuration_losses_and_probes(pushed):
     assert "mid:\n  eps: 1.0e-05" in card
     facts = json.loads((pushed[LENS] / "model.json").read_text())
     assert f"<td>{facts['tokens']}</td>" in card
-    assert "Not probed yet" not in card
+    assert "has not been probed yet" not in card
 
 
 def test_the_card_tells_nothing_of_other_runs_configurations_texts_and_curves(pushed):
@@ -410,7 +410,7 @@ def test_the_card_tells_nothing_of_other_runs_configurations_texts_and_curves(pu
 
 
 def test_a_run_that_was_not_probed_says_so(pushed):
-    assert "Not probed yet." in rendered(pushed["gelu-s0"])
+    assert "The model has not been probed yet." in rendered(pushed["gelu-s0"])
 
 
 def test_text_from_data_is_shown_as_it_is(pushed):
@@ -423,7 +423,7 @@ def test_text_from_data_is_shown_as_it_is(pushed):
 def test_a_card_of_our_own_variant_says_why_nothing_else_loads_it(pushed):
     for variant, norm in NORMS.items():
         if not norm.is_layer_norm:
-            assert f"mid norm is {type(norm).__name__}, and" in rendered(pushed[f"{variant}-s0"])
+            assert f"mid norm is {type(norm).__name__}, but" in rendered(pushed[f"{variant}-s0"])
     assert "the epsilon of its mid norm is 0.00256" in rendered(pushed["solu_ln-s0"])
     assert "nonlinearity" in rendered(pushed["gelu_ln-s0"])
 
@@ -485,7 +485,7 @@ def test_a_push_that_is_refused_leaves_nothing_anywhere(
 
 
 def refused(*words: str | Path, **environment: str) -> str:
-    """The one line that the command says."""
+    """Return the only line that the refused command prints."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ.keys() - kept.keys():
@@ -508,12 +508,12 @@ def test_what_cannot_be_exported_is_refused_in_one_line(study, tmp_path):
     alone = tmp_path / "alone" / "solu-s0"
     shutil.copytree(study / "solu-s0", alone)
     out = tmp_path / "out"
-    assert "2 words" not in refused(study / "solu-s0")
+    assert "required: out" in refused(study / "solu-s0")
     assert "does not exist" in refused(tmp_path / "nothing", out)
     assert "config.yaml" in refused(study, out)
     assert "has not finished" in refused(unfinished, out)
-    assert "there already" in refused(study / "solu-s0", full)
-    assert "there already" in refused(study / "solu-s0", full / "mine.txt")
+    assert "exists already" in refused(study / "solu-s0", full)
+    assert "exists already" in refused(study / "solu-s0", full / "mine.txt")
     assert "tokenizer" in refused(alone, out)
     for name in ("name", "user/na me", "../x", "a/b/c", ""):
         assert "--push" in refused(study / "solu-s0", out, "--push", name, HF_TOKEN=TOKEN)
@@ -530,6 +530,6 @@ def test_the_command_exports_into_an_empty_folder_and_says_what_loads_it(study, 
     (tmp_path / "out").mkdir()
     done = run_python(ROOT / "train" / "export.py", study / "solu_gain-s0", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "soluscope alone loads it: its mid norm is Gain" in done.stdout
+    assert "only soluscope loads it: its mid norm is Gain" in done.stdout
     assert isinstance(load(tmp_path / "out"), SoluscopeTransformer)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,4 +1,4 @@
-"""Stored numbers are discarded when what computes them changes, and by nothing else."""
+"""Stored numbers are discarded when the code that computes them changes, and only then."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Edit = Callable[[str], str]
 
 
 def with_other_docstrings(source: str) -> str:
-    """The same program without its comments, where each function, class and module says something else."""
+    """Return the same program without comments, with another docstring in each function, class and module."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
@@ -33,7 +33,7 @@ def with_other_docstrings(source: str) -> str:
 
 
 def with_another_number(source: str) -> str:
-    """The program with its first number changed; one more statement where there is none."""
+    """Return the program with its first number changed, or with one more statement if it has no number."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
@@ -43,7 +43,7 @@ def with_another_number(source: str) -> str:
 
 
 def edit_source(folder: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyPatch) -> None:
-    """Let the package's source lie in `folder`, with some of its files edited."""
+    """Copy the package's source into `folder`, edit some files, and let the suite read the copy."""
     copy = folder / "soluscope"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for path in paths:
@@ -55,7 +55,7 @@ def edit_source(folder: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyP
 
 
 def kept(tmp_path: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyPatch) -> set[str]:
-    """Which files of a run's probes stay after an edit of the package's source."""
+    """Return the names of a run's probe files that remain after an edit of the package's source."""
     run_dir = tmp_path / "run"
     (run_dir / "probes").mkdir(parents=True)
     (run_dir / "done.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""A launch: what is done is not done twice, states are the run folders', mistakes come before any job starts."""
+"""Launches: finished jobs are skipped, states come from run folders, mistakes are found before any job starts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMOKE = ROOT / "sweeps" / "smoke.yaml"
 
 
 def here(runs_dir: Path, *words: str) -> list[str]:
-    """The smoke sweep's words for a place of its own."""
+    """Return the smoke sweep's words, with runs and tokens in `runs_dir`."""
     places = (f"runs_dir={runs_dir}", f"tokens.cache_dir={runs_dir / '.tokens'}")
     return [*places, "wandb=off", "train.threads=1", "train.precision=fp32", *words]
 
@@ -44,7 +44,7 @@ def standings(runs_dir: Path, *words: str) -> dict[str, jobs.Standing]:
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of the smoke sweep, launched once inline without a report. To change them, copy them first."""
+    """Return runs of the smoke sweep, launched once inline without a report. Copy them before you change them."""
     runs_dir = tmp_path_factory.mktemp("launched")
     launch(SMOKE, here(runs_dir, "report=off"))
     return runs_dir
@@ -52,8 +52,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs_dir(launched: Path, tmp_path: Path) -> Path:
-    """A copy of them."""
+    """Return a copy of the launched runs."""
     return Path(shutil.copytree(launched, tmp_path / "runs"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def weights(runs_dir: Path) -> dict[str, bytes]:
@@ -92,10 +100,10 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
         (begun / name).unlink()
     rows = (begun / "metrics.jsonl").read_text().splitlines()
     (begun / "metrics.jsonl").write_text(rows[0] + "\n")  # step 10 of 12
-    files = sorted(tmp_path.rglob("*"))
+    before = contents(tmp_path)
     launch(SMOKE, here(runs_dir), dry_run=True)
     printed = capsys.readouterr().out
-    assert files == sorted(tmp_path.rglob("*"))
+    assert contents(tmp_path) == before
     assert re.search(r"solu-s0 .* resume 10/12", printed)
     assert re.search(r"solu_ln-s1 .* waiting", printed)
     assert re.search(r"solu_ln-s0 .* done", printed)
@@ -110,7 +118,7 @@ def test_the_estimated_flops_are_those_that_torch_counts() -> None:
     config = load_config(["variant=solu_ln", "size=demo", "model.n_layers=2"])
     model = build_model(config, config.tokens.d_vocab)
     tokens = torch.randint(3, config.tokens.d_vocab, (4, config.model.ctx))
-    # The counter knows matrix products, and not the CPU's fused attention.
+    # The counter counts matrix products, but not the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.loss(tokens, bos=0).backward()
     estimated = config.model.training_flops(config.tokens.d_vocab) * tokens.numel()
@@ -159,7 +167,7 @@ def test_the_status_shows_jobs_that_have_no_folder_yet_and_runs_made_by_hand(
 
 
 def failing(runs_dir: Path) -> list[str]:
-    """Words with which every job diverges at once."""
+    """Return words with which every job diverges at once."""
     return here(runs_dir, "report=off", "train.lr=1e9", "train.lr_rest=1e9", "train.log_every=1")
 
 
@@ -226,7 +234,7 @@ def test_four_processes_that_start_together_make_the_tokens_once(tmp_path: Path)
     assert [process.returncode for process in started] == [0] * 4, ended
     places = {out.strip() for out, _ in ended}
     assert places == {str(tmp_path / ".tokens" / cache_key(load_config(words)))}
-    made = [err for _, err in ended if "waiting: another process prepares" not in err]
+    made = [err for _, err in ended if "waiting: another process is preparing" not in err]
     assert len(made) == 1, "each of the others waits for the one that makes the tokens"
     left = {path.name for path in (tmp_path / ".tokens").iterdir() if not path.name.startswith(".")}
     assert left == {Path(places.pop()).name}
@@ -253,7 +261,7 @@ def test_a_job_waits_while_another_process_is_at_work_on_it(
     monkeypatch.setattr(jobs.time, "sleep", sleep)
     assert jobs.execute(config)
     assert looks.count(jobs.POLL_S) == 3
-    assert "another process is at work on it, waiting" in capsys.readouterr().err
+    assert "waiting, because another process is at work on it" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_no_failure_of_the_runs_and_the_same_command_goes_on(runs_dir: Path) -> None:
@@ -281,7 +289,7 @@ def test_what_keeps_a_job_from_starting_is_in_its_status(
     assert not jobs.execute(config)
     now = standing(config.study_dir, job_of(config))
     assert now.state == "failed"
-    assert "starts them, or srun" in str(now.error)
+    assert "or with srun" in str(now.error)
     assert f"{config.run_name} failed: " in capsys.readouterr().err
 
 
@@ -323,12 +331,12 @@ def test_a_status_is_given_where_one_configuration_was_cut(runs_dir: Path) -> No
 
 MISTAKES = {
     ("engine=rya",): "no engine called 'rya'. Did you mean 'ray'?",
-    ("ray.cpus=2",): "ray.cpus=2 is for engine=ray, not engine=inline",
+    ("ray.cpus=2",): "ray.cpus=2 applies only to engine=ray, but engine=inline",
     ("engine=ray", "ray.cpu=2"): "no key called 'cpu'. Did you mean 'cpus'?",
     ("train.stepz=2",): "no key called 'train.stepz'",
     ("eval.n_tokens=2",): "n_tokens=2 must be 100 or more",
-    ("train.device=cuda",): "train.device=cuda wants 1 GPUs and torch sees 0 here",
-    ("train.nodes=2",): "train.nodes above 1 with engine=inline",
+    ("train.device=cuda",): "train.device=cuda needs 1 GPUs, but torch finds 0 here",
+    ("train.nodes=2",): "engine=inline cannot train with train.nodes above 1",
     ("report=maybe",): "report: Value 'maybe'",
     ("--dry",): "unrecognized arguments: --dry",
     ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
@@ -353,7 +361,9 @@ def test_a_sweep_is_launched_once_and_not_by_each_of_torchruns_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(UserError, match="a sweep is launched once, not by torchrun"):
+    with pytest.raises(
+        UserError, match="a sweep must be launched once, but torchrun starts it several times"
+    ):
         launch(SMOKE, here(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
@@ -361,7 +371,8 @@ def test_a_sweep_is_launched_once_and_not_by_each_of_torchruns_processes(
 def test_a_study_of_another_sweep_is_refused_and_untouched(runs_dir: Path) -> None:
     files = {path: path.stat().st_mtime_ns for path in runs_dir.rglob("*")}
     with pytest.raises(
-        UserError, match=r"is a study of the sweep 'smoke', this is 'demo': choose another"
+        UserError,
+        match=r"is a study of the sweep 'smoke', but this sweep is 'demo': choose another",
     ):
         launch(ROOT / "sweeps" / "demo.yaml", here(runs_dir, "study=smoke", "size=tiny"))
     assert files == {path: path.stat().st_mtime_ns for path in runs_dir.rglob("*")}
@@ -370,7 +381,7 @@ def test_a_study_of_another_sweep_is_refused_and_untouched(runs_dir: Path) -> No
 def test_a_run_of_another_configuration_is_refused_before_any_job_starts(runs_dir: Path) -> None:
     shutil.rmtree(runs_dir / "smoke" / "solu-s0")
     with pytest.raises(
-        UserError, match=r"is of another configuration \(train.clip=1.0 there, 2.0 here\)"
+        UserError, match=r"has a different configuration \(train.clip=1.0 there, 2.0 here\)"
     ):
         launch(SMOKE, here(runs_dir, "train.clip=2"))
     assert not (runs_dir / "smoke" / "solu-s0").exists()
@@ -379,7 +390,7 @@ def test_a_run_of_another_configuration_is_refused_before_any_job_starts(runs_di
 def test_jobs_of_several_vocabularies_are_refused_before_any_job_starts(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(SMOKE.read_text() + "  tokens.d_vocab: {values: [400, 500]}\n")
-    with pytest.raises(UserError, match="are of other tokens: runs of one study share"):
+    with pytest.raises(UserError, match="have different tokens, but runs of one study must share"):
         launch(path, here(tmp_path / "runs", "report=off"))
     assert not (tmp_path / "runs" / "smoke").exists()
 
@@ -404,6 +415,6 @@ def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=HANGS_AFTER_S)
     assert process.returncode == 130, told
-    assert "the same command goes on from here" in told
+    assert "the same command resumes from here" in told
     now = standing(metrics.parents[1], jobs.Job("", "solu-s0", 3000, 256))
     assert now.state == "resume"

@@ -1,10 +1,9 @@
-"""Imports point one way, and the open sets are their folders: read from the source, never run."""
+"""The layers: imports point one way, and each open set is its folder. Imports are read from the source."""
 
 from __future__ import annotations
 
 import ast
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ ENTRY_POINTS = (
 )  # fmt: skip
 OPEN_SETS = (
     "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources",
-    "soluscope.engines",
+    "soluscope.engines", "soluscope.commands",
 )  # fmt: skip
 SLOW = {"torch", "lightning", "transformer_lens", "transformers", "datasets"}
 
@@ -39,11 +38,11 @@ REPORT = tuple(sorted(m for m in MODULES if m.startswith("soluscope.report")))
 
 @cache
 def imports(path: Path, at_load: bool = False) -> frozenset[str]:
-    """Full names of what a file imports when it runs; imports for type checkers left out.
+    """Return the full names of a file's imports, without imports for type checkers.
 
     Args:
         path: a Python file.
-        at_load: leave out imports inside functions too.
+        at_load: if True, also leave out imports inside functions.
     """
     found: set[str] = set()
     for node in _statements(ast.parse(path.read_text()), at_load):
@@ -52,7 +51,7 @@ def imports(path: Path, at_load: bool = False) -> frozenset[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             full = {f"{node.module}.{alias.name}" for alias in node.names}
-            # `from package import module` is of the module, `from module import name` of `module`.
+            # `from package import module` imports that module, `from module import name` imports `module`.
             found |= {name if name in MODULES else str(node.module) for name in full}
     return frozenset(found)
 
@@ -68,13 +67,13 @@ def _statements(node: ast.AST, at_load: bool) -> Iterator[ast.AST]:
 
 
 def own(module: str) -> frozenset[str]:
-    """Which of our modules a module imports, anywhere in it."""
+    """Return the names of our modules that a module imports, anywhere in its source."""
     return frozenset(name for name in imports(MODULES[module]) if name.startswith("soluscope"))
 
 
 @cache
 def reached(module: str) -> frozenset[str]:
-    """All that importing a module brings in: our modules by name, others by their top name."""
+    """Return every module that importing a module loads: ours by name, others by their top name."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:
@@ -89,11 +88,11 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "files", "command", "plugins", "results", "config", "config_help", "wandb_client",
+    "errors", "files", "plugins", "results", "config", "config_help", "wandb_client",
     "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
-    "controls", "report", "evaluation", "export", "launching", "engines",
+    "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
-"""Folders and modules of the package: each may import itself and what stands before it."""
+"""Folders and modules of the package: each may import itself and the entries before it."""
 
 
 def layer_of(module: str) -> str:
@@ -131,18 +130,26 @@ def test_nothing_imports_the_entry_points() -> None:
         assert not {"train", "eval", "sweeps", "benchmarks"} & imports(MODULES[module]), module
 
 
-@pytest.mark.parametrize("script", ENTRY_POINTS)
-def test_entry_point_loads_only_what_answers_at_once(script: str) -> None:
-    names = imports(ROOT / script, at_load=True)
-    assert {n for n in names if not n.startswith("soluscope.")} <= sys.stdlib_module_names
-    assert not SLOW & set().union(*(reached(name) for name in names))
+@pytest.mark.parametrize("command", plugins.names("soluscope.commands"))
+def test_a_command_loads_only_modules_that_answer_at_once(command: str) -> None:
+    assert not SLOW & reached(f"soluscope.commands.{command}")
 
 
-@pytest.mark.parametrize("script", ENTRY_POINTS)
-def test_entry_point_holds_no_logic(script: str) -> None:
-    tree = ast.parse((ROOT / script).read_text())
+@pytest.mark.parametrize("command", plugins.names("soluscope.commands"))
+def test_a_command_holds_no_logic(command: str) -> None:
+    tree = ast.parse(MODULES[f"soluscope.commands.{command}"].read_text())
     defined = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    assert defined == ["main"]
+    assert defined == ["build_parser", "run"]
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_a_script_runs_one_command_and_nothing_else(script: str) -> None:
+    docstring, imported, guarded = ast.parse((ROOT / script).read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    assert ast.unparse(imported) == "from soluscope.commands import run"
+    (call,) = guarded.body
+    (name,) = re.fullmatch(r"run\('(\w+)'\)", ast.unparse(call)).groups()
+    assert name in plugins.names("soluscope.commands")
 
 
 MAY_IMPORT = {
@@ -151,7 +158,7 @@ MAY_IMPORT = {
     "controls": {"errors", "data", "controls"},
     "report": {"errors", "files", "results", "wandb_client", "report"},
 }
-"""What may be imported where the order alone allows too much: a probe sees no variant, no
+"""Allowed imports, for layers to which the order alone allows too much: a probe sees no variant, no
 configuration and no training; the report sees stored rows and no model."""
 
 
@@ -206,7 +213,7 @@ def test_no_module_imports_what_windows_lacks(module: str) -> None:
 def strings_in(path: Path) -> set[str]:
     """Return the string constants of a file, without docstrings and without values of `act_fn=`.
 
-    An act_fn is TransformerLens's name of what its own classes compute, and never a name of ours.
+    An act_fn names a computation of TransformerLens's own classes. It is never one of our names.
     """
     nodes = [*ast.walk(ast.parse(path.read_text()))]
     left_out = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
@@ -225,7 +232,7 @@ def test_open_set_has_no_list_kept_by_hand(package: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m not in VARIANTS])
 def test_no_variant_is_known_by_its_name(module: str) -> None:
-    """No string but a docstring holds a variant's name as a word: `solu - solu_gain` neither."""
+    """Only docstrings contain a variant's name as a word. A string like `solu - solu_gain` is not allowed."""
     names = "|".join(plugins.names("soluscope.variants"))
     known = re.compile(rf"(?<![\w-])({names})(?!\w)")
     assert not [text for text in strings_in(MODULES[module]) if known.search(text)]

@@ -1,4 +1,4 @@
-"""The wheel works without the clone, and what it needs is pinned and explained."""
+"""The wheel works without the clone, and its dependencies are pinned and explained."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import HANGS_AFTER_S, ROOT
 
-from soluscope.config import configs_dir
+from soluscope.config import configs_dir, shipped_dir
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def run(*words: str | Path, cwd: Path, path: str = "") -> subprocess.CompletedProcess[str]:
-    """`python words` in `cwd`, with `path` as its only search path besides what is installed."""
+    """Run `python words` in `cwd`, with only `path` on the search path besides the installed packages."""
     environment = {**os.environ, "PYTHONPATH": path, "PIP_NO_INDEX": "1"}
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(
@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """The folder that the wheel alone was installed into."""
+    """Return the folder into which only the wheel was installed."""
     target = wheel.parent / "installed"
     run("-m", "pip", "install", "--no-deps", "--quiet", "--target", target, wheel, cwd=wheel.parent)
     return target
@@ -54,9 +54,18 @@ def test_wheel_holds_every_module_configuration_and_the_type_marker(wheel: Path)
         for kind in ("py", "txt")
         for path in source.rglob(f"*.{kind}")
     }
-    shipped = configs_dir()
-    files = {f"soluscope/configs/{p.relative_to(shipped).as_posix()}" for p in shipped.rglob("*.yaml")}  # fmt: skip
-    assert len(files) >= 12
+    shipped = (configs_dir(), shipped_dir("sweeps"))
+    files = {
+        f"soluscope/{path.relative_to(folder.parent).as_posix()}"
+        for folder in shipped
+        for path in folder.rglob("*.yaml")
+    }
+    assert len(files) >= 20
+    assert not {
+        name
+        for name in names
+        if name.startswith("soluscope/sweeps/") and not name.endswith(".yaml")
+    }
     assert modules | files | {"soluscope/py.typed"} <= names
     outside = {name for name in names if not name.startswith(("soluscope/", "soluscope-"))}
     assert not outside
@@ -95,11 +104,32 @@ def test_wheel_trains_loads_and_probes_outside_the_clone(installed: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-# What it needs
+def test_the_command_of_the_wheel_sweeps_probes_and_reports_outside_the_clone(
+    installed: Path, tmp_path: Path
+) -> None:
+    command, path = installed / "bin" / "soluscope", str(installed)
+    helped = run(command, "--help", cwd=tmp_path, path=path).stdout
+    assert all(f"\n  {name} " in helped for name in ("train", "probe", "report", "sweep", "export"))
+    small = (
+        "eval.probes=[engagement]",
+        "eval.n_tokens=300",
+        "eval.n_loss_tokens=1000",
+        "eval.n_draws=100",
+    )
+    run(command, "sweep", "smoke", "train.steps=3", "train.warmup_steps=1", *small, "wandb=off",
+        cwd=tmp_path, path=path)  # fmt: skip
+    assert (tmp_path / "runs" / "smoke" / "report.html").is_file()
+    (tmp_path / "runs" / "smoke" / "report.html").unlink()
+    run(command, "report", "runs/smoke", cwd=tmp_path, path=path)
+    assert (tmp_path / "runs" / "smoke" / "report.html").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+
+
+# Dependencies
 
 
 def names_in(requirements: list[str]) -> dict[str, str]:
-    """Normalised name -> what is asked of its version."""
+    """Return the required version of each package, by normalised name."""
     found = (re.match(r"([\w.-]+)\s*(?:\[.*\])?\s*(.*)", line) for line in requirements)
     return {re.sub(r"[-_.]+", "-", m[1]).lower(): m[2] for m in found if m}
 
@@ -134,6 +164,15 @@ def test_constraints_pin_one_version_of_every_dependency() -> None:
 
 def test_torch_is_pinned_to_the_build_that_the_package_index_serves() -> None:
     assert PINS["torch"] == "==2.13.0"
+
+
+def test_the_lock_file_has_the_same_versions_each_with_its_hashes() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    locked = names_in(re.findall(r"^([\w.-]+==[^ ;\\]+)", text, re.MULTILINE))
+    assert sorted(PINS.keys() - locked.keys()) == []
+    assert {name: pin for name, pin in PINS.items() if locked[name] != pin} == {}
+    assert all("--hash=sha256:" in block for block in re.split(r"\n(?=\w)", text) if "==" in block)
+    assert "://" not in text
 
 
 def test_pins_satisfy_the_floors() -> None:

@@ -1,7 +1,7 @@
 """Pretrained models: from a hub on loopback over the real download path, from the cache, from a folder.
 
-huggingface_hub reads HF_ENDPOINT and HF_HOME when it is imported, so models are loaded in processes of
-their own, which send back what they found; the hub runs here, where its faults are switched.
+huggingface_hub reads HF_ENDPOINT and HF_HOME when it is imported, so models are loaded in separate
+processes, which return their results. The hub runs in the test process, which switches its faults.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOKENS = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(5))
 
 
 def tokenizer_files(n_tokens: int = 300) -> dict[str, bytes]:
-    """Byte-level, digits one by one, <|BOS|> and its like after the others: as the family's is."""
+    """Return a tokenizer's files like the family's: byte-level, single digits, special tokens at the end."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Split(Regex(r"\d"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,16 +61,16 @@ def tokenizer_files(n_tokens: int = 300) -> dict[str, bytes]:
     tokenizer.add_special_tokens(special)
     assert tokenizer.get_vocab_size() == n_tokens
     named = dict(zip(("eos_token", "bos_token", "pad_token"), special, strict=True))
-    told = named | {"tokenizer_class": "GPTNeoXTokenizerFast", "model_max_length": 1024}
+    settings = named | {"tokenizer_class": "GPTNeoXTokenizerFast", "model_max_length": 1024}
     return {
         "tokenizer.json": tokenizer.to_str().encode(),
-        "tokenizer_config.json": json.dumps(told).encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
         "special_tokens_map.json": json.dumps(named).encode(),
     }
 
 
 def config_of(**changes: object) -> dict[str, object]:
-    """The keys that the family's training wrote, at small size."""
+    """Return a config.json with the keys that the family's training wrote, for a small model."""
     return {
         "n_layers": 1, "d_model": 16, "d_mlp": 48, "d_head": 8, "n_heads": 2, "lr_hidden": 2e-3,
         "lr_vector": 1e-3, "batch_size_per_device": 32, "batches_per_step": 1, "seed": 387976,
@@ -83,7 +83,7 @@ def config_of(**changes: object) -> dict[str, object]:
 
 
 def weights_of(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict as the family's training saved it: masks in it, no bias at the unembedding."""
+    """Return a state dict as the family's training saved it: with masks, without an unembedding bias."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 0.4, about: float = 0.0) -> torch.Tensor:
@@ -116,7 +116,7 @@ def weights_of(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def as_old(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same model as the `_old` ones up to 6 layers were saved: other names, other side first."""
+    """Return the weights as `_old` models up to 6 layers were saved: other names, transposed matrices."""
     old = {}
     for name, tensor in weights.items():
         name = name.replace("ln_final", "norm").replace("ln1", "norm1").replace("ln2", "norm2")
@@ -141,7 +141,7 @@ OLD = {
 } | {"normalization_type": "LN"}  # fmt: skip
 GELU = config_of(n_layers=2, act_fn="gelu")
 ATTENTION = config_of(n_layers=2, attn_only=True)
-FAMILY = {  # alias: repository, config, weights, how they are stored
+FAMILY = {  # alias: repository, config, weights, their layout
     "solu-1l": ("NeelNanda/SoLU_1L512W_C4_Code", NEW, weights_of(NEW), "new"),
     "solu-2l-old": ("NeelNanda/SoLU_2L_v10_old", OLD, weights_of(OLD, 1), "old"),
     "gelu-2l": ("NeelNanda/GELU_2L512W_C4_Code", GELU, weights_of(GELU, 2), "new"),
@@ -150,7 +150,7 @@ FAMILY = {  # alias: repository, config, weights, how they are stored
 
 
 def reference(weights: dict, config: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """The family's forward pass in fp64, written out. [row pos] -> logits [row pos d_vocab]."""
+    """Compute the family's forward pass in fp64, written out: tokens [row pos] to logits [row pos d_vocab]."""
     w = {name: tensor.double() for name, tensor in weights.items()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -181,11 +181,11 @@ def reference(weights: dict, config: dict, tokens: torch.Tensor) -> torch.Tensor
     return norm(x, "ln_final") @ w["unembed.W_U"]
 
 
-# --- what the loading processes do ----------------------------------------------------------------
+# --- functions for the loading processes ----------------------------------------------------------
 
 
 def load_there(name, revision=None, dtype="float32", patient=True):
-    """What load_pretrained makes of `name`, or the line that it says."""
+    """Return the results of load_pretrained for `name`, or its error message."""
     waiting = contextlib.nullcontext() if patient else mock.patch("time.sleep")
     try:
         with waiting:
@@ -205,14 +205,14 @@ def load_there(name, revision=None, dtype="float32", patient=True):
 
 
 def lens_there(name, **folding):
-    """The same by TransformerLens's own from_pretrained."""
+    """Return logits and tokens of the model that TransformerLens's own from_pretrained loads."""
     model = HookedTransformer.from_pretrained(name, device="cpu", **folding)
     with torch.no_grad():
         return {"logits": model(TOKENS).numpy(), "tokens": model.to_tokens(TEXT)[0].tolist()}
 
 
 def probe_there(name):
-    """What P1 says of the model on a text, or why it cannot be probed."""
+    """Return P1's results for the model on a text, or the reason why it cannot be probed."""
     model = load_pretrained(name)
     try:
         check_model(model)
@@ -228,7 +228,7 @@ def warm_up():
 
 @contextlib.contextmanager
 def loader(home: Path, endpoint: str, offline: bool = False):
-    """Call functions of this file in a process whose hub is at `endpoint`, its cache in `home`."""
+    """Call functions of this file in a process with its hub at `endpoint` and its cache in `home`."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
             patch.delenv(name)
@@ -270,7 +270,7 @@ def there(hub, home):
 
 @pytest.fixture(scope="module")
 def loaded(there):
-    """Each model of FAMILY, downloaded."""
+    """Return each model of FAMILY, downloaded."""
     return {alias: there(load_there, alias) for alias in FAMILY}
 
 
@@ -348,8 +348,8 @@ def test_facts_say_what_is_known_and_nothing_else(hub, loaded):
         "commit": hub.branches["NeelNanda/SoLU_1L512W_C4_Code"]["main"],
     }  # fmt: skip
     assert {key: new[key] for key in wanted} == wanted
-    told = {"lr": 0, "steps": 0, "tokens": 0, "precision": "unknown", "n_layers": 2}
-    assert {key: old[key] for key in told} == told
+    known = {"lr": 0, "steps": 0, "tokens": 0, "precision": "unknown", "n_layers": 2}
+    assert {key: old[key] for key in known} == known
     assert len({model["facts"]["config"] for model in loaded.values()}) == len(loaded)
     gelu = loaded["gelu-2l"]["facts"]
     assert (gelu["variant"], gelu["mid_norm"], gelu["eps"]) == ("gelu", None, None)
@@ -449,7 +449,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- faults and errors ----------------------------------------------------------------------------
 
 
 def assert_one_line(error: str, *parts: str) -> None:
@@ -459,7 +459,7 @@ def assert_one_line(error: str, *parts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "kind", "said"),
+    ("what", "kind", "message"),
     [
         ("someone/{}", 404, ["someone/{}", "404", "check its name"]),
         ("someone/{}", 401, ["someone/{}", "401", "HF_TOKEN"]),
@@ -475,13 +475,13 @@ def assert_one_line(error: str, *parts: str) -> None:
     ],
 )
 def test_a_fault_of_the_hub_is_one_line_and_leaves_nothing_behind(
-    hub, home, there, what, kind, said
+    hub, home, there, what, kind, message
 ):
     name = f"SoLU_{what.strip('{}').split('/')[0].replace('.', '_')}_{kind}"
     hub.put(f"someone/{name}", repository(NEW, weights_of(NEW, 20), f"{name}_final.pth"))
     with fault(hub, what.format(name), kind):
         error = there(load_there, f"someone/{name}", patient=False)["error"]
-    assert_one_line(error, *(part.format(name) for part in said))
+    assert_one_line(error, *(part.format(name) for part in message))
     assert not incomplete(home)
     assert "error" not in there(load_there, f"someone/{name}")
 
@@ -531,7 +531,7 @@ def test_nothing_is_unpickled(tmp_path, zipped):
     state = weights_of(NEW) | {"blocks.0.extra": Malicious(f"'{trace}'")}
     content = as_pth(state) if zipped else pickle.dumps(state, protocol=2)
     pickle.loads(pickle.dumps(Malicious(f"'{trace}'")))
-    assert trace.exists()  # what would happen
+    assert trace.exists()  # unpickling would run the command
     trace.unlink()
     files = repository(NEW, {}) | {"model_final.pth": content} | tokenizer_files()
     with pytest.raises(UserError, match="nothing is unpickled here") as caught:
@@ -549,7 +549,7 @@ GPT2 = {"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_embd": 768}
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"config.json": b"{"}, "cannot read config.json of .*model: Expecting"),
         ({"config.json": b"[]"}, "holds list, wanted keys and values"),
@@ -558,13 +558,13 @@ GPT2 = {"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_embd": 768}
         ({"config.json": json.dumps(without(NEW, "d_mlp")).encode()}, "has no d_mlp"),
         ({"config.json": json.dumps(config_of(d_model="16")).encode()}, "d_model='16', wanted a count"),
         ({"config.json": json.dumps(config_of(act_fn="relu")).encode()},
-         "act_fn='relu', known is 'gelu' or 'solu' or 'solu_ln'"),
-        ({"config.json": json.dumps(config_of(normalization="BN")).encode()}, "normalization='BN', known"),
+         "act_fn='relu', wanted 'gelu' or 'solu' or 'solu_ln'"),
+        ({"config.json": json.dumps(config_of(normalization="BN")).encode()}, "normalization='BN', wanted"),
         ({"config.json": json.dumps(config_of(architecture="mingpt")).encode()},
-         "architecture='mingpt', known"),
-        ({"config.json": json.dumps(config_of(neuron_temp=2.0)).encode()}, "neuron_temp=2.0, known is 1"),
+         "architecture='mingpt', wanted"),
+        ({"config.json": json.dumps(config_of(neuron_temp=2.0)).encode()}, "neuron_temp=2.0, wanted 1"),
         ({"config.json": json.dumps(config_of(final_rms=True)).encode()},
-         "does not fit its config.json: ln_final.b without a place"),
+         "does not fit its config.json: unexpected ln_final.b"),
         ({"config.json": json.dumps(config_of(d_mlp=64)).encode()},
          r"does not fit its config.json: .*W_in \(16, 48\) where the model has \(16, 64\)"),
         ({"model_final.pth": as_pth({"wte.weight": torch.ones(2)})},
@@ -581,24 +581,24 @@ GPT2 = {"architectures": ["GPT2LMHeadModel"], "n_layer": 12, "n_embd": 768}
         ({"tokenizer_config.json": b'{"bos_token": "<s>"}'}, "has no token for bos"),
     ],
 )  # fmt: skip
-def test_files_that_are_not_the_familys_are_refused_with_what_was_found(tmp_path, files, said):
+def test_files_that_are_not_the_familys_are_refused_with_what_was_found(tmp_path, files, message):
     whole = repository(NEW, weights_of(NEW)) | tokenizer_files()
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_pretrained(str(write(tmp_path / "model", whole | files)))
     assert_one_line(str(caught.value))
 
 
 def test_what_is_not_there_is_named(tmp_path):
     whole = repository(NEW, weights_of(NEW)) | tokenizer_files()
-    for key, said in {
+    for key, message in {
         "config.json": "has no config.json",
         "model_final.pth": r"wanted model.safetensors or \*final.pth, there is config.json, special",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load_pretrained(str(write(tmp_path / key, without(whole, key))))
     nameless = repository(without(NEW, "tokenizer_name"), weights_of(NEW))
     with pytest.raises(
-        UserError, match=r"no tokenizer.json, and its config.json names no tokenizer_name"
+        UserError, match=r"no tokenizer.json, and its config.json has no tokenizer_name"
     ):
         load_pretrained(str(write(tmp_path / "nameless", nameless)))
 
@@ -614,7 +614,7 @@ def solu_1l():
 
 
 def test_solu_1ls_norm_is_layer_norm_with_an_epsilon_of_1e_5(solu_1l):
-    """Section 1.2 of science.md: post is linear in mid, and 1/g^2 - var is the epsilon, to all digits."""
+    """As protocol.md section 1.2 states, post is linear in mid, and 1/g^2 - var is epsilon to all digits."""
     mid, post = (solu_1l[name].astype(np.float64) for name in ("hook_mid", "hook_normalized"))
     centred = mid - mid.mean(-1, keepdims=True)
     gain = (post * centred).sum(-1) / (centred**2).sum(-1)
@@ -646,7 +646,7 @@ to .0310 .0300 311.45 7.84 1767 .0040 1.97
 
 
 def test_section_1_2s_table_is_what_the_probes_find_in_solu_1l(solu_1l):
-    """P1 from hook_mid alone; Z, the largest p and x by Lambert's W, as section 1.5 infers them."""
+    """P1 needs only hook_mid. Z and the largest p and x come from Lambert's W, as in protocol.md section 1.5."""
     rows = [line.split() for line in TABLE.split("\n") if line]
     words = [word.strip() for word in solu_1l["tokens"]]
     assert [row[0] for row in rows] == [word.replace("<|BOS|>", "BOS") for word in words]

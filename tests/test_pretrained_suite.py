@@ -1,4 +1,4 @@
-"""`eval/run.py` on pretrained models: small ones in the family's layout, in folders, without a network."""
+"""`eval/run.py` on pretrained models: small models in the family's layout, in folders, without a network."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WEIGHTS = weights_of(CONFIG)
 
 
 def put(folder: Path, config: dict, weights: dict) -> Path:
-    """A model's folder in the layout of its family."""
+    """Write a model's folder in the layout of its family."""
     folder.mkdir(parents=True)
     for name, content in (repository(config, weights) | tokenizer_files(D_VOCAB)).items():
         (folder / name).write_bytes(content)
@@ -65,7 +65,7 @@ def small(runs_dir: Path, *more: str) -> PretrainedConfig:
 
 
 def on_stdlib(folder: Path, *more: str) -> Path:
-    """Probe a model's folder on a little text; its study's folder."""
+    """Probe a model's folder on a short text, and return the study's folder."""
     text = ("data=stdlib", "corpus.max_mb=1")
     config = small(folder.parent / "runs", *text, *more)
     return evaluate_pretrained(str(folder), config, lambda text: None).parent
@@ -76,27 +76,27 @@ def records_of(study: Path) -> list[Record]:
 
 
 def facts_in(study: Path) -> list[Measurement]:
-    """What is said of the model as it was published."""
+    """Return the measurements of the facts about the pretrained model."""
     measured = of_kind(records_of(study), Measurement)
     return [each for each in measured if each.probe == "pretrained"]
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-    """The command on a folder, where the hub cannot be reached and no text is named."""
-    place = tmp_path_factory.mktemp("pretrained")
-    put(place / "solu-tiny", CONFIG, WEIGHTS)
+    """Run the command on a folder, without a reachable hub and without a named text."""
+    root = tmp_path_factory.mktemp("pretrained")
+    put(root / "solu-tiny", CONFIG, WEIGHTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         asked = (f"probes=[{','.join(PROBES)}]", *SMALL)
-        done = run_python(ROOT / "eval" / "run.py", "solu-tiny", *asked, cwd=place)
+        done = run_python(ROOT / "eval" / "run.py", "solu-tiny", *asked, cwd=root)
     assert done.returncode == 0, done.stderr
-    return place, done
+    return root, done
 
 
 @pytest.fixture
 def copied(probed, tmp_path, monkeypatch):
-    """What `probed` left, to be changed; paths are as they were."""
+    """Copy the folder of `probed`, for a test that changes it; relative paths stay valid."""
     shutil.copytree(probed[0], tmp_path / "there")
     monkeypatch.chdir(tmp_path / "there")
     return tmp_path / "there"
@@ -106,8 +106,8 @@ def copied(probed, tmp_path, monkeypatch):
 
 
 def test_a_folder_is_probed_and_reported_in_a_study_of_its_own(probed):
-    place, done = probed
-    study = place / "runs" / "solu-tiny"
+    root, done = probed
+    study = root / "runs" / "solu-tiny"
     assert "report: runs/solu-tiny/report.html" in done.stdout
     for name in (
         "report.html",
@@ -133,17 +133,17 @@ def test_a_folder_is_probed_and_reported_in_a_study_of_its_own(probed):
 
 
 def test_without_the_hub_the_standard_library_is_read_and_one_line_says_so(probed):
-    place, done = probed
-    (said,) = (line for line in done.stderr.splitlines() if "data=stdlib" in line)
-    assert "data=hub cannot be" in said
-    data = json.loads((place / "runs" / "solu-tiny" / "data.json").read_text())
+    root, done = probed
+    (message,) = (line for line in done.stderr.splitlines() if "data=stdlib" in line)
+    assert "data=hub cannot be" in message
+    data = json.loads((root / "runs" / "solu-tiny" / "data.json").read_text())
     assert data["source"] == "stdlib"
 
 
 def test_the_loss_is_that_of_the_familys_formulas_on_the_report_split(probed):
-    place, _ = probed
-    study = place / "runs" / "solu-tiny"
-    cache = open_cache(place / json.loads((study / "data.json").read_text())["path"])
+    root, _ = probed
+    study = root / "runs" / "solu-tiny"
+    cache = open_cache(root / json.loads((study / "data.json").read_text())["path"])
     rows = cache.rows("report", CONFIG["n_ctx"])
     tokens = torch.from_numpy(rows[streams.evenly_spaced(len(rows), 2000 // CONFIG["n_ctx"])])
     log_p = reference(WEIGHTS, CONFIG, tokens)[:, :-1].log_softmax(-1)
@@ -160,7 +160,7 @@ def test_what_is_left_of_1_over_g_squared_without_the_variance_is_epsilon(probed
     assert facts["eps"].value == 1e-5
     assert facts["kappa"].value == pytest.approx(1e-5 * 48**2)
     assert facts["|g^2 (var + eps) - 1|"].value < 1e-5
-    # fp32: a millionth of a variance that is here of the size of .04
+    # In fp32 the error is about a millionth of the variance, which is about .04 here.
     assert facts["1/g^2 - var"].value == pytest.approx(1e-5, abs=4e-8)
 
 
@@ -194,14 +194,14 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     merged = records_of(study)
     wanted = [*alone, other_words, other_gate, *ours, compared]
     assert Counter(map(results.line, merged)) == Counter(map(results.line, wanted))
-    said = headline(merged)
-    assert any(text.startswith("solu-tiny: the norm is engaged") for text in said)
-    assert any(text.startswith("Compared here: 1 run of 1 arm (solu_ln)") for text in said)
-    assert any("No loss of solu-tiny is compared" in text for text in said)
+    lines = headline(merged)
+    assert any(text.startswith("solu-tiny: the norm is engaged") for text in lines)
+    assert any(text.startswith("Compared here: 1 run of 1 arm (solu_ln)") for text in lines)
+    assert any("No loss of solu-tiny is compared" in text for text in lines)
     shown = page.render(merged)
     assert "solu_ln-s0" in shown
     assert (study / "report.html").read_text() == shown
-    # As a study like any other it goes on, and what is beside it stays.
+    # Evaluated again as an ordinary study, it resumes, and the study beside it stays.
     seen: list[str] = []
     evaluate(Path("runs/solu-tiny"), load_typed(EvalConfig, asked[:-1], "eval.yaml"), seen.append)
     assert seen == ["[1/1] solu-tiny: probed already"]
@@ -212,8 +212,8 @@ def test_another_text_makes_all_anew(copied):
     seen: list[str] = []
     asked = ("probes=[engagement]", "data=stdlib", "corpus.max_mb=1")
     evaluate_pretrained("solu-tiny", small(Path("runs"), *asked), seen.append)
-    assert "another text than last time" in seen
-    assert any("all is made anew" in text for text in seen)
+    assert "the text is not that of the last time" in seen
+    assert any("all results are recomputed" in text for text in seen)
     again: list[str] = []
     evaluate_pretrained("solu-tiny", small(Path("runs"), "probes=[engagement]"), again.append)
     assert again == ["[1/1] solu-tiny: probed already"]
@@ -224,11 +224,13 @@ def test_weights_that_have_changed_since_are_refused(copied):
     shutil.rmtree(study / "solu-tiny" / "probes")
     shutil.rmtree(copied / "solu-tiny")
     record = study / "solu-tiny" / "pretrained.json"
-    said = json.loads(record.read_text())
+    origin = json.loads(record.read_text())
     put(copied / "solu-tiny", CONFIG, weights_of(CONFIG, seed=1))
-    record.write_text(json.dumps(said | {"name": str(copied / "solu-tiny")}))
+    record.write_text(json.dumps(origin | {"name": str(copied / "solu-tiny")}))
     config = load_typed(EvalConfig, [*SMALL, "probes=[engagement]"], "eval.yaml")
-    with pytest.raises(UserError, match=r"other weights than those of .*: probe them anew with"):
+    with pytest.raises(
+        UserError, match=r"other weights now than when .* was made: probe the new weights with"
+    ):
         evaluate(study, config, lambda text: None)
 
 
@@ -257,8 +259,8 @@ def test_what_is_for_one_layer_is_left_out_of_a_deeper_model_and_named(tmp_path)
     assert "scale_freeze" not in {row.probe for row in measured}
     assert "scale_freeze" in {each.probe for each in of_kind(records, LeftOut)}
     assert any(row.probe == "engagement" and row.quantity == "r" for row in measured)
-    said = "deep, left out: scale_freeze (exact for one layer only, and the model has 2)."
-    assert said in headline(records)
+    wanted = "deep: probes left out: scale_freeze (exact for one layer only, and the model has 2)."
+    assert wanted in headline(records)
 
 
 def test_models_that_cannot_be_probed_are_refused_and_leave_nothing(tmp_path):
@@ -311,7 +313,7 @@ def test_two_studies_with_runs_of_one_name_are_not_put_on_one_page(tmp_path):
         (["data=stdlb"], "Did you mean 'stdlib'?"),
         (["data=files"], "corpus.paths has no value"),
         (["corpus.max_md=3"], "Did you mean 'corpus.max_mb'?"),
-        (["corpus=3"], "wanted keys below it"),
+        (["corpus=3"], "set keys below corpus"),
     ],
 )
 def test_a_text_that_is_none_is_refused_before_anything_is_loaded(words, says):
@@ -357,13 +359,13 @@ def test_the_word_lists_are_words_each_once():
 
 
 def tokenizer_of(words: list[str]) -> Tokenizer:
-    """A token a word, each with a space before it; a sentence is unknown words."""
+    """Return a tokenizer with one token per word, each after a space; any other text is unknown words."""
     vocab = {"<bos>": 0, "<unk>": 1} | {f"Ġ{word}": 2 + i for i, word in enumerate(words)}
     return Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
 
 
 def words_in(name: str, words: list[str]) -> list[list[str]]:
-    """The rows of a stream that needs no corpus, as words."""
+    """Return the rows of a stream that needs no corpus, as words."""
     cache = SimpleNamespace(meta={"bos": 0})
     stream = streams.make(name, cache, tokenizer_of(words), ctx=64, n_tokens=1280, seed=0)
     return [[stream.vocab[i].strip("Ġ ") for i in row[1:]] for row in stream.tokens.tolist()]
@@ -404,14 +406,14 @@ def test_the_sentences_of_a_stream_are_of_all_lengths_and_units_of_their_own():
     assert texts[-1].startswith(read.strip())
     assert len(read.split()) > 20
     assert streams.unit_of("sentences") == "string"
-    # Of rows of at most 1024 tokens these few would be two: too few for an interval.
+    # With rows of up to 1024 tokens there would be only two rows, too few for an interval.
     assert stream.tokens.shape[1] <= streams.FEWEST_TOKENS
 
 
 def test_few_tokens_of_a_long_context_still_come_in_many_rows(probed):
-    place, _ = probed
-    data = json.loads((place / "runs" / "solu-tiny" / "data.json").read_text())
-    cache = open_cache(place / data["path"])
+    root, _ = probed
+    data = json.loads((root / "runs" / "solu-tiny" / "data.json").read_text())
+    cache = open_cache(root / data["path"])
     tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
     for n_tokens, width in ((2000, 64), (10_000, 312), (50_000, 1024)):
         stream = streams.make("natural", cache, tokenizer, 1024, n_tokens, 0)

@@ -1,4 +1,6 @@
-"""P9, P10, P17, P18 and P19: against hooks on the model itself, autograd, scipy, and planted models."""
+"""P9, P10, P17, P18 and P19 against hooks on the model itself, autograd, scipy, and planted models."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,14 +40,14 @@ def observed(variant, n_rows=3):
 
 @torch.no_grad()
 def losses(model, tokens, hooks=()):
-    """Each token's loss under hooks, one a token of the stream; nan at a row's end."""
+    """Return the loss of each token under hooks, flat over the stream; nan at a row's end."""
     log_p = model.run_with_hooks(tokens, fwd_hooks=list(hooks)).log_softmax(-1)
     loss = -log_p[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
     return torch.nn.functional.pad(loss, (0, 1), value=torch.nan).flatten()
 
 
 def at(stage, row, pos, edit):
-    """A hook that changes one token's activations in place."""
+    """Return a hook that edits a copy of the activations at one token."""
 
     def hook(values, hook):
         values = values.clone()
@@ -78,7 +80,7 @@ def estimates_of(name, run):
     return table, {(e.quantity, e.x): e for e in measured.estimates}
 
 
-# --- what they share ------------------------------------------------------------------------------
+# --- shared parts ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -104,6 +106,16 @@ def test_tokens_spread_with_a_prime_stride_meet_every_position_of_a_row():
     chosen = every_nth(run, 7)
     assert (run.target[chosen] >= 0).all()
     assert set(run.pos[chosen].tolist()) == set(range(1, 31))
+
+
+@pytest.mark.parametrize("ctx", [64, 128, 256, 1024])  # 7 divides 126 and 1022
+@pytest.mark.parametrize("n", [7, 11])
+def test_every_position_is_met_whatever_the_length_of_rows(ctx, n):
+    pos = torch.arange(ctx).repeat(12)
+    run = SimpleNamespace(pos=pos, scored=(pos > 0) & (pos < ctx - 1))
+    chosen = every_nth(run, n)
+    assert set(run.pos[chosen].tolist()) == set(range(1, ctx - 1))
+    assert len(chosen) <= run.scored.sum() / n + 1
 
 
 # --- P9 -------------------------------------------------------------------------------------------
@@ -156,7 +168,7 @@ def test_a_set_is_ablated_together_live_and_under_one_gain():
 
 
 def test_a_removed_set_leaves_the_mean_and_the_gain_as_they_were():
-    """What the set wrote, g gamma a, comes off hook_post; mid at 0 with the norm's own two numbers held."""
+    """Subtracting the set's g gamma a from hook_post sets its mid to 0 while the mean and the gain are held."""
     model, tokens, run = observed("solu_ln")
     found = low_activation_impact.ablations(run)
     effects = low_activation_impact.set_effects(found, 0.5)
@@ -214,7 +226,7 @@ def test_a_model_with_one_gain_is_its_own_surrogate(variant):
 
 
 def test_what_was_published_is_the_change_of_the_prompts_mean_loss():
-    """Brute force: the model's own mean loss over a prompt, with one activation ablated after LayerNorm."""
+    """The reference is the model's own mean loss over a prompt, with one activation ablated after LayerNorm."""
     model, tokens, run = observed("solu_ln")
     found = low_activation_impact.ablations(run)
     _, by_name = estimates_of("low_activation_impact", run)
@@ -262,7 +274,7 @@ def test_attribution_and_both_ablation_losses_are_what_hooks_give(variant):
     nothing = everywhere(POST, torch.zeros_like(run.post))
     wanted = (losses(model, tokens, [nothing]) - losses(model, tokens)).numpy()
     np.testing.assert_allclose(table["ablation loss"], wanted, atol=1e-10)
-    # As published: one position's activations before LayerNorm at 0, and the prompt's mean loss.
+    # As published: set one position's activations before LayerNorm to 0, and take the prompt's mean loss.
     row, pos = 1, 12
     silent = at(mid_of(model), 0, pos, lambda mid: mid.zero_())
     prompt = tokens[row : row + 1]
@@ -279,7 +291,7 @@ def test_attribution_and_both_ablation_losses_are_what_hooks_give(variant):
 
 
 def test_the_ratio_that_the_study_compared_is_the_gain_itself():
-    """(max n - mean n) / (max a - mean a), at every token."""
+    """(max n - mean n) / (max a - mean a) equals the gain at every token."""
     model, tokens, run = observed("solu_ln")
     _, cache = model.run_with_cache(tokens)
     n = cache["blocks.0.mlp.ln.hook_normalized"].flatten(0, 1)
@@ -344,7 +356,7 @@ def test_the_permuted_null_is_the_mean_of_its_deals():
 
 
 def test_the_published_score_goes_with_the_scale_even_where_the_gain_has_no_effect():
-    """Section 1.6: 1 / (max - mean) is 1/s. In `absorbed` nothing the MLP writes reaches a logit."""
+    """Section 1.6: 1 / (max - mean) rises with 1/s. In `absorbed`, no output of the MLP reaches a logit."""
     _, found = estimates_of("diffuse_attribution", control_run("absorbed", "natural"))
     inverse = found["inverse outlier score (as published) against 1/s", None]
     assert value_of(inverse) > 0.8
@@ -404,7 +416,7 @@ def test_direct_effects_of_mlp_and_neurons_are_what_hooks_give(variant):
 
 
 def test_attribution_is_exact_once_the_final_norms_scale_is_one_constant():
-    """As in LN-free checkpoints: an epsilon of 1e12 under weights a million times as large."""
+    """As in LN-free checkpoints, epsilon is 1e12 and the weights are a million times as large."""
     model, tokens = hooked_for("solu_ln")[1], some_tokens(20)
     before = estimates_of("exact_dla", observe(model, stream_of(tokens)))[1]
     model.ln_final.eps = 1e12
@@ -439,7 +451,7 @@ def test_gradients_through_and_past_the_gain_are_autograds(variant):
 
 
 def test_attribution_patching_becomes_exact_as_the_effects_become_small():
-    """First order misses a term of second order: halving W_out halves its relative error."""
+    """The first-order estimate misses a second-order term: halving W_out halves the relative error."""
     errors = []
     for factor in (1e-2, 5e-3):
         model, tokens = hooked_for("solu_frozen_ln")[1], some_tokens()
@@ -517,12 +529,12 @@ def test_facts_of_the_weights_are_those_of_the_centred_matrices():
     found, out = entropy_neurons.weights(run), run.readout
     W = (out.W_out - out.W_out.mean(-1, keepdim=True)).numpy()
     U = (out.ln_w[:, None] * out.W_U).numpy()
-    U = U - U.mean(0)  # what ln_final's centring leaves of it
+    U = U - U.mean(0)  # centring by ln_final
     U = U - U.mean(1, keepdims=True)
     cosine = (W @ U) / np.outer(np.linalg.norm(W, axis=1), np.linalg.norm(U, axis=0))
     np.testing.assert_allclose(found["LogitVar"], cosine.var(axis=1), rtol=1e-8)
     left, singular, _ = np.linalg.svd(U, full_matrices=False)
-    assert singular[-1] < 1e-10  # the direction (1, ..., 1), which is no direction for W either
+    assert singular[-1] < 1e-10  # the direction (1, ..., 1), which W does not have either
     share = ((W / np.linalg.norm(W, axis=1, keepdims=True)) @ left) ** 2
     np.testing.assert_allclose(found["null share, lowest 1%"], share[:, -2], atol=1e-8)
     counts = np.bincount(run.tokens[run.pos > 0], minlength=U.shape[1])
@@ -537,7 +549,7 @@ def test_the_knee_is_where_singular_values_fall_most():
     generator = torch.Generator().manual_seed(0)
 
     def frame(n, k):
-        """k orthonormal directions of n whose entries add up to 0: what centring leaves as it is."""
+        """Return k orthonormal directions of length n whose entries add up to 0, so that centring keeps them."""
         numbers = torch.randn(n, k, generator=generator, dtype=torch.float64)
         return torch.linalg.qr(numbers - numbers.mean(0)).Q
 
@@ -558,13 +570,13 @@ def test_the_knee_is_where_singular_values_fall_most():
 
 
 def test_the_p_of_a_neuron_is_students_where_strings_have_equal_counts():
-    excess = np.random.default_rng(0).normal(0.1, 1, (30, 4))  # one token a string
+    excess = np.random.default_rng(0).normal(0.1, 1, (30, 4))  # one token per string
     found = entropy_neurons._p(excess, np.arange(30))
     np.testing.assert_allclose(found, ttest_1samp(excess, 0).pvalue, rtol=1e-9)
 
 
 def test_the_largest_of_many_means_is_0_on_average_where_all_are():
-    """The plain maximum of 32 means over 240 tokens is about 2 standard errors, .13."""
+    """The plain maximum of 32 means over 240 tokens would be about 2 standard errors, .13."""
     run = planted(torch.zeros(48, 6, 2))
     content = (~run.is_bos).nonzero().squeeze(-1).numpy()
     rng = np.random.default_rng(0)

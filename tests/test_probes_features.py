@@ -19,14 +19,14 @@ pytestmark = pytest.mark.arithmetic
 
 
 def run_of(mid, tokens, vocab=(), **norm) -> HookedRun:
-    """A planted run with a token and its text at each place. [row pos d_mlp], [row pos]"""
+    """Return a planted run with a token and its text at each position. [row pos d_mlp], [row pos]"""
     norm = norm or {"gain": 1.0}
     made = planted(torch.as_tensor(mid), **norm)
     return replace(made, tokens=torch.as_tensor(tokens).flatten(), vocab=tuple(vocab))
 
 
 def random_run(seed=0, n_rows=40, width=51, d_mlp=12, n_kinds=6, share=0.5) -> HookedRun:
-    """Each token's own Gaussian vector plus noise of its own, `share` of the variance its own."""
+    """Return a run with a Gaussian vector per kind of token, plus noise; `share` of the variance is the kind's."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 1 + n_kinds, (n_rows, width))
     tokens[:, 0] = 0
@@ -42,24 +42,24 @@ def estimates_of(name, run):
 
 
 def halves_by_rank(run):
-    """The pairs of neuron and feature that P11 measures, on each half of the documents."""
+    """Return the pairs of neuron and feature that P11 measures, on each half of the documents."""
     return specificity._cross_fit(run, _features.label(run))
 
 
 def decoded(run):
-    """P14's probes of each feature, by stage."""
+    """Return P14's probes of each feature, by stage."""
     return two_tier_features._cross_fits(run, _features.label(run))
 
 
 def first_estimate(module, run):
-    """The first estimate alone: computing all for each of many runs takes minutes."""
+    """Return only the first estimate: computing all of them for many runs takes minutes."""
     features = _features.label(run)
     fits = halves_by_rank(run) if module is specificity else decoded(run)
     return next(module._estimates(run, features, fits))
 
 
 def halves_of(run):
-    """(chosen on, measured on) of each fold: documents of even rank, documents of odd rank."""
+    """Return (chosen on, measured on) of each fold: documents of even rank, documents of odd rank."""
     content = ~run.is_bos.numpy()
     even = pd.Series(run.string.numpy()).rank(method="dense").astype(int).to_numpy() % 2 == 1
     return [(content & even, content & ~even), (content & ~even, content & even)]
@@ -75,7 +75,7 @@ def numbers_of(name, run):
 
 
 def brute_auroc(scores, has, weights=None):
-    """Over all pairs of a token that has the feature and one that has not."""
+    """Return the AUROC over all pairs of a token with the feature and a token without it."""
     weights = np.ones(len(scores)) if weights is None else weights
     wins = np.sign(scores[has][:, None] - scores[~has][None]) / 2 + 0.5
     pairs = weights[has][:, None] * weights[~has][None]
@@ -88,7 +88,7 @@ TEXTS = ("<|BOS|>", " the", " Foo", "(", "12", ",", " bar", ")", "\n", "0xff", "
 
 
 def labelled(*texts, n_rows=24):
-    """Features of one line of tokens, as often as it takes to count; [position] of each."""
+    """Return the texts that hold each feature, in one line of tokens that is repeated so that features count."""
     line = [0, *(TEXTS.index(text) for text in texts)]
     run = run_of(torch.zeros(n_rows, len(line), 2), [line] * n_rows, TEXTS)
     found = _features.label(run)
@@ -107,7 +107,7 @@ def test_text_features_are_read_off_a_tokens_characters():
     assert found["digit"] == ["12", "0xff", "aB3x"]
     assert found["lower-case letters"] == [" the", "for"]
     assert found["token ' the'"] == [" the"]
-    # What holds at the same tokens as something earlier is the same feature.
+    # A label that holds at the same tokens as an earlier label is the same feature.
     assert not {"number", "hexadecimal", "base64", "new line", "keyword"} & found.keys()
     assert found["token '0xff'"] == ["0xff"]
 
@@ -134,7 +134,7 @@ def test_a_feature_counts_only_where_enough_tokens_have_it_in_both_halves():
     tokens = torch.ones(20, 12, dtype=torch.long)
     tokens[:, 0] = 0
     tokens[::2, 1] = 2  # ten in the first half of the documents, none in the second
-    tokens[:, 2] = 3  # ten in each
+    tokens[:, 2] = 3  # ten in each half
     found = _features.label(run_of(torch.zeros(20, 12, 2), tokens))
     assert {"token 3"} <= set(found.names)
     assert "token 2" not in found.names
@@ -189,7 +189,7 @@ def test_sums_by_document_are_pandas():
 
 
 def brute_specificity(values, n, has):
-    """P(feature) in ranks n/2^b to n/2^(b-1) from the top, b = 1..4, each token cut into 16."""
+    """Return P(feature) in ranks n/2^b to n/2^(b-1) from the top, b = 1..4, with each token cut into 16."""
     order = np.argsort(-values)
     fine = np.repeat(has[order], 16)
     return [fine[n * 16 // 2**b : n * 16 // 2 ** (b - 1)].mean() for b in (1, 2, 3, 4)]
@@ -197,7 +197,7 @@ def brute_specificity(values, n, has):
 
 def test_specificity_is_a_count_over_sorted_activations():
     run = random_run(seed=3)
-    # Seeded, so that no two activations come within the millionth that the probe takes for a tie.
+    # Seeded, so that no two activations differ by less than a millionth, which the probe counts as a tie.
     scale = torch.from_numpy(np.random.default_rng(3).random(len(run.pos)) + 0.1)
     run = replace(run, scale=scale)
     found = numbers_of("specificity", run)
@@ -227,14 +227,14 @@ def test_specificity_is_a_count_over_sorted_activations():
 
 
 def test_a_neuron_counts_once_for_each_half_that_chose_it():
-    """Neuron 0 fires in one half of the documents only, neuron 1 in both, each at a token of its own."""
+    """Neuron 0 fires in only one half of the documents, neuron 1 in both halves, each at a different token."""
     tokens = torch.tensor([[0, *[1, 2, 3] * 12]]).repeat(24, 1)
     mid = torch.stack([(tokens == 1) * 2.0, (tokens == 2) * 2.0, 0 * tokens], dim=-1)
     mid[1::2, :, 0] = 0
     second, first = halves_by_rank(run_of(mid, tokens))
     assert (second.holds.shape[1], first.holds.shape[1]) == (2, 1)
     found = numbers_of("specificity", run_of(mid, tokens))
-    # Neuron 0 says nothing where it is measured; neuron 1 tells its token, twice.
+    # Neuron 0 is silent in the half where it is measured. Neuron 1 identifies its token in both halves.
     assert found["AUROC of the matched neurons", "", None] == pytest.approx((1 / 2 + 1 + 1) / 3)
 
 
@@ -251,7 +251,7 @@ def test_a_norm_that_does_not_centre_has_none_by_centring():
 
 
 def test_a_feature_chosen_on_the_same_tokens_looks_specific_where_there_is_none():
-    """The published way finds a neuron for everything; held out, there is nothing."""
+    """The published method finds a neuron for every feature. On held-out documents no neuron is specific."""
     rng = np.random.default_rng(5)
     tokens = rng.integers(1, 9, (20, 33))
     tokens[:, 0] = 0
@@ -270,7 +270,7 @@ def test_a_feature_chosen_on_the_same_tokens_looks_specific_where_there_is_none(
 
 
 def test_permuting_tokens_leaves_no_signature():
-    """On the model that has the strongest one."""
+    """The model is the one with the strongest signature."""
     run = control_run("smear_graded", "natural")
     content = (~run.is_bos).nonzero().squeeze(-1)
     generator = torch.Generator().manual_seed(0)
@@ -350,7 +350,7 @@ def test_a_neuron_that_varies_by_rounding_never_varies():
 
 
 def test_a_rotated_basis_is_not_privileged():
-    """C10, and the same activations seen in another basis."""
+    """C10, and the same activations in another basis."""
     run = control_run("monosemantic", "natural")
     rotation = scipy_stats.ortho_group(32, seed=np.random.default_rng(1)).rvs()
     rotated = replace(run, mid=run.mid @ torch.from_numpy(rotation))
@@ -376,7 +376,7 @@ def test_solu_of_gaussians_has_the_gaussians_kurtosis():
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
 def test_token_information_is_the_share_of_variance_between_tokens(share):
-    """Known by construction, and not pulled down by the noise of the means that predict."""
+    """The share is known by construction. Noise in the means that predict does not lower the estimate."""
     runs = [random_run(seed, n_rows=40, n_kinds=60, share=share) for seed in range(8)]
     found = [
         numbers_of("neuron_statistics", run)["token information: pre", "", None] for run in runs
@@ -391,7 +391,7 @@ def test_one_document_alone_has_no_token_information_and_all_else():
 
 
 def test_the_three_counts_of_neurons_agree_where_k_are_alike():
-    """k equal activations of N: participation ratio k, K_eff k, active share k / N."""
+    """For k equal activations of N: participation ratio k, K_eff k, active share k / N."""
     mid = torch.zeros(1, 3, 8)
     mid[0, 0, :1], mid[0, 1, :4], mid[0, 2, :] = 2.0, 0.5, -1.0
     found = neuron_statistics.measure(planted(mid, gain=1.0)).tokens
@@ -421,7 +421,7 @@ def test_the_probe_on_one_neuron_is_the_best_neuron_of_the_other_half():
 
 
 def test_the_full_probe_is_ridge_regression():
-    """The direction of least squares with a penalty, by lstsq on augmented rows."""
+    """The reference is least squares with a penalty, by lstsq on augmented rows."""
     run = random_run(seed=11)
     features = _features.label(run)
     directions = decoded(run)["mid"].directions
@@ -439,7 +439,7 @@ def test_the_full_probe_is_ridge_regression():
 
 
 def test_where_nothing_is_found_the_two_halves_find_the_same():
-    """So the mean of their AUROCs is as uncertain as one of them, which is what its draws spread by."""
+    """The halves agree, so the mean of their AUROCs is as uncertain as each, and its draws spread as widely."""
     rng = np.random.default_rng(13)
     tokens = rng.integers(1, 51, (40, 65))
     tokens[:, 0] = 0
@@ -447,7 +447,7 @@ def test_where_nothing_is_found_the_two_halves_find_the_same():
     sums = decoded(run)["mid"].sums[:, :, :, -1:]
     total = sums.sum(axis=0)
     first, second = _features.auroc_of(total.reshape(1, -1), total.ravel()).reshape(2, -1)
-    # .94 is expected: .98 for the lengths of 32 Gaussians, twice .98 for ranks instead of means.
+    # .94 is expected: .98 for the lengths of 32 Gaussians, and .98 twice for ranks instead of means.
     assert np.corrcoef(first, second)[0, 1] > 0.85
     mean = two_tier_features._mean_aurocs(total[None], sums)[0, :, 0]
     np.testing.assert_allclose(mean, (first + second) / 2, atol=1e-12)
@@ -459,7 +459,7 @@ def test_where_nothing_is_found_the_two_halves_find_the_same():
 
 
 def spread_run(n_spread, n_rows=60):
-    """Two kinds of tokens told by the mean of `n_spread` of 64 noisy neurons, at gains 1 and e."""
+    """Return two kinds of tokens, distinguished by the mean of `n_spread` of 64 noisy neurons, at gains 1 and e."""
     rng = np.random.default_rng(12)
     tokens = rng.integers(1, 3, (n_rows, 41))
     tokens[:, 0] = 0
@@ -476,13 +476,13 @@ def test_the_index_grows_with_the_neurons_that_a_feature_is_spread_over():
     assert 2 <= index[1] <= 4
     assert index[2] > 16
     assert [one["tier gap: mid", "", None] for one in found] == [0, 0, 1]
-    # AUROC of two Gaussians 2.5 apart, on all neurons that carry anything.
+    # The AUROC of two Gaussians 2.5 apart, with all neurons that carry the feature.
     wanted = scipy_stats.norm.cdf(2.5 / np.sqrt(2)) - 0.5
     assert found[0]["AUROC above chance: mid", "", None] == pytest.approx(wanted, abs=0.02)
 
 
 def test_the_second_tier_of_the_shared_code_is_its_b_tokens_at_their_gain():
-    """C1: from mid, A tokens take one neuron, B tokens all 32; after the norm none takes many."""
+    """C1: from mid, an A token needs one neuron and a B token all 32. After the norm, no token needs many."""
     run = control_run("smear_shared", "natural")
     features = _features.label(run)
     index = {stage: fits.index_of_all() for stage, fits in decoded(run).items()}
@@ -503,7 +503,7 @@ def test_removing_a_direction_is_what_brute_force_hooks_do():
     features = _features.label(run)
     directions = decoded(run)["post"].directions
     for fold, (chosen, measured) in enumerate(halves_of(run)):
-        # The half alone, as if there were no other; with probes of all sizes.
+        # This half alone, as if it were the whole run, with probes of all sizes.
         half = run.subset(torch.from_numpy(chosen))
         own_labels = replace(features, holds=features.holds[:, chosen])
         of_mid, of_post = (
@@ -542,7 +542,7 @@ def test_removing_a_direction_is_what_brute_force_hooks_do():
 @pytest.mark.parametrize("name", ["specificity", "two_tier_features"])
 @pytest.mark.parametrize(("n_rows", "width"), [(1, 200), (2, 200), (3, 200), (2, 5), (24, 2)])
 def test_where_nothing_can_be_labelled_nothing_is_estimated(name, n_rows, width):
-    """One document in a half, or too few tokens."""
+    """A half has at most one document, or there are too few tokens."""
     run = random_run(n_rows=n_rows, width=width)
     probe = plugins.pick("soluscope.probes", name)
     measured = probe.measure(run)
@@ -584,7 +584,7 @@ def test_every_document_is_a_cluster_and_24_have_an_interval(name, quantity):
 
 
 def with_another_document(run, document):
-    """The run with one document's labels permuted and its activations replaced."""
+    """Return the run with one document's labels permuted and its activations replaced."""
     rng = np.random.default_rng(14)
     here = ((run.string == document) & ~run.is_bos).nonzero().squeeze(-1)
     tokens, mid, post = run.tokens.clone(), run.mid.clone(), run.post.clone()
@@ -619,7 +619,7 @@ def test_what_is_removed_from_a_document_is_not_its_choice():
     own = run.string.numpy() == document
     for name in two_tier_features.REMOVED.values():
         one, two = before[name].numpy(), after[name].numpy()
-        # Losses of a few nats, from sums over 32 neurons whose order follows the number of tokens.
+        # Losses are a few nats. The order of their sums over 32 neurons depends on the number of tokens.
         np.testing.assert_allclose(one[with_it & ~own], two[with_it & ~own], rtol=0, atol=1e-12)
     one, two = (found[two_tier_features.REMOVED["many"]].numpy() for found in (before, after))
     assert np.nanmax(np.abs(one - two)[~with_it]) > 1e-6, "it has a part there"
@@ -639,5 +639,5 @@ def test_permuting_tokens_leaves_nothing_to_decode():
         found.append(bootstrap_sums(made.sums, made.value, made.n, n_draws=500))
     values = [interval.value for interval in found]
     assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(40)
-    # Of 40 intervals 2 leave out 0 by chance, and more than 6 in one of 300 series.
+    # By chance, 2 of 40 intervals exclude 0 on average, and more than 6 do so in one of 300 series.
     assert sum(not interval.low < 0 < interval.high for interval in found) <= 6

@@ -34,7 +34,7 @@ def probe_named(name):
 
 
 def observed(variant="solu_ln", n_rows=8, eps=None):
-    """A rough fp64 model, its tokens, and what a probe sees of them."""
+    """Return a rough fp64 model, its tokens, and the run that a probe sees."""
     _, hooked = hooked_for(variant)
     if eps is not None:
         hooked.blocks[0].mlp.ln.eps = eps
@@ -45,14 +45,14 @@ def observed(variant="solu_ln", n_rows=8, eps=None):
 
 
 def numbers(name, run):
-    """A probe's estimates, by quantity and x."""
+    """Return a probe's estimates, by quantity and x."""
     probe = probe_named(name)
     found = probe.measure(run).estimates
     return {(e.quantity, e.x): float(e.value(e.sums.sum(0, keepdims=True))[0]) for e in found}
 
 
 def cached(hooked, tokens, name, hooks):
-    """What `name` is, flat over tokens, when the model runs with `hooks`."""
+    """Return the values at hook `name`, flat over tokens, when the model runs with `hooks`."""
     seen = []
 
     def keep(value, hook):
@@ -63,7 +63,7 @@ def cached(hooked, tokens, name, hooks):
 
 
 def loss_with_post(hooked, tokens, post):
-    """Each token's loss, flat, when hook_post is replaced; nan at a row's end."""
+    """Return the loss of each token, flat, with hook_post replaced; nan at a row's end."""
     hooks = [(MLP + "hook_post", lambda value, hook: post.view_as(value))]
     log_p = hooked.run_with_hooks(tokens, fwd_hooks=hooks).log_softmax(-1)[:, :-1]
     loss = -log_p.gather(-1, tokens[:, 1:, None]).squeeze(-1)
@@ -71,7 +71,7 @@ def loss_with_post(hooked, tokens, post):
 
 
 def mean_of_others(values, run):
-    """Mean over the tokens of all other strings, BOS left out; one loop a string."""
+    """Return the mean over the tokens of all other strings, without BOS, by a loop over strings."""
     result = torch.empty_like(values)
     for string in run.string.unique():
         others = (run.string != string) & ~run.is_bos
@@ -93,7 +93,7 @@ def same(found, wanted, atol=1e-10):
 def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(centred, eps):
     """-r = d log g / d log a, by a central difference of the norm's own denominator."""
     _, _, run = observed()
-    mid, out = run.mid + 0.05, run.readout  # a mean that matters
+    mid, out = run.mid + 0.05, run.readout  # a mean that is large enough to matter
 
     def scale_of(mid):
         seen = mid - mid.mean(-1, keepdim=True) if centred else mid
@@ -224,7 +224,7 @@ def test_changed_pre_activations_give_the_gain_that_hooks_give():
 
 
 def test_another_tokens_magnitudes_in_a_tokens_own_ranks_have_that_tokens_gain():
-    """Why the swap is of magnitude and relative sizes: of ranks the gain knows nothing."""
+    """The gain does not depend on ranks. So the probe swaps magnitudes and relative sizes."""
     _, _, run = observed()
     own, other = run.pre[5], run.pre[40]
     swapped = torch.empty_like(own)
@@ -254,10 +254,10 @@ def test_a_constant_gain_has_nothing_to_share_out(variant):
 
 
 def inverse_solu(mid):
-    """Pre-activations of which SoLU makes `mid`, where the smallest are close to x = -1.
+    """Return pre-activations from which SoLU makes `mid`, if the lowest of them are close to x = -1.
 
-    The least of x e^x / Z is -1 / (e Z), which gives Z. Where an activation is negative there
-    are two x, one on either side of -1; they are chosen so that softmax's denominator is that Z.
+    The minimum of x e^x / Z is -1 / (e Z), which gives Z. A negative activation has two solutions x,
+    below and above -1. They are chosen so that the denominator of the softmax is this Z.
     """
     rows = []
     for a in mid:
@@ -342,7 +342,7 @@ def test_the_mlp_is_evaluated_at_evenly_spaced_tokens_only_where_there_are_many(
 
 
 def linear_mlp(n_tokens=30, d_model=6, d_mlp=9):
-    """A run whose MLP is O = resid W_in W_out, and that matrix."""
+    """Return a run whose MLP is O = resid W_in W_out, and the matrix W_in W_out."""
     generator = torch.Generator().manual_seed(0)
     resid = torch.randn(1, n_tokens, d_model, generator=generator, dtype=torch.float64)
     W_in, W_out = (
@@ -363,7 +363,7 @@ def linear_mlp(n_tokens=30, d_model=6, d_mlp=9):
 
 
 def test_a_linear_mlp_gives_the_closed_forms():
-    """O = M u cos + M v sin: D, the length of an ellipse's quarter, and one change of sign a neuron."""
+    """O = M u cos + M v sin gives D, the length of a quarter ellipse, and one sign change per neuron."""
     run, M = linear_mlp()
     values = probe_named("rotation").measure(run).tokens
     found = numbers("rotation", run)
@@ -394,7 +394,7 @@ def test_a_linear_mlp_gives_the_closed_forms():
 
 
 def brute_path(hooked, tokens, run, token, side, hold_gain=False):
-    """O along the path from `token`, by replacing hook_resid_mid in one hooked forward."""
+    """Return O and pre-activations along the path from `token`, with hook_resid_mid replaced by the path."""
     resid = run.resid_mid[token]
     centred = resid - resid.mean()
     side = side - side.mean()
@@ -428,7 +428,7 @@ def test_a_path_is_what_replacing_the_residual_stream_gives(variant, kind):
     for place in (0, 17, 61):
         token = int(content[place])
         side = run.resid_mid[partner[place]]
-        if kind == "feature":  # all else of ln2's Jacobian is along the token itself and the mean
+        if kind == "feature":  # the rest of ln2's Jacobian is along the token itself and the mean
             strongest = int(run.pre[partner[place]].argmax())
             side = (ln2.w * hooked.W_in[0][:, strongest]).detach()
         out, pre = brute_path(hooked, tokens, run, token, side)
@@ -498,7 +498,7 @@ def test_loss_without_centring_is_what_brute_force_hooks_give(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_centring_is_removable_from_what_the_mlp_writes(variant):
-    """((a - m) gamma) W_out = sum_j a_j v_j, to rounding; by a loop over neurons at one token."""
+    """((a - m) gamma) W_out = sum_j a_j v_j up to rounding, by a loop over neurons at one token."""
     _, _, run = observed(variant)
     assert probe_named("centring").measure(run).tokens["linear residual"].max() < 1e-12
     gamma, W_out, a = run.readout.gamma, run.readout.W_out, run.mid[7]
@@ -563,7 +563,7 @@ def test_a_norm_without_a_gain_by_token_has_no_gains_by_block(variant):
     assert all(column.isnan().all() for column in values.values())
 
 
-# --- what their controls say by hand ---------------------------------------------------------------
+# --- controls, derived by hand ---------------------------------------------------------------------
 
 
 def test_c1s_shares_are_the_differences_of_its_two_kinds_of_tokens():
@@ -594,7 +594,7 @@ def test_c1s_shares_are_the_differences_of_its_two_kinds_of_tokens():
 
 
 def test_c1s_blocks_hold_what_its_docstring_says():
-    """One of 4 blocks is on at an A token: sd of log g is the gap to silence times sqrt(3) / 4."""
+    """At an A token one of 4 blocks is active: the sd of log g is the gap to silence times sqrt(3) / 4."""
     from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")
@@ -607,7 +607,7 @@ def test_c1s_blocks_hold_what_its_docstring_says():
 
 
 def test_c1s_gain_adds_the_step_that_its_gates_comment_derives():
-    """Between two A tokens: 6 sqrt 2 + 1 of a quarter circle's angle a unit of theta, live; less, held."""
+    """Between two A tokens, O turns by up to 6 sqrt 2 + 1 per unit of theta. A held gain gives shorter steps."""
     from soluscope.evaluation.calibration import control_run
 
     run = control_run("smear_shared", "natural")

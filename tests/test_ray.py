@@ -1,4 +1,4 @@
-"""engine=ray: the same weights as anywhere else, whatever dies, and refusals instead of waiting for ever."""
+"""engine=ray: the same weights as on any engine, whatever dies, and refusals instead of endless waits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
 
-# Read when Ray is imported: the clusters of these tests stay on the loopback and ask nobody.
+# Read when Ray is imported. The clusters of these tests stay on the loopback and report no usage.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 NODE = {"object_store_memory": 100_000_000, "include_dashboard": False}
 
@@ -32,19 +32,19 @@ def weights(config: Config) -> bytes:
 
 
 def trained_inline(path: Path, runs_dir: Path, *words: str) -> dict[str, bytes]:
-    """Final weights by run, each trained in this process with nothing in its way."""
+    """Return the final weights by run, each trained in this process without interruption."""
     sweep = read_sweep(path, words_for(runs_dir, *words, "study=inline"))
     return {config.run_name: weights(config) for config in sweep.configs if train_silently(config)}
 
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """Starts a Ray cluster of several nodes on the loopback, each with the CPUs and GPUs it is told."""
+    """Yield a function that starts a Ray cluster on the loopback, from the CPUs and GPUs of each node."""
     pytest.importorskip("ray", reason="engine=ray is not installed: pip install 'soluscope[ray]'")
     from ray.cluster_utils import Cluster
 
     made = []
-    # Its port is taken: Ray's server of statistics, which would ask cloud providers' addresses, gives up.
+    # The dashboard's port is taken, so Ray's statistics server exits. It would contact cloud providers.
     with socket.create_server(("127.0.0.1", 0)) as taken:
 
         def make(*nodes: dict[str, int]) -> tuple[Any, list[Any]]:
@@ -59,7 +59,7 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A sweep of four jobs that train and two that diverge, on a Ray of its own that leaves no process."""
+    """Run a sweep of four jobs that train and two that diverge, on a local Ray that leaves no process behind."""
     pytest.importorskip("ray", reason="engine=ray is not installed: pip install 'soluscope[ray]'")
     folder = tmp_path_factory.mktemp("local")
     path = sweep_file(folder, arm=["solu", "solu_ln", "solu train.lr=1e9"], seed=[0, 1])
@@ -101,7 +101,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(local: SimpleNamespace) -
 
 @pytest.mark.slow
 def test_two_jobs_share_a_gpu_when_each_wants_half(cluster: Any, tmp_path: Path) -> None:
-    """Of four jobs, with CPUs for all, exactly two are at work at once: the GPU is not there, only counted."""
+    """There are CPUs for all four jobs, yet two work at once. The GPU does not exist: Ray only counts it."""
     head, _ = cluster({"num_cpus": 4, "num_gpus": 1})
     path = sweep_file(tmp_path, variant=["solu", "solu_ln"], seed=[0, 1])
     words = words_for(
@@ -135,7 +135,7 @@ def test_a_job_moves_to_another_node_when_its_own_is_lost(cluster: Any, tmp_path
         working = at_work(study)
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
         homes = {run: parent(pid) for run, pid in working.items()}
-        assert set(homes.values()) == set(raylets)  # one on each
+        assert set(homes.values()) == set(raylets)  # one job on each node
         lost = min(homes)
         head.remove_node(raylets[homes[lost]])
         assert step(next(c for c in sweep.configs if c.run_name == lost)) < 800
@@ -152,9 +152,8 @@ def test_a_job_that_loses_its_worker_too_often_is_told_and_not_done(tmp_path: Pa
     words = words_for(tmp_path / "runs", "study=ray", "train.steps=100000", "report=false")
     study, said = tmp_path / "runs" / "ray", tmp_path / "said"
     with started(LAUNCH, path, *words, "engine=ray", "ray.retries=1", said=said) as process:
-        workers: list[
-            int
-        ] = []  # the launcher holds a run's lock for an instant when it asks for its state
+        # The launcher holds a run's lock for an instant while it reads the run's state.
+        workers: list[int] = []
 
         def worker_is_at_work() -> bool:
             workers[:] = {*at_work(study).values()} - {process.pid}
@@ -183,7 +182,7 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 def refusal(sweep: Sweep, **params: Any) -> str:
-    """What a launch with `params` is refused with, before it has made anything."""
+    """Return the message with which a launch with `params` is refused, before it has made any file."""
     with pytest.raises(UserError) as caught:
         engine.check(engine.Params(**params), sweep)
     assert "\n" not in str(caught.value)
@@ -192,7 +191,7 @@ def refusal(sweep: Sweep, **params: Any) -> str:
 
 
 def with_train(sweep: Sweep, **train: Any) -> Sweep:
-    """The same sweep with other values below train."""
+    """Return the same sweep with other values below train."""
     words = [f"train.{key}={value}" for key, value in train.items()]
     return read_sweep(sweep.path, [*sweep.words, *words])
 
@@ -203,7 +202,7 @@ def test_ray_that_is_not_installed_names_the_extra(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert (
         refusal(sweep)
-        == "engine=ray needs Ray: pip install -c constraints.txt -e '.[ray]' in the clone"
+        == "engine=ray needs Ray: run \"pip install -c constraints.txt -e '.[ray]'\" in the clone"
     )
 
 
@@ -212,14 +211,14 @@ def test_an_address_where_nobody_is_is_refused_at_once(sweep: Sweep) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert refusal(sweep, address=f"127.0.0.1:{port}").startswith(
-        f"no Ray cluster at ray.address=127.0.0.1:{port}: Connection refused; start one with"
+        f"no Ray cluster at ray.address=127.0.0.1:{port}: Connection refused; start a cluster with"
     )
 
 
 def test_an_address_that_is_silent_is_not_waited_for(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes connections and never answers; Ray itself would wait for minutes."""
+    """The server accepts connections and never answers. Ray itself would wait for minutes."""
     pytest.importorskip("ray")
     monkeypatch.setattr(engine, "ANSWER_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -230,32 +229,32 @@ def test_an_address_that_is_silent_is_not_waited_for(
 
 @pytest.mark.parametrize("address", ["here", "ray://", "host:", "10.0.0.1"])
 def test_an_address_that_is_none_is_refused(address: str) -> None:
-    with pytest.raises(UserError, match="wanted auto, host:port or ray://host:port"):
+    with pytest.raises(UserError, match="must be auto, host:port or ray://host:port"):
         engine.Params(address=address)
 
 
 def test_a_job_that_is_larger_than_every_node_is_refused(sweep: Sweep) -> None:
     pytest.importorskip("ray")
     said = refusal(sweep, cpus=10_000)
-    assert said.startswith("solu-s0 wants 10000 CPUs and 0 GPUs on one node, and the nodes have ")
+    assert said.startswith("solu-s0 needs 10000 CPUs and 0 GPUs on one node, but the nodes have ")
     assert said.endswith(": lower ray.cpus, ray.gpus or train.devices")
-    assert refusal(sweep, gpus=0.5).startswith("solu-s0 wants 1 CPUs and 0.5 GPUs on one node")
+    assert refusal(sweep, gpus=0.5).startswith("solu-s0 needs 1 CPUs and 0.5 GPUs on one node")
     devices = with_train(sweep, devices=8, batch_size=16)
-    assert refusal(devices, cpus=5_000).startswith("solu-s0 wants 40000 CPUs and 0 GPUs")
+    assert refusal(devices, cpus=5_000).startswith("solu-s0 needs 40000 CPUs and 0 GPUs")
     nodes = with_train(sweep, nodes=2)
     assert refusal(nodes).startswith(
-        "solu-s0 has train.nodes=2, but engine=ray runs a job on one node"
+        "solu-s0 has train.nodes=2, but engine=ray runs each job on one node"
     )
 
 
 def test_a_job_takes_what_its_processes_need_and_no_gpu_it_was_not_given(sweep: Sweep) -> None:
-    """Placed on two nodes that are described, not there: one of CPUs alone, one with GPUs."""
+    """Jobs are placed on two nodes that are described but do not exist: one has only CPUs, one has GPUs."""
     nodes = ({"CPU": 64.0}, {"CPU": 16.0, "GPU": 4.0})
 
     def placed(params: engine.Params, **train: Any) -> tuple[Any, ...]:
         (config,) = with_train(sweep, **train).configs
         job, resources = engine._place(config, params, nodes)
-        assert job.hash == config.hash  # no number moves
+        assert job.hash == config.hash  # the placement leaves the job's id unchanged
         return resources["num_cpus"], resources["num_gpus"], job.train.device, job.train.threads
 
     anything = {"device": "auto", "threads": "null"}
@@ -265,9 +264,9 @@ def test_a_job_takes_what_its_processes_need_and_no_gpu_it_was_not_given(sweep: 
     assert placed(engine.Params(gpus=0), **anything) == (1, 0, "cpu", 1)
     assert placed(engine.Params(gpus=0.25), device="cuda") == (1, 0.25, "cuda", 1)
     assert placed(engine.Params(cpus=2, gpus=0.5), **anything, devices=4) == (8, 4, "auto", 2)
-    with pytest.raises(UserError, match=r"train\.device=cuda and would get no GPU"):
+    with pytest.raises(UserError, match=r"train\.device=cuda but would get no GPU"):
         placed(engine.Params(gpus=0), device="cuda")
     with pytest.raises(
-        UserError, match="wants 20 CPUs and 4 GPUs on one node, and the nodes have 64 and 0, 16"
+        UserError, match="needs 20 CPUs and 4 GPUs on one node, but the nodes have 64 and 0, 16"
     ):
         placed(engine.Params(cpus=5), **anything, devices=4)

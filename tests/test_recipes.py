@@ -1,4 +1,4 @@
-"""The README's recipes, followed to the letter in a copy: one new file each, and everything knows it."""
+"""The README's recipes, followed exactly in a copy: one new file each, which all parts of the package find."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ Formula:
     max_j |post_j|, over the neurons j of a token
 
 Reading:
-    Large where one neuron speaks.
+    Large where one neuron dominates.
 
 Pitfalls:
-    It says nothing of the other neurons.
+    The other neurons are not measured.
 
 Source:
     made up by a test
@@ -149,7 +149,7 @@ parameters:
 """
 PARTS = (
     "src", "configs", "docs", "sweeps", "tests", "train", "eval", "benchmarks", "README.md", "Makefile",
-    "pyproject.toml", "constraints.txt", "CHANGELOG.md", "LICENSE",
+    "pyproject.toml", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
 )  # fmt: skip
 NEW = {
     "src/soluscope/variants/solu_biased.py": VARIANT,
@@ -158,33 +158,35 @@ NEW = {
     "src/soluscope/controls/quiet.py": CONTROL,
 }
 
+ADDED = {
+    "| `solu` | a = x softmax(x)": "| `solu_biased` | c a + b | static: a bias |\n",
+    "| `linear_mlp` |": "| `quiet` | C99 | The codes of C3 | Nothing above 1e-5 |\n",
+    "### P22 blocked_norm": "### P99 largest_activation\n\n*How large?*\n\n",
+}
+"""Text of docs/protocol.md -> lines that the recipes insert above."""
+
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the clone with a new variant, probe and control, each as the README says."""
+    """Return a copy of the clone with a new variant, probe and control, each as CONTRIBUTING.md says."""
     folder = tmp_path_factory.mktemp("recipes")
     for part in PARTS:
         source = ROOT / part
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / part)
     for path, content in NEW.items():
         (folder / path).write_text(content)
-    readme = (folder / "README.md").read_text()
-    lines = ("| `solu` | a = x softmax(x)", "| `solu_biased` | c · a · w + b | |\n"), (
-        "| `centring` (P21)", "| `largest_activation` (P99) | How large? |\n"
-    )  # fmt: skip
-    for before, line in lines:
-        readme = readme.replace(before, line + before)
-    (folder / "README.md").write_text(readme)
-    table = folder / "docs" / "controls.md"
-    table.write_text(table.read_text().replace(
-        "| `linear_mlp`", "| `quiet` | C99 | The codes of C3 | Nothing above 1e-5 |\n| `linear_mlp`"
-    ))  # fmt: skip
+    protocol = folder / "docs" / "protocol.md"
+    text = protocol.read_text()
+    for before, lines in ADDED.items():
+        assert text.count(before) == 1
+        text = text.replace(before, lines + before)
+    protocol.write_text(text)
     (folder / "sweep.yaml").write_text(SWEEP)
     return folder
 
 
 def python(copy: Path, *words: str) -> str:
-    """Run `python words` in the copy; its output."""
+    """Run `python words` in the copy, and return the output."""
     done = subprocess.run(
         [sys.executable, *words], cwd=copy, capture_output=True, text=True, timeout=HANGS_AFTER_S,
         env=os.environ | {"PYTHONPATH": str(copy / "src")},
@@ -206,7 +208,7 @@ def test_a_new_variant_probe_and_control_work_from_training_to_the_report(copy: 
     assert (static.arm, static.against) == ("solu_ln", "solu_biased")
     assert static.verdict in Verdict
     steps = [r.step for r in of_kind(records, Comparison) if r.term is Term.STEP]
-    assert steps == [("solu", "solu_ln")]  # solu_biased is no member of solu_ln's chain
+    assert steps == [("solu", "solu_ln")]  # solu_biased is not in solu_ln's chain
     measured = {r.arm for r in of_kind(records, Measurement) if r.probe == "largest_activation"}
     assert measured == {"solu", "solu_biased", "solu_ln"}
     gates = [g for g in of_kind(records, GateResult) if g.probe == "largest_activation"]

@@ -54,7 +54,7 @@ def make_rows(
     freeze: float = 0.0001,
     worse: dict[str, float] | None = None,
 ) -> list[Record]:
-    """All records that a study of these arms gives, with r and the cost of a freeze as given."""
+    """Return all records of a study of these arms, with the given r and the given cost of a freeze."""
     losses = make_losses(arms, n_seeds, seed_noise=seed_noise, document_noise=0.002, worse=worse)
     rows = compare("synthetic", losses, "abc1234")
     rows += map(words_of, ("engagement", "gain_variation", "scale_freeze"))
@@ -122,24 +122,24 @@ def make_rows(
 
 
 CITED = passed("engagement", "scale_freeze")
-"""What the headline cites beside the comparisons."""
+"""Gates of the probes that the headline cites beside the comparisons."""
 
 
 def page_of(records: list[Record], tmp_path: Path) -> str:
-    """The page of a study whose results.jsonl holds these records."""
+    """Return the page of a study whose results.jsonl holds these records."""
     results.write(tmp_path / "results.jsonl", records)
     return report.build(tmp_path).read_text(encoding="utf8")
 
 
 def rendered(records: list[Record]) -> str:
-    """The page without the library that draws its figures, which is most of it."""
+    """Return the page without the library that draws its figures, which would be most of the page."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "get_plotlyjs", str)
         return page.render(records)
 
 
 def section(records: list[Record], probe: str) -> str:
-    """A probe's section of the page, without its figures' data; the probe's words are stored."""
+    """Return a probe's section of the page, without its figures' data; add the probe's words to the records."""
     shown = text(rendered([words_of(probe), *records]))
     heading = re.escape(f"{words_of(probe).section} {words_of(probe).name}")
     (body,) = re.findall(rf"<h2>{heading}.*?</section>", shown, flags=re.S)
@@ -153,7 +153,7 @@ def rows() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def some(rows: list[Record]) -> list[Record]:
-    """The comparisons, and what was measured of one arm on natural text: a page that is soon drawn."""
+    """Return the comparisons, and one arm's measurements on natural text: the page is drawn quickly."""
     return [
         row
         for row in rows
@@ -168,7 +168,7 @@ def html(rows: list[Record], tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def text(html: str) -> str:
-    """The page without its scripts and styles."""
+    """Return the page without its scripts and styles."""
     return re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
 
 
@@ -178,7 +178,7 @@ def text(html: str) -> str:
 def test_a_gain_that_takes_a_scale_of_each_token_is_said_to_be_found():
     sentences = words.headline(make_rows(n_seeds=8, seed_noise=0.0005))
     assert sentences[0].startswith(
-        "The norm of solu_ln lowers the loss (8 seeds), and part of this"
+        "The norm of solu_ln lowers the loss (8 seeds), and part of this needs"
     )
     joined = " ".join(sentences)
     assert "solu_ln had a loss 0.080" in joined
@@ -189,13 +189,13 @@ def test_a_gain_that_takes_a_scale_of_each_token_is_said_to_be_found():
 def test_a_need_too_small_to_matter_is_called_so():
     arms = SIX | {"solu_gain": 3.021}
     sentences = words.headline(make_rows(arms, n_seeds=8, seed_noise=0.0005))
-    assert "but so little that it does not matter" in sentences[0]
+    assert "but by too little to matter" in sentences[0]
 
 
 def test_a_gain_that_a_static_arm_reaches_is_not_called_a_need():
     arms = SIX | {"solu_gain": 3.0196}
     sentences = words.headline(make_rows(arms, n_seeds=8, seed_noise=0.0005))
-    assert "that any of this takes a scale of each token's own is not shown" in sentences[0]
+    assert "It is not shown that any part of this needs a per-token scale" in sentences[0]
     assert "equivalent: closer than 0.005 nats" in " ".join(sentences)
 
 
@@ -204,8 +204,8 @@ def test_the_twin_with_one_gain_is_named_and_called_close_only_within_the_margin
         " ".join(words.headline(make_rows(SIX | {"solu_frozen_ln": loss}, 8, seed_noise=0.0005)))
         for loss in (SIX["solu_ln"] + 0.001, SIX["solu_ln"] + 0.02)
     )
-    assert "Trained with one gain for all tokens instead (solu_frozen_ln)" in near
-    assert re.search(r"instead \(solu_frozen_ln\).*8 seeds\), closer than 0.005 nats", near)
+    assert "trained with one gain for all tokens (solu_frozen_ln)" in near
+    assert re.search(r"tokens \(solu_frozen_ln\).*8 seeds\); this is within 0.005 nats of 0", near)
     assert not re.search(r"instead \(solu_frozen_ln\).*8 seeds\), closer", far)
 
 
@@ -229,37 +229,37 @@ def test_a_relative_curve_ends_at_one_whatever_its_size(rows):
 
 def test_plain_solu_being_better_means_nothing_to_explain():
     sentences = words.headline(make_rows(SIX | {"solu": 2.95}, n_seeds=8, seed_noise=0.0005))
-    assert sentences[0].startswith("Nothing for smearing to explain at this size")
+    assert sentences[0].startswith("Smearing has nothing to explain at this size")
     joined = " ".join(sentences)
     assert "plain SoLU had a loss 0.07" in joined
-    assert "undefined: no gain of LN at this size" in joined
+    assert "undefined: no benefit of LN at this size" in joined
 
 
 def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
     sentences = words.headline(make_rows(n_seeds=2, worse={"solu-s1": 0.03}))
     assert sentences[0].startswith(
-        "Not settled whether the norm of solu_ln lowers the loss (2 seeds)"
+        "It is not settled whether the norm of solu_ln lowers the loss (2 seeds)"
     )
     joined = " ".join(sentences)
-    assert "Two seeds say little about a third." in joined
+    assert "Two seeds are weak evidence about other seeds." in joined
     assert "so the sign is not settled" in joined
 
 
 def test_one_seed_settles_nothing():
     sentences = words.headline(make_rows(n_seeds=1))
     assert sentences[0].startswith(
-        "Not settled whether the norm of solu_ln lowers the loss (1 seed)"
+        "It is not settled whether the norm of solu_ln lowers the loss (1 seed)"
     )
     joined = " ".join(sentences)
-    assert "One seed shows these trained models, not their variants." in joined
-    assert "nothing is known of other seeds" in joined
+    assert "With one seed, results describe these trained models, not their variants." in joined
+    assert "nothing is known about other seeds" in joined
     assert "with one seed, which gives no interval" in joined
 
 
 def test_without_solu_ln_there_is_no_verdict():
     sentences = words.headline(make_rows({"gelu": 3.0, "solu": 3.1}))
     assert sentences[0].startswith("No verdict on LayerNorm")
-    assert "4 runs of 2 arms (gelu, solu), 2 seeds an arm" in sentences[1]
+    assert "4 runs of 2 arms (gelu, solu), 2 seeds per arm" in sentences[1]
 
 
 def test_the_first_lines_count_runs_seeds_documents_and_tokens(rows):
@@ -289,7 +289,7 @@ def test_engagement_is_judged_by_the_ends_of_its_interval(r, verdict):
 @pytest.mark.parametrize(
     ("freeze", "verdict"),
     [
-        (0.0001, "within 0.001 nats, so nothing at inference"),
+        (0.0001, "within 0.001 nats of 0, so negligible at inference"),
         (0.01, "a cost"),
         (-0.01, "an improvement"),
         (0.001, "a cost"),
@@ -297,7 +297,7 @@ def test_engagement_is_judged_by_the_ends_of_its_interval(r, verdict):
 )
 def test_the_cost_of_freezing_is_judged_by_the_ends_of_its_interval(freeze, verdict):
     said = words.headline([*make_rows(freeze=freeze), *CITED])
-    sentence = next(s for s in said if s.startswith("Giving"))
+    sentence = next(s for s in said if s.startswith("The trained "))
     assert verdict in sentence
 
 
@@ -353,13 +353,13 @@ def test_the_same_records_give_the_same_bytes(some):
 
 BAD = "<script>alert(1)</script><b>"
 KEYWORDS = {"kind", "role", "cluster", "sign", "setting", "more_smeared_when"}
-"""Fields of records whose text the report compares with its own."""
+"""Fields of records whose text the report compares with constants."""
 PLACES = {"probe", "quantity", "statistic", "stream", "positions", "group", "quantities", "tested"}
-"""Fields by which the report knows what it cites and draws."""
+"""Fields by which the report selects the rows that it cites and draws."""
 
 
 def spoiled(value: Any, kept: set[str]) -> Any:
-    """A record with markup after each of its texts, but for the fields of these names."""
+    """Return a record with markup after each of its texts, except in the fields of these names."""
     if isinstance(value, str):
         return value if isinstance(value, StrEnum) else value + BAD
     if isinstance(value, tuple):
@@ -413,12 +413,12 @@ def test_a_row_without_interval_is_marked(rows):
 
 def test_an_undefined_value_says_so():
     body = text(rendered(sweep(SIX | {"solu": 2.9}, {})))
-    assert "undefined: no gain of LN at this size" in body
+    assert "undefined: no benefit of LN at this size" in body
     assert "nan" not in body
 
 
 def test_a_probe_is_shown_with_the_words_it_was_measured_with():
-    """Whatever its file says by now, and also where there is no such file any more."""
+    """The words come from the results, even if the probe's file has changed or no longer exists."""
     old = replace(
         words_of("scale_freeze"),
         probe="long_gone",
@@ -442,7 +442,7 @@ def test_a_probe_is_shown_with_the_words_it_was_measured_with():
 
 def test_a_probe_without_stored_words_gets_a_plain_section():
     body = text(rendered([number("wordless", "smear", 0.1)]))
-    assert "The results hold no words of &#39;wordless&#39;" in body
+    assert "The results contain no description of &#39;wordless&#39;" in body
     assert "mean of smear" in body
 
 
@@ -451,7 +451,7 @@ def test_a_broken_last_line_is_skipped_with_a_warning(tmp_path, rows, capsys):
     results.write(path, rows)
     path.write_text(path.read_text() + '{"kind": "measurement", "study": "synthetic", "pro')
     report.build(tmp_path)
-    assert f"line {len(rows) + 1} is no record and is skipped" in capsys.readouterr().err
+    assert f"line {len(rows) + 1} is not a record and is skipped" in capsys.readouterr().err
 
 
 def test_no_results_is_a_user_error(tmp_path):
@@ -460,7 +460,7 @@ def test_no_results_is_a_user_error(tmp_path):
 
 
 def test_the_results_are_all_that_the_report_reads(tmp_path, some):
-    """The page of another process is the same, where probes, controls and torch cannot be imported."""
+    """A process that cannot import probes, controls and torch makes the same page."""
     here = page_of(some, tmp_path)
     code = """
 import sys
@@ -513,37 +513,35 @@ def test_a_failed_gate_is_said_before_the_figures_and_in_the_navigation(some):
     freeze = shown[shown.index("<h2>P4 Scale freeze (control failed)") :]
     assert freeze.index(warning) < freeze.index('class="plot"')
     assert re.search(r'<a href="#s\d+" class="fail">P4 Scale freeze \(control failed\)</a>', shown)
-    assert "What this result means" not in freeze.split("</section>")[0]
+    assert "Meaning of this result" not in freeze.split("</section>")[0]
     assert shown.count(warning) == 1
 
 
 def test_the_headline_cites_no_probe_that_failed(rows):
     failed = gate("scale_freeze", "uniform", "within 0.001 of 0", passed=False)
     sentences = words.headline([*rows, *CITED, failed])
-    assert not any(sentence.startswith("Giving all tokens") for sentence in sentences)
-    assert sentences[-1] == (
-        "scale_freeze failed its control uniform: its numbers are not to be cited."
-    )
+    assert not any(sentence.startswith("The trained ") for sentence in sentences)
+    assert sentences[-1] == ("scale_freeze failed its control uniform: do not cite its numbers.")
     assert any("median r" in sentence for sentence in sentences)
 
 
 def test_without_a_control_run_nothing_is_said_of_a_probes_numbers(rows):
     sentences = words.headline([*rows, *passed("engagement")])
     assert any("median r" in sentence for sentence in sentences)
-    assert not any(sentence.startswith("Giving all tokens") for sentence in sentences)
+    assert not any(sentence.startswith("The trained ") for sentence in sentences)
     assert sentences[-1] == (
         "scale_freeze has not been validated on the control models, so its results are not summarised."
     )
     found = [LN, number("engagement", "r", 0.9, statistic="median")]
-    assert "What this result means" not in section(found, "engagement")
-    assert "What this result means" in section([*found, *passed("engagement")], "engagement")
+    assert "Meaning of this result" not in section(found, "engagement")
+    assert "Meaning of this result" in section([*found, *passed("engagement")], "engagement")
 
 
 def test_what_was_not_counted_is_said_in_one_line():
     shown = section([number("engagement", "r", 0.9)], "engagement")
     assert (
-        '<p class="soft">False positives: not counted for this study '
-        "(python eval/run.py --false-positives DIR).</p>" in shown
+        '<p class="soft">False positives were not counted; to count them: '
+        "soluscope probe --false-positives DIR</p>" in shown
     )
 
 
@@ -556,7 +554,7 @@ def test_rates_of_false_positives_are_shown_with_their_draws():
         found, source="shuffled labels", value=None, passed=None, note="r is not defined there"
     )
     shown = section([number("engagement", "r", 0.9), found, undefined], "engagement")
-    assert "untrained models: 0.045 [0.02, 0.08] of 200 draws; pass: nominal 0.05" in shown
+    assert "untrained models: 0.045 [0.02, 0.08] over 200 draws; pass: nominal 0.05" in shown
     assert "shuffled labels: r is not defined there" in shown
     assert "not counted" not in shown
 
@@ -616,7 +614,7 @@ def test_the_terminal_table_has_a_line_on_the_controls(rows):
         assert line in console.export_text()
 
 
-# ---------------------------------------------------------------- what a result means
+# ---------------------------------------------------------------- the meaning of a result
 
 
 @pytest.mark.parametrize(
@@ -624,10 +622,10 @@ def test_the_terminal_table_has_a_line_on_the_controls(rows):
     [
         (0.02, 0.005, "above 0, the side that smearing predicts"),
         (-0.02, 0.005, "below 0, the side that smearing does not predict"),
-        (0.0002, 0.0005, "within 0.001 of 0, as where there is nothing to find"),
-        (0.001, 0.005, "which side of 0 is not settled"),
-        (0.0012, 0.0005, "above 0, but not settled whether by as much as 0.001"),
-        (-0.0012, 0.0005, "below 0, but not settled whether by as much as 0.001"),
+        (0.0002, 0.0005, "within 0.001 of 0, as on a control without an effect"),
+        (0.001, 0.005, "the sign is not settled"),
+        (0.0012, 0.0005, "above 0, but possibly by less than 0.001, which would not matter"),
+        (-0.0012, 0.0005, "below 0, but possibly by less than 0.001, which would not matter"),
     ],
 )
 def test_a_difference_means_no_more_than_its_interval(value, half, said):
@@ -644,8 +642,10 @@ def test_the_seeds_are_judged_together_and_the_twin_by_itself():
     seeds = [up, replace(down, seed=1, run="solu_ln-s1")]
     twin = replace(up, arm="solu_frozen_ln", variant="solu_frozen_ln")
     first, second = meaning.sentences(one, [*seeds, twin], [up.arm, twin.arm])
-    assert "is -0.01 to 0.01 nats (the 95% intervals of 2 seeds reach -0.011 to 0.011)" in first
-    assert first.endswith("which side of 0 is not settled.")
+    assert (
+        "is -0.01 to 0.01 nats (the 95% intervals of 2 seeds reach from -0.011 to 0.011)" in first
+    )
+    assert first.endswith("the sign is not settled.")
     assert second.startswith("solu_frozen_ln")
     assert "the side that smearing predicts" in second
 
@@ -677,7 +677,7 @@ def test_each_stream_is_told_of_where_none_is_natural():
     ("ends", "side"),
     [
         ((-0.0009, 0.0009), "zero"),
-        ((0.0001, 0.0009), "zero"),  # leaves out 0, and is too small to matter
+        ((0.0001, 0.0009), "zero"),  # excludes 0, and is too small to matter
         ((0.0001, 0.0020), "open"),
         ((-0.0020, -0.0001), "open"),
         ((-0.0009, 0.0010), "open"),
@@ -689,7 +689,7 @@ def test_each_stream_is_told_of_where_none_is_natural():
 )
 def test_a_side_is_settled_only_beyond_the_margin(ends, side):
     assert findings.side(ends, 0.001) == side
-    if ends is not None:  # what stats.equivalence says of the same interval
+    if ends is not None:  # stats.equivalence agrees
         verdict = {"zero": "equivalent", "open": "inconclusive"}.get(side, "different")
         assert equivalence(Interval(0.0, *ends, 100, 30), 0.001) == verdict
 
@@ -713,7 +713,7 @@ def test_without_an_interval_nothing_is_judged():
 
 
 def verdicts(records: list[Record], line: str) -> tuple[str, ...]:
-    """What is said under H0, static smuggling and smearing; empty where nothing may be."""
+    """Return the verdicts on H0, static smuggling and smearing; empty if the report may not give any."""
     asked = {each.probe for each in records if isinstance(each, results.GateResult)}
     believed = passed(*({each.probe for each in of_kind(records, Measurement)} - asked))
     found = {one.section: seen for one, seen in evidence.matrix([LN, *believed, *records])}
@@ -738,7 +738,7 @@ def test_only_smearing_asks_for_a_high_engagement(r, half, smear):
     [
         (0.0002, 0.0003, (YES, YES, NO)),
         (0.0002, 0.02, (YES, YES, YES)),
-        (0.02, 0.05, (OPEN, OPEN, YES)),  # a refit may remove it: the control `disjoint`
+        (0.02, 0.05, (OPEN, OPEN, YES)),  # a refit may remove the cost, as on `disjoint`
         (-0.02, -0.05, (OPEN, OPEN, NO)),
     ],
 )
@@ -755,10 +755,10 @@ def test_a_cost_of_freezing_speaks_for_smearing_but_against_nothing(overall, at_
 @pytest.mark.parametrize(
     ("geometric", "best", "said"),
     [
-        (0.00001, 0.005, (YES, YES, NO)),  # the constant of other documents is off for these
+        (0.00001, 0.005, (YES, YES, NO)),  # other documents' best constant is not best here
         (0.050, 0.00001, (YES, YES, NO)),  # the geometric mean is not the constant of least loss
         (0.050, 0.005, (OPEN, OPEN, YES)),
-        (0.050, 0.001, (OPEN, OPEN, OPEN)),  # the interval reaches over the margin
+        (0.050, 0.001, (OPEN, OPEN, OPEN)),  # the interval crosses the margin
     ],
 )
 def test_the_freeze_is_judged_at_the_constant_that_costs_less(geometric, best, said):
@@ -807,7 +807,7 @@ def test_a_verdict_is_not_read_from_the_note():
         (0.0, 0.05, 0.1, (OPEN, OPEN, OPEN)),
         (0.200, 0.0, 0.0, (OPEN, YES, NO)),
         (0.200, 0.05, 0.1, (OPEN, OPEN, YES)),
-        (0.001, 0.0, 0.0, (OPEN, OPEN, OPEN)),  # over the margin
+        (0.001, 0.0, 0.0, (OPEN, OPEN, OPEN)),  # the interval crosses the margin
         (-0.200, 0.0, 0.1, (OPEN, OPEN, OPEN)),
     ],
 )
@@ -828,8 +828,8 @@ def test_the_low_set_tells_three_accounts_apart_whatever_others_of_its_mass_do(
 @pytest.mark.parametrize(
     ("A", "said"),
     [
-        (0.05, (OPEN, OPEN, YES)),  # an order may change that nothing reads
-        (0.0, (YES, YES, OPEN)),  # a gain may carry all and change no order
+        (0.05, (OPEN, OPEN, YES)),  # the gain may change an order that nothing reads
+        (0.0, (YES, YES, OPEN)),  # the gain may matter without changing any order
         (0.01, (OPEN, OPEN, OPEN)),
         (-0.05, (OPEN, OPEN, OPEN)),
     ],
@@ -849,7 +849,7 @@ def test_the_two_by_two_asks_for_an_effect_of_the_gain(gain, softmax, said):
 
 
 def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
-    """Otherwise a renamed quantity would be `not measured` for ever."""
+    """Otherwise the report would show a renamed quantity as `not measured` for ever."""
     for name, quantities in {
         "engagement": ["r"],
         "scale_freeze": ["frozen at geometric mean", "frozen at best constant"],
@@ -879,7 +879,7 @@ def test_evidence_needs_a_passed_gate():
 
 
 def evidence_of(records: list[Record]) -> str:
-    """The matrix as the page shows it."""
+    """Return the matrix as the page shows it."""
     return text(rendered([LN, *records])).split("<h2>Hypotheses")[1].split("</section>")[0]
 
 
@@ -894,7 +894,7 @@ def test_what_is_missing_is_not_measured():
 
 
 def token_view(records: list[TokenValue]) -> str:
-    """The section as the page shows it."""
+    """Return the token view as the page shows it."""
     return text(rendered(records)).split("<h2>Token view</h2>")[1].split("</section>")[0]
 
 
@@ -909,7 +909,7 @@ def test_a_tokens_text_is_escaped_and_its_spaces_and_ends_of_lines_are_seen():
         "\ud800",
     ]
     shown = token_view(token_values(texts))
-    shown.encode()  # half a surrogate pair could not be written
+    shown.encode()  # raises if half a surrogate pair is left, which cannot be written
     spans = [markup.unescape(s) for s in re.findall(r"<span [^>]*>([^<]*)</span>", shown)]
     assert spans == [*texts[:3], "x\u21b5\n\u21b5\ny", texts[4], "\ufffd", "?"]
     assert "<script" not in shown
@@ -932,11 +932,11 @@ def test_colours_are_scaled_after_bos_and_around_0_for_the_effect():
     sky, orange = "#56b4e9", "#e69f00"
     assert f"--gain:{sky}" in styles[-1]
     assert "--gain:#ffffff" in styles[1]
-    assert "--gain:#ffffff" in styles[0]  # BOS is below the least of the others
+    assert "--gain:#ffffff" in styles[0]  # BOS is below all other tokens
     assert "--effect:#ffffff" in styles[2]  # 0
     assert f"--effect:{sky}" in styles[4]
     assert "--effect" not in styles[5]
-    assert f"--effect:{orange}" in styles[0]  # -2, the far end below 0
+    assert f"--effect:{orange}" in styles[0]  # -2, the lowest effect
     assert "gain, 1 / activation: 301" in shown
     assert "ablation effect, nats: -2" in shown
 
@@ -976,7 +976,7 @@ def test_the_token_view_has_a_block_an_arm_and_shows_the_first_quantity_without_
 
 
 def dosed(kappas: dict[str, float], n_seeds: int = 2) -> list[Measurement]:
-    """solu_ln arms by name with their kappa; r is 1 / (1 + kappa)."""
+    """Return r and kappa of solu_ln arms, whose kappas are given by name; r is 1 / (1 + kappa)."""
     rows = []
     for arm, kappa in kappas.items():
         for seed in range(n_seeds):
@@ -1005,11 +1005,17 @@ def test_with_one_dose_a_variant_only_the_dots_are_drawn_and_the_caption_has_the
     gain = {"quantity": "gain", "unit": "1 / activation"}
     twin = replace(rows[0], arm="solu_gain", run="solu_gain-s0", variant="solu_gain", value=316.0)
     doses = figures.doses([*rows, replace(twin, **gain), replace(rows[0], value=300.0, **gain)])
-    assert doses.caption() == "Dose: solu_gain gain 316, solu_ln kappa 41.9."
+    assert (
+        doses.caption()
+        == "Dose (kappa, or the gain of arms without an epsilon): solu_gain gain 316, solu_ln kappa 41.9."
+    )
     spec = Figure("", ("r",), statistic="median")
     assert not figures.against_dose(rows, spec, figures.styles(rows), doses).data
     shown = section([*rows, replace(twin, **gain)], "engagement")
-    assert "Dose: solu_gain gain 316, solu_ln kappa 41.9." in shown
+    assert (
+        "Dose (kappa, or the gain of arms without an epsilon): solu_gain gain 316, solu_ln kappa 41.9."
+        in shown
+    )
     assert "against the dose" not in shown
 
 
@@ -1135,7 +1141,7 @@ def sweep(
     n_seeds: int = 3,
     **more: Lineage,
 ) -> list[Record]:
-    """The comparisons of a study of these arms, and the median r of each run."""
+    """Return the comparisons of a study of these arms, and the median r of each run."""
     losses = make_losses(arms, n_seeds, seed_noise=0.0005, settings=settings)
     made = compare("synthetic", losses, "abc1234", **more)
     r = {"statistic": "median", "unit": "share"}
@@ -1151,14 +1157,14 @@ def headings(rows: list[Record]) -> list[str]:
 
 
 def drawn(rows: list[Record], heading: str) -> list[go.Figure]:
-    """The figures of a section of the page, as a browser would draw them."""
+    """Return the figures of a section of the page, as a browser would draw them."""
     body = rendered(rows).split(f"<h2>{heading}</h2>")[1].split("</section>")[0]
     found = re.findall(r'<script type="application/json">(.*?)</script>', body, flags=re.S)
     return [go.Figure(json.loads(one)) for one in found]
 
 
 def points(figure: go.Figure) -> set[tuple[float, float]]:
-    """The points that are joined by lines."""
+    """Return the points that are joined by lines."""
     joined = (trace for trace in figure.data if trace.mode == "lines+markers")
     return {(x, y) for trace in joined for x, y in zip(trace.x, trace.y, strict=True)}
 
@@ -1169,20 +1175,20 @@ def rings(figure: go.Figure) -> set[tuple[float, float]]:
 
 
 def printed(rows: list[Record]) -> list[str]:
-    """The lines of the terminal's report."""
+    """Return the lines of the report in the terminal."""
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(report.table(rows))
     return console.export_text().splitlines()
 
 
 def cells(rows: list[Record]) -> list[list[str]]:
-    """The same, of those that are lines of a table, by cell."""
+    """Return the cells of each line of the report in the terminal; lines outside tables have none."""
     return [[cell.strip() for cell in line.split("\u2502")[1:-1]] for line in printed(rows)]
 
 
 @pytest.fixture(scope="module")
 def swept() -> list[Record]:
-    """Three rates inside whose grid all optima lie but solu's, and LayerNorm at two kappas."""
+    """Return a sweep of four rates, with all optima but solu's inside the grid, and LayerNorm at two kappas."""
     arms, told = tuned(**OPTIMA)
     for arm in list(arms):
         if arm.startswith("solu_ln"):
@@ -1221,7 +1227,7 @@ def test_the_curves_of_rate_and_gain_are_those_of_the_rows(swept):
 
 
 def test_arms_are_known_by_their_roles_and_not_by_their_names(swept, tmp_path):
-    """With a static twin and an arm with a per-token norm called otherwise, all is the same."""
+    """Other names for the static twin and for the per-token arm change nothing but these names on the page."""
     names = {"solu_frozen_ln": "solu_f", "solu_ln": "solu_x"}
 
     def renamed(text: str) -> str:
@@ -1234,7 +1240,7 @@ def test_arms_are_known_by_their_roles_and_not_by_their_names(swept, tmp_path):
     path.write_text(renamed(path.read_text()))
     shown = rendered(results.read(path))
     assert text(shown) == renamed(text(rendered([*swept, *CITED])))
-    assert "Trained with one gain for all tokens instead (solu_f" in shown
+    assert "trained with one gain for all tokens (solu_f" in shown
 
 
 def test_one_kappa_of_each_of_two_variants_is_no_dose():
@@ -1249,26 +1255,26 @@ def test_one_kappa_of_each_of_two_variants_is_no_dose():
 
 def test_an_optimum_at_the_edge_comes_before_all_verdicts(swept):
     first = words.headline(swept)[0]
-    assert first.startswith("No comparison here is to be believed yet")
+    assert first.startswith("Do not rely on any comparison here yet")
     assert (
         "for solu-lr0.008 (lr 0.008 is the highest of 0.001, 0.002, 0.004, 0.008). Widen" in first
     )
     body = text(rendered(swept))
     assert body.count(escape(first)) == 2
-    assert '<p class="warn">No comparison' in body
+    assert '<p class="warn">Do not rely' in body
 
 
 def test_optima_inside_their_grids_leave_the_verdict_first():
     arms, told = tuned(**OPTIMA | {"solu": 0.004})
     made = sweep(arms, told)
-    assert "to be believed" not in text(rendered(made))
+    assert "Do not rely" not in text(rendered(made))
     assert words.headline(made)[0].startswith(
         "The norm of solu_ln-lr0.002 lowers the loss (3 seeds)"
     )
 
 
 def gains(*tried: float) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
-    """Arms of which the static one has these gains, each better than the last; all at one rate."""
+    """Return arms at one rate. The static arms have these gains, and each is better than the one before."""
     arms, told = {"solu": 3.1, "solu_ln": 3.02}, {}
     for i, gain in enumerate(tried):
         arms[f"solu_gain-{gain:g}"] = 3.06 - 0.01 * i
@@ -1279,11 +1285,11 @@ def gains(*tried: float) -> tuple[dict[str, float], dict[str, dict[str, float | 
 def test_a_gain_at_the_edge_unsettles_what_needs_the_static_arm_and_nothing_else():
     sentences = words.headline(sweep(*gains(8.0, 32.0, 128.0)))
     assert sentences[0].startswith(
-        "The static arm may be better yet, so that static - LN and Phi_dyn are not settled"
+        "A better static arm may exist, so static - LN and Phi_dyn are not settled"
     )
     assert "for solu_gain-128 (gain 128 is the highest of 8, 32, 128). Widen" in sentences[0]
     assert sentences[1].startswith("The norm of solu_ln lowers the loss (3 seeds)")
-    assert "to be believed" not in " ".join(sentences)
+    assert "Do not rely" not in " ".join(sentences)
 
 
 def test_two_gains_are_no_grid_with_an_edge():
@@ -1297,7 +1303,7 @@ def test_two_rates_are_called_no_grid():
     arms, told = tuned(**OPTIMA)
     arms = {arm: loss for arm, loss in arms.items() if arm.endswith(("lr0.002", "lr0.004"))}
     first = words.headline(sweep(arms, told))[0]
-    assert first.startswith("Fewer than three rates are no grid")
+    assert first.startswith("Fewer than three learning rates are not a grid")
     assert all(arm in first for arm in ("gelu-lr0.002", "solu-lr0.004", "solu_ln-lr0.002"))
     assert first.count("(0.002, 0.004)") == 1
 
@@ -1347,8 +1353,8 @@ def test_a_rate_that_lacks_seeds_is_in_the_table_and_not_on_the_curve():
     assert (left_out.x, left_out.value) not in points(by_rate)
     body = text(rendered(made))
     tuning, rest = body.split("<h2>Tuning</h2>")[1].split("<h2>Loss</h2>")
-    assert "not chosen from: 1 of 3 seeds" in tuning
-    assert lacking not in rest.split("<h2>Where this comes from</h2>")[0]
+    assert "not eligible: 1 of 3 seeds" in tuning
+    assert lacking not in rest.split("<h2>Runs and code</h2>")[0]
 
 
 def test_arms_that_share_no_seed_are_named_in_the_headline():
@@ -1367,7 +1373,7 @@ def test_the_page_compares_arms_at_the_rates_that_were_chosen(swept):
     passed_over = {f"gelu-lr{lr}" for lr in (0.001, 0.004, 0.008)}
     body = text(rendered(swept))
     tuning = body.index("<h2>Tuning</h2>"), body.index("<h2>Loss</h2>")
-    where = body.index("<h2>Where this comes from</h2>")
+    where = body.index("<h2>Runs and code</h2>")
     for arm in passed_over:
         assert arm in body[slice(*tuning)]
         assert arm not in body[tuning[1] : where]
@@ -1406,7 +1412,7 @@ def test_an_undefined_phi_dyn_has_no_point_and_is_named():
     arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-a": 2.98, "solu_ln-b": 3.04}
     told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
     made = sweep(arms, told, n_seeds=8)
-    assert "Phi_dyn is undefined at kappa 42: see above." in text(rendered(made))
+    assert "Phi_dyn is undefined at kappa 42; the reasons are given above." in text(rendered(made))
     (figure,) = drawn(made, "Dose: kappa")
     (phi,) = (row for row in findings.comparisons(made, Term.SHARE) if row.value is not None)
     assert (0.42, phi.value) in points(figure)

@@ -1,4 +1,4 @@
-"""Records and the files they lie in: whole or absent, and read back as they were."""
+"""Records and their files: a file is complete or absent, and records read back equal."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path, value: float) -> No
         b'["study"]',
         b'{"kind": "measurement", "study": "s"}',
         b'{"kind": "comparison", "study": "s", "value": 1, "unit": "", "term": "no term"}',
-        b'{"note": "\xc3',  # cut inside a letter
+        b'{"note": "\xc3',  # cut inside a character
         b"",
     ],
 )
@@ -144,7 +144,7 @@ def test_broken_last_line_is_skipped_with_a_warning_that_names_it(
     with path.open("ab") as file:
         file.write(line + b"\n")
     assert results.read(path) == [SMALL, FULL[0]]
-    warning = f"warning: {path} line 3 is no record and is skipped"
+    warning = f"warning: {path} line 3 is not a record and is skipped"
     assert capsys.readouterr().err.startswith(warning)
 
 
@@ -156,13 +156,11 @@ def test_keys_of_a_later_version_are_left_out(tmp_path: Path) -> None:
 
 def test_results_that_are_missing_or_hold_no_record_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    with pytest.raises(
-        UserError, match=r"no results at .*: make it again with 'python eval/run.py"
-    ):
+    with pytest.raises(UserError, match=r"no results at .*: create it with 'soluscope probe"):
         results.read(path)
     for content in ("", "{broken\n"):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"holds no records: make it again with"):
+        with pytest.raises(UserError, match=r"contains no records: create it with"):
             results.read(path)
 
 
@@ -180,14 +178,14 @@ def test_results_of_another_version_are_refused_in_one_line_that_says_how_to_mak
     path = tmp_path / "demo" / "results.jsonl"
     write_text(path, f"{results.line(SMALL)}\n{line}\n")
     for study, command in (
-        (None, f"'python eval/run.py {path.parent}'"),
-        (Path("runs/x"), "'python eval/run.py runs/x'"),
+        (None, f"'soluscope probe {path.parent}'"),
+        (Path("runs/x"), "'soluscope probe runs/x'"),
     ):
         with pytest.raises(UserError) as refused:
             results.read(path, study)
         message = str(refused.value)
         assert message.startswith(f"{path} was written by another version (line 2 has kind")
-        assert message.endswith(f"make it again with {command}")
+        assert message.endswith(f"create it with {command}")
         assert "\n" not in message
 
 
@@ -238,7 +236,10 @@ except UserError as error:
         "-c", code, path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
     )  # fmt: skip
-    assert done.stdout == f"cannot write {path}: File too large; free it or choose another place\n"
+    assert (
+        done.stdout
+        == f"cannot write {path}: File too large; free disk space or choose another folder\n"
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert path.read_text() == "old"
 

@@ -1,4 +1,4 @@
-"""What a run folder says of its run: whole, half copied, at work, failed."""
+"""The states of a run that its folder shows: whole, half copied, at work, failed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def copied(whole: Path, config: Config, *names: str) -> Path:
-    """`config`'s run folder with some of a finished run's files."""
+    """Copy some of a finished run's files into the run folder of `config`, and return that folder."""
     for name in names:
         (config.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(whole / name, config.run_dir / name)
@@ -146,7 +146,7 @@ def test_a_run_that_failed_says_why_until_it_is_tried_again(
 
     monkeypatch.setattr(TrainingModule, "training_step", looking)
     train_silently(config)
-    assert seen == [None] * 7  # from step 5, its last checkpoint: what came in a step is not kept
+    assert seen == [None] * 7  # from step 5, the last checkpoint: an error saves nothing
     assert Run(config.run_dir).failure() is None
 
 
@@ -155,16 +155,18 @@ def test_what_is_refused_because_it_is_another_run_is_no_failure_of_this_one(
 ) -> None:
     copied(whole, config, "config.yaml", DONE, "model.json", "model.safetensors")
     root = config.run_dir.parents[1]
-    with pytest.raises(UserError, match="is of another configuration"):
+    with pytest.raises(UserError, match="has a different configuration"):
         train_silently(tiny_config(root, *WORDS, "train.lr_rest=0.5"))
     assert Run(config.run_dir).failure() is None
     assert Run(config.run_dir).is_done()
 
 
 def test_a_full_disk_does_not_hide_the_error(tmp_path: Path) -> None:
-    Run(tmp_path / "file.txt" / "run").record_failure(ValueError("the first"))  # nor is it raised
-    (tmp_path / "file.txt").touch()
-    Run(tmp_path / "file.txt" / "run").record_failure(ValueError("the second"))
+    (tmp_path / "file.txt").touch()  # no folder can be made there
+    run = Run(tmp_path / "file.txt" / "run")
+    run.record_failure(ValueError("the loss is nan"))  # does not raise
+    assert run.failure() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
 
 
 def test_a_question_about_the_lock_makes_nothing_and_does_not_keep_a_run_from_starting(
@@ -182,15 +184,16 @@ def test_a_question_about_the_lock_makes_nothing_and_does_not_keep_a_run_from_st
         assert Run(run_dir).at_work()
 
 
-def test_many_processes_may_ask_about_the_lock_at_once(tmp_path: Path) -> None:
+def test_many_threads_may_ask_about_the_lock_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with run.lock():
         pass
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: run.at_work(), range(200)))
-        with run.lock():  # nor does a question keep a run from starting
+        answers = pool.map(lambda _: run.at_work(), range(200))
+        with run.lock():  # the questions do not keep a run from starting
             pass
-    assert not any(answers)
+        assert len(list(answers)) == 200
+    assert not run.at_work()
 
 
 def test_a_process_that_is_killed_lets_go_of_its_folder(tmp_path: Path) -> None:

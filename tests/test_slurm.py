@@ -24,7 +24,7 @@ from soluscope.launching.sweep import Sweep, read_sweep
 pytestmark = pytest.mark.slow
 
 LONG = 500
-"""Steps of a job that is disturbed: some seconds."""
+"""Steps of a job that a test disturbs; they take some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +43,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all tests' tokens lie."""
+    """Return the folder of all tests' tokens."""
     return tmp_path_factory.mktemp("tokens")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
-    """The long job, trained in this process and never stopped."""
+    """Return the run folder of the long job, trained in this process and never stopped."""
     return train_silently(tiny_config(tmp_path_factory.mktemp("undisturbed"), *long_words(tokens)))
 
 
 def long_words(tokens: Path) -> list[str]:
-    """One that writes no checkpoint unless it is stopped."""
+    """Return the words of the long job, which writes no checkpoint unless it is stopped."""
     return [
         f"tokens.cache_dir={tokens}", "study=long", "variant=solu_ln", "seed=0", f"train.steps={LONG}",
         "train.log_every=5", "train.checkpoint_every=100000", "wandb=off",
@@ -68,7 +68,7 @@ def sweep_file(path: Path, *variants: str) -> Path:
 
 
 def launch(runs_dir: Path, *words: str | Path) -> list[str]:
-    """What the launcher said."""
+    """Run the launcher, and return the lines that it prints on stderr."""
     result = run_python(
         ROOT / "sweeps" / "launch.py", "engine=slurm", "slurm.cpus=1", "report=false", "wandb=off",
         f"runs_dir={runs_dir}", *words,
@@ -78,7 +78,7 @@ def launch(runs_dir: Path, *words: str | Path) -> list[str]:
 
 
 def launch_long(tmp_path: Path, tokens: Path) -> Path:
-    """Put the long job into the queue. Its run folder."""
+    """Put the long job into the queue, and return its run folder."""
     runs_dir = tmp_path / "runs"
     config = tiny_config(runs_dir, *long_words(tokens))
     words = [word for word in long_words(tokens) if not word.startswith("variant=")]
@@ -96,7 +96,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def queue() -> list[str]:
-    """Ids of SLURM's jobs that wait, run or end."""
+    """Return the ids of SLURM's jobs that wait, run or end."""
     return subprocess.run(
         ["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True, check=True
     ).stdout.split()  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_sweep_ends_done_with_the_weights_that_one_process_gives(
 ) -> None:
     words = ("seed=0", "train.precision=fp32", f"tokens.cache_dir={tokens}")
     said = launch(tmp_path, ROOT / "sweeps" / "smoke.yaml", *words)
-    assert f"where they stand: python sweeps/launch.py --status {tmp_path / 'smoke'}" in said
+    assert f"To see their states: soluscope sweep --status {tmp_path / 'smoke'}" in said
     wait_for_the_queue_to_empty()
     assert states(tmp_path / "smoke") == ["done", "done"]
     for variant in ("solu", "solu_ln"):
@@ -132,7 +132,7 @@ def test_a_sweep_ends_done_with_the_weights_that_one_process_gives(
             "train.checkpoint_every=5", "wandb=off",
         )  # fmt: skip
         assert weights(train_silently(own)) == weights(tmp_path / "smoke" / f"{variant}-s0")
-    # The last job has seen all the others done.
+    # The last job saw that all other jobs were done.
     assert f"{tmp_path / 'smoke'}: 2 jobs: 2 done\n" in logs(tmp_path / "smoke")
 
 
@@ -141,7 +141,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
 ) -> None:
     run_dir = launch_long(tmp_path, tokens)
     wait_for_step(run_dir, 50)
-    # What SLURM does 90 seconds before the limit, at once.
+    # SLURM sends this signal 90 seconds before the limit. Here it is sent at once.
     subprocess.run(["scancel", "--me", "--state=RUNNING", "--signal=USR2"], check=True)
     wait_until(lambda: "Requeued job" in logs(run_dir.parent), HANGS_AFTER_S)
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
@@ -149,7 +149,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
     wait_for_the_queue_to_empty()
     assert states(run_dir.parent) == ["done"]
     assert weights(run_dir) == weights(undisturbed)
-    assert f"{run_dir.parent}: 1 job: 1 done\n" in logs(run_dir.parent)  # not before
+    assert f"{run_dir.parent}: 1 job: 1 done\n" in logs(run_dir.parent)  # only at the end
 
 
 def test_a_cancelled_job_is_finished_bit_equal_by_the_same_command(
@@ -159,7 +159,7 @@ def test_a_cancelled_job_is_finished_bit_equal_by_the_same_command(
     wait_for_step(run_dir, 50)
     subprocess.run(["scancel", "--me"], check=True)
     wait_for_the_queue_to_empty()
-    assert states(run_dir.parent) == ["resume"]  # it has saved what was done
+    assert states(run_dir.parent) == ["resume"]  # it has saved its progress
     launch_long(tmp_path, tokens)
     wait_for_the_queue_to_empty()
     assert states(run_dir.parent) == ["done"]
@@ -198,7 +198,7 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
     assert len(before) == 3
     run_by_hand(read_sweep(path, words), later)
     assert queue() == before
-    # A job more: it alone is new, and the report waits for all three.
+    # With one more job, only that job is new, and the report waits for all three jobs.
     capsys.readouterr()
     run_by_hand(read_sweep(sweep_file(path, "solu", "gelu", "solu_ln"), words), later)
     assert "jobs submitted: 1, in the queue: 3" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_what_waits_in_the_queue_is_not_submitted_again(
 
 
 def waits_for(job: str) -> set[str]:
-    """Ids of the jobs that one waits for."""
+    """Return the ids of the jobs that a job waits for."""
     shown = subprocess.run(
         ["squeue", "--noheader", "--format=%E", "--jobs", job], capture_output=True, text=True
     ).stdout
@@ -242,7 +242,7 @@ def test_a_job_submitted_twice_is_trained_once(
     ("words", "said"),
     [
         (["slurm.partition=mian"], "no partition called 'mian'. Did you mean 'main'?"),
-        (["slurm.gpus=2"], "slurm.gpus=2 for train.devices=1: wanted one GPU a device, or 0"),
+        (["slurm.gpus=2"], "slurm.gpus=2 does not fit train.devices=1: set slurm.gpus=1 or 0"),
         (["slurm.minutes=1"], "slurm.minutes=1 must be 5 or more"),
         (["slurm.options.mem=900T"], "SLURM refused the jobs: sbatch: error: "),
     ],
@@ -269,7 +269,7 @@ def test_without_slurm_it_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     )  # fmt: skip
     assert result.returncode == 2
     assert re.fullmatch(
-        "error: engine=slurm finds no sbatch and srun on the PATH: .*\n", result.stderr
+        "error: engine=slurm needs sbatch and srun on the PATH: .*\n", result.stderr
     )
     assert list(tmp_path.iterdir()) == []
 

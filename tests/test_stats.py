@@ -1,4 +1,4 @@
-"""Statistics against closed forms, brute force, other libraries, and their own promises."""
+"""Statistics against closed forms, brute force, other libraries, and their nominal rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.arithmetic
 
 
 def tokens(n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents of 1 to 30 tokens, each with a mean of its own."""
+    """Return values and clusters: documents of 1 to 30 tokens, each with a different mean."""
     random = np.random.default_rng(seed)
     clusters = np.repeat(np.arange(n_clusters), random.integers(1, 31, n_clusters))
     return random.normal(size=n_clusters)[clusters] + random.normal(size=len(clusters)), clusters
@@ -159,7 +159,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
 @pytest.mark.parametrize("level", [0.95, 0.90])
 @pytest.mark.parametrize("statistic", ["mean", "sd", "share above 0.5"])
 def test_bca_of_single_values_is_scipys_of_the_same_draws(statistic, level):
-    # A cluster a value: the ordinary bootstrap. scipy takes our draws and our widened level.
+    # One value per cluster is the ordinary bootstrap. scipy uses our draws and our widened level.
     values = np.random.default_rng(30).exponential(size=25)
     function = {"mean": np.mean, "sd": np.std, "share above 0.5": share_above_half}[statistic]
     sums, value = stats._sums(values, np.arange(25), 25, statistic)
@@ -190,7 +190,7 @@ def test_bca_of_unequal_clusters_is_scipys_bootstrap_of_the_clusters():
     )  # fmt: skip
     ours = stats.document_bootstrap(sums, counts, n_draws=20_000)
     off = np.subtract((ours.low, ours.high), scipys.confidence_interval) / scipys.standard_error
-    np.testing.assert_allclose(off, 0, atol=0.1)  # Monte Carlo; percentile ends are .2 off
+    np.testing.assert_allclose(off, 0, atol=0.1)  # Monte Carlo; percentile bounds are .2 away
     percentile = stats.document_bootstrap(sums, counts, n_draws=20_000, method="percentile")
     assert percentile.high < ours.high - 0.15 * scipys.standard_error
 
@@ -225,11 +225,13 @@ def test_few_units_widen_the_interval_to_students():
 
 def test_draws_equal_to_the_number_count_half_as_below_it():
     draws = np.array([1.0, *[0.0] * 25, *[1.0] * 50, *[2.0] * 25])
-    assert stats._ends(draws, 50, 0.95, acceleration=0.0) == stats._ends(draws, 50, 0.95)
+    assert stats._ends(draws, 50, 0.95, acceleration=0.0) == pytest.approx(
+        stats._ends(draws, 50, 0.95)
+    )
     skewed = np.array([1.0, *[0.0] * 10, *[1.0] * 40, *[2.0] * 50])
     bias = scipy.stats.norm.ppf(0.30)
     z = 2 * bias + stats._z(0.80, 50)
-    assert stats._ends(skewed, 50, 0.80, acceleration=0.0) == tuple(
+    assert stats._ends(skewed, 50, 0.80, acceleration=0.0) == pytest.approx(
         np.quantile(skewed[1:], scipy.stats.norm.cdf(z))
     )
 
@@ -260,7 +262,7 @@ def test_a_number_that_hangs_on_one_document_has_no_interval():
 
 
 def test_a_number_outside_all_its_draws_has_no_interval():
-    # How many different documents there are: a resample never has all.
+    # The number of different documents: a resample never contains all of them.
     interval = stats.bootstrap_sums(np.eye(30), lambda sums: (sums > 0).sum(axis=1) / 1.0, 30)
     assert (interval.value, interval.low) == (30, None)
 
@@ -269,12 +271,12 @@ def test_a_number_outside_all_its_draws_has_no_interval():
 
 
 def mean_difference(sums):
-    """Of two columns, by way of their means, so that what is left has the rounding of these."""
+    """Return the difference of two columns' means, which has the rounding of these means."""
     return sums[:, 0] / sums[:, 2] - sums[:, 1] / sums[:, 2]
 
 
 def two_columns(share: float, scale: float = 1.0) -> np.ndarray:
-    """Sums of x, of x (1 - share) and of 1 over 60 clusters."""
+    """Return the sums of x, of x (1 - share) and of 1 over 60 clusters."""
     x = 28 * scale * np.random.default_rng(0).uniform(0.5, 1.5, 60)
     return np.stack([x, x * (1 - share), np.ones(60)], axis=1)
 
@@ -295,7 +297,7 @@ def test_a_difference_of_one_in_ten_billion_is_real(scale):
 
 
 def test_a_mean_of_tiny_values_is_real():
-    """As wide in proportion as that of large ones: nothing was cancelled."""
+    """Its interval is as wide in proportion as that of large values, since nothing was cancelled."""
     values, clusters = tokens(60, seed=1)
     large = stats.cluster_bootstrap(values, clusters)
     tiny = stats.cluster_bootstrap(values * 1e-30, clusters)
@@ -341,7 +343,9 @@ def test_numbers_that_differ_by_rounding_do_not_differ():
 
 
 def test_sums_must_be_a_table():
-    with pytest.raises(ValueError, match=r"sums \(30,\): wants one row a cluster"):
+    with pytest.raises(
+        ValueError, match=r"sums has shape \(30,\); it must have one row per cluster"
+    ):
         stats.bootstrap_sums(np.ones(30), mean_of, 30)
     empty = stats.bootstrap_sums(np.ones((0, 2)), mean_of, 0)
     assert np.isnan(empty.value)
@@ -355,14 +359,14 @@ N_SETS = 2000
 
 
 def documents(random: np.random.Generator, n_clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standard normal tokens in documents of 5 to 29; 30% of the variance is the document's."""
+    """Return standard normal tokens in documents of 5 to 29; 30% of the variance is between documents."""
     owner = np.repeat(np.arange(n_clusters), random.integers(5, 30, n_clusters))
     own, shared = random.normal(size=len(owner)), random.normal(size=n_clusters)
     return np.sqrt(0.7) * own + np.sqrt(0.3) * shared[owner], owner
 
 
 def coverage(interval, truth: float, n_sets: int = N_SETS) -> float:
-    """Share of intervals `interval(random)` that hold the truth."""
+    """Return the share of intervals `interval(random)` that contain the truth."""
     random = np.random.default_rng(10)
     made = [interval(random) for _ in range(n_sets)]
     return float(np.mean([each.low <= truth <= each.high for each in made]))
@@ -437,9 +441,9 @@ def test_interval_of_eight_seeds_covers_the_truth_as_often_as_it_says():
 
 
 def differences(random: np.random.Generator, n_seeds: int, share: float = 1.0) -> np.ndarray:
-    """Loss sums [seed document] of 50 documents of 100 tokens, .02 nats a token on average.
+    """Return loss sums [seed document] of 50 documents of 100 tokens, .02 nats per token on average.
 
-    Seeds differ by .003 nats; a document and what it does to one seed, by as much.
+    Seeds, documents, and the interaction of the two each have a standard deviation of .003 nats.
     """
     noise = random.normal(size=(n_seeds, 1)) + random.normal(size=50)
     noise = noise + random.normal(size=(n_seeds, 50))
@@ -528,11 +532,11 @@ def test_holm_by_hand():
 
 
 def test_holm_keeps_the_chance_of_any_false_finding(monkeypatch):
-    monkeypatch.setattr("gc.collect", lambda: 0)  # multipletests calls it, 20 ms a time
+    monkeypatch.setattr("gc.collect", lambda: 0)  # multipletests calls it, which takes 20 ms
     random = np.random.default_rng(38)
     any_false = []
     for _ in range(2000):
-        # Four tests on the same eight seeds, one of them of a difference that is there.
+        # Four tests on the same eight seeds; only the first difference is real.
         seeds = random.normal(size=(4, 8)) + random.normal(size=8) + [[3.0], [0], [0], [0]]
         p = {str(i): stats.paired_seeds(numbers).p for i, numbers in enumerate(seeds)}
         adjusted = stats.holm(p)
@@ -563,7 +567,7 @@ def test_benjamini_hochberg_keeps_the_share_of_false_findings():
         )
         claimed = found <= 0.10
         false_shares.append(claimed[40:].sum() / max(1, claimed.sum()))
-    # Exactly q times the share of columns with nothing in them: .08.
+    # The expected share is q times the share of columns without an effect: .08.
     assert np.mean(false_shares) == pytest.approx(0.08, abs=0.008)
 
 
@@ -602,7 +606,7 @@ def test_eight_seeds_of_one_sign_give_the_smallest_p_there_is():
 
 
 def test_sign_flip_p_is_uniform_where_there_is_no_difference():
-    # Each of the 32 values p can have is equally likely: P(p <= level) = level there, less between.
+    # p takes each of 32 values equally often: P(p <= level) equals the level at these values, and is less between.
     random = np.random.default_rng(12)
     p = np.array([stats.paired_seeds(random.normal(size=6)).p for _ in range(4000)])
     times = np.bincount(np.round(p * 32).astype(int), minlength=33)

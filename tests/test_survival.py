@@ -1,6 +1,6 @@
-"""Runs survive what happens to machines: kills at any moment, stops, full disks, half-copied folders.
+"""Runs survive kills at any moment, stops, full disks and half-copied folders.
 
-Each ends bit for bit as if nothing had happened, or says in one line what to do.
+Each run ends bit for bit as if nothing had happened, or stops with one line of instructions.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def weights(config: Config) -> bytes:
 
 # --- kills ----------------------------------------------------------------------------------------
 
-N_WORKER_KILLS, N_DRIVER_KILLS = 10, 10
-STEPS = 6000
+N_WORKER_KILLS, N_DRIVER_KILLS = 14, 6
+STEPS = 4500
 EVERY = 20
-"""Steps between checkpoints: some kills fall into one."""
+"""Steps between checkpoints, so few that some kills interrupt the writing of a checkpoint."""
 
 
 class Kills:
-    """SIGKILLs at random moments of a sweep, and what they hit."""
+    """SIGKILLs at random moments of a sweep, and the runs that they hit."""
 
     def __init__(self, configs: tuple[Config, ...], seed: int) -> None:
         self.configs = configs
@@ -57,7 +57,7 @@ class Kills:
         self.n_in_training = 0
 
     def wait(self, launch: subprocess.Popen[bytes]) -> dict[str, int]:
-        """Let the sweep get to work, and on to a random moment. Returns who is at work then."""
+        """Wait until a job is at work, and on to a random moment. Return the processes at work then, by run."""
 
         def going() -> bool:
             assert launch.poll() is None, f"the sweep ended with {launch.returncode}; {self}"
@@ -65,7 +65,7 @@ class Kills:
 
         until(going, f"a job is at work; {self}")
         before = self._steps()
-        if self.random.random() < 0.8:  # in training, else while it is getting there
+        if self.random.random() < 0.8:  # during training, else while training starts
             n_steps = self.random.randint(1, 150)
             until(
                 lambda: any(
@@ -77,7 +77,7 @@ class Kills:
         return at_work(self.study)
 
     def kill(self, what: str, pids: dict[str, int], runs: dict[str, int]) -> None:
-        """Kill the processes `pids`, at which `runs` are at work."""
+        """Kill the processes `pids` while `runs` are at work, and record the steps."""
         hit = [config for config in self.configs if config.run_name in runs]
         steps = {config.run_name: Run(config.run_dir).last_row().get("step", 0) for config in hit}
         self.n_in_training += any(
@@ -100,8 +100,8 @@ class Kills:
 def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not(
     tmp_path: Path, seed: int
 ) -> None:
-    """Ten times its workers, one of them or all, which Ray starts again; ten times the launching process,
-    each time followed by the same command."""
+    """Fourteen kills hit workers, one of them or all, which Ray starts again; six hit the launching process,
+    and the same command follows each."""
     pytest.importorskip("ray", reason="engine=ray is not installed: pip install 'soluscope[ray]'")
     path = sweep_file(tmp_path, variant=["solu", "solu_ln"], seed=[0, 1])
     every = (f"train.checkpoint_every={EVERY}", f"train.log_every={EVERY}")
@@ -134,7 +134,7 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
         assert weights(one) == weights(other), f"{other.run_name} differs; {kills}"
         steps = [json.loads(line)["step"] for line in (other.run_dir / "metrics.jsonl").open()]
         assert steps == list(range(EVERY, STEPS + 1, EVERY)), f"{other.run_name}; {kills}"
-    # Given once more, the command has nothing to do.
+    # The same command, given once more, has nothing to do.
     before = {
         config.run_name: (config.run_dir / "done.json").stat().st_mtime_ns for config in configs
     }
@@ -149,12 +149,12 @@ def test_a_sweep_that_is_killed_twenty_times_has_the_weights_of_one_that_was_not
 # --- stops ----------------------------------------------------------------------------------------
 
 LONG = ("train.steps=1500", "train.checkpoint_every=1500", "train.log_every=10")
-"""No checkpoint on the way, but the one that a stop leaves."""
+"""Words of a run that saves its first checkpoint at the last step, unless it is stopped."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs with the study `calm`: solu and solu_ln, trained with LONG."""
+    """Return a folder of runs with the study `calm`: solu and solu_ln, trained with LONG."""
     runs_dir = tmp_path_factory.mktemp("undisturbed")
     for config in long_configs(runs_dir, "calm"):
         train_silently(config)
@@ -174,7 +174,7 @@ def long_configs(runs_dir: Path, study: str) -> tuple[Config, ...]:
 def test_a_stop_saves_and_the_same_command_goes_on(
     undisturbed: Path, tmp_path: Path, way: str, number: str
 ) -> None:
-    """SIGTERM goes to the command alone, as from a scheduler; Ctrl-C to its whole group, as from a terminal."""
+    """SIGTERM goes to the command only, as from a scheduler. Ctrl-C goes to its group, as from a terminal."""
     if way == "ray":
         pytest.importorskip("ray", reason="engine=ray is not installed")
     study = f"{way}-{number}"
@@ -185,7 +185,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         command = [TRAIN, *words, "variant=solu"]
     else:
         command = [LAUNCH, undisturbed / "small.yaml", *words, f"engine={way}", "report=false"]
-    expected = configs if way == "ray" else configs[:1]  # those that are at work side by side
+    expected = configs if way == "ray" else configs[:1]  # the runs that are at work together
     said = tmp_path / "said"
     with started(*command, said=said) as process:
         until(lambda: all(Run(config.run_dir).last_row() for config in expected), "training begins")
@@ -194,7 +194,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
         status = process.wait(timeout=HANGS_AFTER_S)
         until(lambda: not session(process.pid), "all its processes end")
     assert status == 130, said.read_text()
-    assert said.read_text().splitlines()[-1] == "interrupted; the same command goes on from here"
+    assert said.read_text().splitlines()[-1] == "interrupted; the same command resumes from here"
     for config in expected:
         assert (
             0 < torch.load(Run(config.run_dir).checkpoint, weights_only=True)["global_step"] < 1500
@@ -212,7 +212,7 @@ def test_a_stop_saves_and_the_same_command_goes_on(
 def test_ctrl_c_within_a_step_waits_for_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes when the weights have taken the fifth step and nobody has counted it."""
+    """The signal comes after the weights have taken the fifth step and before the step is counted."""
     words = ("variant=solu", "wandb=off", "train.device=cpu")
     calm = tiny_config(tmp_path, *words, "study=calm")
     config = tiny_config(tmp_path, *words, "study=stopped")
@@ -236,7 +236,7 @@ def test_ctrl_c_within_a_step_waits_for_its_end(
 
 # --- a disk that fills up -------------------------------------------------------------------------
 
-# Runs in a mount namespace of its own: argv is the folder to mount on, then the command.
+# Runs in a separate mount namespace. argv is the folder to mount on, then the command.
 FULL_DISK = """
 import json, shutil, subprocess, sys
 folder, *command = sys.argv[1:]
@@ -246,7 +246,7 @@ def run():
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     return [done.returncode, done.stderr, subprocess.run(["find", folder, "-type", "f"],
             capture_output=True, text=True).stdout.split()]
-mount("size=1000k")  # a checkpoint has 590
+mount("size=1000k")  # a checkpoint has 590k
 first = run()
 shutil.copytree(folder, folder + "-full")
 mount("remount,size=64m")
@@ -257,7 +257,7 @@ print(json.dumps([first, second]))
 
 
 def can_mount() -> bool:
-    """Whether this user may mount a file system that nobody else sees."""
+    """Return whether this user may mount a file system in a separate namespace."""
     try:
         tried = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         return subprocess.run(tried, capture_output=True).returncode == 0
@@ -290,7 +290,9 @@ def test_a_file_system_that_fills_up_leaves_the_last_good_checkpoint(tmp_path: P
     checkpoint = Run(config.run_dir).checkpoint
     assert status == 2
     assert errors.splitlines()[-1].startswith("error: cannot save the checkpoint of step 20 (")
-    assert errors.splitlines()[-1].endswith(f"free disk space; step 10 stays in {checkpoint}")
+    assert errors.splitlines()[-1].endswith(
+        f"free disk space; the checkpoint of step 10 stays in {checkpoint}"
+    )
     assert "Traceback" not in errors
     assert [name for name in files if "checkpoints" in name] == [str(checkpoint)]
     inside = checkpoint.relative_to(runs_dir)
@@ -330,7 +332,7 @@ DAMAGES: dict[str, dict[str, str]] = {
     "study's tokenizer cut": {"done.json": GONE, "../tokenizer.json": CUT},
     "study's tokenizer missing": {"done.json": GONE, "../tokenizer.json": GONE},
 }
-"""What did not arrive, of a run that ended and whose checkpoint is of its middle."""
+"""Damage to the copy of a finished run whose checkpoint is from the middle of training, by case and file."""
 
 
 def damage(path: Path, how: str) -> None:
@@ -344,7 +346,7 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of 24 steps that ended, its last checkpoint of step 12: as it is copied while it is written."""
+    """Return a finished run of 24 steps with a checkpoint of step 12, as if copied while it was written."""
     config = tiny_config(tmp_path_factory.mktemp("original"), *COPIED)
     middle = config.run_dir / "middle.ckpt"
     with pytest.MonkeyPatch.context() as patch:
@@ -369,7 +371,7 @@ COPIED = ("variant=solu_ln", "wandb=off", "train.steps=24", "train.checkpoint_ev
 def test_a_run_that_was_copied_half_way_is_finished_or_refused_with_what_to_delete(
     original: Config, tmp_path: Path, case: str
 ) -> None:
-    """Never other weights. What the refusal names is deleted as a reader would, then it is finished."""
+    """The weights are always the same. After a refusal, the named file is deleted, and then the run finishes."""
     shutil.copytree(original.study_dir, tmp_path / original.study)
     config = tiny_config(tmp_path, *COPIED, f"tokens.cache_dir={original.tokens.cache_dir}")
     for name, how in DAMAGES[case].items():

@@ -1,4 +1,4 @@
-"""A sweep file gives the jobs that it says, on every engine the same ones; what it cannot give is refused."""
+"""Sweep files: each gives the jobs that it describes, the same on every engine; impossible files are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(tmp_path: Path, parameters: object, method: str = "grid") -> Path:
 
 
 def grid(**values: object) -> dict[str, object]:
-    """Parameters of wandb's spelling: lists are values, all else one value; `__` is a dot."""
+    """Return parameters in wandb's spelling: a list gives values, anything else one value; `__` is a dot."""
     return {
         key.replace("__", "."): {"values": value} if isinstance(value, list) else {"value": value}
         for key, value in values.items()
@@ -147,16 +147,16 @@ def test_the_shipped_sweeps_ask_what_they_say() -> None:
     [
         (grid(variant=["solu"], train__rate=[1, 2]), "no key called 'train.rate'"),
         (grid(variant=["solu_lm"]), "no variant called 'solu_lm'. Did you mean 'solu_ln'?"),
-        (grid(variant=[]), "is an empty grid at variant: wanted 'values: [...]'"),
+        (grid(variant=[]), "is an empty grid at variant: it needs 'values: [...]'"),
         ({"variant": {"min": 0, "max": 1}}, "is an empty grid at variant"),
-        ({}, "is an empty grid: wanted parameters"),
+        ({}, "is an empty grid: it needs a parameter"),
         (grid(variant="solu", seed=[1, 1]), "gives two jobs the folder runs/default/solu-s1"),
         (grid(variant="solu", tag=["a", "b"]), "gives two jobs the id"),
-        (grid(variant="solu", tag="one", train__lr=[1e-3, 2e-3]), "put what differs into tag"),
-        (grid(variant="solu", study=["a", "b"]), "is of several studies, wanted one: a, b"),
-        (grid(arm=["solu_ln mid.kappa=1"], mid__kappa=[2]), "both set mid.kappa: leave one of them out"),
+        (grid(variant="solu", tag="one", train__lr=[1e-3, 2e-3]), "add them to the tag"),
+        (grid(variant="solu", study=["a", "b"]), "has the studies a, b, but a sweep must have one"),
+        (grid(arm=["solu_ln mid.kappa=1"], mid__kappa=[2]), "both set mid.kappa: remove one of the two"),
         (grid(arm=["solu_ln mid.kappa=1"], variant=["solu"]), "both set variant"),
-        (grid(arm=["solu_ln kappa"]), "wanted a variant and key=value words, not 'kappa'"),
+        (grid(arm=["solu_ln kappa"]), "'kappa' is not key=value; give a variant and key=value words"),
     ],
 )  # fmt: skip
 def test_what_is_no_grid_of_jobs_is_refused(tmp_path: Path, parameters: object, says: str) -> None:
@@ -167,5 +167,5 @@ def test_what_is_no_grid_of_jobs_is_refused(tmp_path: Path, parameters: object, 
 
 
 def test_other_methods_than_a_grid_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wanted 'method: grid'"):
+    with pytest.raises(UserError, match="it needs 'method: grid'"):
         read_sweep(written(tmp_path, grid(variant="solu"), method="bayes"), [])

@@ -1,4 +1,4 @@
-"""Batches, schedule, gains, resuming, and losses that are no losses."""
+"""Training: batches, schedule, static gains, resuming, and losses that are not finite."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_batches_straddle_epochs_without_loss():
 
 
 def test_batches_are_the_same_for_every_variant(tmp_path):
-    """Through the real data loader of each variant's own run."""
+    """The batches come from the real data loader of each variant's run."""
     seen = {}
     for variant in plugins.names("soluscope.variants"):
         config = tiny_config(tmp_path, f"variant={variant}", "seed=4", "train.micro_batches=2")
@@ -85,7 +85,7 @@ def test_parameter_groups_are_the_recipes():
             assert settings == ((2e-3 if name == "unembed.W_U" else 3e-3), 0.05), name
 
 
-# What the child runs: the real training, and a SIGKILL to itself right after step `at`.
+# The child process runs the real training, and sends itself SIGKILL right after step `at`.
 CHILD = """
 import os, signal, sys
 from conftest import tiny_config, train_silently
@@ -152,7 +152,7 @@ def test_ctrl_c_within_a_step_is_heard_after_it_and_the_run_goes_on_bit_for_bit(
     def interrupted(self, *rest, **options):
         done = real(self, *rest, **options)
         steps.append(len(steps) + 1)
-        if len(steps) == 7:  # the weights have moved, and Lightning has not counted it yet
+        if len(steps) == 7:  # the weights have changed, and Lightning has not counted the step yet
             os.kill(os.getpid(), signal.SIGINT)
         return done
 
@@ -230,7 +230,7 @@ def test_a_nan_loss_names_the_first_bad_step_and_its_rows(tmp_path, monkeypatch)
 
 
 def test_init_gain_is_near_one_over_root_epsilon_where_epsilon_pins(tmp_path):
-    """With kappa far above the variance, LayerNorm's gain is 1/sqrt(eps), and so is its match."""
+    """With kappa far above the variance, the gain of LayerNorm is 1/sqrt(eps), and so is the matched gain."""
     config = tiny_config(tmp_path, "variant=solu_frozen_ln", "mid.kappa=1e5")
     model = build_model(config, prepare(config).meta["d_vocab"])
     set_gain(model, config, prepare(config))
@@ -261,9 +261,7 @@ def test_gain_from_a_run_is_its_geometric_mean_and_is_stored(tiny_study, tmp_pat
 
 def test_gain_from_a_run_without_a_per_token_gain_is_refused(tiny_study, tmp_path):
     config = tiny_config(tmp_path, "variant=solu_gain", f"mid.gain={tiny_study / 'gelu-s0'}")
-    with pytest.raises(
-        UserError, match="is of gelu, which has no per-token gain to take the mean of"
-    ):
+    with pytest.raises(UserError, match="is a run of gelu, which has no per-token gain to average"):
         train_silently(config)
 
 
@@ -292,7 +290,7 @@ def test_metrics_follow_engagement_during_training(tiny_study):
     assert all(0 < line["r"] < 1 and line["gain"] > 0 for line in with_norm)
     assert all("r" not in line for line in without)
     eps = 41.94304 / 128**2
-    for line in with_norm:  # r and gain are two readings of one variance
+    for line in with_norm:  # r and gain follow from the same variance
         assert 1 - line["r"] == pytest.approx(eps * line["gain"] ** 2, rel=1e-3)
 
 
@@ -300,7 +298,7 @@ def test_a_bare_machine_trains_from_a_carried_cache(tiny_study, tmp_path):
     cache = json.loads((tiny_study / "data.json").read_text())["path"]
     code = f"""
 import sys
-import lightning  # first, because it uses some of those below where they are installed
+import lightning  # first, because it uses some of the packages below if they are installed
 absent = "rich.progress jaxtyping pandas pyarrow scipy plotly transformer_lens datasets tokenizers"
 sys.modules |= dict.fromkeys(absent.split())
 from soluscope.config import load_config
@@ -368,3 +366,21 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_is_only_finished(t
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert without_speed(run_dir) == losses
     assert json.loads((run_dir / "done.json").read_text()) | {"seconds": 0} == done | {"seconds": 0}
+
+
+def test_gradients_do_not_depend_on_the_order_of_threads() -> None:
+    config = load_config(["variant=solu_ln", "size=demo"])
+    model = build_model(config, 2048)
+    tokens = torch.randint(3, 50, (32, 64), generator=torch.Generator().manual_seed(0))
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(20):
+            model.zero_grad()
+            model.loss(tokens, bos=0).backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    finally:
+        torch.set_num_threads(n_threads)
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))

@@ -33,7 +33,7 @@ class OwnScale(PerTokenNorm):
 
 
 class HiddenEpsilon(FrozenRMSNorm):
-    """A per-token norm with its epsilon in a buffer, where nothing that reads the norm looks."""
+    """A per-token norm with its epsilon in a buffer, where code that reads norms does not find it."""
 
     def __init__(self, length, epsilon):
         super().__init__(length)
@@ -55,7 +55,7 @@ class HiddenBias(OwnScale):
 
 
 class ShiftedGain(LayerNorm):
-    """A norm with LayerNorm's declaration and another use of its gain."""
+    """A norm with the declaration of LayerNorm that uses its gain differently."""
 
     def affine(self, normalized):
         return normalized * (1 + self.w) + self.b
@@ -76,7 +76,7 @@ HIDDEN_EPSILON = {"build_norm": builder(HiddenEpsilon), "role": "static"}
 ODD = {
     "an epsilon in a buffer": (
         HIDDEN_EPSILON,
-        "the mid norm HiddenEpsilon: its denominator is not that of eps=None, one constant for all",
+        "the mid norm HiddenEpsilon: its denominator differs from the declared eps=None, one constant for all",
     ),
     "no declared centring": (
         {"build_norm": odd(PerTokenNorm, affine_part=("w",))},
@@ -88,27 +88,27 @@ ODD = {
     ),
     "a norm of another library": (
         {"build_norm": lambda d_mlp, params: torch.nn.LayerNorm(d_mlp)},
-        "the mid norm LayerNorm is no subclass of MidNorm",
+        "the mid norm LayerNorm is not a subclass of MidNorm",
     ),
     "a mean that is subtracted": (
         {"build_norm": odd(centred=lambda self, mid: mid - mid.mean(-1, keepdim=True))},
-        "the mid norm Odd: its centred is not that of centres=False",
+        "the mid norm Odd: its centred differs from the declared centres=False",
     ),
     "another epsilon": (
         {"build_norm": odd(denominator=lambda self, a: (a.square().mean(-1, True) + 1).sqrt())},
-        r"the mid norm Odd: its denominator is not that of eps=0.0409\d*, sqrt\(mean square",
+        r"the mid norm Odd: its denominator differs from the declared eps=0.0409\d*, sqrt\(mean square",
     ),
     "denominators without an axis": (
         {"build_norm": odd(denominator=lambda self, a: a.square().mean(-1).sqrt())},
-        r"the mid norm Odd gives denominators of shape \[8\] for 8 tokens: wanted one a token, \[8, 1\]",
+        r"the mid norm Odd gives denominators of shape \[8\] for 8 tokens: return one per token, \[8, 1\]",
     ),
     "LayerNorm's declaration with a gain of 1 + w": (
         {"build_norm": builder(ShiftedGain)},
-        r"the mid norm ShiftedGain: its affine is not that of affine_part=\('w', 'b'\)",
+        r"the mid norm ShiftedGain: its affine differs from the declared affine_part=\('w', 'b'\)",
     ),
     "another forward": (
         {"build_norm": odd(forward=lambda self, mid: mid)},
-        r"the mid norm Odd: its forward is not that of affine\(centred / denominator\)",
+        r"the mid norm Odd: its forward differs from the declared affine\(centred / denominator\)",
     ),
     "a bias that is not declared": (
         {"build_norm": builder(HiddenBias)},
@@ -116,7 +116,7 @@ ODD = {
     ),
     "an act_fn that TransformerLens does not have": (
         {"hooked_act_fn": "softmax_ln"},
-        "has hooked_act_fn='softmax_ln': TransformerLens has gelu, ",
+        "has hooked_act_fn='softmax_ln', but TransformerLens has only gelu, ",
     ),
     "an act_fn without hook_mid": (
         {"hooked_act_fn": "solu"},
@@ -128,11 +128,11 @@ ODD = {
     ),
     "a per-token norm as static": (
         {"role": "static"},
-        "has role='static', and its norm makes it 'per_token'",
+        "has role='static', but its norm implies role='per_token'",
     ),
     "no norm as per_token": (
         {"build_norm": None, "hooked_act_fn": "solu"},
-        "has role='per_token', and its norm makes it 'plain'",
+        "has role='per_token', but its norm implies role='plain'",
     ),
     "a twin that is not there": (
         {"twin": "solu_gian"},
@@ -143,7 +143,7 @@ ODD = {
 
 @pytest.fixture
 def added(monkeypatch):
-    """Put a variant into the folder: SoLU and an RMS norm of its own, with some fields changed."""
+    """Return a function that adds a variant to the folder: SoLU and `OwnScale`, with some fields changed."""
 
     def add(**fields):
         variant = Variant(
@@ -185,9 +185,11 @@ def test_act_fns_are_transformer_lenss():
 def test_an_epsilon_in_a_buffer_is_refused_before_training(added, tmp_path):
     added(**HIDDEN_EPSILON)
     config = replace(tiny_config(tmp_path, "variant=solu_rms"), variant=NAME)
-    with pytest.raises(UserError, match="HiddenEpsilon: its denominator is not that of eps=None"):
+    with pytest.raises(
+        UserError, match="HiddenEpsilon: its denominator differs from the declared eps=None"
+    ):
         train_silently(config)
-    assert not (config.study_dir / "data.json").exists()  # which is written before the first step
+    assert not (config.study_dir / "data.json").exists()  # it is written before the first step
     assert not (config.run_dir / "metrics.jsonl").exists()
 
 
@@ -195,7 +197,9 @@ def test_a_false_declaration_is_refused_by_the_conversion_too(added):
     variant = added(**HIDDEN_EPSILON)
     config = config_of()
     trained = LanguageModel(config.model, variant, config.mid, D_VOCAB, 0)
-    with pytest.raises(UserError, match="HiddenEpsilon: its denominator is not that of eps=None"):
+    with pytest.raises(
+        UserError, match="HiddenEpsilon: its denominator differs from the declared eps=None"
+    ):
         to_hooked(trained, facts_for("solu_rms"), variant)
 
 

@@ -1,4 +1,4 @@
-"""engine=wandb, with the real client and the real agent against a server of ours on 127.0.0.1."""
+"""engine=wandb, with the real client and the real agent, against our server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def written(tmp_path: Path, parameters: dict[str, Any], **others: Any) -> Path:
 
 
 def words_of_agents(config: dict[str, Any]) -> list[list[str]]:
-    """The words with which wandb's own agent starts each job of a sweep that was sent to a server."""
+    """Return the words with which wandb's own agent starts each job of a sweep that was sent to a server."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
     there = yaml.safe_load(yaml.dump(json.loads(json.dumps(config))))
@@ -60,7 +60,7 @@ def words_of_agents(config: dict[str, Any]) -> list[list[str]]:
 
 
 def jobs(words: list[list[str]]) -> set[tuple[str, Path]]:
-    """Id and folder of each job."""
+    """Return the id and the folder of each job."""
     configs = [load_config(one) for one in words]
     return {(config.hash, config.run_dir) for config in configs}
 
@@ -69,7 +69,7 @@ def jobs_of(sweep: Sweep) -> set[tuple[str, Path]]:
     return {(config.hash, config.run_dir) for config in sweep.configs}
 
 
-# What agents make of a sweep
+# The jobs that agents start
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -142,14 +142,14 @@ def test_agents_start_torchrun_for_jobs_of_several_processes(tmp_path: Path) -> 
         (
             COMMAND,
             {"arm": {"values": ["solu", "solu_ln train.devices=2"]}},
-            "wanted one train.devices",
+            "use one value of train.devices",
         ),
         (
             ["python", *COMMAND[2:]],
             {"train.devices": {"value": 2}},
-            r"interpreter\} in the command",
+            r"interpreter\} into the command",
         ),
-        (COMMAND, {"train.nodes": {"value": 2}}, "train.nodes above 1 with engine=wandb"),
+        (COMMAND, {"train.nodes": {"value": 2}}, "train.nodes is above 1, but with engine=wandb"),
     ],
 )
 def test_processes_that_agents_cannot_start_are_refused(
@@ -168,7 +168,7 @@ def test_the_schema_here_says_no_where_wandbs_does() -> None:
         {"engine": "ray"},
         {"method": "greed"},
         {"program": ["train/run.py"]},
-        {"command": "python train/run.py"},
+        {"command": "soluscope train"},
         {"parameters": {}},
         {"parameters": {"seed": {"values": []}}},
         {"parameters": {"seed": {"values": [0], "value": 0}}},
@@ -178,15 +178,15 @@ def test_the_schema_here_says_no_where_wandbs_does() -> None:
         assert violations({**good, **wrong}) != [], wrong
 
 
-# What is refused, before any job
+# Refusals before any job starts
 
 
 @pytest.mark.parametrize(
     ("words", "others", "says"),
     [
-        (["wandb=offline"], {}, "wandb=offline with engine=wandb: agents report to the server"),
-        ([], {"program": None}, "is no wandb sweep: wanted 'program: train/run.py' and 'command: ["),
-        ([], {"command": ["python", "${program}"]}, "is no wandb sweep: wanted 'program: train/run.py'"),
+        (["wandb=offline"], {}, "wandb=offline, but with engine=wandb the runs report to the server"),
+        ([], {"program": None}, "is not a wandb sweep: it needs 'program: train/run.py' and 'command: ["),
+        ([], {"command": ["python", "${program}"]}, "is not a wandb sweep: it needs 'program: train/run.py'"),
     ],
 )  # fmt: skip
 def test_what_agents_could_not_run_is_refused(
@@ -208,7 +208,7 @@ def server() -> Iterator[WandbServer]:
 
 @pytest.fixture
 def environment(server: WandbServer, tmp_path: Path) -> dict[str, str]:
-    """Of a machine on which nobody has logged in, but for a key in WANDB_API_KEY."""
+    """Return the environment of a machine without a login, but with a key in WANDB_API_KEY."""
     rest = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     home = tmp_path / "home"
     home.mkdir()
@@ -305,8 +305,8 @@ def test_an_agent_trains_a_registered_sweep_from_end_to_end(
     study = tmp_path / "runs" / "two"
     told = [line.strip() for line in done.stdout.splitlines()]
     assert f"wandb agent {USER}/ours/{name}" in told
-    assert f"python eval/run.py {study}" in told
-    assert f"python eval/report.py {study}" in told
+    assert f"soluscope probe {study}" in told
+    assert f"soluscope report {study}" in told
     agent = next(line for line in told if line.startswith("wandb agent ")).split()
     ran = subprocess.run(
         [sys.executable, "-m", *agent],

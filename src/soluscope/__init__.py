@@ -1,11 +1,11 @@
-"""soluscope: what does LayerNorm do in SoLU language models?
+"""soluscope: tools to study LayerNorm in SoLU language models.
 
     config = soluscope.load_config(["variant=solu_ln", "size=tiny", "train.steps=200"])
     run_dir = soluscope.train(config)
     model = soluscope.load(run_dir)                      # a HookedTransformer, with .facts
     table, figures = soluscope.probe(model, "some text")
 
-Each is imported when it is first used: reading a configuration does not wait for PyTorch.
+Each function is imported at its first use, so that reading a configuration does not import PyTorch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Configuration in three layers: the defaults here < YAML files < the command line.
 
-`variant=`, `size=` and `data=` each choose a file in configs/; `mid.*` are the chosen variant's own
-parameters and `corpus.*` the chosen source's. Everything is read and checked here before anything
-heavy is imported, so that `--help` and every mistake are answered at once.
+`variant=`, `size=` and `data=` each choose a file in configs/. `mid.*` are the parameters of the chosen
+variant, and `corpus.*` those of the chosen source. Everything is read and checked here before any slow
+package is imported, so that `--help` and errors appear at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise a UserError with `message` unless `condition` holds."""
+    """Raise a UserError with `message` if `condition` is false."""
     if not condition:
         raise UserError(message)
 
@@ -39,21 +40,22 @@ class ModelConfig:
     n_heads: int = 4
     """Attention heads; d_head is d_model / n_heads."""
     d_mlp: int = 512
-    """Neurons in the MLP, N in science.md."""
+    """Neurons in the MLP, N in protocol.md."""
     n_layers: int = 1
-    """Transformer blocks. The exact probes are for one."""
+    """Transformer blocks. The exact probes need a model with one block."""
     ctx: int = 128
-    """Tokens in a row, BOS included."""
+    """Tokens per row, BOS included."""
     ln_eps: float = 1e-5
-    """Epsilon of the residual stream's norms (ln1, ln2, ln_final); the mid norm has its own."""
+    """Epsilon of the residual stream's norms (ln1, ln2, ln_final). The mid norm has a separate epsilon."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; W_pos starts at half of it."""
+    """Standard deviation of the initial weights; for W_pos it is half of this value."""
 
     def training_flops(self, d_vocab: int) -> float:
-        """Floating-point operations of the matrix products of one training step, a token of it.
+        """Return the floating-point operations per token of a training step's matrix products.
 
-        Forward once and backward twice that: 2 operations a weight and token, and attention's two products
-        over the whole ctx; the last place of a row has no target, hence no logits.
+        The forward pass costs 2 operations per weight and token, plus attention's two products over the
+        whole ctx; the backward pass costs twice as much. The last position of a row has no target and hence
+        no logits.
         """
         weights = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
         attention = self.n_layers * 2 * self.ctx * self.d_model
@@ -75,24 +77,26 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TokensConfig:
     tokenizer: str = "bpe"
-    """`bpe` trains a byte-level BPE on the train split; else a tokenizer.json, its folder, or a hub name."""
+    """`bpe` trains a byte-level BPE on the train split. Otherwise the path of a tokenizer.json or of its
+    folder, or the name of a tokenizer on the hub."""
     d_vocab: int = 4096
     """Entries of the trained BPE, special tokens included. Not used with a loaded tokenizer."""
     train_mb: float = 50.0
-    """Megabytes of the train split from which the BPE is learned, at most."""
+    """Maximum number of megabytes of the train split on which the BPE is trained."""
     select_share: float = 0.05
-    """Share of documents for choosing (gains, learning rates): validation split A."""
+    """Share of documents in the select split, on which settings (gains, learning rates) are chosen."""
     report_share: float = 0.05
-    """Share of documents for reporting: validation split B. No document is in two splits."""
+    """Share of documents in the report split, on which results are measured. No document is in two splits."""
     cache_dir: str = "runs/.tokens"
-    """Where prepared token caches lie, each in a folder named by the hash of what determines it."""
+    """Folder of prepared token caches. Each cache is a subfolder named by a hash of its settings."""
     prepared: str | None = None
-    """A token cache's folder to use as it is, carried from elsewhere; the corpus is then not read."""
+    """Folder of a token cache to use unchanged, for example copied from another machine. The corpus is then
+    not read."""
 
     def __post_init__(self) -> None:
         check(
             self.d_vocab >= 260,
-            f"tokens.d_vocab={self.d_vocab} must be 260 or more: 256 bytes, BOS, EOS, PAD",
+            f"tokens.d_vocab={self.d_vocab} must be 260 or more, for 256 bytes, BOS, EOS, PAD and a merge",
         )
         check(self.train_mb > 0, f"tokens.train_mb={self.train_mb} must be above 0")
         shares = (self.select_share, self.report_share)
@@ -108,49 +112,51 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 16
-    """Rows in a step, over all micro-batches."""
+    """Rows per step, over all micro-batches."""
     micro_batches: int = 1
-    """Parts in which a step's batch is computed, for memory; the gradient is the batch's."""
+    """Number of parts into which a step's batch is divided to save memory. The gradient is that of the whole
+    batch."""
     lr: float | None = None
-    """Peak learning rate of the blocks' matrices. null: the size's tuned rate for this variant."""
+    """Peak learning rate of the blocks' matrices. null: the tuned rate in train.rates for this variant."""
     lr_rest: float = 1e-3
-    """Peak learning rate of embeddings, unembedding, gains and biases."""
+    """Peak learning rate of embeddings, the unembedding, the norms' weights and biases."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Tuned learning rates by variant at this size; read where lr is null."""
+    """Tuned learning rate of each variant at this size. Used if train.lr is null."""
     warmup_steps: int = 50
     """Optimizer steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What the rate does after warm-up."""
+    """Course of the rate after warm-up: cosine or constant."""
     final_lr_share: float = 0.1
-    """Share of the peak rate at which cosine ends."""
+    """Final rate of the cosine schedule, as a share of the peak rate."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's decay of the running mean of the gradient."""
     beta2: float = 0.99
-    """AdamW's decay of the gradient's square."""
+    """AdamW's decay of the running mean of the squared gradient."""
     weight_decay: float = 0.05
-    """On matrices and the unembedding; 0 on embeddings, gains and biases."""
+    """Weight decay of matrices and the unembedding. Embeddings, the norms' weights and biases have none."""
     clip: float = 1.0
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient; larger gradients are scaled down."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl, and between checks for a diverged loss."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     val_tokens: int = 20_000
-    """Tokens of each validation split on which the final loss is measured, at most."""
+    """Maximum number of tokens of each validation split on which the final loss is measured."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    """Device to train on. auto: cuda if available, else cpu."""
     threads: int | None = None
-    """CPU threads; sums depend on it in their last bits. null: the process's cores, shared
-    between train.devices."""
+    """CPU threads per process. The last bits of sums depend on this number. null: the available cores
+    divided by train.devices."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on cuda, fp32 on cpu. The mid norm is fp32 in both."""
+    """Floating-point format. auto: as in the study's earlier runs, else bf16 on cuda and fp32 on cpu. The mid
+    norm is always computed in fp32."""
     compile: bool | None = None
-    """torch.compile. null: on cuda."""
+    """Use torch.compile: true or false. null: only on cuda."""
     devices: int = 1
-    """Processes (on cuda: GPUs) on each node that train this one model together; they share a batch.
-    torchrun or srun starts them."""
+    """Processes (on cuda: GPUs) per node that train one model together and share each batch. torchrun or
+    srun starts them."""
     nodes: int = 1
-    """Machines that train this one model together; each starts the same command."""
+    """Machines that train one model together. The same command is started on each machine."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -172,12 +178,12 @@ class TrainConfig:
         )
         check(
             self.batch_size % (self.micro_batches * self.n_processes) == 0,
-            f"train.devices={self.devices} times train.nodes={self.nodes} does not divide a micro-batch's "
-            f"{self.batch_size // self.micro_batches} rows: set train.batch_size",
+            f"train.devices={self.devices} times train.nodes={self.nodes} does not divide the "
+            f"{self.batch_size // self.micro_batches} rows of a micro-batch: change train.batch_size",
         )
         check(
             0 <= self.warmup_steps <= self.steps,
-            f"train.warmup_steps={self.warmup_steps} must lie between 0 and train.steps={self.steps}",
+            f"train.warmup_steps={self.warmup_steps} must be between 0 and train.steps={self.steps}",
         )
         for name in ("lr", "lr_rest", "clip", "val_tokens"):
             value = getattr(self, name)
@@ -193,33 +199,34 @@ class TrainConfig:
 
     @property
     def n_processes(self) -> int:
-        """Processes that train one model together."""
+        """Return the number of processes that train one model together."""
         return self.devices * self.nodes
 
 
 @dataclass(frozen=True)
 class Config:
     study: str = "default"
-    """Folder below runs_dir: runs that belong together and are compared."""
+    """Folder below runs_dir. It contains runs that are compared with each other."""
     seed: int = 0
-    """Fixes initial values and batches. Equal seeds are paired across variants."""
+    """Seed of initial values and batches. Runs of several variants with equal seeds are paired."""
     variant: str = MISSING
-    """Name of a file in variants/. Required: no run should get one by accident."""
+    """Name of a file in variants/. Required, so that no run uses a variant by accident."""
     size: str = "demo"
     """Name of a file in configs/size/."""
     data: str = "stdlib"
-    """Name of a source and of its file in configs/data/."""
+    """Name of a source of text and of its file in configs/data/."""
     tag: str = ""
-    """Tells arms of one variant apart; goes into the run folder's name."""
+    """Suffix of the run folder's name, to distinguish arms of one variant."""
     runs_dir: str = "runs"
-    """Where studies lie."""
+    """Folder that contains the studies."""
     wandb: Literal["offline", "online", "off"] | None = None
-    """Where curves go beside metrics.jsonl. null: online with a wandb key, offline without one, off
-    where wandb is not installed. WANDB_PROJECT and WANDB_ENTITY say where to; `wandb sync` uploads."""
+    """Logging to wandb, in addition to metrics.jsonl. null: online with a wandb key, offline without a key,
+    off if wandb is not installed. WANDB_PROJECT and WANDB_ENTITY set the destination. `wandb sync` uploads
+    offline runs."""
     mid: Any = None
-    """The variant's own parameters, below."""
+    """Parameters of the variant, listed below."""
     corpus: Any = None
-    """The source's own parameters, below."""
+    """Parameters of the source of text, listed below."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -229,14 +236,14 @@ class Config:
             value = getattr(self, name)
             check(
                 re.fullmatch(r"[\w.+-]*", value) is not None and value not in {".", ".."},
-                f"{name}={value!r} is used as a folder's name: letters, digits and _ . + - only",
+                f"{name}={value!r} is used in a folder's name: use only letters, digits and _ . + -",
             )
-        check(self.study != "", "study is empty: name the folder that the run goes into")
+        check(self.study != "", "study is empty: set it to the name of the study's folder")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
 
     @property
     def arm(self) -> str:
-        """The run's name without its seed."""
+        """Return the run's name without its seed."""
         return f"{self.variant}-{self.tag}" if self.tag else self.variant
 
     @property
@@ -253,26 +260,26 @@ class Config:
 
     @property
     def hash(self) -> str:
-        """Hash of all that determines the numbers: not where they lie, nor on what they ran."""
+        """Return a hash of the settings that affect the results. Paths and hardware are excluded."""
         return digest(_determining(asdict(self)))
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     probes: list[str] | None = None
-    """Names of files in probes/. null: all of them."""
+    """Probes to run: names of files in probes/. null: all probes."""
     n_tokens: int = 10_000
-    """Tokens of each stream that the probes run on, about."""
+    """Approximate number of tokens of each stream on which the probes run."""
     n_loss_tokens: int = 50_000
-    """Tokens of each validation split on which the loss is compared, at most."""
+    """Maximum number of tokens of each validation split on which the loss is compared."""
     n_draws: int = 2000
-    """Bootstrap resamples behind each interval."""
+    """Bootstrap resamples for each interval."""
     seed: int = 0
-    """Of the made-up streams and of the bootstrap."""
+    """Seed of the random streams and of the bootstrap."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the models run."""
+    """Device on which the models run."""
     prepared: str | None = None
-    """The token cache's folder, where it was moved since training. null: where training left it."""
+    """Folder of the token cache, if it was moved after training. null: the folder that training used."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
@@ -284,20 +291,20 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PretrainedConfig(EvalConfig):
-    """What `eval/run.py` takes beside that for a pretrained model, which has no study of its own yet."""
+    """Settings of `soluscope probe` for a pretrained model: evaluation, revision, and text source."""
 
     revision: str | None = None
-    """Branch, tag or commit of the model's repository. null: its main branch."""
+    """Branch, tag or commit of the model's repository. null: the main branch."""
     data: str | None = None
-    """Source of the text, as in training. null: the text of last time, else hub, or stdlib where the
-    hub cannot be reached."""
+    """Source of the text, as in training. null: the text of the model's last evaluation; without one, hub,
+    or stdlib if the hub cannot be reached."""
     corpus: Any = None
-    """The source's own parameters, as in training; of the hub 20 MB are read unless corpus.max_mb says
-    otherwise."""
+    """Parameters of the source, as in training. With data=hub, 20 MB are read unless corpus.max_mb sets
+    another limit."""
     study: str | None = None
-    """A study that was evaluated, or [several, of, them]: its runs are shown beside the model."""
+    """An evaluated study, or several as [first,second]. Its runs are shown beside the model."""
     runs_dir: str = "runs"
-    """Where the model's study is made, a folder with the model's name."""
+    """Folder in which the model's study is created. The study is named after the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -306,32 +313,34 @@ class PretrainedConfig(EvalConfig):
 
     @property
     def says_text(self) -> bool:
-        """Whether it was said what to probe on."""
+        """Return whether data= or corpus.* set the text to probe on."""
         return self.data is not None or self.corpus is not None
 
     @property
     def studies(self) -> list[str]:
-        """Those of `study`, one by one."""
+        """Return the names in `study` as a list."""
         named = (self.study or "").strip("[]").split(",")  # a study's name is never read as YAML
         return [name.strip() for name in named if name.strip()]
 
     def text(self, data: str, tokenizer: str) -> Config:
-        """The text from a source as a training run would be given it; only its tokens are used.
+        """Return a training configuration for the text of a source; only its tokens are used.
 
         Raises:
-            UserError: no such source, or keys that it does not have.
+            UserError: if the source does not exist or has no such keys.
         """
         corpus = {"max_mb": 20} if data == "hub" else {}
         given = self.corpus if self.corpus is not None else {}
-        check(isinstance(given, dict), f"corpus={given}: wanted keys below it, as in corpus.…=")
+        check(isinstance(given, dict), f"corpus={given}: set keys below corpus, as in corpus.…=")
         words = [f"corpus.{key}={json.dumps(value)}" for key, value in (corpus | given).items()]
         places = (f"tokens.tokenizer={tokenizer}", f"tokens.cache_dir={self.runs_dir}/.tokens")
-        variant = plugins.names("soluscope.variants")[0]  # any serves
+        variant = plugins.names("soluscope.variants")[
+            0
+        ]  # required, but without effect on the tokens
         return load_config([f"variant={variant}", "train.lr=1", f"data={data}", *words, *places])
 
 
-# Keys that move no number beyond rounding, so that a run may be resumed with others; of which tokens
-# it is made is held by the study's data.json.
+# Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
+# them set the path of the tokens; the study's data.json makes sure that its runs share their tokens.
 _PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates",
            "train.log_every", "train.checkpoint_every", "train.device", "train.threads",
            "train.compile", "train.devices", "train.nodes")  # fmt: skip
@@ -342,7 +351,7 @@ def _determining(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """`key: a's value, not b's` for each key that determines the numbers and differs."""
+    """Return `key=a's value there, b's value here` for each differing setting that affects the results."""
     left, right = _determining(asdict(a)), _determining(asdict(b))
     return [
         f"{key}={left.get(key)} there, {right.get(key)} here"
@@ -352,7 +361,7 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(`a.b.c`, value) pairs of nested mappings."""
+    """Yield (`a.b.c`, value) pairs of nested mappings."""
     for key, value in values.items():
         if isinstance(value, Mapping) and f"{prefix}{key}" != "train.rates":
             yield from flatten(value, f"{prefix}{key}.")
@@ -361,42 +370,51 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def configs_dir() -> Path:
-    """configs/ as shipped in the package, or at the top of the clone."""
-    shipped = Path(__file__).parent / "configs"
-    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "configs"
+    """Return configs/ as shipped in the package, or of the clone."""
+    return shipped_dir("configs")
+
+
+def shipped_dir(name: str) -> Path:
+    """Return a folder that the wheel holds in the package and the clone holds at its top level."""
+    shipped = Path(__file__).parent / name
+    return shipped if shipped.is_dir() else Path(__file__).parents[2] / name
 
 
 def load_config(arguments: Sequence[str]) -> Config:
-    """A checked configuration from the command line's words.
+    """Return a checked configuration from the words of the command line.
 
     Args:
         arguments: `key=value` overrides, and paths of YAML files (`configs/debug.yaml`), in any order.
 
     Raises:
-        UserError: unknown key, variant, size or data, wrong type, or values that cannot go together.
+        UserError: if a key, variant, size or source is unknown, a value has the wrong type, or values
+            contradict each other.
     """
     return to_config(merge_config(arguments))
 
 
 def to_config(merged: DictConfig) -> Config:
-    """The typed configuration, its relations checked."""
+    """Return the typed configuration, after checking its values against each other."""
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
-    except OmegaConfBaseException as error:  # ${…} that names no key
+    except OmegaConfBaseException as error:  # a ${…} that names no key
         raise UserError(_one_line(error)) from error
     if missing:
-        raise UserError(f"{missing[0]} has no value: give it, as in {missing[0]}=…")
+        raise UserError(f"{missing[0]} has no value: set it, as in {missing[0]}=…")
     config: Config = _to_object(merged)
     for name in ("mid", "corpus"):
-        check(getattr(config, name) is not None, f"{name}=null: wanted keys below it; see --help")
+        check(
+            getattr(config, name) is not None,
+            f"{name}=null: set keys below {name} instead, as listed by --help",
+        )
     for key, value in flatten(asdict(config)):
-        if isinstance(value, float) and key != "train.clip":  # inf: no clipping
+        if isinstance(value, float) and key != "train.clip":  # train.clip=inf means no clipping
             check(math.isfinite(value), f"{key}={value} must be a finite number")
     return config
 
 
 def merge_config(arguments: Sequence[str]) -> DictConfig:
-    """The layers merged and typed, relations not yet checked: what `--cfg` prints."""
+    """Merge and type the layers, without checking values against each other."""
     files, overrides = _split_arguments(arguments)
     layers = [read_yaml(configs_dir() / "base.yaml"), *(read_yaml(path) for path in files)]
     command_line = _from_dotlist(_spell_out_arm(overrides))
@@ -409,10 +427,10 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     group_files = []
     for group, name in groups.items():
         if name is None or name == "???":
-            check(group == "variant", f"{group} has no value: give it, as in {group}=…")
+            check(group == "variant", f"{group} has no value: set it, as in {group}=…")
             known = plugins.names("soluscope.variants")
             raise UserError(
-                f"variant has no value: give it, as in variant={known[0]}. There are: "
+                f"variant has no value: set it, as in variant={known[0]}. There are: "
                 + ", ".join(known)
             )
         folder = configs_dir() / group
@@ -429,9 +447,15 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
 
 
 def _typed_base(variant: str, data: str) -> DictConfig:
-    """The defaults, with the parameters of the chosen variant and source in their places."""
+    """Return the defaults, with `mid` and `corpus` set to the parameters of the chosen variant and source."""
     params = plugins.pick("soluscope.variants", variant).params
     corpus = plugins.pick("soluscope.data.sources", data).params
+    return _structured(variant, data, params, corpus)
+
+
+@cache
+def _structured(variant: str, data: str, params: type, corpus: type) -> DictConfig:
+    """Return the typed defaults. A sweep asks for them once per job; merging copies them."""
     base: DictConfig = OmegaConf.structured(
         Config(variant=variant, data=data, mid=params(), corpus=corpus())
     )
@@ -439,11 +463,18 @@ def _typed_base(variant: str, data: str) -> DictConfig:
 
 
 def read_config(path: Path) -> Config:
-    """The resolved configuration saved with a run."""
-    check(path.is_file(), f"no configuration at {path}: not a run folder, or its run never started")
+    """Return the resolved configuration saved with a run.
+
+    Raises:
+        UserError: if the file is missing or truncated, or is not a run's configuration.
+    """
+    check(
+        path.is_file(),
+        f"no configuration at {path}: {path.parent} is not a run folder, or its run never started",
+    )
     check(
         path.read_bytes().endswith(b"\n"),
-        f"{path} was cut: delete {path.parent} to train the run again",
+        f"{path} is truncated: delete {path.parent} to train the run again",
     )
     saved = read_yaml(path)
     for key in ("variant", "data"):
@@ -454,7 +485,7 @@ def read_config(path: Path) -> Config:
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
-    """A configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
+    """Return a configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
     files, overrides = _split_arguments(arguments)
     if default_file is not None:
         files.insert(0, configs_dir() / default_file)
@@ -465,7 +496,7 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
 
 
 def to_yaml(config: Any) -> str:
-    """YAML of a configuration, with every value that was resolved."""
+    """Return a configuration as YAML, with all values resolved."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
@@ -477,32 +508,34 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
     for word in arguments:
         check(
             "=" in word or Path(word) in files,
-            f"{word!r} is neither key=value nor a .yaml file; see --help",
+            f"{word!r} is neither key=value nor a .yaml file: see --help",
         )
     return files, overrides
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """The keys of a YAML file, not yet typed.
+    """Return the keys of a YAML file, not yet typed.
 
     Raises:
-        UserError: if there is no such file, or it is something else.
+        UserError: if the file does not exist, is not YAML or has no keys.
     """
-    check(path.is_file(), f"no configuration file {path}")
+    check(path.is_file(), f"no configuration file {path}: give the path of a .yaml file")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    check(isinstance(loaded, DictConfig), f"{path} holds no keys: wanted key: value lines")
+    check(
+        isinstance(loaded, DictConfig), f"{path} contains no keys: write lines such as 'key: value'"
+    )
     assert isinstance(loaded, DictConfig)
     return loaded
 
 
 def _spell_out_arm(overrides: list[str]) -> list[str]:
-    """`arm="solu_ln mid.kappa=42"` in its parts: a variant and its own words, which name the run too.
+    """Replace `arm="solu_ln mid.kappa=42"` by its parts: the variant, and words that also set the run's tag.
 
-    So one parameter of a sweep holds arms that differ in several keys, and in different ones. A tag= among
-    the words names the arm instead of them.
+    With `arm`, one parameter of a sweep can list arms that differ in several keys; the keys may vary by arm.
+    A tag= among the words replaces the tag that the words would give.
     """
     spelled: list[str] = []
     tags: list[str] = []
@@ -513,13 +546,16 @@ def _spell_out_arm(overrides: list[str]) -> list[str]:
             continue
         variant, *parts = value.split() or [""]
         for part in parts:
-            check("=" in part, f"arm={value!r}: wanted a variant and key=value words, not {part!r}")
+            check(
+                "=" in part,
+                f"arm={value!r}: {part!r} is not key=value; give a variant and key=value words",
+            )
         arm_words = [f"variant={variant}", *parts]
         for other in overrides:
             name = other.partition("=")[0]
             check(
                 name == "tag" or name not in {part.partition("=")[0] for part in arm_words},
-                f"{other!r} and arm={value!r} both set {name}: leave one of them out",
+                f"{other!r} and arm={value!r} both set {name}: remove one of the two",
             )
         named = [part.removeprefix("tag=") for part in parts if part.startswith("tag=")]
         spelled += [part for part in arm_words if not part.startswith("tag=")]
@@ -532,22 +568,22 @@ def _spell_out_arm(overrides: list[str]) -> list[str]:
 
 
 def short_name(key: str, value: object) -> str:
-    """`kappa0.42` for mid.kappa=0.42: how a value is told in a run's name."""
+    """Return the form of a setting in a run's name, such as `kappa0.42` for mid.kappa=0.42."""
     return f"{key.rpartition('.')[2]}{value}"
 
 
 def _from_dotlist(overrides: list[str]) -> DictConfig:
+    layer = OmegaConf.create()
     for word in overrides:
         try:
-            OmegaConf.from_dotlist([word])
+            layer.merge_with_dotlist([word])
         except Exception as error:
             raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
-    layer = OmegaConf.from_dotlist(overrides)
     for word in overrides:
         key, _, text = word.partition("=")
         if key in {"study", "tag"} and "${" not in text:
-            layer[key] = text  # a name, even where YAML reads `no` or `1e3`
-    if layer.get("wandb") is False:  # YAML reads `off` so
+            layer[key] = text  # a name, although YAML would read `no` or `1e3` otherwise
+    if layer.get("wandb") is False:  # YAML reads `off` as false
         layer.wandb = "off"
     return layer
 
@@ -558,7 +594,7 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
         for key, value in layer.items_ex(resolve=False):
             check(
                 key not in sections or value is None or OmegaConf.is_dict(value),
-                f"{key!s}={value}: wanted keys below it, as in {key!s}.…=; see --help",
+                f"{key!s}={value}: set keys below {key!s}, as in {key!s}.…=; see --help",
             )
     try:
         merged = OmegaConf.merge(base, *layers)
@@ -568,7 +604,7 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
         known = sorted({*names, *(name.partition(".")[0] for name in names)})
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"no key called {key!r}.{hint} --help lists them") from error
+        raise UserError(f"no key called {key!r}.{hint} --help lists all keys") from error
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error
     assert isinstance(merged, DictConfig)
@@ -584,9 +620,9 @@ def _to_object(merged: DictConfig) -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    """OmegaConf's message with the key, without its trailer of types."""
+    """Return the key and the first line of OmegaConf's message, without the types that follow."""
     first = str(error).strip().splitlines()[0]
     key = getattr(error, "full_key", None)
     if "is not a ListConfig" in first:
-        first = f"wanted a list, as in {key}=[…]"
+        first = f"give a list, as in {key}=[…]"
     return f"{key}: {first}" if key else first

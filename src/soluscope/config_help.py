@@ -1,4 +1,4 @@
-"""The keys of a configuration in words: name, default and meaning, read from the schema's source."""
+"""Help texts for the keys of a configuration: name, default and meaning, read from the schema's source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from soluscope.config import Config, EvalConfig, PretrainedConfig
 
 
 def train_help() -> str:
-    """Every key of a training run, with its default and meaning."""
+    """Return every key of a training run, with its default and meaning."""
     parts = [*help_lines(Config)]
     for section, package in (("mid", "soluscope.variants"), ("corpus", "soluscope.data.sources")):
         members: dict[type, list[str]] = {}
@@ -35,7 +35,7 @@ def train_help() -> str:
 
 
 def eval_help() -> str:
-    """Every key of an evaluation, and those that a pretrained model adds."""
+    """Return every key of an evaluation, and the additional keys for a pretrained model."""
     known = list(help_lines(EvalConfig))
     more = [line for line in help_lines(PretrainedConfig) if line not in known]
     probes = f"probes: {', '.join(plugins.names('soluscope.probes'))}"
@@ -43,11 +43,11 @@ def eval_help() -> str:
 
 
 def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
-    """`key  default  meaning` for every key of a dataclass, nested ones with their dotted names."""
+    """Yield `key  default  meaning` for every key of a dataclass; nested keys have dotted names."""
     meanings = _docstrings(schema)
     for item in fields(schema):
-        made = item.default_factory
-        default = item.default if made is NO_DEFAULT else made()
+        factory = item.default_factory
+        default = item.default if factory is NO_DEFAULT else factory()
         if is_dataclass(default):
             yield from help_lines(type(default), f"{prefix}{item.name}.")
         elif item.name in meanings:
@@ -60,7 +60,7 @@ def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """The string under each field of a dataclass, its parents' included: the field's meaning."""
+    """Return the string under each field of a dataclass and of its parents, which is the field's meaning."""
     docs: dict[str, str] = {}
     for owner in reversed(schema.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body

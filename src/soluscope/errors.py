@@ -1,11 +1,14 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions with messages for the user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right. One line: what came, what was wanted, which knob to turn."""
+    """A problem that the user can fix.
+
+    The message is one line with the bad input, the wanted input and the setting to change.
+    """
 
 
 class Stopped(UserError):
-    """A run was stopped by what is not its own: a full disk, a lost machine. The same command goes on."""
+    """An external cause stopped a run, such as a full disk or a lost machine. The same command resumes the run."""

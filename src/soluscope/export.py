@@ -1,14 +1,15 @@
-"""A finished run -> a folder that others can load: the family's layout, and a model card.
+"""Export of a finished run to a folder that other people can load, with a model card.
 
-The layout is that of NeelNanda/SoLU_1L512W_C4_Code, so that TransformerLens loads what its own classes
-compute. A model that they do not compute has an `act_fn` of our own in its config.json, at whose name
-every version stops, and no weights where TransformerLens looks for them: it is refused, never loaded
-wrong. soluscope loads every export, from the run's own files.
+The layout is that of NeelNanda/SoLU_1L512W_C4_Code, so that TransformerLens can load a model that its own
+classes compute. For any other model, config.json has a special `act_fn`, which every version of
+TransformerLens refuses by name, and the export has no weights under the name that TransformerLens expects.
+Such a model is therefore refused and never loaded wrongly. soluscope loads every export, from copies of the
+run's own files.
 
-    config.json  *_final.pth              as TransformerLens reads them
+    config.json  *_final.pth               for TransformerLens
     tokenizer.json  tokenizer_config.json  special_tokens_map.json
-    config.yaml  model.json  model.safetensors  done.json   the run's own
-    results.jsonl                          what the probes found of this run
+    config.yaml  model.json  model.safetensors  done.json   copies of the run's files
+    results.jsonl                          the probes' results on this run
     README.md                              the model card
 """
 
@@ -45,26 +46,28 @@ if TYPE_CHECKING:
     from soluscope.variants import Variant
 
 OWN = ("config.yaml", "model.json", "model.safetensors", "done.json")
-"""The run's files that go with it, byte for byte."""
+"""Files of the run that are copied byte for byte."""
 LENS_EPS = 1e-5
-"""The epsilon that TransformerLens's from_pretrained gives every norm, whatever config.json says."""
+"""Epsilon that TransformerLens's from_pretrained sets in every norm, whatever config.json contains."""
 SIZES = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab")
-HERE = '"."  # where this file lies'
+HERE = '"."  # the folder of this file'
 
 
 def export(run_dir: Path, out: Path, repo: str | None = None) -> tuple[str | None, str | None]:
-    """Write the run to the new folder `out`, whole or not at all, and push it first if `repo` is given.
+    """Write the run to the new folder `out`, completely or not at all. Push it first if `repo` is given.
 
     Returns:
-        Why TransformerLens does not compute it, None if it does; and where it was pushed to, if it was.
+        The reason why TransformerLens cannot compute the model, or None without such a reason; and the address
+        of the pushed repository, or None without a push.
 
     Raises:
-        UserError: no finished run, `out` is not new, or the hub does not take it; nothing is left behind.
+        UserError: if the run is not finished, `out` is not new, or the hub refuses the push. No files are
+            left then.
     """
     run = Run(run_dir)
     _check_run(run)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already: name a new folder, or delete it")
+        raise UserError(f"{out} exists already: name a new folder, or delete the existing one")
     if repo is not None:
         _check_push(repo)
     with _whole(out.resolve()) as folder:
@@ -74,14 +77,15 @@ def export(run_dir: Path, out: Path, repo: str | None = None) -> tuple[str | Non
 
 
 def load(folder: str | Path, device: str = "cpu") -> SoluscopeTransformer:
-    """An exported run as a HookedTransformer, exactly as it was trained, whatever its variant.
+    """Load an exported run of any variant as a HookedTransformer that computes exactly the trained model.
 
     Args:
-        folder: the export, or what huggingface_hub's snapshot_download gives for its repository.
-        device: where to put it.
+        folder: folder of the export, or the folder that huggingface_hub's snapshot_download returns.
+        device: device of the loaded model.
 
     Raises:
-        UserError: it is no export, is broken, or the two models disagree.
+        UserError: if the folder is not an export or is broken, or the loaded model disagrees with the trained
+            model.
     """
     from soluscope.hooked.convert import load_tokenizer, to_hooked
 
@@ -94,16 +98,14 @@ def load(folder: str | Path, device: str = "cpu") -> SoluscopeTransformer:
 def _check_run(run: Run) -> None:
     if not run.config_file.is_file():
         problem = "has no config.yaml" if run.dir.is_dir() else "does not exist"
-        raise UserError(
-            f"{run.dir} {problem}: wanted a run's folder, such as runs/STUDY/VARIANT-s0"
-        )
+        raise UserError(f"{run.dir} {problem}: give a run's folder, such as runs/STUDY/VARIANT-s0")
     if not run.is_done():
-        raise UserError(f"{run.dir} has not finished: train it to its end, then export it")
+        raise UserError(f"{run.dir} has not finished: finish training it, then export it")
 
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to; renamed onto it at the end, removed if anything fails."""
+    """Yield a temporary folder beside `out`. At the end it is renamed to `out`; after an error it is removed."""
     beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         beside.mkdir(parents=True)
@@ -116,7 +118,7 @@ def _whole(out: Path) -> Iterator[Path]:
 
 
 def _write(run: Run, folder: Path, repo: str | None) -> str | None:
-    """All files of the export. Returns what keeps TransformerLens from loading it."""
+    """Write all files of the export. Return the reason why TransformerLens cannot load it, or None."""
     import torch
 
     from soluscope.hooked.convert import load_tokenizer
@@ -124,7 +126,7 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     trained, facts = run.load_model(), run.facts
     for name in OWN:
         write_bytes(folder / name, (run.dir / name).read_bytes())
-    tokenizer = load_tokenizer(run.tokenizer, facts)  # checks that it is this model's
+    tokenizer = load_tokenizer(run.tokenizer, facts)  # checks that the tokenizer is this model's
     write_bytes(folder / "tokenizer.json", run.tokenizer.read_bytes())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     write_text(folder / "special_tokens_map.json", _json(special))
@@ -162,17 +164,17 @@ def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-# --- what TransformerLens reads -------------------------------------------------------------------
+# --- the files for TransformerLens ----------------------------------------------------------------
 
 
 def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[str, Tensor]:
-    """The state of TransformerLens's own HookedTransformer that computes this model.
+    """Return the state of a HookedTransformer of TransformerLens that computes this model.
 
-    In the end it is asked, stage by stage, so that a variant with a difference that nobody has thought
-    of here is refused too.
+    At the end, its stages are compared with those of the trained model, so that a variant with a difference
+    that is not checked explicitly is refused too.
 
     Raises:
-        UserError: why there is none.
+        UserError: if no such state exists; the message gives the reason.
     """
     import torch
     from torch import nn
@@ -182,11 +184,13 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
 
     norm = trained.mlp(0).ln
     if norm is not None and not norm.is_layer_norm:
-        raise UserError(f"its mid norm is {facts.mid_norm}, and TransformerLens has LayerNorm only")
+        raise UserError(
+            f"its mid norm is {facts.mid_norm}, but TransformerLens has only LayerNorm as a mid norm"
+        )
     for eps, where in (facts.ln_eps, "residual stream's norms"), (facts.eps, "mid norm"):
         if eps is not None and not math.isclose(eps, LENS_EPS, rel_tol=1e-6):
             raise UserError(
-                f"the epsilon of its {where} is {eps:g}, and TransformerLens takes {LENS_EPS:g}"
+                f"the epsilon of its {where} is {eps:g}, but TransformerLens always uses {LENS_EPS:g}"
             )
     lens = SoluscopeTransformer(
         HookedTransformerConfig(
@@ -198,11 +202,11 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(64, facts.d_mlp, dtype=torch.float64, generator=generator)
     if not torch.allclose(variant.nonlinearity(pre), lens.blocks[0].mlp.act_fn(pre), atol=1e-9):
-        raise UserError(f"its nonlinearity is not what TransformerLens calls {facts.hooked_act_fn}")
+        raise UserError(f"its nonlinearity differs from TransformerLens's {facts.hooked_act_fn}")
     state = trained.state_dict()
     masks = {name for name, _ in lens.named_buffers()}
     if lens.state_dict().keys() - masks != state.keys():
-        raise UserError("its parameters are not those of TransformerLens")
+        raise UserError("its parameters have other names than in TransformerLens")
     lens.load_state_dict(state, strict=False)
     lens.facts = facts
     check_agreement(trained, nn.Module.eval(lens))
@@ -219,11 +223,11 @@ def _sizes(facts: Facts) -> dict[str, int]:
 def _family_config(
     config: Config, facts: Facts, obstacle: str | None, repo: str | None
 ) -> dict[str, Any]:
-    """config.json under the keys of the family's own."""
+    """Return the content of config.json, with the keys of the SoLU family's files."""
     train = config.train
     return {
         **_sizes(facts),
-        "architecture": "neel",  # else TransformerLens asks whether the name has `_old` in it
+        "architecture": "neel",  # without this key, TransformerLens looks for `_old` in the name
         "act_fn": f"soluscope:{facts.variant}" if obstacle else facts.hooked_act_fn,
         "attn_only": False, "shortformer_pos": False, "final_rms": False, "normalization": "LN",
         "ln_eps": facts.ln_eps, "neuron_scale": 1.0, "neuron_temp": 1.0,
@@ -244,9 +248,9 @@ def _card(
     obstacle: str | None,
     repo: str | None,
 ) -> str:
-    """Return README.md: what it is, how to load it, its losses, what the probes found, how it was made.
+    """Return README.md: description, loading, losses, results of the probes, and configuration.
 
-    The template escapes all values as Markdown but those of code blocks.
+    The template escapes all values as Markdown, except inside code blocks.
     """
     facts = run.facts
     yaml = run.config_file.read_text(encoding="utf8").rstrip()
@@ -270,12 +274,12 @@ def _card(
         folder=f'snapshot_download("{repo}")' if repo else HERE,
         import_hub="from huggingface_hub import snapshot_download\n" if repo else "",
         sizes=json.dumps(SIZES), yaml=yaml,
-        fence="`" * max(3, 1 + longest),  # nothing in the configuration ends its block
+        fence="`" * max(3, 1 + longest),  # longer than any backticks inside the configuration
     )  # fmt: skip
 
 
 def _probes(measurements: Sequence[Measurement], records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What each probe found of this run on natural text, BOS left out; the rest is in results.jsonl."""
+    """Return each probe's results on natural text, BOS left out. results.jsonl has all results."""
     points = [
         row
         for row in measurements
@@ -287,7 +291,7 @@ def _probes(measurements: Sequence[Measurement], records: Sequence[Record]) -> l
         first = min(map(findings.by_stream, rows))
         remark = {
             "passed": "",
-            "failed": ": failed its controls, not to be cited",
+            "failed": ": failed its controls; do not cite these numbers",
             "not run": "" if probe == "loss" else ": not validated on the control models",
         }[controls.standing(records, probe)]
         lines = [
@@ -301,7 +305,7 @@ def _probes(measurements: Sequence[Measurement], records: Sequence[Record]) -> l
 
 
 def _escaped(value: object) -> Markup:
-    """`value` on one line, as Markdown and HTML that show it as it is; Markup is left alone."""
+    """Return `value` on one line, escaped for Markdown and HTML; Markup is returned unchanged."""
     if isinstance(value, Markup):
         return value
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -312,7 +316,7 @@ def _escaped(value: object) -> Markup:
 
 
 def _check_push(repo: str) -> None:
-    """Refuse before anything is computed what the hub would refuse at its end."""
+    """Refuse a push that the hub would refuse, before anything is computed."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -322,17 +326,19 @@ def _check_push(repo: str) -> None:
     except HFValidationError as error:
         raise UserError(f"--push {repo}: {str(error).splitlines()[0]}") from error
     if "/" not in repo:
-        raise UserError(f"--push {repo}: wanted a name on the hub, as in --push user/name")
+        raise UserError(f"--push {repo}: give a name on the hub, as in --push user/name")
     if get_token() is None:
-        raise UserError(f"--push {repo}: no token: set HF_TOKEN, or sign in with 'hf auth login'")
+        raise UserError(
+            f"--push {repo}: there is no token: set HF_TOKEN, or sign in with 'hf auth login'"
+        )
 
 
 def _push(folder: Path, repo: str) -> str:
-    """Make the repository, if it is not there, and commit the folder to it. Returns where it can be seen.
+    """Create the repository if necessary, commit the folder to it, and return its address.
 
-    One commit, and so not upload_folder, which may make several and leaves a repository half written
-    between them. What an earlier export left goes with it: TransformerLens takes the first *final.pth
-    that it finds. Other files stay.
+    upload_folder is not used, because it may make several commits, and between them the repository is
+    incomplete. The same commit deletes the weights and results of an earlier export, because TransformerLens
+    loads the first *final.pth that it finds. Other files stay.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -353,13 +359,13 @@ def _push(folder: Path, repo: str) -> str:
             ],
             commit_message="Export of a soluscope run",
         )
-    except Exception as error:  # of the hub, of the network, and of the threads that upload
+    except Exception as error:  # of the hub, of the network, or of the uploading threads
         raise UserError(_why_not(error, repo, api.endpoint)) from error
     return str(url)
 
 
 def _why_not(error: BaseException, repo: str, endpoint: str) -> str:
-    """What the hub's client raised, in one line."""
+    """Return a one-line message for an error of the hub's client."""
     cause: BaseException | None = error
     status = None
     while cause is not None and status is None:
@@ -367,11 +373,12 @@ def _why_not(error: BaseException, repo: str, endpoint: str) -> str:
         cause = cause.__cause__
     if status in (401, 403):
         return (
-            f"the hub does not let us write {repo} ({status}): set HF_TOKEN to a token that may; "
+            f"the hub refuses to write {repo} ({status}): set HF_TOKEN to a token with write access; "
             "nothing was pushed"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     outcome = f"answers {status}" if status is not None else f"was not reached ({reason})"
     return (
-        f"{endpoint} {outcome} for {repo}: push it again, it has the whole export or nothing of it"
+        f"{endpoint} {outcome} for {repo}: push again; the repository contains either the whole export or "
+        "nothing of it"
     )

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and hashes that are the same everywhere."""
+"""Atomic writing of files, and hashes that are the same on every machine."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from soluscope.errors import Stopped
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then rename it there: a reader sees the old file or the new one.
+    """Write `text` to a temporary file, then rename it to `path`: a reader sees the old file or the new file.
 
     Raises:
-        UserError: if the folder cannot be written or the disk is full; the old file is untouched.
+        Stopped: if the folder cannot be written or the disk is full; the old file is then unchanged.
     """
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """The same for bytes."""
+    """Write `content` in the same way as `write_text`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
         raise Stopped(
-            f"cannot write {path}: {error.strerror}; free it or choose another place"
+            f"cannot write {path}: {error.strerror}; free disk space or choose another folder"
         ) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto it at the end, removed if anything fails."""
+    """Yield a temporary path beside `path`. At the end it is renamed to `path`; after an error it is removed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield beside
@@ -48,5 +48,5 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def digest(value: Any) -> str:
-    """Short hash of what JSON can hold, the same on every machine."""
+    """Return a short hash of a JSON value, the same on every machine."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

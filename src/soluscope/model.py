@@ -1,7 +1,7 @@
 """The language model that is trained: one code path for all variants.
 
-Parameters carry TransformerLens's names and shapes, so that converting is loading. Attention and
-LayerNorm use PyTorch's fused kernels, which is what makes a step cheaper than HookedTransformer's.
+Parameters have TransformerLens's names and shapes, so that conversion only loads them. Attention and
+LayerNorm use PyTorch's fused kernels, which make a step faster than with HookedTransformer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from soluscope.config import ModelConfig
 from soluscope.norms import LayerNorm
 from soluscope.variants import Variant
 
-if TYPE_CHECKING:  # a bare machine trains without it
+if TYPE_CHECKING:  # training does not require jaxtyping
     from jaxtyping import Float, Int
 
     Resid = Float[Tensor, "batch pos d_model"]
 
 Activations = dict[str, Tensor]
-"""Stages by TransformerLens's hook names, filled by a forward pass that is handed one."""
+"""Stages by TransformerLens's hook names; a forward pass fills the dictionary that it receives."""
 
 CHUNK_LOGITS_ABOVE = 2**28
-"""Number of logits (1 GB in fp32) from which the loss is computed in chunks where torch can."""
+"""Number of logits (1 GB in fp32) above which the loss is computed in chunks, if torch supports it."""
 
 
 class Embed(nn.Module):
@@ -49,7 +49,7 @@ class Unembed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention, scores over sqrt(d_head)."""
+    """Causal multi-head attention with scores divided by sqrt(d_head)."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """pre -> mid -> post; the variant decides how."""
+    """MLP with the stages pre -> mid -> post, which the variant defines."""
 
     def __init__(self, d_model: int, d_mlp: int, variant: Variant, params: Any) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         pre = x @ self.W_in + self.b_in  # [batch pos d_mlp]
-        # SoLU's activations are about 1/d_mlp with a variance of 1e-7, which bf16 would lose.
+        # SoLU's activations are about 1/d_mlp with a variance of 1e-7, which bf16 cannot resolve.
         pre = pre.to(torch.promote_types(pre.dtype, torch.float32))
         mid = self.nonlinearity(pre)
         post = mid if self.ln is None else self.ln(mid)
@@ -131,14 +131,15 @@ class LanguageModel(nn.Module):
         initialise(self, config.init_std, seed)
 
     def mlp(self, layer: int) -> MLP:
-        """The MLP of a block."""
+        """Return the MLP of a block."""
         return cast(Block, self.blocks[layer]).mlp
 
     def residual(
         self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None
     ) -> Resid:
-        """The residual stream after the final norm."""
-        x: Tensor = self.embed.W_E[tokens] + self.pos_embed.W_pos[: tokens.shape[1]]
+        """Return the residual stream after the final norm."""
+        # Not W_E[tokens]: its gradient on several CPU threads depends on their order.
+        x: Tensor = F.embedding(tokens, self.embed.W_E) + self.pos_embed.W_pos[: tokens.shape[1]]
         for index, block in enumerate(self.blocks):
             x = block(x, record, f"blocks.{index}.")
         return cast(Tensor, self.ln_final(x))
@@ -146,21 +147,21 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits; `record`, where given, receives the stages under TransformerLens's hook names."""
+        """Return the logits, and store the stages in `record`, if given, under TransformerLens's hook names."""
         return self.residual(tokens, record) @ self.unembed.W_U + self.unembed.b_U
 
     def loss(self, tokens: Int[Tensor, "batch pos"], bos: int, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of each next token, BOS targets left out.
+        """Return the cross-entropy of the next tokens in nats per token, BOS targets left out.
 
         Returns:
-            The mean over targets, or with `reduction="none"` one value a target [batch pos-1], 0
-            where the target is BOS.
+            The mean over targets, or with `reduction="none"` one value per target [batch pos-1], 0 if the
+            target is BOS.
         """
         targets = tokens[:, 1:]
         targets = targets.masked_fill(targets == bos, -100).flatten()
-        hidden = self.residual(tokens)[:, :-1].flatten(0, 1)  # the last place has no target
+        hidden = self.residual(tokens)[:, :-1].flatten(0, 1)  # the last position has no target
         W_U, b_U = self.unembed.W_U.T, self.unembed.b_U
-        # In bf16 the chunked loss is off by .2 nats (torch 2.13): there, micro-batches save the memory.
+        # In bf16, torch 2.13's chunked loss is wrong by 0.2 nats; micro-batches save memory there instead.
         in_bf16 = torch.is_autocast_enabled(hidden.device.type)
         many = len(targets) * len(W_U) > CHUNK_LOGITS_ABOVE
         if many and not in_bf16 and hasattr(F, "linear_cross_entropy"):
@@ -176,12 +177,12 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """N(0, std) for weights (W_pos half of it); gains stay 1 and biases 0.
+    """Draw all weights from N(0, std), W_pos from N(0, std / 2). The norms' weights stay 1, and biases stay 0.
 
-    Each tensor draws from a generator of its own, seeded by (seed, name): variants that have a tensor in
-    common start it at the same values, whatever else they have. Pairing rests on this.
+    Each tensor has a separate generator, seeded by (seed, name). So a tensor that several variants share
+    starts with the same values in all of them, as pairing requires.
 
-    Source: science.md section 3; the recipe's standard deviations are design.md's.
+    Source: protocol.md sections 3 and 3.2.
     """
     for name, parameter in model.named_parameters():
         if ".W_" not in name:

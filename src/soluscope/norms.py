@@ -1,7 +1,7 @@
-"""Mid norms: post = (mid - centre) / denominator * w + b. Each declares what its parts are.
+"""Mid norms: post = (mid - centre) / denominator * w + b. Each norm declares these parts.
 
-`gain` is 1 / denominator throughout, as in the papers; TransformerLens's hook_scale is the
-denominator. Statistics are never computed below fp32: SoLU's variance is about 1e-7.
+`gain` is always 1 / denominator, as in the papers; TransformerLens's hook_scale is the denominator.
+Statistics are never computed below fp32, because SoLU's variance is about 1e-7.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from soluscope.errors import UserError
 
-if TYPE_CHECKING:  # a bare machine trains without it
+if TYPE_CHECKING:  # training does not require jaxtyping
     from jaxtyping import Float
 
     Mid = Float[Tensor, "*batch d_mlp"]
@@ -23,16 +23,17 @@ if TYPE_CHECKING:  # a bare machine trains without it
 
 
 class MidNorm(nn.Module):
-    """The formula, written once. A subclass declares the parts and computes the denominator.
+    """Base class of the mid norms, with their common formula.
 
-    The conversion, the probes and training read the declared fields, and `check_norm` refuses a norm
-    that computes something else.
+    A subclass declares the parts and computes the denominator. The conversion, the probes and training read
+    the declared fields, and `check_norm` refuses a norm with a computation that differs from them.
     """
 
     centres: ClassVar[bool]
-    """Whether the mean over neurons is subtracted from mid."""
+    """True if the mean over neurons is subtracted from mid."""
     affine_part: ClassVar[tuple[str, ...]]
-    """Parameters that follow the division: w, each neuron's gain, and b, its bias; both, one or none."""
+    """Parameters applied after the division: ("w", "b"), ("w",), ("b",) or (). w has one weight per neuron,
+    and b has one bias per neuron."""
     eps: float | None = None
     """Epsilon of a per-token denominator, sqrt(mean square of the centred mid + eps). None: the
     denominator is one constant for all tokens."""
@@ -43,7 +44,9 @@ class MidNorm(nn.Module):
         super().__init__()
         for field in ("centres", "affine_part"):
             if not hasattr(self, field):
-                raise UserError(f"the mid norm {type(self).__name__} declares no {field}")
+                raise UserError(
+                    f"the mid norm {type(self).__name__} declares no {field}: set it in the class"
+                )
         if "w" in self.affine_part:
             self.w = nn.Parameter(torch.ones(length))
         if "b" in self.affine_part:
@@ -51,19 +54,19 @@ class MidNorm(nn.Module):
 
     @property
     def is_layer_norm(self) -> bool:
-        """Whether the norm is LayerNorm as TransformerLens has it."""
+        """Return whether the norm is the LayerNorm of TransformerLens: centred, per-token, with w and b."""
         return self.centres and self.eps is not None and self.affine_part == ("w", "b")
 
     def centred(self, mid: Mid) -> Mid:
-        """Return `mid`, minus its mean over neurons where the norm centres."""
+        """Return `mid`, minus its mean over neurons if the norm centres."""
         return mid - mid.mean(dim=-1, keepdim=True) if self.centres else mid
 
     def denominator(self, centred: Mid) -> PerToken:
-        """Return what a token's centred activations are divided by."""
+        """Return the divisor of each token's centred activations."""
         raise NotImplementedError
 
     def affine(self, normalized: Mid) -> Mid:
-        """Apply the static gain and bias of each neuron."""
+        """Apply the weight w and the bias b of each neuron, as far as `affine_part` declares them."""
         if "w" in self.affine_part:
             normalized = normalized * self.w
         return normalized + self.b if "b" in self.affine_part else normalized
@@ -74,7 +77,7 @@ class MidNorm(nn.Module):
 
 
 class PerTokenNorm(MidNorm):
-    """Each token by its own scale, the root of its mean square plus epsilon."""
+    """A norm with a per-token scale: the root of the mean square of a token's activations plus epsilon."""
 
     eps: float
 
@@ -87,7 +90,7 @@ class PerTokenNorm(MidNorm):
 
 
 class LayerNorm(PerTokenNorm):
-    """sqrt(var + eps); var is the population's. Also ln1, ln2, ln_final."""
+    """LayerNorm: its denominator is sqrt(var + eps), with the population variance. Also ln1, ln2 and ln_final."""
 
     centres = True
     affine_part = ("w", "b")
@@ -97,7 +100,7 @@ class LayerNorm(PerTokenNorm):
 
 
 class RMSNorm(PerTokenNorm):
-    """sqrt(mean square + eps): LayerNorm without centring and without a bias."""
+    """RMSNorm, that is LayerNorm without centring and bias: its denominator is sqrt(mean square + eps)."""
 
     centres = False
     affine_part = ("w",)
@@ -107,10 +110,10 @@ class RMSNorm(PerTokenNorm):
 
 
 class StaticNorm(MidNorm):
-    """One gain for all tokens. Unset (nan) until training has measured or read it."""
+    """A norm with one gain for all tokens. The gain is nan until training sets it or a checkpoint is loaded."""
 
     matched_to: ClassVar[type[PerTokenNorm]] = LayerNorm
-    """Per-token norm whose output rms `mid.gain=init` gives this norm."""
+    """Per-token norm with the output rms that `mid.gain=init` reproduces."""
     gain: Tensor
 
     def __init__(self, length: int) -> None:
@@ -122,7 +125,7 @@ class StaticNorm(MidNorm):
 
 
 class FrozenLayerNorm(StaticNorm):
-    """LayerNorm with its denominator replaced by a constant; centring, gain and bias stay."""
+    """LayerNorm with a constant denominator; its centring, weights and bias are unchanged."""
 
     centres = True
     affine_part = ("w", "b")
@@ -132,7 +135,7 @@ class FrozenLayerNorm(StaticNorm):
 
 
 class FrozenRMSNorm(StaticNorm):
-    """RMSNorm with its denominator replaced by a constant; each neuron's gain stays."""
+    """RMSNorm with a constant denominator; its weights are unchanged."""
 
     centres = False
     affine_part = ("w",)
@@ -143,7 +146,7 @@ class FrozenRMSNorm(StaticNorm):
 
 
 class Gain(StaticNorm):
-    """A constant and nothing else."""
+    """A multiplication by one constant, without centring, weights or bias."""
 
     centres = False
     affine_part = ()
@@ -153,13 +156,13 @@ class Gain(StaticNorm):
 
 
 def gain_matching_rms(norm: StaticNorm, mid: Float[Tensor, "token d_mlp"], eps: float) -> float:
-    """Return the gain that makes `norm`'s output rms equal to that of the norm it is matched to.
+    """Return the gain that makes the output rms of `norm` equal to that of its `matched_to` norm.
 
-    A per-token norm's output has mean square r = s2 / (s2 + eps) at a token, with s2 the variance of
-    mid, or its mean square where that norm does not centre. So the gain is
-    sqrt(mean r / mean square of what `norm` multiplies), both over the tokens of `mid`.
+    The output of a per-token norm has mean square r = s2 / (s2 + eps) at each token. Here s2 is the variance of
+    mid, or the mean square if that norm does not centre. The gain is therefore
+    sqrt(mean r / mean square of `norm.centred(mid)`), with both means over the tokens of `mid`.
 
-    Source: science.md section 3, "c matched to LN output rms at init".
+    Source: protocol.md section 3.1.
     """
     mid = mid.double()
     s2 = mid.var(dim=-1, correction=0) if norm.matched_to.centres else mid.square().mean(dim=-1)
@@ -169,19 +172,21 @@ def gain_matching_rms(norm: StaticNorm, mid: Float[Tensor, "token d_mlp"], eps: 
 
 @torch.no_grad()
 def check_norm(norm: MidNorm, d_mlp: int) -> None:
-    """Refuse a mid norm that does not compute what it declares, on a few random activations in fp64.
+    """Refuse a mid norm with a computation that differs from its declared fields.
+
+    Both are compared on a few random activations in fp64.
 
     Raises:
-        UserError: the first of its parts that differs.
+        UserError: if a part differs; the message names the first such part.
     """
     name = type(norm).__name__
     if not isinstance(norm, MidNorm):
-        raise UserError(f"the mid norm {name} is no subclass of MidNorm, which says what it is")
+        raise UserError(f"the mid norm {name} is not a subclass of MidNorm: derive it from MidNorm")
     parameters = sorted((parameter for parameter, _ in norm.named_parameters()), reverse=True)
     if not {*parameters} <= {"w", "b"} or parameters != [*norm.affine_part]:
         raise UserError(
             f"the mid norm {name} has the parameters ({', '.join(parameters)}) and declares "
-            f"affine_part={norm.affine_part}: wanted the same of w and b in both, w first"
+            f"affine_part={norm.affine_part}: both must list the same of w and b, w first"
         )
     norm = copy.deepcopy(norm).cpu().double()
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +201,7 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     if denominator.shape != (8, 1):
         raise UserError(
             f"the mid norm {name} gives denominators of shape {[*denominator.shape]} for 8 tokens: "
-            "wanted one a token, [8, 1]"
+            "return one per token, [8, 1]"
         )
     normalized = centred / denominator
     affine = normalized * getattr(norm, "w", 1.0) + getattr(norm, "b", 0.0)
@@ -213,4 +218,4 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     )
     for part, value, expected, declared in parts:
         if value.shape != expected.shape or not torch.allclose(value, expected, 1e-9, 1e-12):
-            raise UserError(f"the mid norm {name}: its {part} is not that of {declared}")
+            raise UserError(f"the mid norm {name}: its {part} differs from the declared {declared}")

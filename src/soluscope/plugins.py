@@ -1,7 +1,7 @@
-"""Open sets: a folder of modules, each defining one thing of an agreed name.
+"""Open sets: folders of modules, each of which defines one object under an agreed name.
 
-The folder is the list. `names` reads it without importing anything, so that a misspelt name is
-answered at once; `pick` imports the one file that was asked for.
+The files in the folder are the list of members. `names` reads the folder without importing a member, so that
+an error about a misspelt name appears at once. `pick` imports only the requested file.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from soluscope.errors import UserError
 
 
 def names(package: str) -> list[str]:
-    """Names of the modules in `package`, sorted; those with a leading underscore are not members."""
+    """Return the sorted names of the modules in `package`, except names with a leading underscore."""
     path = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 
 
 def pick(package: str, name: str) -> Any:
-    """The object that `package`/`name`.py defines under the package's own singular, in capitals.
+    """Return the object that `package`/`name`.py defines. It is named by the package's singular, in capitals.
 
-    `soluscope.variants` holds `VARIANT`s, `soluscope.probes` holds `PROBE`s.
+    A file of `soluscope.variants` defines VARIANT, and a file of `soluscope.probes` defines PROBE.
 
     Raises:
-        UserError: if the folder has no such file; the nearest name is suggested.
+        UserError: if the folder has no such file; the message suggests the nearest name.
     """
     kind = package.rsplit(".", 1)[-1].removesuffix("s")
     check_name(kind, name, names(package))
@@ -34,7 +34,7 @@ def pick(package: str, name: str) -> Any:
 
 
 def check_name(kind: str, name: str, known: list[str]) -> None:
-    """Refuse a `name` that is not among `known`, naming the nearest one."""
+    """Refuse a `name` that is not among `known`, and suggest the nearest known name."""
     if name in known:
         return
     near = difflib.get_close_matches(name, known, n=1)

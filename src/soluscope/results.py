@@ -1,8 +1,8 @@
-"""The records of results.jsonl: one line each, told apart by `kind`, and the report's only input.
+"""The records of results.jsonl, the report's only input: one line per record, distinguished by `kind`.
 
-A record is a number with its interval and all that says where it came from, or a fact that the
-numbers need: an arm's settings, what a probe leaves out, a probe's own words. Verdicts are
-enumerated; `note` is prose for people and is never parsed.
+A record is a number with its interval and its origin, or a fact needed to read the numbers: an arm's
+settings, the runs that a probe leaves out, a probe's description. Verdicts are enumerated; `note` is
+prose for people and is never parsed.
 """
 
 from __future__ import annotations
@@ -22,83 +22,84 @@ from soluscope.errors import UserError
 from soluscope.files import write_text
 
 MARGIN = 0.005
-"""Nats a token: a smaller difference of losses does not matter, and a gain of LN must be above it.
+"""Smallest difference of losses that matters, in nats per token. Phi_dyn needs a larger benefit of LN.
 
-Source: science.md section 4."""
+Source: protocol.md section 4."""
 
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 
 
 class Verdict(StrEnum):
-    """What a comparison settles."""
+    """Outcome of a comparison."""
 
     EQUIVALENT = "equivalent"
-    """Closer to 0 than `MARGIN`, by two one-sided tests."""
+    """The difference is closer to 0 than `MARGIN`, by two one-sided tests."""
     DIFFERENT = "different"
-    """Farther from 0 than `MARGIN`."""
+    """The difference is farther from 0 than `MARGIN`."""
     INCONCLUSIVE = "inconclusive"
     UNDEFINED = "undefined"
-    """A ratio whose denominator is not above `MARGIN`."""
+    """The comparison is a ratio, and the lower bound of its denominator is not above `MARGIN`."""
 
 
 class Term(StrEnum):
-    """What a comparison is of."""
+    """Quantity that a comparison estimates."""
 
     LOSS = "loss"
     """Mean loss of an arm over its seeds."""
     DIFFERENCE = "difference"
     """Loss of `arm` minus loss of `against`."""
-    GAIN = "gain of LN"
+    BENEFIT = "benefit of LN"
     """Loss of the plain arm `against` minus loss of `arm`, which has a per-token norm."""
     STATIC = "static - LN"
     """Loss of the best static arm `against` minus loss of `arm`."""
     SHARE = "Phi_dyn"
-    """`STATIC` as a share of `GAIN`."""
+    """`STATIC` as a share of `BENEFIT`."""
     STEP = "step"
-    """One step of the telescoping sum from the plain arm to `arm`."""
+    """One step of the telescoping sum from the plain arm to `arm`: the loss before it minus the loss after it."""
     PROBE = "probe"
     """A probe's number in `arm` minus its number in the static twin `against`."""
 
 
 class Grid(StrEnum):
-    """Where on its grid the chosen setting lies."""
+    """Position of the chosen setting on its grid."""
 
     INSIDE = "inside the grid"
     LOWER_EDGE = "at the lower edge of the grid"
     UPPER_EDGE = "at the upper edge of the grid"
     TOO_FEW = "too few for a grid"
-    """Of two points, one end is always the best."""
+    """With two points, the best one is always at an edge."""
 
 
-# --- a probe's words ------------------------------------------------------------------------------
+# --- a probe's description ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A column that a probe measures, or an estimate that it makes."""
+    """A per-token column of a probe, or an estimate that the probe makes."""
 
     unit: str
     meaning: str
-    """One line a reader needs to read the number."""
+    """One line that a reader needs to understand the number."""
     statistics: tuple[str, ...] = ("mean",)
-    """How tokens become one number: `mean`, `median`, `q05`, `q95`, `sd`, `share above 0.5`."""
+    """Statistics that reduce tokens to one number: `mean`, `median`, `q05`, `q95`, `sd`, `share above 0.5`."""
     curve: bool = False
-    """Summarise at each position on its own (x = tokens after BOS), pooled over strings."""
+    """True if each position is summarised separately (x = tokens after BOS), pooled over strings."""
     split_by: tuple[str, ...] = ()
-    """Other columns of the probe by whose quartiles the tokens are also summarised."""
+    """Other columns of the probe. The tokens are also summarised within the quartiles of each."""
     more_smeared_when: Direction = "neither"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a probe must find on a model whose answer is known, or it is not believed elsewhere.
+    """Requirement on a probe's result for a model whose answer is known.
 
-    A positive control has `above` or `below`: the 95% interval lies wholly beyond it, and within 5%
-    of `truth` where there is one. A negative control has `within`: two one-sided tests place the
-    estimate closer than that to `around`.
+    Results of a probe that fails a gate are not used. A positive control has `above` or `below`: the
+    95% interval must lie wholly beyond that threshold, and the estimate within 5% of `truth` if `truth`
+    is given. A negative control has `within`: two one-sided tests must place the estimate closer than
+    that to `around`.
 
-    Source: science.md section 7, "Control pass rule".
+    Source: protocol.md section 6, "Gate rule".
     """
 
     control: str
@@ -115,15 +116,15 @@ class Gate:
     group: str = ""
     x: float | None = None
     stream: str = "natural"
-    """Which of the control's streams."""
+    """Name of one of the control's streams."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What to draw from the rows of a probe; the drawing is the report's.
+    """Specification of a figure of a probe's rows; the report draws it.
 
     `kind="dots"`: one dot and interval for each arm and seed, quantities or groups as panels.
-    `kind="curve"`: value against row.x, one thin line a seed, one panel a stream.
+    `kind="curve"`: value against row.x, one thin line per seed, one panel per stream.
     """
 
     title: str
@@ -131,14 +132,14 @@ class Figure:
     kind: Literal["dots", "curve"] = "dots"
     statistic: str = "mean"
     streams: tuple[str, ...] = ()
-    """Streams to draw, each its own panel; empty: all that the rows have."""
+    """Streams to draw, one panel for each; empty: all streams of the rows."""
     positions: str = "not BOS"
     group: str = ""
-    """The split to draw (`gain` draws the groups `gain Q1` … `gain Q4`); empty: unsplit rows."""
+    """The split to draw (`gain` draws the groups `gain Q1` … `gain Q4`); empty: rows without a split."""
     log_y: bool = False
     log_x: bool = False
     relative: bool = False
-    """Divide each run's curve by its own last value, so that shapes are seen where sizes differ."""
+    """True if each run's curve is divided by its own last value, to compare shapes where sizes differ."""
     x_title: str = "tokens after BOS"
 
 
@@ -147,18 +148,18 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What all records have."""
+    """Fields of every record."""
 
     kind: ClassVar[str]
 
     study: str
     arm: str = ""
-    """A run's name without its seed: a model that is trained several times, once per seed."""
+    """Name of a run without its seed. An arm is one configuration, trained once per seed."""
     variant: str = ""
     note: str = ""
-    """What a reader must know to read the record; shown with it."""
+    """Remark that a reader needs to understand the record; the report shows it beside the number."""
     commit: str = ""
-    """Of the code that measured."""
+    """Commit of the code that measured."""
     config: str = ""
     """Hash of the run's configuration."""
 
@@ -174,57 +175,57 @@ class Number(Record):
     high: float | None = None
     """Bounds of the 95% interval. None: no interval can be given."""
     n: int = 0
-    """How many values went in: tokens, or strings; for comparisons, seeds."""
+    """Number of values used: tokens or strings; seeds for comparisons."""
     n_clusters: int = 0
-    """How many independent units they fall into, resampled for the interval."""
+    """Number of independent units that the values fall into; they are resampled for the interval."""
     cluster: str = ""
-    """The unit that is resampled: `document`, `string`, `seed`."""
+    """Unit that is resampled: `document`, `string`, `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfRun:
-    """What records about one model have."""
+    """Fields of records about one model."""
 
     run: str
     """Run folder's name, such as `solu_ln-s0`."""
     seed: int | None = None
     pretrained: bool = False
-    """Of a model that others have trained: it is compared with none."""
+    """True for a published model that others have trained; it is not compared with any other model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(OfRun, Number):
-    """A summary of what a probe measured on one model: a mean, a quantile, a point of a curve."""
+    """A summary of a probe's measurements on one model: a mean, a quantile, a point of a curve."""
 
     kind: ClassVar[str] = "measurement"
 
     probe: str
     """Name of a file in probes/, or `loss`, `training`, `pretrained`."""
     quantity: str
-    """What was measured: `r`, `gain`, `loss`, …"""
+    """Measured quantity: `r`, `gain`, `loss`, …"""
     statistic: str = "mean"
-    """How tokens became one number: `mean`, `median`, `q05`, `share above 0.5`, …; empty: an estimate."""
+    """Statistic that reduced tokens to one number: `mean`, `median`, `q05`, …; empty: an estimate."""
     stream: str = ""
-    """Text it was measured on: `natural`, `prose`, `code`, `repeated`, `random`; or `select`."""
+    """Text used for the measurement: `natural`, `prose`, `code`, `repeated`, `random`; or `select`."""
     positions: str = "not BOS"
     """`all`, `BOS`, `not BOS`, `1`, `2-15`, `>=16`."""
     group: str = ""
-    """Which line of a figure, or which split of the tokens, where `quantity` alone does not say."""
+    """Line of a figure, or split of the tokens, where `quantity` alone does not identify the number."""
     x: float | None = None
-    """Place on the figure's horizontal axis, for a point of a curve."""
+    """Position on the figure's horizontal axis, for a point of a curve."""
     constant: bool = False
-    """The same value at every token: an interval of width 0."""
+    """True if the value is the same at every token, so that its interval has width 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut(OfRun, Record):
-    """A probe that has no numbers for a run, or on a stream; `note` says why."""
+    """A probe that has no numbers for a run, or on one stream; `note` gives the reason."""
 
     kind: ClassVar[str] = "left out"
 
     probe: str
     stream: str = ""
-    """Empty: on no stream."""
+    """The stream without numbers; empty: every stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,39 +246,39 @@ class TokenValue(OfRun, Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Number):
-    """What differs between arms, with the interval for new seeds or for new documents (`cluster`)."""
+    """A difference between arms, with the interval for new seeds or for new documents (`cluster`)."""
 
     kind: ClassVar[str] = "comparison"
 
     term: Term
     against: str = ""
-    """The arm it is compared with; empty for a `LOSS`. Of a `STEP`: the arm from which it leads."""
+    """The arm that `arm` is compared with; empty for a `LOSS`. For a `STEP`: the arm where the step starts."""
     verdict: Verdict | None = None
     choice: str = ""
-    """How the arm that stands for the plain or the static arms was chosen, in words; not in `note`
-    too. Of a `STEP`: how the arm that stands for the variant to which it leads was chosen."""
+    """Text on how the plain or static arm was chosen; `note` does not repeat it. For a `STEP`: how the
+    arm was chosen where the step ends."""
     p: float | None = None
     """Two-sided p of "no difference", where it was tested."""
     p_adj: float | None = None
-    """The same after Holm's correction within its family."""
+    """`p` after Holm's correction within its family."""
     size: str = ""
-    """Which of the study's sizes, in words, here and not in `note`; empty where there is one."""
+    """The arms' size in words; `note` does not repeat it. Empty if the study has one size."""
     lr: float | None = None
-    """The rate common to all arms, of a comparison that is made at one; None: each at its best."""
+    """Learning rate common to all arms of this comparison; None: each arm is at its own best rate."""
     tuned_arm: str = ""
-    """With `lr`: the arm at its best rate whose curve this is a point of."""
+    """With `lr`: the same arm at its best rate; it names the curve that this comparison is a point of."""
     step: tuple[str, ...] = ()
-    """Of a `STEP`: the variants from and to which it leads."""
+    """For a `STEP`: the variant where the step starts and the variant where it ends."""
     adds: str = ""
-    """Of a `STEP`: what it adds, in words."""
+    """For a `STEP`: the parts that the step adds, in words."""
     probe: str = ""
     quantity: str = ""
-    """Of a `PROBE`: the probe and what is tested of it."""
+    """For a `PROBE`: the probe's tested quantity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoicePoint(Number):
-    """Loss on the select split at one setting of a curve on which a setting was chosen."""
+    """Loss on the select split at one point of a curve from which a setting was chosen."""
 
     kind: ClassVar[str] = "choice"
 
@@ -285,17 +286,17 @@ class ChoicePoint(Number):
     x: float
     """The setting at this point."""
     chosen_arm: str
-    """The arm with the least loss on the curve: one curve has one."""
+    """The arm with the least loss on the curve; each curve has exactly one such arm."""
     eligible: bool = True
-    """False: it lacks seeds that the others have, and was not chosen from."""
+    """False if the arm lacks seeds that other arms of the curve have; it could then not be chosen."""
     grid: Grid | None = None
-    """Of the chosen point: where on its grid it lies."""
+    """Position on the grid; set at the chosen point only."""
     size: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoChoice(Record):
-    """Arms of which the best would be wanted, and that share no seed; `note` says so."""
+    """Arms between which no choice was made, because they share no seed; `note` gives this reason."""
 
     kind: ClassVar[str] = "no choice"
 
@@ -305,7 +306,7 @@ class NoChoice(Record):
 
 @dataclass(frozen=True)
 class Step:
-    """A variant and what it adds to the one before it in its chain."""
+    """A variant, and the parts that it adds to the previous variant of its chain."""
 
     variant: str
     adds: str = ""
@@ -313,47 +314,47 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Record):
-    """An arm's settings and its part in the comparison, so that readers need not take names apart."""
+    """An arm's settings and its role in the comparison, so that no code needs to parse arm names."""
 
     kind: ClassVar[str] = "setting"
 
     values: dict[str, float]
-    """`lr`, `kappa`, `gain`, `d_mlp`, …: those that the arm has."""
+    """The arm's settings by name: `lr`, `kappa`, `gain`, `d_mlp`, …"""
     role: str
     """`baseline`, `plain`, `static` or `per_token`."""
     chain: tuple[Step, ...] = ()
     """From the root of the variant's chain to the variant itself."""
     twin: str = ""
-    """The variant that is the same with one gain for all tokens."""
+    """The variant that differs only in having one gain for all tokens; empty if there is none."""
     size: str = ""
     n: int = 0
-    """Seeds."""
+    """Number of seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult(Number):
-    """What a probe found on a model whose answer is known."""
+    """A probe's result on a model whose answer is known."""
 
     kind: ClassVar[str] = "gate"
 
     probe: str
     control: str
     section: str
-    """Of the control: `C3`."""
+    """The control's number in protocol.md: `C3`."""
     passed: bool
     sign: Literal["positive", "negative"]
-    """Whether the probe must find something there, or nothing."""
+    """`positive` if the probe must find an effect on this control, `negative` if it must find none."""
     measured: str
-    """Which number of the probe, in words: `r (median), 0.9`."""
+    """The measured number of the probe, in words: `r (median), 0.9`."""
     asked: str
-    """What it had to be, in words; why there is no interval is in `note`."""
+    """The requirement, in words. If there is no interval, `note` gives the reason."""
     stream: str = ""
     positions: str = "not BOS"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FalsePositives(Number):
-    """How often a probe's test says "a difference" where there is none."""
+    """Rate at which a probe's test reports a difference where there is none."""
 
     kind: ClassVar[str] = "false positives"
 
@@ -362,17 +363,17 @@ class FalsePositives(Number):
     source: str
     """`untrained models` or `shuffled labels`."""
     passed: bool | None
-    """Whether the nominal rate lies inside the interval; None where the test is not defined."""
+    """True if the nominal rate lies inside the interval. None: the test is not defined there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeWords(Record):
-    """What a probe says of itself, stored with its numbers: a study is shown with these words."""
+    """A probe's description, stored with its numbers, so that the report of a study does not change later."""
 
     kind: ClassVar[str] = "probe"
 
     probe: str
-    """Name of its file."""
+    """Name of the probe's file."""
     name: str
     section: str
     """`P4`."""
@@ -383,7 +384,7 @@ class ProbeWords(Record):
     source: str
     tested: str
     quantities: dict[str, Quantity]
-    """Columns and estimates."""
+    """The probe's columns and estimates, by name."""
     figures: tuple[Figure, ...] = ()
     gates: tuple[Gate, ...] = ()
 
@@ -411,7 +412,7 @@ def line(record: Record) -> str:
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
-    """Write `records` to `path`, wholly or not at all."""
+    """Write `records` to `path`; if writing fails, leave an existing file unchanged."""
     write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
@@ -420,18 +421,18 @@ def read(path: Path, study: Path | None = None) -> list[Record]:
 
     Args:
         path: a file of records.
-        study: folder whose evaluation makes the file again; the file's own if not given.
+        study: folder of the study whose evaluation writes the file; by default the file's own folder.
 
     Raises:
-        UserError: if there is no such file, no line of it can be read, or another version wrote it.
+        UserError: if there is no such file, none of its lines can be read, or another version wrote it.
     """
-    again = f"make it again with 'python eval/run.py {study or path.parent}'"
+    command = f"create it with 'soluscope probe {study or path.parent}'"
     if not path.is_file():
-        raise UserError(f"no results at {path}: {again}")
+        raise UserError(f"no results at {path}: {command}")
     records = []
-    for number, written in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, content in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            values = json.loads(written)
+            values = json.loads(content)
             if not isinstance(values, dict):
                 raise ValueError("not an object")
         except ValueError as error:
@@ -440,24 +441,26 @@ def read(path: Path, study: Path | None = None) -> list[Record]:
         kind = values.pop("kind", None)
         if kind not in KINDS:
             raise UserError(
-                f"{path} was written by another version (line {number} has kind {kind!r}, known are "
-                f"{', '.join(KINDS)}): {again}"
+                f"{path} was written by another version (line {number} has kind {kind!r}; the kinds of this "
+                f"version are {', '.join(KINDS)}): {command}"
             )
         try:
             records.append(_decode(KINDS[kind], values))
         except (ValueError, TypeError, KeyError) as error:
             _warn(path, number, error)
     if not records:
-        raise UserError(f"{path} holds no records: {again}")
+        raise UserError(f"{path} contains no records: {command}")
     return records
 
 
 def _warn(path: Path, number: int, error: Exception) -> None:
-    print(f"warning: {path} line {number} is no record and is skipped ({error})", file=sys.stderr)
+    print(
+        f"warning: {path} line {number} is not a record and is skipped ({error})", file=sys.stderr
+    )
 
 
 def _finite(value: Any) -> Any:
-    """Replace nan and inf, which JSON has not, by None."""
+    """Replace nan and inf, which JSON does not allow, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -466,7 +469,7 @@ def _finite(value: Any) -> Any:
 
 
 def _decode(kind: Any, values: dict[str, Any]) -> Any:
-    """Return the dataclass `kind` from what JSON gave; keys that it does not have are left out."""
+    """Return an instance of the dataclass `kind` from JSON values; ignore keys that are not its fields."""
     convert = _converters(kind)
     return kind(**{name: convert[name](values[name]) for name in convert if name in values})
 
@@ -478,7 +481,7 @@ def _converters(kind: Any) -> dict[str, Callable[[Any], Any]]:
 
 
 def _converter(hint: Any) -> Callable[[Any], Any]:
-    """Return the function from a JSON value to the annotated type."""
+    """Return the function that converts a JSON value to the annotated type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         inner = _converter(next(arg for arg in args if arg is not type(None)))

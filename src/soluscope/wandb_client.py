@@ -1,4 +1,4 @@
-"""The wandb package: imported where it is needed, quiet, and its key asked about in one place."""
+"""Access to the wandb package: a late and quiet import, and one function that checks the login."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from soluscope.errors import UserError
 
 PROJECT = "soluscope"
-"""Where runs go unless WANDB_PROJECT says otherwise."""
+"""Name of the wandb project of runs and sweeps, unless WANDB_PROJECT sets another name."""
 
 
 def package() -> Any:
-    """The wandb package, its crash reports and its talk turned off unless the environment asks for them.
+    """Import and return the wandb package, without crash reports and output unless the environment enables them.
 
     Raises:
-        ImportError: if it is not installed.
+        ImportError: if wandb is not installed.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -25,39 +25,39 @@ def package() -> Any:
 
 
 def sign_in(asked: str, instead: str) -> None:
-    """Have the server accept this user's key, before anything is sent or trained.
+    """Check that the server accepts this user's key, before anything is trained or sent.
 
     Args:
-        asked: what wants it, as the user wrote it: `wandb=online`.
-        instead: what the user may do without a key: `set wandb=offline`.
+        asked: the setting that needs the key, as the user wrote it: `wandb=online`.
+        instead: advice for a user without a key: `set wandb=offline`.
 
     Raises:
-        UserError: if wandb is not installed, there is no key, or the server refuses it or is not there.
+        UserError: if wandb is not installed, there is no key, or the server refuses it or cannot be reached.
     """
     try:
         wandb = package()
     except ImportError as error:
         raise UserError(
-            f"{asked} wants the wandb package ({error}): pip install wandb, or {instead}"
+            f"{asked} needs the wandb package ({error}): run 'pip install wandb', or {instead}"
         ) from error
     service = os.environ.get("WANDB_SERVICE")
     try:
         known = wandb.login(prompt=False, verify=True)
-    except Exception as error:  # wandb's own, pydantic's for a setting, the service's
+    except Exception as error:  # of wandb, of its service, or of pydantic for a bad setting
         raise UserError(
-            f"{asked}, but the login fails: {one_line(error)}; run 'wandb login', set WANDB_API_KEY or "
-            f"WANDB_BASE_URL, or {instead}"
+            f"{asked}, but the login to wandb fails: {one_line(error)}; run 'wandb login', set WANDB_API_KEY "
+            f"or WANDB_BASE_URL, or {instead}"
         ) from error
     finally:
-        # Asking has started wandb's service. Jobs that this process starts need their own.
+        # The login has started wandb's service. Each job that this process starts needs a separate service.
         if service is None:
             os.environ.pop("WANDB_SERVICE", None)
     if not known:
         raise UserError(
-            f"{asked}, but there is no key: run 'wandb login', set WANDB_API_KEY, or {instead}"
+            f"{asked}, but there is no key for wandb: run 'wandb login', set WANDB_API_KEY, or {instead}"
         )
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and without a full stop."""
+    """Return the message of an error on one line and without a full stop, or its type if it has no message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

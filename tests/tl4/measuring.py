@@ -1,6 +1,7 @@
-"""What both sides do alike: every probe on every one of its streams, as plain arrays.
+"""Code shared by both sides of the comparison: every probe on every one of its streams, as plain arrays.
 
-With 3.9 it is a script, which trains the models, plants the controls, measures them and writes all of it:
+With 3.9 this file is also a script. It trains the models, plants the controls, measures them and writes
+the models and their numbers:
 
     python tests/tl4/measuring.py FOLDER
 """
@@ -27,14 +28,14 @@ from soluscope.hooked.activations import HookedRun, observe
 VARIANTS = plugins.names("soluscope.variants")
 PROBES = plugins.names("soluscope.probes")
 CONTROLS = ("pinned", "smear_shared", "or_gate")
-"""Planted in fp64: without a gain of its own, with one, and with prompts to patch."""
+"""Controls planted in fp64: with a constant gain, with a per-token gain, and with prompts to patch."""
 N_TOKENS = 1000
 
 Numbers = dict[str, np.ndarray[Any, Any]]
 
 
 def of_run(model: Any, run_dir: Path) -> Numbers:
-    """Everything measured on the model of a run folder, on the streams that `eval/run.py` makes."""
+    """Return everything measured on the model of a run folder, on the streams that `eval/run.py` makes."""
     cache = open_cache(Path(json.loads((run_dir.parent / "data.json").read_text())["path"]))
     tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
     ctx = model.facts.ctx
@@ -46,7 +47,7 @@ def of_run(model: Any, run_dir: Path) -> Numbers:
 
 
 def of_planted(model: Any, planted: dict[str, streams.Stream]) -> Numbers:
-    """The same of a control; its `natural` stream and its `pairs` stand for all of their kind."""
+    """Return the same for a control; its `natural` stream and its `pairs` are used for all streams of a kind."""
 
     def observed(name: str) -> HookedRun:
         kind = "pairs" if name.startswith(streams.PAIRS) else "natural"
@@ -86,7 +87,7 @@ def _numbers(probe: Any, run: HookedRun) -> Iterator[tuple[str, Any]]:
 
 
 def write(folder: Path) -> None:
-    """Run folders below `folder`/runs, controls as weights and rows of tokens, and all their numbers."""
+    """Write run folders below `folder`/runs, controls as weights and rows of tokens, and all their numbers."""
     from rich.progress import Progress
 
     import soluscope

@@ -1,6 +1,7 @@
-"""Every probe gives on TransformerLens 4.x's TransformerBridge what it gives on 3.9's HookedTransformer.
+"""Every probe gives the same numbers on TransformerLens 4.x's TransformerBridge as on 3.9's HookedTransformer.
 
-`make test-tl4` runs this in an environment with 4.x, which calls the project's own for the other side.
+`make test-tl4` runs these tests in an environment with 4.x. For the numbers of 3.9 they call the project's
+own environment.
 """
 
 import json
@@ -47,7 +48,7 @@ def run_with_3_9(*words):
 
 @pytest.fixture(scope="session")
 def reference():
-    """Run folders, controls and all their numbers, as 3.9 has them."""
+    """Yield a folder with runs, controls and all their numbers, made with 3.9."""
     with TemporaryDirectory() as folder:
         done = run_with_3_9(Path(__file__).parent / "measuring.py", folder)
         assert done.returncode == 0, done.stderr
@@ -98,7 +99,7 @@ D_VOCAB, BOS, LN_EPS = 50, 0, 1e-5
 
 
 def rough_model(variant, *words):
-    """An untrained model, no tensor of which is at its initial value."""
+    """Return an untrained model in which no tensor has its initial value."""
     model = build_model(load_config([f"variant={variant}", "size=tiny", *words]), D_VOCAB)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -157,9 +158,11 @@ def test_patching_the_scale_of_a_mid_norm_of_ours_reaches_the_logits(variant):
 
 
 def test_a_bridge_that_transformer_lens_made_is_read_the_same_way(tmp_path, monkeypatch):
-    """The family's own way in, `boot_tl_legacy`, with the hub's two answers given from a folder."""
+    """The family is loaded with `boot_tl_legacy`; the hub's two answers come from a folder."""
     d_mlp = 128
-    trained = rough_model("solu_ln", f"mid.kappa={LN_EPS * d_mlp**2}")  # it has one epsilon for all
+    trained = rough_model(
+        "solu_ln", f"mid.kappa={LN_EPS * d_mlp**2}"
+    )  # 4.x uses one epsilon for all norms
     state = trained.state_dict()
     n_heads, d_model, d_head = state["blocks.0.attn.W_Q"].shape
     assert state["blocks.0.mlp.b_in"].shape == (d_mlp,)
@@ -186,7 +189,7 @@ def test_a_bridge_with_another_epsilon_in_its_mid_norm_is_refused(reference):
     trained = Run(run_dir).load_model()
     assert bridge.check_agreement(trained, model) < 1e-5
     model.blocks[0].mlp.ln.original_component.eps *= 2
-    with pytest.raises(UserError, match=r"does not compute what was trained: \S+ differs by \d"):
+    with pytest.raises(UserError, match=r"disagrees with the trained model: \S+ differs by \d"):
         bridge.check_agreement(trained, model)
 
 

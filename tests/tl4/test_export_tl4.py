@@ -1,6 +1,6 @@
-"""An export, loaded by TransformerLens 4.x from a hub on loopback by what its card says.
+"""Exports loaded by TransformerLens 4.x from a hub on loopback, with the code of their cards.
 
-Exports are made with 3.9, by this file as a script; here it runs in the environment with 4.x.
+Run as a script with 3.9, this file makes the exports. The tests run in the environment with 4.x.
 
     python tests/tl4/test_export_tl4.py FOLDER
 """
@@ -29,22 +29,22 @@ WITH_39 = Path(os.environ.get("PYTHON_WITH_39", ROOT / ".venv" / "bin" / "python
 pytestmark = [
     pytest.mark.skipif(
         int(version("transformer-lens").split(".")[0]) < 4,
-        reason="for TransformerLens 4.x: make test-tl4",
+        reason="needs TransformerLens 4.x: make test-tl4",
     ),
     pytest.mark.skipif(
-        not WITH_39.is_file(), reason=f"exports are made with 3.9, and {WITH_39} is not there"
+        not WITH_39.is_file(), reason=f"exports are made with 3.9, and {WITH_39} does not exist"
     ),
 ]
 
 EXPRESSED = {"solu_ln": ("mid.eps=1e-5",), "solu": (), "gelu": ()}
-"""Variants, and the words with which 4.x computes them."""
+"""Variants that 4.x can compute, each with the settings that it needs."""
 OUR_OWN = {v: () for v in plugins.names("soluscope.variants") if v not in EXPRESSED}
 TOKENS = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(5))
 TEXT = "def f(x): return 12 + <|BOS|>"
 
 
 def write(folder: Path) -> None:
-    """Exports in folder/out, and what 3.9 computes with the runs in folder/wanted, with 3.9."""
+    """Write exports to folder/out and the results of 3.9 on the same runs to `folder`; needs 3.9."""
     from conftest import tiny_config, train_silently
 
     import soluscope
@@ -79,7 +79,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def there(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Call functions of this file in a process that knows a hub of ours only, with the exports on it."""
+    """Call functions of this file in a process that can reach only a local hub with the exports."""
     from _hub import Hub
 
     with Hub() as hub, pytest.MonkeyPatch.context() as patch:
@@ -98,7 +98,7 @@ def there(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 
 def run_there(code: str) -> dict[str, Any]:
-    """What the card's code makes, or how it ends."""
+    """Return the results of the model that the card's code loads, or its error."""
     names: dict[str, Any] = {}
     try:
         exec(code, names)
@@ -114,7 +114,7 @@ def run_there(code: str) -> dict[str, Any]:
 
 
 def code_of(exports: Path, variant: str) -> str:
-    """The last code of a card, with the name that its model has on the hub."""
+    """Return the last code block of a card, with the model's name on the hub."""
     card = (exports / "out" / variant / "README.md").read_text()
     code: str = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[-1]
     assert "boot_tl_legacy" in code

@@ -1,1 +1,1 @@
-"""From the losses of all runs to what differs between arms, with intervals and tests."""
+"""Comparison of arms: differences of their losses, with intervals and tests."""

@@ -1,14 +1,14 @@
-"""From the losses of all runs of a study to what differs between its variants.
+"""Comparisons of a study's variants, computed from the losses of all its runs.
 
 The training seed is the unit: variants are paired by seed (same initial values, same batches) and
-measured on the same documents. Each difference comes twice: with the interval for new seeds and
+measured on the same documents. Each difference is stored twice: with the interval for new seeds and
 new documents (`cluster="seed"`), which a claim about a variant needs, and with the interval for
 these trained models on new documents (`cluster="document"`).
 
-Models of one size are compared with each other and with no others, and an arm that was trained at
-several learning rates with its best one.
+Only models of the same size are compared. If a configuration was trained at several learning rates,
+only its best rate is compared.
 
-Source: science.md sections 4, 5 and 10.2.
+Source: protocol.md sections 4, 5 and 10.2.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PRIMARY = (Term.STATIC, Term.SHARE)
-"""Terms whose test is of the primary family: the second is 0 where the first is."""
+"""Terms whose tests form the primary family. `SHARE` is 0 where `STATIC` is 0."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
-"""Settings that make models comparable: differences are never taken between two sizes."""
+"""Settings that must be equal for two models to be compared. Sizes are never compared with each other."""
 SETTINGS = (*SIZE, "lr", "kappa", "gain")
-"""What is stored of each arm; `kappa` and `gain` of those whose mid norm has one."""
+"""Settings stored for each arm; `kappa` and `gain` only where its mid norm has them."""
 GRID_FROM = 3
-"""Points from which a curve has an inside: of two, one end is always the best."""
+"""Least number of points for a curve with an inside. With two points the best one is at an edge."""
 GAIN_OF_KAPPA = "gain_of_kappa"
-"""The kappa to whose gain a static arm was set at the start; nan where its gain was given outright."""
+"""The kappa of the LayerNorm that a static arm's gain was matched to at the start; nan if it was set directly."""
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """A variant's part in the comparison, as its file declares it."""
+    """A variant's role in the comparison, as its file declares it."""
 
     role: str
     """`baseline`, `plain`, `static` (one gain for all tokens) or `per_token`."""
     twin: str
-    """The variant that is the same with one gain for all tokens; empty if there is none."""
+    """The variant that differs only in having one gain for all tokens; empty if there is none."""
     chain: tuple[Step, ...]
     """From the root of the variant's chain to the variant itself."""
 
@@ -76,36 +76,37 @@ class _Arm:
     lineage: Lineage
     config: str
     family: str
-    """The same for arms that differ in nothing but their learning rate."""
+    """Identifier shared by arms that differ only in their learning rate."""
     settings: dict[str, float]
-    """Those of `SETTINGS` that it has; a gain that differs by seed is the seeds' median."""
+    """The arm's values of `SETTINGS`. If the gain differs by seed, the median over seeds."""
     select: dict[int, float]
-    """Loss on the select split by seed, nats a token: for choosing."""
+    """Loss on the select split by seed, nats per token; used to choose arms."""
     report: dict[int, Floats]
-    """Loss sums on the report split by seed, [document]: for reporting."""
+    """Loss sums on the report split by seed, [document]; used for all reported numbers."""
 
 
 @dataclass(frozen=True)
 class _Arms:
-    """What was measured of one size, and the choices made among it."""
+    """The arms of one size, and the choices made among them."""
 
     study: str
     commit: str
     size: str
-    """What tells this size from the study's others, in words; empty if there is one."""
+    """Text that distinguishes this size from the study's other sizes; empty if there is one size."""
     counts: Floats
-    """Target tokens of the report split, [document]."""
+    """Number of target tokens of the report split, [document]."""
     arms: tuple[_Arm, ...]
 
     @cached_property
     def families(self) -> list[list[_Arm]]:
-        """Arms that differ in nothing but their rate, from the lowest rate up.
+        """Group the arms that differ only in their learning rate, lowest rate first.
 
-        Those of one rate under two names, such as on two machines, were named apart to be compared.
-        Those of which no rate can be chosen are families of one.
+        Arms with equal settings and one common rate, such as runs of two machines, were given two names so
+        that they are compared: each is a separate family. So is each arm for which no rate can be chosen.
 
         Raises:
-            UserError: if two have one rate and others another, so that the curve would have two points there.
+            UserError: if two arms share a rate while another has a different one, so that the curve would
+                have two points at one rate.
         """
         families = []
         for alike in self._alike:
@@ -113,17 +114,17 @@ class _Arms:
             for a, b in pairwise(alike):
                 if a.settings["lr"] == b.settings["lr"] and len(set(rates)) > 1:
                     raise UserError(
-                        f"arms {a.name!r} and {b.name!r} of {self.study!r} differ in nothing, nor in their rate"
-                        f" ({a.settings['lr']:g}), and a curve of several rates has one arm a rate: move one of"
-                        " them to another study"
+                        f"arms {a.name!r} and {b.name!r} of {self.study!r} have the same settings and the same"
+                        f" learning rate ({a.settings['lr']:g}), but a curve over rates needs one arm per rate:"
+                        " move one of them to another study"
                     )
-            one_line = len(set(rates)) == len(alike) and _eligible(alike)
-            families += [alike] if one_line else [[arm] for arm in alike]
+            is_curve = len(set(rates)) == len(alike) and _eligible(alike)
+            families += [alike] if is_curve else [[arm] for arm in alike]
         return families
 
     @cached_property
     def _alike(self) -> list[list[_Arm]]:
-        """Arms that differ in nothing but their rate, from the lowest rate up."""
+        """Group the arms by everything but their learning rate, lowest rate first."""
         by_family: dict[str, list[_Arm]] = {}
         for arm in self.arms:
             by_family.setdefault(arm.family, []).append(arm)
@@ -131,7 +132,7 @@ class _Arms:
 
     @cached_property
     def not_chosen(self) -> list[list[_Arm]]:
-        """Arms of which the best would be wanted, and that share no seed."""
+        """List the groups of arms among which a choice is needed but impossible, because they share no seed."""
         rates = [alike for alike in self._alike if len({arm.settings["lr"] for arm in alike}) > 1]
         missing = [alike for alike in rates if not _eligible(alike)]
         stages = dict.fromkeys(arm.variant for arm in self.tuned if arm.lineage.role == "plain")
@@ -145,21 +146,21 @@ class _Arms:
 
     @cached_property
     def tuned(self) -> list[_Arm]:
-        """The best rate's arm of each family: what is compared."""
+        """Select the best rate's arm of each family; only these arms are compared."""
         chosen = {_choose(_eligible(family))[0].name for family in self.families}
         return [arm for arm in self.arms if arm.name in chosen]
 
     def at(self, lr: float | None) -> list[_Arm]:
-        """The arms at the rate `lr`, or each at its own best rate where none is given."""
+        """Return the arms at the rate `lr`; without `lr`, each family's arm at its own best rate."""
         return self.tuned if lr is None else [a for a in self.arms if a.settings["lr"] == lr]
 
     def family(self, of: _Arm) -> list[_Arm]:
         return next(family for family in self.families if of in family)
 
     def best(self, candidates: Sequence[_Arm], lr: float | None = None) -> tuple[_Arm, str] | None:
-        """Return the best of some of the arms `at(lr)`, and in words how it was chosen.
+        """Return the best of the candidates, which are among `at(lr)`, and a text on how it was chosen.
 
-        None where there are no candidates, or no seed that all of them have.
+        Without candidates, or without a seed common to all candidates, the result is None.
         """
         if not candidates or not _shared(*candidates):
             return None
@@ -172,18 +173,18 @@ class _Arms:
                 f"{chosen.name}, the best of {len(rates)} rates on the select split over {over}",
             )
         if len(candidates) == 1:
-            return chosen, f"{chosen.name}, the only arm"
+            return chosen, f"{chosen.name}, the only candidate"
         return chosen, (
             f"{chosen.name}, chosen on the select split: "
             + ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items()))
         )
 
     def difference(self, a: _Arm, b: _Arm, seeds: Sequence[int]) -> Floats:
-        """Loss sums of `a` minus `b`, [seed document], nats."""
+        """Return the loss sums of `a` minus those of `b`, [seed document], nats."""
         return np.stack([a.report[seed] - b.report[seed] for seed in seeds])
 
     def fields(self, arm: _Arm, interval: Interval, cluster: str, n_seeds: int) -> dict[str, Any]:
-        """Return what a comparison and a point of a curve have in common."""
+        """Return the fields that comparisons and points of curves share."""
         return {
             "study": self.study, "commit": self.commit, "size": self.size,
             "arm": arm.name, "variant": arm.variant, "config": arm.config,
@@ -206,13 +207,13 @@ class _Arms:
         return Comparison(term=term, unit=unit, **common, **more)
 
     def contrast(self, term: Term, a: _Arm, b: _Arm, arm: _Arm, **more: Any) -> list[Comparison]:
-        """Compare `a` minus `b` over the seeds both have, both ways; nothing if they share none.
+        """Compute `a` minus `b` over their common seeds, with both intervals; empty without common seeds.
 
         Args:
-            term: what the comparison is of.
-            a: an arm.
-            b: another.
-            arm: which of them the comparison is about; the other is the one it is compared with.
+            term: the quantity that the comparison estimates.
+            a: the arm from whose loss is subtracted.
+            b: the arm whose loss is subtracted.
+            arm: the arm, `a` or `b`, that the comparison is about; the other one is its `against`.
             more: further fields of the records.
         """
         seeds = _shared(a, b)
@@ -222,7 +223,7 @@ class _Arms:
         new_seeds = stats.seeds_and_documents(difference, self.counts)
         new_documents = stats.document_bootstrap(difference.mean(axis=0), self.counts)
         n_seeds = len(seeds)
-        p = new_seeds.p if n_seeds > 1 else None  # one seed flips to itself: no test
+        p = new_seeds.p if n_seeds > 1 else None  # with one seed there is nothing to test
         more["against"] = (b if arm is a else a).name
         documents = self.comparison(term, arm, new_documents, "document", n_seeds, **more)
         more["note"] = _also(more.get("note", ""), "" if p is None else f"sign-flip p = {p:.3g}")
@@ -230,7 +231,7 @@ class _Arms:
 
 
 def _references(arms: Iterable[_Arm]) -> list[_Arm]:
-    """Return the arms of which the best is what all others are compared with."""
+    """Return the baseline arms at the start of a chain. All other arms are compared with the best of them."""
     return [a for a in arms if a.lineage.role == "baseline" and len(a.lineage.chain) == 1]
 
 
@@ -239,7 +240,7 @@ def _per_token(arms: Iterable[_Arm]) -> list[_Arm]:
 
 
 def _static(arms: Iterable[_Arm]) -> list[_Arm]:
-    """Return the arms of class C: those whose output scale is the same for every token."""
+    """Return the arms of class C (protocol.md section 4): their output scale is the same for every token."""
     return [arm for arm in arms if arm.lineage.role == "static"]
 
 
@@ -254,29 +255,29 @@ def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
 
 
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
-    """The arm with the lowest mean loss on select, and the losses of all by name.
+    """Return the arm with the lowest mean loss on the select split, and all candidates' losses by name.
 
-    The candidates share a seed. Chosen once and for all seeds, on documents that are not reported:
-    the best of several on the report split itself would be too good.
+    The candidates must share a seed. The choice is made once for all seeds, on documents that are not
+    reported: choosing on the report split would bias the winner's loss downwards.
     """
     losses = {name: float(np.mean(by_seed)) for name, by_seed in _select(candidates).items()}
     return min(candidates, key=lambda arm: (losses[arm.name], arm.name)), losses
 
 
 def _select(candidates: Sequence[_Arm]) -> dict[str, list[float]]:
-    """Losses on the select split by arm, one a seed.
+    """Return the losses on the select split by arm, one per seed.
 
-    Seeds that not all have are left out, so that an arm does not win by its seeds.
+    Seeds that some candidate lacks are left out, so that no arm wins because its seeds are easier.
     """
     shared = set.intersection(*(set(arm.select) for arm in candidates))
     return {arm.name: [arm.select[seed] for seed in shared] for arm in candidates}
 
 
 def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
-    """The rates of which the best is chosen: those with all of the family's seeds.
+    """Return the arms among which the best rate is chosen: the rates that have all seeds of the family.
 
-    A rate with fewer would take its place with fewer seeds. Where none has them all: every rate, over the
-    seeds that they share; none where they share none.
+    If a rate with fewer seeds won, the family would be compared over fewer seeds. If no rate has all seeds,
+    every rate is eligible, over the seeds common to all rates. If there are no common seeds, no rate is.
     """
     seeds = {seed for arm in family for seed in arm.select}
     full = [arm for arm in family if seeds <= arm.select.keys()]
@@ -286,47 +287,47 @@ def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
 def compare(
     study: str, losses: pd.DataFrame, commit: str, lineages: Mapping[str, Lineage]
 ) -> list[Record]:
-    """Make all comparisons that the arms of a study allow; what needs a missing arm is left out.
+    """Make all comparisons that the arms of a study allow; skip comparisons that need a missing arm.
 
-    Sizes are compared each by itself. Of arms that differ in nothing but their learning rate, the
-    one with the lowest loss on the select split is compared. Where several arms could stand for the
-    baseline, the plain, the static or a chain's variant (gains), the one with the lowest loss on
-    select does; each arm with a per-token norm (kappas) is compared by itself.
+    Each size is compared separately. Among arms that differ only in their learning rate, the arm with
+    the lowest loss on the select split is compared. If several arms could be the baseline, the plain
+    arm, the static arm or a chain's member (several gains), the one with the lowest loss on the select
+    split is used. Each arm with a per-token norm (several kappas) is compared separately.
 
     Args:
         study: name of the study.
-        losses: one row a (run, split, document), with columns run, arm, variant, seed, split
+        losses: one row per run, split and document, with columns run, arm, variant, seed, split
             (`select` or `report`), document, loss_sum (nats, over targets that are not BOS),
-            n_tokens (those targets), config, family (the same for runs that differ in nothing but
-            seed and learning rate), `SETTINGS` (nan for what a run has not), and, if it is known,
+            n_tokens (number of those targets), config, family (equal for runs that differ only in
+            seed and learning rate), `SETTINGS` (nan for a setting that a run lacks), and optionally
             `GAIN_OF_KAPPA`.
-        commit: of the code that measured.
-        lineages: the part of each variant in the comparison, by the variant's name.
+        commit: commit of the code that measured.
+        lineages: role of each variant in the comparison, by the variant's name.
 
     Returns:
         Comparisons, by term:
-        `LOSS` of each arm, Student's t over seeds on these documents;
-        `DIFFERENCE` of each arm to each reference: the best baseline that has none before it in
-        its chain, and every arm with a per-token norm;
-        `GAIN`, `STATIC`, `SHARE` and `STEP` of each arm with a per-token norm, the steps along its
-        own chain, by the members that the study has, so that they sum to the gain;
-        the first three of these once more at each rate common to all, where such an arm was trained
-        at several.
-        Choice points of the curves on which a rate or a gain was chosen; those of rates that lack
-        seeds, over their own, were not chosen from. `NoChoice` where arms share no seed. The
-        `Setting` of each arm.
+        `LOSS` of each arm, with Student's t over seeds on these documents;
+        `DIFFERENCE` of each arm to each reference: the best baseline at the start of a chain, and
+        every arm with a per-token norm;
+        `BENEFIT`, `STATIC`, `SHARE` and `STEP` of each arm with a per-token norm. The steps follow the
+        arm's chain through the members that the study has, and sum to the benefit of LN;
+        `BENEFIT`, `STATIC` and `SHARE` again at each learning rate common to all arms, if the arm with a
+        per-token norm was trained at several.
+        Choice points of the curves on which a rate or a gain was chosen. Points of rates that lack
+        seeds are over the seeds they have, and are not eligible. `NoChoice` for arms that share no
+        seed. The `Setting` of each arm.
         Differences over two seeds or more have the exact sign-flip `p`. `STATIC` and `SHARE` of
         all arms with a per-token norm are the primary family, with `p_adj` after Holm's correction.
 
     Raises:
-        UserError: if a run was not measured on the documents of the others of its size, two runs
-            have the same arm and seed, an arm's runs differ in their settings, or two arms are one
-            point of a curve.
+        UserError: if a run was not measured on the same documents as the other runs of its size, two
+            runs have the same arm and seed, an arm's runs differ in their settings, or two arms are
+            the same point of a curve.
 
-    Source: science.md sections 4, 5 and 10.2.
+    Source: protocol.md sections 4, 5 and 10.2.
     """
     if losses.empty:
-        raise UserError("no losses to compare: measure them with 'python eval/run.py'")
+        raise UserError("no losses to compare: measure them with 'soluscope probe'")
     _check_settings(losses)
     sizes = [_read(study, table, commit, size, lineages) for size, table in _by_size(losses)]
     compared = [each for arms in sizes for each in _compared(arms)]
@@ -337,7 +338,7 @@ def compare(
 
 
 def _compared(arms: _Arms) -> list[Comparison]:
-    """The comparisons within one size, each arm at its own best rate."""
+    """Make the comparisons within one size, each arm at its own best rate."""
     records = []
     for arm in arms.arms:
         per_seed = [arm.report[seed].sum() / arms.counts.sum() for seed in sorted(arm.report)]
@@ -358,12 +359,12 @@ def _compared(arms: _Arms) -> list[Comparison]:
 
 
 def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Comparison]:
-    """The gain of LN, what of it the best static arm does not reach, and the share of the one in the other."""
+    """Compute the benefit of LN, the part that the best static arm does not reach, and their ratio (Phi_dyn)."""
     records = []
     arms_at = arms.at(lr)
     plain, static = arms.best(_plain(arms_at, ln), lr), arms.best(_static(arms_at), lr)
     if plain is not None:
-        records += arms.contrast(Term.GAIN, plain[0], ln, ln, choice=plain[1])
+        records += arms.contrast(Term.BENEFIT, plain[0], ln, ln, choice=plain[1])
     if static is not None:
         records += _static_minus_ln(arms, *static, ln)
     if plain is not None and static is not None:
@@ -372,7 +373,7 @@ def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Comparison]:
 
 
 def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
-    """The curves on which rates and gains were chosen, and what a rate common to all arms would give."""
+    """Return the curves on which rates and gains were chosen, and the comparisons at common rates."""
     records: list[ChoicePoint | Comparison] = []
     for family in arms.families:
         if len(family) > 1:
@@ -393,9 +394,9 @@ def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
 def _curve(
     arms: _Arms, setting: Literal["lr", "gain"], candidates: Sequence[_Arm]
 ) -> list[ChoicePoint]:
-    """Loss on the select split against a setting, and where on the grid the least of it lies.
+    """Return the loss on the select split against a setting; mark the least loss's position on the grid.
 
-    Source: science.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
+    Source: protocol.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
     """
     eligible = _eligible(candidates) if setting == "lr" else candidates
     chosen, _ = _choose(eligible)
@@ -415,7 +416,7 @@ def _curve(
         by_seed = losses.get(arm.name) or [arm.select[seed] for seed in sorted(arm.select)]
         note = f"chosen over {_seeds(n_seeds)}, {where}" if arm is chosen else ""
         if arm not in eligible:
-            note = f"not chosen from: {len(by_seed)} of {_seeds(n_seeds)}"
+            note = f"not eligible: {len(by_seed)} of {_seeds(n_seeds)}"
         common = arms.fields(arm, stats.paired_seeds(by_seed), "seed", len(by_seed))
         points.append(
             ChoicePoint(
@@ -428,7 +429,7 @@ def _curve(
 
 
 def _no_choices(arms: _Arms) -> list[NoChoice]:
-    """What was not compared, or not at its best, since an arm would have won by its seeds."""
+    """Record the groups of arms among which no choice was made: an arm could have won through easier seeds."""
     return [
         NoChoice(
             study=arms.study, arms=tuple(arm.name for arm in alike), note="they share no seed",
@@ -450,10 +451,10 @@ def _settings(arms: _Arms) -> list[Setting]:
 
 
 def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
-    """The same records, where those that answer "is Phi_dyn 0?" have p corrected for asking each arm.
+    """Add to the records that test "Phi_dyn is 0" the p that is corrected for the number of tested arms.
 
-    Phi_dyn is 0 where its numerator is, so the numerator's p is its own. The family holds all
-    arms with a per-token norm, also those whose Phi_dyn is undefined: the tests must not depend on
+    Phi_dyn is 0 where its numerator is 0, so Phi_dyn has the numerator's p. The family contains all arms
+    with a per-token norm, including arms whose Phi_dyn is undefined: the set of tests must not depend on
     the outcome.
     """
     family = {
@@ -475,22 +476,23 @@ def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
 
 
 def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Comparison]:
-    """Do probes find more in a per-token norm than in its static twin, seed by seed?
+    """Test, seed by seed, whether probes find more in a per-token norm than in its static twin.
 
-    The confirmatory family: for each arm with a per-token norm and each probe, the paired
-    difference of what the probe tests between the arm and its twin (with several kappas, the twin
-    of its own), with the exact sign-flip p, corrected after Holm over all of them.
+    These tests are the confirmatory family. For each arm with a per-token norm and each probe, the test
+    is the difference of the probe's tested quantity between the arm and its twin, paired by seed. With
+    several kappas, each arm is paired with the twin of the same kappa. The p is the exact sign-flip p,
+    corrected over all tests by Holm's method.
 
     Args:
-        records: of the study's runs, and `compare`'s: arms of another size, and those whose rate
-            was not chosen, are left out.
-        tested: quantity by probe.
+        records: records of the study's runs and those of `compare`. Arms are paired within a size;
+            arms whose rate was not chosen are left out.
+        tested: the tested quantity, by probe.
 
     Returns:
-        Comparisons with the term `PROBE`; none where the twin has no number (what is undefined
-        under one gain cannot be compared).
+        Comparisons with the term `PROBE`. A pair is left out if the twin has no number: a quantity that is
+        undefined under one gain for all tokens cannot be compared.
 
-    Source: science.md section 5, "Families".
+    Source: protocol.md section 5, "Families".
     """
     points = [each for each in of_kind(records, ChoicePoint) if each.setting == "lr"]
     passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
@@ -517,9 +519,9 @@ def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Compar
 
 
 def _twins_of(arm: Setting, settings: Sequence[Setting], normed: Sequence[Setting]) -> list[str]:
-    """Return the static twins of `arm`; with several kappas, those whose gain was set to its kappa's.
+    """Return the static twins of `arm`; with several kappas, the twins whose gain was matched to its kappa.
 
-    All of them where it is not known to which kappa's gain any was set.
+    If no twin records the kappa that its gain was matched to, all twins are returned.
     """
     twins = [each for each in settings if (each.variant, each.size) == (arm.twin, arm.size)]
     alike = [each for each in normed if (each.twin, each.size) == (arm.twin, arm.size)]
@@ -535,7 +537,7 @@ def _twins_of(arm: Setting, settings: Sequence[Setting], normed: Sequence[Settin
 def _paired_probe(
     measured: Sequence[Measurement], probe: str, quantity: str, arm: Setting, twin: str
 ) -> list[Comparison]:
-    """Make one confirmatory test; a run's number is the mean over the streams that both arms have."""
+    """Make one confirmatory test. A run's number is the mean over the streams that both arms have."""
     numbers: dict[str, dict[int, dict[str, float]]] = {arm.arm: {}, twin: {}}
     unit = commit = ""
     for each in measured:
@@ -580,28 +582,28 @@ def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[C
         stats.equivalence(stats.seeds_and_documents(difference, arms.counts, level=0.90), MARGIN)
     )
     note = {
-        Verdict.EQUIVALENT: f"equivalent: closer than {MARGIN} nats",
-        Verdict.DIFFERENT: f"different: farther than {MARGIN} nats",
+        Verdict.EQUIVALENT: f"equivalent: closer than {MARGIN} nats to 0",
+        Verdict.DIFFERENT: f"different: farther than {MARGIN} nats from 0",
         Verdict.INCONCLUSIVE: f"inconclusive against a margin of {MARGIN} nats",
     }[verdict]
     return arms.contrast(Term.STATIC, static, ln, ln, verdict=verdict, choice=choice, note=note)
 
 
 def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
-    """The share of LN's gain that the best static arm does not reach."""
+    """Compute Phi_dyn: the share of the benefit of LN that the best static arm does not reach."""
     seeds = _shared(plain, static, ln)
     if not seeds:
         return []
     num = arms.difference(static, ln, seeds)
     den = arms.difference(plain, ln, seeds)
-    gain = stats.seeds_and_documents(den, arms.counts)
+    benefit = stats.seeds_and_documents(den, arms.counts)
     more: dict[str, Any] = {"unit": "share", "against": static.name, "choice": choice}
-    if gain.low is None or gain.low <= MARGIN:
+    if benefit.low is None or benefit.low <= MARGIN:
         more |= {
             "verdict": Verdict.UNDEFINED,
-            "note": f"undefined: no gain of LN at this size ({_why_undefined(gain)})",
+            "note": f"undefined: no benefit of LN at this size ({_why_undefined(benefit)})",
         }
-        undefined = Interval(float("nan"), None, None, gain.n, gain.n_clusters)
+        undefined = Interval(float("nan"), None, None, benefit.n, benefit.n_clusters)
         return [arms.comparison(Term.SHARE, ln, undefined, "seed", len(seeds), **more)]
     check = stats.fieller(num, den, arms.counts)
     bounds = "no interval" if check.low is None else f"{check.low:.2f} to {check.high:.2f}"
@@ -615,24 +617,24 @@ def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> l
     return [arms.comparison(Term.SHARE, ln, interval, "seed", len(seeds), note=note, **more)]
 
 
-def _why_undefined(gain: Interval) -> str:
-    estimate = f"gain of LN {gain.value:+.4f} nats"
-    if gain.n < 2:
+def _why_undefined(benefit: Interval) -> str:
+    estimate = f"benefit of LN {benefit.value:+.4f} nats"
+    if benefit.n < 2:
         return f"{estimate} with one seed, which gives no interval for new seeds"
-    if gain.low is None or gain.high is None:
-        return f"{estimate}; {gain.n_clusters} documents are too few for an interval"
-    bounds = f"{estimate}, 95% interval for new seeds {gain.low:+.4f} to {gain.high:+.4f}"
-    if gain.high < 0:
+    if benefit.low is None or benefit.high is None:
+        return f"{estimate}; {benefit.n_clusters} documents are too few for an interval"
+    bounds = f"{estimate}, 95% interval for new seeds {benefit.low:+.4f} to {benefit.high:+.4f}"
+    if benefit.high < 0:
         return f"{bounds}: the plain arm is better"
-    if gain.low <= 0:
-        return f"{bounds}: it reaches 0"
-    return f"{bounds}: its lower end is not above {MARGIN} nats"
+    if benefit.low <= 0:
+        return f"{bounds}: the interval contains 0"
+    return f"{bounds}: the lower bound is not above {MARGIN} nats"
 
 
 def _telescoping(arms: _Arms, ln: _Arm) -> list[Comparison]:
-    """The gain of LN in steps along the arm's own chain, over the seeds that all steps have.
+    """Split the benefit of LN into steps along the arm's own chain, over the seeds common to all steps.
 
-    A member of the chain that the study lacks is passed over: the step across it adds both things.
+    If the study lacks a member of the chain, one step leads across it and adds the parts of both.
     """
     chain = ln.lineage.chain
     stages: list[tuple[int, _Arm, str]] = []
@@ -648,10 +650,10 @@ def _telescoping(arms: _Arms, ln: _Arm) -> list[Comparison]:
     for (i, a, _), (j, b, choice) in pairwise(stages):
         interval = stats.seeds_and_documents(arms.difference(a, b, seeds), arms.counts)
         adds = "; ".join(step.adds for step in chain[i + 1 : j + 1])
-        ends = (chain[i].variant, chain[j].variant)
+        variants = (chain[i].variant, chain[j].variant)
         steps.append(
             arms.comparison(
-                Term.STEP, ln, interval, "seed", len(seeds), against=a.name, step=ends, adds=adds,
+                Term.STEP, ln, interval, "seed", len(seeds), against=a.name, step=variants, adds=adds,
                 choice=choice,
             )
         )  # fmt: skip
@@ -671,24 +673,24 @@ def _shared(*arms: _Arm) -> list[int]:
 
 
 def _check_settings(losses: pd.DataFrame) -> None:
-    """One arm is one setting, whatever the seed; a gain measured at the start has the seed's value."""
+    """Refuse an arm whose runs differ in a setting; only a gain measured at the start may differ by seed."""
     for arm, table in losses.groupby("arm"):
         for name in _settings_in(losses):
             values = sorted(table[name].dropna().unique())
             if len(values) > 1 and name != "gain":
                 raise UserError(
-                    f"runs of arm {arm!r} differ in {name} ({values[0]:g} and {values[-1]:g}), and an arm is"
-                    " one setting at several seeds: move one of them to another study"
+                    f"runs of arm {arm!r} differ in {name} ({values[0]:g} and {values[-1]:g}), but an arm has"
+                    " one setting and several seeds: move the runs of one setting to another study"
                 )
 
 
 def _settings_in(losses: pd.DataFrame) -> list[str]:
-    """The columns that are settings."""
+    """Return the names of the columns that are settings."""
     return [name for name in (*SETTINGS, GAIN_OF_KAPPA) if name in losses]
 
 
 def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The losses of each size, the smallest first, and what tells it from the others."""
+    """Yield each size's losses, the smallest size first, with a text that distinguishes it from the others."""
     sizes = list(losses.groupby(list(SIZE), sort=True))
     differing = [i for i in range(len(SIZE)) if len({shape[i] for shape, _ in sizes}) > 1]
     for shape, table in sizes:
@@ -698,7 +700,11 @@ def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _read(
     study: str, losses: pd.DataFrame, commit: str, size: str, lineages: Mapping[str, Lineage]
 ) -> _Arms:
-    """Losses of one size as arrays over one order of documents, or the run that does not fit the others."""
+    """Return the losses of one size as arrays over one order of documents.
+
+    Raises:
+        UserError: if a run was measured on other documents than most runs, lacks a split, or repeats a seed.
+    """
     ordered = losses.sort_values(["run", "split", "document"], kind="stable")
     runs = {str(name): table for name, table in ordered.groupby("run", sort=True)}
     measured = {
@@ -710,7 +716,7 @@ def _read(
         if mark != usual:
             raise UserError(
                 f"run {name!r} was not measured on the same documents as {n_usual} of the"
-                f" {len(runs)} runs of {study!r}: probe it again, or give it a study of its own"
+                f" {len(runs)} runs of {study!r}: probe it again, or move it to another study"
             )
     arms: dict[str, _Arm] = {}
     for name, table in runs.items():
@@ -718,12 +724,16 @@ def _read(
         seed = int(first["seed"])
         select, report = (table[table["split"] == split] for split in ("select", "report"))
         if select.empty or report.empty:
-            raise UserError(f"run {name!r} of {study!r} lacks the select or the report split")
+            raise UserError(
+                f"run {name!r} of {study!r} lacks the select or the report split: probe it again"
+            )
         arm = arms.setdefault(
             str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]], lineages)
         )
         if seed in arm.report:
-            raise UserError(f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}")
+            raise UserError(
+                f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}: move it to another study"
+            )
         arm.select[seed] = float(select["loss_sum"].sum() / select["n_tokens"].sum())
         arm.report[seed] = report["loss_sum"].to_numpy(dtype=np.float64)
     counts = report["n_tokens"].to_numpy(dtype=np.float64)
@@ -731,7 +741,7 @@ def _read(
 
 
 def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
-    """An arm before its losses, from the rows of all of its runs."""
+    """Return an arm, still without losses, from the rows of all its runs."""
     first = table.iloc[0]
     variant = str(first["variant"])
     settings = table.groupby("run")[_settings_in(table)].first().median()

@@ -1,9 +1,9 @@
-"""Intervals and tests: documents are the unit inside a model, training seeds across models.
+"""Intervals and tests. The unit is the document within a model and the training seed across models.
 
-Knows nothing of models. Every interval covers 95% unless `level` says otherwise, and every random
-draw follows from a seed, so that the same numbers give the same interval on every machine.
+The functions take arrays of numbers, never models. Every interval is a 95% interval unless `level` is
+set. Every random draw is seeded, so that the same numbers give the same interval on every machine.
 
-Source: science.md sections 4 and 5.
+Source: protocol.md sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -23,89 +23,89 @@ Method = Literal["bca", "percentile"]
 Verdict = Literal["equivalent", "different", "inconclusive"]
 
 MIN_CLUSTERS = 20
-"""Fewer documents or strings give no interval: it would be too narrow.
+"""Least number of documents or strings for an interval. With fewer, the interval would be too narrow.
 
 In simulation, with 30% of the variance between clusters, 95% intervals from 20 clusters cover a
 mean, a ratio, a median or a share of 16% in 93 to 95% of cases, an sd or a correlation in 92%, a
 5% quantile or a share of 2% in 89 to 91%; from 120 clusters all of these in 93 to 96%. For values
-with a long tail the sd stays low: 80% from 20 clusters, 87% from 120 (lognormal).
+with a long tail the coverage of the sd stays low: 80% from 20 clusters, 87% from 120 (lognormal).
 """
 MIN_SEEDS_TO_RESAMPLE = 5
-"""Fewer seeds give no bootstrap interval: 2 seeds have 3 resamples, 4 have 35."""
+"""Least number of seeds for a bootstrap interval: 2 seeds have 3 distinct resamples, 4 have 35."""
 MAX_UNDEFINED = 0.05
-"""Share of resamples in which a number may be undefined; with more there is no interval."""
+"""Largest share of resamples in which a number may be undefined. Above it there is no interval."""
 MAX_SEEDS_TO_FLIP = 20
-"""2^20 patterns of signs; with more seeds the t interval needs no check."""
+"""Largest number of seeds for the sign-flip test: 2^20 patterns. With more, the t interval suffices."""
 
 ROUNDING = 4096 * float(np.finfo(np.float64).eps)
-"""Rounding of a sum, as a share of the sum of its terms' absolute values: 9.1e-13.
+"""Rounding error of a sum, as a share of the sum of its terms' absolute values: 9.1e-13.
 
-Rounding grows as the square root of the number of terms, times the machine epsilon; 4096 is that of
-16 million tokens. Processors add in different orders, so that a number within its rounding of 0 is
-0 on one machine and has either sign on others. It is 0 here. A number that is small because its
-terms are small is not touched.
+The error grows as the square root of the number of terms, times the machine epsilon; 4096 is the
+square root of 16 million tokens. Processors add in different orders, so a number whose distance from
+0 is within its rounding error is 0 on one machine and has either sign on another. This module sets
+such a number to 0. A number that is small because its terms are small is not changed.
 """
 N_ROUNDINGS = 16
-"""Ways to move all sums by their rounding, from which that of a number is estimated."""
+"""Number of random perturbations of the sums from which a number's rounding error is estimated."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its interval, in the unit of what was estimated."""
+    """An estimate and the bounds of its interval, in the unit of the estimate."""
 
     value: float
     low: float | None
-    """None, like `high`: no interval can be given."""
+    """Lower bound. None, as `high` then is too: no interval can be given."""
     high: float | None
     n: int
-    """How many values went in."""
+    """Number of values used."""
     n_clusters: int
-    """How many independent units they fall into."""
+    """Number of independent units that the values fall into."""
     p: float | None = None
     """Two-sided p of "no difference", where it was tested."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A curve `y = a + b * f(x)` by least squares."""
+    """A curve `y = a + b * f(x)` fitted by least squares."""
 
     form: str
     """`a + b/n` or `a + b log n`."""
     a: float
     b: float
     r2: float
-    """Share of the variance of y; nan where y does not vary."""
+    """Explained share of the variance of y; nan where y does not vary."""
     aicc: float
-    """Akaike's criterion with its small-sample term; the lower of two forms describes y better."""
+    """Akaike's criterion with its small-sample term. The form with the lower value describes y better."""
 
 
 # ---------------------------------------------------------------- rounding
 
 
 def difference(left: float, right: float) -> float:
-    """Return left - right, 0 where the two numbers are equal up to rounding."""
+    """Return left - right, or 0 if the two numbers are equal up to rounding."""
     return 0.0 if np.isclose(left, right, rtol=ROUNDING, atol=0) else left - right
 
 
 def centred(values: Floats) -> Floats:
-    """Return deviations from the mean, 0 where rounding alone makes them."""
+    """Return deviations from the mean; set a deviation to 0 if it is within rounding error."""
     deviations = values - (values.mean() if len(values) else 0)
     unit = ROUNDING * np.abs(values).max(initial=0.0)
     return np.where(np.abs(deviations) <= unit, 0.0, deviations)
 
 
 def order_of(values: ArrayLike) -> NDArray[np.intp]:
-    """Return each value's place among the distinct ones, from 0; values equal up to rounding share one."""
+    """Return each value's rank among the distinct values, from 0; values equal up to rounding share a rank."""
     numbers = np.asarray(values, dtype=np.float64)
     order = np.argsort(numbers, kind="stable")
     unit = ROUNDING * np.abs(numbers).max(initial=0.0)
-    places = np.zeros(len(numbers), dtype=np.intp)
-    places[order[1:]] = np.cumsum(np.diff(numbers[order]) > unit)
-    return places
+    ranks = np.zeros(len(numbers), dtype=np.intp)
+    ranks[order[1:]] = np.cumsum(np.diff(numbers[order]) > unit)
+    return ranks
 
 
 def n_distinct(values: ArrayLike) -> int:
-    """Return how many different numbers there are; numbers equal up to rounding count once."""
+    """Return the number of distinct values; values equal up to rounding count once."""
     return int(order_of(values).max(initial=-1)) + 1
 
 
@@ -121,32 +121,33 @@ def bootstrap_sums(
     level: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
-    """A number that follows from sums over clusters, with the interval from resampling clusters.
+    """Compute a number from sums over clusters, with an interval from resampling the clusters.
 
     `bca` corrects the percentiles for the bias of the draws and for a spread that changes with the
-    number (acceleration, from leaving out one cluster at a time). Both methods widen the level for
-    the number of clusters, see `_z`.
+    number (acceleration, from leaving out one cluster at a time). Both methods widen the level to
+    correct for the number of clusters, see `_z`.
 
     Args:
-        sums: one row a cluster, [cluster part].
-        value: from sums [draw part] to the number [draw]; nan where it is not defined.
-        n: how many values went in.
-        n_draws: resamples.
-        seed: of the resampling.
-        level: of the interval.
+        sums: one row per cluster, [cluster part].
+        value: function from sums [draw part] to the number [draw]; nan where it is not defined.
+        n: number of values that the sums contain.
+        n_draws: number of resamples.
+        seed: seed of the resampling.
+        level: level of the interval.
         method: `bca` or `percentile`.
 
     Returns:
-        The number from all clusters, 0 where it is within its rounding of 0 (see `_rounding`). No
-        ends below `MIN_CLUSTERS` clusters, where more than `MAX_UNDEFINED` of the resamples leave
-        the number undefined, or where BCa has none: with all draws on one side of the number, or a
-        number that hangs on one cluster. Where all draws are equal up to rounding, both ends are
-        the number: the sample tells no more (a share of 0 in n clusters may still be 3/n).
+        The number from all clusters; it is 0 if it is within its rounding error of 0 (see `_rounding`).
+        There are no bounds if there are fewer than `MIN_CLUSTERS` clusters, if more than
+        `MAX_UNDEFINED` of the resamples leave the number undefined, or if BCa is not defined: all
+        draws lie on one side of the number, or the number depends on one cluster. If all draws are
+        equal up to rounding, both bounds equal the number, although the true value may differ: a
+        share of 0 in n clusters may still be 3/n.
 
     Raises:
         ValueError: if `sums` is not a table.
 
-    Source: Efron 1987; Efron and Tibshirani 1993, section 14.3; science.md section 5.
+    Source: Efron 1987; Efron and Tibshirani 1993, section 14.3; protocol.md section 5.
     """
     per_cluster = _table(sums)
     n_clusters = len(per_cluster)
@@ -172,29 +173,29 @@ def cluster_bootstrap(
     level: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
-    """One number for many tokens, with an interval from resampling whole clusters.
+    """Summarise many tokens by one statistic, with an interval from resampling whole clusters.
 
     Tokens of a document depend on each other, so documents are drawn, not tokens. Quantiles have a
-    percentile interval whatever the `method`: BCa's acceleration comes from the jackknife, which is
-    not consistent for them (Efron and Tibshirani 1993, chapter 11, "Failure of the jackknife").
+    percentile interval for either `method`: BCa's acceleration comes from the jackknife, which is
+    not consistent for quantiles (Efron and Tibshirani 1993, chapter 11, "Failure of the jackknife").
 
     Args:
-        values: one number a token; nan means "has none" and is left out.
-        clusters: which document or string each value belongs to (integers are fastest).
+        values: one number per token; nan means that the token has no value, and is left out.
+        clusters: the document or string of each value (integers are fastest).
         statistic: `mean`, `median`, `q05` (any two digits), `sd` (population), `share above 0.5`.
-        n_draws: resamples.
-        seed: of the resampling.
-        level: of the interval.
+        n_draws: number of resamples.
+        seed: seed of the resampling.
+        level: level of the interval.
         method: `bca` or `percentile`.
 
     Returns:
-        The statistic of all values (nan where there are none), without ends below `MIN_CLUSTERS`
-        clusters and in the cases of `bootstrap_sums`.
+        The statistic of all values (nan if there are none). There are no bounds with fewer than
+        `MIN_CLUSTERS` clusters, and in the cases that `bootstrap_sums` lists.
 
     Raises:
         ValueError: if the statistic is unknown, or the lengths differ.
 
-    Source: science.md section 5.
+    Source: protocol.md section 5.
     """
     numbers = np.asarray(values, dtype=np.float64)
     names = np.asarray(clusters)
@@ -224,13 +225,14 @@ def document_bootstrap(
     level: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
-    """`cluster_bootstrap` of a mean, from each document's sum and token count.
+    """Compute a mean as `cluster_bootstrap` does, but from each document's sum and token count.
 
     For a paired difference of trained models, `sums` are differences of loss sums (averaged over
-    seeds where there are several): the interval is for these models on new documents.
+    seeds if there are several). The interval is then for these models on new documents.
 
     Returns:
-        sum(sums) / sum(counts), `n` tokens, without ends below `MIN_CLUSTERS` documents.
+        sum(sums) / sum(counts), with `n` tokens. There are no bounds with fewer than `MIN_CLUSTERS`
+        documents.
     """
     per_document = np.stack([np.asarray(sums, np.float64), np.asarray(counts, np.float64)], axis=1)
     n_tokens = int(per_document[:, 1].sum())
@@ -238,11 +240,11 @@ def document_bootstrap(
 
 
 def _rounding(value: Callable[[Floats], Floats], per_cluster: Floats) -> float:
-    """Return how far a number may be off because the sums that it follows from are rounded.
+    """Return a number's rounding error, which comes from the rounding of the sums it is computed from.
 
-    Every sum is moved, up or down, by ROUNDING of what was added up; the farthest that the number
-    moves is its rounding. So a difference of two large numbers has the rounding of these, and a
-    small number that follows from small sums has a small one.
+    Each sum is moved up or down by ROUNDING times the sum of its terms' absolute values. The rounding
+    error is the largest resulting change of the number. So a difference of two large numbers has the
+    rounding error of large numbers, and a small number from small sums has a small rounding error.
     """
     moves = np.random.default_rng(0).choice(
         [-ROUNDING, ROUNDING], (N_ROUNDINGS, per_cluster.shape[1])
@@ -260,10 +262,10 @@ def _ends(
     acceleration: float | None = None,
     rounding: float = 0.0,
 ) -> tuple[float | None, float | None]:
-    """Ends of the interval of `draws[0]` from the other draws; percentile without an acceleration.
+    """Return the interval's bounds for `draws[0]` from the other draws; percentile if no acceleration is given.
 
-    Draws that equal the number (up to rounding) count half as below it, half as above, so that
-    numbers with few values have a bias correction too.
+    Draws that equal the number (up to rounding) count half as below it and half as above it, so that
+    numbers with few distinct values have a bias correction too.
     """
     number, drawn = draws[0], draws[1:][np.isfinite(draws[1:])]
     if not np.isfinite(number) or len(drawn) == 0:
@@ -288,11 +290,11 @@ def _ends(
 
 
 def _z(level: float, n_units: int) -> Floats:
-    """Normal quantiles of the two ends, widened for how few units are resampled.
+    """Return the normal quantiles of the two bounds, widened because few units are resampled.
 
-    Resamples of n units have (n - 1) / n of the unbiased variance, and normal ends leave out that
-    the variance is itself estimated. Without this, 95% intervals cover 92% with 20 clusters and 90%
-    with 8 seeds.
+    Resamples of n units have (n - 1) / n of the unbiased variance, and normal quantiles ignore that
+    the variance is itself estimated. Without the widening, 95% intervals cover 92% with 20 clusters
+    and 90% with 8 seeds.
 
     Source: Hesterberg 2015, "What teachers should know about the bootstrap", expanded percentiles.
     """
@@ -301,10 +303,11 @@ def _z(level: float, n_units: int) -> Floats:
 
 
 def _acceleration(*left_out: Floats) -> float:
-    """Skewness of the number's influences / 6, from its values with each unit left out.
+    """Return the acceleration: one sixth of the skewness of the units' influences on the number.
 
     Args:
-        left_out: an array for each kind of unit that is resampled, such as seeds and documents.
+        left_out: the number's values with each unit left out; one array for each kind of unit that is
+            resampled, such as seeds and documents.
 
     Source: Efron and Tibshirani 1993, equations 14.15 and, for several kinds, 15.36.
     """
@@ -319,22 +322,24 @@ def _acceleration(*left_out: Floats) -> float:
 def _table(sums: ArrayLike) -> Floats:
     per_cluster = np.asarray(sums, dtype=np.float64)
     if per_cluster.ndim != 2:
-        raise ValueError(f"sums {per_cluster.shape}: wants one row a cluster, [cluster part]")
+        raise ValueError(
+            f"sums has shape {per_cluster.shape}; it must have one row per cluster, [cluster part]"
+        )
     return per_cluster
 
 
 def _without_each(per_unit: Floats) -> Floats:
-    """Sums over all units but one, for each unit, [unit ...]."""
+    """Return, for each unit, the sums over all other units, [unit ...]."""
     left: Floats = per_unit.sum(axis=0) - per_unit
     return left
 
 
 @lru_cache(maxsize=4)
 def _weights(n_clusters: int, n_draws: int, seed: int) -> Floats:
-    """How often each cluster is drawn, [draw cluster]; a probe asks for the same one many times.
+    """Return how often each cluster is drawn, [draw cluster]; cached, because probes reuse the same draws.
 
-    The first row counts each cluster once, which is the estimate itself; below `MIN_CLUSTERS`
-    there is no other.
+    The first row counts each cluster once and gives the estimate itself. With fewer than
+    `MIN_CLUSTERS` clusters it is the only row.
     """
     weights = np.ones((1, n_clusters))
     if n_clusters >= MIN_CLUSTERS:
@@ -346,7 +351,7 @@ def _weights(n_clusters: int, n_draws: int, seed: int) -> Floats:
 
 
 def _quantile_named(statistic: str) -> float | None:
-    """0.05 for `q05`; None for what is not a quantile."""
+    """Return the quantile that a statistic names, such as 0.05 for `q05`; None for other statistics."""
     if statistic == "median":
         return 0.5
     if len(statistic) == 3 and statistic[0] == "q" and statistic[1:].isdigit():
@@ -357,18 +362,19 @@ def _quantile_named(statistic: str) -> float | None:
 def _sums(
     values: Floats, owner: NDArray[np.intp], n_clusters: int, statistic: str
 ) -> tuple[Floats, Callable[[Floats], Floats]]:
-    """Sums over each cluster [cluster part], and how the statistic follows from them."""
+    """Return the sums over each cluster [cluster part], and the function from them to the statistic."""
     value = _quotient
     if statistic == "mean":
         parts = [values]
     elif statistic == "sd":
-        deviations = centred(values)  # small moments differ accurately
+        # Centred first: the difference of two large moments would lose digits.
+        deviations = centred(values)
         parts, value = [deviations, deviations**2], _sd
     elif statistic.startswith("share above "):
         parts = [(values > float(statistic.removeprefix("share above "))).astype(np.float64)]
     else:
         raise ValueError(
-            f"no statistic called {statistic!r}: mean, median, q05, sd, share above 0.5"
+            f"no statistic called {statistic!r}; there are: mean, median, q05, sd, share above 0.5"
         )
     columns = [np.bincount(owner, part, n_clusters) for part in (*parts, np.ones(len(values)))]
     return np.stack(columns, axis=1), value
@@ -386,11 +392,12 @@ def _sd(sums: Floats) -> Floats:
 
 
 def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float) -> Floats:
-    """Quantiles (linear between ranks, as numpy's) of the values repeated as `weights` says.
+    """Return quantiles of the values, each repeated as often as `weights` draws its cluster, [draw].
 
-    Running counts over all sorted values would cost n_draws * n. Counts at the edges of 256 bins
-    are one small matrix product, and show which few bins hold the quantile in any draw; only
-    these are then counted value by value.
+    Quantiles are linear between ranks, as numpy's. Running counts over all sorted values would cost
+    n_draws * n operations. Counts at the edges of 256 bins are one small matrix product, which shows
+    the few bins that contain the quantile in any draw. Only the values of these bins are then counted
+    one by one.
     """
     order = np.argsort(values, kind="stable")
     ordered, owner = values[order], owner[order]
@@ -408,7 +415,7 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
     start, stop = int(edges[first]), int(edges[last + 1])
 
     result = np.empty(len(weights))
-    n_at_once = max(1, 4_000_000 // (stop - start))  # 32 MB a block
+    n_at_once = max(1, 4_000_000 // (stop - start))  # 32 MB per block
     for begin in range(0, len(weights), n_at_once):
         block = slice(begin, begin + n_at_once)
         running = np.cumsum(weights[block][:, owner[start:stop]], axis=1)  # [draw value]
@@ -424,28 +431,28 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
 
 
 def mean_p(sums: ArrayLike, counts: ArrayLike) -> Floats:
-    """Two-sided p of "the mean is 0" for many columns at once, such as neurons.
+    """Test whether the mean is 0 for many columns at once, such as neurons; return two-sided p.
 
-    Student's t of the mean over its jackknife error: clusters are left out one at a time.
+    The statistic is Student's t: the mean over its jackknife error, leaving out one cluster at a time.
 
     Args:
-        sums: of each column over each cluster's tokens, [cluster neuron].
-        counts: tokens, [cluster], or [cluster neuron] where columns have tokens of their own.
+        sums: sum of each column over each cluster's tokens, [cluster neuron].
+        counts: number of tokens, [cluster]; [cluster neuron] if the columns differ in their tokens.
 
     Returns:
-        One p a column, [neuron]: nan below `MIN_CLUSTERS` clusters, and for a column that is 0
-        everywhere. For a list, go on with `benjamini_hochberg`.
+        One p per column, [neuron]; nan with fewer than `MIN_CLUSTERS` clusters, and for a column that is
+        0 everywhere. Correct a list of them with `benjamini_hochberg`.
 
     Raises:
         ValueError: if the shapes do not fit.
 
-    Source: Miller 1974, "The jackknife: a review"; Efron and Tibshirani 1993, chapter 11; science.md
+    Source: Miller 1974, "The jackknife: a review"; Efron and Tibshirani 1993, chapter 11; protocol.md
     section 5.
     """
     totals, tokens = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
     if totals.ndim != 2 or tokens.shape not in (totals.shape, totals.shape[:1]):
         raise ValueError(
-            f"sums {totals.shape} and counts {tokens.shape}: wants [cluster neuron], [cluster]"
+            f"sums {totals.shape} and counts {tokens.shape}: the shapes must be [cluster neuron] and [cluster]"
         )
     tokens = tokens.reshape(len(totals), -1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -454,7 +461,7 @@ def mean_p(sums: ArrayLike, counts: ArrayLike) -> Floats:
 
 
 def _jackknife_p(number: Floats, left_out: Floats) -> Floats:
-    """p [...] of numbers [...], from their values with each cluster left out, [cluster ...]."""
+    """Return p [...] of numbers [...], from their values with each cluster left out, [cluster ...]."""
     n = len(left_out)
     if n < MIN_CLUSTERS:
         return np.full(number.shape, np.nan)
@@ -464,35 +471,35 @@ def _jackknife_p(number: Floats, left_out: Floats) -> Floats:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """p-values of one family of tests, adjusted by Holm's method.
+    """Adjust the p-values of one family of tests by Holm's method.
 
-    Calling those up to .05 gives at most 5% chance of any false finding, however they depend on each
-    other.
+    If every test with an adjusted p up to .05 is called a finding, the chance of any false finding is at
+    most 5%, however the tests depend on each other.
 
     Args:
-        p: by name of the test; nan is no test.
+        p: p-value by name of the test; nan where no test was made.
 
     Returns:
-        Adjusted p by name, nan where there was none.
+        Adjusted p by name; nan where no test was made.
 
-    Source: Holm 1979; science.md section 5.
+    Source: Holm 1979; protocol.md section 5.
     """
     return dict(zip(p, _adjusted(list(p.values()), "holm").tolist(), strict=True))
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """p-values of a long list, adjusted by Benjamini and Hochberg's method.
+    """Adjust a long list of p-values by Benjamini and Hochberg's method.
 
-    Of those called up to q, the expected share of false findings is at most q, for tests that are
-    independent or depend on each other positively.
+    If every test with an adjusted p up to q is called a finding, the expected share of false findings is
+    at most q, for tests that are independent or positively dependent.
 
     Args:
-        p: of any shape, such as [neuron]; nan is no test.
+        p: p-values of any shape, such as [neuron]; nan where no test was made.
 
     Returns:
-        Adjusted p of the same shape, nan where there was none.
+        Adjusted p of the same shape; nan where no test was made.
 
-    Source: Benjamini and Hochberg 1995; science.md section 5.
+    Source: Benjamini and Hochberg 1995; protocol.md section 5.
     """
     return _adjusted(p, "fdr_bh")
 
@@ -511,26 +518,26 @@ def _adjusted(p: ArrayLike, method: str) -> Floats:
 
 
 def paired_seeds(numbers: ArrayLike, level: float = 0.95) -> Interval:
-    """Mean of one number a seed, with Student's t interval for new seeds and a sign-flip p.
+    """Average one number per seed, with Student's t interval for new seeds and a sign-flip p.
 
     Args:
-        numbers: one a training seed, such as the difference of two variants' losses at that seed.
-        level: of the interval.
+        numbers: one number per training seed, such as the difference of two variants' losses.
+        level: level of the interval.
 
     Returns:
-        No ends with one seed. `p` is exact, over all 2^n patterns of signs, two-sided: it cannot
-        be below 2^(1-n), so 2 seeds never give less than .5 and 6 are needed for .05. None above
-        `MAX_SEEDS_TO_FLIP` seeds.
+        The mean, without bounds if there is one seed. `p` is exact and two-sided, over all 2^n patterns
+        of signs. It cannot be below 2^(1-n): 2 seeds never give less than .5, and .05 needs 6 seeds.
+        With more than `MAX_SEEDS_TO_FLIP` seeds p is None.
 
     Raises:
-        ValueError: with no seed.
+        ValueError: if there is no seed.
 
-    Source: science.md section 5.
+    Source: protocol.md section 5.
     """
     per_seed = np.asarray(numbers, dtype=np.float64)
     n = len(per_seed)
     if n == 0:
-        raise ValueError("paired_seeds: no seed; wants one number a seed")
+        raise ValueError("paired_seeds: no seed given; it needs one number per seed")
     value = float(per_seed.mean())
     low, high, p = None, None, None
     if n > 1:
@@ -546,27 +553,27 @@ def paired_seeds(numbers: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def seeds_and_documents(sums: ArrayLike, counts: ArrayLike, level: float = 0.95) -> Interval:
-    """Mean difference of two variants, for new seeds on new documents.
+    """Average the difference of two variants, with an interval for new seeds on new documents.
 
     SE^2 = var over seeds of the per-seed mean / n_seeds + jackknife variance over documents of the
-    mean over seeds; half width = t(n_seeds - 1) * SE. All seeds are measured on the same documents,
-    so what a document does to every seed is not in the first term and must be added. What it does
-    to one seed alone is in both: the interval errs on the wide side.
+    mean over seeds; half width = t(n_seeds - 1) * SE. All seeds are measured on the same documents.
+    So a document's effect on all seeds is missing from the first term and must be added. A
+    document's effect on one seed alone is in both terms: the interval errs on the wide side.
 
-    Student's t and not a bootstrap over seeds: 2 seeds have only three resamples, whose spread
-    is 0.7 of the standard error and whose ends can never lie outside the two seeds; t with one
-    degree of freedom (12.7) says how little two numbers tell.
+    The interval is Student's t and not a bootstrap over seeds. Two seeds have only three resamples,
+    whose spread is 0.7 of the standard error and which never lie outside the two seeds. Student's t
+    with one degree of freedom (12.7) shows how uncertain two numbers are.
 
     Args:
         sums: difference of loss sums, [seed document], nats.
-        counts: target tokens, [document], the same for every seed.
-        level: of the interval.
+        counts: number of target tokens, [document], the same for every seed.
+        level: level of the interval.
 
     Returns:
-        Mean over seeds of sum / tokens; `n` seeds, `n_clusters` documents; `p` from flipping the
-        signs of seeds. No ends with one seed or fewer than `MIN_CLUSTERS` documents.
+        The mean over seeds of sum / tokens; `n` seeds, `n_clusters` documents; `p` from flipping the
+        signs of seeds. There are no bounds with one seed or fewer than `MIN_CLUSTERS` documents.
 
-    Source: science.md section 5; the sum of the two variances is ours.
+    Source: protocol.md section 5; the sum of the two variances is ours.
     """
     per_seed, covariance = _per_seed([sums], counts)
     n_seeds, n_documents = per_seed.shape[1], len(np.asarray(counts))
@@ -579,22 +586,22 @@ def seeds_and_documents(sums: ArrayLike, counts: ArrayLike, level: float = 0.95)
 
 
 def fieller(num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike) -> Interval:
-    """Ratio of two mean differences over the same seeds and documents, by Fieller's theorem.
+    """Compute the ratio of two mean differences over the same seeds and documents, by Fieller's theorem.
 
-    The set of ratios R for which numerator - R * denominator is not separated from 0, with the
-    variances of `seeds_and_documents`. So it has two ends exactly where the denominator's own
-    interval does not hold 0.
+    The interval is the set of ratios R for which numerator - R * denominator is not separated from 0,
+    with the variances of `seeds_and_documents`. So the interval is bounded exactly if the
+    denominator's own interval does not contain 0.
 
     Args:
-        num_sums: differences of loss sums, [seed document], nats.
-        den_sums: the same for the denominator.
-        counts: target tokens, [document].
+        num_sums: differences of loss sums of the numerator, [seed document], nats.
+        den_sums: differences of loss sums of the denominator, [seed document], nats.
+        counts: number of target tokens, [document].
 
     Returns:
-        The ratio of the means over seeds. No ends with one seed, fewer than `MIN_CLUSTERS`
-        documents, or a denominator that is not separated from 0.
+        The ratio of the means over seeds. There are no bounds with one seed, with fewer than
+        `MIN_CLUSTERS` documents, or if the denominator is not separated from 0.
 
-    Source: Fieller 1954; science.md section 4.
+    Source: Fieller 1954; protocol.md section 4.
     """
     per_seed, covariance = _per_seed([num_sums, den_sums], counts)
     n_seeds, n_documents = per_seed.shape[1], len(np.asarray(counts))
@@ -604,7 +611,7 @@ def fieller(num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike) -> Inte
     if n_seeds < 2 or n_documents < MIN_CLUSTERS:
         return none
     t2 = float(student_t.ppf(0.975, n_seeds - 1)) ** 2
-    # Ends: roots of (num - R den)^2 = t^2 var(num - R den).
+    # The bounds are the roots of (num - R den)^2 = t^2 var(num - R den).
     square = den**2 - t2 * covariance[1, 1]
     half_linear = num * den - t2 * covariance[0, 1]
     constant = num**2 - t2 * covariance[0, 0]
@@ -623,29 +630,29 @@ def two_level_bootstrap_ratio(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Ratio of two mean differences, resampling seeds and documents; BCa interval.
+    """Compute the ratio of two mean differences, with a BCa interval from resampling seeds and documents.
 
-    One draw of documents serves all seeds of a resample, because they were measured on the same
-    documents: drawing them afresh for each seed would average away what the seeds share, and give
-    an interval that is too narrow.
+    One draw of documents serves all seeds of a resample, because the seeds were measured on the same
+    documents. A separate draw for each seed would average away the documents' effect that the seeds
+    share, and give an interval that is too narrow.
 
     The acceleration is that of several samples: seeds and documents are left out in turn. The level
-    is widened for the number of seeds, see `_z`; where documents and not seeds make the spread, and
-    seeds are few, the interval errs on the wide side, as Fieller's does.
+    is widened to correct for the number of seeds, see `_z`. If the spread comes from documents rather
+    than seeds, and there are few seeds, the interval errs on the wide side, as Fieller's does.
 
     Args:
-        num_sums: differences of loss sums, [seed document], nats.
-        den_sums: the same for the denominator.
-        counts: target tokens, [document].
-        n_draws: resamples.
-        seed: of the resampling.
-        level: of the interval.
+        num_sums: differences of loss sums of the numerator, [seed document], nats.
+        den_sums: differences of loss sums of the denominator, [seed document], nats.
+        counts: number of target tokens, [document].
+        n_draws: number of resamples.
+        seed: seed of the resampling.
+        level: level of the interval.
 
     Returns:
-        The ratio of the means over seeds. No ends below `MIN_SEEDS_TO_RESAMPLE` seeds or
-        `MIN_CLUSTERS` documents: use `fieller` there.
+        The ratio of the means over seeds. There are no bounds with fewer than `MIN_SEEDS_TO_RESAMPLE`
+        seeds or `MIN_CLUSTERS` documents; use `fieller` then.
 
-    Source: science.md section 4; Efron and Tibshirani 1993, sections 14.3 and 15.4.
+    Source: protocol.md section 4; Efron and Tibshirani 1993, sections 14.3 and 15.4.
     """
     pair = np.stack([np.asarray(num_sums, np.float64), np.asarray(den_sums, np.float64)])
     _, n_seeds, n_documents = pair.shape
@@ -656,7 +663,7 @@ def two_level_bootstrap_ratio(
     generator = np.random.default_rng(seed)
     seeds = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_draws)
     documents = _weights(n_documents, n_draws, seed + 1)[1:]
-    # Token counts are those of the documents in both means, and cancel.
+    # Both means have the same documents' token counts, which cancel.
     num_draws, den_draws = np.einsum("ds,qsd->qd", seeds, pair @ documents.T)
     by_seed, by_document = pair.sum(axis=2).T, pair.sum(axis=1).T  # [unit, num and den]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -668,18 +675,18 @@ def two_level_bootstrap_ratio(
 
 
 def equivalence(interval: Interval, margin: float, around: float = 0.0) -> Verdict:
-    """Two one-sided tests at 5% each, read off the 90% interval of a number.
+    """Judge a number by two one-sided tests at 5% each, read off its 90% interval.
 
     Args:
-        interval: at level .90, in the unit of `margin`.
-        margin: the difference that is too small to matter.
-        around: what the number is held against.
+        interval: interval at level .90, in the unit of `margin`.
+        margin: largest difference that does not matter.
+        around: reference value of the number.
 
     Returns:
         `equivalent` if the whole interval is closer to `around` than the margin; `different` if the
-        whole interval is farther; `inconclusive` else, also where there is no interval.
+        whole interval is farther away; otherwise, and without an interval, `inconclusive`.
 
-    Source: Schuirmann 1987; science.md section 4.
+    Source: Schuirmann 1987; protocol.md section 4.
     """
     if interval.low is None or interval.high is None:
         return "inconclusive"
@@ -692,12 +699,13 @@ def equivalence(interval: Interval, margin: float, around: float = 0.0) -> Verdi
 
 
 def _per_seed(sums: list[ArrayLike], counts: ArrayLike) -> tuple[Floats, Floats]:
-    """Means [quantity seed], and the covariance of their means over new seeds and documents."""
+    """Return means [quantity seed], and the covariance of their averages for new seeds and documents."""
     stacked = np.stack([np.asarray(each, dtype=np.float64) for each in sums])
     tokens = np.asarray(counts, dtype=np.float64)
     if stacked.ndim != 3 or stacked.shape[2:] != tokens.shape:
         raise ValueError(
-            f"sums {stacked.shape[1:]} and counts {tokens.shape}: wants [seed document], [document]"
+            f"sums {stacked.shape[1:]} and counts {tokens.shape}: the shapes must be [seed document] and"
+            " [document]"
         )
     n_seeds, n_documents = stacked.shape[1:]
     per_seed = stacked.sum(axis=2) / tokens.sum()
@@ -721,36 +729,36 @@ def _half_width(variance: float, n_seeds: int, level: float) -> float:
 
 
 def fit_aicc(x: ArrayLike, y: ArrayLike) -> dict[str, Fit]:
-    """Which describes a curve better: dilution, `a + b/n`, or growth, `a + b log n`?
+    """Fit dilution, `a + b/n`, and growth, `a + b log n`, to a curve; AICc shows which describes it better.
 
-    A mean over n positions of which one (BOS) differs is exactly `a + b/n`; the hackathon read the
-    same curve as a logarithm.
+    A mean over n positions of which one (BOS) differs is exactly `a + b/n`. The hackathon study took
+    such a curve for a logarithm.
 
     Args:
         x: n, above 0; points with nan in y are left out.
-        y: what was averaged.
+        y: the averages.
 
     Returns:
         Both fits, by `form`.
 
     Raises:
-        ValueError: with fewer than 5 points (AICc has no value) or an x that is not above 0.
+        ValueError: if there are fewer than 5 points (AICc has no value) or an x is not above 0.
 
-    Source: science.md sections 1.6 and 7 (P2).
+    Source: protocol.md sections 1.6 and 7 (P2).
     """
     places, heights = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     kept = ~np.isnan(heights)
     places, heights = places[kept], heights[kept]
     n = len(places)
     if n < 5 or places.min() <= 0:
-        raise ValueError(f"fit_aicc: {n} points; wants 5 or more, each at an x above 0")
+        raise ValueError(f"fit_aicc: {n} points; it needs 5 or more, each at an x above 0")
     fits = {}
     for form, shape in (("a + b/n", 1 / places), ("a + b log n", np.log(places))):
         design = np.stack([np.ones(n), shape], axis=1)
         (a, b), *_ = np.linalg.lstsq(design, heights, rcond=None)
         rss = float(((heights - design @ (a, b)) ** 2).sum())
         total = float(((heights - heights.mean()) ** 2).sum())
-        # A perfect fit leaves rounding, whose logarithm would say nothing.
+        # The residual of a perfect fit is rounding error; its logarithm would be arbitrary.
         floor = n * (1e-15 * max(float(np.abs(heights).max()), 1e-300)) ** 2
         k = 3  # a, b and the residual variance
         aicc = n * np.log(max(rss, floor, 1e-300) / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)

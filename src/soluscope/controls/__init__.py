@@ -1,10 +1,11 @@
-"""Models with hand-planted weights and a known answer. Each file here defines one, as `CONTROL`.
+"""Planted models: hand-set weights with a known answer. Each file here defines one control, as `CONTROL`.
 
-They are real HookedTransformers, in fp64, that go through the same `observe` as trained models; a
-probe is believed where it says yes on its positive controls and no on its negative ones. Each file
-derives its truth in its docstring, and tests hold that truth to brute force.
+A planted model is a real HookedTransformer in fp64 and goes through the same `observe` as a trained
+model. A probe is trusted if it finds the effect on its positive controls and no effect on its negative
+controls. Each file derives the truth of its model in its docstring, and tests check that truth against
+brute force.
 
-Source: science.md section 6.
+Source: protocol.md section 6.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Planted:
-    """A model and what it is to be read on."""
+    """A planted model and the token streams on which probes measure it."""
 
     model: HookedTransformer
     streams: dict[str, Stream]
-    """`natural`: rows sampled from the model itself, so that its loss is the least there can be;
-    `pairs`: a clean row and then its corruptions, for the probes that patch."""
+    """`natural`: rows sampled from the model itself, so that no model has a lower expected loss on them;
+    `pairs`: a clean row followed by its corruptions, for the probes that patch."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A model whose answer is known."""
+    """A planted model together with its known answer."""
 
     section: str
-    """`C1`: its name in science.md section 6."""
+    """Name in protocol.md section 6, such as `C1`."""
     truth: str
-    """What holds in it, in one sentence."""
+    """The fact that holds in the model, in one sentence."""
     build: Callable[[], Planted]
-    """Made anew from a fixed seed, the same each time, in at most a second or two."""
+    """Builder of the model and its streams. The seed is fixed, so every call returns the same; a call takes
+    at most a second or two."""

@@ -1,12 +1,12 @@
-"""What the planted models share: one layer, no attention, and weights that follow from a plan.
+"""Common shell of the planted models: one layer, no attention, and weights that follow from a plan.
 
-A control plans, for every token, its pre-activations and what its neurons do to the logits. W_O and
-W_pos are 0, so the next token depends on the current one alone: a model is a table with a row a token.
-Three blocks of the residual stream hold what a token is, what the MLP says of the next one, and an
-anchor that no logit reads. The anchor is so long that the MLP cannot move ln_final's scale, and a
-logit is then what the plan says, to (|O| / anchor)^2 = 1e-8 of itself.
+A control plans two things for every token: its pre-activations, and the effect of its neurons on the
+logits. W_O and W_pos are 0, so the next token depends on the current token alone: a model is a table with
+one row per token. The residual stream has three blocks: the identity of the token, the MLP's output
+about the next token, and an anchor that no logit reads. The anchor is so long that the MLP cannot change
+ln_final's scale. A logit therefore equals its planned value to a relative error of (|O| / anchor)^2 = 1e-8.
 
-Source: science.md section 6, "Common shell".
+Source: protocol.md section 6, "Common shell".
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ BOS_LOGIT = -30.0
 
 N_CORRUPTIONS = 5
 ANCHOR = 1e4
-"""Length of the anchor, in lengths of the longest that the MLP writes."""
+"""Length of the anchor, as a multiple of the longest output of the MLP."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A clean last word, what may stand in its place, and the two answers that tell them apart."""
+    """A clean last word, the words that may replace it, and the two answers that distinguish them."""
 
     clean: int
     corrupt: tuple[int, ...]
-    """N_CORRUPTIONS tokens."""
+    """N_CORRUPTIONS tokens, each of which may replace `clean`."""
     right: int
-    """The clean row's answer: the next token after `clean`."""
+    """Answer of the clean row: the next token after `clean`."""
     wrong: int
-    """The corrupt rows' answer."""
+    """Answer of the corrupt rows."""
 
 
 def assemble(
@@ -56,13 +56,16 @@ def assemble(
     W_U: Float[Tensor, "d_model d_vocab"],
     eps: float,
 ) -> HookedTransformer:
-    """A HookedTransformer with these weights, whose `hook_pre` at token t is `pre[t]`.
+    """Return a HookedTransformer with these weights, whose `hook_pre` at token t is `pre[t]`.
 
     Args:
-        W_E: linearly independent rows, also after their means are taken off. Of one mean and one
-            norm, so that ln2's scale is one constant.
-        pre: the plan; W_in is solved for it.
-        eps: the mid norm's. ln2 and ln_final have 1e-12.
+        W_E: embeddings. Rows must be linearly independent, also after their means are subtracted, and
+            must all have the same mean and the same norm, so that ln2's scale is one constant.
+        pre: planned pre-activations; W_in is solved for them.
+        W_out: output weights of the MLP.
+        b_out: output bias of the MLP.
+        W_U: unembedding.
+        eps: epsilon of the mid norm. ln2 and ln_final have 1e-12.
 
     Raises:
         ValueError: if no W_in gives `pre`.
@@ -87,7 +90,10 @@ def assemble(
         seen = block.ln2(W_E)
         W_in = torch.linalg.lstsq(seen, pre, driver="gels").solution
         if not torch.allclose(seen @ W_in, pre, atol=1e-10):
-            raise ValueError("no W_in gives these pre-activations: W_E's rows depend on each other")
+            raise ValueError(
+                "no W_in gives these pre-activations, since W_E's rows depend on each other: pass a W_E whose "
+                "rows are linearly independent after centring"
+            )
         block.mlp.W_in.copy_(W_in)
         block.mlp.W_out.copy_(W_out)
         block.mlp.b_out.copy_(b_out)
@@ -99,16 +105,16 @@ def assemble(
 def anchored(
     pre: Float[Tensor, "d_vocab d_mlp"], effect: Float[Tensor, "d_mlp d_vocab"], eps: float
 ) -> HookedTransformer:
-    """The model whose logits at token t are post(t) @ effect, and -30 for BOS.
+    """Return the model whose logits at token t are post(t) @ effect, and -30 for BOS.
 
-    Residual dimensions: the token's own, one a token; the logits, one a token; two for the anchor,
-    (R, -R) / sqrt 2, which leaves the mean alone. ln_final takes the mean off all logits alike, so
-    that no probability depends on it.
+    Residual dimensions: one per token for its identity; one per token for its logit; two for the anchor,
+    (R, -R) / sqrt 2, which does not change the mean. ln_final subtracts the mean from all logits alike, so
+    no probability depends on the mean.
 
     Args:
         pre: pre-activations of each token.
-        effect: what one unit of a neuron's hook_post adds to each logit. Rows of mean 0.
-        eps: the mid norm's.
+        effect: change of each logit per unit of a neuron's hook_post. Rows must have mean 0.
+        eps: epsilon of the mid norm.
     """
     d_vocab = len(pre)
     nothing = torch.zeros(d_vocab, d_vocab, dtype=pre.dtype)
@@ -124,16 +130,16 @@ def anchored(
 
 
 def post(pre: Float[Tensor, "token d_mlp"], eps: float) -> Float[Tensor, "token d_mlp"]:
-    """LayerNorm of SoLU, without gain and bias."""
+    """Return LayerNorm(SoLU(pre)), without gamma and beta."""
     mid = pre * pre.softmax(-1)
     return torch.nn.functional.layer_norm(mid, mid.shape[-1:], eps=eps)
 
 
 def pre_for(mid: Float[Tensor, "token d_mlp"]) -> Float[Tensor, "token d_mlp"]:
-    """The pre-activations of which SoLU makes `mid`.
+    """Return the pre-activations that SoLU maps to `mid`.
 
-    a_j = x_j e^{x_j} / Z gives x_j = W(a_j Z), with Lambert's W; sum_j e^{x_j} = Z then fixes Z.
-    exp(W(a_j Z)) / Z falls in Z for every a_j >= 0, from beyond all bounds to 0, so there is one Z.
+    a_j = x_j e^{x_j} / Z gives x_j = W(a_j Z), with Lambert's W; sum_j e^{x_j} = Z then determines Z.
+    exp(W(a_j Z)) / Z decreases in Z from infinity to 0 for every a_j >= 0, so exactly one Z solves this.
 
     Raises:
         ValueError: if an activation is below 0, where x is not unique.
@@ -141,12 +147,15 @@ def pre_for(mid: Float[Tensor, "token d_mlp"]) -> Float[Tensor, "token d_mlp"]:
     rows = []
     for a in mid.numpy():
         if a.min() < 0:
-            raise ValueError(f"an activation is {a.min():g}: only 0 or more has one pre-activation")
+            raise ValueError(
+                f"an activation is {a.min():g}, for which the pre-activation is not unique: pass activations "
+                "of 0 or more"
+            )
         with np.errstate(divide="ignore"):
             log_a = np.log(a)  # W(a Z) is wrightomega(log a + log Z), which never overflows
 
         def excess(log_z: float, log_a: Any = log_a) -> float:
-            """log(sum_j e^{x_j} / Z) at this Z."""
+            """Return log(sum_j e^{x_j} / Z) at this Z."""
             return float(logsumexp(wrightomega(log_a + log_z)) - log_z)
 
         low = high = np.log(len(a))  # all x are 0 or more, so Z is N or more
@@ -158,16 +167,16 @@ def pre_for(mid: Float[Tensor, "token d_mlp"]) -> Float[Tensor, "token d_mlp"]:
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Standard normal numbers, fp64."""
+    """Draw standard normal numbers of this shape, in fp64."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
 
 
 def random_effect(
     seed: int, like: Float[Tensor, "token d_mlp"], d_vocab: int, sd: float = 2.0
 ) -> Float[Tensor, "d_mlp d_vocab"]:
-    """A random readout of hook_post, whose logits have standard deviation `sd` at the rms norm of `like`.
+    """Draw a random readout of hook_post whose logits have standard deviation `sd` at the rms norm of `like`.
 
-    Rows have mean 0, and nothing is written on BOS's logit.
+    Rows have mean 0, and the column of BOS's logit is 0.
     """
     effect = normal(seed, like.shape[1], d_vocab - 1)
     effect *= sd / like.square().sum(-1).mean().sqrt()
@@ -176,14 +185,14 @@ def random_effect(
 
 
 def one_hot(n: int, d_mlp: int, first: int = 0) -> Float[Tensor, "n d_mlp"]:
-    """Token k on neuron `first` + k."""
+    """Return rows in which token k is on neuron `first` + k, modulo d_mlp."""
     return torch.eye(n, d_mlp, dtype=torch.float64).roll(first, dims=1)
 
 
 def codes(
     seed: int, n: int, size: int, d_mlp: int, block: slice = slice(None)
 ) -> Float[Tensor, "n d_mlp"]:
-    """Each token on its own random `size` neurons of the `block`; no two tokens on the same ones."""
+    """Draw rows in which each token is on `size` random neurons of `block`; no two tokens share all of them."""
     rng = np.random.default_rng(seed)
     neurons = np.arange(d_mlp)[block]
     drawn: dict[tuple[int, ...], None] = {}
@@ -196,7 +205,7 @@ def codes(
 
 
 def logits(model: HookedTransformer) -> Float[Tensor, "d_vocab d_vocab"]:
-    """Logits of the next token after each token."""
+    """Return the logits of the next token after each token."""
     with torch.no_grad():
         table: Tensor = model(torch.arange(model.cfg.d_vocab)[:, None])[:, 0]
     return table
@@ -205,10 +214,10 @@ def logits(model: HookedTransformer) -> Float[Tensor, "d_vocab d_vocab"]:
 def natural(
     model: HookedTransformer, vocab: Sequence[str], n_rows: int = 48, width: int = 33
 ) -> Stream:
-    """Rows drawn token by token from the model itself: no model has less loss on them, on average.
+    """Draw rows token by token from the model itself, so that no model has a lower expected loss on them.
 
-    A constant that is fitted to n such tokens costs about 1/(2 n) of loss on others although it changes
-    nothing: what a negative control is asked to show within .001 nats takes some thousand tokens.
+    A constant that is fitted to n such tokens raises the loss on other tokens by about 1 / (2 n) nats even
+    where the true effect is 0. A negative control with a bound of .001 nats thus needs some thousand tokens.
     """
     chances = logits(model).softmax(-1).numpy()
     chances[:, BOS] = 0.0
@@ -221,9 +230,10 @@ def natural(
 
 
 def pairs(selected: Iterable[Pair], vocab: Sequence[str]) -> Stream:
-    """Rows BOS, two words, last word, answer; each pair is one string: clean, then its corruptions.
+    """Return rows of BOS, two words, the last word and the answer.
 
-    The logit difference of a pair is logit[right] - logit[wrong] at a row's last position but one.
+    Each pair is one string: its clean row, then its corruptions. The logit difference of a pair is
+    logit[right] - logit[wrong] at the second-to-last position of a row.
     """
     rows, strings = [], []
     rng = np.random.default_rng(1)
@@ -236,18 +246,21 @@ def pairs(selected: Iterable[Pair], vocab: Sequence[str]) -> Stream:
 
 
 def answers(model: HookedTransformer) -> list[tuple[int, int]]:
-    """The likeliest and the unlikeliest next token after each token but BOS."""
+    """Return the most likely and the least likely next token after each token except BOS."""
     table = logits(model)[1:, 1:]
     likeliest, unlikeliest = (1 + table.argmax(-1)).tolist(), (1 + table.argmin(-1)).tolist()
     return list(zip(likeliest, unlikeliest, strict=True))
 
 
 def contrasts(model: HookedTransformer, clean: Iterable[int], corrupt: Sequence[int]) -> list[Pair]:
-    """For each clean token its likeliest and unlikeliest answer, and the tokens that reverse them most.
+    """Return a pair for each clean token: its most and least likely answer, and the best corruptions.
+
+    The corruptions are the N_CORRUPTIONS tokens after which logit[right] - logit[wrong] is lowest.
 
     Args:
-        clean: a pair each.
-        corrupt: what may stand in a clean token's place; it need not exclude that token.
+        model: a planted model.
+        clean: clean tokens, one per pair.
+        corrupt: tokens that may replace a clean token; the clean token itself need not be excluded.
     """
     table, best = logits(model), answers(model)
     result = []

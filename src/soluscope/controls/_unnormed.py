@@ -1,8 +1,9 @@
-"""Planted models without a mid norm and with any nonlinearity: what SoLU's controls cannot be.
+"""Planted models with any nonlinearity and no mid norm, for truths that a SoLU model cannot have.
 
-As in `_shell.py` a model is a table with a row a token, held in place by an anchor. A token's embedding is
-+1 and -1 on two dimensions of its own, so that embeddings are exactly orthogonal, ln2 takes no mean off,
-and where the residual stream turns from token j to token k the pre-activations are exactly
+As in `_shell.py`, a model is a table with one row per token, and an anchor keeps ln_final's scale
+constant. Each token has two dimensions to itself, on which its embedding is +1 and -1. Embeddings are
+therefore exactly orthogonal and have mean 0, so ln2's centring changes nothing. Where the residual stream
+turns by theta from token j to token k, the pre-activations are exactly
 b + cos(theta) (x_j - b) + sin(theta) (x_k - b).
 """
 
@@ -24,13 +25,13 @@ def unnormed(
     nonlinearity: Callable[[Tensor], Tensor],
     b_in: float = 0.0,
 ) -> HookedTransformer:
-    """The model whose logits at token t are nonlinearity(pre[t]) @ effect, and -30 for BOS.
+    """Return the model whose logits at token t are nonlinearity(pre[t]) @ effect, and -30 for BOS.
 
     Args:
         pre: pre-activations of each token, `b_in` included.
-        effect: what one unit of a neuron adds to each logit. Rows of mean 0.
-        nonlinearity: elementwise.
-        b_in: of every neuron.
+        effect: change of each logit per unit of a neuron. Rows must have mean 0.
+        nonlinearity: an elementwise function.
+        b_in: input bias, the same for every neuron.
     """
     d_vocab, d_mlp = pre.shape
     d_model = 3 * d_vocab + 2
@@ -66,9 +67,10 @@ def unnormed(
 
 
 def next_in_line(n: int, logit: float) -> Float[Tensor, "n n+1"]:
-    """Readout under which neuron k speaks for token k + 2, the last one's for token 1; nothing for BOS.
+    """Return the readout in which neuron k raises the logit of token k + 2, and the last neuron that of token 1.
 
-    Rows are `logit` (e - 1/n): of mean 0, squared norm logit^2 (1 - 1/n), and inner product -logit^2 / n.
+    Rows are `logit` (e - 1/n), with e one-hot: they have mean 0, squared norm logit^2 (1 - 1/n) and pairwise
+    inner product -logit^2 / n. The column of BOS is 0.
     """
     rows = logit * (torch.eye(n, dtype=torch.float64).roll(1, dims=1) - 1 / n)
     return torch.nn.functional.pad(rows, (1, 0))

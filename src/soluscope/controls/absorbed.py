@@ -1,13 +1,14 @@
-"""C5: a gain that varies and reaches nothing. The MLP writes along the anchor alone.
+"""C5: the gain varies and has no effect. The MLP writes along the anchor alone.
 
-Pre-activations, hence gains, are those of `smear_shared`: .479039 after A tokens and 38.865 after B
-tokens, sd(log g) = 2.2. W_out has rank one and points along the anchor, b_out, which no logit reads;
-the logits come from the embeddings, by a random table. The MLP can only change the anchor's length R, at
-most by 1e-6 of it whatever it makes of its neurons: |n| is sqrt(32) at every token, and R is 1e6 sqrt(32)
-|w| for the row w of strengths. ln_final divides by that length, and the logits are of standard deviation
-2, so no edit before or after the norm changes a loss by 1e-5 nats, and 81 times the gain not by 1e-3.
+Pre-activations, and hence gains, are those of `smear_shared`: .479039 after A tokens and 38.865 after B
+tokens, sd(log g) = 2.2. W_out has rank one and points along the anchor, b_out, which no logit reads.
+The logits come from the embeddings through a random table. The MLP can only change the length R of the
+anchor, and by a share of at most 1e-6 whatever its neurons do: |n| is sqrt(32) at every token, and R is
+1e6 sqrt(32) |w| for the row w of strengths. ln_final divides by that length, and the logits have standard
+deviation 2. So no edit before or after the norm changes a loss by 1e-5 nats, and even a gain 81 times as
+high changes it by less than 1e-3 nats.
 
-Source: science.md section 6, C5.
+Source: protocol.md section 6, C5.
 """
 
 from __future__ import annotations
@@ -36,6 +37,6 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C5",
-    truth="The gain varies as in smear_shared, and nothing that the MLP writes reaches a logit.",
+    truth="The gain varies as in smear_shared, and no logit reads the output of the MLP.",
     build=build,
 )

@@ -1,10 +1,10 @@
-"""C6: high gain AND content. Only noising the gain shows that it matters.
+"""C6: the answer needs a high gain AND content. Only noising the gain shows its effect.
 
 32 neurons, eps 1e-12. Clean tokens b_k have x = 1 on 8 of the first 16 neurons; corrupt tokens A_k have
-x = 12 on one of the last 16; 0 elsewhere. The gains are those of `smear_shared`, 38.865 and .479039.
-W_out is random on the first 16 neurons, with rows that add up to 0, and 0 on the last 16. So the
-projection of a corrupt token's a - m on W_out, where it is -m on all of the first 16, is 0; and with the
-anchor a logit difference is linear in g:
+x = 12 on one of the last 16; x is 0 elsewhere. The gains are those of `smear_shared`, 38.865 and .479039.
+W_out is random on the first 16 neurons, where its rows sum to 0, and 0 on the last 16. A corrupt token's
+a - m is -m on all of the first 16 neurons, so W_out maps it to 0. Because of the anchor a logit
+difference is linear in g:
 
     d(clean) = g_b (content of b)      d(corrupt) = 0
 
@@ -13,7 +13,7 @@ anchor a logit difference is linear in g:
 
 The interaction of gain and direction, d(g_b, b) - d(g_A, b) - d(g_b, A) + d(g_A, A), is .98767 d(clean).
 
-Source: science.md section 6, C6.
+Source: protocol.md section 6, C6.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C6",
-    truth="The answer needs a high gain and content: the clean gain recovers nothing in the corrupt run, the "
-    "corrupt gain removes 98.8% in the clean run.",
+    truth="The answer needs both a high gain and content: the clean gain recovers nothing in the corrupt run, and "
+    "the corrupt gain removes 98.8% in the clean run.",
     build=build,
 )

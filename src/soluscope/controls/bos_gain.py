@@ -1,16 +1,16 @@
-"""C9: only BOS has another gain. The hackathon study's curves without any growth of the gain.
+"""C9: only BOS has a different gain. It reproduces the hackathon study's curves although no gain grows.
 
-The content tokens are those of `uniform`: permutations of one vector, so one gain to the last digit. BOS
-has x = 6 on one neuron and 0 on the others, hence s2 = a^2 31/32^2 with a = 6 e^6 / (e^6 + 31) = 5.5718,
-and a gain of 32 / (sqrt(31) 5.5718) = 1.03150, against 10.1374 for content. The mean gain of the first n
-tokens of a row, BOS included, is therefore
+The content tokens are those of `uniform`: permutations of one vector, so their gains are equal to the last
+digit. BOS has x = 6 on one neuron and 0 on the others, hence s2 = a^2 31/32^2 with
+a = 6 e^6 / (e^6 + 31) = 5.5718. Its gain is 32 / (sqrt(31) 5.5718) = 1.03150, against 10.1374 for content.
+The mean gain of the first n tokens of a row, BOS included, is therefore exactly
 
     g_content - (g_content - g_BOS) / n
 
-exactly: it grows with n, by BOS's share in the average alone. Without BOS it is flat, and the spread
-sd(log g) over content tokens is 0.
+This mean grows with n only because the weight of BOS in it shrinks. Without BOS the mean is flat, and the
+spread sd(log g) over content tokens is 0.
 
-Source: science.md section 6, C9, and section 1.6.
+Source: protocol.md section 6, C9, and section 1.6.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C9",
-    truth="BOS has a tenth of the gain that every other token has; the mean over a row, BOS included, grows "
-    "as 1/n and nothing else does.",
+    truth="BOS has a tenth of the gain of every other token; the mean gain of the first n tokens, BOS included, "
+    "grows only because BOS's share falls as 1/n.",
     build=build,
 )

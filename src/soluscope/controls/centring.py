@@ -1,24 +1,25 @@
-"""C8: centring re-orders small activations, and the gain is one constant.
+"""C8: centring reorders small activations, and the gain is one constant.
 
-32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). The first 16 carry the
-signal. A tokens have 1.2 on one of them and .3 +- .03 on the other 15; B tokens have .2 +- .03 on all 16
-(the +- is the token's code). The last 16 write nothing; one of them is taller than its equal fellows, and
-the two heights are solved so that every token has
+32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). The first 16 neurons carry
+the signal. A tokens have 1.2 on one of them and .3 +- .03 on the other 15; B tokens have .2 +- .03 on all
+16 (the +- is the token's code). The last 16 neurons write nothing: one of them has a higher activation, the
+other 15 have equal lower ones, and the two levels are solved for so that every token has
 
     variance .06, hence gain .06^(-1/2) = 4.0825 (to 1e-11); mean .4 at A tokens, .16 at B tokens
 
-On every signal neuron, then, all A tokens lie above all B tokens before the norm, and the sign of a small
-a - m gives the class away: from -.13 to -.07 at A tokens (the one at 1.2 apart), from .01 to .07 at B
-tokens. After the norm B tokens stand above A's weak ones: among the highest activations, as many as there
-are A tokens, the lower ones are A's before and B's after. The gain alone (g a) re-orders nothing, centring
-alone (a - m) all of it.
+On every signal neuron all A tokens thus lie above all B tokens before the norm, and the sign of a small
+a - m shows the class: it is between -.13 and -.07 at A tokens (except on the neuron at 1.2) and between
+.01 and .07 at B tokens. After the norm B tokens lie above the weak A activations. Count as many of a
+neuron's highest activations as there are A tokens: the lower ones among these belong to A tokens before
+the norm and to B tokens after it. The gain alone (g a) reorders nothing; centring alone (a - m) causes all
+of the reordering.
 
-The logits read each signal neuron at random, and the sum of the signal neurons, the class: 4.0825
-(1.2 + 15 .3 - 16 .4) = -2.86 at A tokens and 4.0825 16 (.2 - .16) = 2.61 at B tokens, but for the codes.
-After A, B tokens are likelier by 2.86 nats, after B, A tokens by 2.61. Without centring both sums are
-above 0.
+The logits read each signal neuron at random, and the sum of the signal neurons, which carries the class:
+4.0825 (1.2 + 15 .3 - 16 .4) = -2.86 at A tokens and 4.0825 16 (.2 - .16) = 2.61 at B tokens, up to the
+codes. After A, B tokens are more likely by 2.86 nats; after B, A tokens by 2.61. Without centring both
+sums are above 0.
 
-Source: science.md section 6, C8.
+Source: protocol.md section 6, C8.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ VOCAB = (
 
 
 def mid() -> Tensor:
-    """Activations of BOS (a B token), the A tokens and the B tokens."""
+    """Return the activations of BOS (a B token), the A tokens and the B tokens."""
     is_a = torch.tensor([text.startswith("A") for text in VOCAB])
     level = torch.where(is_a, WEAK_A, WEAK_B).double()[:, None]
     signal = level + CODE * _shell.normal(0, len(VOCAB), N_SIGNAL).sign()
     a_tokens = is_a.nonzero().squeeze(-1)
     signal[a_tokens, a_tokens % N_SIGNAL] = MAIN
     mean = torch.where(is_a, MEAN_A, MEAN_B).double()
-    # The others: 15 at u - v and one at u + 15 v, whose sum is 16 u and sum of squares 16 u^2 + 240 v^2.
+    # The last 16: 15 at u - v and one at u + 15 v. Their sum is 16 u, their sum of squares 16 u^2 + 240 v^2.
     n = N - N_SIGNAL
     u = (N * mean - signal.sum(-1)) / n
     squares = N * (VARIANCE + mean.square()) - signal.square().sum(-1)
@@ -65,7 +66,7 @@ def build() -> Planted:
     towards_a[1:] = torch.tensor([0.5 if text.startswith("A") else -0.5 for text in VOCAB[1:]])
     effect = torch.zeros(N, d_vocab, dtype=torch.float64)
     effect[:N_SIGNAL] = _shell.random_effect(1, signal, d_vocab, sd=1.0)
-    effect[:N_SIGNAL] -= effect[:N_SIGNAL].mean(0)  # so that the sum carries the class alone
+    effect[:N_SIGNAL] -= effect[:N_SIGNAL].mean(0)  # so that the sum carries only the class
     effect[:N_SIGNAL] += towards_a
     model = _shell.anchored(pre, effect, EPS)
     return Planted(model, {"natural": _shell.natural(model, VOCAB)})
@@ -74,6 +75,6 @@ def build() -> Planted:
 CONTROL = Control(
     section="C8",
     truth="The mean over neurons differs between two classes of tokens and the gain does not: centring alone "
-    "re-orders small activations, and the logits read their sign.",
+    "reorders small activations, and the logits read their sign.",
     build=build,
 )

@@ -1,19 +1,19 @@
-"""C13: lateral inhibition. A neuron that writes nothing turns all others down through softmax.
+"""C13: lateral inhibition. A neuron that writes nothing lowers all other activations through softmax.
 
-32 neurons, kappa = 1e6 (eps 976.56), so the norm is one constant and cannot undo what Z does. Token k.c
+32 neurons, kappa = 1e6 (eps 976.56), so the gain is one constant and cannot undo the effect of Z. Token k.c
 has one of 16 contents, x = 1 on 8 of the first 31 neurons, and a competitor, the last neuron, at x = 0, 3,
-4 or 5; 0 elsewhere. Then
+4 or 5; x is 0 elsewhere. Then
 
     Z = 8 e + 23 + e^x = 45.746, 64.832, 99.344, 193.159
 
-and the activations of the content are e / Z. The competitor's row of W_out is 0, and the other rows add up
-to 0, so that m drops out: a logit is gain (e / Z) times the sum of W_out over the content's neurons. The
-same content thus predicts the same ranking of next tokens, with logits of standard deviation 4 where the
-competitor is silent and 4 (45.746 / 193.159) = .95 where it is at 5: predictions are sharp or vague as Z says.
-With Z replaced by one number (a pointwise unit) they are equally sharp everywhere, which costs more than
-.1 nats; freezing the gain costs nothing.
+and the activations of the content are e / Z. The competitor's row of W_out is 0, and the other rows sum to
+0, so m drops out: a logit is the gain times (e / Z) times the sum of W_out over the content's neurons. The
+same content therefore predicts the same ranking of next tokens. The logits have standard deviation 4 where
+the competitor is silent and 4 (45.746 / 193.159) = .95 where it is at 5, so Z decides whether a prediction
+is sharp or vague. With Z replaced by one number (a pointwise unit) predictions are equally sharp everywhere,
+which costs more than .1 nats. Freezing the gain costs nothing.
 
-Source: science.md section 6, C13.
+Source: protocol.md section 6, C13.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C13",
-    truth="How sharp a prediction is depends on a silent competitor through softmax's denominator, and the gain "
-    "is one constant.",
+    truth="The sharpness of a prediction depends on a competitor that writes nothing, through softmax's "
+    "denominator, and the gain is one constant.",
     build=build,
 )

@@ -1,16 +1,16 @@
 """P16's negative control: a linear MLP, whose output turns as smoothly as the residual stream does.
 
-The 16 neurons and the readout of `relu_few` with no nonlinearity, no bias and no mid norm; token k has x = 1
-on neuron k. On the way from token j to token k
+The model has the 16 neurons and the readout of `relu_few`, but no nonlinearity, no bias and no mid norm.
+Token k has x = 1 on neuron k. On the way from token j to token k
 
     O = cos(theta) u_j + sin(theta) u_k     |dO / dtheta|^2 = |u|^2 (1 + sin(2 theta) / 15)
 
-since rows u of W_out have one length and cosine -1/15. From 0 to pi/2 the path has length
-|u| integral sqrt(1 + sin(2 theta) / 15) = 1.60370 |u|, its ends are |u| sqrt(32 / 15) apart, a ratio of
-1.09798; and no step is longer than sqrt(16 / 15) |u| pi / 256, .0079 of the length (1/128 = .0078 were all
-alike). A circle, which orthogonal rows would give, has 1.1107 and .0078.
+since the rows u of W_out have equal lengths and pairwise cosine -1/15. From 0 to pi/2 the path has length
+|u| integral sqrt(1 + sin(2 theta) / 15) = 1.60370 |u|, and its first and last point are |u| sqrt(32 / 15)
+apart, a ratio of 1.09798. No step is longer than sqrt(16 / 15) |u| pi / 256, which is .0079 of the length
+(equal steps would be 1/128 = .0078). Orthogonal rows would give a circle, with 1.1107 and .0078.
 
-Source: science.md section 7, P16, "C- linear MLP".
+Source: protocol.md section 7, P16.
 """
 
 from __future__ import annotations
@@ -29,6 +29,6 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="P16 C-",
-    truth="The MLP is linear: what it writes follows the residual stream's direction without a step.",
+    truth="The MLP is linear: its output follows the residual stream's direction without a step.",
     build=build,
 )

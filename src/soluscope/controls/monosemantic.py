@@ -1,14 +1,14 @@
-"""C10: a neuron for every class of tokens. What interpretability probes must find perfect.
+"""C10: one neuron for every class of tokens. Interpretability probes must give it a perfect score.
 
-32 neurons, eps 1e-12. 31 classes of 4 tokens: 13 that their characters tell (numbers, closing
-brackets, words in -ing, ...) and 18 syllables with 4 endings each. A token of class c has x = 6 on
-neuron c and 0 elsewhere, BOS on the last neuron. So hook_mid is 6 e^6 / (e^6 + 31) = 5.5718 on the
-class's neuron and 0 on the others, and hook_post is sqrt(31) = 5.5678 and -1 / sqrt(31) = -.1796. Each
-neuron fires for one class and for all of it, at one height, before and after the norm: specificity 1,
-and F1 1 of one rule a neuron. The gain is one number, 1.0315, and logits are a random readout, equal for
-the tokens of a class.
+32 neurons, eps 1e-12. There are 31 classes of 4 tokens: 13 classes that are defined by their characters
+(numbers, closing brackets, words in -ing, ...) and 18 syllables with 4 endings each. A token of class c has
+x = 6 on neuron c and 0 elsewhere; BOS has x = 6 on the last neuron. So hook_mid is
+6 e^6 / (e^6 + 31) = 5.5718 on the neuron of the class and 0 on the others, and hook_post is
+sqrt(31) = 5.5678 and -1 / sqrt(31) = -.1796. Each neuron fires for every token of one class and for no
+other token, at one level, before and after the norm: its specificity is 1, and one rule per neuron reaches
+F1 1. The gain is one number, 1.0315. The logits are a random readout, equal for the tokens of a class.
 
-Source: science.md section 6, C10.
+Source: protocol.md section 6, C10.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ CLASSES = (
 )
 VOCAB = (_shell.BOS_TEXT, *(token for members in CLASSES for token in members))
 CLASS_OF = (N - 1, *(c for c, members in enumerate(CLASSES) for _ in members))
-"""Class of each token of the vocabulary; BOS is one of its own."""
+"""Class of each token of the vocabulary; BOS is the only member of its class."""
 
 
 def planted(levels: Tensor) -> Planted:
-    """A model whose tokens of class c have the pre-activations `levels`[c]. [n_classes + 1, d_mlp]"""
+    """Return the model whose tokens of class c have the pre-activations `levels`[c]. [n_classes + 1, d_mlp]"""
     pre = levels[list(CLASS_OF)]
     model = _shell.anchored(pre, _shell.random_effect(1, _shell.post(pre, EPS), len(VOCAB)), EPS)
     return Planted(model, {"natural": _shell.natural(model, VOCAB, n_rows=192)})
@@ -56,6 +56,6 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C10",
-    truth="Each neuron fires for exactly one class of tokens, at one height, before and after the norm.",
+    truth="Each neuron fires for exactly one class of tokens, at one level, before and after the norm.",
     build=build,
 )

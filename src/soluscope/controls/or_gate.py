@@ -1,24 +1,25 @@
-"""C7: high gain OR a copy in the residual stream. Only denoising the gain shows that it can matter.
+"""C7: the answer needs a high gain OR a copy in the residual stream. Only denoising the gain shows its effect.
 
-8 features f, each with an answer token and a direction u_f of the residual stream that its logit reads.
-32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). Neuron f writes k u_f and
-neuron 8 + f, which never fires, -k u_f, so that the mean m cancels and the MLP writes
-k g a_f u_f; the last 16 neurons write nothing. With a = .004 on neuron f
+There are 8 features f. Each has an answer token and a direction u_f of the residual stream that the answer's
+logit reads. 32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). Neuron f writes
+k u_f, and neuron 8 + f, which never fires, writes -k u_f, so that the mean m cancels and the MLP writes
+k g a_f u_f. The last 16 neurons write nothing. With a = .004 on neuron f
 
-    clean tokens b    embedding 20 u_f + own, nothing else fires: g = 32 / (sqrt(31) .004) = 1436.84
-    corrupt tokens A  embedding 20 blank + own, one of the last 16 neurons at 4: g = 1.43689
+    clean tokens b    embedding 20 u_f + identity, nothing else fires: g = 32 / (sqrt(31) .004) = 1436.84
+    corrupt tokens A  embedding 20 blank + identity, one of the last 16 neurons at 4: g = 1.43689
 
-where no logit reads `blank`, which keeps all embeddings of one norm. k is such that the MLP writes 400 u_f
-at a clean token, and .4 u_f at a corrupt one. There is no anchor: ln_final divides by the residual
-stream's own length, so the logit saturates once u_f outgrows the rest. With 74 dimensions, and after
-centring, the answer's logit less any other answer's is 5 u / sqrt(sum of squares - sum^2 / 74):
+where no logit reads the direction `blank`, which gives all embeddings the same norm. k is chosen so that the
+MLP writes 400 u_f at a clean token and .4 u_f at a corrupt token. There is no anchor: ln_final divides by
+the length of the residual stream itself, so the logit saturates once u_f exceeds the rest. With 74
+dimensions, after centring, the answer's logit minus any other answer's is
+5 u / sqrt(sum of squares - sum^2 / 74):
 
-    clean run                          420 u_f + own                5 (1.00686)
-    clean run with the corrupt gain    20.4 u_f + own               5 (1.00629)    noising removes .06%
-    corrupt run                        .4 u_f + 20 blank + own      5 (.02013)
-    corrupt run with the clean gain    400 u_f + 20 blank + own     5 (1.00629)    denoising recovers 99.94%
+    clean run                          420 u_f + identity                5 (1.00686)
+    clean run with the corrupt gain    20.4 u_f + identity               5 (1.00629)   noising removes .06%
+    corrupt run                        .4 u_f + 20 blank + identity      5 (.02013)
+    corrupt run with the clean gain    400 u_f + 20 blank + identity     5 (1.00629)   denoising recovers 99.94%
 
-Source: science.md section 6, C7.
+Source: protocol.md section 6, C7.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from soluscope.controls import Control, Planted, _shell
 
 N, EPS = 32, 1e-12
 N_FEATURES, N_CLEAN, N_CORRUPT = 8, 3, 5
-"""Features, and the clean and corrupt tokens of each."""
+"""Number of features, and of clean and corrupt tokens per feature."""
 LOW, HIGH = 0.004, 4.0
-"""Activation of a feature's neuron, and of the neuron that lowers a corrupt token's gain."""
+"""Activations of the feature's neuron and of the neuron that lowers the gain of a corrupt token."""
 COPY, WRITTEN, TOP_LOGIT = 20.0, 400.0, 5.0
 VOCAB = (
     _shell.BOS_TEXT,
@@ -85,6 +86,6 @@ def build() -> Planted:
 CONTROL = Control(
     section="C7",
     truth="The answer needs a high gain or a copy of the word: the clean gain recovers 99.9% in the corrupt run, "
-    "the corrupt gain removes 0.1% in the clean run.",
+    "and the corrupt gain removes 0.1% in the clean run.",
     build=build,
 )

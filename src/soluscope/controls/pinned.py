@@ -1,17 +1,19 @@
-"""C3: pinned by epsilon. The codes of `smear_shared`, less extreme, in a norm that is one constant.
+"""C3: a gain that epsilon pins to one constant. The codes are those of `smear_shared`, less extreme.
 
 32 neurons, kappa = eps N^2 = 1e6, so eps = 976.56. Token A_k has x = 2 on neuron k, token B_k has x = 1
-on 8 of the same neurons, 0 elsewhere. SoLU gives 2 e^2 / (e^2 + 31) = .38496 and e / (8 e + 24) = .05942,
-so that s2 = .0044862 and .00066203 (k equal activations a among 32: a^2 (k/32)(1 - k/32)), and
+on 8 of the same neurons; x is 0 elsewhere. SoLU gives 2 e^2 / (e^2 + 31) = .38496 and
+e / (8 e + 24) = .05942, so that s2 = .0044862 and .00066203 (k equal activations a among 32 have
+s2 = a^2 (k/32)(1 - k/32)), and
 
     r = s2 / (s2 + eps) = 4.59e-6 and 6.78e-7
-    gain = .032 to 2.3e-6 of itself; sd(log g) < 1e-6
+    gain = .032 to a relative error of 2.3e-6; sd(log g) < 1e-6
 
-The readout is made for these gains: logits have standard deviation 3.1 after A tokens and 1.2 after B
-tokens. So small, distributed activations (B's) carry predictions through a large static gain (W_out has
-entries of about 250): static smuggling yes, smearing no. Freezing the gain changes no loss by 1e-4 nats.
+The readout is scaled for this gain: logits have standard deviation 3.1 after A tokens and 1.2 after B
+tokens. So small, distributed activations (those of B tokens) carry predictions through a large static
+readout (W_out has entries of about 250). This is static smuggling, not smearing. Freezing the gain changes
+no loss by 1e-4 nats.
 
-Source: science.md section 6, C3.
+Source: protocol.md section 6, C3.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C3",
-    truth="Epsilon is far above every variance, so the gain is one constant; distributed codes of small "
-    "activations are read through it all the same.",
+    truth="Epsilon is far above every variance, so the gain is one constant; the logits still read distributed "
+    "codes of small activations.",
     build=build,
 )

@@ -1,15 +1,15 @@
-"""C11: every neuron serves 4 unrelated classes of tokens. What interpretability probes must not rate.
+"""C11: every neuron serves 4 unrelated classes of tokens. Interpretability probes must not rate its neurons.
 
-The classes of `monosemantic`. A token of class c has x = 6 on the neurons c, c + 4, c + 10 and c + 23
-(modulo 31) and 0 elsewhere; BOS has x = 6 on the last neuron. The differences of 0, 4, 10 and 23 are
-distinct modulo 31, so two classes share one neuron at most, and each of the 31 neurons fires for exactly 4
-classes at one height: hook_mid is 6 e^6 / (4 e^6 + 28) = 1.4744, hook_post sqrt(28 / 4) = 2.6458, or
--sqrt(4 / 28) = -.3780 where it is silent. Where classes are equally frequent, one class has precision 1/4
-and recall 1 on a neuron: F1 .4.
+The classes are those of `monosemantic`. A token of class c has x = 6 on the neurons c, c + 4, c + 10 and
+c + 23 (modulo 31) and 0 elsewhere; BOS has x = 6 on the last neuron. The differences of 0, 4, 10 and 23 are
+distinct modulo 31, so two classes share at most one neuron, and each of the 31 neurons fires for exactly 4
+classes at one level. hook_mid is 6 e^6 / (4 e^6 + 28) = 1.4744 on a neuron that fires. hook_post is
+sqrt(28 / 4) = 2.6458 there, and -sqrt(4 / 28) = -.3780 on a silent neuron. Where classes are equally
+frequent, one class has precision 1/4 and recall 1 on a neuron: F1 .4.
 
 The gain is one number at all content tokens, 2.0508, and r = 1.
 
-Source: science.md section 6, C11.
+Source: protocol.md section 6, C11.
 """
 
 from __future__ import annotations

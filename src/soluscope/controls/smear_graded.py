@@ -1,9 +1,9 @@
-"""C1, graded: smearing as Elhage et al. saw it. The gain lifts other tokens over a neuron's weak ones.
+"""C1, graded: smearing as Elhage et al. saw it. The gain lifts B tokens above the weak activations of A tokens.
 
 In `smear_shared` every neuron has A's activation above B's above 0, before the norm and after it: its
-ranks never change, and a probe of ranks (P11) must find nothing there. Here A tokens are graded.
+ranks never change, and a probe of ranks (P11) must find nothing there. Here A tokens have two levels.
 
-32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). The first 16 carry the
+32 neurons, eps 1e-12; activations are planned after SoLU (`_shell.pre_for`). The first 16 neurons carry the
 signal: an A token has 4 on one of them and .6 on the other 15, a B token .06 on 8 of them; 0 elsewhere.
 The means are m_A = 13 / 32 = .40625 and m_B = .48 / 32 = .015, the gains, 1 / sqrt(mean a^2 - m^2),
 
@@ -16,10 +16,10 @@ The means are m_A = 13 / 32 = .40625 and m_B = .48 / 32 = .015, the gains, 1 / s
     g (a - m)             5.06        .27       1.73     -.58
 
 Before the norm every A token is above every B token: a weak activation still means A. The gain puts B
-between A's strong and A's weak activations; centring alone leaves the order as it was. The logits are
-a random readout of hook_post at the signal neurons.
+tokens between the strong and the weak activations of A tokens. Centring alone does not change the order.
+The logits are a random readout of hook_post at the signal neurons.
 
-Source: science.md section 7, P11 ("C+ C1, feature = A tokens"); Elhage et al. 2022, section 6.4.
+Source: protocol.md section 7, P11; Elhage et al. 2022, section 6.4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from soluscope.controls import Control, Planted, _shell
 N, N_SIGNAL, EPS = 32, 16, 1e-12
 STRONG, WEAK, ON = 4.0, 0.6, 0.06
 A_EACH, N_B = 2, 32
-"""A tokens that are strong on the same neuron, and B tokens."""
+"""Number of A tokens that are strong on the same neuron, and of B tokens."""
 VOCAB = (
     _shell.BOS_TEXT,
     *(f"A{k}" for k in range(A_EACH * N_SIGNAL)),
@@ -52,7 +52,7 @@ def build() -> Planted:
 
 CONTROL = Control(
     section="C1, graded",
-    truth="On every neuron that fires, the gain lifts B tokens over the weak activations of A tokens, and "
-    "centring does not.",
+    truth="On every neuron that fires, the gain lifts B tokens above the weak activations of A tokens; centring "
+    "does not.",
     build=build,
 )

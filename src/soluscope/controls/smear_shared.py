@@ -3,8 +3,8 @@
 32 neurons, eps 1e-12. Token A_k has x = 12 on neuron k and 0 elsewhere; token B_k has x = 1 on 8 of
 the same 32 neurons and 0 elsewhere. The logits are a random linear readout of hook_post.
 
-SoLU gives a_hi = 12 e^12 / (e^12 + 31) = 11.9977 on an A token's neuron, a_lo = e / (8 e + 24) = .05942
-on each of a B token's, and 0 elsewhere. k equal activations a among 32 have
+SoLU gives a_hi = 12 e^12 / (e^12 + 31) = 11.9977 on the neuron of an A token, a_lo = e / (8 e + 24) = .05942
+on each of the 8 neurons of a B token, and 0 elsewhere. k equal activations a among 32 have
 s2 = a^2 (k/32)(1 - k/32), so
 
     gain of A = 32 / (sqrt(31) a_hi) = .479039      gain of B = 4 / (sqrt(3) a_lo) = 38.865
@@ -13,15 +13,15 @@ s2 = a^2 (k/32)(1 - k/32), so
 
 The norm of post is sqrt(32) for both kinds, so both have logits of standard deviation 2.
 
-No static readout will do. What a constant gain feeds to W_out is linear in a, and the activations of
-B_k are (a_lo / a_hi) times the sum over its 8 neurons j of those of A_j. So in every model that is
-linear in a, with bias b, l(B_k) - b = .00495 sum_j (l(A_j) - b): logits of 2 at B need the A logits of
-its neurons to add up to 400, where 8 of them come to about 6. B's predictions collapse to the bias, or
-A's are ruined. The least mean KL divergence over tokens that any readout reaches at a constant gain is
-.4020 nats, where one distribution for all tokens has 1.5163: the problem is convex, and Newton's
+No static readout suffices. With a constant gain the input of W_out is linear in a, and the activations of
+B_k are (a_lo / a_hi) times the summed activations of those tokens A_j whose neurons j are B_k's 8. So in
+every model that is linear in a, with bias b, l(B_k) - b = .00495 sum_j (l(A_j) - b): logits of 2 at B_k
+require the logits of these A_j to sum to 400, but 8 such logits sum to about 6. Either B's predictions collapse
+to the bias, or A's are ruined. The least mean KL divergence over tokens that any readout reaches at a
+constant gain is .4020 nats; one distribution for all tokens has 1.5163. The problem is convex, and Newton's
 method and a feasible point of its dual agree to 1e-4.
 
-Source: science.md section 6, C1.
+Source: protocol.md section 6, C1.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ A, B = range(1, 1 + N_EACH), range(1 + N_EACH, 1 + 2 * N_EACH)
 
 
 def pre() -> Tensor:
-    """Pre-activations of BOS (a B code of its own), the A tokens and the B tokens."""
+    """Return the pre-activations of BOS (which has its own B code), the A tokens and the B tokens."""
     low = _shell.codes(0, 1 + N_EACH, 8, N)
     return torch.cat([low[:1], 12 * _shell.one_hot(N_EACH, N), low[1:]])
 
@@ -58,6 +58,6 @@ def build() -> Planted:
 CONTROL = Control(
     section="C1",
     truth="The gain of B tokens is 81 times that of A tokens, on the same neurons, and no readout without a "
-    "per-token gain predicts after both.",
+    "per-token gain predicts well after both.",
     build=build,
 )

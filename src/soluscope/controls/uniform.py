@@ -1,15 +1,15 @@
 """C4: a true LayerNorm whose gain never changes. All tokens permute one vector of activations.
 
-32 neurons, eps 1e-12. Every token, BOS too, has the same 32 pre-activations, evenly spaced from -1 to 3,
-on neurons in an order of its own. SoLU treats all neurons alike, so its outputs are permuted likewise,
-and neither Z nor the mean nor the variance depends on the token:
+32 neurons, eps 1e-12. Every token, BOS included, has the same 32 pre-activations, evenly spaced from -1 to 3,
+on the neurons in a different order. SoLU treats all neurons alike, so its outputs are permuted in the same
+way, and neither Z nor the mean nor the variance depends on the token:
 
     r = 1 to 1.1e-10; the gain is one number, 10.1374, and Z is one number.
 
-So freezing, swapping or patching the gain does nothing, exactly, although the norm divides by each
-token's own scale: r alone does not show smearing.
+So freezing, swapping or patching the gain has exactly no effect, although the norm divides by a per-token
+scale: r alone does not show smearing.
 
-Source: science.md section 6, C4.
+Source: protocol.md section 6, C4.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCAB = (
 
 
 def pre() -> Tensor:
-    """Pre-activations of each token."""
+    """Return the pre-activations of each token."""
     levels = np.tile(np.linspace(-1.0, 3.0, N), (len(VOCAB), 1))
     return torch.from_numpy(np.random.default_rng(0).permuted(levels, axis=1))
 

@@ -1,1 +1,1 @@
-"""Text to tokens: sources of documents, the tokenizer, and the cache that training reads."""
+"""From text to tokens: sources of documents, the tokenizer, and the cache that training reads."""

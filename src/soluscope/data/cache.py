@@ -1,16 +1,16 @@
-"""Token caches: a corpus, split, tokenised and packed once, that training reads as arrays.
+"""Token caches: a corpus that is split, tokenised and packed once; training reads it as arrays.
 
 A cache is a folder:
 
-    meta.json              what determined it, d_vocab, BOS, EOS and PAD, and counts
+    meta.json              the settings that determine the cache, d_vocab, BOS, EOS and PAD, and counts
     tokenizer.json         for PreTrainedTokenizerFast and TransformerLens
     <split>.tokens         the split's documents one after another, EOS after each; uint16 or uint32
-    <split>.offsets.npy    int64 [n_documents + 1]: where in it each document begins, and its end
-    <split>.names.jsonl    each document's name, a JSON string a line
+    <split>.offsets.npy    int64 [n_documents + 1]: the first token of each document, and the number of tokens
+    <split>.names.jsonl    the documents' names, one JSON string per line
 
-Reading needs numpy alone, so that a machine without datasets and tokenizers trains from a cache
-that was carried there. Making one streams: in memory are one batch of documents and, for each
-distinct document, its hash and its offset (about 100 bytes).
+Reading a cache needs only numpy, so a machine without datasets and tokenizers can train from a cache
+that was copied there. A cache is written as a stream: memory holds only one batch of documents and, for
+each distinct document, its hash and its offset (about 100 bytes).
 """
 
 from __future__ import annotations
@@ -46,21 +46,23 @@ Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
 
-_FORMAT = 2  # counts up when the same corpus and settings would give other files
+_FORMAT = 2  # increase it when the same corpus and settings would give different files
 _LARGEST_UINT16_VOCAB = 65_535
 _BATCH_BYTES = 1 << 20
-_MOST_NAMED = 20  # of what is skipped: a corpus of broken lines should fill no terminal
+_MOST_NAMED = (
+    20  # skipped documents named on stderr, so that many broken lines do not fill the terminal
+)
 
 
 def prepare(config: Config) -> TokenCache:
-    """The token cache that `config` describes, made first if it is not there.
+    """Return the token cache that `config` describes, and write it first if it does not exist.
 
-    With tokens.prepared, that cache as it is. Of several processes that start together one makes
-    the cache and the others wait for it.
+    With tokens.prepared, return that cache unchanged. If several processes start together, one process
+    writes the cache while the other processes wait.
 
     Raises:
-        UserError: if the corpus or a split of it is empty, the source or the tokenizer cannot be
-            read, the cache cannot be written, or what is there is not a whole cache.
+        UserError: if the corpus or a split is empty, the source or the tokenizer cannot be read, the
+            cache cannot be written, or the existing cache is incomplete.
     """
     if config.tokens.prepared is not None:
         return _check_prepared(open_cache(Path(config.tokens.prepared).expanduser()), config)
@@ -69,64 +71,67 @@ def prepare(config: Config) -> TokenCache:
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.with_name(f".{key}.lock"), "prepares the same tokens"):
+            with _lock(folder.with_name(f".{key}.lock"), "is preparing the same tokens"):
                 if not folder.exists():
                     _make(config, key, folder)
         except OSError as error:
             raise UserError(
                 f"cannot write the token cache {folder}: {error.strerror}; "
-                "free it or choose another tokens.cache_dir"
+                "free disk space or set tokens.cache_dir to another folder"
             ) from error
     return open_cache(folder)
 
 
 def share_with_study(cache: TokenCache, study_dir: Path) -> None:
-    """Leave the tokenizer and the facts of the data with the study: it has one of each.
+    """Copy the tokenizer and the facts about the data into the study's folder; all its runs share them.
 
     Raises:
-        UserError: if the study's runs are of other tokens.
+        UserError: if the study was trained on other tokens, its data.json is broken, or the folder cannot
+            be written.
     """
     saved, tokenizer = study_dir / "data.json", study_dir / "tokenizer.json"
     content = cache.tokenizer_path.read_bytes()
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(study_dir / ".data.lock", "shares its tokens with the study"):
+        with _lock(study_dir / ".data.lock", "is writing the study's tokenizer"):
             if not saved.is_file():
                 write_bytes(tokenizer, content)
                 facts = cache.meta | {"path": str(cache.path)}
                 write_text(saved, json.dumps(facts, indent=1) + "\n")
             there = json.loads(saved.read_text(encoding="utf8"))["key"]
             whole = tokenizer.is_file() and tokenizer.read_bytes() == content
-            if there == cache.meta["key"] and not whole:  # of a study that was copied half-way
+            if there == cache.meta["key"] and not whole:  # the study may be an incomplete copy
                 write_bytes(tokenizer, content)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{saved} is broken ({error}): delete {saved} to make it again") from error
+        raise UserError(
+            f"{saved} is broken ({error}): delete {saved}, and it will be written again"
+        ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write {study_dir}: {error.strerror}; choose another runs_dir"
+            f"cannot write {study_dir}: {error.strerror}; set runs_dir to another folder"
         ) from error
     if there != cache.meta["key"]:
         raise UserError(
-            f"{study_dir} was trained on other tokens (cache {there}, now {cache.meta['key']}): "
-            "runs of one study share their data; choose another study="
+            f"{study_dir} was trained on other tokens (cache {there}, now {cache.meta['key']}), but all "
+            "runs of a study must share their tokens: choose another study="
         )
 
 
 def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
-    """`cache`, if it is what the rest of the configuration says it is."""
+    """Return `cache`, or refuse it if it was made with other settings than the configuration's."""
     tokens, asked = config.tokens, cache.meta["asked"]
     here = _asked(config)
     for key, there in asked.items():
         if here[key] != there and not (key == "tokens.d_vocab" and tokens.tokenizer != "bpe"):
             raise UserError(
-                f"tokens.prepared={cache.path} was made with {key}={there}, and this configuration "
-                f"says {here[key]}: set {key}={there}"
+                f"tokens.prepared={cache.path} was made with {key}={there}, but this configuration "
+                f"has {key}={here[key]}: set {key}={there}"
             )
     return cache
 
 
 def _asked(config: Config) -> dict[str, Any]:
-    """What a configuration asks of its tokens, by key."""
+    """Return the settings of a configuration that determine its tokens, by key."""
     names = ("tokenizer", "d_vocab", "select_share", "report_share")
     tokens = {f"tokens.{name}": getattr(config.tokens, name) for name in names}
     corpus = {f"corpus.{key}": value for key, value in asdict(config.corpus).items()}
@@ -134,7 +139,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 
 def cache_key(config: Config) -> str:
-    """Hash of all that determines the cache: documents, splits, tokenizer and file format."""
+    """Return a hash of everything that determines the cache: documents, splits, tokenizer and file format."""
     source: Source = plugins.pick("soluscope.data.sources", config.data)
     tokens = config.tokens
     return digest(
@@ -150,10 +155,10 @@ def cache_key(config: Config) -> str:
 
 
 def split_of(text: str, select_share: float, report_share: float) -> Split:
-    """The split that a document with this text belongs to, whatever corpus it is in.
+    """Return the split of a document with this text; it does not depend on the corpus.
 
     Raises:
-        UnicodeEncodeError: if `text` holds a lone surrogate, which no tokenizer takes either.
+        UnicodeEncodeError: if `text` contains a lone surrogate, which no tokenizer accepts either.
     """
     return _split_of(_hash(text.encode("utf8")), select_share, report_share)
 
@@ -170,39 +175,40 @@ def _split_of(text_hash: bytes, select_share: float, report_share: float) -> Spl
 
 
 def open_cache(path: Path) -> TokenCache:
-    """The cache in the folder `path`, its files checked against its meta.json.
+    """Return the cache in the folder `path`, after checking its files against its meta.json.
 
     Raises:
-        UserError: if it is not a cache, of another format, or its files are missing or not the ones
-            that it was written with.
+        UserError: if the folder is not a cache, has another format, or has missing or changed files.
     """
     if not (path / "meta.json").is_file():
         raise UserError(
-            f"no token cache at {path}: wanted a folder with meta.json and tokens in it"
+            f"no token cache at {path}: give a folder that contains meta.json and tokens"
         )
     try:
         cache = TokenCache(path)
         if cache.meta["format"] != _FORMAT:
             raise UserError(
-                f"token cache {path} has format {cache.meta['format']}, wanted {_FORMAT}: make it "
-                "again with this version"
+                f"token cache {path} has format {cache.meta['format']}, but this version needs {_FORMAT}: "
+                "prepare the tokens again with this version"
             )
         problem = cache._problem()
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        raise UserError(f"token cache {path} is incomplete ({problem}): delete it to make it again")
+        raise UserError(
+            f"token cache {path} is incomplete ({problem}): delete it, and it will be prepared again"
+        )
     return cache
 
 
 class TokenCache:
-    """A corpus as tokens, in three splits that share no document."""
+    """A corpus as tokens, in three splits that have no document in common."""
 
     path: Path
     meta: dict[str, Any]
-    """format, key, asked (the configuration's keys), d_vocab, bos, eos, pad, dtype, tokenizer,
+    """format, key, asked (the settings of the configuration), d_vocab, bos, eos, pad, dtype, tokenizer,
     tokenizer_hash, source, corpus, shares, splits (n_documents, n_tokens and n_bytes of each),
-    dropped_duplicates, skipped (count, and why by name, for the first), versions."""
+    dropped_duplicates, skipped (their count, and the reasons by name for the first few), versions."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -213,7 +219,7 @@ class TokenCache:
         return self.path / "tokenizer.json"
 
     def rows(self, split: Split, ctx: int) -> Rows:
-        """The split as rows of `ctx` tokens.
+        """Return the split as rows of `ctx` tokens.
 
         Raises:
             UserError: if the split has too few tokens for one row.
@@ -222,43 +228,43 @@ class TokenCache:
         if n_tokens < ctx - 1:
             raise UserError(
                 f"model.ctx={ctx} is longer than the whole {split} split, which has {n_tokens} "
-                "tokens: lower model.ctx, or give more documents"
+                "tokens: lower model.ctx or give more documents"
             )
         return Rows(self, split, ctx)
 
     def stream(self, split: Split) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """All tokens of a split, on disk until they are read."""
-        # A plain array over the map: indexing np.memmap costs several times as much.
+        """Return all tokens of a split as an array that stays on disk until it is read."""
+        # A plain array over the map, because indexing np.memmap itself is several times slower.
         return np.asarray(np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r"))
 
     def offsets(self, split: Split) -> npt.NDArray[np.int64]:
-        """[n_documents + 1] places in the stream: where documents begin, and the last one ends."""
+        """Return the positions of the documents' first tokens and the number of tokens, [n_documents + 1]."""
         offsets: npt.NDArray[np.int64] = np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
         return offsets
 
     def _problem(self) -> str | None:
-        """What keeps the files from being those that meta.json describes."""
+        """Return the first difference between the files and meta.json, or None without a difference."""
         tokenizer_hash = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
         if tokenizer_hash != self.meta["tokenizer_hash"]:
-            return "tokenizer.json is not the one that made the tokens"
+            return "tokenizer.json is not the tokenizer that produced the tokens"
         for split in SPLITS:
             counts = self.meta["splits"][split]
             n_bytes = (self.path / f"{split}.tokens").stat().st_size
             wanted = counts["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
             if n_bytes != wanted:
-                return f"{split}.tokens has {n_bytes} bytes, not {wanted}"
+                return f"{split}.tokens has {n_bytes} bytes instead of {wanted}"
             offsets = self.offsets(split)
             if len(offsets) != counts["n_documents"] + 1 or offsets[-1] != counts["n_tokens"]:
-                return f"{split}.offsets.npy is of other documents"
+                return f"{split}.offsets.npy belongs to other documents"
             if not (self.path / f"{split}.names.jsonl").is_file():
-                return f"there is no {split}.names.jsonl"
+                return f"{split}.names.jsonl is missing"
         return None
 
 
 class Rows:
-    """A split packed into full rows: BOS, then ctx - 1 tokens of the stream, wherever they begin.
+    """A split packed into full rows: BOS, then ctx - 1 tokens of the stream, across document boundaries.
 
-    Row i covers stream[i * (ctx - 1) : (i + 1) * (ctx - 1)]; what is left at the end is in none.
+    Row i covers stream[i * (ctx - 1) : (i + 1) * (ctx - 1)]. The last tokens, too few for a row, are left out.
     """
 
     def __init__(self, cache: TokenCache, split: Split, ctx: int) -> None:
@@ -272,22 +278,22 @@ class Rows:
         return len(self._stream) // (self._ctx - 1)
 
     def __getitem__(self, indices: Indices) -> npt.NDArray[np.int64]:
-        """Tokens of the rows `indices`, int64 [row ctx].
+        """Return the tokens of the rows `indices`, int64 [row ctx].
 
         Raises:
-            IndexError: if there is no such row.
+            IndexError: if an index is outside the split.
         """
         rows = np.full((len(indices), self._ctx), self._bos, dtype=np.int64)
         rows[:, 1:] = self._stream[self._places(indices)]
         return rows
 
     def documents(self, indices: Indices) -> npt.NDArray[np.int64]:
-        """Which document of the split each token is of, int64 [row ctx]; -1 at BOS.
+        """Return the number of each token's document in the split, int64 [row ctx]; -1 at BOS.
 
-        A document's EOS belongs to it. The numbers are places in `document_names`.
+        A document's EOS belongs to the document. The numbers are indices into `document_names`.
 
         Raises:
-            IndexError: if there is no such row.
+            IndexError: if an index is outside the split.
         """
         documents = np.full((len(indices), self._ctx), -1, dtype=np.int64)
         documents[:, 1:] = np.searchsorted(self._ends, self._places(indices), side="right")
@@ -299,16 +305,18 @@ class Rows:
             return [json.loads(line) for line in file]
 
     def _places(self, indices: Indices) -> npt.NDArray[np.int64]:
-        """[row ctx-1] places in the stream."""
+        """Return positions in the stream, [row ctx-1]."""
         rows = np.asarray(indices, dtype=np.int64)
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} asked for, of {len(self)}")
+            raise IndexError(
+                f"rows {rows.min()} to {rows.max()} were requested, but there are {len(self)}"
+            )
         return rows[:, None] * (self._ctx - 1) + np.arange(self._ctx - 1)
 
 
 @dataclass(frozen=True)
 class _Placed:
-    """A document of the corpus and the split it belongs to."""
+    """A document of the corpus and its split."""
 
     split: Split
     name: str
@@ -317,9 +325,9 @@ class _Placed:
 
 
 class _Corpus:
-    """A source's documents with text, each distinct one once, with its split.
+    """The distinct documents of a source that have text, each with its split.
 
-    Both passes (learning the BPE, tokenising) read through this, so that they agree on the splits.
+    Both passes (learning the BPE, tokenising) use this class, so that they agree on the splits.
     """
 
     def __init__(self, config: Config) -> None:
@@ -330,7 +338,7 @@ class _Corpus:
         self.skipped: dict[str, str] = {}
 
     def documents(self, doing: str) -> Iterator[_Placed]:
-        """One pass; the counts are of the last one. `doing` is what the progress bar says."""
+        """Yield the documents in one pass, and reset the counts. `doing` is the progress bar's label."""
         self.n_duplicates = self.n_skipped = 0
         yield from _with_progress(self._documents(), doing)
 
@@ -343,10 +351,12 @@ class _Corpus:
             try:
                 encoded = document.text.encode("utf8")
             except UnicodeEncodeError:
-                self._skip(document.name, "holds a lone surrogate, which UTF-8 cannot")
+                self._skip(document.name, "contains a lone surrogate, which UTF-8 cannot encode")
                 continue
             text_hash = _hash(encoded)
-            identity = int.from_bytes(text_hash[:16])  # an int is the smallest that a set holds
+            identity = int.from_bytes(
+                text_hash[:16]
+            )  # an int needs less memory in a set than bytes
             if identity in seen:
                 self.n_duplicates += 1
                 continue
@@ -355,7 +365,7 @@ class _Corpus:
             yield _Placed(split, document.name, document.text, len(encoded))
 
     def _skip(self, what: str, why: str) -> None:
-        """Count, and in whichever pass comes first name what was skipped."""
+        """Count a skipped document, and print its name unless an earlier pass has done so."""
         self.n_skipped += 1
         if what not in self.skipped and len(self.skipped) < _MOST_NAMED:
             self.skipped[what] = why
@@ -363,7 +373,7 @@ class _Corpus:
 
 
 def _with_progress(documents: Iterator[_Placed], doing: str) -> Iterator[_Placed]:
-    """`documents`, counted on stderr where that is a terminal."""
+    """Yield `documents`, and count them on stderr if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield from documents
         return
@@ -383,13 +393,16 @@ def _with_progress(documents: Iterator[_Placed], doing: str) -> Iterator[_Placed
 
 
 def _make(config: Config, key: str, folder: Path) -> None:
-    """Write the cache beside `folder` and rename it there. The caller holds the lock.
+    """Write the cache beside `folder`, then rename it to `folder`. The caller holds the lock.
+
+    After an error, no files are left.
 
     Raises:
-        UserError: as `prepare`; OSError: if it cannot be written. Either way nothing is left.
+        UserError: for the reasons that `prepare` lists.
+        OSError: if the cache cannot be written.
     """
     partial = folder.with_name(f".{key}.partial")
-    # With the lock held, one that is there is of a process that was killed.
+    # While this process holds the lock, an existing partial folder was left by a process that was killed.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -420,7 +433,7 @@ def _write(config: Config, key: str, folder: Path) -> None:
                 n_bytes[document.split] += document.n_bytes
     _check_not_empty(config, corpus, {s: writer.n_documents for s, writer in writers.items()})
     if corpus.n_skipped > len(corpus.skipped):
-        warn(f"{corpus.n_skipped - len(corpus.skipped)} more", "as those named above")
+        warn(f"{corpus.n_skipped - len(corpus.skipped)} more", "reasons like those above")
     meta = {
         "format": _FORMAT,
         "key": key,
@@ -452,7 +465,7 @@ def _write(config: Config, key: str, folder: Path) -> None:
 
 
 def _texts_to_learn(corpus: _Corpus, tokens: TokensConfig) -> Iterator[str]:
-    """The train split up to tokens.train_mb."""
+    """Yield the texts of the train split, up to tokens.train_mb megabytes."""
     n_bytes = 0
     for document in corpus.documents("learning the tokenizer"):
         if document.split == "train":
@@ -463,7 +476,7 @@ def _texts_to_learn(corpus: _Corpus, tokens: TokensConfig) -> Iterator[str]:
 
 
 def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:
-    """Documents by the megabyte: enough for all cores, and few enough to hold."""
+    """Yield batches of about a megabyte of documents: enough for all cores, and small enough for memory."""
     batch: list[_Placed] = []
     n_bytes = 0
     for document in documents:
@@ -477,7 +490,7 @@ def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:
 
 
 class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
-    """Writes one split's files as its documents come."""
+    """A writer of one split's files, which adds one document at a time."""
 
     def __init__(self, folder: Path, split: Split, dtype: str) -> None:
         self._dtype = dtype
@@ -506,13 +519,13 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
 
 
 def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, int]) -> None:
-    """Refuse a corpus without documents, and a split without."""
+    """Refuse a corpus without documents, and a split without documents."""
     n_all = sum(n_documents.values())
     if n_all == 0:
         knobs = ", ".join(f"corpus.{key}={value}" for key, value in asdict(config.corpus).items())
         raise UserError(
             f"the corpus is empty: data={config.data} gave no document with text "
-            f"({corpus.n_skipped} skipped); look at {knobs}"
+            f"({corpus.n_skipped} skipped); check {knobs}"
         )
     for split, count in n_documents.items():
         if count == 0:
@@ -524,14 +537,14 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
                 "report": f"raise tokens.report_share={tokens.report_share}",
             }[split]
             raise UserError(
-                f"the {split} split is empty: none of {n_all} documents fell into it; "
+                f"the {split} split is empty: it received none of {n_all} documents; "
                 f"give more documents, or {knob}"
             )
 
 
 @contextlib.contextmanager
 def _lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for a process that does."""
+    """Hold the lock file `path`, after waiting for another process that holds it."""
     file = FileLock(path)
     try:
         held = file.acquire(timeout=0)

@@ -1,22 +1,22 @@
-"""Pairs of prompts that differ in one thing: a clean prompt, five corruptions of it, an answer to each.
+"""Pairs of prompts that differ in one thing: a clean prompt and five corruptions, each with an answer.
 
-name swap      BOS Mary and John met. John told | Mary        another first name takes Mary's place
-subject swap   BOS The file of this | is                      a subject of the other number: | are
-prefix         BOS seven tokens of the report split | the next one        random words before the seventh
-induction      BOS A B C D A | B                              another word in place of the first A: | C
+name swap      BOS Mary and John met. John told | Mary        corruption: another first name replaces Mary
+subject swap   BOS The file of this | is                      corruption: a subject of the other number | are
+prefix         BOS seven tokens of the report split | the next token    corruption: random words before the seventh
+induction      BOS A B C D A | B                              corruption: another word replaces the first A | C
 
-The last token of each row is its answer; where a corruption leaves none (`prefix`, `induction`), the
-answer is what would be said without what it took away: the token that most often follows the last
-one, and a word that the prompt has too but not after A. Tokens are swapped one for one, so all rows of
-a pair are equally long. Five corruptions, since the choice of the corrupt word matters (Heimersheim,
-in the comments on "A circuit for Python docstrings").
+The last token of each row is its answer. A corruption of `prefix` or `induction` removes the evidence for
+the clean answer and supplies no other. The answer of the corrupt row is then, for `prefix`, the token that
+most often follows the last token of the prompt, and for `induction` C, a word of the prompt that does not
+follow A. Each token is replaced by one token, so all rows of a pair have the same length. Each pair has
+five corruptions, because the choice of the corrupt word matters (Heimersheim, in the comments on "A circuit
+for Python docstrings").
 
-Names and subjects are common ones that the tokenizer has as one token. A tokenizer of code has few:
-where there are fewer than a pair needs, its whole words stand in for them (for subjects, the words
-are dealt into two kinds), and then the family asks which word stood where, and nothing about
-names or grammar.
+Names and subjects are common words that are one token each. A tokenizer trained on code has few of them.
+If it has fewer than a pair needs, its whole words replace them; for subjects, the words are divided at
+random into two kinds. The family then tests the positions of words, not names or grammar.
 
-Source: science.md section 7, P6.
+Source: protocol.md section 7, P6.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 FAMILIES = ("name swap", "subject swap", "prefix", "induction")
 N_CORRUPTIONS = 5
 N_PAIRS = (20, 200)
-"""At least and at most: intervals need 20, and more than 200 are not worth their time."""
+"""Minimum and maximum number of pairs: intervals need 20, and more than 200 would cost more time than they add."""
 
 N_WORDS = 2 * N_CORRUPTIONS
-"""Different words that a pair takes at most."""
+"""Maximum number of different words that a pair needs."""
 N_PREFIX = 7
 """Tokens of a natural prefix, BOS not counted."""
 N_SEARCHED = 2**20
-"""Of how many tokens of the report split the prefixes are."""
+"""Number of tokens at the start of the report split from which the prefixes are drawn."""
 
 NAMES = (
     "Mary John James Robert Michael William David Richard Joseph Thomas Charles Daniel Matthew Anthony "
@@ -59,40 +59,40 @@ NOUNS = (
     "thing friend girl boy house book car dog cat tree road river teacher student player king song "
     "letter question"
 )
-"""With a plural in -s, where the tokenizer has that as one token too."""
+"""Nouns with a plural in -s. A noun is used only if both forms are one token."""
 VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
 
 Pair = list[list[int]]
-"""A clean row and then its corruptions, each without BOS and with its answer last."""
+"""A clean row and then its corruptions, each without BOS and with its answer as the last token."""
 
 
 def make(
     family: str, cache: TokenCache, tokenizer: Tokenizer, words: list[int], ctx: int, n_tokens: int,
     seed: int,
 ) -> list[tuple[int, list[int]]]:  # fmt: skip
-    """The rows of as many pairs as `n_tokens` allow, within `N_PAIRS`.
+    """Return the rows of as many pairs as `n_tokens` allows, within the bounds `N_PAIRS`.
 
     Args:
         family: one of `FAMILIES`.
-        cache: whose report split has the natural prefixes.
-        tokenizer: whose words the prompts are of.
-        words: its whole words, as tokens.
-        ctx: the longest row that the model reads, BOS included.
-        n_tokens: about how many tokens there may be, BOS included.
-        seed: of all that is drawn.
+        cache: the token cache; its report split supplies the natural prefixes.
+        tokenizer: the tokenizer of the model.
+        words: the tokenizer's whole words, as tokens.
+        ctx: length of the longest row that the model reads, BOS included.
+        n_tokens: approximate maximum number of tokens, BOS included.
+        seed: seed of all random choices.
 
     Returns:
-        (number of the pair, tokens without BOS), the clean row of each pair and then its corruptions.
+        (number of the pair, tokens without BOS) for the clean row of each pair and then its corruptions.
 
     Raises:
-        UserError: if the tokenizer has too few words, the report split no prefix, or the rows are longer
+        UserError: if the tokenizer has too few words, the report split has no prefix, or the rows are longer
             than `ctx`.
     """
     fixed = _fixed(tokenizer)
     words = [word for word in words if word not in fixed]
     if len(words) < N_WORDS:
         raise UserError(
-            f"the tokenizer has {len(words)} whole words among its tokens, and pairs of prompts take "
+            f"{len(words)} tokens of the tokenizer are whole words, but pairs of prompts need "
             f"{N_WORDS}: raise tokens.d_vocab"
         )
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
@@ -111,7 +111,7 @@ def make(
     width = 1 + len(pairs[0][0])
     if width > ctx:
         raise UserError(
-            f"pairs of prompts ({family}) are {width} tokens long, and the model reads {ctx}: raise "
+            f"pairs of prompts ({family}) are {width} tokens long, but the model reads only {ctx}: raise "
             "model.ctx"
         )
     fewest, most = N_PAIRS
@@ -120,27 +120,27 @@ def make(
 
 
 def _name_swap(tokenizer: Tokenizer, words: list[int], rng: np.random.Generator) -> Iterator[Pair]:
-    """A and B met. B told | A, and C in place of A."""
+    """Yield `A and B met. B told | A`, and corruptions with C instead of A."""
     names = one_token(tokenizer, NAMES.split())
     if len(names) < 2 + N_CORRUPTIONS:
         names = words
-    joined, met, told = (_ids(tokenizer, text) for text in (" and", " met.", " told"))
+    and_, met, told = (_ids(tokenizer, text) for text in (" and", " met.", " told"))
     while True:
         other, *swapped = _draw(rng, names, 2 + N_CORRUPTIONS)
-        yield [[name, *joined, other, *met, other, *told, name] for name in swapped]
+        yield [[name, *and_, other, *met, other, *told, name] for name in swapped]
 
 
 def _subject_swap(
     tokenizer: Tokenizer, words: list[int], rng: np.random.Generator
 ) -> Iterator[Pair]:
-    """The subject of this | is; the clean subject is singular in one pair and plural in the next."""
+    """Yield `The subject of this | is`; the clean subject is singular in one pair and plural in the next."""
     forms = [one_token(tokenizer, (noun, f"{noun}s")) for noun in NOUNS.split()]
     kinds = [[form[i] for form in forms if len(form) == 2] for i in (0, 1)]
     verbs = [tokens for pair in VERBS if len(tokens := one_token(tokenizer, pair)) == 2]
-    dealt = rng.permutation(words).tolist()
+    shuffled = rng.permutation(words).tolist()
     if len(kinds[0]) < N_CORRUPTIONS:
-        kinds = [dealt[0::2], dealt[1::2]]
-    verbs = verbs or [dealt[:2]]
+        kinds = [shuffled[0::2], shuffled[1::2]]
+    verbs = verbs or [shuffled[:2]]
     the, of = _ids(tokenizer, " The"), _ids(tokenizer, " of")
     while True:
         for clean, corrupt in ((0, 1), (1, 0)):
@@ -153,10 +153,10 @@ def _subject_swap(
 
 
 def _prefix(cache: TokenCache, words: list[int], rng: np.random.Generator) -> Iterator[Pair]:
-    """The report split's own tokens, and random words before the last of them.
+    """Yield prefixes from the report split, and corruptions with random words before the last token.
 
-    Prefixes do not overlap, lie within a document, and have a last token that something else than
-    the next one follows elsewhere.
+    Prefixes do not overlap and do not cross documents. The last token of a prefix must be followed elsewhere
+    by a token other than the prefix's answer, because the corrupt rows need an answer.
     """
     stream = cache.stream("report")[:N_SEARCHED].astype(np.int64)
     eos = cache.meta["eos"]
@@ -171,14 +171,14 @@ def _prefix(cache: TokenCache, words: list[int], rng: np.random.Generator) -> It
 
 
 def _usual(stream: NDArray[np.int64], token: int, but: tuple[int, ...]) -> int | None:
-    """What follows `token` most often, of all `but` these."""
+    """Return the token, not in `but`, that follows `token` most often, or None without such a successor."""
     counts = np.bincount(stream[1:][stream[:-1] == token], minlength=max(but) + 1)
     counts[list(but)] = 0
     return int(counts.argmax()) if counts.max() else None
 
 
 def _induction(words: list[int], rng: np.random.Generator) -> Iterator[Pair]:
-    """A B C D A | B, and another word in place of the first A: | C."""
+    """Yield `A B C D A | B`, and corruptions with another word instead of the first A and the answer C."""
     while True:
         a, b, c, d, *others = _draw(rng, words, 4 + N_CORRUPTIONS)
         yield [[a, b, c, d, a, b], *([other, b, c, d, a, c] for other in others)]
@@ -190,7 +190,7 @@ def _draw(rng: np.random.Generator, tokens: list[int], n: int) -> list[int]:
 
 
 def _fixed(tokenizer: Tokenizer) -> set[int]:
-    """Words of the prompts that stay as they are: no other word may be one of them."""
+    """Return the tokens of the prompts' fixed words, which must not be drawn as other words."""
     return {*_ids(tokenizer, " and met. told The of"), *one_token(tokenizer, sum(VERBS, ()))}
 
 
@@ -200,7 +200,7 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
-    """Those of the words that are one token with a space before them."""
+    """Return the tokens of the words that are one token with a space before them."""
     vocab = tokenizer.get_vocab()
     spaces = "Ġ▁"  # as byte-level BPE or SentencePiece writes it
     return [vocab[space + word] for word in words for space in spaces if space + word in vocab]

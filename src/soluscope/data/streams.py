@@ -1,17 +1,17 @@
-"""The texts that models are probed on, as rows of tokens; made anew from a seed, the same each time.
+"""The texts that models are probed on, as rows of tokens. A seed determines all random choices.
 
-natural   rows of the report split: what the loss is reported on
-prefixes  the beginnings of the report split's documents (the hackathon study's sentences)
+natural   rows of the report split, on which the loss is reported
+prefixes  beginnings of the report split's documents (the sentences of the hackathon study)
 prose     English: docstrings of Python's standard library
 code      Python: source files of the standard library
-sentences plain English of graded length, from 3 words to about 60: prompts/sentences.txt
-repeated  BOS w w w ..., one word a string (the study's Figure 2): prompts/repeatable.txt
-random    strings of random words (its Figure 3): prompts/words.txt
-pairs: …  clean prompts, each with five corruptions: pairs.py has the families
+sentences plain English sentences of 3 to about 60 words: prompts/sentences.txt
+repeated  BOS w w w ..., one word per string (Figure 2 of the study): prompts/repeatable.txt
+random    strings of random words (Figure 3 of the study): prompts/words.txt
+pairs: …  clean prompts, each with five corruptions; pairs.py lists the families
 
-`prose` and `code` keep to files whose hash puts them into the report share, so that a model trained
-on the standard library has not seen them. Of the words in prompts/ those serve that the tokenizer has
-as one token with a space before them; where they are too few, others of its whole words fill up.
+`prose` and `code` use only files whose hash assigns them to the report share, so that a model trained
+on the standard library has not seen them. Of the words in prompts/, a stream uses the words that are one
+token with a space before them. If these are too few, other whole words of the tokenizer are added.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 N_REPEATED_WORDS = 20
 N_RANDOM_STRINGS = 200
 N_RANDOM_WORDS = 200
-"""Fewest different words that random strings are made of, if the tokenizer has as many."""
+"""Minimum number of different words in random strings, if the tokenizer has as many."""
 N_ROWS = 32
-"""Rows are not so long that fewer would do: intervals resample documents, and need 20."""
+"""Rows are shortened so that a stream has at least this many, because intervals resample documents and need 20."""
 FEWEST_TOKENS = 64
-"""Nor are rows cut shorter than this for it."""
+"""Length in tokens below which rows are not shortened."""
 MADE_UP = ("sentences", "repeated", "random")
-"""Streams whose units are strings and not documents."""
+"""Streams whose units are strings instead of documents."""
 PROMPTS = ("sentences", "repeatable", "words")
 """The lists in prompts/."""
 PAIRS = "pairs: "
-"""How the names of streams of prompt pairs begin."""
+"""Prefix of the names of streams of prompt pairs."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Stream:
     tokens: Tensor
     """int64 [row pos], padded at the end."""
     string: Tensor
-    """int64 [row pos]: the document or string that each token is of; BOS counts to the first one's."""
+    """int64 [row pos]: number of the document or string of each token. BOS counts to the row's first document."""
     keep: Tensor
     """bool [row pos]: False at padding."""
     bos: int
     vocab: tuple[str, ...] = ()
-    """Text of each token of the vocabulary, where it is known."""
+    """Text of each token of the vocabulary; empty if unknown."""
 
     @property
     def n_tokens(self) -> int:
@@ -72,7 +72,7 @@ class Stream:
 
 
 def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: str) -> Stream:
-    """Rows spread evenly over a split, so that few tokens still come from many documents."""
+    """Return rows spread evenly over a split, so that even few tokens come from many documents."""
     import torch
 
     rows = cache.rows(split, ctx)
@@ -90,9 +90,9 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
 
 
 def evenly_spaced(n_items: int, n_wanted: int) -> NDArray[np.int64]:
-    """Return the numbers of `n_wanted` items (at least one) from the first to the last, each once.
+    """Return the indices of `n_wanted` items (at least one), evenly spaced from the first item to the last.
 
-    All numbers are returned where there are fewer items.
+    If there are fewer items, all indices are returned.
     """
     return np.linspace(0, n_items - 1, min(n_items, max(1, n_wanted))).astype(np.int64)
 
@@ -100,46 +100,53 @@ def evenly_spaced(n_items: int, n_wanted: int) -> NDArray[np.int64]:
 def from_texts(
     texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str
 ) -> Stream:
-    """Each text cut into rows of its own; about `n_tokens` in all, from as many texts as can be.
+    """Cut each text into its own rows, and return about `n_tokens` tokens from as many texts as possible.
 
     Raises:
-        UserError: if no text is 2 tokens or longer.
+        UserError: if no text has 2 tokens or more.
     """
-    tokenizer.encode_special_tokens = True  # a spelt-out <|BOS|> is text
+    tokenizer.encode_special_tokens = True  # a <|BOS|> spelt out in a text is plain text
     parts = []
     for number, text in enumerate(texts):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         cuts = range(0, len(ids), ctx - 1)
         parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
-    # Each text's first row, then each one's second: few tokens still come from many texts.
+    # The first row of every text, then every second row: even few tokens come from many texts.
     parts = sorted(part for part in parts if len(part[2]) >= 2)[: max(1, n_tokens // ctx)]
     rows = [(number, ids) for turn, number, ids in sorted(parts, key=lambda part: part[1::-1])]
     if not rows:
         raise UserError(
-            f"the text for {name!r} is shorter than 2 tokens: give at least one longer text"
+            f"every text for {name!r} is shorter than 2 tokens: give at least one longer text"
         )
     return replace(from_rows(rows, bos, ctx, name), vocab=vocabulary(tokenizer))
 
 
 def unit_of(name: str) -> str:
-    """What the strings of a stream are, and so what its intervals resample."""
+    """Return the unit of a stream that its intervals resample: pair, string or document."""
     if name.startswith(PAIRS):
         return "pair"
     return "string" if name in MADE_UP else "document"
 
 
 def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Text of each token, as it is spelt in a text."""
+    """Return the text of each token of the vocabulary."""
     ids = range(tokenizer.get_vocab_size())
     return tuple(tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False))
 
 
 def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) -> Stream:
-    """Rows given as (string's number, its tokens without BOS)."""
+    """Return the stream of rows that are given as (number of the string, its tokens without BOS).
+
+    Raises:
+        UserError: if no row is given.
+    """
     import torch
 
     if not rows:
-        raise UserError(f"nothing for the stream {name!r}: no text of the report split fills a row")
+        raise UserError(
+            f"the stream {name!r} is empty, because no text of the report split fills a row: give longer "
+            "documents, or raise tokens.report_share"
+        )
     width = min(ctx, 1 + max(len(ids) for _, ids in rows))
     tokens = torch.full((len(rows), width), bos)
     string = torch.zeros_like(tokens)
@@ -154,10 +161,14 @@ def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) 
 def make(
     name: str, cache: TokenCache, tokenizer: Tokenizer, ctx: int, n_tokens: int, seed: int
 ) -> Stream:
-    """One of the named streams, of at most about `n_tokens` tokens in rows of at most `ctx`."""
+    """Return one of the named streams, of at most about `n_tokens` tokens in rows of at most `ctx`.
+
+    Raises:
+        UserError: if no stream has that name, or the text or the tokenizer's words are too few for it.
+    """
     ctx = min(ctx, max(FEWEST_TOKENS, n_tokens // N_ROWS))
-    made = _make(name, cache, tokenizer, ctx, n_tokens, seed)
-    return made if made.vocab else replace(made, vocab=vocabulary(tokenizer))
+    stream = _make(name, cache, tokenizer, ctx, n_tokens, seed)
+    return stream if stream.vocab else replace(stream, vocab=vocabulary(tokenizer))
 
 
 def _make(
@@ -192,10 +203,10 @@ def _make(
 
 
 def single_token_words(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that are one lower-case English-looking word with a space before it.
+    """Return the tokens that are one word of at least 3 lower-case letters a to z with a space before it.
 
     Raises:
-        UserError: if the tokenizer has none.
+        UserError: if the tokenizer has no such token.
     """
     words = sorted(
         token
@@ -205,18 +216,18 @@ def single_token_words(tokenizer: Tokenizer) -> list[int]:
         )  # a space, as byte-level BPE or SentencePiece writes it
     )
     if not words:
-        raise UserError("the tokenizer has no whole word among its tokens: raise tokens.d_vocab")
+        raise UserError("no token of the tokenizer is a whole word: raise tokens.d_vocab")
     return words
 
 
 def prompts(name: str) -> list[str]:
-    """The lines of one of `PROMPTS`."""
+    """Return the lines of one of `PROMPTS`."""
     path = Path(__file__).parent / "prompts" / f"{name}.txt"
     return path.read_text(encoding="utf8").splitlines()
 
 
 def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int, list[int]]]:
-    """Sentences of all lengths, about `n_tokens` in all but at least 20 of them; (index, tokens)."""
+    """Return sentences of all lengths as (index, tokens): about `n_tokens` in all, but at least 20 sentences."""
     texts = prompts("sentences")
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[: ctx - 1] for text in texts]
     mean = sum(1 + len(each) for each in ids) / len(ids)
@@ -226,20 +237,20 @@ def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int,
 
 
 def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Generator) -> list[int]:
-    """The list's words that are one token; filled up to `n_wanted` from the tokenizer's other words.
+    """Return the words of a list that are one token, and random whole words if the list has fewer than `n_wanted`.
 
     Raises:
-        UserError: if the tokenizer has no whole word.
+        UserError: if the list has too few words and no token of the tokenizer is a whole word.
     """
     words = pairs.one_token(tokenizer, prompts(name))
     if len(words) >= n_wanted:
         return words
-    others = rng.permutation(sorted({*single_token_words(tokenizer)} - {*words}))
-    return [*words, *others[: n_wanted - len(words)].tolist()]
+    additional = rng.permutation(sorted({*single_token_words(tokenizer)} - {*words}))
+    return [*words, *additional[: n_wanted - len(words)].tolist()]
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:
-    """Texts of the standard library's report share: `code` as it is, `prose` the docstrings alone."""
+    """Yield texts of the standard library's report share: the files for `code`, their docstrings for `prose`."""
     source = plugins.pick("soluscope.data.sources", "stdlib")
     for document in source.documents(source.params(), lambda name, why: None):
         if split_of(document.text, select, report) != "report":
@@ -251,7 +262,7 @@ def standard_library(kind: str, select: float, report: float) -> Iterator[str]:
 
 
 def docstrings(code: str) -> str:
-    """The docstrings of a module, its classes and functions, in order."""
+    """Return the docstrings of a module, its classes and its functions, joined in the order of `ast.walk`."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError):
@@ -262,7 +273,7 @@ def docstrings(code: str) -> str:
 
 
 def _prefixes(cache: TokenCache, ctx: int, n_tokens: int) -> Iterator[tuple[int, list[int]]]:
-    """Beginnings of the report split's documents that fill a row; (document, tokens)."""
+    """Yield the beginnings of the report split's documents that fill a row, as (document, tokens)."""
     offsets, stream = cache.offsets("report"), cache.stream("report")
     fills_a_row = np.flatnonzero(np.diff(offsets) >= ctx - 1)
     for document in fills_a_row[: max(20, n_tokens // ctx)]:

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 BOS, EOS, PAD = "<|BOS|>", "<|EOS|>", "<|PAD|>"
 
-# Where nothing beside a tokenizer says which entry it is; the first that it has.
+# Usual names of the special tokens, in order of preference, for a tokenizer whose files do not name them.
 _USUAL = {
     "bos_token": (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>"),
     "eos_token": (EOS, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|endoftext|>"),
     "pad_token": (PAD, "<pad>", "[PAD]", "<|padding|>"),
 }
-# Files that may say so, as transformers saves them.
-_SAYS_SO = ("tokenizer_config.json", "special_tokens_map.json")
+# Files beside tokenizer.json that may name the special tokens; transformers writes them.
+_SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and the ids that packing needs. `pad` is `eos` where it has none of its own."""
+    """A tokenizer and the ids that packing needs. `pad` is `eos` if the tokenizer has no PAD."""
 
     tokenizer: Tokenizer
     bos: int
@@ -37,20 +37,20 @@ class Vocabulary:
 
     @property
     def d_vocab(self) -> int:
-        """Rows that an embedding needs: ids may have gaps."""
+        """Return the number of rows that an embedding needs, which is the largest id + 1: ids may have gaps."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, with no BOS or EOS: also where a text spells one out, it is text."""
+        """Return the ids of each text without BOS and EOS. A special token spelt out in a text is plain text."""
         self.tokenizer.encode_special_tokens = True
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:
-    """A byte-level BPE of `d_vocab` entries, fewer where the texts hold fewer pairs that recur.
+    """Train a byte-level BPE of `d_vocab` entries, or fewer if too few pairs recur in the texts.
 
-    Each digit is a token of its own, so that numbers are spelt the same wherever they stand.
+    Each digit is one token, so that a number is always tokenised in the same way.
     Encoding with special tokens puts BOS first, as TransformerLens's `to_tokens` expects.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -78,17 +78,17 @@ def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:
 
 
 def load(name: str) -> Vocabulary:
-    """The tokenizer in a tokenizer.json, in a folder that has one, or of that name on the hub.
+    """Load a tokenizer from a tokenizer.json, from a folder with that file, or by its name on the hub.
 
     Raises:
-        UserError: if there is none, it cannot be read, or it has no BOS or no EOS.
+        UserError: if the tokenizer does not exist, cannot be read, or has no BOS or no EOS.
     """
     from tokenizers import Tokenizer
 
     path = local_file(name) or _download(name)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower kind
+    except Exception as error:  # tokenizers raises only the base class
         raise UserError(f"tokens.tokenizer={name}: cannot read {path}: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -96,8 +96,8 @@ def load(name: str) -> Vocabulary:
     for token in ("bos_token", "eos_token"):
         if ids[token] is None:
             raise UserError(
-                f"tokens.tokenizer={name} has no {token}: say which entry it is in a "
-                f"tokenizer_config.json beside it, as in {{{token!r}: '<s>'}}"
+                f"tokens.tokenizer={name} has no {token}: name its entry in a tokenizer_config.json "
+                f"beside the tokenizer, as in {{{token!r}: '<s>'}}"
             )
     bos, eos, pad = ids["bos_token"], ids["eos_token"], ids["pad_token"]
     assert bos is not None
@@ -106,30 +106,30 @@ def load(name: str) -> Vocabulary:
 
 
 def fingerprint(name: str) -> Any:
-    """What JSON can hold and determines the tokenizer: contents of local files, the name of others.
+    """Return a JSON value that identifies the tokenizer: hashes of local files, or a name on the hub.
 
     Raises:
-        UserError: if `name` looks like a local file and is not there.
+        UserError: if `name` looks like a local file that does not exist.
     """
     path = local_file(name)
     if path is None:
         return name
-    files = [path, *(path.parent / file for file in _SAYS_SO)]
+    files = [path, *(path.parent / file for file in _SPECIAL_FILES)]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
 def local_file(name: str) -> Path | None:
-    """The tokenizer.json that `name` means, or None where it means a tokenizer of the hub.
+    """Return the path of the tokenizer.json that `name` means; None means a tokenizer of the hub.
 
     Raises:
-        UserError: if `name` is a folder without one, or a .json file that is not there.
+        UserError: if `name` is a folder without a tokenizer.json, or a .json file that does not exist.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         if not (path / "tokenizer.json").is_file():
-            raise UserError(f"tokens.tokenizer={name}: the folder holds no tokenizer.json")
+            raise UserError(f"tokens.tokenizer={name}: the folder contains no tokenizer.json")
         return path / "tokenizer.json"
     if path.suffix == ".json" or path.is_absolute():
         raise UserError(f"tokens.tokenizer={name}: there is no such file")
@@ -137,14 +137,17 @@ def local_file(name: str) -> Path | None:
 
 
 def _download(name: str) -> Path:
-    """A hub tokenizer's tokenizer.json in the client's cache, with what says its BOS beside it."""
+    """Download a tokenizer from the hub, and return the path of its tokenizer.json.
+
+    The files that name its special tokens are downloaded into the same folder.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, allow_patterns=["tokenizer.json", *_SAYS_SO])
+        folder = snapshot_download(name, allow_patterns=["tokenizer.json", *_SPECIAL_FILES])
     except Exception as error:  # the client and its HTTP library raise many kinds
         raise UserError(
-            f"tokens.tokenizer={name}: neither a file here nor to be had from the hub: "
+            f"tokens.tokenizer={name} is not a file here and cannot be downloaded from the hub: "
             f"{' '.join(str(error).split())}"
         ) from error
     path = Path(folder) / "tokenizer.json"
@@ -154,8 +157,8 @@ def _download(name: str) -> Path:
 
 
 def _special(token: str, tokenizer: Tokenizer, folder: Path) -> int | None:
-    """Id of `bos_token`, `eos_token` or `pad_token`, said in `folder`, else by usual names."""
-    contents = [_said(folder / file, token) for file in _SAYS_SO]
+    """Return the id of `bos_token`, `eos_token` or `pad_token`: from files in `folder`, else by usual names."""
+    contents = [_named_in(folder / file, token) for file in _SPECIAL_FILES]
     for content in (*contents, *_USUAL[token]):
         token_id = None if content is None else tokenizer.token_to_id(content)
         if token_id is not None:
@@ -163,7 +166,7 @@ def _special(token: str, tokenizer: Tokenizer, folder: Path) -> int | None:
     return None
 
 
-def _said(path: Path, token: str) -> str | None:
+def _named_in(path: Path, token: str) -> str | None:
     if not path.is_file():
         return None
     try:

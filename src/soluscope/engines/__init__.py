@@ -1,8 +1,8 @@
-"""Who runs a sweep's jobs: one file an engine, each defining an ENGINE.
+"""Engines, which run a sweep's jobs: each file in this folder defines one ENGINE.
 
-An engine decides where and when a job runs and nothing else: what a job is, whether it is done and what
-would resume it is in its run folder alone (jobs.py), so that a sweep begun on one engine goes on on another.
-Nothing heavy is imported before `check` is called, so that `--help` can list every engine's keys.
+An engine decides only where and when a job runs. The job's configuration, state and checkpoint are in its
+run folder (jobs.py), so that a sweep can begin on one engine and continue on another. No slow package is
+imported before `check` is called, so that `--help` can list every engine's keys at once.
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):
-    """What follows the last job: probes and report. Can be pickled; called once, with no arguments."""
+    """The work after the last job, probes and report: a picklable function, called once without arguments."""
 
     def __call__(self) -> None:
-        """Raises UserError, naming them, if jobs have failed or are not finished."""
+        """Probe and report the study.
+
+        Raises:
+            UserError: if jobs have failed or are not finished; the message names them.
+        """
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a file in this folder defines."""
+    """The object that each file in this folder defines."""
 
     params: type
-    """A frozen dataclass of the engine's own keys, checked in __post_init__: `<engine>.*`."""
+    """Frozen dataclass of the engine's own keys (`<engine>.*`), checked in its __post_init__."""
     check: Callable[[Any, Sweep], None]
-    """Of the parameters and the sweep: raises UserError where no job could run (a missing extra, a server
-    that does not answer), before any job starts and anything is written."""
+    """Function of the parameters and the sweep that raises UserError if the jobs cannot run, for example without
+    a required package or server. It is called before any job starts and before anything is written."""
     run: Callable[[Sweep, Sequence[Config], Any, After], None]
-    """Runs the jobs that are given, of a sweep, and sees to it that `after` is called when all have ended.
+    """Function that runs the given jobs of a sweep, and arranges that `after` is called when all have ended.
 
-    Each job goes through `jobs.execute`, which keeps a failure in the job's run folder: one that fails does
-    not stop the others. May return before the jobs have ended where a scheduler holds them; it then says
-    how to follow them.
+    Each job is run by `jobs.execute`, which stores a failure in the job's run folder, so that a failed job
+    does not stop the other jobs. With a scheduler, the function may return before the jobs have ended; it then
+    prints how to follow them.
     """

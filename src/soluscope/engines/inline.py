@@ -1,4 +1,4 @@
-"""One job after another in this process. Nothing to install."""
+"""The inline engine: one job after another in this process. It needs no further package."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from soluscope.launching.sweep import Sweep
 
 @dataclass(frozen=True)
 class Params:
-    """The machine as it is: no keys."""
+    """The empty parameters of this engine, which has no keys."""
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """The GPUs that are asked for by name are here, and one machine is enough."""
+    """Refuse jobs that need several machines, and train.device=cuda with too few GPUs here.
+
+    Raises:
+        UserError: naming the setting to change.
+    """
     trains = [config.train for config in sweep.configs]
     require(
         all(train.nodes == 1 for train in trains),
-        "train.nodes above 1 with engine=inline: start train/run.py under torchrun on each node, or choose "
-        "engine=slurm",
+        "engine=inline cannot train with train.nodes above 1: start train/run.py under torchrun on each node, "
+        "or choose engine=slurm",
     )
     wanted = max((train.devices for train in trains if train.device == "cuda"), default=0)
     if wanted:
@@ -33,7 +37,7 @@ def check(params: Params, sweep: Sweep) -> None:
         n_gpus = torch.cuda.device_count()
         require(
             n_gpus >= wanted,
-            f"train.device=cuda wants {wanted} GPUs and torch sees {n_gpus} here: set train.device=cpu",
+            f"train.device=cuda needs {wanted} GPUs, but torch finds {n_gpus} here: set train.device=cpu",
         )
 
 

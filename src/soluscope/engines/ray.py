@@ -1,8 +1,8 @@
-"""Jobs side by side on Ray: all cores and GPUs of this machine, or of a running cluster. Ray core, no Tune.
+"""The Ray engine: jobs run in parallel on all cores and GPUs of this machine or of a running cluster.
 
-A job whose worker or node dies is started again, up to `retries` times, and goes on from its checkpoint.
-What Ray remembers is never asked: where a job stands is read from its run folder, which every node has to
-see (a shared file system, where the cluster is more than this machine).
+It uses Ray core without Tune. If a worker or a node dies, its job is started again, up to `retries` times, and
+resumes from its checkpoint. The state of a job is read from its run folder, never from Ray. Every node must be
+able to read the run folders, so a cluster of several machines needs a shared file system.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from soluscope.launching.sweep import Sweep
 from soluscope.runs.folder import Run
 
 ANSWER_S = 9.0
-"""Seconds that a cluster has to answer."""
+"""Seconds within which a cluster must answer."""
 GRACE_S = 5.0
-"""Seconds that interrupted jobs have to save their checkpoints; stopping Ray takes two more."""
+"""Seconds in which interrupted jobs can save their checkpoints. Stopping Ray takes two more seconds."""
 
 _ADDRESS = re.compile(r"auto|(ray://)?(?P<host>\S+):(?P<port>\d{1,5})")
 
 Node = Mapping[str, float]
-"""What a node has: CPU, GPU."""
+"""Resources of a node: its numbers of CPUs ("CPU") and GPUs ("GPU")."""
 
 
 @dataclass(frozen=True)
 class Params:
     address: str | None = None
-    """Of a running cluster: `auto` for the one on this machine, host:port, or ray://host:port. null: a Ray
-    of its own on this machine, gone at the end."""
+    """Address of a running cluster: `auto` for the cluster on this machine, host:port, or ray://host:port.
+    null: start Ray on this machine, and stop it after the last job."""
     cpus: int = 1
-    """CPUs that a job's process takes; also its train.threads, where that is null."""
+    """CPUs of each process of a job. Also its train.threads, if train.threads is null."""
     gpus: float | None = None
-    """GPUs that a job's process takes, up to 1; jobs of 0.5 share one. null: 1 where there are GPUs and
-    train.device is not cpu, else 0. Jobs of several train.devices have whole ones."""
+    """GPUs of each process of a job, at most 1; two jobs with 0.5 share a GPU. null: 1 if there are GPUs and
+    train.device is not cpu, else 0. A job with several train.devices gets whole GPUs."""
     retries: int = 3
-    """Times that a job is started again when its worker or its node dies."""
+    """How often a job is started again after its worker or its node dies."""
 
     def __post_init__(self) -> None:
         require(
             self.address is None or _ADDRESS.fullmatch(self.address) is not None,
-            f"ray.address={self.address}: wanted auto, host:port or ray://host:port",
+            f"ray.address={self.address} must be auto, host:port or ray://host:port",
         )
         require(self.cpus >= 1, f"ray.cpus={self.cpus} must be 1 or more")
         require(self.gpus is None or 0 <= self.gpus <= 1, f"ray.gpus={self.gpus} must be in [0, 1]")
@@ -64,10 +64,10 @@ class Params:
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """Ray is installed, answers, and has a node that is large enough for each job.
+    """Refuse the sweep if Ray is not installed, does not answer, or has no node large enough for a job.
 
     Raises:
-        UserError: within 10 seconds, with the knob.
+        UserError: within 10 seconds, naming the setting to change.
     """
     _import_ray(params.address)
     nodes = [_this_machine(sweep.configs)] if params.address is None else _ask(params.address)
@@ -76,10 +76,10 @@ def check(params: Params, sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> None:
-    """All jobs at once, as far as there is room; the table is of the run folders.
+    """Run as many jobs at once as the cluster has room for, and show the states in their run folders.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the jobs have saved their checkpoints.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the jobs have had time to save their checkpoints.
     """
     if todo:
         with _connected(params, todo) as ray:
@@ -97,7 +97,7 @@ def _run_all(ray: Any, sweep: Sweep, todo: Sequence[Config], params: Params) -> 
     started: dict[Any, Config] = {}
     for config in todo:
         placed, resources = _place(config, params, nodes)
-        # A job is a fresh process; one that ends with an exception has told it in its run folder.
+        # Each job gets a new process. A job that fails stores its error in its run folder.
         task = ray.remote(**resources, max_calls=1, max_retries=params.retries)(_job)
         started[task.remote(placed, os.getcwd(), environment)] = config
     waiting = list(started)
@@ -107,26 +107,31 @@ def _run_all(ray: Any, sweep: Sweep, todo: Sequence[Config], params: Params) -> 
                 ended, waiting = ray.wait(waiting, timeout=1)
                 show()
                 for task in ended:
-                    _tell_if_lost(ray, task, started[task])
+                    _report_if_lost(ray, task, started[task])
         except KeyboardInterrupt:
-            for task in reversed(waiting):  # those that wait for room first
-                ray.cancel(task)  # a KeyboardInterrupt inside the job, which saves
+            for task in reversed(waiting):  # first the jobs that have not started
+                ray.cancel(
+                    task
+                )  # raises KeyboardInterrupt inside the job, which then saves a checkpoint
             ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
             show()
             raise
 
 
 def _job(config: Config, folder: str, environment: dict[str, str]) -> None:
-    """What a worker does: paths mean what they mean where the sweep was launched."""
-    # ray.cancel comes as Ctrl-C does. A launch in the background has handed on that it is ignored.
+    """Run a job in a worker, in the working directory of the launch, so that relative paths stay valid."""
+    # ray.cancel sends SIGINT, which a launch in the background ignores, and workers inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     os.chdir(folder)
     jobs.execute(config)
 
 
-def _tell_if_lost(ray: Any, task: Any, config: Config) -> None:
-    """A job that could not say itself how it ended: it died too often, or its node lacks something."""
+def _report_if_lost(ray: Any, task: Any, config: Config) -> None:
+    """Record and print the failure of a job that could not do so itself.
+
+    Its process died too often, or its node lacks a package or a file.
+    """
     try:
         ray.get(task)
     except ray.exceptions.RayError as error:
@@ -139,29 +144,29 @@ def _tell_if_lost(ray: Any, task: Any, config: Config) -> None:
         jobs.say(f"{config.run_name}: {lost}")
 
 
-# --- what a job takes, and who has it -------------------------------------------------------------
+# --- resources of jobs and nodes ------------------------------------------------------------------
 
 
 def _place(
     config: Config, params: Params, nodes: Sequence[Node]
 ) -> tuple[Config, dict[str, float]]:
-    """The job as it will run, and Ray's num_cpus and num_gpus for it.
+    """Return the job's configuration for this engine, and Ray's num_cpus and num_gpus for the job.
 
     Raises:
-        UserError: if no node has as many; Ray would wait for one for ever.
+        UserError: if no node is large enough, because Ray would wait for such a node forever.
     """
     train = config.train
     require(
         train.nodes == 1,
-        f"{config.run_name} has train.nodes={train.nodes}, but engine=ray runs a job on one node: set it to "
-        "1, or choose engine=slurm",
+        f"{config.run_name} has train.nodes={train.nodes}, but engine=ray runs each job on one node: set "
+        "train.nodes=1, or choose engine=slurm",
     )
     gpus = params.gpus
     if gpus is None:
         gpus = float(train.device != "cpu" and any(node.get("GPU", 0) for node in nodes))
     require(
         gpus > 0 or train.device != "cuda",
-        f"{config.run_name} has train.device=cuda and would get no GPU: set ray.gpus, or train.device=cpu",
+        f"{config.run_name} has train.device=cuda but would get no GPU: set ray.gpus, or train.device=cpu",
     )
     n_cpus = params.cpus * train.devices
     n_gpus = gpus if train.devices == 1 or gpus == 0 else float(train.devices)
@@ -170,18 +175,18 @@ def _place(
             f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes[:4]
         )
         raise UserError(
-            f"{config.run_name} wants {n_cpus} CPUs and {n_gpus:g} GPUs on one node, and the nodes have "
+            f"{config.run_name} needs {n_cpus} CPUs and {n_gpus:g} GPUs on one node, but the nodes have "
             f"{largest}: lower ray.cpus, ray.gpus or train.devices"
         )
-    # A job that was given no GPU takes none: Ray hides the others' only from jobs that have some.
+    # Without ray.gpus, a job must not use a GPU: Ray hides the GPUs of other jobs only from jobs with GPUs.
     device = "cpu" if gpus == 0 else train.device
     placed = replace(train, threads=train.threads or params.cpus, device=device)
     return replace(config, train=placed), {"num_cpus": n_cpus, "num_gpus": n_gpus}
 
 
 def _this_machine(configs: Sequence[Config]) -> Node:
-    """The cores that this process may use, and the GPUs that torch sees."""
-    from ray._private.utils import get_num_cpus  # knows a container's share
+    """Return the numbers of cores that this process may use and of GPUs that torch finds."""
+    from ray._private.utils import get_num_cpus  # respects the CPU limit of a container
 
     n_gpus = 0
     if any(config.train.device != "cpu" for config in configs):
@@ -196,41 +201,41 @@ def _this_machine(configs: Sequence[Config]) -> Node:
 
 
 def _import_ray(address: str | None) -> Any:
-    # What Ray reads when it is imported: it is to send no statistics and take no environment from `uv run`.
+    # Ray reads these when it is imported: send no usage statistics, and use no environment from `uv run`.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     if address is None:
-        # Whoever reaches Ray's ports may run code: listen on the loopback alone. And jobs are what this
-        # machine is for now, not something to do at nice 15.
+        # Anyone with access to Ray's ports can run code, so it listens only on the loopback interface. The
+        # jobs run at normal priority instead of Ray's nice 15.
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
     try:
         import ray
     except ImportError as error:
         raise UserError(
-            "engine=ray needs Ray: pip install -c constraints.txt -e '.[ray]' in the clone"
+            "engine=ray needs Ray: run \"pip install -c constraints.txt -e '.[ray]'\" in the clone"
         ) from error
     return ray
 
 
 @contextmanager
 def _connected(params: Params, todo: Sequence[Config]) -> Iterator[Any]:
-    """Ray, connected or started here; SIGTERM is a KeyboardInterrupt until it is left."""
+    """Connect to Ray, or start it here, and yield it. Inside the block, SIGTERM raises KeyboardInterrupt."""
     ray = _import_ray(params.address)
     before = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     try:
         if params.address is None:
             here = _this_machine(todo)
-            # Also without a dashboard Ray starts its server, for statistics, and that asks the addresses of
-            # cloud providers who they are, statistics or not. On a port that is taken it gives up.
+            # Even without a dashboard, Ray starts the dashboard's server for its statistics, and the server
+            # contacts the addresses of cloud providers. With a port that is already in use, it does not start.
             with socket.create_server(("127.0.0.1", 0)) as taken:
                 ray.init(
                     address="local", num_cpus=here["CPU"], num_gpus=here["GPU"],
-                    object_store_memory=100_000_000,  # jobs hand nothing over
+                    object_store_memory=100_000_000,  # jobs exchange no data
                     include_dashboard=False, dashboard_port=taken.getsockname()[1], **quiet,
                 )  # fmt: skip
         else:
             ray.init(address=params.address, runtime_env=_search_path(), **quiet)
-        signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
+        signal.signal(signal.SIGTERM, _interrupt)  # replaces the handler that Ray has set
         yield ray
     finally:
         ray.shutdown()
@@ -242,7 +247,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _search_path() -> dict[str, dict[str, str]]:
-    """What a cluster's workers need to find soluscope. Nothing secret: Ray writes it to its logs."""
+    """Return the environment with which a cluster's workers find soluscope. Ray logs it, so it has no secrets."""
     path = os.environ.get("PYTHONPATH")
     return {"env_vars": {"PYTHONPATH": path}} if path else {}
 
@@ -255,12 +260,13 @@ print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
 
 
 def _ask(address: str) -> list[Node]:
-    """The nodes of a running cluster.
+    """Return the nodes of a running cluster.
 
-    In a process of its own: Ray waits long for a server that is silent, and ends the process that asked.
+    A separate process connects to the cluster, because Ray waits long for a silent server and then ends the
+    process.
 
     Raises:
-        UserError: if it does not answer in time.
+        UserError: if the cluster does not answer in time.
     """
     until = time.monotonic() + ANSWER_S
     parts = _ADDRESS.fullmatch(address)
@@ -280,8 +286,8 @@ def _ask(address: str) -> list[Node]:
     except (OSError, OverflowError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     raise UserError(
-        f"no Ray cluster at ray.address={address}: {problem}; start one with 'ray start --head', or leave "
-        "ray.address out for one on this machine"
+        f"no Ray cluster at ray.address={address}: {problem}; start a cluster with 'ray start --head', or omit "
+        "ray.address to start Ray on this machine"
     )
 
 

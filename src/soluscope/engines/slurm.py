@@ -1,8 +1,8 @@
-"""SLURM holds the jobs: one array, and a last job after it that probes and reports.
+"""The SLURM engine: one array of jobs, and after the array a last job that probes and reports.
 
-The launcher returns as soon as they are in the queue. A job that comes near its time limit saves its
-checkpoint and goes back into the queue; one whose node is lost goes back, too; one that was cancelled is
-finished by giving the same command again.
+The launcher returns as soon as the jobs are in the queue. A job near its time limit saves its checkpoint and
+returns to the queue, and so does a job that loses its node. After a job was cancelled, the same command
+finishes it.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
 
 SIGNAL_BEFORE_S = 90
-"""Seconds before its time limit at which a job is told to save and stop."""
+"""Seconds before the time limit at which a job receives the signal to save and stop."""
 ANSWER_WITHIN_S = 30
-"""Seconds that SLURM has to answer a question."""
+"""Seconds within which a command of SLURM must answer."""
 AFTER = "after"
-"""What follows the last job, among works that have their run's name; those end in a seed or a tag."""
+"""Name of the last job, which probes and reports. Other jobs have their run's name, which ends in a seed or tag."""
 
 
 @dataclass(frozen=True)
 class Params:
     partition: str | None = None
-    """Where the jobs go. null: the cluster's default partition."""
+    """Partition of the jobs. null: the cluster's default partition."""
     account: str | None = None
-    """Who they are charged to. null: your default account."""
+    """Account that is charged for the jobs. null: your default account."""
     minutes: int = 240
-    """Time limit of one job; 90 seconds before, it saves and goes back into the queue."""
+    """Time limit of a job in minutes. 90 seconds before the limit, the job saves a checkpoint and returns to
+    the queue."""
     requeues: int = 20
-    """How often one job may do so."""
+    """How often a job may return to the queue at its time limit."""
     max_running: int | None = None
-    """Jobs that run at once, at most. null: as many as the cluster has room for."""
+    """Maximum number of jobs that run at once. null: as many as the cluster has room for."""
     cpus: int = 4
-    """Cores of each process, and its CPU threads where train.threads is null."""
+    """Cores of each process. Also its train.threads, if train.threads is null."""
     gpus: int = 0
-    """GPUs on each node of a job; one for each of its train.devices. 0: train.device=cpu."""
+    """GPUs on each node of a job, one per process: 0 or train.devices. 0: jobs run with train.device=cpu."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of sbatch, as in slurm.options.mem=32G slurm.options.qos=high."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before Python starts, as in 'slurm.setup=[module load cuda]'."""
+    """Shell commands to run before Python starts, as in 'slurm.setup=[module load cuda]'."""
 
     def __post_init__(self) -> None:
         least = {"minutes": 5, "requeues": 0, "max_running": 1, "cpus": 1, "gpus": 0}
@@ -64,16 +65,20 @@ class Params:
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """submitit is installed, SLURM answers and has the partition, and all jobs are of one shape."""
+    """Refuse the sweep if submitit, SLURM or the partition is missing, or the jobs need different resources.
+
+    Raises:
+        UserError: naming the setting to change.
+    """
     try:
         import submitit  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "engine=slurm wants submitit: pip install -c constraints.txt -e '.[slurm]' in the clone"
+            "engine=slurm needs submitit: run \"pip install -c constraints.txt -e '.[slurm]'\" in the clone"
         ) from error
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
-            "engine=slurm finds no sbatch and srun on the PATH: launch from a node of the cluster, or "
+            "engine=slurm needs sbatch and srun on the PATH: launch from a node of the cluster, or "
             "choose another engine="
         )
     partitions = sorted(set(_ask("sinfo", "--noheader", "--format=%R").split()))
@@ -82,24 +87,25 @@ def check(params: Params, sweep: Sweep) -> None:
     shapes = {(config.train.devices, config.train.nodes) for config in sweep.configs}
     require(
         len(shapes) == 1,
-        "engine=slurm gives all jobs of a sweep one shape: wanted one train.devices and one train.nodes",
+        "engine=slurm gives all jobs of a sweep the same resources: use one value of train.devices and one of "
+        "train.nodes",
     )
     ((devices, _),) = shapes
     require(
         params.gpus > 0 or all(config.train.device != "cuda" for config in sweep.configs),
-        f"train.device=cuda with slurm.gpus=0: set slurm.gpus={devices}",
+        f"train.device=cuda needs GPUs, but slurm.gpus=0: set slurm.gpus={devices}",
     )
     require(
         params.gpus in (0, devices),
-        f"slurm.gpus={params.gpus} for train.devices={devices}: wanted one GPU a device, or 0",
+        f"slurm.gpus={params.gpus} does not fit train.devices={devices}: set slurm.gpus={devices} or 0",
     )
 
 
 def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> None:
-    """Submits what is not in the queue already, and `after` to follow it.
+    """Submit the jobs that are not in the queue already, and a job that calls `after` when they have ended.
 
     Raises:
-        UserError: if sbatch refuses, with its words.
+        UserError: if sbatch refuses the jobs; the message contains sbatch's message.
     """
     folder = sweep.study_dir / "slurm"
     queued = _queued(folder)
@@ -123,19 +129,19 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
         work = Work(AFTER, after)
         queued[AFTER] = _submit(partial(executor.submit, work)).job_id
     jobs.say(
-        f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; then the probes and the report, as job "
-        f"{queued[AFTER]}. What they print is in {folder}\n"
-        f"where they stand: python sweeps/launch.py --status {sweep.study_dir}"
+        f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; job {queued[AFTER]} then probes and "
+        f"reports. The jobs' output is in {folder}\n"
+        f"To see their states: soluscope sweep --status {sweep.study_dir}"
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job of SLURM's does. submitit pickles it, and calls it on the node.
+    """The work of a SLURM job. submitit pickles the object and calls it on the node.
 
-    Near the time limit submitit would leave in the middle of a step, and the checkpoint would be of half a
-    step. Here the signal only asks: the step ends, the run folder gets its checkpoint, and then
-    submitit puts the job back into the queue.
+    Near the time limit, submitit alone would stop in the middle of a step, without a usable checkpoint. Here
+    the signal only requests a stop: the step ends, the checkpoint is saved in the run folder, and then submitit
+    puts the job back into the queue.
     """
 
     name: str
@@ -155,11 +161,11 @@ class Work:
             if asked:
                 return
             asked = True
-            if signal.getsignal(signal.SIGTERM) is outside:  # no training in this process
+            if signal.getsignal(signal.SIGTERM) is outside:  # training has not set its handler here
                 raise KeyboardInterrupt
             signal.raise_signal(signal.SIGTERM)
 
-        if environment.global_rank == 0:  # it stops the others
+        if environment.global_rank == 0:  # the first process stops the other processes
             signal.signal(near_limit, ask)
         try:
             self.call()
@@ -171,7 +177,7 @@ class Work:
             sys.exit(f"error: {error}")
 
     def checkpoint(self) -> Any:
-        """What submitit submits again: the same, since where to go on is in the run folder."""
+        """Return this work unchanged for resubmission, because the run folder contains the checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -188,7 +194,7 @@ def _executor(folder: Path, params: Params, sweep: Sweep) -> Any:
         account=params.account,
         time=params.minutes,
         nodes=train.nodes,
-        ntasks_per_node=train.devices,  # one process a GPU, as Lightning wants it under SLURM
+        ntasks_per_node=train.devices,  # one process per GPU, as Lightning requires under SLURM
         cpus_per_task=params.cpus,
         gpus_per_node=params.gpus or None,
         array_parallelism=params.max_running or len(sweep.configs),
@@ -199,28 +205,31 @@ def _executor(folder: Path, params: Params, sweep: Sweep) -> Any:
         additional_parameters={
             "requeue": True,
             **params.options,
-        },  # some clusters do not by default
+        },  # some clusters do not requeue by default
     )
     return executor
 
 
 def _srun_args(params: Params) -> list[str]:
-    # Since 22.05 srun does not take the CPUs from sbatch. A process that has failed ends the others.
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch. If one process fails, all must end.
     return [f"--cpus-per-task={params.cpus}", "--kill-on-bad-exit"]
 
 
 def _placed(config: Config, params: Params) -> Config:
-    """The job as it will run. One that was given no GPU takes none, where the node does not hide them."""
+    """Return the job's configuration for this engine.
+
+    Without slurm.gpus, its device is the CPU, because the node may show GPUs that the job was not given.
+    """
     device = config.train.device if params.gpus else "cpu"
     threads = config.train.threads or params.cpus
     return replace(config, train=replace(config.train, threads=threads, device=device))
 
 
 def _queued(folder: Path) -> dict[str, str]:
-    """SLURM's job ids of this study's jobs that wait or run, by the name of their work.
+    """Return SLURM's ids of this study's waiting and running jobs, by the name of their work.
 
-    Source: SLURM's queue; which job is which, from what submitit keeps of each. A job that is submitted twice
-    does no harm: it waits for the first, and finds the run done.
+    The ids come from SLURM's queue, and the names from the files that submitit keeps for each job. A job that
+    is submitted twice does no harm: the second one waits for the first and then finds the run done.
     """
     from submitit.helpers import DelayedSubmission
 
@@ -234,10 +243,10 @@ def _queued(folder: Path) -> dict[str, str]:
 
 
 def _ask(*words: str) -> str:
-    """What a command of SLURM's answers.
+    """Return the output of a SLURM command.
 
     Raises:
-        UserError: if it does not.
+        UserError: if the command fails or does not answer in time.
     """
     try:
         answer = subprocess.run(
@@ -245,7 +254,8 @@ def _ask(*words: str) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"SLURM does not answer: {words[0]} took over {ANSWER_WITHIN_S} s"
+            f"SLURM does not answer: {words[0]} took more than {ANSWER_WITHIN_S} s; try again later, or choose "
+            "another engine="
         ) from error
     except subprocess.CalledProcessError as error:
         raise UserError(f"SLURM does not answer: {_last_line(error.stderr)}") from error
@@ -256,16 +266,16 @@ def _submit(submit: Callable[[], Any]) -> Any:
     from submitit.core.utils import FailedJobError
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints sbatch's words, too
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints sbatch's message
             return submit()
     except FailedJobError as error:
         raise UserError(
-            f"SLURM refused the jobs: {_last_line(str(error))}; set what it wants with slurm.*"
+            f"SLURM refused the jobs: {_last_line(str(error))}; change the slurm.* settings"
         ) from error
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it says nothing"])[-1]
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 ENGINE = Engine(params=Params, check=check, run=run)

@@ -1,7 +1,7 @@
-"""wandb hands out the jobs: a sweep is registered with its server, and agents run it, here or anywhere.
+"""The wandb engine: registers a sweep with wandb's server, which distributes the jobs to agents on any machine.
 
-An agent asks for the next point of the grid and starts `python train/run.py key=value ...` with it. An agent
-stops by itself after three jobs that fail in its first minute.
+An agent requests the next point of the grid and starts `soluscope train key=value ...` with its values.
+An agent stops if three jobs fail in its first minute.
 """
 
 from __future__ import annotations
@@ -24,53 +24,62 @@ from soluscope.training.processes import torchrun
 from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"
-"""What wandb puts a job's `key=value` words in the place of."""
+"""Placeholder in a sweep's command that wandb replaces by a job's `key=value` words."""
 _PYTHON = "${interpreter}"
-"""What wandb puts `python` in the place of."""
+"""Placeholder in a sweep's command that wandb replaces by `python`."""
 
 
 @dataclass(frozen=True)
 class Params:
     project: str | None = None
-    """Where the sweep and its runs go. null: WANDB_PROJECT, or soluscope."""
+    """Project of the sweep and its runs. null: WANDB_PROJECT, or soluscope."""
     entity: str | None = None
-    """The user or team of the project. null: WANDB_ENTITY, or the key's own."""
+    """User or team of the project. null: WANDB_ENTITY, or the default of the key's user."""
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """An agent can run the file's command, its runs go to the server, and the server accepts the key."""
+    """Refuse a sweep that agents cannot run or report to the server.
+
+    Raises:
+        UserError: if the file's command does not suit agents, a run would be kept offline, or the server
+            refuses the key.
+    """
     file = _read(sweep.path)
     if not isinstance(file.get("program"), str) or _WORDS not in (file.get("command") or ()):
         raise UserError(
-            f"{sweep.path} is no wandb sweep: wanted 'program: train/run.py' and "
+            f"{sweep.path} is not a wandb sweep: it needs 'program: train/run.py' and "
             f'\'command: ["${{env}}", "${{interpreter}}", "${{program}}", "{_WORDS}"]\''
         )
     devices = {config.train.devices for config in sweep.configs}
     require(
         devices == {1} or (len(devices) == 1 and _PYTHON in file["command"]),
-        f"engine=wandb gives all jobs one command, with torchrun after {_PYTHON}: wanted one train.devices "
-        f"and {_PYTHON} in the command of {sweep.path}",
+        f"engine=wandb gives all jobs one command, with torchrun after {_PYTHON}: use one value of "
+        f"train.devices, and put {_PYTHON} into the command of {sweep.path}",
     )
     require(
         all(config.train.nodes == 1 for config in sweep.configs),
-        "train.nodes above 1 with engine=wandb: an agent runs a job on its own machine; choose engine=slurm",
+        "train.nodes is above 1, but with engine=wandb each job runs on one machine: choose engine=slurm",
     )
     for config in sweep.configs:
         if config.wandb not in (None, "online"):
             raise UserError(
-                f"wandb={config.wandb} with engine=wandb: agents report to the server; leave wandb= out"
+                f"wandb={config.wandb}, but with engine=wandb the runs report to the server: remove wandb="
             )
     if os.environ.get("WANDB_MODE", "online") != "online":
         raise UserError(
-            f"WANDB_MODE={os.environ['WANDB_MODE']} with engine=wandb: agents report to the server; unset it"
+            f"WANDB_MODE={os.environ['WANDB_MODE']}, but with engine=wandb the runs report to the server: unset "
+            "WANDB_MODE"
         )
     sign_in("engine=wandb", "choose another engine=")
 
 
 def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None:
-    """Register the grid and say how agents are started.
+    """Register the grid, and print how to start agents.
 
-    The whole grid: wandb's has no holes. A job that is done ends at once.
+    The whole grid is registered, because a grid of wandb cannot leave points out. A finished job ends at once.
+
+    Raises:
+        UserError: if the server refuses the sweep.
     """
     if not todo:
         after()
@@ -81,23 +90,24 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None
         entity = params.entity or api.settings["entity"] or api.default_entity
         project = params.project or os.environ.get("WANDB_PROJECT") or PROJECT
         name = wandb.sweep(described(sweep), entity=entity, project=project)
-    except Exception as error:  # as above
+    except Exception as error:  # wandb raises many kinds
         raise UserError(f"wandb: {one_line(error)}; set wandb.project= or wandb.entity=") from error
-    # `after` is not called: nobody here learns when the last agent, on whatever machine, has ended.
+    # `after` is not called, because this process cannot know when the last agent on any machine has ended.
     print(
-        f"Start agents, as many as you like, each in a clone that shares {sweep.study_dir}:\n"
+        f"Start any number of agents, each in a clone that shares {sweep.study_dir}:\n"
         f"    wandb agent {entity}/{project}/{name}\n"
-        "After the last one has ended:\n"
-        f"    python eval/run.py {sweep.study_dir}\n"
-        f"    python eval/report.py {sweep.study_dir}\n"
-        "This command once more does these two as well, or registers again if jobs are not done."
+        "After the last agent has ended:\n"
+        f"    soluscope probe {sweep.study_dir}\n"
+        f"    soluscope report {sweep.study_dir}\n"
+        "Instead of these two commands, you can run the present command again. If jobs are not done, it registers "
+        "the sweep again."
     )
 
 
 def described(sweep: Sweep) -> dict[str, Any]:
-    """The sweep for wandb: the file, with the words in it and the study for its name.
+    """Return the sweep for wandb: the file's content with the command's words, named after the study.
 
-    Keys stay dotted: of nested parameters an agent would get `train={'lr': 0.001}`.
+    Keys stay dotted, because with nested parameters an agent would pass `train={'lr': 0.001}`.
     """
     fixed = dict(word.split("=", 1) for word in sweep.words)
     parameters: dict[str, Any] = {
@@ -109,15 +119,16 @@ def described(sweep: Sweep) -> dict[str, Any]:
     parameters |= {key: {"value": _number(text)} for key, text in fixed.items()}
     file = _read(sweep.path)
     if sweep.configs[0].train.devices > 1:
-        at = file["command"].index(_PYTHON) + 1
-        file["command"][at:at] = torchrun(sweep.configs[0].train)
+        after_python = file["command"].index(_PYTHON) + 1
+        file["command"][after_python:after_python] = torchrun(sweep.configs[0].train)
     return file | {"name": sweep.configs[0].study, "parameters": parameters}
 
 
 def _plain(value: Any) -> int | float | str:
-    """What an agent writes as the same word as our own launcher; a number where it can be one, for wandb's axes.
+    """Return a value that an agent writes into the command in the same way as this project's launcher.
 
-    An agent writes None as `None`, which no key takes.
+    Numbers stay numbers, for the axes of wandb's plots. None becomes "null", because an agent would write
+    `None`, which no key accepts.
     """
     if value is None:
         return "null"
@@ -125,7 +136,7 @@ def _plain(value: Any) -> int | float | str:
 
 
 def _number(text: str) -> int | float | str:
-    """The number that is written so, or else the text."""
+    """Return the number that `text` is the standard form of, or else `text`."""
     for kind in (int, float):
         try:
             number = kind(text)

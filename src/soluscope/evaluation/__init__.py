@@ -1,1 +1,1 @@
-"""Run folders and probes to the rows of a study, validated on the control models."""
+"""Evaluation: from run folders and probes to the records of a study, validated on the control models."""

@@ -1,4 +1,4 @@
-"""What a notebook calls: `soluscope.probe`, one model and a text of one's own."""
+"""`soluscope.probe` for notebooks: probes on one model and your own text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGE = "soluscope.probes"
 
 
 class Figures(dict[str, Any]):
-    """Plotly figures by title; a notebook shows them all."""
+    """Plotly figures by title; a notebook shows all figures."""
 
     def _ipython_display_(self) -> None:
         for figure in self.values():
@@ -33,19 +33,18 @@ class Figures(dict[str, Any]):
 def probe(
     model: SoluscopeTransformer, text: str | Sequence[str], probes: Sequence[str] | None = None
 ) -> tuple[pd.DataFrame, Figures]:
-    """Run probes on a text of your own.
+    """Run probes on your own text.
 
     Args:
-        model: from `soluscope.load`.
-        text: one text, or several; each is a unit of its own for intervals.
-        probes: names of files in probes/; all of them if not given.
+        model: a model from `soluscope.load`.
+        text: one text, or several; each text is a separate unit for intervals.
+        probes: names of files in probes/; all by default.
 
     Returns:
-        A table with one row for each probe, quantity and token; and figures by title, which show
-        themselves in a notebook.
+        A table with one row per probe, quantity and token; and figures by title, which a notebook displays.
 
     Raises:
-        UserError: unknown probe, a text shorter than 2 tokens, or a model that cannot be probed.
+        UserError: if a probe is unknown, a text is shorter than 2 tokens, or the model cannot be probed.
     """
     names = list(probes) if probes is not None else plugins.names(PACKAGE)
     chosen = {name: plugins.pick(PACKAGE, name) for name in names}
@@ -78,11 +77,13 @@ def probe(
 
 
 def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
-    """Return which probes have nothing to say about a text of one's own, and why."""
+    """Return the probes that cannot be measured on your own text, each with the reason."""
     why = {}
     for name, chosen_probe in chosen.items():
         if all(stream.startswith(streams.PAIRS) for stream in chosen_probe.streams):
-            why[name] = "measured on pairs of prompts, and not on a text of your own"
+            why[name] = (
+                "measured on pairs of prompts, not on your own text: leave it out of probes="
+            )
         elif chosen_probe.one_layer and n_layers > 1:
             why[name] = f"exact for one layer only, and the model has {n_layers}"
     return why

@@ -1,9 +1,9 @@
-"""Can the probes be believed? What they find where the answer is known, and where there is nothing.
+"""Calibration of the probes, on models with known answers and on data without an effect.
 
-`check_gates` puts a probe before its positive and negative controls. `false_positives` counts how
-often its test speaks where it should not: on untrained models, and on shuffled labels.
+`check_gates` validates a probe on its positive and negative controls. `false_positives` counts how
+often the probe's test is positive without an effect: on untrained models, and on shuffled labels.
 
-Source: science.md sections 5 ("Null calibration") and 7 ("Control pass rule").
+Source: protocol.md sections 5 ("Null calibration") and 6 ("Gate rule").
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from soluscope.results import FalsePositives, GateResult
 from soluscope.runs.weights import commit
 
 NEAR = 0.05
-"""How far from the analytic truth a positive control may be, as a share of it."""
+"""Largest distance of a positive control's result from the analytic truth, as a share of the truth."""
 
 NOMINAL = 0.05
 N_PAIRS = 8
-"""Pairs of untrained models behind one comparison, as many as there are seeds in a study."""
+"""Pairs of untrained models per comparison, as many as a study has seeds."""
 N_MODELS = 320
-"""Untrained models of which each comparison draws 16."""
+"""Size of the pool of untrained models, from which each comparison draws 16."""
 N_TEXTS, WIDTH = 48, 32
 BOS = 256
-"""After the 256 bytes, which are the tokens here."""
+"""Id of BOS, after the 256 bytes, which are the tokens here."""
 
 
 @lru_cache(maxsize=32)
 def control_run(name: str, stream: str) -> HookedRun:
-    """What a control's activations are on one of its streams."""
+    """Return a control's activations on one of its streams."""
     planted = plugins.pick("soluscope.controls", name).build()
     return observe(planted.model, planted.streams[stream])
 
 
 def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
-    """Put a probe before each of its controls.
+    """Validate a probe on each of its controls.
 
     Raises:
         UserError: if there is no such probe or control.
@@ -68,7 +68,7 @@ def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
         key = gate.control, gate.stream
         if key not in measured:
             measured[key] = probe.measure(run)
-        # Two one-sided tests at 5% are read off the 90% interval.
+        # Two one-sided tests at 5% are equivalent to a 90% interval inside the margin.
         interval = _estimate(run, measured[key], gate, level=0.95 if gate.within is None else 0.90)
         passed, asked = judge(gate, interval)
         known = probe.quantities | probe.estimates
@@ -88,7 +88,7 @@ def check_gates(name: str, study: str = "") -> Iterator[GateResult]:
 
 
 def judge(gate: Gate, interval: Interval) -> tuple[bool, str]:
-    """Return whether a gate is passed, and in words what it asks."""
+    """Return whether a gate is passed, and its condition in words."""
     if gate.within is not None:
         held = equivalence(interval, gate.within, gate.around) == "equivalent"
         asked = f"within {gate.within:g} of {gate.around:g} (90% interval)"
@@ -106,7 +106,7 @@ def judge(gate: Gate, interval: Interval) -> tuple[bool, str]:
 
 
 def _estimate(run: HookedRun, measured: Measured, gate: Gate, level: float) -> Interval:
-    """The number that a gate is about."""
+    """Return the number that a gate tests, with its interval."""
     if gate.quantity in measured.tokens:
         table = token_table(run, measured)
         here = table[POSITIONS[gate.positions](table["pos"])]
@@ -122,17 +122,17 @@ def _estimate(run: HookedRun, measured: Measured, gate: Gate, level: float) -> I
 
 
 def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[FalsePositives]:
-    """Count how often what is computed from a probe says "a difference" where there is none.
+    """Count how often a probe's test finds a difference that does not exist.
 
-    Untrained models: two groups of eight models that differ in nothing but their seeds, compared as
-    two variants would be, by the t interval of their paired differences. This is the error of
-    comparisons between variants; a probe's own offset cancels in it, and is what the negative controls ask for.
-    Shuffled labels: the field that the probe names in `shuffle` is permuted over tokens, and the
-    interval of what it tests is asked for 0. Where it names none, the labels are those of two groups
-    of documents, dealt at random, and the interval is of the groups' difference.
+    Untrained models: two groups of eight models that differ only in their seeds are compared as two
+    variants would be, by the t interval of their paired differences. This measures the error of
+    comparisons between variants. A probe's own offset cancels in it; the negative controls test the offset.
+    Shuffled labels: the field that the probe names in `shuffle` is permuted over tokens, and a draw counts
+    as positive if the interval of the tested quantity excludes 0. If the probe names no field, documents
+    are assigned at random to two groups, and the interval is that of the difference between the groups.
 
-    The models are drawn from a pool of 320, so draws share some; the binomial interval leaves that out.
-    A rate has passed where the nominal 5% lies inside its interval.
+    The models are drawn from a pool of 320, so draws share some models; the binomial interval ignores this.
+    A rate passes if the nominal 5% lies inside its interval.
 
     Raises:
         UserError: if there is no such probe.
@@ -145,7 +145,7 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
     for source, outcomes in tallies.items():
         base = FalsePositives(
             study=study, probe=name, tested=probe.tested, source=source, passed=None, value=None,
-            unit="share", cluster="draw", commit=commit(), note=f"{probe.tested} is not defined there",
+            unit="share", cluster="draw", commit=commit(), note=f"{probe.tested} is not defined on these models",
         )  # fmt: skip
         if len(outcomes):
             test = binomtest(int(outcomes.sum()), len(outcomes))
@@ -159,9 +159,9 @@ def false_positives(name: str, n_draws: int = 200, study: str = "") -> Iterator[
 
 
 def _untrained(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
-    """For each draw, whether a difference was found between models that differ in their seeds."""
-    made = (_tested(probe, untrained_run(seed, probe.streams[0])) for seed in range(N_MODELS))
-    values = np.array([float(each.value(each.sums.sum(0)[None])[0]) for each in made if each])
+    """Return per draw whether a difference was found between models that differ only in their seeds."""
+    estimates = (_tested(probe, untrained_run(seed, probe.streams[0])) for seed in range(N_MODELS))
+    values = np.array([float(each.value(each.sums.sum(0)[None])[0]) for each in estimates if each])
     values = values[~np.isnan(values)]
     if len(values) < 2 * N_PAIRS:
         return np.array([], dtype=bool)
@@ -171,7 +171,7 @@ def _untrained(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
 
 
 def _shuffled(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
-    """For each draw, whether something was found in labels that were dealt at random."""
+    """Return per draw whether an effect was found in labels that were assigned at random."""
     generator = np.random.default_rng(1)
     outcomes = []
     for draw in range(n_draws):
@@ -190,7 +190,7 @@ def _shuffled(probe: Probe, n_draws: int) -> NDArray[np.bool_]:
 
 
 def _tested(probe: Probe, run: HookedRun) -> Estimate | None:
-    """What the probe tests, as a function of sums over strings; of a column of tokens, its mean."""
+    """Return the tested quantity as a function of sums over strings; for a per-token quantity, its mean."""
     measured = probe.measure(run)
     if probe.tested in measured.tokens:
         table = token_table(run, measured)
@@ -202,7 +202,7 @@ def _tested(probe: Probe, run: HookedRun) -> Estimate | None:
 
 
 def _between_halves(estimate: Estimate, generator: np.random.Generator) -> Estimate:
-    """Difference of an estimate between two halves of the strings, dealt at random."""
+    """Return the difference of an estimate between two random halves of the strings."""
     n_strings, n_parts = estimate.sums.shape
     inside = (generator.permutation(n_strings) < n_strings // 2)[:, None]
     sums = np.concatenate([estimate.sums * inside, estimate.sums * ~inside], axis=1)
@@ -214,7 +214,7 @@ def _between_halves(estimate: Estimate, generator: np.random.Generator) -> Estim
 
 
 def _permuted(run: HookedRun, field: str, generator: np.random.Generator) -> HookedRun:
-    """`run` with one field permuted over the tokens that are not BOS."""
+    """Return `run` with one field permuted over the tokens that are not BOS."""
     values = getattr(run, field).clone()
     content = (~run.is_bos).nonzero().squeeze(-1)
     values[content] = values[content[torch.from_numpy(generator.permutation(len(content)))]]
@@ -227,7 +227,7 @@ def _leaves_out_zero(interval: Interval) -> bool:
 
 
 def untrained_run(seed: int, stream: str) -> HookedRun:
-    """A SoLU model with an active LayerNorm as it was initialised, on bytes of Python's library."""
+    """Return a run of an untrained SoLU model with an active LayerNorm, on bytes of Python's library."""
     config = HookedTransformerConfig(
         n_layers=1, d_model=32, n_ctx=WIDTH, d_head=16, n_heads=2, d_mlp=64, d_vocab=BOS + 1,
         act_fn="solu_ln", normalization_type="LN", init_weights=False, device="cpu",
@@ -245,7 +245,7 @@ def untrained_run(seed: int, stream: str) -> HookedRun:
 
 @lru_cache(maxsize=1)
 def _byte_texts() -> streams.Stream:
-    """Stretches of 31 bytes, each from another file."""
+    """Return stretches of 31 bytes, each from another file."""
     texts = (text.encode() for text in streams.standard_library("code", 0.0, 1.0))
     long_enough = (text for text in texts if len(text) > 1000 + 40 * N_TEXTS + WIDTH)
     rows = [
@@ -257,7 +257,7 @@ def _byte_texts() -> streams.Stream:
 
 @lru_cache(maxsize=1)
 def _byte_pairs() -> streams.Stream:
-    """Five corruptions to a clean row, all of random letters: nothing sets them apart."""
+    """Return five corrupted rows per clean row, all of random letters, so that nothing distinguishes them."""
     generator = np.random.default_rng(2)
     rows = [(i, generator.integers(97, 123, 8).tolist()) for i in range(N_TEXTS) for _ in range(6)]
     return _of_bytes(rows, f"{streams.PAIRS}letters")

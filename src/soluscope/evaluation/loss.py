@@ -1,4 +1,4 @@
-"""Losses by document: what comparisons resample, and their mean."""
+"""Losses by document, which comparisons resample, and their mean."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from soluscope.results import Measurement
 def document_losses(
     model: SoluscopeTransformer, cache: TokenCache, split: Split, config: EvalConfig
 ) -> pd.DataFrame:
-    """Return the sum of losses and the number of targets by document, the target's own.
+    """Return the sum of losses and the number of targets per document.
 
-    BOS targets are left out.
+    A target counts for the document that contains it. BOS targets are excluded.
     """
     ctx = model.facts.ctx
     stream = streams.from_cache(cache, split, ctx, config.n_loss_tokens, split)

@@ -1,11 +1,11 @@
-"""The folder of a pretrained model, in a study of its own: runs/<name>/<name>, as that of a run that was trained.
+"""Run folder of a pretrained model, in its own study: runs/<name>/<name>, like the folder of a trained run.
 
-pretrained.json  what was loaded and from where, the text, and the studies shown beside it
+pretrained.json  name and source of the model, its text, and the studies shown beside it
 model.json       facts about the model
-tokenizer/       the model's tokenizer, and which of its tokens are BOS, EOS and PAD
-probes/          what the suite writes
+tokenizer/       the model's tokenizer, with the names of its BOS, EOS and PAD tokens
+probes/          files written by the suite
 
-The weights stay where they were downloaded to.
+The weights are not copied: they stay in the hub's cache or in the model's folder.
 """
 
 from __future__ import annotations
@@ -36,33 +36,34 @@ ORIGIN = "pretrained.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """What pretrained.json holds."""
+    """Content of pretrained.json."""
 
     name: str
-    """What `load_pretrained` takes: a name, or a folder's whole path."""
+    """Argument of `load_pretrained`: a name, or the absolute path of a folder."""
     repository: str | None
-    """On the hub; None of a folder."""
+    """Repository on the hub; None for a folder."""
     commit: str
-    """Of the repository; of a folder its weights' sha256."""
+    """Commit of the repository; for a folder, the sha256 of its weights."""
     data: str
+    """Source of the text."""
     corpus: dict[str, Any] | None
-    """The text's source, and what was asked of it."""
+    """Settings of the source, as requested."""
     beside: list[str]
     """Studies whose runs are shown beside the model."""
 
     @property
-    def said(self) -> str:
-        """Where the model is from, in words."""
+    def description(self) -> str:
+        """Return the model's origin in words."""
         if self.repository is None:
-            return f"of a folder whose weights have the sha256 {self.commit[:12]}…"
+            return f"a model from a folder, with weights of sha256 {self.commit[:12]}…"
         return f"{self.repository} at commit {self.commit[:12]}"
 
 
 def read_origin(run_dir: Path) -> Origin | None:
-    """What a run folder says of the pretrained model that it is of; None where it is of none.
+    """Return the origin of the pretrained model in a run folder; None for any other folder.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if pretrained.json cannot be read.
     """
     path = run_dir / ORIGIN
     if not path.is_file():
@@ -70,20 +71,22 @@ def read_origin(run_dir: Path) -> Origin | None:
     try:
         return Origin(**json.loads(path.read_text(encoding="utf8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is broken ({error}): delete {run_dir} to make it again") from error
+        raise UserError(
+            f"{path} is broken ({error}): delete {run_dir} to create it again"
+        ) from error
 
 
 def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = print) -> Path:
-    """The run folder of a pretrained model, made or brought up to date: its facts, tokenizer and text.
+    """Create or update the run folder of a pretrained model: its facts, tokenizer and text.
 
     Args:
         name: as for `load_pretrained`.
-        config: where it lies, which revision, what text and what beside it.
-        say: told where the text is not the one that was hoped for.
+        config: runs_dir, revision, text, and studies to show beside the model.
+        say: function called with one line if the text has changed, or is not the preferred text.
 
     Raises:
-        UserError: no such model, one that cannot be probed, no text, a study beside that was not
-            evaluated, or a folder of that name that is something else.
+        UserError: if there is no such model, the model cannot be probed, there is no text, a study beside
+            the model was not evaluated, or the folder is already used for something else.
     """
     _check_studies(config.studies)
     model = load_pretrained(name, config.revision)
@@ -109,17 +112,17 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
 
 
 def load_again(run: Run, origin: Origin, device: str) -> SoluscopeTransformer:
-    """Return the model that a run folder is of, from the hub's cache or its folder.
+    """Return the model of a run folder, from the hub's cache or from the model's folder.
 
     Raises:
-        UserError: if it is not to be had any more, or the folder holds other weights now.
+        UserError: if the model is no longer available, or its folder now holds other weights.
     """
     revision = origin.commit if origin.repository else None
     model = load_pretrained(origin.name, revision, device)
     if model.facts.commit != origin.commit:
         raise UserError(
-            f"{origin.name} holds other weights than those of {run.dir}: probe them anew with "
-            f"'python eval/run.py {origin.name}'"
+            f"{origin.name} holds other weights now than when {run.dir} was made: probe the new weights with "
+            f"'soluscope probe {origin.name}'"
         )
     model.facts = run.facts
     return model
@@ -128,35 +131,35 @@ def load_again(run: Run, origin: Origin, device: str) -> SoluscopeTransformer:
 def measurements(
     facts: Facts, origin: Origin, text: TokenCache, loss: Measurement, run: HookedRun
 ) -> list[Measurement]:
-    """Return what is known of a pretrained model, its loss, and what its gain says that epsilon is.
+    """Return the known facts about a pretrained model, its loss, and the epsilon that its gain implies.
 
     Args:
-        facts: about the model.
-        origin: of its folder.
-        text: the tokens it is probed on.
-        loss: its mean loss on the report split.
-        run: its activations on natural text.
+        facts: facts about the model.
+        origin: origin of the model.
+        text: tokens that the model is probed on.
+        loss: mean loss of the model on the report split.
+        run: activations of the model on natural text.
     """
     split = text.meta["splits"]["report"]
     note = (
-        f"the report split of data={text.meta['source']} ({split['n_documents']:,} documents in all), and "
-        "whether the model was trained on these is not known"
+        f"the report split of data={text.meta['source']} ({split['n_documents']:,} documents in all); it is "
+        "not known whether the model was trained on these documents"
     )
     names = ("n_layers", "d_model", "n_heads", "d_mlp", "ctx", "d_vocab", "ln_eps", "eps", "kappa")
     known = {name: value for name in names if (value := getattr(facts, name)) is not None}
     base = Measurement(
         **about_run(facts, pretrained=True), probe="pretrained", quantity="", value=None, unit=""
     )
-    made = [replace(loss, note=note)]
-    made += [
-        replace(base, quantity=name, value=float(value), note=origin.said)
+    rows = [replace(loss, note=note)]
+    rows += [
+        replace(base, quantity=name, value=float(value), note=origin.description)
         for name, value in known.items()
     ]
     if run.eps is not None:
         square = run.scale.double().square()  # 1 / g^2
         off = ((run.s2 + run.eps) / square - 1).abs()
         everywhere = replace(base, stream="natural", positions="all", n=len(square))
-        made += [
+        rows += [
             replace(
                 everywhere, quantity="1/g^2 - var", statistic="median",
                 value=float((square - run.s2).median()),
@@ -165,49 +168,49 @@ def measurements(
                 everywhere, quantity="|g^2 (var + eps) - 1|", statistic="max", value=float(off.max())
             ),
         ]  # fmt: skip
-    return made
+    return rows
 
 
 def _check_studies(studies: Sequence[str]) -> None:
-    """Refuse what cannot be shown beside a model, or not together.
+    """Refuse studies that cannot be shown beside a model, or not together.
 
     Raises:
-        UserError: if one was not evaluated, or two have runs of the same name.
+        UserError: if a study was not evaluated, or two studies have arms of the same name.
     """
     owner: dict[str, str] = {}
     for study in studies:
         path = Path(study) / "results.jsonl"
         if not path.is_file():
             raise UserError(
-                f"study={study} has no results: make them with 'python eval/run.py {study}'"
+                f"study={study} has no results: make them with 'soluscope probe {study}'"
             )
         for each in results.read(path):
             if each.arm and owner.setdefault(each.arm, each.study) != each.study:
                 raise UserError(
-                    f"study={study}: {each.study} and {owner[each.arm]} both have runs of {each.arm}, which one "
-                    "page cannot tell apart: give one of them"
+                    f"study={study}: {each.study} and {owner[each.arm]} both have runs of {each.arm}, and one "
+                    "page cannot distinguish them: give only one of the two studies"
                 )
 
 
 def _check_place(study_dir: Path, before: Origin | None, name: str, repository: str | None) -> None:
-    """Refuse a folder that is not this model's.
+    """Refuse a study folder that is in use for something else.
 
     Raises:
-        UserError: if it is the model's own, another model's, or a study of runs that were trained.
+        UserError: if the folder holds the model's own files, another model's run, or a study of trained runs.
     """
-    what = ""
+    content = ""
     if (study_dir / "config.json").is_file():
-        what = "the model's own folder"
+        content = "the model's own folder"
     elif before is None and (study_dir / "data.json").is_file():
-        what = "a study of other runs"
+        content = "a study of other runs"
     elif before is not None and before.repository != repository:
-        what = f"of another model ({before.repository or before.name})"
-    if what:
-        raise UserError(f"{study_dir} is {what}: choose another runs_dir= for {name}")
+        content = f"the study of another model ({before.repository or before.name})"
+    if content:
+        raise UserError(f"{study_dir} is {content}: choose another runs_dir= for {name}")
 
 
 def _write_tokenizer(model: SoluscopeTransformer, folder: Path) -> None:
-    """The file itself, and its special tokens as the model takes them, for `data.tokenizer.load`."""
+    """Write tokenizer.json, and its special tokens as the model uses them, for `data.tokenizer.load`."""
     special_tokens = {
         f"{key}_token": model.tokenizer.convert_ids_to_tokens(getattr(model.facts, key))
         for key in ("bos", "eos", "pad")
@@ -224,16 +227,16 @@ def _text(
     folder: Path,
     say: Callable[[str], None],
 ) -> tuple[TokenCache, str, dict[str, Any] | None]:
-    """The tokens to probe on, their source, and what was asked of it.
+    """Return the tokens to probe on, their source, and the requested settings of the source.
 
-    What was asked for; else that of last time; else the hub's, or the standard library where the hub
-    cannot be read.
+    The config may name the text. Otherwise it is the text of the last time; without a last time, it is the
+    hub's text, or the standard library if the hub cannot be read.
     """
     if config.prepared is not None:
         cache = open_cache(Path(config.prepared))
         if cache.meta["tokenizer_hash"] != _hash_in_cache(folder):
             raise UserError(
-                f"prepared={config.prepared} was made with another tokenizer than the model's: leave it out"
+                f"prepared={config.prepared} was made with another tokenizer than the model's: omit prepared="
             )
         return cache, cache.meta["asked"]["data"], config.corpus
     if not config.says_text and before is not None:
@@ -247,12 +250,12 @@ def _text(
     try:
         return prepare(config.text("hub", str(folder))), "hub", None
     except UserError as error:
-        say(f"data=stdlib is used, Python's own files, since data=hub cannot be: {error}")
+        say(f"using data=stdlib (Python's own files), because data=hub cannot be read: {error}")
         return prepare(config.text("stdlib", str(folder))), "stdlib", None
 
 
 def _of_last_time(study_dir: Path, folder: Path) -> TokenCache | None:
-    """The study's tokens, where they still lie there and are the tokenizer's."""
+    """Return the study's tokens; None without them, or for tokens of another tokenizer."""
     shared = study_dir / "data.json"
     if not shared.is_file():
         return None
@@ -264,18 +267,18 @@ def _of_last_time(study_dir: Path, folder: Path) -> TokenCache | None:
 
 
 def _hash_in_cache(folder: Path) -> str:
-    """Hash that the tokenizer in `folder` has in a token cache, which writes it in a layout of its own."""
+    """Return the hash of the tokenizer in `folder` as a token cache stores it, in the cache's own layout."""
     content = tokenizer.load(str(folder)).tokenizer.to_str(pretty=True)
     return hashlib.sha256(content.encode("utf8")).hexdigest()
 
 
 def _share(cache: TokenCache, study_dir: Path, say: Callable[[str], None]) -> None:
-    """The text is the study's, in place of another one that it had."""
+    """Make the text the study's text, in place of any earlier text."""
     shared = study_dir / "data.json"
     if shared.is_file():
         if json.loads(shared.read_text(encoding="utf8"))["key"] == cache.meta["key"]:
             return
-        say("another text than last time")
+        say("the text is not that of the last time")
         for path in (shared, study_dir / "tokenizer.json"):
             path.unlink(missing_ok=True)
     share_with_study(cache, study_dir)

@@ -1,13 +1,13 @@
-"""Run folders x probes -> records of the study, probe by probe, going on where it was interrupted.
+"""Evaluation of run folders, probe by probe, to the records of a study; an interrupted evaluation resumes.
 
-A run folder is that of a run that was trained, or of a pretrained model (pretrained_run.py).
+A run folder belongs to a trained run or to a pretrained model (pretrained_run.py).
 
-runs/<study>/<run>/probes/<probe>.parquet          one row a token
-runs/<study>/<run>/probes/<probe>-neurons.parquet  one row a neuron, of the probes that have such
-runs/<study>/<run>/probes/<probe>.jsonl            the probe's words, then its measurements; written
-                                                   last: its presence means done
-runs/<study>/<run>/probes/loss.parquet             one row a document: what comparisons resample
-runs/<study>/.controls/controls-<probe>.jsonl      what the probe found on models with known answers
+runs/<study>/<run>/probes/<probe>.parquet          one row per token
+runs/<study>/<run>/probes/<probe>-neurons.parquet  one row per neuron, for probes with per-neuron results
+runs/<study>/<run>/probes/<probe>.jsonl            the probe's description, then its measurements; written
+                                                   last, so its presence means that the probe is done
+runs/<study>/<run>/probes/loss.parquet             one row per document, which comparisons resample
+runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
 runs/<study>/results.jsonl                         all records of the study, comparisons included
 """
 
@@ -63,23 +63,23 @@ COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
     "variants/",
 )  # fmt: skip
-"""Folders and modules of the package that compute what is stored of a run, or say in which form. Each
-probe's own file counts for its own numbers alone."""
+"""Folders and modules of the package that compute the stored results of a run or define their form. A
+probe's own file affects only the results of that probe."""
 
 Say = Callable[[str], None]
 
 
 def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
-    """Probe every finished run below `folder` (or the run that it is), then compare the study's runs.
+    """Probe every finished run below `folder` (or the run `folder` itself), then compare the study's runs.
 
-    A probe that a run has been through with the same configuration is not run again, so an
-    interrupted evaluation goes on where it stopped.
+    A probe is skipped if its results on a run exist and were made with the same configuration, so an
+    interrupted evaluation resumes where it stopped.
 
     Returns:
         The study's results.jsonl.
 
     Raises:
-        UserError: if there is no finished run, one cannot be read, or its tokens are gone.
+        UserError: if there is no finished run, a run cannot be read, or its tokens are gone.
     """
     runs = finished_runs(folder)
     study_dir = runs[0].dir.parent
@@ -92,18 +92,20 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
 
 
 def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = print) -> Path:
-    """Probe a pretrained model in a study of its own, and report it; goes on where it was interrupted.
+    """Probe a pretrained model in its own study, and write the study's report.
+
+    An interrupted evaluation resumes where it stopped.
 
     Args:
         name: as for `load_pretrained`.
-        config: how to probe it, on what text, and what to show beside it.
-        say: where progress goes.
+        config: settings of the probes, the text, and the studies to show beside the model.
+        say: function called with each line of progress.
 
     Returns:
         The study's report.html.
 
     Raises:
-        UserError: no such model, one that cannot be probed, or no text.
+        UserError: if there is no such model, the model cannot be probed, or there is no text.
     """
     from soluscope.report import publish
 
@@ -117,10 +119,10 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
 
 
 def finished_runs(folder: Path) -> list[Run]:
-    """Return the finished runs and pretrained models: `folder` itself, or those directly in it.
+    """Return the finished runs and pretrained models: `folder` itself, or the folders directly in it.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no finished run.
     """
     folder = folder if folder.name else folder.resolve()  # "." has no parent
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
@@ -128,21 +130,23 @@ def finished_runs(folder: Path) -> list[Run]:
     trained = {path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done()}
     pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
     if not trained | pretrained:
-        raise UserError(f"no finished run in {folder}: train some with 'python train/run.py' first")
+        raise UserError(f"no finished run in {folder}: train some with 'soluscope train' first")
     return [Run(path) for path in sorted(trained | pretrained)]
 
 
 def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
-    """Print what the probes find where the answer is known; with a study, keep it for its report.
+    """Print the calibration of the probes; with a study, store it for the study's report.
+
+    The calibration `what` is `controls` or `false-positives`.
 
     Args:
-        what: `controls`, or `false-positives`.
-        config: whose `probes` are asked; all of them if not set.
-        folder: a study, or a run in it. What was kept there by the same code is not asked again.
-        say: where progress goes.
+        config: settings; `probes` names the probes to calibrate, by default all.
+        folder: a study, or a run in it. Results that the same code has stored there are reused.
+        say: function called with each line of progress.
 
     Raises:
-        UserError: if there is no finished run in `folder`; or a control fails, after all are printed.
+        UserError: if there is no finished run in `folder`; or if a control fails, after all results are
+            printed.
     """
     from rich.console import Console
 
@@ -157,13 +161,15 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
         write_results(study_dir)
     failed = sorted({gate.probe for gate in of_kind(records, GateResult) if not gate.passed})
     if failed:
-        raise UserError(f"not to be believed until it is mended: {', '.join(failed)}")
+        raise UserError(
+            f"probes that failed a control: {', '.join(failed)}; fix them before using their results"
+        )
 
 
 def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[Record]:
-    """Return a probe's words, and what it finds on the planted models or where there is nothing.
+    """Return a probe's description, and its results on the controls or its false positives.
 
-    Read from the study where the same code has stored it.
+    The records are read from the study if the same code has stored them there.
     """
     ask = check_gates if what == "controls" else false_positives
     study = study_dir.name if study_dir else ""
@@ -182,7 +188,7 @@ def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[
 
 
 def write_results(study_dir: Path) -> Path:
-    """Gather the records of all runs that were evaluated, compare the runs, and write results.jsonl."""
+    """Gather the records of all evaluated runs, compare the runs, and write results.jsonl."""
     records: list[Record] = []
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
         records += results.read(path, study_dir)
@@ -195,7 +201,7 @@ def write_results(study_dir: Path) -> Path:
             continue  # not evaluated yet, or interrupted before there was anything to compare
         for path in sorted(folder.glob("*.jsonl")):
             records += results.read(path, study_dir)
-        if origin := read_origin(run.dir):  # of other tokens than any run's: compared with none
+        if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run.facts)
@@ -214,7 +220,7 @@ def write_results(study_dir: Path) -> Path:
 
 
 def _new_to(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
-    """Return another study's records, without what calibrated the same probe here and what is here already."""
+    """Return another study's records that are new here, without calibrations of probes calibrated here."""
     calibrated = {
         (each.kind, each.probe) for each in records if isinstance(each, GateResult | FalsePositives)
     }
@@ -228,7 +234,7 @@ def _new_to(records: Sequence[Record], others: Sequence[Record]) -> list[Record]
 
 
 def _words_once(records: Iterable[Record]) -> Iterator[Record]:
-    """Yield the records; of each probe's words, which stand in every file of its numbers, the first."""
+    """Yield the records, with only the first description of each probe; every file of its results has one."""
     seen = set()
     for each in records:
         if isinstance(each, ProbeWords):
@@ -239,10 +245,10 @@ def _words_once(records: Iterable[Record]) -> Iterator[Record]:
 
 
 def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
-    """Return the part of each variant in the comparison, by the variant's name.
+    """Return each variant's part in the comparison, keyed by the variant's name.
 
     Raises:
-        UserError: if two runs of one variant were trained when its file said different things.
+        UserError: if the variant's file changed role, twin or chain between two of its runs.
     """
     lineages: dict[str, Lineage] = {}
     first: dict[str, str] = {}
@@ -252,18 +258,18 @@ def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
         if lineages.setdefault(facts.variant, lineage) != lineage:
             raise UserError(
                 f"runs {other!r} and {facts.run!r} of variant {facts.variant!r} differ in its role, twin "
-                "or chain: delete the line 'role' of both model.json, and what the variant's file says "
-                "now holds for both"
+                "or chain: delete the line 'role' from both model.json files, and the variant's current file "
+                "applies to both"
             )
     return lineages
 
 
 def _settings(run: Run) -> dict[str, float | str]:
-    """Return the settings that distinguish a run's arm from others, nan where the run has none."""
+    """Return the settings that distinguish a run's arm from other arms; nan for a setting it does not have."""
     facts, config = run.facts, run.config
     family = replace(config, seed=0, train=replace(config.train, lr=None))
     settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
-    matched = getattr(config.mid, "gain", None) == "init"  # to the LayerNorm of a kappa
+    matched = getattr(config.mid, "gain", None) == "init"  # matched to the LayerNorm of a kappa
     kappa = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2 if matched else None
     settings |= {GAIN_OF_KAPPA: kappa, "family": family.hash}
     return {name: np.nan if value is None else value for name, value in settings.items()}
@@ -313,12 +319,12 @@ def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
 
 
 def _discard_stale(folder: Path, shared: str, say: Say) -> None:
-    """Delete what was made from other inputs or by other code.
+    """Delete results that were made from other inputs or by other code.
 
     Args:
-        folder: of files named after probes.
-        shared: hash of what all of them rest on; a probe's own file counts for its own numbers alone.
-        say: where a line about what is discarded goes.
+        folder: folder of files named after probes.
+        shared: hash of the inputs and code of all results; a probe's own file affects only its own results.
+        say: function called with a line about each deletion.
     """
     mark = folder / "made_with.json"
     now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
@@ -327,13 +333,13 @@ def _discard_stale(folder: Path, shared: str, say: Say) -> None:
         return
     if before.get("shared") != shared:
         if before:
-            say("other inputs or code than last time: all is made anew")
+            say("inputs or code have changed since last time: all results are recomputed")
         shutil.rmtree(folder, ignore_errors=True)
         before = {}
     for path in _probe_files():
         if path in before and before[path] != now[path]:
             name = Path(path).stem
-            say(f"{name} has changed and is made anew")
+            say(f"{name} has changed and is recomputed")
             for stale in (f"{name}.jsonl", f"{name}.parquet", f"{name}-neurons.parquet",
                           f"controls-{name}.jsonl", f"false-positives-{name}.jsonl"):  # fmt: skip
                 (folder / stale).unlink(missing_ok=True)
@@ -345,7 +351,7 @@ def _probe_files() -> tuple[str, ...]:
 
 
 def _rests_on(run: Run, config: EvalConfig) -> str:
-    """Hash of what all summaries of a run rest on, the probes' own files left out."""
+    """Return a hash of the inputs and code of all summaries of a run, without the probes' own files."""
     settings = {
         k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
     }
@@ -360,36 +366,38 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
 
 
 def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
-    """Return the tokens that the run was trained on, whatever has become of the corpus since; or the
-    text of a pretrained model, which `pretrained_run` has made.
+    """Return the tokens that the run was trained on, or the text of a pretrained model.
+
+    The study's data.json identifies the tokens, so tokens of a changed corpus are never used instead.
+    `pretrained_run` prepares a pretrained model's text.
 
     Raises:
-        UserError: if these tokens are gone: other ones would give numbers that look right.
+        UserError: if these tokens are gone, because other tokens would give plausible but wrong numbers.
     """
     data = run.dir.parent / "data.json"
     if not data.is_file():
-        raise UserError(f"no {data}: a run folder is read from inside its study")
+        raise UserError(f"no {data}: move the run folder back into its study's folder")
     trained_on = json.loads(data.read_text(encoding="utf8"))
     path = Path(config.prepared or trained_on["path"])
     facts = run.facts
     if origin := read_origin(run.dir):
         if not path.is_dir():
             raise UserError(
-                f"the tokens {path} are gone: make them again with 'python eval/run.py {origin.name}'"
+                f"the tokens {path} are gone: prepare them again with 'soluscope probe {origin.name}'"
             )
         facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
     cache = open_cache(path) if path.is_dir() else prepare(run.config)
     same = (cache.meta["key"], cache.meta["tokenizer_hash"])
     if same != (trained_on["key"], facts.tokenizer_hash):
         raise UserError(
-            f"{run.dir} was trained on the tokens {trained_on['key']}, and {cache.path} has others: "
-            "set prepared= to the folder where they are now"
+            f"{run.dir} was trained on the tokens {trained_on['key']}, but {cache.path} has other tokens: "
+            "set prepared= to the folder of the right tokens"
         )
     return cache
 
 
 class _Observed:
-    """The model's activations on each stream, made when first asked for."""
+    """The model's activations on each stream, computed on first use."""
 
     def __init__(self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig) -> None:
         self.model, self.cache, self.config = model, cache, config
@@ -407,7 +415,7 @@ class _Observed:
 def _probe_records(
     name: str, observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
 ) -> list[Record]:
-    """Return the probe's words and what it measures on each of its streams, and save its tables."""
+    """Return the probe's description and its measurements on each of its streams, and save its tables."""
     probe: Probe = plugins.pick(PACKAGE, name)
     words = stored_words(name, probe, about["study"])
     left_out = partial(LeftOut, **about, probe=name)
@@ -419,7 +427,7 @@ def _probe_records(
     for stream in probe.streams:
         try:
             run = observed(stream)
-        except UserError as error:  # this corpus or tokenizer does not give the stream
+        except UserError as error:  # this corpus or tokenizer cannot provide the stream
             records.append(left_out(stream=stream, note=str(error)))
             continue
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
@@ -434,12 +442,12 @@ def _probe_records(
     if tables:
         _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
     if not records:
-        records.append(left_out(note="this model has nothing of what it measures"))
+        records.append(left_out(note="its quantities are not defined for this model"))
     return [words, *records]
 
 
 def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
-    """Return the first text of `run`, token by token: what the report's token view shows."""
+    """Return the per-token values of the first text of `run`, for the report's token view."""
     end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
     text = run.subset(torch.arange(len(run.pos)) < end)
     columns = {
@@ -460,7 +468,7 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
 def _loss(
     observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
 ) -> Measurement:
-    """Save the losses on both validation splits by document, and return their mean on the report split."""
+    """Save the losses by document on both validation splits, and return their mean on the report split."""
     facts = observed.model.facts
     tables = [
         document_losses(observed.model, observed.cache, split, config).assign(split=split)
@@ -482,7 +490,7 @@ def _pretrained(
     about: dict[str, Any],
     config: EvalConfig,
 ) -> list[Measurement]:
-    """Save a pretrained model's losses by document, and return what is known of it."""
+    """Save a pretrained model's losses by document, and return the known facts about the model."""
     table = document_losses(observed.model, observed.cache, "report", config)
     _write_parquet(folder / "loss.parquet", table)
     base = Measurement(**about, probe="pretrained", quantity="", value=None, unit="")
@@ -492,7 +500,7 @@ def _pretrained(
 
 
 def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
-    """Return the course of training: means over at most 60 stretches of metrics.jsonl."""
+    """Return the training curves: means over at most 60 stretches of metrics.jsonl."""
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     metrics = pd.DataFrame(lines)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}

@@ -1,4 +1,4 @@
-"""From a probe's values to measurements: means, splits, curves and their intervals, for all probes alike."""
+"""Measurements from a probe's values: means, splits, curves and their intervals, the same for all probes."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
     "2-15": lambda pos: (pos >= 2) & (pos <= 15),
     ">=16": lambda pos: pos >= 16,
 }
-"""The prefix rules of science.md section 5. BOS is never averaged with the rest."""
+"""Groups of positions, by the prefix rules of protocol.md section 5. BOS is never averaged with other tokens."""
 
 
 def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
-    """Return the values with each token's place: string, pos, token, then one column per quantity."""
+    """Return a table with each token's string, pos and id, then one column per quantity."""
     columns = {"string": run.string, "pos": run.pos, "token": run.tokens}
     return pd.DataFrame({k: values.numpy() for k, values in (columns | measured.tokens).items()})
 
 
 def stored_words(name: str, probe: Probe, study: str) -> ProbeWords:
-    """Return what the probe of file `name` says of itself, as it is stored with its numbers."""
+    """Return the description of the probe in file `name`, as it is stored with its results."""
     return ProbeWords(
         study=study, commit=commit(), probe=name, name=probe.name, section=probe.section,
         question=probe.question, formula=probe.formula, reading=probe.reading, pitfalls=probe.pitfalls,
@@ -67,15 +67,15 @@ def summarise(
     n_draws: int,
     seed: int,
 ) -> Iterator[Measurement]:
-    """Every number the probe asks for, each with the interval for other documents (or strings).
+    """Yield every number that the probe defines, each with its interval over documents (or strings).
 
     Args:
         probe: the probe.
-        table: its `token_table`.
-        estimates: what it measured beside the table.
-        base: what the measurements have in common.
-        n_draws: resamples.
-        seed: of the resampling.
+        table: `token_table` of the probe's values.
+        estimates: the probe's estimates, which are not in the table.
+        base: fields shared by all measurements.
+        n_draws: number of resamples.
+        seed: seed of the resampling.
     """
     make = _Summary(streams.unit_of(base.stream), n_draws, seed)
     for name, quantity in probe.quantities.items():
@@ -106,18 +106,17 @@ def _quantity_rows(
     content = table[(table["pos"] > 0) & table[name].notna()]
     for column in quantity.split_by:
         if n_distinct(content[column]) < 4:
-            continue  # one constant: there are no quartiles
+            continue  # too few distinct values for quartiles
         edges = content[column].quantile([0.25, 0.5, 0.75])
         quartile = pd.Series(np.searchsorted(edges, content[column]), index=content.index)
-        for q in sorted(
-            quartile.unique()
-        ):  # with ties some are empty, and the others keep their names
+        # With ties some quartiles are empty; the remaining quartiles keep their names.
+        for q in sorted(quartile.unique()):
             row = replace(base, group=f"{column} Q{q + 1}")
             yield make.of_tokens(content[quartile == q], name, "mean", row)
 
 
 class _Summary:
-    """One measurement from many values, with its interval or the reason why there is none."""
+    """Builder of one measurement from many values, with its interval or the reason for a missing interval."""
 
     def __init__(self, cluster: str, n_draws: int, seed: int) -> None:
         self.cluster, self.n_draws, self.seed = cluster, n_draws, seed
@@ -130,7 +129,7 @@ class _Summary:
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
         row = self._filled(replace(base, statistic=statistic), interval)
         if n_distinct(values) == 1 and interval.n_clusters >= MIN_CLUSTERS:
-            # BOS has one context, a static norm one gain: nothing varies that could be resampled.
+            # BOS has one context and a static norm has one gain, so there is no variation to resample.
             return replace(row, low=None, high=None, constant=True, note=base.note)
         return row
 
@@ -144,9 +143,9 @@ class _Summary:
     def _filled(self, base: Measurement, interval: Interval) -> Measurement:
         why = ""
         if 0 < interval.n_clusters < MIN_CLUSTERS:
-            why = f"no interval from {interval.n_clusters} {self.cluster}s, it takes {MIN_CLUSTERS}"
+            why = f"no interval from {interval.n_clusters} {self.cluster}s: at least {MIN_CLUSTERS} are needed"
         elif interval.low is None and not np.isnan(interval.value):
-            why = f"no interval: resampled {self.cluster}s do not spread around this number"
+            why = f"no interval: values from resampled {self.cluster}s do not spread around this number"
         note = "; ".join(part for part in (base.note, why) if part)
         return replace(
             base, value=interval.value, low=interval.low, high=interval.high, n=interval.n,

@@ -1,4 +1,4 @@
-"""What the probes found on a run, sent to the wandb run that it was trained in: tables and figures."""
+"""Upload of a run's probe results, as tables and figures, to the wandb run of its training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from soluscope.training.wandb_run import IDENTITY, identity, start
 from soluscope.wandb_client import package
 
 CURVES = {"training"}
-"""Files of probes/ that are not sent: the training curves are in wandb already."""
+"""Files of probes/ that are not sent, because the training curves are in wandb already."""
 
 
 def send_probes(run: Run) -> None:
-    """Send what the probes have found on a run to the wandb run that it was trained in.
+    """Send a run's probe results to the wandb run of its training: a table and figures per probe.
 
-    A table and figures a probe; what was sent already and has not changed since is left out. Nothing
-    where the run was trained without wandb.
+    Results that were sent before and have not changed are skipped. Nothing is sent if the run was trained
+    without wandb.
     """
     known = identity(run.dir)
     if not known:
@@ -47,13 +47,13 @@ def send_probes(run: Run) -> None:
 
 
 def _logged(name: str, path: Path) -> dict[str, Any]:
-    """Return a probe's numbers as a table, and its figures, by their keys in wandb."""
+    """Return a probe's results as a table, and its figures, by their keys in wandb."""
     records = results.read(path)
     return {f"probes/{name}": _table(records), **_figures(name, records)}
 
 
 def _table(records: Sequence[Record]) -> Any:
-    """Return a table with one row a record about the run; the probe's words are left out."""
+    """Return a table with one row per record about the run, without the probe's description."""
     rows = [each for each in records if isinstance(each, OfRun)]
     kinds: list[type[OfRun]] = [type(row) for row in rows] or [Measurement]
     columns = list(dict.fromkeys(field.name for kind in kinds for field in fields(kind)))
@@ -65,7 +65,7 @@ def _table(records: Sequence[Record]) -> Any:
 
 
 def _figures(name: str, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the figures that a probe asks for, by `probe/title`."""
+    """Return the figures that a probe defines, by `probe/title`."""
     specs = {
         f"{name}/{re.sub('/', ' per ', spec.title)}": spec
         for words in of_kind(records, ProbeWords)

@@ -1,1 +1,1 @@
-"""A model as probes see it: converted or downloaded, observed on text, ablated exactly."""
+"""Converted and downloaded models, their activations on text, and exact ablations."""

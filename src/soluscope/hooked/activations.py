@@ -1,7 +1,7 @@
-"""What a probe sees: one layer's activations on one stream of text, token by token.
+"""Activations of one layer on one stream of text, token by token: the input of every probe.
 
-Models reach this module as HookedTransformers, wherever they come from, or under the same names
-(bridge.py); nothing here knows how they were trained.
+Models are HookedTransformers, or TransformerBridges wrapped under the same names (bridge.py). Nothing
+here depends on how a model was trained.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ from soluscope.norms import MidNorm
 
 ROWS_AT_ONCE = 16
 LOGITS_AT_ONCE = 2**26
-"""Most logits that a model is asked for in one go, for memory: 256 MB in fp32."""
+"""Largest number of logits per forward pass, to limit memory: 256 MB in fp32."""
 
 CENTRES = {
     "LayerNorm": True, "LayerNormPre": True, "RMSNorm": False, "RMSNormPre": False,
     "NormalizationBridge": True, "LayerNormPreBridge": True,
     "RMSNormalizationBridge": False, "RMSNormPreBridge": False,
 }  # fmt: skip
-"""Whether a norm subtracts the mean, by its class in TransformerLens: four of 3.9, four of 4.x."""
+"""Centring of TransformerLens's norms, by class: True if the norm subtracts the mean. Four of 3.9, four of 4.x."""
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Weights between the mid norm and the logits, as they stand in the model (nothing folded)."""
+    """Weights between the mid norm and the logits, as stored in the model (nothing folded)."""
 
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"]
     gamma: Float[Tensor, " d_mlp"]
-    """Static gain of each neuron in the mid norm; ones where there is none."""
+    """Per-neuron weight of the mid norm; ones if there is no such weight."""
     beta: Float[Tensor, " d_mlp"]
-    """Bias of the mid norm; zeros where there is none."""
+    """Per-neuron bias of the mid norm; zeros if there is no such bias."""
     ln_w: Float[Tensor, " d_model"]
     ln_b: Float[Tensor, " d_model"]
     ln_eps: float
     ln_centred: bool
-    """Whether ln_final subtracts the mean: True for LayerNorm, False for RMSNorm."""
+    """Centring of ln_final: True if it subtracts the mean (LayerNorm), False if not (RMSNorm)."""
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"]
 
 
 class Stages(NamedTuple):
-    """What the MLP computes on the way, for residual streams of any shape [*place d_model]."""
+    """Intermediate values of the MLP, for residual streams of any shape [*place d_model]."""
 
     pre: Float[Tensor, "*place d_mlp"]
     mid: Float[Tensor, "*place d_mlp"]
     scale: Float[Tensor, "*place"]
-    """The mid norm's denominator; ones where there is none."""
+    """Denominator of the mid norm; ones without a mid norm."""
     post: Float[Tensor, "*place d_mlp"]
     out: Float[Tensor, "*place d_model"]
-    """What is added to the residual stream, b_out included."""
+    """Output of the MLP, which is added to the residual stream; b_out included."""
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """ln2 and the MLP as a function of the residual stream: for edits that come before mid."""
+    """ln2 and the MLP as a function of the residual stream, for edits at a stage before mid."""
 
     ln2: Callable[[Tensor], Tensor]
     W_in: Float[Tensor, "d_model d_mlp"]
     b_in: Float[Tensor, " d_mlp"]
     nonlinearity: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], tuple[Tensor, Tensor]] | None
-    """From mid to (scale [*place], post); None where there is no mid norm."""
+    """Function from mid to (scale [*place], post); None without a mid norm."""
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"]
 
@@ -86,34 +86,34 @@ class Mlp:
         return Stages(pre, mid, scale, post, post @ self.W_out + self.b_out)
 
 
-@dataclass(frozen=True, eq=False)  # a run is itself: what is computed from it can be kept by it
+@dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so results can be cached per run
 class HookedRun:
-    """Activations of the last MLP on one stream. Tokens are in reading order, string after string."""
+    """Activations of the last MLP on one stream. Tokens are in reading order, one string after another."""
 
     stream: str
     tokens: Int[Tensor, " token"]
     pos: Int[Tensor, " token"]
-    """Place in the row; 0 is BOS."""
+    """Position in the row; 0 is BOS."""
     string: Int[Tensor, " token"]
-    """Which document or string the token is of; what intervals resample."""
+    """Index of the token's document or string, the unit that intervals resample."""
     target: Int[Tensor, " token"]
-    """The next token, or -1 at a row's end and where it is BOS."""
+    """The next token; -1 at the end of a row and if the next token is BOS."""
     loss: Float[Tensor, " token"]
-    """Cross-entropy of the target in nats; nan where there is none."""
+    """Cross-entropy of the target in nats; nan without a target."""
     pre: Float[Tensor, "token d_mlp"]
     mid: Float[Tensor, "token d_mlp"]
     post: Float[Tensor, "token d_mlp"]
     scale: Float[Tensor, " token"]
-    """The mid norm's denominator, hook_scale; ones where there is no mid norm."""
+    """Denominator of the mid norm (hook_scale); ones without a mid norm."""
     resid_mid: Float[Tensor, "token d_model"]
     eps: float | None
-    """Epsilon inside the denominator; None where the denominator is one constant, or there is none."""
+    """Epsilon inside the denominator; None for a constant denominator, and without a mid norm."""
     centres: bool
-    """Whether the mid norm subtracts the mean over neurons; False where there is no mid norm."""
+    """Centring of the mid norm: True if it subtracts the mean over neurons; False without a mid norm."""
     readout: Readout
     mlp: Mlp
     vocab: tuple[str, ...] = ()
-    """Text of each token of the vocabulary; empty where it is not known."""
+    """Text of each token of the vocabulary; empty if unknown."""
 
     @property
     def is_bos(self) -> Bool[Tensor, " token"]:
@@ -121,48 +121,49 @@ class HookedRun:
 
     @property
     def gain(self) -> Float[Tensor, " token"]:
-        """What the mid norm multiplies a token's centred activations by: 1 / hook_scale."""
+        """Return the mid norm's factor on a token's centred activations: 1 / hook_scale."""
         return self.scale.reciprocal()
 
     @property
     def engagement(self) -> Float[Tensor, " token"]:
-        """r = s2 / (s2 + eps), fp64: 0 where the gain is one constant, 1 in a LayerNorm without epsilon.
+        """Return r = s2 / (s2 + eps), fp64: 0 for a constant gain, 1 for a LayerNorm without epsilon.
 
-        From s2 and never from the gain: at a tiny epsilon r rounds to 1 in fp32 (science.md 10).
+        r and the gain are each computed from s2, never the gain from r: at a tiny epsilon r rounds to 1
+        (protocol.md section 8.8).
         """
         s2 = self.s2
         return torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
 
     @property
     def s2(self) -> Float[Tensor, " token"]:
-        """Variance of mid over neurons, or its mean square where the norm does not centre; fp64."""
+        """Return the variance of mid over neurons, or its mean square if the norm does not centre; fp64."""
         return self.centred.square().mean(-1)
 
     @property
     def centred(self) -> Float[Tensor, "token d_mlp"]:
-        """mid minus its mean over neurons, or mid itself where the norm does not centre; fp64."""
+        """Return mid minus its mean over neurons, or mid itself if the norm does not centre; fp64."""
         mid = self.mid.double()
         return mid - mid.mean(-1, keepdim=True) if self.centres else mid
 
     @property
     def scored(self) -> Bool[Tensor, " token"]:
-        """The tokens that are not BOS and have a target."""
+        """Return a mask of the tokens that are not BOS and have a target."""
         return ~self.is_bos & (self.target >= 0)
 
     @property
     def mean_log_gain(self) -> Float[Tensor, ""]:
-        """Log of the gain's geometric mean over tokens that are not BOS; fp64."""
+        """Return the log of the gain's geometric mean over tokens that are not BOS; fp64."""
         return self.gain.double().log()[~self.is_bos].mean()
 
     def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
-        """The same run with some of its tokens only."""
+        """Return the same run, restricted to the tokens in `keep`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         kept: dict[str, Any] = {k: v[keep] for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **kept)
 
     @cached_property
     def is_solu(self) -> bool:
-        """Whether mid is x * softmax(x): read off the activations, not off a name."""
+        """Return whether mid is x * softmax(x), judged by the activations and not by a name."""
         pre, mid = self.pre[:256], self.mid[:256]
         return torch.allclose(pre * pre.softmax(-1), mid, rtol=1e-3, atol=1e-7)
 
@@ -170,16 +171,17 @@ class HookedRun:
 def planted(
     mid: Float[Tensor, "row pos d_mlp"], *, eps: float | None = None, gain: float = 1.0
 ) -> HookedRun:
-    """A run with activations given by hand, for known answers. Each row is a string.
+    """Return a run with the given activations, for tests with known answers. Each row is a string.
 
     Args:
-        mid: what the nonlinearity gave; pre is the same.
-        eps: a LayerNorm with this epsilon follows; without it, the constant `gain` after centring.
-        gain: that constant.
+        mid: output of the nonlinearity; pre is set to the same values.
+        eps: epsilon of the LayerNorm after the nonlinearity. Without it, activations are centred and
+            multiplied by `gain`.
+        gain: constant gain; ignored if `eps` is given.
 
     Returns:
-        fp64 activations. W_in is the identity and resid_mid is mid; W_out is zero, so the MLP has no
-        effect on a loss of ln 2 everywhere.
+        A run with fp64 activations. W_in is the identity and resid_mid equals mid. W_out is zero, so the
+        MLP has no effect on the loss, which is ln 2 at every target.
     """
     mid = mid.double()
     n_rows, width, d_mlp = mid.shape
@@ -217,17 +219,17 @@ def planted(
 
 @torch.no_grad()
 def observe(model: Any, stream: Stream) -> HookedRun:
-    """Run a HookedTransformer over `stream` and keep what probes need of its last MLP, on the CPU.
+    """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the CPU.
 
     Raises:
-        UserError: if the model has no MLP, a final norm that is neither LayerNorm nor RMSNorm, tokens
-            that are not the stream's, or NaN weights (which are named).
+        UserError: if the model has no MLP, an unsupported final or mid norm, or weights that are not
+            finite (the message names them); or if the stream has tokens outside the model's vocabulary.
     """
     check_model(model)
     if int(stream.tokens.max()) >= model.cfg.d_vocab:
         raise UserError(
-            f"the text has token {int(stream.tokens.max())}, and the model knows {model.cfg.d_vocab}: "
-            "it was made with another tokenizer; use the model's own"
+            f"the text has token {int(stream.tokens.max())}, but the model's vocabulary has {model.cfg.d_vocab} "
+            "tokens: tokenise the text with the model's tokenizer"
         )
     block = model.blocks[-1]
     prefix = f"blocks.{model.cfg.n_layers - 1}."
@@ -272,7 +274,7 @@ def observe(model: Any, stream: Stream) -> HookedRun:
 
 
 def _declared(norm: Any) -> tuple[bool, float | None]:
-    """Return whether a mid norm centres, and its epsilon: its own declaration, or by CENTRES."""
+    """Return whether a mid norm centres, and its epsilon: as the norm declares, or else from CENTRES."""
     if norm is None:
         return False, None
     ours = getattr(norm, "original_component", norm)  # 4.x wraps it
@@ -282,7 +284,7 @@ def _declared(norm: Any) -> tuple[bool, float | None]:
 
 
 def rows_at_once(width: int, d_vocab: int) -> int:
-    """How many rows of `width` tokens a model reads in one go."""
+    """Return how many rows of `width` tokens a model reads per forward pass."""
     return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // (width * d_vocab)))
 
 
@@ -291,18 +293,18 @@ def _readout(model: Any, block: Any) -> Readout:
     norm = getattr(mlp, "ln", None)
     n, d = mlp.W_out.shape
     return Readout(
-        W_out=_own(mlp.W_out), b_out=_own(mlp.b_out), gamma=_own(getattr(norm, "w", None), n, 1.0, mlp),
-        beta=_own(getattr(norm, "b", None), n, 0.0, mlp), ln_w=_own(getattr(final, "w", None), d, 1.0, mlp),
-        ln_b=_own(getattr(final, "b", None), d, 0.0, mlp), ln_eps=final.eps,
+        W_out=_weight(mlp.W_out), b_out=_weight(mlp.b_out), gamma=_weight(getattr(norm, "w", None), n, 1.0, mlp),
+        beta=_weight(getattr(norm, "b", None), n, 0.0, mlp), ln_w=_weight(getattr(final, "w", None), d, 1.0, mlp),
+        ln_b=_weight(getattr(final, "b", None), d, 0.0, mlp), ln_eps=final.eps,
         ln_centred=CENTRES[type(final).__name__],
-        W_U=_own(model.unembed.W_U), b_U=_own(model.unembed.b_U),
+        W_U=_weight(model.unembed.W_U), b_U=_weight(model.unembed.b_U),
     )  # fmt: skip
 
 
-def _own(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
-    """A weight on the CPU, outside the graph; where there is none, what its absence means.
+def _weight(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
+    """Return a weight on the CPU, detached; a missing weight is `n` times the value `otherwise`.
 
-    4.x stores transposes. Products with those round otherwise, so they are laid out as in 3.9.
+    4.x stores transposes. Products with a transpose round differently, so the layout is made that of 3.9.
     """
     if weight is not None:
         return weight.detach().cpu().contiguous()
@@ -310,7 +312,7 @@ def _own(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = 
 
 
 def _mlp(block: Any) -> Mlp:
-    """A copy on the CPU that later hooks on the model do not reach."""
+    """Return a copy on the CPU, which hooks added to the model later do not affect."""
     parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp])).cpu()
     ln2, mlp = cast(Any, parts)
     norm: Any = getattr(mlp, "ln", None)
@@ -323,15 +325,17 @@ def _mlp(block: Any) -> Mlp:
         return seen[0].squeeze(-1).expand(mid.shape[:-1]), post
 
     return Mlp(
-        ln2=ln2, W_in=_own(mlp.W_in), b_in=_own(mlp.b_in), nonlinearity=mlp.act_fn,
-        norm=through if norm is not None else None, W_out=_own(mlp.W_out), b_out=_own(mlp.b_out),
+        ln2=ln2, W_in=_weight(mlp.W_in), b_in=_weight(mlp.b_in), nonlinearity=mlp.act_fn,
+        norm=through if norm is not None else None, W_out=_weight(mlp.W_out), b_out=_weight(mlp.b_out),
     )  # fmt: skip
 
 
 def check_model(model: Any) -> None:
-    """Refuse what the probes cannot read, in one line."""
+    """Refuse a model that the probes cannot read, in one line."""
     if model.cfg.attn_only:
-        raise UserError("the model has no MLP: the probes are about what stands in its middle")
+        raise UserError(
+            "the model has no MLP, and the probes read MLP activations: choose another model"
+        )
     if type(model.ln_final).__name__ not in CENTRES:
         raise UserError(
             f"the model's final norm is {type(model.ln_final).__name__}: the closed forms need LayerNorm "
@@ -347,5 +351,5 @@ def check_model(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(
-                f"the model's {name} holds values that are not finite: train or load it again"
+                f"the model's {name} holds values that are not finite: train or load the model again"
             )

@@ -1,10 +1,10 @@
-"""The same probes on TransformerLens 4.x, which has TransformerBridge where 3.9 has HookedTransformer.
+"""Probes on TransformerLens 4.x, which has TransformerBridge where 3.9 has HookedTransformer.
 
     model = bridge.load("runs/demo/solu_ln-s0")       # in an environment with 4.x: make test-tl4
     run = observe(model, stream)                      # and any probe on it
 
-A bridge that TransformerLens itself made is read the same way: `HookedBridge(boot_tl_legacy(...))`.
-Unfolded, as convert.py's models are, and for its reasons; 3.9 is what the project is installed with.
+A bridge built by TransformerLens is read in the same way: `HookedBridge(boot_tl_legacy(...))`. Models are
+unfolded, like the models of convert.py and for the same reasons. The project itself installs 3.9.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ except ImportError as error:
     ) from error
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-"""As in convert.py."""
+"""Largest difference between the two models, as in convert.py."""
 
 
 class MidNormBridge(NormalizationBridge):
-    """One of our mid norms with 4.x's hooks. Its own would take the residual stream's epsilon."""
+    """A mid norm of soluscope with 4.x's hooks. 4.x's own norm would use the residual stream's epsilon."""
 
     property_aliases: dict[str, str] = {}  # noqa: RUF012  # w and b are the norm's own names
 
@@ -55,9 +55,9 @@ class MidNormBridge(NormalizationBridge):
 
 
 class HookedBridge:
-    """What `observe` reads of a HookedTransformer, read from a TransformerBridge.
+    """A TransformerBridge with the attributes of a HookedTransformer that `observe` reads.
 
-    4.x has all of 3.9's names but two: hook_mid, which is what enters the mid norm, and act_fn.
+    4.x has all of 3.9's names except two: hook_mid, which is the input of the mid norm, and act_fn.
     """
 
     facts: Facts
@@ -70,13 +70,13 @@ class HookedBridge:
         for block in () if self.cfg.attn_only else bridge.blocks:
             block.mlp.act_fn = block.mlp.original_component.act
             ln2 = copy.copy(block.ln2)
-            ln2._forward_pre_hooks = OrderedDict()  # the block's own, which fail when it is gone
+            ln2._forward_pre_hooks = OrderedDict()  # the block's hooks fail once the block is gone
             self.blocks.append(SimpleNamespace(ln2=ln2, mlp=block.mlp))
 
     def run_with_cache(
         self, tokens: Int[Tensor, "batch pos"], names_filter: Callable[[str], bool]
     ) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
-        """Logits, and the activations whose name in 3.9 passes the filter."""
+        """Return the logits, and the activations with a 3.9 name that passes the filter."""
         names = {
             four: four.replace("mlp.ln.hook_in", "mlp.hook_mid") for four in self.bridge.hook_dict
         }
@@ -88,10 +88,10 @@ class HookedBridge:
 
 
 def load(run_dir: str | Path) -> HookedBridge:
-    """The model of a finished run on a TransformerBridge, with its `facts`.
+    """Load the model of a finished run as a TransformerBridge, with its `facts`.
 
     Raises:
-        UserError: no such run, not finished, broken, or the two models disagree.
+        UserError: if the run does not exist, is not finished or is broken, or if the two models disagree.
     """
     run = Run(Path(run_dir))
     trained, facts = run.load_model(), run.facts
@@ -110,17 +110,17 @@ def to_bridge(
     norms: Sequence[MidNorm | None],
     ln_eps: float,
 ) -> Any:
-    """A TransformerBridge with weights given under HookedTransformer's names.
+    """Build a TransformerBridge from weights under HookedTransformer's names.
 
     Args:
-        state: the weights, which also say all sizes.
-        nonlinearity: from pre to mid, in all layers.
-        act_fn: what TransformerLens calls it.
-        norms: each layer's mid norm, with its tensors in it; None where there is none.
+        state: the weights; their shapes give all sizes.
+        nonlinearity: function from pre to mid, the same in all layers.
+        act_fn: TransformerLens's name of the nonlinearity.
+        norms: each layer's mid norm, with its tensors; None for a layer without a mid norm.
         ln_eps: epsilon of ln1, ln2 and ln_final.
 
     Raises:
-        UserError: a tensor without a place, or a place without a tensor.
+        UserError: if a tensor is missing or unexpected.
     """
     n_heads, d_model, d_head = state["blocks.0.attn.W_Q"].shape
     config = TransformerBridgeConfig(
@@ -152,13 +152,13 @@ def to_bridge(
 
 @torch.no_grad()
 def check_agreement(trained: LanguageModel, model: HookedBridge) -> float:
-    """As convert.py's: every stage of the two on random tokens after BOS.
+    """Compare every stage of the two models on random tokens after BOS, as convert.py does.
 
     Returns:
-        The largest difference found, as a share of the stage's largest value.
+        The largest difference, as a share of the stage's largest value.
 
     Raises:
-        UserError: if it is above the tolerance of the dtype.
+        UserError: if the difference is above the tolerance of the dtype.
     """
     facts = model.facts
     generator = torch.Generator().manual_seed(0)
@@ -171,13 +171,13 @@ def check_agreement(trained: LanguageModel, model: HookedBridge) -> float:
     differences = {
         name: float((computed[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         for name, expected in wanted.items()
-        if name in computed  # without a mid norm there is no hook_mid: there, mid is post
+        if name in computed  # without a mid norm there is no hook_mid, because mid is post
     }
     where = max(differences, key=lambda name: differences[name])
     tolerance = TOLERANCE[trained.unembed.W_U.dtype]
     if not differences[where] <= tolerance:
         raise UserError(
-            f"the bridge of {facts.run} does not compute what was trained: {where} differs by "
-            f"{differences[where]:.2g} of its largest value, wanted {tolerance:g}"
+            f"the bridge of {facts.run} disagrees with the trained model: {where} differs by "
+            f"{differences[where]:.2g} of its largest value, wanted at most {tolerance:g}"
         )
     return differences[where]

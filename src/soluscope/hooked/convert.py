@@ -1,7 +1,7 @@
-"""Run folder -> HookedTransformer: unfolded, strict, and refused unless both compute the same.
+"""Conversion of a run folder to a HookedTransformer: unfolded, strict, and refused if the two models disagree.
 
-Folding is not used: it changes hook_post and replaces a custom mid norm without a word (design.md,
-TransformerLens). The check runs the trained model beside the hooked one on the same tokens.
+Nothing is folded, because folding changes hook_post and replaces a custom mid norm without warning
+(protocol.md section 3.3). The check runs the trained model and the hooked one on the same tokens.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 class HookedMidNorm(MidNorm):
-    """A mid norm with the hooks that TransformerLens's LayerNorm has, in their order.
+    """A mid norm with the hooks of TransformerLens's LayerNorm, in the same order.
 
-    Each instance is of a subclass of this class and of the norm's own, so that it has the norm's
+    Each instance belongs to a subclass of this class and of the norm's own class, so it keeps the norm's
     declaration, tensors and formulas under their plain names.
     """
 
@@ -55,22 +55,22 @@ class HookedMidNorm(MidNorm):
 
 
 class SoluscopeTransformer(HookedTransformer):
-    """A HookedTransformer that carries what is known about it."""
+    """A HookedTransformer with the facts about its run or its published files."""
 
     facts: Facts
 
 
 def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
-    """The model of a finished run as a HookedTransformer, with its tokenizer and its `facts`.
+    """Load the model of a finished run as a HookedTransformer, with its tokenizer and its `facts`.
 
     Raises:
-        UserError: no such run, not finished, broken, or the two models disagree.
+        UserError: if the run does not exist, is not finished or is broken, or if the two models disagree.
     """
     return load_run(Run(Path(run_dir)), device)
 
 
 def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
-    """`load`, from the run itself."""
+    """Load the model of a `Run`, as `load` does from its folder."""
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
@@ -79,10 +79,11 @@ def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
 def to_hooked(
     trained: LanguageModel, facts: Facts, variant: Variant, device: str = "cpu"
 ) -> SoluscopeTransformer:
-    """`trained` as a HookedTransformer, in its own dtype, after the two have agreed on random tokens.
+    """Convert `trained` to a HookedTransformer of the same dtype, and compare the two on random tokens.
 
     Raises:
-        UserError: if logits, hook_mid, ln.hook_scale or hook_post differ; it names the largest.
+        UserError: if logits, hook_mid, ln.hook_scale or hook_post differ (the message names the stage with
+            the largest difference), or if a tensor is missing or unexpected.
     """
     dtype = trained.unembed.W_U.dtype
     hooked = SoluscopeTransformer(
@@ -101,7 +102,7 @@ def to_hooked(
         if norm is not None:
             check_norm(norm, facts.d_mlp)
             if norm.is_layer_norm and hasattr(block.mlp, "ln"):
-                block.mlp.ln.eps = norm.eps  # TransformerLens would take the residual stream's
+                block.mlp.ln.eps = norm.eps  # TransformerLens would use the residual stream's
             else:
                 block.mlp.ln = HookedMidNorm.of(norm)
     state = trained.state_dict()
@@ -109,8 +110,8 @@ def to_hooked(
     missing, unexpected = hooked.load_state_dict(state, strict=False)
     if unexpected or set(missing) - buffers:
         raise UserError(
-            f"{facts.run} does not fit HookedTransformer: without a value {sorted(set(missing) - buffers)}, "
-            f"without a place {unexpected}"
+            f"{facts.run} does not fit HookedTransformer: missing tensors {sorted(set(missing) - buffers)}, "
+            f"unexpected tensors {unexpected}"
         )
     hooked.setup()  # names the hooks of the replaced norms
     hooked.facts = facts
@@ -124,10 +125,10 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
     """Compare every stage of the two models on random tokens after BOS.
 
     Returns:
-        The largest relative difference found.
+        The largest difference, relative to the largest value of its stage.
 
     Raises:
-        UserError: if it is above the tolerance of the dtype.
+        UserError: if the difference is above the tolerance of the dtype.
     """
     facts = hooked.facts
     generator = torch.Generator().manual_seed(0)
@@ -140,35 +141,37 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
     worst, where = 0.0, "logits"
     for name, expected in wanted.items():
         if name.endswith("hook_mid") and trained.mlp(0).ln is None:
-            continue  # TransformerLens has none without a mid norm: there, mid is post
+            continue  # TransformerLens has no hook_mid without a mid norm, because mid is post
         if name != "logits" and name not in cache:
-            raise UserError(f"the converted {facts.run} has no {name}: see its hooked_act_fn")
+            raise UserError(
+                f"the converted {facts.run} has no {name}: check hooked_act_fn in its variant's file"
+            )
         actual = logits if name == "logits" else cache[name]
         difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if not difference <= worst:
             worst, where = difference, name
     if not worst <= TOLERANCE[trained.unembed.W_U.dtype]:
         raise UserError(
-            f"the converted {facts.run} does not compute what was trained: {where} differs by "
-            f"{worst:.2g} of its largest value, wanted {TOLERANCE[trained.unembed.W_U.dtype]:g}"
+            f"the converted {facts.run} disagrees with the trained model: {where} differs by "
+            f"{worst:.2g} of its largest value, wanted at most {TOLERANCE[trained.unembed.W_U.dtype]:g}"
         )
     return worst
 
 
 def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
-    """The study's tokenizer, putting BOS first as TransformerLens expects.
+    """Load the study's tokenizer, which puts BOS first as TransformerLens expects.
 
     Raises:
-        UserError: if it is missing, or not the one that the model was trained with.
+        UserError: if the file is missing, or is not the tokenizer that the model was trained with.
     """
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}: a run folder is read from inside its study")
+        raise UserError(f"no tokenizer at {path}: move the run folder back into its study's folder")
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != facts.tokenizer_hash:
         raise UserError(
             f"{path} (sha256 {digest[:12]}…) is not the tokenizer that {facts.run} was trained with "
-            f"({facts.tokenizer_hash[:12]}…): it is another study's; put the run back into its own"
+            f"({facts.tokenizer_hash[:12]}…): move the run folder back into its study's folder"
         )
     tokenizer = Tokenizer.from_buffer(content)
     return PreTrainedTokenizerFast(

@@ -1,12 +1,12 @@
-"""SoLU-1L and its relatives, from the hub, its cache or a folder: as the hooked model of a run is.
+"""SoLU-1L and related models as HookedTransformers, from the hub, its cache or a folder.
 
-A repository of the family holds config.json, one file of weights under TransformerLens's names (or
-the older ones of the `_old` models) and, mostly in a repository of its own, a tokenizer. They are read
-here because TransformerLens's from_pretrained drops `revision`, asks the hub for what is cached, and
-unpickles what it is given (design.md, TransformerLens). Nothing is folded and nothing is unpickled.
+A repository of the family holds config.json, one file of weights under TransformerLens's names (the
+`_old` models use older names) and, usually in a separate repository, a tokenizer. The files are read here
+because TransformerLens's from_pretrained drops `revision`, contacts the hub for files that are cached, and
+unpickles the weights (protocol.md section 3.3). Nothing is folded and nothing is unpickled.
 
-Activations mean what TransformerLens means by them: `gelu` is the exact one, as its from_pretrained has
-it, although the published GELU models seem to have been trained with the tanh approximation.
+Activation functions are TransformerLens's. `gelu` is the exact GELU, as in its from_pretrained, although
+the published GELU models seem to have been trained with the tanh approximation.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from soluscope.runs.weights import Facts, lineage, versions
 from soluscope.variants import Variant
 
 FAMILY = "NeelNanda/"
-"""Whose repositories have this layout."""
+"""Owner of the repositories with this layout."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHTS = ("model.safetensors", "*final.pth")
-"""In order of preference."""
+"""File patterns in order of preference."""
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
 NORMS = ("LN", "LNPre", "RMS", "RMSPre", None)
 ATTN_ONLY = "attn_only"
-"""Stands for the variant of a model that has no MLP."""
+"""Placeholder for the variant of a model without an MLP."""
 MOST_SPARE_ROWS = 127
-"""How many rows of the embedding may stand for no token: SoLU-1L-old has one, others pad to 128."""
+"""Largest number of embedding rows without a token: SoLU-1L-old has one, other models pad to 128."""
 
 
 def load_pretrained(
@@ -63,39 +63,39 @@ def load_pretrained(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> SoluscopeTransformer:
-    """A pretrained model of the SoLU family as a HookedTransformer, with its tokenizer and `facts`.
+    """Load a pretrained model of the SoLU family as a HookedTransformer, with its tokenizer and `facts`.
 
     Args:
-        name: one of TransformerLens's aliases (`solu-1l`), a repository on the hub (`owner/name`) or a
-            folder with the files of one.
-        revision: branch, tag or commit of the repository; its main branch if not given.
-        device: where to put it.
-        dtype: what to compute in; weights are rounded to it.
+        name: an alias in TransformerLens (`solu-1l`), a repository on the hub (`owner/name`) or a folder
+            with the files of a repository.
+        revision: branch, tag or commit of the repository; its main branch by default.
+        device: device of the model.
+        dtype: dtype of the model; weights are rounded to it.
 
     Returns:
-        The model, unfolded. Its files stay in the hub's cache: a later load needs no network, except to
-        ask where a branch stands, and HF_HUB_OFFLINE=1 forbids that too.
+        The model, unfolded. Its files stay in the hub's cache. A later load uses the network only to look
+        up the commit of a branch; HF_HUB_OFFLINE=1 prevents that too.
 
     Raises:
-        UserError: no such model or revision, files that cannot be had, are damaged or hold more than
-            tensors, a layout that is not known, or a tokenizer that does not fit the embedding.
+        UserError: if there is no such model or revision, if files cannot be downloaded, are damaged or
+            hold more than tensors, if the layout is unknown, or if the tokenizer does not fit the embedding.
     """
     repo = repository_of(name)
     if repo is None and revision is not None:
         raise UserError(
-            f"revision={revision} is for repositories on the hub, and {name} is a folder: leave it out"
+            f"revision={revision} is for repositories on the hub, and {name} is a folder: omit revision="
         )
     folder = Path(name) if repo is None else _fetch(repo, revision, ("config.json", *TOKENIZER))
     config = _read_config(folder, name)
     hooked_config = _hooked_config(config, name, device, dtype)
     tokenizer, special = _find_tokenizer(folder, config, name)
-    if repo is not None:  # by its commit: the branch may have moved since
+    if repo is not None:  # fetched by commit, because the branch may have moved since
         folder = _fetch(repo, folder.name, WEIGHTS)
     weights = _weights_file(folder, name)
     model = SoluscopeTransformer(hooked_config, move_to_device=False)
     _load_weights(model, weights, config, repo or folder.name)
-    run = Path(name).resolve().name  # of a repository its name, of a folder the folder's
-    # What names the content of a folder is its weights: it has no commit.
+    run = Path(name).resolve().name  # the last part of a name or path
+    # A folder has no commit, so the hash of its weights identifies its content.
     commit = folder.name if repo is not None else _hash(weights, "sha256")
     variant = _variant(config, name)
     model.facts = Facts(
@@ -114,7 +114,7 @@ def load_pretrained(
 
 
 def repository_of(name: str) -> str | None:
-    """The repository that `name` stands for, or None where it is a folder."""
+    """Return the repository that `name` stands for; None for a folder."""
     family: dict[str, list[str]] = {
         repo: aliases for repo, aliases in MODEL_ALIASES.items() if repo.startswith(FAMILY)
     }
@@ -130,7 +130,7 @@ def repository_of(name: str) -> str | None:
     known = ", ".join(aliases[0] for aliases in family.values())
     raise UserError(
         f"no pretrained model called {name!r}.{hint} There are: {known}; or give a repository on the hub "
-        "(owner/name) or a folder that is there"
+        "(owner/name) or an existing folder"
     )
 
 
@@ -138,10 +138,12 @@ def repository_of(name: str) -> str | None:
 
 
 def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder in the hub's cache with the files of `repo` that match, named after their commit.
+    """Download the files of `repo` that match, and return their folder in the hub's cache.
+
+    The folder is named after the commit.
 
     Raises:
-        UserError: if they are neither in the cache nor to be had, or arrive damaged.
+        UserError: if the files are not in the cache and cannot be downloaded, or arrive damaged.
     """
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -156,25 +158,25 @@ def _fetch(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def _why(error: Exception, repo: str, revision: str | None) -> str:
-    """What the hub's client raised, in one line."""
+    """Return an error of the hub's client as a message of one line."""
     uncached = isinstance(error, LocalEntryNotFoundError)
     cause = error.__cause__ if uncached and error.__cause__ is not None else error
     response = getattr(cause, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(cause, OfflineModeIsEnabled):
         return (
-            f"{repo} is not whole in the cache {constants.HF_HUB_CACHE} and HF_HUB_OFFLINE is set: unset it, "
-            "or give a folder"
+            f"the cache {constants.HF_HUB_CACHE} lacks files of {repo}, and HF_HUB_OFFLINE is set: unset "
+            "HF_HUB_OFFLINE, or give a folder"
         )
     if isinstance(cause, RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}: revision= takes a branch, tag or commit of it"
+        return f"{repo} has no revision {revision!r}: set revision= to one of its branches, tags or commits"
     if isinstance(cause, RemoteEntryNotFoundError):
         file = str(cause.response.url).rsplit("/", 1)[-1]
-        return f"the hub lists {file} of {repo} and does not have it (404): try another revision="
+        return f"the hub lists {file} of {repo}, but answers 404 to its download: try another revision="
     if status in (401, 403):
         return (
-            f"the hub does not let us read {repo} ({status}): check its name, or set HF_TOKEN to a token "
-            "that may"
+            f"the hub refuses access to {repo} ({status}): check its name, or set HF_TOKEN to a token with "
+            "access"
         )
     if status == 404:
         return f"no repository {repo} at {constants.ENDPOINT} (404): check its name"
@@ -188,14 +190,15 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
             f"cannot reach {constants.ENDPOINT} ({reason}) and {repo} is not in the cache: check the network "
             "and HF_ENDPOINT, or give a folder"
         )
-    return f"the download of {repo} broke off ({reason}): load it again, no half file was kept"
+    return f"the download of {repo} broke off ({reason}): load it again; no partial file was kept"
 
 
 def _check_sum(path: Path, repo: str) -> None:
-    """Delete a file of the cache that does not have the checksum that the hub announced.
+    """Refuse and delete a cached file with another checksum than the hub announced.
 
-    The cache names a file's content by the announced sum (sha256, or git's own for small files) and
-    does not compute it; where there are no links, it is not known any more.
+    The cache names a file's content after the announced checksum (sha256, or git's sha1 for small files)
+    and does not verify it. On a file system without links the announced checksum is lost, so nothing is
+    checked.
     """
     if not path.is_symlink():
         return
@@ -208,12 +211,12 @@ def _check_sum(path: Path, repo: str) -> None:
     blob.unlink()
     raise UserError(
         f"{path.name} of {repo} does not have the checksum that the hub announced ({kind} "
-        f"{announced[:12]}…): it was deleted, load it again"
+        f"{announced[:12]}…): the file was deleted, load the model again"
     )
 
 
 def _hash(path: Path, kind: str) -> str:
-    """sha256 of a file, or the sha1 by which git knows it."""
+    """Return the sha256 of a file, or the sha1 that git gives its content."""
     state = hashlib.new(kind, usedforsecurity=False)
     if kind == "sha1":
         state.update(b"blob %d\0" % path.stat().st_size)
@@ -227,7 +230,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise UserError(f"{name} has no {path.name}: it is no model of the SoLU family") from None
+        raise UserError(
+            f"{name} has no {path.name}: wanted the name or folder of a model of the SoLU family"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path.name} of {name}: {error}") from error
     if not isinstance(content, dict):
@@ -237,14 +242,14 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-# --- what the files say ---------------------------------------------------------------------------
+# --- config.json ----------------------------------------------------------------------------------
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    """config.json, after a look at whether it is of this family.
+    """Return the content of config.json, after checking that the model is of this family.
 
     Raises:
-        UserError: keys that are missing, sizes that are none, or a computation that is not ours.
+        UserError: if keys are missing, a size is not a count, or a setting is not supported.
     """
     config = _read_json(folder / "config.json", name)
     if "normalization" in config:  # the older key wins, as in TransformerLens
@@ -272,7 +277,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     for key, (value, known) in settings.items():
         if value not in known:
             raise UserError(
-                f"the layout of {name} is not known: its config.json has {key}={value!r}, known is "
+                f"the layout of {name} is not known: its config.json has {key}={value!r}, wanted "
                 f"{' or '.join(map(repr, known))}"
             )
     return config
@@ -294,7 +299,7 @@ def _hooked_config(
 
 
 def _variant(config: dict[str, Any], name: str) -> str:
-    """The variant with the model's nonlinearity and mid norm; ATTN_ONLY where it has no MLP."""
+    """Return the variant with the model's nonlinearity and mid norm; ATTN_ONLY for a model without an MLP."""
     if config["attn_only"]:
         return ATTN_ONLY
     known = _variants_by_act_fn()
@@ -305,16 +310,16 @@ def _variant(config: dict[str, Any], name: str) -> str:
         )
     if config["act_fn"] not in known:
         raise UserError(
-            f"the layout of {name} is not known: its config.json has act_fn={config['act_fn']!r}, known "
-            f"is {' or '.join(map(repr, known))}"
+            f"the layout of {name} is not known: its config.json has act_fn={config['act_fn']!r}, wanted "
+            f"{' or '.join(map(repr, known))}"
         )
     return known[config["act_fn"]]
 
 
 def _variants_by_act_fn() -> dict[str, str]:
-    """Return the variants that TransformerLens's own classes compute, by its act_fn for them.
+    """Return the variants that TransformerLens's own classes compute, keyed by their act_fn.
 
-    Where several compute the same, the variant that is called as the act_fn is stands for them.
+    If several variants compute the same function, the variant named like the act_fn is returned.
     """
     pre = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     variants: dict[str, str] = {}
@@ -331,7 +336,7 @@ def _variants_by_act_fn() -> dict[str, str]:
 
 
 def _lineage(variant: str) -> dict[str, Any]:
-    """Return the variant's role, twin and chain; a model without MLPs has none."""
+    """Return the variant's role, twin and chain, all empty for a model without an MLP."""
     if variant == ATTN_ONLY:
         return {"role": "", "twin": "", "chain": ()}
     return lineage(variant)
@@ -342,8 +347,8 @@ def _has_mid_norm(model: SoluscopeTransformer) -> bool:
 
 
 def _training(config: dict[str, Any]) -> dict[str, Any]:
-    """What config.json tells of the training; 0 and `unknown` where it does not."""
-    # The newer models' rate of matrices is given for d_model 256 (design.md, Training).
+    """Return the training settings in config.json; a missing setting is 0 or `unknown`."""
+    # In the newer models, lr_hidden is the matrices' learning rate at d_model 256 (protocol.md section 3.2).
     rate = config["lr_hidden"] * 256 / config["d_model"] if "lr_hidden" in config else 0.0
     bf16 = config.get("use_bfloat16_matmul")
     return {
@@ -359,19 +364,19 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Path, dict[str, Any]]:
-    """The model's tokenizer.json, and the ids of `bos`, `eos` and `pad` in it.
+    """Return the path of the model's tokenizer.json, and the ids of `bos`, `eos` and `pad` in it.
 
-    tokenizer.json itself and not the class that its config names: transformers rebuilds some of these
-    from the vocabulary alone, and the family's splitting of numbers into digits would be lost.
+    tokenizer.json is read itself, without the class that its config names: transformers rebuilds some of
+    these classes from the vocabulary alone, which would lose the family's splitting of numbers into digits.
 
     Raises:
-        UserError: if there is none, or it does not fit the embedding.
+        UserError: if there is no tokenizer, or it does not fit the embedding.
     """
     if not (folder / TOKENIZER[0]).is_file():
         source = config.get("tokenizer_name")
         if not isinstance(source, str):
             raise UserError(
-                f"{name} has no {TOKENIZER[0]}, and its config.json names no tokenizer_name: put one there"
+                f"{name} has no {TOKENIZER[0]}, and its config.json has no tokenizer_name: add one of the two"
             )
         folder, name = _fetch(source, None, TOKENIZER), source
     path = folder / TOKENIZER[0]
@@ -383,13 +388,13 @@ def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Pa
     if not 0 <= config["d_vocab"] - size <= MOST_SPARE_ROWS:
         raise UserError(
             f"the tokenizer of {name} has {size} tokens and the embedding d_vocab={config['d_vocab']} rows: "
-            "it is another model's"
+            "use the tokenizer of this model"
         )
     return path, _special_tokens(folder, tokenizer, name)
 
 
 def _special_tokens(folder: Path, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    """Ids of `bos`, `eos` and `pad`; where one is not named, the one that TransformerLens takes."""
+    """Return the ids of `bos`, `eos` and `pad`; a token that is not named is chosen as in TransformerLens."""
     settings: dict[str, Any] = {}
     for file in reversed(TOKENIZER[1:]):
         if (folder / file).is_file():
@@ -408,7 +413,7 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer, name: str) -> dict[str, 
     for key, token in ids.items():
         if token is None:
             raise UserError(
-                f"the tokenizer of {name} has no token for {key}: it is another model's"
+                f"the tokenizer of {name} has no token for {key}: use the tokenizer of this model"
             )
     return ids
 
@@ -427,10 +432,10 @@ def _weights_file(folder: Path, name: str) -> Path:
 def _load_weights(
     model: SoluscopeTransformer, path: Path, config: dict[str, Any], name: str
 ) -> None:
-    """Fill `model`: every parameter by its name and shape, and nothing left over.
+    """Fill `model`: each tensor must match a parameter in name and shape, and none may be left over.
 
     Raises:
-        UserError: a file that is broken or holds more than tensors, or does not fit.
+        UserError: if the file is broken, holds more than tensors, or does not fit the model.
     """
     state = _read_weights(path, name)
     if not {"embed.W_E", "pos_embed.W_pos"} <= state.keys():
@@ -441,13 +446,13 @@ def _load_weights(
     architecture = config.get("architecture", "neel-solu-old" if "_old" in name else "")
     if architecture == "neel-solu-old" or any("norm" in key for key in state):
         state = convert_neel_solu_old_weights(state, model.cfg)
-    for buffer, _ in model.named_buffers():  # attention masks, which TransformerLens makes itself
+    for buffer, _ in model.named_buffers():  # attention masks, which TransformerLens builds itself
         state.pop(buffer, None)
     # The family was trained without a bias at the unembedding.
     state.setdefault("unembed.b_U", torch.zeros(model.cfg.d_vocab))
     wanted = {key: parameter.shape for key, parameter in model.named_parameters()}
     problems = [f"no {key}" for key in sorted(wanted.keys() - state.keys())]
-    problems += [f"{key} without a place" for key in sorted(state.keys() - wanted.keys())]
+    problems += [f"unexpected {key}" for key in sorted(state.keys() - wanted.keys())]
     problems += [
         f"{key} {tuple(state[key].shape)} where the model has {tuple(shape)}"
         for key, shape in wanted.items()
@@ -467,7 +472,9 @@ def _read_weights(path: Path, name: str) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of pickle, zip and safetensors; pickle's text advises to unpickle
+    except (
+        Exception
+    ) as error:  # from pickle, zip or safetensors; pickle's own text suggests unpickling
         raise UserError(
             f"{path.name} of {name} is broken or holds more than tensors ({type(error).__name__}): nothing is "
             "unpickled here, wanted a plain dictionary of tensors"

@@ -1,1 +1,1 @@
-"""A sweep file to jobs, and the jobs' states; the engines run them."""
+"""From a sweep file to jobs and their states; the engines run the jobs."""

@@ -1,4 +1,4 @@
-"""One of the processes with which a sweep trains one job: `torchrun ... -m soluscope.launching CONFIG`."""
+"""One of the processes that train one job of a sweep together: `torchrun ... -m soluscope.launching CONFIG`."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ if __name__ == "__main__":
     try:
         sys.exit(0 if execute(load_config(sys.argv[1:])) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)  # the launch says so
+        sys.exit(130)  # without a message, because the launching process prints one

@@ -1,4 +1,4 @@
-"""A job is one run of a sweep: training it to its end, and what its run folder says of it."""
+"""Jobs: a job is one run of a sweep. This module trains a job and reads its state from its run folder."""
 
 from __future__ import annotations
 
@@ -30,50 +30,50 @@ State = Literal["done", "running", "failed", "resume", "waiting"]
 _URGENT: tuple[State, ...] = ("running", "failed", "resume", "waiting", "done")
 
 POLL_S = 0.5
-"""Seconds between looks at a run folder in which another process is at work."""
+"""Seconds between two checks of a run folder in which another process is at work."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a status needs to know of a job before its folder is there; kept in the study's sweep.json."""
+    """Data of a job that a status needs before the run folder exists; stored in the study's sweep.json."""
 
     id: str
-    """Hash of its configuration as it was asked for: train.precision=auto stays auto."""
+    """Hash of the requested configuration: train.precision=auto stays auto."""
     run: str
-    """Name of its run folder in the study's."""
+    """Name of the run folder in the study's folder."""
     steps: int
     tokens_a_step: int
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a job stands, from its run folder alone."""
+    """State and progress of a job, read only from its run folder."""
 
     state: State
-    """`resume` was interrupted and has a checkpoint, `waiting` begins at step 0."""
+    """`resume`: interrupted, with a checkpoint. `waiting`: begins at step 0."""
     step: int
     loss: float | None
-    """Nats a token: of the last logged step, or on the report split where the run is done."""
+    """Loss in nats per token: of the last logged step, or on the report split if the run is done."""
     seconds_left: float | None
-    """Of a running job, at its last speed."""
+    """Remaining seconds of a running job, estimated from its last speed."""
     error: str | None
-    """The last line of what made it fail."""
+    """Last line of the error of a failed job."""
 
 
-# --- running one ----------------------------------------------------------------------------------
+# --- running a job --------------------------------------------------------------------------------
 
 
 def execute(config: Config) -> bool:
-    """Train one job to its end; where another process is at work on it, wait for that first.
+    """Train one job until it is finished. If another process is at work on the job, wait for that process first.
 
-    A failure is one line on stderr and kept in the run folder; it is not raised, so that the other jobs
-    of a sweep go on.
+    A failure is printed as one line on stderr and stored in the run folder. It is not raised, so that the
+    other jobs of a sweep continue.
 
     Returns:
-        Whether the run is done.
+        True if the run is done.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, with the checkpoint saved.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     run = Run(config.run_dir)
     alone = launcher() is None and config.train.n_processes > 1 and config.train.nodes == 1
@@ -85,8 +85,8 @@ def execute(config: Config) -> bool:
             _train_when_free(config, run)
     except Stopped as error:
         say(f"{config.run_name} stopped: {error}")
-    except Exception as error:  # the other jobs need not share it
-        if run.failure() is None:  # found before the training began
+    except Exception as error:  # other jobs of the sweep may still succeed
+        if run.failure() is None:  # the error occurred before the training began
             run.record_failure(error)
         say(f"{config.run_name} failed: {run.failure() or error}")
     return run.is_done()
@@ -105,18 +105,19 @@ def _train_when_free(config: Config, run: Run) -> None:
 
 def _wait_while_at_work(run: Run) -> None:
     if run.at_work():
-        say(f"{run.dir.name}: another process is at work on it, waiting")
+        say(f"{run.dir.name}: waiting, because another process is at work on it")
         while run.at_work():
             time.sleep(POLL_S)
 
 
 def _train_under_torchrun(config: Config) -> None:
-    """Train one job with several processes of this machine: `python -m soluscope.launching` under torchrun.
+    """Train one job with several processes on this machine: `python -m soluscope.launching` under torchrun.
 
-    Each process goes through `execute`. SIGTERM and Ctrl-C reach them through torchrun, and they save.
+    Each process calls `execute`. After SIGTERM or Ctrl-C, torchrun stops the processes, which first save a
+    checkpoint.
 
     Raises:
-        KeyboardInterrupt: SIGTERM or Ctrl-C, once they have ended.
+        KeyboardInterrupt: after SIGTERM or Ctrl-C, once the processes have ended.
     """
     asked_to_stop = threading.Event()
     handlers = {
@@ -130,8 +131,8 @@ def _train_under_torchrun(config: Config) -> None:
             command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
             processes = subprocess.Popen(
                 [*command, str(saved)],
-                env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it, and say so
-                start_new_session=True,  # a terminal's Ctrl-C comes through this process alone
+                env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it with a warning
+                start_new_session=True,  # only this process receives a terminal's Ctrl-C
             )
             while processes.poll() is None:
                 if asked_to_stop.is_set():
@@ -145,20 +146,22 @@ def _train_under_torchrun(config: Config) -> None:
         raise KeyboardInterrupt
     run = Run(config.run_dir)
     if run.failure() is None and not run.is_done():
-        raise Stopped(f"its processes ended with status {processes.returncode}; see above")
+        raise Stopped(
+            f"its processes ended with exit status {processes.returncode}; see their messages above"
+        )
 
 
-# --- where they stand -----------------------------------------------------------------------------
+# --- the states of jobs ---------------------------------------------------------------------------
 
 
 def job_of(config: Config) -> Job:
-    """The part of a configuration that a status shows."""
+    """Return the job of a configuration."""
     return Job(config.hash, config.run_name, config.train.steps,
                config.train.batch_size * config.model.ctx)  # fmt: skip
 
 
 def standing(study_dir: Path, job: Job) -> Standing:
-    """Where a job stands now. Makes nothing."""
+    """Return the present state and progress of a job, without creating a file."""
     run = Run(study_dir / job.run)
     row = run.last_row()
     step, loss = row.get("step", 0), row.get("loss")
@@ -177,7 +180,7 @@ def standing(study_dir: Path, job: Job) -> Standing:
 
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
-    """Keep a sweep's jobs with its study, beside those that earlier launches of it left there."""
+    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there."""
     with lock(study_dir / ".sweep"):
         listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
         record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
@@ -185,10 +188,10 @@ def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
-    """Name of the sweep that a study is of, and its jobs; None and [] if no sweep made it.
+    """Return the name of a study's sweep and its jobs, or None and [] if no sweep created the study.
 
     Raises:
-        UserError: if the list cannot be read.
+        UserError: if sweep.json cannot be read.
     """
     path = study_dir / "sweep.json"
     if not path.is_file():
@@ -203,13 +206,13 @@ def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
 
 
 def listed(study_dir: Path) -> list[Job]:
-    """The sweep's jobs, and runs that were trained beside them by hand.
+    """Return the jobs of a study's sweep, and those of runs that were trained separately in the study.
 
     Raises:
-        UserError: if there is no such study, or nothing in it.
+        UserError: if the study does not exist or has no jobs.
     """
     if not study_dir.is_dir():
-        raise UserError(f"no folder {study_dir}: name a study, as in runs/first")
+        raise UserError(f"no folder {study_dir}: name the folder of a study, as in runs/first")
     jobs = read_list(study_dir)[1]
     known = {job.run for job in jobs}
     for path in sorted(study_dir.glob("*/config.yaml")):
@@ -217,7 +220,9 @@ def listed(study_dir: Path) -> list[Job]:
         if run.dir.name not in known:
             try:
                 jobs.append(job_of(run.config))
-            except UserError:  # cut; the status of the other runs is shown all the same
+            except (
+                UserError
+            ):  # config.yaml is truncated; the status of the other runs is still shown
                 jobs.append(Job("", run.dir.name, 0, 0))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
@@ -225,7 +230,10 @@ def listed(study_dir: Path) -> list[Job]:
 
 
 def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Table:
-    """For the terminal: a line a job; of more than `most`, those at work and those that failed first."""
+    """Return a table for the terminal with one line per job, at most `most` lines.
+
+    If there are more jobs, running and failed jobs come first.
+    """
     from rich.text import Text
 
     standings = [standing(study_dir, job) for job in jobs]
@@ -233,10 +241,10 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
     lines = sorted(zip(jobs, standings, strict=True), key=lambda line: _URGENT.index(line[1].state))
     if most is None or len(lines) <= most:
         lines = list(zip(jobs, standings, strict=True))
-    made = new_table(f"{study_dir}: {counted(states)}", "run", "state")
+    result = new_table(f"{study_dir}: {counted(states)}", "run", "state")
     for heading in ("step", "loss", "time left"):
-        made.add_column(heading, justify="right", no_wrap=True)
-    made.add_column("error", overflow="fold")
+        result.add_column(heading, justify="right", no_wrap=True)
+    result.add_column("error", overflow="fold")
     for job, now in lines[:most]:
         cells = (
             job.run,
@@ -246,31 +254,31 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
             "" if now.seconds_left is None else _duration(now.seconds_left),
             now.error or "",
         )
-        made.add_row(*(Text(cell) for cell in cells))
-    if len(lines) > len(made.rows):
-        made.caption = f"and {len(lines) - len(made.rows)} more, counted above"
-    return made
+        result.add_row(*(Text(cell) for cell in cells))
+    if len(lines) > len(result.rows):
+        result.caption = f"and {len(lines) - len(result.rows)} more, counted above"
+    return result
 
 
 def new_table(title: str, *headings: str) -> Table:
-    """An empty table with its first columns."""
+    """Return an empty table with its first columns."""
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold")
     for heading in headings:
-        made.add_column(heading, no_wrap=True)
-    return made
+        result.add_column(heading, no_wrap=True)
+    return result
 
 
 def console() -> Console:
-    """Of stdout; in a file or a pipe, wide enough for the names of runs."""
+    """Return a console for stdout; in a file or a pipe, its width is enough for the names of runs."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def counted(states: Sequence[State]) -> str:
-    """`4 jobs: 1 done, 3 waiting`."""
+    """Return counts such as `4 jobs: 1 done, 3 waiting`."""
     kinds: tuple[State, ...] = ("done", "running", "resume", "waiting", "failed")
     parts = [f"{states.count(kind)} {kind}" for kind in kinds if kind in states]
     return f"{len(states)} {'job' if len(states) == 1 else 'jobs'}: {', '.join(parts)}"
@@ -278,9 +286,10 @@ def counted(states: Sequence[State]) -> str:
 
 @contextmanager
 def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
-    """A table of the jobs that is brought up to date at each call; off a terminal, a line a change.
+    """Yield a function that shows the jobs' present states on stderr.
 
-    On stderr: what a command is asked for goes to stdout.
+    On a terminal, each call updates a table. Otherwise, each call prints one line per changed state. stdout is
+    left for the results of the command.
     """
     from rich.console import Console
     from rich.live import Live
@@ -308,7 +317,7 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
 
 
 def follow(study_dir: Path) -> None:
-    """Show where a study's jobs stand: live on a terminal until all have ended or Ctrl-C, else once."""
+    """Show the states of a study's jobs: on a terminal, live until all jobs have ended; otherwise, once."""
     jobs = listed(study_dir)
     if not sys.stdout.isatty():
         console().print(table(study_dir, jobs))
@@ -328,5 +337,5 @@ def _duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Tell the user, on stderr."""
+    """Print a message for the user on stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""From a command's words to a sweep that runs: everything is checked before any job starts.
+"""From the words of a command to a running sweep: everything is checked before any job starts.
 
-What is finished is not done again, what was interrupted goes on, and both are read from the run folders.
+Finished runs are not repeated, and interrupted runs resume. The run folders show which runs these are.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from soluscope.training.wandb_run import check_login
 @dataclass(frozen=True)
 class LaunchConfig:
     engine: str = "inline"
-    """Who runs the jobs: a file in engines/. Its own keys are below."""
+    """Engine that runs the jobs: name of a file in engines/. The keys of each engine are listed below."""
     report: bool = True
-    """Whether the study is probed and reported after its last job. `eval.*` are eval/run.py's keys."""
+    """true: probe the study and write its report after the last job. `eval.*` are the keys of `soluscope probe`."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What follows the last job. Source of each number: the run folders."""
+    """Evaluation after the last job: probes and report. It reads the jobs' states from the run folders."""
 
     study_dir: Path
     jobs: tuple[jobs.Job, ...]
@@ -39,10 +39,10 @@ class Evaluate:
     report: bool
 
     def __call__(self) -> None:
-        """Probe and report, if all jobs are done.
+        """Probe and report the study if all jobs are done.
 
         Raises:
-            UserError: naming what failed or is not finished.
+            UserError: if jobs have failed or are not finished; the message names them.
         """
         standings = [jobs.standing(self.study_dir, job) for job in self.jobs]
         behind = [
@@ -54,8 +54,8 @@ class Evaluate:
             failed = any(now.state == "failed" for now in standings)
             raise UserError(
                 f"{jobs.counted([now.state for now in standings])}; not done: {'; '.join(behind)}. "
-                f"Give the same command again{' with --retry-failed' if failed else ''}, or "
-                f"'python eval/run.py {self.study_dir}' for those that are done"
+                f"Run the same command again{' with --retry-failed' if failed else ''}, or "
+                f"'soluscope probe {self.study_dir}' to probe the finished runs"
             )
         if not self.report:
             print(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
@@ -68,22 +68,22 @@ class Evaluate:
 
 
 def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:
-    """Run a sweep's jobs that are not done, then probe and report the study.
+    """Run the jobs of a sweep that are not done, then probe and report the study.
 
     Args:
         path: a sweep file.
-        words: `key=value`: this command's own, the engine's (`ray.cpus=1`), the evaluation's
-            (`eval.n_tokens=4000`), and for every run all others.
-        dry_run: print the jobs and what they would cost, and stop.
-        retry: run failed jobs again; else they stay failed.
+        words: `key=value` settings of the launch, of the engine (`ray.cpus=1`) and of the evaluation
+            (`eval.n_tokens=4000`); all other words apply to every run.
+        dry_run: print the jobs with their tokens and FLOPs, and stop.
+        retry: run failed jobs again; otherwise they stay failed.
 
     Raises:
-        UserError: bad input, before any job starts; or jobs that failed, after the last one.
+        UserError: for bad input, before any job starts; or for failed jobs, after the last job.
     """
     if launcher() == "torchrun":
         raise UserError(
-            "a sweep is launched once, not by torchrun: leave torchrun out, the sweep starts it for each "
-            "job of several train.devices"
+            "a sweep must be launched once, but torchrun starts it several times: launch it without torchrun; "
+            "the sweep starts torchrun for each job with several train.devices"
         )
     launch_words, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
     config = load_typed(LaunchConfig, launch_words)
@@ -96,7 +96,8 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     for word in keys:
         if not word.startswith(f"{config.engine}."):
             raise UserError(
-                f"{word} is for engine={word.partition('.')[0]}, not engine={config.engine}"
+                f"{word} applies only to engine={word.partition('.')[0]}, but engine={config.engine}: remove "
+                "the word or change engine="
             )
     params = load_typed(engine.params, [word.removeprefix(f"{config.engine}.") for word in keys])
     sweep = read_sweep(path, others)
@@ -125,7 +126,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
 
 
 def launch_help() -> str:
-    """Every key of a launch, with its default and meaning."""
+    """Return every key of a launch, with its default and meaning."""
     parts = [*help_lines(LaunchConfig)]
     for name in plugins.names("soluscope.engines"):
         lines = list(help_lines(plugins.pick("soluscope.engines", name).params, f"{name}."))
@@ -139,31 +140,32 @@ def _pick_out(words: Sequence[str], beginnings: tuple[str, ...]) -> tuple[list[s
 
 
 def _check_study(sweep: Sweep) -> None:
-    """Refuse a study of another sweep, and run folders of other configurations, before anything is written."""
+    """Refuse a study of another sweep, and run folders with other configurations, before anything is written."""
     there = jobs.read_list(sweep.study_dir)[0]
     if there not in (None, sweep.name):
         raise UserError(
-            f"{sweep.study_dir} is a study of the sweep {there!r}, this is {sweep.name!r}: choose another study="
+            f"{sweep.study_dir} is a study of the sweep {there!r}, but this sweep is {sweep.name!r}: choose "
+            "another study="
         )
     for config in sweep.configs:
         run = Run(config.run_dir)
         if not (run.config_file.is_file() and (run.is_done() or run.checkpoint.is_file())):
             continue
-        has = run.config
-        if config.train.precision == "auto":  # resolved where it ran
-            has = replace(has, train=replace(has.train, precision="auto"))
-        differing = differences(has, config)
+        saved = run.config
+        if config.train.precision == "auto":  # the saved configuration has the resolved precision
+            saved = replace(saved, train=replace(saved.train, precision="auto"))
+        differing = differences(saved, config)
         if differing:
             raise UserError(
-                f"{run.dir} is of another configuration ({differing[0]}): choose another study="
+                f"{run.dir} has a different configuration ({differing[0]}): choose another study="
             )
 
 
 def _prepare(sweep: Sweep) -> None:
-    """Make the study's tokens and tokenizer, once for all jobs.
+    """Prepare the study's tokens and tokenizer, once for all jobs.
 
     Raises:
-        UserError: if the jobs are of several corpora or vocabularies, or a row is longer than a split.
+        UserError: if the jobs have different corpora or vocabularies, or a row is longer than a split.
     """
     from soluscope.data.cache import SPLITS, cache_key, prepare, share_with_study
 
@@ -173,8 +175,8 @@ def _prepare(sweep: Sweep) -> None:
             first.tokens.prepared is None and cache_key(config) != cache_key(first)
         ):
             raise UserError(
-                f"{first.run_name} and {config.run_name} are of other tokens: runs of one study share "
-                "data=, corpus.* and tokens.*; make a study of each"
+                f"{first.run_name} and {config.run_name} have different tokens, but runs of one study must "
+                "share data=, corpus.* and tokens.*: use a separate study for each"
             )
     cache = prepare(first)
     for ctx in sorted({config.model.ctx for config in sweep.configs}):
@@ -184,10 +186,10 @@ def _prepare(sweep: Sweep) -> None:
 
 
 def _print_plan(sweep: Sweep) -> None:
-    """The jobs, where they stand, and their tokens and operations; below, those that are still to go."""
-    made = jobs.new_table(f"{sweep.name} in {sweep.study_dir}", "run", "id", "state")
+    """Print the jobs with their states, tokens and FLOPs, and below them the remaining tokens and FLOPs."""
+    plan = jobs.new_table(f"{sweep.name} in {sweep.study_dir}", "run", "id", "state")
     for heading in ("tokens", "FLOPs"):
-        made.add_column(heading, justify="right", no_wrap=True)
+        plan.add_column(heading, justify="right", no_wrap=True)
     left_tokens = left_flops = 0.0
     states = []
     for config in sweep.configs:
@@ -196,12 +198,12 @@ def _print_plan(sweep: Sweep) -> None:
         tokens = job.steps * job.tokens_a_step
         flops = tokens * config.model.training_flops(_d_vocab(config))
         begun = f" {now.step}/{job.steps}" if 0 < now.step < job.steps else ""
-        made.add_row(job.run, job.id, now.state + begun, f"{tokens:,}", f"{flops:.2e}")
+        plan.add_row(job.run, job.id, now.state + begun, f"{tokens:,}", f"{flops:.2e}")
         states.append(now.state)
         share = 0.0 if now.state == "done" else 1 - now.step / job.steps
         left_tokens, left_flops = left_tokens + share * tokens, left_flops + share * flops
     console = jobs.console()
-    console.print(made)
+    console.print(plan)
     console.print(
         f"{jobs.counted(states)}; to go: {left_tokens:,.0f} tokens, {left_flops:.2e} FLOPs",
         highlight=False,
@@ -209,7 +211,7 @@ def _print_plan(sweep: Sweep) -> None:
 
 
 def _d_vocab(config: Config) -> int:
-    """Entries of the vocabulary: the cache's where it has been made, else what the configuration asks for."""
+    """Return the size of the vocabulary: of the token cache if it exists, else tokens.d_vocab."""
     from soluscope.data.cache import TokenCache, cache_key
 
     prepared = config.tokens.prepared

@@ -1,7 +1,7 @@
-"""A sweep file and its jobs: each a configuration, its id the hash of that.
+"""A sweep file and its jobs. Each job is a configuration, and its id is the configuration's hash.
 
 The file is a wandb sweep (program, command, method: grid, parameters with dotted or nested keys), so
-that the same file also serves wandb's own agents.
+that wandb's own agents can use the same file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from soluscope.config import Config, check, load_config, read_yaml, short_name
+from soluscope import plugins
+from soluscope.config import Config, check, load_config, read_yaml, shipped_dir, short_name
 from soluscope.errors import UserError
 
 _NAMED = ("variant", "arm", "seed", "study", "tag")
-"""Parameters that are in a run's path already."""
+"""Parameters that a run's path already contains."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Sweep:
     """A grid of jobs of one study."""
 
     path: Path
-    """The file it was read from."""
+    """Path of the sweep file."""
     words: tuple[str, ...]
     """Overrides for every job, `key=value`."""
     parameters: Mapping[str, tuple[Any, ...]]
-    """The grid: values by dotted key, those that `words` override left out, the tag put in."""
+    """The grid: values by dotted key, without the keys that `words` overrides and with the tag."""
     configs: tuple[Config, ...]
-    """One a job, in the order of the parameters, the last one fastest."""
+    """One configuration per job, in the order of the parameters; the last parameter varies fastest."""
 
     @property
     def study_dir(self) -> Path:
@@ -43,27 +44,51 @@ class Sweep:
         return self.path.stem
 
 
-def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
-    """The jobs of a sweep file.
+def shipped_sweeps() -> list[str]:
+    """Return the names of the sweeps that ship with soluscope, sorted."""
+    return sorted(path.stem for path in shipped_dir("sweeps").glob("*.yaml"))
 
-    Parameters with several values that are in no run's name go into the tag, unless the file has a tag
-    of its own. A word that overrides a parameter takes the place of its values.
+
+def find_sweep(word: str) -> Path:
+    """Return the sweep file that a command's word means.
+
+    Args:
+        word: path of a file (with a suffix or a folder in it), or the name of a shipped sweep.
+
+    Raises:
+        UserError: if no shipped sweep has this name; the nearest name is suggested.
+    """
+    path = Path(word)
+    if path.suffix or len(path.parts) > 1 or path.is_file():
+        return path
+    plugins.check_name("sweep", word, shipped_sweeps())
+    return shipped_dir("sweeps") / f"{word}.yaml"
+
+
+def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
+    """Return the sweep in a sweep file, with its jobs.
+
+    Parameters with several values that a run's name does not contain go into the tag, unless the file or a
+    word sets the tag. A word that sets a parameter replaces all its values.
 
     Args:
         path: a wandb sweep file with `method: grid`.
         words: `key=value` for every job.
 
     Raises:
-        UserError: not a grid, an empty one, a parameter that no configuration has, two jobs with one id
-            or one folder, or several studies.
+        UserError: if the file is not a grid or the grid is empty, a parameter is unknown, two jobs have the
+            same id or folder, or the jobs have several studies.
     """
     file: Any = OmegaConf.to_container(read_yaml(path))
     grid = file.get("parameters")
     check(file.get("method") == "grid" and isinstance(grid, dict),
-          f"{path} is not a sweep: wanted 'method: grid' and 'parameters:'")  # fmt: skip
+          f"{path} is not a sweep: it needs 'method: grid' and 'parameters:'")  # fmt: skip
     overridden = {word.split("=", 1)[0] for word in words}
     axes = {key: values for key, values in _axes(path, grid) if key not in overridden}
-    check(bool(axes), f"{path} is an empty grid: wanted parameters that no word overrides")
+    check(
+        bool(axes),
+        f"{path} is an empty grid: it needs a parameter that no word of the command sets",
+    )
     tag_keys = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
     if tag_keys and not {"tag"} & (axes.keys() | overridden):
         axes["tag"] = ("-".join(short_name(key, f"${{{key}}}") for key in tag_keys),)
@@ -73,7 +98,7 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
 
 
 def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple]]:  # type: ignore[type-arg]
-    """(dotted key, values) of wandb's parameters, nested ones included."""
+    """Yield (dotted key, values) for wandb's parameters, nested parameters included."""
     for name, spec in grid.items():
         key = f"{prefix}{name}"
         if isinstance(spec, dict) and isinstance(spec.get("parameters"), dict):
@@ -84,7 +109,7 @@ def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tup
             values = spec.get("values") if isinstance(spec, dict) else None
             if not isinstance(values, list) or not values:
                 raise UserError(
-                    f"{path} is an empty grid at {key}: wanted 'values: [...]' or 'value: ...' below it, "
+                    f"{path} is an empty grid at {key}: it needs 'values: [...]' or 'value: ...' below it, "
                     f"not {spec}"
                 )
             yield key, tuple(values)
@@ -97,20 +122,23 @@ def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[list[str]]:
 
 
 def _check_apart(path: Path, configs: Sequence[Config]) -> None:
-    """Each job in a folder of its own, none twice, all of one study."""
+    """Refuse jobs that share a folder or an id, or belong to several studies."""
     studies = sorted({config.study for config in configs})
-    check(len(studies) == 1, f"{path} is of several studies, wanted one: {', '.join(studies)}")
+    check(
+        len(studies) == 1,
+        f"{path} has the studies {', '.join(studies)}, but a sweep must have one study: set study=",
+    )
     ids: dict[str, Config] = {}
     folders: dict[Path, Config] = {}
     for config in configs:
         if config.run_dir in folders:
             raise UserError(
-                f"{path} gives two jobs the folder {config.run_dir}: they differ in nothing that names it; "
-                "put what differs into tag, as in tag: {value: 'lr${train.lr}'}"
+                f"{path} gives two jobs the folder {config.run_dir}, because its name contains none of the "
+                "parameters in which they differ: add them to the tag, as in tag: {value: 'lr${train.lr}'}"
             )
         if config.hash in ids:
             raise UserError(
                 f"{path} gives two jobs the id {config.hash}: {ids[config.hash].run_name} and "
-                f"{config.run_name} differ in nothing that moves a number"
+                f"{config.run_name} differ in no setting that affects results; remove one of them"
             )
         folders[config.run_dir] = ids[config.hash] = config

@@ -1,12 +1,13 @@
-"""Define what a probe is. Each file in this folder defines one, as `PROBE`; the folder is the list.
+"""Definition of a probe. Each file in this folder defines one probe, as `PROBE`; the folder is the list.
 
-A probe turns one model's activations into numbers (`measure`): values per token; estimates, which are
-numbers that are not averages over tokens (a correlation, a ratio, a curve over ranks), as sums over
-strings and the function of these sums; and, where it has any, values per neuron. It never sees a
-variant's name or a config, and it does not average, resample, draw or save: evaluation/ makes the
-summaries, with their intervals, for all probes alike, and the report draws what `figures` asks for.
+A probe's `measure` turns one model's activations into numbers of three kinds: values per token; estimates,
+which are numbers other than averages over tokens (a correlation, a ratio, a curve over ranks) and are given
+as sums over strings with a function of these sums; and, for some probes, values per neuron. A probe has no
+access to a variant's name or to a config, and it does not average, resample, draw or save. evaluation/
+computes the summaries and their intervals for all probes in one place, and the report draws the probe's
+`figures`.
 
-This file itself imports no torch, since a configuration is checked against the names in this folder.
+This file itself imports no torch, because a configuration is checked against the names in this folder.
 """
 
 from __future__ import annotations
@@ -31,83 +32,84 @@ __all__ = ["Estimate", "Figure", "Gate", "Probe", "Quantity"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that is not a mean over tokens: a function of sums over strings (documents).
+    """A number other than a mean over tokens: a function of sums over strings (documents).
 
     Its interval comes from resampling strings, so `value` must hold for any weighted sum of rows.
-    `_estimates.py` makes the usual ones: ratios, correlations, shares of variance.
+    `_estimates.py` computes the usual estimates: ratios, correlations, slopes.
     """
 
     quantity: str
     """A key of the probe's `estimates`."""
     sums: NDArray[np.float64]
-    """[string part], one row for each string that has anything."""
+    """[string part], one row for each string with at least one value."""
     value: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    """From weighted sums [draw part] to the number [draw]; nan where it is not defined."""
+    """Function from weighted sums [draw part] to the number [draw]; nan where it is undefined."""
     n: int
-    """How many tokens (or pairs of prompts) went in."""
+    """Number of observations that entered: tokens, pairs, strings or neurons."""
     x: float | None = None
-    """Place on the horizontal axis, where it is a point of a curve."""
+    """Position on the horizontal axis, for a point of a curve."""
     group: str = ""
-    """Which curve, or which split."""
+    """Name of the curve, or of the split."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers of one probe on one run."""
+    """Numbers of one probe on one run."""
 
     tokens: dict[str, Tensor]
-    """By quantity, and by column that quantities are split by: one value per token, on the CPU in fp32
-    or fp64; nan where a token has none."""
+    """One value per token, by quantity or by column that quantities are split by; on the CPU, in fp32 or
+    fp64. nan at a token without a value."""
     estimates: tuple[Estimate, ...] = ()
     neurons: dict[str, Tensor] = field(default_factory=dict)
-    """Columns of a table with one row per neuron, saved beside the tokens' for whoever wants to look."""
+    """Columns of a table with one row per neuron, saved beside the table of tokens for inspection."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement, the words that go with it, and the answers it must give.
+    """A measurement, its description and its known answers.
 
     Raises:
-        UserError: if the docstring lacks some of the words.
+        UserError: if the docstring lacks its title or a section.
     """
 
     docstring: str | None = field(repr=False)
-    """The module's `__doc__`, from which the words are read: see `words_of`."""
+    """The module's `__doc__`, which `words_of` parses into the description."""
     measure: Callable[[HookedRun], Measured]
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
-    """Streams it is measured on, of those in data/streams.py."""
+    """Names of the streams to measure on; data/streams.py defines them."""
     gates: tuple[Gate, ...]
     """Positive and negative controls."""
     known: Callable[[], Iterator[tuple[HookedRun, dict[str, Any]]]]
-    """Runs with planted activations and, by quantity, the value at each token, worked by hand."""
+    """Runs with planted activations and, by quantity, the value at each token, worked out by hand."""
     estimates: dict[str, Quantity] = field(default_factory=dict)
-    """The estimates that `measure` may give."""
+    """Estimates that `measure` may return."""
     one_layer: bool = False
-    """Exact, or meaningful, only where the model has one layer; left out by name for deeper ones,
-    whose last layer all other probes read."""
+    """True for a probe that is exact, or meaningful, only in a one-layer model. Deeper models skip it,
+    with a record of its name; the other probes read a deeper model's last layer."""
     tested: str = ""
-    """The quantity or estimate whose rate of false positives is measured, and which is compared with
-    the static twin's where the probe is confirmatory."""
+    """Name of the quantity or estimate whose rate of false positives is measured. If the probe is
+    confirmatory, it is also compared with the static twin."""
     shuffle: str = ""
-    """Field of the run which, permuted over tokens, leaves nothing for `tested` to find: it is 0."""
+    """Field of the run to permute over tokens for the rate of false positives: the true value of `tested`
+    is then 0. If empty, random halves of the documents are compared instead."""
     confirmatory: bool = False
-    """One of the tests that are corrected together for their number (science.md section 5)."""
+    """True if the probe's test is in the family that is corrected for multiple testing (protocol.md section 5)."""
     figures: tuple[Figure, ...] = ()
     section: str = field(init=False)
-    """The probe's number in science.md: `P1`."""
+    """The probe's number in protocol.md: `P1`."""
     name: str = field(init=False)
-    """The heading: what a reader of the papers would look for."""
+    """Heading in the report, in the terms of the papers."""
     question: str = field(init=False)
     """One sentence."""
     formula: str = field(init=False)
-    """The computation, in plain text."""
+    """Computation, in plain text."""
     reading: str = field(init=False)
-    """How to read the result: what smearing would look like, what its absence would."""
+    """Interpretation of the result, both with smearing and without it."""
     pitfalls: str = field(init=False)
     source: str = field(init=False)
-    """Paper and section, or science.md section."""
+    """Paper and section, or protocol.md section."""
 
     def __post_init__(self) -> None:
         for word, text in words_of(self.docstring).items():
@@ -119,10 +121,10 @@ SECTIONS = ("Question", "Formula", "Reading", "Pitfalls", "Source")
 
 
 def words_of(docstring: str | None) -> dict[str, str]:
-    """Return a probe's words from its module's docstring, each on one line.
+    """Return the sections of a probe's module docstring, each on one line.
 
-    The first line is `P1: name`. Each of `SECTIONS` stands with a colon on a line of its own, above its
-    indented text. Other text, which is not indented, is for readers of the file only.
+    The first line is `P1: name`. Each heading in `SECTIONS` has a separate line, ends with a colon and
+    is followed by its indented text. Text without indentation is for readers of the file only.
 
     Raises:
         UserError: if the first line or a section is missing.
@@ -131,14 +133,16 @@ def words_of(docstring: str | None) -> dict[str, str]:
     first_line = text.partition("\n")[0]
     title = re.fullmatch(r"(P\d+): (.+)", first_line)
     if title is None:
-        raise UserError(f"a probe's docstring begins with {first_line!r}: begin it with 'P1: name'")
+        raise UserError(
+            f"the docstring of a probe begins with {first_line!r}: begin it with 'P1: name'"
+        )
     words = {"section": title[1], "name": title[2]}
     for heading in SECTIONS:
         body = re.search(rf"^{heading}:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
         if body is None or not body[1].strip():
             raise UserError(
-                f"the docstring of probe {first_line!r} lacks {heading!r}: write '{heading}:' on a line of "
-                f"its own and indent the text below it; a probe has {', '.join(SECTIONS)}"
+                f"the docstring of probe {first_line!r} lacks {heading!r}: write '{heading}:' on a separate "
+                f"line and indent the text below it; the sections are {', '.join(SECTIONS)}"
             )
         words[heading.lower()] = " ".join(body[1].split())
     return words

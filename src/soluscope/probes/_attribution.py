@@ -1,8 +1,8 @@
-"""Direct logit attribution of the last MLP: what it, and each of its neurons, adds to the target's logit.
+"""Direct logit attribution of the last MLP and of each of its neurons to the target's logit.
 
-Logits are centred over the vocabulary: the mean logit moves no probability. ln_final's scale is the
-one the token has with everything in place; that it would change without the MLP is what makes this an
-approximation (science.md P17).
+Logits are centred over the vocabulary, because the mean logit changes no probability. ln_final's scale is the
+token's scale with everything in place. Without the MLP the scale would change, so the attribution is an
+approximation (protocol.md section 7 P17).
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from soluscope.hooked.activations import HookedRun
 
 
 def target_direction(run: HookedRun) -> Float[Tensor, "token d_model"]:
-    """u_y: the residual stream's product with it, over ln_final's scale, is the target's centred logit.
+    """Return u_y, the direction of the residual stream that raises the target's centred logit.
 
-    ln_final's weights are in it, and its centring where it has one; its bias and the unembedding's
-    add the same at every edit and are left out. nan where there is no target.
+    The product of the residual stream and u_y, divided by ln_final's scale, is the target's centred
+    logit. u_y contains ln_final's weights, and ln_final's centring if it centres. The biases of
+    ln_final and of the unembedding are left out, because they add the same amount in every edit. nan
+    where there is no target.
     """
     out = run.readout
     target = run.target.clamp(min=0)
@@ -33,29 +35,29 @@ def target_direction(run: HookedRun) -> Float[Tensor, "token d_model"]:
 
 
 def final_scale(run: HookedRun, resid: Float[Tensor, "token d_model"]) -> Float[Tensor, " token"]:
-    """ln_final's denominator for a residual stream."""
+    """Return ln_final's denominator for a residual stream."""
     if run.readout.ln_centred:
         resid = resid - resid.mean(-1, keepdim=True)
     return (resid.square().mean(-1) + run.readout.ln_eps).sqrt()
 
 
 def resid_final(run: HookedRun) -> Float[Tensor, "token d_model"]:
-    """The residual stream that ln_final reads."""
+    """Return the residual stream that ln_final reads."""
     return run.resid_mid + run.post @ run.readout.W_out + run.readout.b_out
 
 
 def contributions(run: HookedRun) -> Float[Tensor, "token d_mlp"]:
-    """c_tj = h_tj W_out[j] . u_y / S, each neuron's direct attribution; nan where there is no target.
+    """Return each neuron's direct attribution, c_tj = h_tj W_out[j] . u_y / S.
 
-    h is post, so a mid norm's gamma and beta are in it; b_out, the same at every token, is in no
-    neuron's share.
+    h is post, so c contains the mid norm's gamma and beta. b_out is the same at every token and belongs
+    to no neuron's share. nan where there is no target.
     """
     scale = final_scale(run, resid_final(run))
     return run.post * (target_direction(run) @ run.readout.W_out.T) / scale[:, None]
 
 
 def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any) -> HookedRun:
-    """`run` with other weights after the mid norm, and the losses that it has with them."""
+    """Return `run` with other weights after the mid norm, and with its losses recomputed."""
     changed = replace(
         run,
         readout=replace(run.readout, **weights),
@@ -65,9 +67,9 @@ def with_readout(run: HookedRun, resid_mid: Tensor | None = None, **weights: Any
 
 
 def reading_one_neuron(run: HookedRun) -> HookedRun:
-    """A planted run of two neurons whose first one writes x = post on logits of -x and x.
+    """Return a planted run of two neurons whose first neuron writes x = post; the logits are -x and x.
 
-    An epsilon of 1e24 under weights 1e12 times as large makes ln_final's scale one number.
+    ln_final's epsilon is 1e24 and W_U is 1e12 times as large, which makes ln_final's scale constant.
     """
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
     return with_readout(

@@ -1,7 +1,7 @@
-"""The usual numbers that follow from sums over strings, each as an `Estimate`.
+"""Common numbers that follow from sums over strings, each as an `Estimate`.
 
-Sums are over tokens, one row a string, so that resampling strings is a matrix product whatever the
-number of tokens. Values that are nan are left out.
+Sums are over tokens, with one row per string. Resampling strings is then a matrix product whose cost does not
+depend on the number of tokens. Values that are nan are left out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ Floats = NDArray[np.float64]
 
 
 def sums_by_string(parts: Iterable[ArrayLike], string: ArrayLike) -> tuple[Floats, int]:
-    """Sums of columns over each string's tokens, [string part], and the number of tokens.
+    """Sum columns over each string's tokens.
 
     Args:
-        parts: columns, each [token]; a token counts where none of them is nan.
-        string: which string each token is of.
+        parts: columns, each [token]; a token counts if none of its values is nan.
+        string: index of each token's string.
+
+    Returns:
+        The sums, [string part], and the number of tokens that count.
     """
     table = np.stack([np.asarray(part, dtype=np.float64) for part in parts], axis=1)
     kept = ~np.isnan(table).any(axis=1)
@@ -34,7 +37,7 @@ def sums_by_string(parts: Iterable[ArrayLike], string: ArrayLike) -> tuple[Float
 
 
 def mean_over_strings(quantity: str, values: ArrayLike, **fields: object) -> Estimate:
-    """Mean of one value a string."""
+    """Return the mean over strings of one value per string."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     sums = np.stack([numbers, np.ones_like(numbers)], axis=1)
@@ -44,7 +47,7 @@ def mean_over_strings(quantity: str, values: ArrayLike, **fields: object) -> Est
 def ratio(
     quantity: str, top: ArrayLike, bottom: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
-    """Sum of `top` over sum of `bottom`, both [token]: a ratio of means, not a mean of ratios."""
+    """Return the sum of `top` over the sum of `bottom`, both [token]: a ratio of means, not a mean of ratios."""
     sums, n = sums_by_string([top, bottom], string)
     return _estimate(quantity, sums, _quotient, n, fields)
 
@@ -52,7 +55,7 @@ def ratio(
 def slope(
     quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
-    """Least-squares slope of `y` on `x`, both [token], with an intercept."""
+    """Return the least-squares slope of `y` on `x`, both [token], with an intercept."""
     sums, n = sums_by_string(_moments(x, y), string)
 
     def value(sums: Floats) -> Floats:
@@ -67,7 +70,7 @@ def slope(
 def correlation(
     quantity: str, x: ArrayLike, y: ArrayLike, string: ArrayLike, **fields: object
 ) -> Estimate:
-    """Pearson's correlation over tokens."""
+    """Return Pearson's correlation over tokens."""
     sums, n = sums_by_string(_moments(x, y), string)
 
     def value(sums: Floats) -> Floats:
@@ -87,10 +90,11 @@ def rank_correlation(
     given: Iterable[ArrayLike] = (),
     **fields: object,
 ) -> Estimate:
-    """Spearman's correlation over tokens, partial where there is something `given`.
+    """Return Spearman's correlation over tokens; with `given` columns, the partial correlation.
 
-    Ranks are taken once, over all tokens; resampling moves the weights of strings. The partial
-    correlation is that of the ranks' residuals on the ranks of what is given.
+    Ranks are computed once, over all tokens; resampling changes only the weights of strings. The
+    partial correlation is the correlation of the residuals of the two columns' ranks, regressed on the
+    ranks of the `given` columns.
     """
     columns = [np.asarray(column, dtype=np.float64) for column in (x, y, *given)]
     kept = ~np.isnan(np.stack(columns)).any(axis=0)
@@ -118,7 +122,10 @@ def rank_correlation(
 
 
 def _moments(x: ArrayLike, y: ArrayLike) -> list[Floats]:
-    """1, x, y and their products, about their means: differences of large squares lose digits."""
+    """Return the columns 1, x, y, xy, xx and yy, with x and y centred.
+
+    Without centring, the covariances would be differences of large squares, which lose digits.
+    """
     a, b = (np.array(column, dtype=np.float64) for column in (x, y))
     kept = ~(np.isnan(a) | np.isnan(b))
     for column in (a, b):
@@ -127,7 +134,7 @@ def _moments(x: ArrayLike, y: ArrayLike) -> list[Floats]:
 
 
 def _covariances(sums: Floats) -> tuple[Floats, Floats, Floats]:
-    """xy, xx and yy from sums of `_moments`."""
+    """Return the covariances xy, xx and yy from sums of `_moments`."""
     n, x, y, xy, xx, yy = sums.T
     return xy / n - (x / n) * (y / n), xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
 

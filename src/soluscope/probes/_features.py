@@ -1,9 +1,9 @@
-"""Labelled features of tokens, and how well a number tells the tokens that have one from the others.
+"""Labelled features of tokens, and how well a number separates the tokens with a feature from the rest.
 
-A feature is something that can be read off the text: which token it is, what its characters are
-(a bank of regular expressions), or what stands before it (the token before, brackets that are open).
+A feature is a property that can be read from the text: the token's identity, its characters (a bank of
+regular expressions), or the text before it (the preceding token, open brackets).
 
-Source: science.md section 7, P11 ("known token/regex/context features").
+Source: protocol.md section 7, P11.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 N_TOKEN_CLASSES = 50
-"""How many of the most frequent tokens are features of their own."""
+"""Number of the most frequent tokens that each define a feature."""
 MIN_TOKENS = 10
-"""A feature counts where at least so many tokens have it, and so many lack it, in both halves."""
+"""Fewest tokens with a feature, and fewest without it, in each half of the documents, for it to be used."""
 MIN_DOCUMENTS = 4
-"""Of fewer, a half is one document, and what is chosen there is chosen for that document."""
+"""Fewest documents. With fewer, a half can be a single document, and a choice made on it fits only that
+document."""
 
 KEYWORDS = (
     "and|as|assert|async|await|break|class|continue|def|del|elif|else|except|finally|for|from|global|"
@@ -60,31 +61,32 @@ TEXT = {
     "base64": r"\A(?=.*[a-z])(?=.*[A-Z])(?=.*\d)[A-Za-z0-9+/=]{3,}\Z",
     "not ASCII": r"[^\x00-\x7f]",
 }
-"""What a token's text looks like; a space before a word belongs to the token."""
+"""Regular expressions for a token's text, by feature. A space before a word belongs to the token."""
 BEFORE = (
     "starts with a space", "new line", "digit", "starts with a capital", "lower-case letters",
     "punctuation", "comma", "opening bracket", "closing bracket", "operator", "quotation mark",
     "keyword",
 )  # fmt: skip
-"""Those of `TEXT` that are also asked of the token before."""
+"""Names in `TEXT` that are also matched against the preceding token."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Which tokens have which feature."""
+    """Labels of a run's tokens, by feature."""
 
     names: tuple[str, ...]
     kinds: tuple[str, ...]
-    """`token` (which token it is), `text` (its characters) or `context` (what stands before it)."""
+    """`token` (the token's identity), `text` (its characters) or `context` (the text before the token)."""
     holds: Bools
-    """[feature token], the run's tokens; False at BOS."""
+    """[feature token], for the run's tokens; False at BOS."""
 
 
 def label(run: HookedRun) -> Features:
-    """All features that enough tokens have and enough lack, in both halves of the documents.
+    """Return all features that enough tokens have and enough tokens lack, in both halves of the documents.
 
-    Of features that hold at the same tokens the first is kept. Without the vocabulary's texts,
-    which token it is is all that can be known. With fewer than `MIN_DOCUMENTS` there is no feature.
+    If several features hold at the same tokens, only the first is kept. Without the vocabulary's texts,
+    the only features are token identities. With fewer than `MIN_DOCUMENTS` documents there is no
+    feature.
     """
     content = ~run.is_bos.numpy()
     enough = len(np.unique(run.string.numpy()[content])) >= MIN_DOCUMENTS
@@ -106,7 +108,10 @@ def label(run: HookedRun) -> Features:
 
 
 def first_half(run: HookedRun, among: Bools | None = None) -> Bools:
-    """Whether a token's document has an even rank among the run's, or those of some tokens. [token]"""
+    """Return whether each token's document has an even rank, [token].
+
+    Ranks are over the run's documents, or over the documents of the tokens `among`.
+    """
     string = run.string.numpy()
     documents = np.unique(string if among is None else string[among])
     even: Bools = np.searchsorted(documents, string) % 2 == 0
@@ -114,14 +119,14 @@ def first_half(run: HookedRun, among: Bools | None = None) -> Bools:
 
 
 def folds(run: HookedRun, among: Bools) -> Iterator[tuple[Bools, Bools]]:
-    """Halves of some documents: what is chosen on either one is measured on the other.
+    """Yield both assignments of two halves of some documents, one to choose on and one to measure on.
 
-    So every document is measured, and none by a choice that it had a part in. Which features there
-    are is the one thing that both halves decide, by their counts alone: see `label`.
+    Every document is measured, and none by a choice that it contributed to. The set of features is the
+    only exception: the counts of both halves decide it, see `label`.
 
     Args:
         run: activations.
-        among: [token], whose documents are halved.
+        among: [token], the tokens whose documents are halved.
 
     Yields:
         (tokens to choose on, tokens to measure on), each [token], for each of the two folds.
@@ -132,7 +137,7 @@ def folds(run: HookedRun, among: Bools) -> Iterator[tuple[Bools, Bools]]:
 
 
 def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
-    """(name, kind, [token])"""
+    """Yield (name, kind, [token]) for each feature, before its tokens are counted."""
     tokens, starts = run.tokens.numpy(), run.is_bos.numpy()
     ids, counts = np.unique(tokens[~starts], return_counts=True)
     for token in ids[np.argsort(-counts, kind="stable")][:N_TOKEN_CLASSES]:
@@ -154,9 +159,9 @@ def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
 
 
 def _in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bools]]:
-    """Where brackets are open, and whether a comma has passed since: left and right in a list."""
+    """Yield features of brackets: inside one, before a comma in it (left in a list), and after a comma (right)."""
     inside, later = (np.zeros(len(texts), dtype=bool) for _ in range(2))
-    commas: list[bool] = []  # one entry an open bracket: has a comma passed in it?
+    commas: list[bool] = []  # one entry per open bracket: True after a comma in it
     for i, text in enumerate(texts):
         if starts[i]:
             commas = []
@@ -175,7 +180,7 @@ def _in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bo
 
 
 def sums_by_document(columns: NDArray[Any], string: NDArray[np.int64]) -> Floats:
-    """Sums over each document's tokens, [document part], for hundreds of columns [token part]."""
+    """Sum over each document's tokens, [document part], for hundreds of columns [token part]."""
     order = np.argsort(string, kind="stable")
     starts = np.flatnonzero(np.diff(string[order], prepend=-1))
     ordered = columns if (np.diff(order) == 1).all() else columns[order]
@@ -184,9 +189,13 @@ def sums_by_document(columns: NDArray[Any], string: NDArray[np.int64]) -> Floats
 
 
 def levels(values: NDArray[np.floating]) -> Floats:
-    """Values told apart to a millionth of their column's largest, so that rounding breaks no tie.
+    """Round each column to millionths of its largest |value|, so that rounding errors break no ties.
 
-    A column without anything above a billionth of the largest of all is rounding throughout.
+    A step is at least a billionth of the largest |value| of all columns: a column far below that
+    contains only rounding errors.
+
+    Returns:
+        Values as numbers of steps.
     """
     numbers = np.asarray(values, dtype=np.float64)
     largest = np.abs(numbers).max(axis=0, initial=0.0)  # [column]
@@ -196,7 +205,7 @@ def levels(values: NDArray[np.floating]) -> Floats:
 
 
 def auroc(values: NDArray[np.floating], holds: Bools) -> Floats:
-    """Probability that a token with the feature has the higher value, ties counting half.
+    """Return the probability that a token with the feature has the higher value; ties count half.
 
     Args:
         values: [token column].
@@ -214,16 +223,17 @@ def auroc(values: NDArray[np.floating], holds: Bools) -> Floats:
 
 
 def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.int64]) -> Floats:
-    """Sums by document from which `auroc_of` makes AUROCs, [string column*4].
+    """Return sums by document from which `auroc_of` computes AUROCs, [string column*4].
 
-    A token's placement is the share of tokens of the other class on its right side. The AUROC is the
-    mean placement of the tokens that have the feature, and also that of the others; its interval
-    needs the two sums and the two counts, and no scores.
+    A token's placement is the share of the other class that lies on the correct side of it: below a
+    token with the feature, above a token without it. The AUROC is the mean placement of the tokens with
+    the feature, and also that of the tokens without it. Its interval needs only the two sums and the
+    two counts, and no scores.
 
     Args:
         values: [token column].
         holds: [token], the same for all columns.
-        string: [token], of which document it is.
+        string: [token], the index of each token's document.
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, "structural components".
     """
@@ -241,13 +251,13 @@ def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.in
 
 
 def auroc_of(sums: Floats, everything: Floats) -> Floats:
-    """AUROCs from weighted sums of the rows of `auroc_sums`, [draw column].
+    """Return AUROCs from weighted sums of the rows of `auroc_sums`, [draw column].
 
     Args:
         sums: [draw column*4].
-        everything: the unweighted sum of the rows, [column*4]. At these weights the result is exact;
-            at others it is the AUROC to first order in the weights: the sum of the two mean
-            placements less the AUROC of all.
+        everything: the unweighted sum of the rows, [column*4]. With unit weights the result is exact.
+            With other weights it is the AUROC to first order in the weights: the sum of the two mean
+            placements minus the AUROC of all tokens.
     """
 
     def means(sums: Floats) -> tuple[Floats, Floats]:
@@ -260,7 +270,7 @@ def auroc_of(sums: Floats, everything: Floats) -> Floats:
 
 
 def mean_of_defined(values: Floats) -> Floats:
-    """Mean over the last axis of what is not nan; nan where nothing is."""
+    """Return the mean over the last axis of the values that are not nan; nan if all are nan."""
     defined = ~np.isnan(values)
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Floats = np.where(defined, values, 0.0).sum(axis=-1) / defined.sum(axis=-1)
@@ -268,7 +278,7 @@ def mean_of_defined(values: Floats) -> Floats:
 
 
 def median_of_defined(values: Floats) -> Floats:
-    """Median over the last axis of what is not nan; nan where nothing is."""
+    """Return the median over the last axis of the values that are not nan; nan if all are nan."""
     ordered = np.sort(values, axis=-1)  # nan comes last
     n = (~np.isnan(ordered)).sum(axis=-1, keepdims=True)
     middle = np.concatenate([(n - 1) // 2, n // 2], axis=-1).clip(0)

@@ -1,6 +1,8 @@
-"""Which tokens a probe looks at, where it cannot look at all of them; columns of values per token."""
+"""Selection of tokens for probes that are too expensive on all of them, and columns of values per token."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -12,15 +14,20 @@ from soluscope.hooked.activations import HookedRun
 
 
 def every_nth(run: HookedRun, n: int) -> Int[Tensor, " t"]:
-    """Return the row numbers of every `n`-th token, of those that are not BOS and have a target.
+    """Return the row numbers of every `n`-th token that is not BOS and has a target.
 
-    With a prime that is not 2, rows whose width is a power of 2 are met at all their positions.
+    The next larger stride is used where `n` and the number of such tokens in a full row have a common factor:
+    otherwise every row would be sampled at the same few positions.
     """
-    return run.scored.nonzero().squeeze(-1)[::n]
+    scored = run.scored.nonzero().squeeze(-1)
+    n_in_full_row = int(run.pos[scored].max()) if len(scored) else 1  # BOS is at position 0
+    while math.gcd(n, n_in_full_row) > 1:
+        n += 1
+    return scored[::n]
 
 
 def start_of_each_part(indices: Int[Tensor, " index"], n_parts: int) -> Int[Tensor, " part"]:
-    """Cut `indices` into at most `n_parts` parts of nearly one length, and return the first of each."""
+    """Cut `indices` into at most `n_parts` parts of nearly equal length, and return the first index of each."""
     n = min(len(indices), n_parts)
     return indices[torch.arange(n) * len(indices) // n]
 
@@ -33,7 +40,7 @@ def arrays(columns: dict[str, Tensor]) -> dict[str, NDArray[np.floating]]:
 def scattered(
     run: HookedRun, tokens: Int[Tensor, " t"], values: Float[Tensor, " t"]
 ) -> Float[Tensor, " token"]:
-    """Return one fp64 value per token from values at `tokens`; nan at all others."""
+    """Return one fp64 value per token from values at `tokens`; nan at all other tokens."""
     full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64)
     full[tokens] = values.double().cpu()
     return full

@@ -1,35 +1,35 @@
 """P18: Attribution patching against exact ablation
 
-Attribution patching replaces an ablation by the gradient times the change of the activation. It goes
-wrong where the loss bends: in the softmax over the vocabulary, in ln_final, and, for activations before
-the mid norm, in that norm's gain. The last part is told from the others by holding the gain fixed
-in the gradient.
+Attribution patching replaces an ablation by the gradient times the change of the activation. The
+approximation fails where the loss is curved: in the softmax over the vocabulary, in ln_final and, for
+activations before the mid norm, in the gain of that norm. Holding the gain fixed in the gradient separates
+the last source from the other two.
 
 Question:
-    Does the gradient tell what ablating a neuron does to the loss, and is it the mid gain that it
-    misses?
+    How well does the gradient predict the effect of ablating a neuron on the loss, and does its error come
+    from the mid norm's gain?
 
 Formula:
-    -h_j dl/dh_j against l(post_j = 0) - l;
-    E_p[delta] - delta_y + Var_p[delta] / 2 against the same;
-    -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l;
-    NMAE = sum |found - exact| / sum |exact|
+    After the norm: -h_j dl/dh_j (first order) or E_p[delta] - delta_y + Var_p[delta] / 2 (second order),
+    delta the change of the logits, against l(post_j = 0) - l;
+    before the norm: -a_j dl/da_j, gain live or detached, against l(mid_j = 0) - l;
+    NMAE = sum |approximation - exact| / sum |exact|
 
 Reading:
-    An error of 0 is exact; 1 is as bad as answering 0 everywhere. The same error with the gain
-    detached as with the gradient through it says that the gain answers to no neuron: pinned by
-    epsilon, or a constant. With an active LayerNorm, detaching it changes the answer by the share
-    shown. Removing LayerNorm is expected to help little (Baroni et al.): the softmax over the
-    vocabulary bends most.
+    An error of 0 is exact; an error of 1 is as large as that of predicting 0 everywhere. If detaching the
+    gain changes nothing, the gain depends on no neuron: epsilon pins it, or it is a constant. With an active
+    LayerNorm, detaching the gain changes the approximation by the share shown. Removing LayerNorm is expected
+    to help little (Baroni et al.), because the softmax over the vocabulary is the most strongly curved part.
 
 Pitfalls:
-    Errors sit in the few large effects: read them by size. Signs are compared only where the change
-    is above 1e-6 nats. The overlap is of the ten largest, whatever their size. An ablation to 0
-    before the norm is not one after it: a neuron at 0 comes out below the mean.
+    The few large effects dominate the error: read it by size of the effect. Signs are compared only where the
+    loss changes by more than 1e-6 nats. The overlap is between the ten largest effects, whatever their size.
+    Setting mid_j to 0 is not the same as setting post_j to 0: LayerNorm still subtracts the mean from a
+    neuron that is 0 before it.
 
 Source:
-    Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); science.md sections 7
-    P18 and 8.3
+    Nanda 2023, Attribution Patching; Baroni et al. 2025 (arXiv 2507.02559); protocol.md sections 7 P18 and
+    8.3
 """
 
 from __future__ import annotations
@@ -51,34 +51,34 @@ from soluscope.probes._estimates import correlation, ratio
 from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
-"""All neurons are ablated at every 7th token that is not BOS and has a target."""
+"""Stride: all neurons are ablated at every 7th token that is not BOS and has a target."""
 TOLERANCE = 1e-6
-"""Nats: how exact an ablation must be. Signs of smaller changes are not compared."""
+"""Precision of an ablation, in nats. Signs of smaller changes are not compared."""
 N_TOP = 10
 N_BINS = 10
 
 METHODS = {
     "first order": "-h_j dl/dh_j, against setting post_j to 0",
-    "second order": "first and second cumulant of the change of logits, against setting post_j to 0",
-    "before the norm": "-a_j dl/da_j, the gradient going through the gain, against setting mid_j to 0",
-    "before the norm, gain detached": "the same with the gain held fixed in the gradient",
+    "second order": "first two cumulants of the change of logits, against setting post_j to 0",
+    "before the norm": "-a_j dl/da_j, gradient through the gain, against setting mid_j to 0",
+    "before the norm, gain detached": "-a_j dl/da_j, gain fixed in the gradient, against setting mid_j to 0",
 }
 OF_POST = ("first order", "second order")
 
 
 @dataclass(frozen=True)
 class Approximations:
-    """Every neuron at some of the tokens; changes of loss, [t d_mlp], nats."""
+    """Approximate and exact effects of every neuron at some of the tokens; changes of loss, [t d_mlp], in nats."""
 
     tokens: Tensor
     exact: dict[str, Tensor]
-    """By method: what it stands in for."""
+    """By method: the exact effect that the method approximates."""
     found: dict[str, Tensor]
-    """By method."""
+    """By method: the approximate effect."""
 
 
 def approximations(run: HookedRun) -> Approximations:
-    """All (token, neuron) pairs that the probe's numbers come from."""
+    """Return the approximate and exact effects of all (token, neuron) pairs that the probe uses."""
     tokens = every_nth(run, EVERY)
     ablation = Ablation(run)
     gradient = ablation.gradient(tokens).double()
@@ -99,11 +99,11 @@ def approximations(run: HookedRun) -> Approximations:
 
 
 def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """dl/da_j with the gain following a_j, and with the gain held fixed; both [t d_mlp].
+    """Return dl/da_j with the gain following a_j, and with the gain held fixed; both [t d_mlp].
 
     post = g gamma (a - m) + beta gives dl/da_j = g (G_j - mean G) + dg/da_j sum_i (a_i - m) G_i with
     G_i = gamma_i dl/dh_i, and g = (s2 + eps)^(-1/2) gives dg/da_j = -(a_j - m) g^3 / N. Without
-    centring m and mean G are 0; with a constant gain dg/da_j is.
+    centring, m and mean G are 0. With a constant gain, dg/da_j is 0.
     """
     G = gradient * run.readout.gamma.double()
     a, gain = run.centred[tokens], run.gain[tokens, None].double()
@@ -117,16 +117,16 @@ def gradients_of_mid(run: HookedRun, tokens: Tensor, gradient: Tensor) -> tuple[
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return errors of attribution patching per token, and as shares of the exact effects."""
+    """Return errors of attribution patching, per token and as shares of the exact effects."""
     at = approximations(run)
     tokens = _errors(run, at)
     return Measured(tokens, tuple(_estimates(run, at, tokens)))
 
 
 def _errors(run: HookedRun, at: Approximations) -> dict[str, Tensor]:
-    """Return errors and effects summed over neurons, sign agreement and overlap.
+    """Return, per token, errors and effects summed over neurons, sign agreement and top-10 overlap.
 
-    All are nan except at every `EVERY`-th token.
+    All values are nan except at every `EVERY`-th scored token.
     """
     values: dict[str, Tensor] = {
         "effect after the norm": at.exact["first order"].abs().sum(-1),
@@ -150,7 +150,7 @@ def _errors(run: HookedRun, at: Approximations) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun, at: Approximations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
+    """Yield normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
     if not len(at.tokens):
         return
     string, columns = run.string.numpy(), arrays(tokens)
@@ -177,14 +177,19 @@ def _estimates(run: HookedRun, at: Approximations, tokens: dict[str, Tensor]) ->
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons, of which the first writes x = post on logits of -x and x; S is 1, and x = 1.
+    """Yield a run with a constant gain and a run with a LayerNorm, each of two neurons.
 
-    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The loss f(x) = log(1 +
-    e^(-2x)) has slope -2q, q = 1 / (1 + e^2), and the logits' difference 2x has variance 4q(1 - q)
-    under p. With a = (3/2, 1/2) and a constant gain of 2, x is the difference of the two: dl/da is
-    (-2q, 2q), and setting the first to 0 makes x -1/2, the second 3/2. A LayerNorm of two neurons
-    gives (1, -1), the larger first, whatever they are: the gradient through the gain is 0, setting
-    the first to 0 swaps the two, and setting the second to 0 does nothing.
+    The first neuron writes x = post, the logits are -x and x, and x = 1. S is constant at 1, because
+    ln_final's epsilon is 1e24 and W_U is 1e12 times as large. The loss f(x) = log(1 + e^(-2x)) has
+    slope -2q, q = 1 / (1 + e^2), and the logits, which differ by 2x, have variance 4q(1 - q) under p.
+
+    In the first run a = (3/2, 1/2) and the gain is 2, so x is the difference of the two activations:
+    dl/da is (-2q, 2q). Setting the first activation to 0 gives x = -1/2; setting the second to 0 gives
+    x = 3/2.
+
+    A LayerNorm of two neurons gives 1 for the larger and -1 for the smaller, whatever their values. So
+    in the second run the gradient through the gain is 0, setting the first activation to 0 swaps the
+    two outputs, and setting the second to 0 changes nothing.
     """
 
     def loss(x: float) -> float:
@@ -225,8 +230,8 @@ PROBE = Probe(
     gates=(
         Gate("smear_shared", "share of detaching the gain", above=0.1),
         Gate("pinned", "share of detaching the gain", within=0.01),
-        # Near-linear: in `absorbed` no edit of the MLP changes a loss by 1e-5. In `lateral` eight neurons make
-        # logits of standard deviation 4, so that one moves them by more than 1, and the softmax bends.
+        # `absorbed` is near-linear: no edit of its MLP changes a loss by 1e-5 nats. In `lateral`, eight neurons
+        # produce logits of standard deviation 4, so one neuron moves them by more than 1, where softmax is curved.
         *(
             gate
             for order in ("first order", "second order")
@@ -240,18 +245,26 @@ PROBE = Probe(
     measure=measure,
     known=known,
     quantities={
-        "effect after the norm": Quantity("nats", f"sum over neurons of |change|, post_j set to 0, {_AT}"),
-        "effect before the norm": Quantity("nats", f"sum over neurons of |change|, mid_j set to 0, {_AT}"),
+        "effect after the norm": Quantity(
+            "nats", f"sum over neurons of |change of loss| with post_j set to 0, {_AT}"
+        ),
+        "effect before the norm": Quantity(
+            "nats", f"sum over neurons of |change of loss| with mid_j set to 0, {_AT}"
+        ),
         "error of detaching the gain": Quantity(
-            "nats", f"sum over neurons of |through the gain - detached|, {_AT}"
+            "nats", f"sum over neurons of |gradient through the gain - detached|, {_AT}"
         ),
         **{
             f"{what}: {name}": Quantity(unit, f"{meaning}, {_AT}; {method}")
             for name, method in METHODS.items()
             for what, unit, meaning in (
-                ("error", "nats", "sum over neurons of |found - exact|"),
-                ("sign agreement", "share of neurons", "found and exact have one sign"),
-                ("top-10 overlap", "share of 10", "of the ten largest, how many are found"),
+                ("error", "nats", "sum over neurons of |approximation - exact|"),
+                ("sign agreement", "share of neurons", "approximate and exact effect have the same sign"),
+                (
+                    "top-10 overlap",
+                    "share of 10",
+                    "of the ten largest effects, the share in the ten largest approximations",
+                ),
             )
         },
     },
@@ -260,27 +273,31 @@ PROBE = Probe(
             f"{what}: {name}": Quantity(unit, f"{meaning}; {method}")
             for name, method in METHODS.items()
             for what, unit, meaning in (
-                ("NMAE", "share of the effect", "sum of |found - exact| over sum of |exact|"),
-                ("Pearson", "correlation", "of found and exact, over pairs"),
-                ("NMAE by |dl|", "share of the effect", "by tenth of |exact|, the smallest first"),
+                ("NMAE", "share of the effect", "sum of |approximation - exact| over sum of |exact|"),
+                ("Pearson", "correlation", "of approximate and exact effects, over pairs"),
+                ("NMAE by |dl|", "share of the effect", "NMAE by tenth of |exact|, the smallest first"),
             )
         },
         "share of detaching the gain": Quantity(
-            "share of the effect", "sum of |through the gain - detached| over sum of |exact|, before the norm"
+            "share of the effect",
+            "sum of |gradient through the gain - detached| over sum of |exact|, before the norm",
         ),
     },
     streams=("natural",),
     figures=(
         Figure("Error of attribution patching", tuple(f"NMAE: {name}" for name in METHODS)),
-        Figure("What detaching the gain changes", ("share of detaching the gain",)),
-        Figure("Correlation with exact ablation, over pairs", tuple(f"Pearson: {name}" for name in METHODS)),
+        Figure("Effect of detaching the gain", ("share of detaching the gain",)),
+        Figure(
+            "Correlation with exact ablation, over (token, neuron) pairs",
+            tuple(f"Pearson: {name}" for name in METHODS),
+        ),
         Figure(
             "Sign agreement and top-10 overlap",
             tuple(f"{what}: {name}" for what in ("sign agreement", "top-10 overlap") for name in METHODS),
         ),
         Figure(
             "Error by size of the effect", tuple(f"NMAE by |dl|: {name}" for name in METHODS),
-            kind="curve", x_title="rank of |exact|, as a share",
+            kind="curve", x_title="rank of |exact effect|, as a share",
         ),
     ),
 )  # fmt: skip

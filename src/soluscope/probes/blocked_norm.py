@@ -1,33 +1,34 @@
 """P22: Blocked norm
 
-Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the model stays as it was trained,
-and only its gain is taken apart: a block whose own gain is the joint one stays as it is.
+Elhage et al. split SoLU and its LayerNorm into blocks of neurons. Here the trained model is kept, and only
+its gain is computed separately for each block. A block whose separate gain equals the joint gain is
+unchanged.
 
 Question:
-    Do parts of the hidden layer call for gains of their own, and does the loss depend on their
-    sharing one?
+    Do blocks of the hidden layer have different gains, and does the loss depend on the blocks sharing one
+    gain?
 
 Formula:
-    g_b = (s2_b + eps)^(-1/2), with s2_b and m_b of the block's own neurons;
+    g_b = (s2_b + eps)^(-1/2), with s2_b and m_b the variance and the mean over the block's neurons;
     post' = gamma (g_b (a - m_b) + g (m_b - m)) + beta;
     dL_t = l_t(post') - l_t
 
 Reading:
-    A joint gain lets a block that is silent at a token be turned up, or down, by what the others
-    do: smearing across blocks. Then gains differ between the blocks of a token and the loss rises
-    when each keeps to its own. A change within .001 nats says that one gain for all neurons carries
-    nothing that a block's own would not. A norm that epsilon pins has the same gain in every block.
-    The loss also rises where a gain for each neuron could do what the joint one does (C2,
-    `disjoint`): whether a gain by token is needed is for P7 and P8.
+    With a joint gain, the activations of other blocks amplify or attenuate a block that is silent at a token:
+    smearing across blocks. Then gains differ between the blocks of a token, and the loss rises when each
+    block uses its own gain. A change within .001 nats means that separate gains serve the loss as well as one
+    gain for all neurons. A norm that epsilon pins has the same gain in every block. The loss also rises where
+    a constant gain per neuron could replace the joint gain (C2, `disjoint`): P7 and P8 test whether a
+    per-token gain is needed.
 
 Pitfalls:
-    The softmax stays joint, and blocks are cut as neurons happen to lie: in a model that was not
-    trained in blocks they mean nothing, and a spread of gains is what chance gives. A blocked model
-    trained anew has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), with
-    nothing to multiply.
+    The softmax stays joint. Blocks are cut in the order of the neurons: in a model that was trained without
+    blocks they have no meaning, and gains differ between them by chance. A model that is retrained with
+    blocks has the dose eps (N / b)^2, not eps N^2. A silent block has gain eps^(-1/2), but nothing to
+    amplify.
 
 Source:
-    Elhage et al. 2022, section 4.4; science.md section 7 P22
+    Elhage et al. 2022, section 4.4; protocol.md section 7 P22
 """
 
 from __future__ import annotations
@@ -46,24 +47,24 @@ from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 N_BLOCKS = (4, 8)
 COLUMNS = {
-    "sd of log g": ("log gain", "spread of log g_b over the {} blocks of a token"),
-    "own gains": ("nats", "loss with each of {} blocks at its own gain, less loss as it is"),
+    "sd of log g": ("log gain", "standard deviation of log g_b over the {} blocks of a token"),
+    "own gains": ("nats", "loss with each of {} blocks at its own gain, minus the unedited loss"),
     "own gains, matched": (
         "nats",
-        "the same, each of {} blocks times one constant: output rms as it is",
+        "the same, with each of {} blocks times one constant that keeps its output rms",
     ),
 }
 
 
 def measure(run: HookedRun) -> Measured:
-    """Spread of the blocks' gains, and the change of each token's loss under them.
+    """Measure the spread of the blocks' gains, and the change of each token's loss under separate gains.
 
-    The constants that match a block's rms are taken over all strings but the token's own, without
-    BOS: what gamma could take up at once is no effect of a gain by token.
+    The constants that match a block's rms are means over all other strings, without BOS. Gamma could
+    absorb such a constant, so its effect is not that of a per-token gain.
 
     Returns:
-        nan where the norm is not a LayerNorm with an epsilon, and where d_mlp does not fall into
-        blocks of one size, of two neurons at least.
+        nan where the norm is not a LayerNorm with an epsilon, and where d_mlp cannot be cut into blocks
+        of equal size, with at least two neurons each.
     """
     nothing = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
     values: dict[str, Tensor] = {}
@@ -77,7 +78,7 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
-    """The three of `COLUMNS`, each [token]."""
+    """Return the three `COLUMNS`, each [token]."""
     mid = run.mid.double().unflatten(-1, (n_blocks, -1))  # [token block neuron]
     gamma = run.readout.gamma.double().view(n_blocks, -1)
     deviation = mid - mid.mean(-1, keepdim=True)
@@ -89,7 +90,7 @@ def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
         replace(run, post=block_gain.square() * variance),
     )
     before, after = (disjoint_mean(each, "post") for each in rms_of)
-    match = (before / after).where(after != 0, 1.0).sqrt()  # a block that is silent throughout
+    match = (before / after).where(after != 0, 1.0).sqrt()  # 0 if a block is always silent
     loss = loss_at_post(run, run.post)
     changes = []
     for gain in (block_gain, match * block_gain):
@@ -100,9 +101,11 @@ def _columns(run: HookedRun, n_blocks: int) -> list[Tensor]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Eight neurons in four blocks of two, at 1 +- 1 in two blocks and 1 +- 3 in two: s2_b = 1 or 9.
+    """Yield a LayerNorm with eight neurons in four blocks, and the same activations under a constant gain.
 
-    eps = 0 all but: log g_b = 0 or -log 3, half of each. In eight blocks of one neuron nothing varies.
+    Two blocks of two neurons are at 1 +- 1 and two at 1 +- 3, so s2_b is 1 or 9. eps is nearly 0, so
+    log g_b is 0 in half of the blocks and -log 3 in the other half. Eight blocks would have one neuron
+    each, and a constant gain has no epsilon: both give nan.
     """
     token = torch.tensor([2.0, 0, 2, 0, 4, -2, 4, -2])
     nothing = [math.nan] * 6
@@ -124,13 +127,13 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PROBE = Probe(
     __doc__,
     gates=(
-        # At an A token (47% of tokens) one of 4 blocks has s2_b = 7/64 12^2 and the others 0: log g_b of
-        # -1.38 and three times 13.8, an sd of 6.58. So the mean is at least .47 * 6.58 = 3.1. On the
-        # one block that is on, the gain falls from 5.75/a to 3.02/a, and A's logits by half.
+        # At an A token (47% of tokens) one of 4 blocks has s2_b = 7/64 12^2 and the other three 0: log g_b is
+        # -1.38 once and 13.8 three times, an sd of 6.58. So the mean sd is at least .47 * 6.58 = 3.1. In the
+        # active block the gain falls from 5.75/a to 3.02/a, which halves A's logits.
         Gate("smear_shared", "sd of log g, 4 blocks", above=2.0),
         Gate("smear_shared", "own gains, 4 blocks", above=0.05),
         Gate("smear_shared", "own gains, matched, 4 blocks", above=0.05),
-        # No gain by token is needed there. Most of the rise is each block's constant, which matching takes up.
+        # `disjoint` needs no per-token gain. Most of the rise is each block's constant, which matching absorbs.
         Gate("disjoint", "own gains, 4 blocks", above=0.05),
         Gate("disjoint", "own gains, matched, 4 blocks", above=0.001),
         Gate("pinned", "sd of log g, 4 blocks", within=0.01),
@@ -152,7 +155,7 @@ PROBE = Probe(
     figures=(
         *(
             Figure(
-                f"{n} blocks: loss at own gains less loss as it is",
+                f"{n} blocks: loss at own gains minus the unedited loss",
                 (f"own gains, {n} blocks", f"own gains, matched, {n} blocks"),
             )
             for n in N_BLOCKS

@@ -1,31 +1,29 @@
 """P21: Centring
 
-In what the MLP writes, centring is not a nonlinearity: other output weights, v_j below, do the same
-without it. Only the variance, hence the gain, depends on the mean. The probe leaves the mean in, with the
-weights that are there, and measures what that does to the loss.
+Centring adds no nonlinearity to the MLP's output: an MLP with other output weights (v_j below) gives the same
+output without centring. The mean matters only for the variance, and so for the gain. The probe leaves the
+mean in, keeps the trained weights, and measures the change of the loss.
 
 Question:
-    Does the loss need the mid norm to subtract each token's mean over neurons?
+    Does the loss rise if the mid norm does not subtract each token's mean over neurons?
 
 Formula:
-    dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or that times a
-    constant;
+    dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or the latter times a constant;
     ((a - m) gamma) W_out = sum_j a_j v_j, v_j = gamma_j W_out[j] - mean_i gamma_i W_out[i]
 
 Reading:
-    Smearing is about scale, so it predicts nothing here; but centring gives small activations the
-    other sign, which looks like smearing when activations before and after the norm are compared
-    (Elhage 6.4). A change within .001 nats and a small angle say that centring is idle, and that
-    what LayerNorm does is its gain. A rise where the gain is kept, in a model whose scale hardly
-    varies, says that the mean carries it.
+    Smearing is about scale, so it predicts nothing here. But centring flips the sign of small activations,
+    which looks like smearing when activations before and after the norm are compared (Elhage 6.4). A change
+    within .001 nats and a small angle show that centring is idle, and that LayerNorm acts through its gain. A
+    rise with the gain kept, in a model whose scale hardly varies, shows that the mean causes the rise.
 
 Pitfalls:
-    The edit is off the training distribution and beta alone is refit: W_out could do the rest
-    exactly, so a rise is no proof of need; a trained solu_rms arm is. RMSNorm's gain is lower at
-    every token, which gamma would take up: read the matched one.
+    The edited model is off-distribution, and only beta is refit. W_out could absorb the rest exactly, so a
+    rise does not prove that centring is needed; a comparison with a trained solu_rms arm can. The gain of an
+    RMSNorm is lower at every token, and gamma would absorb the difference: read the matched value.
 
 Source:
-    science.md sections 7 P21 and 8.5
+    protocol.md sections 7 P21 and 8.5
 """
 
 from __future__ import annotations
@@ -43,22 +41,24 @@ from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CHANGES = {
-    "mean left in": "loss with gamma g a + beta', the gain as it is, less loss as it is",
+    "mean left in": "loss with post = gamma g a + beta', the gain unchanged, minus the unedited loss",
     "RMS": "the same with the gain of an RMSNorm, (mean a^2 + eps)^(-1/2)",
-    "RMS, gain matched": "the same with that gain times one constant, so that its geometric mean is the "
-    "LayerNorm's",
+    "RMS, gain matched": "the same with the RMSNorm's gain times one constant, so that its geometric mean "
+    "is the LayerNorm's",
 }
 
 
 def measure(run: HookedRun) -> Measured:
-    """Change of each token's loss without centring, and how far the mean is from mattering.
+    """Measure the change of each token's loss without centring, and the size of the mean.
 
-    beta' is beta plus the mean of what the edit took away, over all strings but the token's own, as
-    retraining beta would; the constant that matches gains is a mean over the others too.
+    beta' is beta plus the mean of the part of post that the edit removes, over all other strings;
+    retraining would move beta likewise. The constant that matches gains is also a mean over all other
+    strings.
 
     Returns:
-        Changes in nats, nan where the norm does not centre, and for RMS where its gain is one
-        constant. Angle between a - m and a in degrees. The residual of the identity above, relative.
+        Changes of loss in nats: nan where the norm does not centre; for RMS also nan where the gain is
+        one constant. The angle between a - m and a, in degrees. The relative residual of the identity
+        in the formula. The mean's share of the mean square.
     """
     mid, out = run.mid.double(), run.readout
     mean = mid.mean(-1, keepdim=True)
@@ -88,20 +88,21 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _change(run: HookedRun, scaled: Tensor) -> Tensor:
-    """Loss with post = scaled + beta' less loss as it is, [token]."""
+    """Return the loss with post = scaled + beta' minus the unedited loss, [token]."""
     refit = scaled + _mean_of_others(run, run.post - scaled)
     return loss_at_post(run, refit.to(run.post.dtype)) - loss_at_post(run, run.post)
 
 
 def _mean_of_others(run: HookedRun, values: Tensor) -> Tensor:
-    """Mean of `values` [token column] over all strings but the token's own, without BOS."""
+    """Return the mean of `values` [token column] over all other strings, without BOS."""
     return disjoint_mean(replace(run, post=values), "post")
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """a = (3, 1) has mean 2 and deviations (1, -1): tan(angle) = 2. An MLP that writes nothing loses nothing.
+    """Yield a LayerNorm and a constant gain at known angles, with an MLP that no logit reads.
 
-    With W_out = [[1, 2], [3, 5]], v = [[-1, -1.5], [1, 1.5]].
+    a = (3, 1) has mean 2 and deviations (1, -1), so tan(angle) = 2. W_U is 0, so no edit changes the
+    loss. With W_out = [[1, 2], [3, 5]], v = [[-1, -1.5], [1, 1.5]].
     """
     mid = torch.tensor([[[3.0, 1.0], [3.0, 1.0], [2.0, -2.0]]]).expand(2, 3, 2)
     run = planted(mid, eps=1e-12)
@@ -129,8 +130,9 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PROBE = Probe(
     __doc__,
     gates=(
-        # The class is read off a sum of 16 neurons, which the mean moves by 4.0825 16 (.4 - .16) / 2 = 7.8 either
-        # way from what beta takes up: from -2.9 to 5.0 at A tokens, from 2.6 to -5.2 at B tokens.
+        # The logits read the class from a sum of 16 neurons. Beta absorbs the average shift that the mean causes;
+        # the rest is 4.0825 16 (.4 - .16) / 2 = 7.8 in either direction: the sum goes from -2.9 to 5.0 at A tokens
+        # and from 2.6 to -5.2 at B tokens.
         Gate("centring", "mean left in", above=0.1),
         Gate("centring", "RMS, gain matched", above=0.1),
         Gate("uniform", "mean left in", within=0.001),
@@ -146,13 +148,15 @@ PROBE = Probe(
         **{name: Quantity("nats", meaning) for name, meaning in CHANGES.items()},
         "angle": Quantity("degrees", "between a - m and a", ("median", "q95")),
         "linear residual": Quantity(
-            "relative", "|sum_j a_j v_j - ((a - m) gamma) W_out|: rounding", ("median", "q95")
+            "relative",
+            "|sum_j a_j v_j - ((a - m) gamma) W_out|, only rounding errors expected",
+            ("median", "q95"),
         ),
         "mean share": Quantity("share", "mean(a)^2 / mean(a^2)", ("median", "q95")),
     },
     streams=("natural",),
     figures=(
-        Figure("Loss without centring less loss as it is", tuple(CHANGES)),
+        Figure("Loss without centring minus the unedited loss", tuple(CHANGES)),
         Figure("Angle between a - m and a, median token", ("angle",), statistic="median"),
     ),
 )

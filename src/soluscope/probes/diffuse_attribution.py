@@ -1,43 +1,42 @@
 """P10: High MLP attribution without a high neuron
 
-The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), the "inverse outlier
-score", took the ten highest positions, and asked whether LayerNorm amplifies these more than random
-positions. Three things are wrong with it (science.md section 1.6). The selection is one by 1/s, which is
-what the gain is (see Pitfalls). The ablation loss is the prompt's mean, so short prompts win. And the
-quantity compared, the outlier score after LayerNorm over the one before, is the gain itself, with BOS
-among the random positions. The corrected score rests on K_dla, which no gain can change.
+The hackathon study multiplied each position's ablation loss by 1 / (max a - mean a), its "inverse outlier
+score", took the ten highest positions, and tested whether LayerNorm amplifies these more than random
+positions. The test has three faults (protocol.md section 1.6). It selects by 1/s, which is the gain up to
+epsilon (see Pitfalls). Its ablation loss is a mean over the prompt, which favours short prompts. And it
+compares the ratio of the outlier scores after and before LayerNorm, which is again the gain, with BOS among
+the random positions. The corrected score uses K_dla, which no gain can change.
 
 Question:
-    Are tokens whose MLP attribution is high but spread over many neurons those that the gain turns
-    up?
+    Is the gain higher at tokens whose MLP attribution is high but spread over many neurons?
 
 Formula:
     c_tj = h_tj W_out[j].u_y / S;
     K_dla = (sum |c|)^2 / sum c^2;
-    score = dl_t K_dla, dl_t the change of the token's loss with the MLP's post at 0;
+    score = dl_t K_dla, dl_t the change of the token's loss with the MLP's post set to 0;
     partial Spearman(score, log g | surprisal, position, log token count, |resid_mid|)
 
 Reading:
-    Smearing predicts a partial correlation above 0 and above that with W_out permuted, together
-    with a gain at the top positions that is well above the gain of all. Where the gain is one
-    constant (sd of log gain below .01) there is nothing to rank, and no correlation is given. The
-    converse does not hold: a correlation above 0 says that the gain is high where many neurons
-    share a felt attribution, also where a gain for each neuron could do it (`disjoint`: .69);
-    whether it is needed is for P7 and P8. What is marked as published shows what the study's own
-    test finds on the same tokens, whether there is smearing or not.
+    Smearing predicts a partial correlation above 0 and above the correlation with W_out permuted, and a gain
+    at the top positions well above the mean gain of all tokens. Where the gain is one constant (sd of log
+    gain below .01) there is nothing to rank, and no correlation is reported. A correlation above 0 does not
+    prove smearing. It shows that the gain is high where many neurons share an attribution that matters for
+    the loss; this also happens where a constant gain per neuron would suffice (`disjoint`: .69). P7 and P8
+    test whether a per-token gain is needed. Results marked "as published" come from the study's own test on
+    the same tokens and do not distinguish smearing from its absence.
 
 Pitfalls:
-    Ranks do not know how far the gain moves: of a gain pinned to a millionth they would give .73
-    (`pinned`), so read the gain at the top positions beside them. If more than a tenth of the
-    tokens tie for the top score, no gain at the top is given. Circular as published: 1 / (max a -
-    mean a) goes with 1/s, so it picks high gains by construction (its correlation with 1/s is
-    given). Prompt means dilute by the prompt's length. DLA holds ln_final's scale (see P17).
-    Contributions cancel: sum |c| beside the DLA says by how much. Figure 6 averaged token types
-    whatever their number, BOS included.
+    Ranks ignore how far the gain moves: with a gain pinned to within a millionth they would give .73
+    (`pinned`), so read the gain at the top positions beside them. If more than a tenth of the tokens tie for
+    the top score, no gain at the top positions is reported. The published score is circular: 1 / (max a -
+    mean a) correlates with 1/s, so it selects high gains by construction (its correlation with 1/s is
+    reported). A mean over the prompt dilutes an effect by the prompt's length. DLA keeps ln_final's scale
+    fixed (see P17). Contributions of opposite sign cancel: compare sum |c| with the DLA. The study's Figure 6
+    averaged token types with any number of occurrences, BOS included.
 
 Source:
-    Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; science.md
-    sections 1.6 and 7 P10
+    Baginski et al. 2023 (hackathon study), part 3 and Figure 6; Nanda's problem 4.39c; protocol.md sections
+    1.6 and 7 P10
 """
 
 from __future__ import annotations
@@ -66,52 +65,52 @@ from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
 from soluscope.probes._tokens import arrays
 
 Columns = dict[str, NDArray[np.floating]]
-"""The measured values by quantity, each [token]."""
+"""Measured values by quantity, each [token]."""
 
 HIGH_DLA = 1.0
-"""Logits; above it the MLP's attribution counts as high."""
+"""Logits. An MLP attribution above this counts as high."""
 HIGH_NEURON = 0.25
-"""Share of the MLP's attribution; a neuron that has more counts as high."""
+"""Share of the MLP's attribution. A neuron with at least this share counts as high."""
 TOP = 0.05
-"""Share of positions that count as those with the highest score: the study took 10 of about 210."""
+"""Share of positions that count as the top positions by score; the study took 10 of about 210."""
 FLAT = 0.01
-"""Standard deviation of log gain below which no rank correlation is given: ranks see an order in a
-gain that moves by a millionth, as it does where epsilon pins the norm."""
+"""Standard deviation of log gain below which no rank correlation is reported. Ranks would order even a
+gain that moves by a millionth, as in a norm that epsilon pins."""
 ROUNDING = 1e-9
-"""A spread of log s below this is rounding."""
+"""Largest spread of log s that is rounding error."""
 FELT = 1e-3
-"""Nats: a smaller change of loss does not matter (the margin of equivalence), and its score is 0."""
+"""Nats: a change of loss up to this is negligible (the margin of the negative controls), and its score is 0."""
 N_DEALS = 8
-"""Permutations of W_out over which the null is averaged."""
+"""Number of permutations of W_out over which the null is averaged."""
 N_BINS = 10
 N_TYPES = 24
-"""Token types shown, the commonest first."""
+"""Number of token types shown, the most frequent first."""
 MIN_STRINGS = 20
-"""A type seen in fewer documents is not shown in the corrected figure."""
+"""Fewest documents in which a token type must occur to be shown in the corrected figure."""
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return attribution and scores per token, and what goes with the gain."""
+    """Return attribution and scores per token, and the relation of the scores to the gain."""
     tokens = _scores(run)
     return Measured(tokens, tuple(_estimates(run, arrays(tokens))))
 
 
 def _scores(run: HookedRun) -> dict[str, Tensor]:
-    """Return attribution, its concentration, ablation loss and both scores, one value a token.
+    """Return attribution, its concentration, ablation loss and both scores, per token.
 
     Returns:
-        nan where there is no target, but for the published score, which is 0 there (removing a
-        prompt's last token changes no loss), and for the inverse outlier score, which needs none. K
-        and the share are nan where no neuron contributes.
+        nan where there is no target, with two exceptions. The published score is 0 there, because
+        removing a prompt's last token changes no loss. The inverse outlier score needs no target. K_dla
+        and the largest neuron's share are nan where no neuron contributes.
     """
     c = contributions(run).double()
     size = c.abs()
     total, largest, dla = size.sum(-1), size.amax(-1), c.sum(-1)
-    loss = loss_at_post(run, run.post).double()  # run.loss is fp32, whatever the model
+    loss = loss_at_post(run, run.post).double()  # same code as the edited loss
     removed = loss_at_post(run, torch.zeros_like(run.post)).double() - loss
     neurons = total.square() / size.square().sum(-1)
     diffuse = (dla > HIGH_DLA) & (largest < HIGH_NEURON * dla)
-    # As published: all of mid set to 0, so the mid norm's bias is left, and the mean over the prompt.
+    # As published: mid is set to 0, so the mid norm's bias remains, and the loss is the prompt's mean.
     silent = run.readout.beta.expand_as(run.post)
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row]
@@ -133,12 +132,18 @@ def _scores(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _score(removed: Tensor, neurons: Tensor) -> Tensor:
-    """Ablation loss times the neurons that share the attribution; 0 where the loss is not felt."""
+    """Return the ablation loss times the number of neurons that share the attribution.
+
+    The score is 0 where the loss changes by at most `FELT`.
+    """
     return (removed * neurons).where(~(removed.abs() <= FELT), 0.0)
 
 
 def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
-    """What goes with the gain, and Figure 6; BOS is left out of all that is not "as published"."""
+    """Yield relations of the scores to the gain, and Figure 6.
+
+    BOS is left out of every estimate that is not "as published".
+    """
     gain, string, content = run.gain.double().numpy(), run.string.numpy(), ~run.is_bos.numpy()
     scores = columns["score"][content]
     scores = scores[~np.isnan(scores)]
@@ -150,7 +155,8 @@ def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     for name, rows in (("score", content), ("score (as published)", content | True)):
         words, score = name.removeprefix("score"), columns[name][rows]
         top = np.where(np.isnan(score), np.nan, score >= np.nanquantile(score, 1 - TOP))
-        if np.nanmean(top) <= 2 * TOP:  # more are ties: of one score all tokens are the top
+        # A larger share means ties: if all scores are equal, all tokens are at the top.
+        if np.nanmean(top) <= 2 * TOP:
             yield _top_over_all(
                 f"gain at top positions over all{words}", gain[rows], top, string[rows]
             )
@@ -161,7 +167,7 @@ def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
 def _against_gain(
     run: HookedRun, score: NDArray[np.floating], log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
-    """Rank correlations of the score and of its null with log gain."""
+    """Yield rank correlations with log gain: of the score, of its null, and their difference."""
     content = ~run.is_bos.numpy()
     string = run.string.numpy()[content]
     _, code, counts = np.unique(run.tokens.numpy(), return_inverse=True, return_counts=True)
@@ -188,7 +194,7 @@ def _against_gain(
 
 
 def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
-    """The published score's rank correlation with 1/s, s the standard deviation of the token's a."""
+    """Yield rank correlations of the published scores with 1/s, s the standard deviation of the token's a."""
     content = ~run.is_bos.numpy()
     s = run.mid.double().std(dim=-1, correction=0).numpy()[content]
     if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
@@ -200,10 +206,10 @@ def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
 
 
 def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
-    """Scores if the neurons' output weights were dealt to other neurons, each [token].
+    """Yield scores with the rows of W_out permuted over neurons, each [token].
 
-    Of `N_DEALS` fixed permutations; each token's activations are scaled so that its sum |c| stays
-    what it was, and what is not felt scores 0, as in the score itself.
+    The `N_DEALS` permutations are fixed. Each token's activations are rescaled to keep its sum |c|, and
+    a change of loss up to `FELT` scores 0, as in the score itself.
     """
     out = run.readout
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +230,7 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
 
 
 def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Estimate:
-    """Sum of estimates over the same tokens, each times its weight."""
+    """Return the weighted sum of estimates over the same tokens."""
     ends = np.cumsum([part.sums.shape[1] for part in parts])[:-1]
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -248,7 +254,10 @@ def _top_over_all(
     top: NDArray[np.float64],
     string: NDArray[np.int64],
 ) -> Estimate:
-    """Mean gain at the top tokens (1, others 0, nan without a score), over the mean of all, less 1."""
+    """Return the mean gain at the top tokens over the mean gain of all tokens, minus 1.
+
+    `top` is 1 at top tokens, 0 at other tokens, and nan at tokens without a score.
+    """
     sums, n = sums_by_string([top * gain, top, gain, np.ones_like(gain)], string)
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -260,7 +269,10 @@ def _top_over_all(
 
 
 def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
-    """Figure 6: mean DLA of the commonest token types; as published BOS is one, and rare ones are."""
+    """Yield Figure 6: the mean DLA of the most frequent token types.
+
+    The published version includes BOS as a type, and rare types.
+    """
     with_target = ~np.isnan(dla)
     for name in ("MLP DLA by token", "MLP DLA by token (as published)"):
         published = name.endswith("(as published)")
@@ -279,7 +291,7 @@ def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
 
 
 def _by_k(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
-    """Mean DLA by tenth of K_dla, each at its own mean K: is what many neurons share small?"""
+    """Yield the mean DLA of each tenth of the tokens by K_dla, at the tenth's mean K_dla."""
     k, dla, string = columns["K_dla"], columns["MLP DLA"], run.string.numpy()
     rows = np.flatnonzero(~run.is_bos.numpy() & ~np.isnan(k))
     rows = rows[np.argsort(k[rows], kind="stable")]
@@ -292,11 +304,12 @@ def _by_k(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons at (a, -a) that write c = (4, 2) times a to a logit of x against -x; S is 1.
+    """Yield a run of two neurons at (a, -a) with contributions c = (4a, 2a); the logits are -x and x.
 
-    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The target's centred
-    logit is 6a, and without the MLP 0, so the loss is log(1 + e^(-12a)) against log 2. Signs: the
-    second neuron's activation is -a and its weight negative. K = (4 + 2)^2 / (16 + 4) = 1.8.
+    S is constant at 1, because ln_final's epsilon is 1e24 and W_U is 1e12 times as large. The target's
+    centred logit is 6a, and 0 without the MLP, so the loss is log(1 + e^(-12a)) with the MLP and log 2
+    without it. The second neuron tests the signs: its activation is -a and its weight is negative. K =
+    (4 + 2)^2 / (16 + 4) = 1.8.
     """
     a = 0.5
     run = planted(torch.tensor([[[a, -a]] * 3]))
@@ -338,7 +351,7 @@ PROBE = Probe(
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
         Gate("smear_shared", f"{PARTIAL}, W_out permuted", within=0.1),
         Gate("smear_shared", "gain at top positions over all", above=0.1),
-        # A gain for each neuron would do there: neither is proof that one for each token is needed.
+        # A constant gain per neuron suffices in `disjoint`: neither number proves that a per-token gain is needed.
         Gate("disjoint", PARTIAL, above=0.1),
         Gate("disjoint", "gain at top positions over all", above=0.1),
         *(
@@ -356,60 +369,64 @@ PROBE = Probe(
             "logits", "the MLP's direct attribution to the target's centred logit",
             ("mean", "median", "q05", "q95"),
         ),
-        "sum |c|": Quantity("logits", "sum of the neurons' attributions without their signs"),
+        "sum |c|": Quantity("logits", "sum of the neurons' |attribution|"),
         "K_dla": Quantity(
-            "neurons", "(sum |c|)^2 / sum c^2, how many neurons share the attribution", ("mean", "median"),
+            "neurons", "(sum |c|)^2 / sum c^2, the number of neurons that share the attribution",
+            ("mean", "median"),
             more_smeared_when="higher",
         ),
         "largest neuron's share": Quantity("share", "max |c| / sum |c|", ("mean", "median")),
         "diffuse and high": Quantity(
-            "share", "DLA above 1 logit, and no neuron with as much as a quarter of it",
+            "share", "DLA above 1 logit, and every neuron below a quarter of it",
             more_smeared_when="higher",
         ),
-        "ablation loss": Quantity("nats", "loss without the MLP less loss with it", ("mean", "median")),
+        "ablation loss": Quantity("nats", "loss without the MLP minus loss with the MLP", ("mean", "median")),
         "score": Quantity(
-            "nats x neurons", "ablation loss x K_dla; 0 for a loss below .001 nats", ("mean", "median")
+            "nats x neurons", "ablation loss x K_dla; 0 if |ablation loss| is at most .001 nats", ("mean", "median")
         ),
         "inverse outlier score (as published)": Quantity("1 / activation", "1 / (max a - mean a)"),
         "score (as published)": Quantity(
-            "nats / activation", "change of the prompt's mean loss, mid set to 0, x inverse outlier score"
+            "nats / activation", "change of the prompt's mean loss with mid set to 0, x inverse outlier score"
         ),
     },
     estimates={
         PARTIAL: Quantity(
-            "correlation", "ranks, given surprisal, position, log token count and |resid_mid|"
+            "correlation", "rank correlation, given surprisal, position, log token count and |resid_mid|"
         ),
         f"{PARTIAL}, W_out permuted": Quantity(
-            "correlation", "the same, output weights dealt to other neurons at the same sum |c|; mean of 8 deals"
+            "correlation", "the same with W_out permuted over neurons at the same sum |c|; mean of 8 permutations"
         ),
         f"{PARTIAL}, less permuted": Quantity(
-            "correlation", "the difference of the two"
+            "correlation", "the correlation minus the correlation with W_out permuted"
         ),
         "inverse outlier score (as published) against 1/s": Quantity(
-            "correlation", "near 1: selecting by this score is selecting by the gain, whatever the model does"
+            "correlation", "rank correlation; near 1, selection by this score is selection by the gain in any model"
         ),
-        "score (as published) against 1/s": Quantity("correlation", "ranks; the score's share in that"),
+        "score (as published) against 1/s": Quantity(
+            "correlation", "rank correlation of the whole published score with 1/s"
+        ),
         "gain at top positions over all": Quantity(
-            "ratio less 1", "mean gain of the top 5% of tokens by score over the mean of all, without BOS"
+            "ratio minus 1", "mean gain of the top 5% of tokens by score over the mean gain of all, without BOS"
         ),
         "gain at top positions over all (as published)": Quantity(
-            "ratio less 1", "the same by the published score, BOS among all; the study's ratio test"
+            "ratio minus 1", "the same by the published score, BOS included; the study's ratio test"
         ),
         "MLP DLA by K_dla": Quantity(
-            "logits", "mean attribution of tokens by how many neurons share it", more_smeared_when="higher"
+            "logits", "mean attribution of tokens, by the number of neurons that share it",
+            more_smeared_when="higher",
         ),
         "MLP DLA by token": Quantity(
-            "logits", "mean over a token type's occurrences, the commonest first, without BOS"
+            "logits", "mean over a token type's occurrences, the most frequent type first, without BOS"
         ),
         "MLP DLA by token (as published)": Quantity(
-            "logits", "Figure 6: the same with BOS as one of the types, and rare types in"
+            "logits", "Figure 6: the same with BOS as one of the types, and with rare types"
         ),
     },
     streams=("natural",),
     figures=(
         Figure("Score against log gain, partial rank correlation", (PARTIAL, f"{PARTIAL}, W_out permuted")),
         Figure(
-            "The study's ratio test: gain at top positions over gain at all, less 1",
+            "The study's ratio test: gain at top positions over gain of all tokens, minus 1",
             ("gain at top positions over all", "gain at top positions over all (as published)"),
         ),
         Figure(
@@ -417,7 +434,7 @@ PROBE = Probe(
             ("inverse outlier score (as published) against 1/s", "score (as published) against 1/s"),
         ),
         Figure("MLP attribution", ("MLP DLA", "sum |c|", "diffuse and high")),
-        Figure("How many neurons share it, median token", ("K_dla",), statistic="median"),
+        Figure("Number of neurons that share the attribution, median token", ("K_dla",), statistic="median"),
         Figure(
             "MLP attribution by the number of neurons that share it", ("MLP DLA by K_dla",), kind="curve",
             log_x=True, x_title="K_dla, mean of a tenth of the tokens",
@@ -426,7 +443,7 @@ PROBE = Probe(
             "Figure 6: MLP attribution by token type",
             ("MLP DLA by token", "MLP DLA by token (as published)"),
             kind="curve",
-            x_title="token type, the commonest first",
+            x_title="token type, the most frequent first",
         ),
     ),
 )  # fmt: skip

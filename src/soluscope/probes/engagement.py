@@ -1,28 +1,27 @@
 """P1: LayerNorm engagement
 
 Question:
-    Does the mid LayerNorm scale each token by its own activations, or all by one constant?
+    Does the mid LayerNorm scale each token by its own activations, or all tokens by one constant?
 
 Formula:
-    r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq
-    = s2 d_mlp^2;
+    r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = s2
+    d_mlp^2;
     elasticity of g to s is -r;
     residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted
 
 Reading:
     r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true
-    LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 rules it out
-    there. Models whose gain is one constant have r = 0 by construction. The residual of the affine
-    fit is a test of the probe itself: 0 but for rounding, or what stands at hook_post is not a norm
-    of hook_mid.
+    LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 at a token rules smearing
+    out there. A model whose gain is one constant has r = 0 by construction. The residual of the affine fit
+    tests the probe itself: if it exceeds rounding error, hook_post is not a norm of hook_mid.
 
 Pitfalls:
-    Compare kappa = eps * d_mlp^2 across sizes, never eps alone. BOS is apart from all other tokens.
-    The variance is the population's, the mean square in a norm that does not centre; epsilon is
+    Compare kappa = eps * d_mlp^2 across sizes, never eps alone. Read BOS separately from all other tokens.
+    The variance is the population variance, or the mean square in a norm that does not centre. Epsilon is
     read from the module.
 
 Source:
-    science.md sections 1.2 (SoLU-1L: r of .01 to .05, .12 at BOS) and 7 P1
+    protocol.md sections 1.2 (SoLU-1L: r of .01 to .05, .12 at BOS) and 7 P1
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 
 def measure(run: HookedRun) -> Measured:
-    """Engagement and what it depends on, one value a token.
+    """Return engagement and the quantities that it depends on, per token.
 
     Returns:
-        r = s2 / (s2 + eps), with s2 what the norm takes for the variance of mid: the population's, or
-        the mean square where it does not centre; 0 where the gain is one constant.
-        gain, 1 / hook_scale. kappa = eps * d_mlp^2, nan without an epsilon, and Vq = s2 * d_mlp^2, so that
-        r = Vq / (Vq + kappa). max_p and log_z of softmax(pre), nan where the nonlinearity is not SoLU.
-        k_eff = |a|^2 / max(a)^2. residual: what the best multiple of gamma * (a - m) leaves of
-        post - beta, relative to its norm, with m 0 where the norm does not centre; nan where that
-        norm is 0.
+        r = s2 / (s2 + eps), where s2 is the population variance of mid, or its mean square if the norm
+        does not centre; 0 where the gain is one constant. gain, 1 / hook_scale. kappa = eps * d_mlp^2,
+        nan without an epsilon, and Vq = s2 * d_mlp^2, so that r = Vq / (Vq + kappa). max_p and log_z of
+        softmax(pre), nan where the nonlinearity is not SoLU. k_eff = |a|^2 / max(a)^2. residual: the
+        part of post - beta that the best multiple of gamma * (a - m) does not fit, relative to the norm
+        of post - beta; m is 0 where the norm does not centre, and the residual is nan where post =
+        beta.
     """
     mid, centred, variance = run.mid.double(), run.centred, run.s2
     nothing = torch.full_like(variance, torch.nan)
@@ -71,7 +70,7 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:
-    """Norm of post - beta outside the line through gamma * (a - m), as a share of its norm. [token]"""
+    """Return the norm of post - beta outside the line along gamma * (a - m), as a share of its norm. [token]"""
     line = run.readout.gamma * centred
     post = run.post.double() - run.readout.beta
     slope = (post * line).sum(-1, keepdim=True) / line.square().sum(-1, keepdim=True)
@@ -80,10 +79,11 @@ def _residual(run: HookedRun, centred: Tensor) -> Tensor:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1, mean 2 and variance 1.
+    """Yield runs of two neurons: with an epsilon, uncentred, off the line, and with a constant gain.
 
-    A norm that leaves the mean in takes the mean square, 1 and 5. A post of (.4, 0) where a - m is
-    (1, -1) is as much off that line as along it.
+    Neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1 they have mean 2 and variance 1. A
+    norm that does not centre uses the mean squares, 1 and 5. Where a - m is (1, -1), a post of (.4, 0)
+    lies as far off that line as along it.
     """
     mid = torch.tensor([[[1.0, -1.0], [3.0, 1.0]]])
     with_eps = planted(mid, eps=3.0)
@@ -98,7 +98,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "residual": [0, 0],
         },
     )
-    scale = torch.tensor([4.0, 8.0]).double().sqrt()  # of mean squares 1 and 5
+    scale = torch.tensor([4.0, 8.0]).double().sqrt()  # from mean squares 1 and 5
     uncentred = replace(with_eps, scale=scale, post=with_eps.mid / scale[:, None], centres=False)
     yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
     bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
@@ -131,15 +131,21 @@ PROBE = Probe(
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
         "kappa": Quantity("eps * d_mlp^2", "the dose of epsilon", ("median",)),
         "vq": Quantity(
-            "var * d_mlp^2", "what the dose of epsilon is set against", ("median", "q05", "q95")
+            "var * d_mlp^2",
+            "variance on the scale of kappa: r = vq / (vq + kappa)",
+            ("median", "q05", "q95"),
         ),
         "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
-        "log_z": Quantity("nats", "log of softmax's denominator", ("median", "q05", "q95")),
+        "log_z": Quantity("nats", "log of the softmax's denominator", ("median", "q05", "q95")),
         "k_eff": Quantity(
-            "neurons", "|a|^2 / max(a)^2, how many neurons share the norm", ("median",)
+            "neurons",
+            "|a|^2 / max(a)^2, the number of neurons that share the norm of a",
+            ("median",),
         ),
         "residual": Quantity(
-            "share of norm", "what no multiple of gamma (a - m) explains of post", ("median", "q99")
+            "share of norm",
+            "part of post - beta that no multiple of gamma (a - m) fits",
+            ("median", "q99"),
         ),
     },
     streams=("natural", "prose", "code", "sentences", "repeated", "random"),

@@ -1,37 +1,36 @@
 """P19: Entropy, frequency and gain neurons
 
-An entropy neuron writes where the unembedding hardly reads: it lengthens the residual stream, ln_final
-divides by more, and all logits shrink. A frequency neuron pushes logits along the log unigram. A gain
-neuron is their analogue at the mid norm: removing it moves the mid LayerNorm's gain, and so all other
-neurons, by more than what it writes itself.
+An entropy neuron writes in directions that the unembedding hardly reads. It lengthens the residual stream, so
+ln_final divides by a larger scale and all logits shrink. A frequency neuron pushes logits along the log
+unigram. A gain neuron is the analogue at the mid norm: its effect on the mid LayerNorm's gain, and so on all
+other neurons, exceeds the effect of its output on the logits.
 
 Question:
-    Are there neurons that act by moving a norm's scale rather than by what they write to the
-    logits?
+    Are there neurons that act by changing a norm's scale rather than by writing to the logits?
 
 Formula:
-    TE - DE: change of entropy at post_j = 0, ln_final live less frozen;
+    TE - DE: change of entropy at post_j = 0 with ln_final live, minus the change with its scale frozen;
     LogitVar_j = Var_v cos(w_j, u_v);
     null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2;
     log gain moved = |a_j (a_j - m)| g^2 / N;
-    loss through the mid norm = (8.5) - (8.2) at mid_j = 0
+    loss through the mid norm = change of loss at mid_j = 0 with the mid norm live (8.5), minus the change
+    with it held (8.2)
 
 Reading:
-    An entropy neuron changes entropy with ln_final live and not with it frozen: TE - DE away from
-    0, most of its row of W_out where W_U hardly reads. This is ln_final, not the mid norm; it must
-    vanish where ln_final's scale is constant. Gain neurons are the mid norm's: smearing needs some,
-    as the gain has to be moved by something; without them (log gain moved near 0) no neuron steers
-    the others through the gain.
+    Removing an entropy neuron changes the entropy with ln_final live, but not with its scale frozen: TE - DE
+    is nonzero, and most of the neuron's row of W_out lies where W_U hardly reads. This effect is ln_final's,
+    not the mid norm's, and must vanish where ln_final's scale is constant. Gain neurons act through the mid
+    norm. Smearing needs some of them, because neurons have to move the gain; without them (log gain moved
+    near 0) no neuron affects the other neurons through the gain.
 
 Pitfalls:
-    One layer has few of them. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean over
-    texts. A discovered neuron is one whose effect through ln_final exceeds its direct one, not one
-    whose effect is large: read the largest too. W_out is taken as it stands, without the mid norm's
+    A one-layer model has few such neurons. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean
+    over texts. A neuron counts as discovered if its effect through ln_final exceeds its direct effect, even
+    if both are small: read the largest effect too. W_out is not folded: it is used without the mid norm's
     gamma and centring.
 
 Source:
-    Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); science.md section
-    7 P19
+    Stolfo et al. 2024 (arXiv 2406.16254); Gurnee et al. 2024 (arXiv 2401.12181); protocol.md section 7 P19
 """
 
 from __future__ import annotations
@@ -56,31 +55,31 @@ from soluscope.probes._features import folds
 from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 11
-"""All neurons are ablated at every 11th token that is not BOS and has a target."""
+"""Stride: all neurons are ablated at every 11th token that is not BOS and has a target."""
 TOLERANCE = 1e-6
-"""Nats: how exact a change of loss must be, and from where on an excess is more than rounding."""
+"""Nats: the precision of a change of loss, and the largest excess that counts as rounding error."""
 NULL_SHARE = 0.01
-"""Of the singular directions of W_U: those that count as its null space."""
+"""Share of W_U's singular directions, the lowest of them, that counts as its null space."""
 Q = 0.05
 
 
 @dataclass(frozen=True)
 class Effects:
-    """Every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp], nats."""
+    """Effects of ablating every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp], in nats."""
 
     tokens: Tensor
     total: Tensor
     """TE: change of entropy with post_tj at 0, ln_final live."""
     direct: Tensor
-    """DE: the same with ln_final's scale as it was."""
+    """DE: change of entropy with post_tj at 0, ln_final's scale frozen."""
     loss: Tensor
     """Change of loss with mid_tj at 0, the mid norm's mean and gain held (8.2)."""
     loss_through: Tensor
-    """Change of loss with mid_tj at 0, the mid norm live (8.5), less `loss`."""
+    """Change of loss with mid_tj at 0, the mid norm live (8.5), minus `loss`."""
 
 
 def effects(run: HookedRun) -> Effects:
-    """All (token, neuron) ablations that the probe's numbers come from."""
+    """Return the effects of all (token, neuron) ablations that the probe uses."""
     tokens = every_nth(run, EVERY)
     live = Ablation(run)
     written = run.gain[tokens, None] * run.mid[tokens] * run.readout.gamma
@@ -95,9 +94,10 @@ def effects(run: HookedRun) -> Effects:
 
 
 def gain_elasticity(run: HookedRun) -> Tensor:
-    """|a_j dlog g/da_j| = |a_j (a_j - m)| g^2 / N, [token d_mlp]: how far a neuron moves its token's gain.
+    """Return how far each neuron moves its token's log gain, to first order, [token d_mlp].
 
-    0 where the gain is one constant; m is 0 in a norm that does not centre.
+    This is |a_j dlog g/da_j| = |a_j (a_j - m)| g^2 / N. It is 0 where the gain is one constant; m is 0
+    in a norm that does not centre.
     """
     a = run.mid.double()
     if run.eps is None:
@@ -115,7 +115,7 @@ def measure(run: HookedRun) -> Measured:
 def _sizes(run: HookedRun, at: Effects) -> dict[str, Tensor]:
     """Return means over neurons of the sizes of their effects.
 
-    All but the effect on the gain are nan except at every `EVERY`-th token.
+    All columns except the effect on the gain are nan except at every `EVERY`-th scored token.
     """
     through = (at.total - at.direct).abs()
     values = {
@@ -132,7 +132,7 @@ def _sizes(run: HookedRun, at: Effects) -> dict[str, Tensor]:
 def _estimates(
     run: HookedRun, at: Effects, facts: dict[str, Tensor], tokens: dict[str, Tensor]
 ) -> Iterator[Estimate]:
-    """The largest neuron's means, how many neurons are discovered, and shares; facts of the weights."""
+    """Yield the largest neuron's means, results on discovered neurons, shares, and facts about the weights."""
     if not len(at.tokens):
         return
     columns = arrays(tokens)
@@ -159,14 +159,17 @@ def _estimates(
 
 
 def _fact(quantity: str, value: float, n: int) -> Estimate:
-    """One row, so no interval: of the weights, or of a number of discoveries, which resampling inflates."""
+    """Return an estimate with one row, and so without an interval.
+
+    It holds a fact about the weights, or a number of discoveries, which resampling would inflate.
+    """
     return Estimate(quantity, np.array([[value]]), lambda sums: sums[:, 0], n)
 
 
 def _halves(
     tokens: NDArray[np.intp], run: HookedRun
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Which of some tokens choose and which measure, each [t], for both folds of their documents."""
+    """Yield masks of the choosing tokens and of the measuring tokens, each [t], for both folds of the documents."""
     among = np.zeros(len(run.pos), dtype=bool)
     among[tokens] = True
     for chosen, measured in folds(run, among):
@@ -176,9 +179,10 @@ def _halves(
 def _of_the_largest(
     quantity: str, values: NDArray[np.float64], tokens: NDArray[np.intp], run: HookedRun
 ) -> Estimate:
-    """Mean over tokens of the neuron with the largest |mean|, in the direction of that mean.
+    """Return the mean over tokens of the neuron with the largest |mean|, signed by that mean.
 
-    Both are chosen on the other half of the documents, so where there is nothing the mean is 0.
+    The neuron and the sign are chosen on the other half of the documents, so the expected value without
+    any effect is 0.
 
     Args:
         values: [t d_mlp], at `tokens`.
@@ -194,16 +198,17 @@ def _of_the_largest(
 
 
 def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
-    """Neurons discovered on one half of the documents: how many the other half confirms, and by how much.
+    """Yield the share of neurons discovered and confirmed, and the discovered neurons' excess.
 
-    The excess is the other half's mean of |TE - DE| - |DE| over the discovered neurons, 0 without any.
+    Neurons are discovered on one half of the documents and confirmed on the other. The excess is the
+    other half's mean of |TE - DE| - |DE| over the discovered neurons, or 0 if none is discovered.
     """
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
     for chosen, measured in _halves(at.tokens.numpy(), run):
         discovered = _discovered(excess[chosen], string[chosen])
         again = np.zeros_like(discovered)
-        if measured.any():  # one document has no other half
+        if measured.any():  # a single document has no other half
             again = (excess[measured].mean(0) > 0) & (_p(excess[measured], string[measured]) < Q)
         n_confirmed.append((discovered & again).mean())
         if discovered.any():
@@ -215,19 +220,22 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
 
 
 def _excess(at: Effects) -> NDArray[np.float64]:
-    """|TE - DE| - |DE|, [t d_mlp]: by how much a neuron acts through ln_final more than directly."""
+    """Return |TE - DE| - |DE|, [t d_mlp]: each neuron's effect through ln_final minus its direct effect."""
     values: NDArray[np.float64] = ((at.total - at.direct).abs() - at.direct.abs()).numpy()
     return values
 
 
 def _p(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Each neuron's two-sided p over strings of a mean of 0, [d_mlp]; nan from too few strings."""
+    """Return each neuron's two-sided p over strings for a mean of 0, [d_mlp]; nan with too few strings."""
     sums, _ = sums_by_string([np.ones(len(excess)), *excess.T], string)
     return mean_p(sums[:, 1:], sums[:, 0])
 
 
 def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Neurons whose mean excess is above 0 by Benjamini-Hochberg at q = .05, [d_mlp]."""
+    """Return whether each neuron's mean excess is above 0, [d_mlp].
+
+    The test is Benjamini-Hochberg at q = .05, and the mean must also exceed `TOLERANCE`.
+    """
     if not len(excess):
         return np.zeros(excess.shape[1], dtype=bool)
     felt: NDArray[np.bool_] = excess.mean(0) > TOLERANCE
@@ -235,25 +243,26 @@ def _discovered(excess: NDArray[np.float64], string: NDArray[np.int64]) -> NDArr
 
 
 def weights(run: HookedRun) -> dict[str, Tensor]:
-    """What can be said of each neuron without activations, [d_mlp] each.
+    """Return facts about each neuron's weights, [d_mlp] each; they need no activations.
 
-    W_U is taken with ln_final's weights on it, without what ln_final's centring takes out, and
-    centred over the vocabulary, so that its null space is what no probability reads. W_out's rows
-    are taken after the centring alone; nothing of the mid norm (gamma, centring) is folded into them.
+    W_U includes ln_final's weights, is projected by ln_final's centring, and is centred over the
+    vocabulary. Its null space is then the directions that no probability reads. The rows of W_out are
+    projected by the same centring; the mid norm's gamma and centring are not folded into them.
 
     Returns:
-        norm of the row of W_out; LogitVar, the variance over the vocabulary of its cosine with W_U's
-        columns; the share of its squared norm in the lowest 1% (at least one) of W_U's singular
-        directions, and in those past the knee, the largest drop among the lower half of the log
-        singular values; the correlation of what it adds to logits with the log unigram, over the
-        tokens that the run has (nan if fewer than three).
+        The norm of the row of W_out, unprojected; LogitVar, the variance over the vocabulary of the
+        row's cosine with W_U's columns; the share of the row's squared norm in the lowest 1% (at least
+        one) of W_U's singular directions, and in the directions past the knee, which is the largest
+        drop among the lower half of the log singular values; the correlation of the neuron's effect on
+        the logits with the log unigram, over the tokens that occur in the run (nan if fewer than
+        three).
     """
     out = run.readout
     d_model = len(out.W_U)
     W = out.W_out.double()
     U = out.W_U.double() * out.ln_w.double()[:, None]
     if out.ln_centred:
-        # An orthonormal basis of what is left of the residual stream: all but the direction (1, ..., 1).
+        # An orthonormal basis of the residual stream without (1, ..., 1), which centring removes.
         ones = torch.ones(d_model, 1, dtype=torch.float64)
         basis = torch.linalg.qr(
             torch.cat([ones, torch.eye(d_model, dtype=torch.float64)[:, 1:]], 1)
@@ -266,7 +275,7 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
     cosine = (unit @ U)[:, length > 0] / length[length > 0]
     left, spectrum = _singular(U)
     share = (unit @ left).square()  # [d_mlp direction], the largest singular value first
-    # Below 1e-7 of the largest, singular values of U U^T are rounding.
+    # Singular values below 1e-7 of the largest are rounding errors, since they come from U U^T.
     drops = -spectrum.clamp(min=1e-7 * spectrum[0]).log().diff()
     drops[: len(drops) // 2] = -torch.inf
     knee = 1 + int(drops.argmax()) if len(drops) else 1
@@ -281,13 +290,13 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _singular(U: Tensor) -> tuple[Tensor, Tensor]:
-    """All left singular directions [d d] and values [d], from the largest; from U U^T, which is small."""
+    """Return all left singular directions [d d] and values [d], the largest first; from U U^T, which is small."""
     values, directions = torch.linalg.eigh(U @ U.T)
     return directions.flip(-1), values.flip(-1).clamp(min=0).sqrt()
 
 
 def _with_unigram(added: Tensor, run: HookedRun) -> Tensor:
-    """Correlation over the vocabulary of what a neuron adds to logits with the log of token counts."""
+    """Return the correlation of each neuron's effect on the logits with log token counts, over the vocabulary."""
     counts = torch.bincount(run.tokens[~run.is_bos], minlength=added.shape[1])
     seen = counts > 0
     if int(seen.sum()) < 3:
@@ -307,7 +316,7 @@ _WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 
 def _by_neuron(run: HookedRun, at: Effects, facts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return facts of the weights, mean effects, and the adjusted p of |TE - DE| - |DE|."""
+    """Return facts about the weights, mean effects, and the adjusted p of |TE - DE| - |DE|."""
     excess, string = _excess(at), run.string[at.tokens].numpy()
     content = ~run.is_bos
     return {
@@ -324,18 +333,20 @@ def _by_neuron(run: HookedRun, at: Effects, facts: dict[str, Tensor]) -> dict[st
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """A neuron that only lengthens the residual stream, and two in a LayerNorm of two.
+    """Yield a neuron that only lengthens the residual stream, and two neurons in a LayerNorm.
 
-    In twelve equal documents, of which the first and the last are looked at: one chooses the largest
-    neuron for the other.
+    Each run has twelve equal documents. Only the first and the last are sampled, and each chooses the
+    largest neuron for the other.
 
-    First: RMS final norm, logits of -x and x with x the first coordinate over S. Before the MLP the
-    stream is (3, 0) and the first neuron adds (0, 4), so x = .6 sqrt 2 with it and sqrt 2 without,
-    while with S held x does not move. Entropy is that of a coin of chance 1 / (1 + e^(-2x)).
+    First run: an RMS final norm, and logits -x and x, with x the first coordinate over S. Before the
+    MLP the residual stream is (3, 0) and the first neuron adds (0, 4). So x = .6 sqrt 2 with the neuron
+    and sqrt 2 without it, and with S held x does not change. The entropy is that of a coin with
+    probability 1 / (1 + e^(-2x)).
 
-    Second: a = (3/2, 1/2), so post = (1, -1) and the gain is 2; |a (a - m)| g^2 / N is 3/2 and 1/2.
-    x is the first neuron's post (S constant by a large epsilon). Its mid at 0 with the norm held leaves
-    1 - 2 * 3/2 = -2, with the norm live -1. The second neuron writes nothing and, gone, moves nothing.
+    Second run: a = (3/2, 1/2), so post = (1, -1) and the gain is 2; |a (a - m)| g^2 / N is 3/2 and 1/2.
+    x is the first neuron's post, and a large epsilon keeps S constant. Setting the first neuron's mid
+    to 0 gives x = 1 - 2 * 3/2 = -2 with the norm held, and x = -1 with the norm live. The second neuron
+    writes nothing, and removing it changes nothing.
     """
 
     def entropy(x: float) -> float:
@@ -343,7 +354,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
     def twice(value: float) -> list[float]:
-        """At the first and the last document's one token after BOS that has a target."""
+        """Repeat a value at the one scored token of the first and of the last document."""
         return [nan, value, nan, *elsewhere, nan, value, nan]
 
     def loss(x: float) -> float:
@@ -351,7 +362,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     nan, elsewhere = math.nan, [math.nan] * 3 * (EVERY - 1)
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))  # of mean 0: as without centring
+    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))  # mean 0: centring has no effect
     run = replace(run, centres=False, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
     moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
     yield (
@@ -411,64 +422,69 @@ PROBE = Probe(
     measure=measure,
     known=known,
     quantities={
-        "entropy: total effect": Quantity("nats", f"|change of entropy| at post_j = 0, ln_final live, {_AT}"),
+        "entropy: total effect": Quantity("nats", f"|change of entropy| at post_j = 0 with ln_final live, {_AT}"),
         "entropy: direct effect": Quantity("nats", f"the same with ln_final's scale frozen, {_AT}"),
         "entropy: through ln_final": Quantity("nats", f"|total - direct effect|, {_AT}"),
         "loss: mid norm held": Quantity(
-            "nats", f"|change of loss| at mid_j = 0, the mid norm's mean and gain held, {_AT}"
+            "nats", f"|change of loss| at mid_j = 0 with the mid norm's mean and gain held, {_AT}"
         ),
         "loss: through the mid norm": Quantity(
-            "nats", f"|the same with the mid norm live, less held|, {_AT}", more_smeared_when="higher"
+            "nats", f"|change of loss with the mid norm live - change with it held|, {_AT}",
+            more_smeared_when="higher",
         ),
         "log gain moved": Quantity(
             "log gain",
-            "|a_j (a_j - m)| g^2 / N: to first order what removing a neuron does to the gain; mean over neurons",
+            "|a_j (a_j - m)| g^2 / N: first-order effect of removing a neuron on log gain; mean over neurons",
             more_smeared_when="higher",
         ),
     },
     estimates={
         "largest mean TE - DE": Quantity(
             "nats",
-            "mean over tokens, in its direction, of the neuron where it is largest on the other half of documents",
+            "mean over tokens of the neuron with the largest |mean|; neuron and sign chosen on the other half of "
+            "documents",
         ),
-        "mean TE - DE": Quantity("nats", "over tokens and neurons"),
+        "mean TE - DE": Quantity("nats", "mean over tokens and neurons"),
         "share of neurons confirmed as entropy neurons": Quantity(
             "share",
-            "|TE - DE| - |DE| above 0 on one half of the documents (Benjamini-Hochberg, q = .05), and on the other "
-            "(p < .05); mean over both ways",
+            "|TE - DE| - |DE| above 0 on one half of the documents (Benjamini-Hochberg, q = .05) and on the other "
+            "half (p < .05); mean over both assignments of the halves",
         ),
         "excess of discovered entropy neurons": Quantity(
-            "nats", "mean of |TE - DE| - |DE| on the other half of documents, of those discovered; 0 without any"
+            "nats",
+            "mean of |TE - DE| - |DE| over discovered neurons, on the other half of documents; 0 if there is none",
         ),
         "share of entropy effect through ln_final": Quantity(
-            "share", "sum of |TE - DE| over that and sum of |DE|"
+            "share", "sum of |TE - DE| over sum of (|TE - DE| + |DE|)"
         ),
         "share of loss effect through the mid norm": Quantity(
-            "share", "sum of |through the norm| over that and sum of |norm held|", more_smeared_when="higher"
+            "share", "sum of |through the norm| over sum of (|through the norm| + |norm held|)",
+            more_smeared_when="higher",
         ),
         "log gain moved by the largest gain neuron": Quantity(
-            "log gain", "mean over tokens, of the neuron with the largest; chosen on the other half of documents",
+            "log gain",
+            "mean over tokens of the neuron with the largest mean, chosen on the other half of documents",
             more_smeared_when="higher",
         ),
         "largest share in W_U's null space": Quantity(
-            "share", "of a neuron's squared norm in the lowest 1% of W_U's singular directions"
+            "share", "largest share of a neuron's squared norm in the lowest 1% of W_U's singular directions"
         ),
         "largest |correlation| with log unigram": Quantity(
-            "correlation", "of what a neuron adds to logits, over the tokens of the text"
+            "correlation", "of a neuron's effect on the logits with the log unigram, over the tokens of the text"
         ),
     },
     streams=("natural",),
     figures=(
-        Figure("Entropy: the neuron that moves it most through ln_final", ("largest mean TE - DE",)),
+        Figure("Entropy: the neuron with the largest effect through ln_final", ("largest mean TE - DE",)),
         Figure(
-            "How much goes through a norm",
+            "Share of the effects that acts through a norm",
             ("share of entropy effect through ln_final", "share of loss effect through the mid norm"),
         ),
-        Figure("Excess of the entropy neurons discovered", ("excess of discovered entropy neurons",)),
-        Figure("Entropy neurons confirmed", ("share of neurons confirmed as entropy neurons",)),
+        Figure("Excess of the discovered entropy neurons", ("excess of discovered entropy neurons",)),
+        Figure("Share of neurons confirmed as entropy neurons", ("share of neurons confirmed as entropy neurons",)),
         Figure("Log gain moved by the largest gain neuron", ("log gain moved by the largest gain neuron",)),
         Figure(
-            "Facts of the weights",
+            "Facts about the weights",
             ("largest share in W_U's null space", "largest |correlation| with log unigram"),
         ),
     ),

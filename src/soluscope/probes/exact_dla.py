@@ -1,8 +1,8 @@
 """P17: Exactness of direct logit attribution
 
-Direct logit attribution (DLA) divides what a component writes by the scale that ln_final has with
-the component in place. Without the component that scale is another: the true direct effect is the
-change of the target's centred logit when the component is taken out and ln_final rescales.
+Direct logit attribution (DLA) divides a component's output by ln_final's scale with the component in place.
+Without the component, that scale changes. The true direct effect is the change of the target's centred logit
+when the component is removed and ln_final rescales.
 
 Question:
     Does direct logit attribution give the true direct effect of the MLP and of each neuron?
@@ -10,23 +10,23 @@ Question:
 Formula:
     NMAE = sum |DLA - true| / sum |true|;
     DLA = h W_out . u_y / S;
-    true = (R.u_y) / S(R) - (R'.u_y) / S(R'), R' the residual stream without the part;
+    true = (R.u_y) / S(R) - (R'.u_y) / S(R'), R' the residual stream without the component;
     in loss: removal with S frozen against removal with S live
 
 Reading:
-    An error of 0 means that ln_final's scale is the same with and without the part, and DLA can be
-    read as cause. Near 1, a part acts through the final norm rather than through what it writes to
-    the logits. This is about ln_final, not the mid norm: smearing neither predicts an error nor its
-    absence, but where the error is large, DLA-based evidence for or against smearing (P10) is weak.
+    An error of 0 means that ln_final's scale is the same with and without the component, so DLA is the causal
+    effect. An error near 1 means that the component acts through the final norm rather than by writing to the
+    logits. This concerns ln_final, not the mid norm: smearing predicts neither an error nor its absence. But
+    where the error is large, evidence from DLA for or against smearing (P10) is weak.
 
 Pitfalls:
-    The direct effect is what removal does on the path to the unembedding alone: with one layer
-    there is no other. Logits are centred over the vocabulary. Errors of single neurons are small
-    where each is small against the residual stream: the whole MLP is the harder case.
+    The direct effect is the effect of removal on the path to the unembedding alone; a one-layer model has no
+    other path. Logits are centred over the vocabulary. A neuron that is small against the residual stream has
+    a small error: the whole MLP is the harder case.
 
 Source:
     Baroni et al. 2025 (arXiv 2507.02559): exact once the final LayerNorm is gone;
-    science.md sections 7 P17 and 8.2
+    protocol.md sections 7 P17 and 8.2
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from soluscope.probes._estimates import correlation, ratio
 from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
-"""Neurons' losses are computed at every 7th token that has a target."""
+"""Stride: neurons' losses are computed at every 7th token that is not BOS and has a target."""
 TOLERANCE = 1e-6
-"""Nats: how exact a single neuron's change of loss must be."""
+"""Precision of a single neuron's change of loss, in nats."""
 PARTS = {
-    "MLP": "the whole MLP's output, b_out left in place",
-    "neurons": "each neuron on its own, summed over neurons",
+    "MLP": "removal of the whole MLP's output, b_out kept",
+    "neurons": "removal of each neuron alone, summed over neurons",
 }
 
 
@@ -69,14 +69,14 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _errors(run: HookedRun) -> dict[str, Tensor]:
-    """Return attribution, true effect and the difference of the two, one value a token; nan without a target.
+    """Return attribution, true effect and their difference, per token; nan without a target.
 
-    Logits are centred over the vocabulary. Losses are the change on removal (post set to 0): with
-    ln_final's scale frozen, which is what the attributed logits imply, and with it live.
+    Logits are centred over the vocabulary. Losses are changes on removal (post set to 0): with
+    ln_final's scale frozen, as DLA assumes, and with it live.
 
     Returns:
-        For the MLP the signed values and the size of the error; for neurons the sums over neurons of
-        the sizes of error and effect; in loss at every `EVERY`-th token only.
+        For the MLP, signed values and the size of the error. For neurons, sums over neurons of the
+        sizes of error and effect; the sums in loss are nan except at every `EVERY`-th scored token.
     """
     direction = target_direction(run)
     resid = resid_final(run)
@@ -89,7 +89,7 @@ def _errors(run: HookedRun) -> dict[str, Tensor]:
     counted = (run.target >= 0).nonzero().squeeze(-1)
     true = -live.target_logit(counted)  # [t d_mlp]
     nothing = torch.zeros_like(run.post)
-    loss = loss_at_post(run, run.post)  # run.loss is fp32, whatever the model
+    loss = loss_at_post(run, run.post)  # same code as the edited loss
     loss_live = loss_at_post(run, nothing) - loss
     loss_frozen = loss_at_post(run, nothing, "frozen") - loss
     some = every_nth(run, EVERY)
@@ -111,7 +111,7 @@ def _errors(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Normalised mean absolute errors, and how DLA and effect go together, without BOS."""
+    """Yield normalised mean absolute errors, and the correlation of DLA and direct effect, without BOS."""
     content = ~run.is_bos.numpy()
     columns = {name: values[content] for name, values in arrays(tokens).items()}
     string = run.string.numpy()[content]
@@ -126,13 +126,17 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two dimensions, an RMS final norm, two tokens in the vocabulary with logits -x and x.
+    """Yield a neuron that acts only through ln_final's scale, and a neuron under a constant final scale.
 
-    The residual stream before the MLP is (3, 0), and one neuron with activation 2 writes (0, 4):
-    R = (3, 4), S = 5 / sqrt 2; without it S = 3 / sqrt 2. x is the first coordinate over S, so the
-    neuron writes nothing that the logits see, DLA is 0, and yet x is sqrt 2 without it and .6 sqrt 2
-    with it. With S held constant by an epsilon of 1e24 (and W_U as much larger), the neuron writing
-    (1, 0) has both DLA and effect 1.
+    Both runs have two dimensions, an RMS final norm, and a vocabulary of two tokens with logits -x and
+    x; x is the first coordinate of the residual stream over S.
+
+    First run: the residual stream before the MLP is (3, 0), and one neuron with activation 2 writes (0,
+    4). So R = (3, 4) and S = 5 / sqrt 2; without the neuron S = 3 / sqrt 2. The neuron writes nothing
+    that the logits read, so DLA is 0, and yet x is sqrt 2 without the neuron and .6 sqrt 2 with it.
+
+    Second run: an epsilon of 1e24 keeps S constant (W_U is 1e12 times as large), and the neuron writes
+    (1, 0). Both DLA and effect are 1.
     """
     run = planted(torch.tensor([[[2.0, -2.0]] * 3]))
     unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
@@ -151,7 +155,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "neurons: effect": [x_without - x, x_without - x, nan],
             "MLP: effect on loss": [-change, -change, nan],
             "MLP: error in loss": [-change, -change, nan],
-            "neurons: error in loss": [nan, -change, nan],  # BOS is never looked at
+            "neurons: error in loss": [nan, -change, nan],  # BOS is not sampled
             "NMAE: MLP": 1,
         },
     )
@@ -185,7 +189,7 @@ PROBE = Probe(
         "MLP: DLA": Quantity(
             "logits", "the MLP's direct attribution to the target's centred logit"
         ),
-        "MLP: direct effect": Quantity("logits", "the same logit less what it is without the MLP"),
+        "MLP: direct effect": Quantity("logits", "the same logit minus its value without the MLP"),
         **{
             f"{part}: {what}": Quantity(unit, f"{meaning}; {whole}")
             for part, whole in PARTS.items()
@@ -195,9 +199,9 @@ PROBE = Probe(
                 (
                     "error in loss",
                     "nats",
-                    "|change of loss, final norm frozen, less the same with it live|",
+                    "|change of loss with final norm frozen - change with final norm live|",
                 ),
-                ("effect on loss", "nats", "|change of loss on removal, final norm live|"),
+                ("effect on loss", "nats", "|change of loss on removal| with final norm live"),
             )
         },
     },
@@ -214,6 +218,9 @@ PROBE = Probe(
     streams=("natural",),
     figures=(
         Figure("Error of DLA, as a share of the direct effect", ("NMAE: MLP", "NMAE: neurons")),
-        Figure("The same in nats of loss", ("NMAE in loss: MLP", "NMAE in loss: neurons")),
+        Figure(
+            "Error in loss, as a share of the effect on loss",
+            ("NMAE in loss: MLP", "NMAE in loss: neurons"),
+        ),
     ),
 )

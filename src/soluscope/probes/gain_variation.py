@@ -1,30 +1,30 @@
 """P2: Gain variation along a prompt
 
-The hackathon study averaged the gain over all positions of a prompt, BOS included. BOS has another gain than
-all other tokens, so that average moves as 1/n with the prompt's length n even where every other
-token's gain is one constant (science.md section 1.6). The last token's gain and the mean without BOS
-do not have this defect; all are computed here from the same activations.
+The hackathon study averaged the gain over all positions of a prompt, BOS included. The gain at BOS differs
+from the gain at all other tokens, so that average changes as 1/n with the prompt's length n even if all other
+tokens have the same gain (protocol.md section 1.6). The last token's gain and the mean without BOS do not
+have this defect. The probe computes all four aggregations from the same activations.
 
 Question:
-    How much does the gain vary, and does it grow with the prompt, as the hackathon study saw?
+    How much does the gain vary, and does it grow with the prompt, as the hackathon study reported?
 
 Formula:
-    g_n against n tokens of a prompt, as the last token's, the mean without BOS, the mean with BOS,
-    and 1/std of the whole [pos d_mlp] tensor;
+    g_n against the number n of tokens in a prompt: the last token's gain, the mean without BOS, the mean with
+    BOS, and 1/std of the whole [pos d_mlp] tensor;
     a + b/n against a + b log n by AICc;
     sd of log g within a string.
 
 Reading:
-    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only
-    the published aggregations move and the last token's gain is flat, what moves is BOS's share in
-    an average.
+    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the
+    published aggregations change with n and the last token's gain is flat, the change comes from BOS's share
+    in an average.
 
 Pitfalls:
-    Prefixes of one string are not independent: intervals resample strings. With learned positions a
-    repeated token still sees its position change. hook_scale is 1 / gain.
+    Prefixes of one string are not independent: intervals resample strings. With learned positions, the input
+    of a repeated token still changes with its position. hook_scale is 1 / gain.
 
 Source:
-    Baginski et al. 2023 (hackathon study), Figures 1 to 3; science.md sections 1.6 and 7 P2
+    Baginski et al. 2023 (hackathon study), Figures 1 to 3; protocol.md sections 1.6 and 7 P2
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ AGGREGATIONS = {
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return the gain of every prefix in each aggregation, and how each string's curves grow."""
+    """Return the gain of every prefix in each aggregation, and the growth of each string's curves."""
     tokens = _curves(run)
     return Measured(tokens, tuple(_estimates(run, tokens)))
 
 
 def _curves(run: HookedRun) -> dict[str, Tensor]:
-    """Return at each token the value that a prompt ending there has in each aggregation; nan at BOS.
+    """Return, at each token, each aggregation of the prompt that ends there; nan at BOS.
 
-    Attention is causal, so the prompt's prefixes need no runs of their own.
+    Attention is causal, so the prompt's prefixes need no separate runs.
     """
     values: dict[str, list[Tensor]] = {name: [] for name in AGGREGATIONS}
     starts = [*run.is_bos.nonzero().squeeze(-1).tolist(), len(run.pos)]
@@ -83,7 +83,7 @@ def _curves(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Average over strings what `fits` returns for each."""
+    """Yield averages over strings of the numbers that `fits` returns for each string."""
     string, pos, columns = run.string.numpy(), run.pos.numpy(), arrays(tokens)
     by_string = np.argsort(string, kind="stable")
     ends = np.flatnonzero(np.diff(string[by_string])) + 1
@@ -105,13 +105,15 @@ def fits(pos: NDArray[np.int64], columns: dict[str, NDArray[np.floating]]) -> di
         columns: by aggregation, the value at each of these tokens.
 
     Returns:
-        For each aggregation, AICc of the logarithm less AICc of 1/n (above 0: 1/n fits better), nan
-        where the gain does not vary; and sd of log gain over the string.
+        For each aggregation, AICc of the logarithm minus AICc of 1/n (above 0: 1/n fits better), nan
+        where the gain does not vary or has fewer than 5 values; and sd of log gain over the string, BOS
+        left out.
     """
     content = pos >= 1
-    n = pos[content].astype(float) + 1  # tokens that are averaged over, BOS among them
+    n = pos[content].astype(float) + 1  # tokens in the average, BOS included
     spread = float(np.log(columns["last token"][content]).std())
-    row = {"sd of log gain": spread if spread > 1e-12 else 0.0}  # less is rounding
+    # A smaller spread is rounding error.
+    row = {"sd of log gain": spread if spread > 1e-12 else 0.0}
     for name in AGGREGATIONS:
         y = columns[name][content]
         flat = len(y) < 5 or np.ptp(y) <= 1e-6 * abs(y).max()
@@ -125,7 +127,11 @@ def _preference(n: NDArray[np.float64], y: NDArray[np.floating]) -> float:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """BOS alone differs: gain 1/2 against 1. The published mean is 1 - 1/(2n), the others are flat."""
+    """Yield a prompt in which only BOS differs: gain 1/2 against 1.
+
+    The published mean is 1 - 1/(2n), and 1/std is sqrt(n / (n + 3)). The last token's gain and the mean
+    without BOS are flat.
+    """
     at_bos, elsewhere = [2.0, -2.0], [1.0, -1.0]
     run = planted(torch.tensor([[at_bos, elsewhere, elsewhere, elsewhere]]), eps=1e-12)
     n = range(2, 5)
@@ -159,7 +165,7 @@ PROBE = Probe(
     estimates={
         "sd of log gain": Quantity(
             "log gain",
-            "spread of the gain over one string's tokens, BOS left out",
+            "standard deviation of log gain over one string's tokens, BOS left out",
             more_smeared_when="higher",
         ),
         **{

@@ -1,39 +1,41 @@
 """P20: Lateral inhibition
 
-SoLU is a_i = x_i p_i with p = softmax(x), so da_i/dx_j = p_i (d_ij (1 + x_i) - x_i p_j). What couples
-neurons is off the diagonal; its absolute values add up to |x_i| p_i (1 - p_i) in row i, since p adds up
-to 1: no N x N matrix is needed.
+SoLU is a_i = x_i p_i with p = softmax(x), so da_i/dx_j = p_i (d_ij (1 + x_i) - x_i p_j). The off-diagonal
+entries couple neurons. In row i their absolute values sum to |x_i| p_i (1 - p_i), since p sums to 1, so
+no N x N matrix is needed.
 
-Two couplings stand in the middle of the MLP: the softmax's denominator Z, and the norm's gain g. Each is
-live or one constant, which makes four models: with both constant the MLP is pointwise, x e^x times a
-number. They are not independent: LN(x e^x / Z) = (q - mean q) / sqrt(var q + eps Z^2), q = x e^x, so under
-a live LayerNorm without epsilon Z cancels, and how much it matters depends on eps Z^2.
+The middle of the MLP has two couplings: the softmax's denominator Z and the norm's gain g. Each is either
+live or one constant, which makes four models. With both constant the MLP is pointwise: x e^x times one
+number. The couplings are not independent: LN(x e^x / Z) = (q - mean q) / sqrt(var q + eps Z^2), q = x e^x.
+Under a live LayerNorm without epsilon Z therefore cancels, and the effect of Z depends on eps Z^2.
 
 Question:
     Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a
     pointwise unit?
 
 Formula:
-    sum_i |x_i| p_i (1 - p_i) / (that + sum_i p_i |1 + x_i (1 - p_i)|);
-    dL of {Z_t, exp(mean log Z)} x {g_t, exp(mean log g)} against both live;
+    off-diagonal share = off / (off + on), off = sum_i |x_i| p_i (1 - p_i),
+    on = sum_i p_i |1 + x_i (1 - p_i)|;
+    dL of {Z_t, exp(mean log Z)} x {g_t, exp(mean log g)}, each cell minus the cell with both live;
     interaction dL(both) - dL(Z) - dL(g)
 
 Reading:
-    A rise of the loss with Z const says that the softmax's denominator carries something: lateral
-    inhibition. A rise with g const and none with Z const is the main effect that smearing predicts;
-    it is also there where a gain for each neuron could do it (C2, `disjoint`), so whether it is
-    needed is for P7 and P8. Both within .001 nats: the MLP does what x e^x times one number does.
-    The interaction says how much of the one coupling rests on the other.
+    If the loss rises with a constant Z, the softmax's denominator carries information: lateral
+    inhibition. Smearing predicts that the loss rises with a constant gain and not with a constant Z.
+    That pattern also appears where a per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test
+    whether a per-token gain is needed. If both changes are within .001 nats, the MLP is equivalent
+    to x e^x times one number. The interaction measures how much the effect of one coupling depends
+    on the other.
 
 Pitfalls:
-    Under a live LayerNorm with a tiny epsilon Z cancels, so Z const costs nothing there by
-    construction: read it with r, and with the gain const. All cells but the first are off the
-    training distribution. The off-diagonal share counts sensitivities, not effects: it may be large
-    where Z hardly varies. The published SoLU-1L has max p below .0065 and sd log Z of .077 on
-    ordinary tokens: near idle.
+    Under a live LayerNorm with a tiny epsilon Z cancels, so a constant Z costs nothing there by
+    construction: read that cell together with r, and together with the cell where the gain is also
+    constant. All cells except the live one are off-distribution. The off-diagonal share counts
+    sensitivities, not effects: it can be large where Z hardly varies. In the published SoLU-1L max p
+    is below .0065 and sd log Z is .077 on ordinary tokens, so both couplings are nearly idle there.
 
 Source:
-    science.md sections 1.5 and 7 P20
+    protocol.md sections 1.5 and 7 P20
 """
 
 from __future__ import annotations
@@ -51,26 +53,26 @@ from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 CELLS = {
-    "Z const": "Z the same at all tokens and a live gain",
-    "g const": "the gain the same at all tokens and a live Z",
-    "Z and g const": "Z and the gain the same at all tokens: a pointwise unit",
+    "Z const": "one Z for all tokens and a live gain",
+    "g const": "one gain for all tokens and a live Z",
+    "Z and g const": "one Z and one gain for all tokens: a pointwise unit",
 }
 INTERACTION = "Z x g interaction"
 
 
 def measure(run: HookedRun) -> Measured:
-    """How strongly neurons are coupled, and what each coupling is worth in nats. One value a token.
+    """Return per token how strongly neurons are coupled, and the loss in nats that each coupling changes.
 
-    The constants are geometric means over tokens that are not BOS, the token's own among them, as for
-    the frozen gain of P4: nothing is fitted to a loss, so there is nothing that a token could leak. In
-    the pointwise cell they make h = const * x e^x, const = exp(mean log(g / Z)).
+    The constants are geometric means over tokens that are not BOS, the measured token included, as for
+    the frozen gain of P4. They are not fitted to a loss, so including the token leaks nothing. In the
+    pointwise cell they give h = const * x e^x, const = exp(mean log(g / Z)).
 
     Returns:
         Off-diagonal share of sum |da/dx|, log Z and max p; nan where the nonlinearity is not SoLU.
-        Change of loss in each cell of the 2x2 against both live, and their interaction: what the cell
-        with both constant has beyond the sum of the other two. Cells with a constant Z exist for SoLU,
-        those with a constant gain where the mid norm has an epsilon (where it has not, the gain is a
-        constant already); nan otherwise, and where the token has no target.
+        Change of loss in each cell of the 2x2 relative to the cell with both live, and the interaction:
+        the change with both constant minus the sum of the other two changes. Cells with a constant Z
+        exist only for SoLU. Cells with a constant gain exist only if the mid norm has an epsilon (without
+        one the gain is a constant already). nan otherwise, and where the token has no target.
     """
     nothing = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
     columns = {"off-diagonal share": nothing, "log Z": nothing, "max p": nothing}
@@ -96,14 +98,14 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _off_diagonal_share(x: Tensor, p: Tensor) -> Tensor:
-    """Share of sum_ij |da_i/dx_j| with i other than j, [token]."""
-    coupled = x * p * (1 - p)  # sum of row i off the diagonal, but for signs
+    """Return the share of sum_ij |da_i/dx_j| that has i != j, [token]."""
+    coupled = x * p * (1 - p)  # sum of row i off the diagonal, up to signs
     off, diagonal = coupled.abs().sum(-1), (p + coupled).abs().sum(-1)
     return off / (off + diagonal)
 
 
 def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
-    """hook_post in each cell that exists, [token d_mlp]."""
+    """Return hook_post in each cell that exists, [token d_mlp]."""
     mids = {"": run.mid}
     if run.is_solu:
         factor = (log_z - log_z[~run.is_bos].mean()).exp()[:, None]
@@ -124,8 +126,10 @@ def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons at x = (ln 3, 0) have p = (3/4, 1/4): off the diagonal 3 ln 3 / 16 and 0, on it
-    3/4 + 3 ln 3 / 16 and 1/4. At x = 0 nothing is coupled. The MLP writes nothing, so no cell costs loss.
+    """Yield two neurons at x = (ln 3, 0), where p = (3/4, 1/4), under a norm with epsilon and a constant gain.
+
+    Off the diagonal the Jacobian has 3 ln 3 / 16 and 0, on it 3/4 + 3 ln 3 / 16 and 1/4. At x = 0 nothing
+    is coupled. The MLP writes nothing, so no cell changes a loss.
     """
     pre = torch.tensor([[log(3), 0.0], [0.0, 0.0], [log(3), 0.0]], dtype=torch.float64)
     mid = pre * pre.softmax(-1)
@@ -146,7 +150,7 @@ PROBE = Probe(
     gates=(
         *(Gate("lateral", f"Z const{how}", above=0.1) for how in FINAL_NORMS.values()),
         Gate("smear_shared", "g const", above=0.1),
-        Gate("disjoint", "g const", above=0.1),  # though no gain by token is needed
+        Gate("disjoint", "g const", above=0.1),  # although no per-token gain is needed
         *(
             Gate(negative, f"{cell}{how}", within=0.001)
             for how in FINAL_NORMS.values()
@@ -156,7 +160,7 @@ PROBE = Probe(
                 ("uniform", "Z and g const"),
                 ("pinned", "g const"),
                 ("lateral", "g const"),
-                ("smear_shared", "Z const"),  # it cancels under a live LayerNorm
+                ("smear_shared", "Z const"),  # Z cancels under a live LayerNorm
             )
         ),
     ),
@@ -167,7 +171,7 @@ PROBE = Probe(
     quantities={
         "off-diagonal share": Quantity(
             "share",
-            "of the Jacobian's absolute values, how much is between neurons",
+            "share of the Jacobian's summed absolute values that lies between different neurons",
             ("median", "mean"),
         ),
         "log Z": Quantity("nats", "log of softmax's denominator", ("median", "sd")),
@@ -183,16 +187,17 @@ PROBE = Probe(
         },
         **{
             f"{INTERACTION}{how}": Quantity(
-                "nats", f"change with both constant beyond the sum of the two changes{how}"
+                "nats",
+                f"change of loss with Z and gain constant minus the sum of the two single changes{how}",
             )
             for how in FINAL_NORMS.values()
         },
     },
     streams=("natural",),
     figures=(
-        Figure("Change of loss where Z, the gain or both are one constant", (*CELLS, INTERACTION)),
+        Figure("Change of loss with Z, the gain or both constant", (*CELLS, INTERACTION)),
         Figure(
-            "The same with the final norm's scale frozen",
+            "Change of loss with Z, the gain or both constant, final norm's scale frozen",
             tuple(f"{name}, final norm frozen" for name in (*CELLS, INTERACTION)),
         ),
         Figure(

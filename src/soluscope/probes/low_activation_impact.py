@@ -1,23 +1,26 @@
 """P9: Low activation, high impact
 
-The hackathon study took the lowest 10% of each position's activations before LayerNorm, set each to 0
-after it, and plotted the change of the prompt's loss against the activation, looking for a second cluster.
+The hackathon study took the lowest 10% of the activations at each position before LayerNorm, set each of
+them to 0 after it, and plotted the change of the prompt's loss against the activation, in search of a second
+cluster.
 
-Here: exact changes of the token's own loss; ranks by |a| within the token and within the neuron; and
-the same ablations in the static surrogate, which is the same model with one gain for all tokens
-(c = exp(mean log g)). D is the effect less the surrogate's. Of one neuron it says little: to first
-order dl is linear in the gain, so D is (1 - c/g) dl, above 0 at high gains in whatever model has an
-effect. Small effects add up, so the real test is the set curve: all of a token's lowest neurons at once.
+This probe uses exact changes of the per-token loss, ranks by |a| within the token and within the neuron, and
+the same ablations in the static surrogate: the same model with one gain for all tokens,
+c = exp(mean log g). D is the effect in the model minus the effect in the surrogate. For a single neuron D
+shows little. To first order dl is linear in the gain, so D is (1 - c/g) dl, which is above 0 at high gains in
+every model with an effect. Small effects add up, so the real test is the set curve, which ablates all of a
+token's lowest neurons at once.
 
-Two ways to take a set out. Post at 0 leaves the mean of LayerNorm's output, but also undoes the -g m
-that centring gave to neurons at a = 0: in a model with a neuron for each class of tokens (the control
-`monosemantic`) this costs loss although no small activation says anything. Removal takes out g gamma a
-alone, mean and gain held: it is 0 where the low activations are 0, whatever the mean. So removal of
-the lowest nine tenths speaks of static smuggling, and its D of the gain.
+A set can be ablated in two ways. Setting post to 0 leaves the mean of LayerNorm's output, but also undoes
+the -g m that centring gave to neurons at a = 0. In a model with one neuron per class of tokens (the control
+`monosemantic`) this costs loss although no small activation carries information. Removal subtracts only
+g gamma a, with mean and gain held fixed. It changes nothing where the low activations are 0, whatever the
+mean. The loss at removal of the lowest nine tenths therefore measures static smuggling and smearing
+together, and its D measures the part due to the gain.
 
 Question:
-    Do activations that are small before LayerNorm carry loss after it, and is it the per-token gain
-    that makes them?
+    Do activations that are small before LayerNorm carry loss after it, and does the per-token gain
+    cause this?
 
 Formula:
     dl_tj = l_t(post_tj = 0 or its mean) - l_t;
@@ -27,29 +30,29 @@ Formula:
     removed: post_j - g gamma_j a_j for the set's j
 
 Reading:
-    Static smuggling and smearing alike: removing a token's lowest nine tenths costs loss, as they
-    carry part of what is predicted. Neither: it costs nothing. D of that removal tells the two
-    apart: 0 if one gain does the same, above 0 at tokens of high gain if their own is what makes
-    them felt. It is also above 0 where a gain for each neuron could do it (`disjoint`); whether it
-    is needed is for P7 and P8. That the low set costs less than random neurons of as much |n| says
-    nothing: it does in both smearing controls. The published scatters have the same shape in all
+    Under both static smuggling and smearing, removing a token's lowest nine tenths costs loss, since
+    they carry part of the prediction. Under neither, it costs nothing. D of that removal
+    distinguishes the two: it is 0 if one gain for all tokens has the same effect, and above 0 at
+    tokens of high gain if their per-token gain makes the low activations matter. D is also above 0
+    where a per-neuron gain would suffice (`disjoint`); P7 and P8 test whether a per-token gain is
+    needed. The low set costs less than random neurons with as much |n| in both smearing controls, so
+    that comparison is not evidence against smearing. The published scatters have the same shape in all
     cases.
 
 Pitfalls:
-    Removal cannot tell a code of many equal neurons that is meant to be read so from a static
-    smuggler's: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at
-    0 is LayerNorm's mean, not 'off', and takes back what centring took; the mean over other
-    documents is given too. Single neurons cannot show a code spread over many, and their D is above
-    0 at high gain by construction, (1 - c/g) dl to first order: read the set curve. Each change is
-    exact to 1e-6 nats, so |D| has a floor of that size a neuron. The surrogate is off its training
-    distribution, like any freeze (P4): D at tokens of low gain, which it turns up, says how far. As
-    published: with a constant gain the effect is linear in a, so no cluster can appear; the
-    prompt's mean divides each change by the number of targets; the lowest signed activations are
-    negative ones, not small ones.
+    Removal cannot distinguish static smuggling from a code of many equal neurons that is meant to be
+    read this way: where all activations matter (`uniform`, `polysemantic`) it costs loss too. Post at
+    0 is LayerNorm's mean, not 'off', and undoes centring; the ablation to the mean over other documents
+    is reported too. Single neurons cannot show a code spread over many neurons, and their D is above 0 at
+    high gain by construction, (1 - c/g) dl to first order: read the set curve. Each change is exact to
+    1e-6 nats, so |D| has a floor of that size per neuron. The surrogate is off-distribution, like any
+    freeze (P4). It raises the gain of low-gain tokens, so D there measures that error. As published:
+    with a constant gain the effect is linear in a, so no cluster can appear; the prompt's mean divides
+    each change by the number of targets; the lowest signed activations are negative, not small.
 
 Source:
     Baginski et al. 2023 (hackathon study), part 2, Figures 4 and 5; Nanda's problem 4.39b;
-    science.md sections 1.6, 7 P9 and 8.2
+    protocol.md sections 1.6, 7 P9 and 8.2
 """
 
 from __future__ import annotations
@@ -73,38 +76,39 @@ from soluscope.probes._estimates import correlation, ratio, slope, sums_by_strin
 from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 7
-"""All neurons are ablated at every 7th token that is not BOS and has a target."""
+"""Step between the tokens at which all neurons are ablated, among tokens that are not BOS and have a target."""
 TOLERANCE = 1e-6
-"""Nats: how exact a change of loss must be."""
+"""Largest error of a change of loss, in nats."""
 LOWEST = 0.1
+"""Share of neurons, or of a neuron's tokens, in the lowest tenth."""
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of a token's neurons, ablated together."""
+"""Shares of a token's neurons that are ablated together."""
 MOST = 0.9
-"""The share whose removal is read: what is not among the top tenth, as codes of a few neurons are not."""
+"""Share whose removal is the headline: all neurons except the top tenth, so a code on fewer neurons stays."""
 REMOVED = f"lowest {MOST:.0%} removed"
 N_BINS = 10
-"""Ranks are summarised by tenths."""
+"""Number of bins of rank: tenths."""
 FLAT = 1e-9
-"""A spread of log gain below this is rounding: the surrogate is then the model."""
+"""Largest spread of log gain that counts as rounding; the surrogate then equals the model."""
 
 
 @dataclass(frozen=True)
 class Ablations:
-    """Every neuron at some of the tokens; each tensor but `tokens` is [t d_mlp]."""
+    """Ablations of every neuron at some of the tokens; each tensor except `tokens` is [t d_mlp]."""
 
     tokens: Tensor
     live: HookedRun
-    """These tokens."""
+    """The model at these tokens."""
     fixed: HookedRun
     """The static surrogate at these tokens."""
     post_mean: Tensor
-    """Mean of each neuron's post over all other strings."""
+    """Mean of each neuron's post over all strings except the token's."""
     zero: Tensor
     """Change of loss with post_tj at 0."""
     mean: Tensor
-    """With post_tj at `post_mean`."""
+    """Change of loss with post_tj at `post_mean`."""
     static: Tensor
-    """With post_tj at 0 in the static surrogate, against the surrogate's own loss."""
+    """Change of the static surrogate's loss with post_tj at 0."""
     in_token: Tensor
     """Rank of |a_tj| among the token's neurons, 0 to d_mlp - 1."""
     in_neuron: Tensor
@@ -112,12 +116,12 @@ class Ablations:
 
 
 def ablations(run: HookedRun) -> Ablations:
-    """All (token, neuron) ablations that the probe's numbers come from."""
+    """Compute the (token, neuron) ablations behind all numbers of the probe."""
     tokens = every_nth(run, EVERY)
     mask = torch.zeros(run.pos.shape, dtype=torch.bool)
     mask[tokens] = True
     live = run.subset(mask)
-    live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32, whatever the model
+    live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32 for every model
     fixed = surrogate(live, float(run.mean_log_gain.exp()))
     post_mean = disjoint_mean(run, "post")[tokens]
     every = torch.arange(len(tokens))
@@ -136,7 +140,7 @@ def ablations(run: HookedRun) -> Ablations:
 
 
 def surrogate(run: HookedRun, gain: float) -> HookedRun:
-    """The same weights and tokens with one gain for all."""
+    """Return the run with the same weights and tokens and one gain for all tokens."""
     factor = (gain * run.scale.double()).to(run.post.dtype)[:, None]
     beta = run.readout.beta
     post = beta + (run.post - beta) * factor
@@ -145,11 +149,11 @@ def surrogate(run: HookedRun, gain: float) -> HookedRun:
 
 
 def _ranks(sizes: Tensor, dim: int) -> Tensor:
-    """0 for the least; ties in an order drawn at random.
+    """Return ranks of `sizes` along `dim`, 0 for the smallest; ties are ordered at random.
 
-    Sizes closer than a millionth of themselves are tied, and so are all below 1e-12 of the largest:
-    rounding orders nothing. Softmax spreads sizes over many powers of ten, so that their steps are
-    relative.
+    Sizes within a relative distance of about 1e-6 are tied, and so are all sizes below 1e-12 of the largest,
+    so that rounding does not order them. The distance is relative because softmax spreads sizes over many
+    powers of ten.
     """
     numbers = sizes.double()
     least = 1e-12 * float(numbers.max()) if len(numbers) else 0.0
@@ -161,22 +165,23 @@ def _ranks(sizes: Tensor, dim: int) -> Tensor:
 
 
 def _lowest(rank: Tensor, share: float) -> Tensor:
-    """The `share` of each token's neurons with the lowest rank, at least one: [t d_mlp] of bool."""
+    """Select the `share` of each token's neurons with the lowest rank, at least one neuron: bool [t d_mlp]."""
     return rank < max(1, round(share * rank.shape[-1]))
 
 
 def sets(ablated: Ablations, share: float) -> dict[str, Tensor]:
-    """Which neurons go together, [t d_mlp] of bool.
+    """Return the sets of neurons that are ablated together, bool [t d_mlp].
 
-    The lowest by |a| in the token; a random set of as many; random neurons, in order, for as
-    long as their sum of |n| (n: after the mid norm, before its gain and bias) is at most the
-    lowest set's; and, however many these are, the neurons whose |a| is among the lowest of their own.
+    "lowest": the `share` of neurons with the lowest |a| in the token. "random": as many random neurons.
+    "same |n|": random neurons, added in order as long as their sum of |n| is at most that of the lowest set
+    (n: the output of the mid norm before gamma and beta). "lowest in neuron": the neurons whose |a| is in the
+    lowest `share` of that neuron's values, however many these are.
     """
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(ablated.in_token.shape, generator=generator, dtype=torch.float64)
     order = shuffled.argsort(-1).argsort(-1).double()
     lowest = _lowest(ablated.in_token, share)
-    mass = ablated.live.centred.abs()  # |n| over the token's gain
+    mass = ablated.live.centred.abs()  # |n| divided by the token's gain
     allowed = (mass * lowest).sum(-1, keepdim=True)
     by_order = order.argsort(-1)
     running = mass.gather(-1, by_order).cumsum(-1)
@@ -190,7 +195,7 @@ def sets(ablated: Ablations, share: float) -> dict[str, Tensor]:
 
 
 def set_effects(ablated: Ablations, share: float) -> dict[str, Tensor]:
-    """Change of loss when a whole set is ablated, by `SET_CURVES`; each [t], nats."""
+    """Return the change of loss when a whole set is ablated, by name as in `SET_CURVES`; each [t], nats."""
     live, fixed = ablated.live, ablated.fixed
     zero, mean = torch.zeros_like(live.post), ablated.post_mean
     chosen = sets(ablated, share)
@@ -219,17 +224,18 @@ def set_effects(ablated: Ablations, share: float) -> dict[str, Tensor]:
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return effects of single neurons and of the lowest together: per token, by rank, and per neuron."""
+    """Return effects of single neurons and of sets of the lowest: per token, by rank, and per neuron."""
     ablated = ablations(run)
     tokens = _effects(run, ablated)
     return Measured(tokens, tuple(_estimates(run, ablated, tokens)), _by_neuron(run, ablated))
 
 
 def _effects(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
-    """Return effects of single neurons and of the lowest together, and how these differ from the surrogate's.
+    """Return effects of single neurons and of sets of the lowest, and their differences from the surrogate's.
 
     Returns:
-        nan but at every `EVERY`-th token; D by gain is nan on the other side of the surrogate's.
+        nan except at every `EVERY`-th token. D where the gain is high (low) is also nan at tokens whose gain
+        is not above (is above) the surrogate's.
     """
     low = _lowest(ablated.in_token, LOWEST)
     D = ablated.zero - ablated.static
@@ -254,7 +260,7 @@ def _effects(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun, ablated: Ablations, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Lifts, curves over ranks and over sets, and the published figures."""
+    """Yield lifts, curves over ranks and over sets, and the published figures."""
     if not len(ablated.tokens):
         return
     string = run.string[ablated.tokens].numpy()
@@ -269,7 +275,7 @@ def _estimates(run: HookedRun, ablated: Ablations, tokens: dict[str, Tensor]) ->
 
 
 def _lifts(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
-    """E[|dl| | lowest tenth of |a|] / E[|dl|], a ratio of two means over pairs."""
+    """Yield E[|dl| | lowest tenth of |a|] / E[|dl|], a ratio of two means over (token, neuron) pairs."""
     n_neurons = ablated.zero.shape[1]
     low_sets = {
         "in token": _lowest(ablated.in_token, LOWEST),
@@ -293,7 +299,7 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _deciles(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
-    """By tenth of |a|: mean |dl|, its upper quantiles, and how often |dl| is high against the surrogate."""
+    """Yield by tenth of |a|: mean |dl|, its upper quantiles, and the density of high |dl| over the surrogate's."""
     n_neurons = ablated.zero.shape[1]
     size, static = ablated.zero.abs().numpy(), ablated.static.abs().numpy()
     tenths = {
@@ -324,17 +330,17 @@ def _deciles(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate
 def _quantile(
     quantity: str, values: NDArray[np.float64], string: NDArray[np.int64], q: float, x: float
 ) -> Estimate:
-    """A quantile as a function of sums: counts up to edges, with straight lines between them.
+    """Return a quantile as a function of sums: cumulative counts at edges, interpolated linearly.
 
-    The edges are quantiles of all values, a hundredth of the tail 1 - q apart, from four times the
-    tail to its end.
+    The edges are quantiles of all values. They cover the upper tail of size 4 (1 - q), in steps of
+    (1 - q) / 100.
     """
     ranks = 1 - (1 - q) * np.linspace(4, 0, 401)
     edges = np.quantile(values, ranks) if len(values) else np.zeros(1)
     names, owner = np.unique(string, return_inverse=True)
     counts = np.zeros((len(names), len(edges) + 1))
     np.add.at(counts, (owner, np.searchsorted(edges, values)), 1)
-    sums = counts.cumsum(axis=1)  # up to each edge, and all
+    sums = counts.cumsum(axis=1)  # counts up to each edge, then of all values
 
     def value(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         wanted = q * sums[:, -1:]
@@ -353,7 +359,7 @@ def _quantile(
 
 
 def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """How large D is against the effects, and whether it goes with the gain."""
+    """Yield the size of D relative to the effects, and its dependence on the gain."""
     n_neurons = run.mid.shape[1]
     string, columns = run.string.numpy(), arrays(tokens)
     yield ratio("|D| over |dl|", columns["|D|"], columns["|dl|, all"] * n_neurons, string)
@@ -364,7 +370,7 @@ def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
 
 
 def _published(run: HookedRun, ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
-    """Figures 4 and 5: the prompt's mean loss change against the signed activation, pair by pair."""
+    """Yield Figures 4 and 5: change of the prompt's mean loss against signed activation, over pairs."""
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][ablated.tokens]
     change = (ablated.zero / n_targets[:, None]).numpy()
@@ -391,10 +397,10 @@ def _rank(values: NDArray[np.float64]) -> NDArray[np.intp]:
 
 
 def _by_neuron(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
-    """Return for each neuron its mean |dl| and mean D, and the chance of such a mean D where there is none.
+    """Return for each neuron its mean |dl|, its mean D and the p-value of that mean D.
 
-    The p is two-sided, over strings, and adjusted after Benjamini and Hochberg over neurons: below q,
-    at most a share q of the neurons is there by chance.
+    The p-value is two-sided, over strings, for a true mean of 0, and adjusted over neurons after Benjamini
+    and Hochberg: of the neurons with an adjusted p below q, an expected share of at most q is false.
     """
     D = ablated.zero - ablated.static
     string = run.string[ablated.tokens].numpy()
@@ -409,14 +415,14 @@ def _by_neuron(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons, of which the first writes x = post on logits of -x and x; S is 1.
+    """Yield two neurons, of which the first writes x = post as logits -x and x, under a norm and one gain.
 
-    An epsilon of 1e24 under weights 1e12 times as large makes S one number. The loss is
-    log(1 + e^(-2x)), log 2 without the neuron. Gains of 1/3 and 3 have the geometric mean 1. At the
-    token after BOS (the only one of three that is looked at) a = (2, -4), less the mean (3, -3), and post
-    is 1, under the surrogate's gain 3. The first neuron is the lowest tenth, half and nine tenths (of
-    two the odd one is left). Removed, it is left with a - m = 1, so that post is 1/3, under the
-    surrogate 1. Then the same with one gain for all, where there is no residual.
+    S is 1: an epsilon of 1e24 with weights 1e12 times as large makes it one number. The loss is
+    log(1 + e^(-2x)), and log 2 without the neuron. Gains of 1/3 and 3 have the geometric mean 1. The probe
+    reads only the token after BOS, one of three tokens. There a = (2, -4), a minus its mean is (3, -3), and
+    post is 1, or 3 under the surrogate's gain. The first neuron is the lowest tenth and half; nine tenths
+    round to both neurons, but no logit reads the second. Removal of the first leaves a - m = 1, so post is
+    1/3, or 1 in the surrogate. The second run has one gain for all tokens, so D is 0.
     """
 
     def loss(x: float) -> float:
@@ -452,19 +458,19 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 
 SET_CURVES = {
-    "lowest": "the lowest by |a|, post set to 0",
+    "lowest": "neurons with the lowest |a|, post set to 0",
     "random": "as many random neurons, post set to 0",
-    "same |n|": "random neurons with at most as much |n| as the lowest set has, post set to 0",
-    "lowest, to the mean": "the lowest by |a|, each set to its mean over all other documents",
-    "random, to the mean": "as many random neurons, set to their means",
-    "lowest, static gain": "the lowest by |a| in the model with one gain for all tokens",
-    "lowest, D": "the lowest by |a|: the model's change less the static surrogate's",
-    "lowest, removed": "the lowest by |a|, g gamma a taken off post: mean and gain held",
-    "lowest, removed, static gain": "the same removal in the model with one gain for all tokens",
-    "lowest, removed, D": "the same removal: the model's change less the static surrogate's",
-    "lowest in neuron": "neurons whose |a| is among the lowest of their own values, post set to 0",
-    "lowest in neuron, static gain": "the same neurons in the model with one gain for all tokens",
-    "lowest in neuron, D": "the same neurons: the model's change less the static surrogate's",
+    "same |n|": "random neurons with at most as much |n| as the lowest set, post set to 0",
+    "lowest, to the mean": "neurons with the lowest |a|, each set to its mean over all other documents",
+    "random, to the mean": "as many random neurons, each set to its mean over all other documents",
+    "lowest, static gain": "neurons with the lowest |a|, post set to 0 under one gain for all tokens",
+    "lowest, D": "neurons with the lowest |a|, post set to 0: the model minus the static surrogate",
+    "lowest, removed": "g gamma a of the neurons with the lowest |a| subtracted from post, mean and gain held",
+    "lowest, removed, static gain": "the same removal under one gain for all tokens",
+    "lowest, removed, D": "the same removal: the model minus the static surrogate",
+    "lowest in neuron": "neurons whose |a| is among the lowest of that neuron's values, post set to 0",
+    "lowest in neuron, static gain": "the same neurons, post set to 0 under one gain for all tokens",
+    "lowest in neuron, D": "the same neurons: the model minus the static surrogate",
 }
 _BY_REMOVAL = (REMOVED, f"{REMOVED}, D", f"{REMOVED}, D where the gain is high")
 _AT = f"at every {EVERY}th token"
@@ -478,7 +484,7 @@ PROBE = Probe(
             for quantity in (REMOVED, f"{REMOVED}, D where the gain is high")
         ),
         Gate("smear_shared", f"{REMOVED}, D", above=0.1),
-        # A gain for each neuron would do: D is no proof that one for each token is needed.
+        # A per-neuron gain would suffice here, so D does not prove that a per-token gain is needed.
         Gate("disjoint", f"{REMOVED}, D", above=0.05),
         Gate("pinned", REMOVED, above=0.1),
         Gate("monosemantic", REMOVED, within=0.001),
@@ -496,39 +502,39 @@ PROBE = Probe(
     measure=measure,
     known=known,
     quantities={
-        "|dl|, all": Quantity("nats / neuron", f"size of a neuron's effect, mean over all neurons, {_AT}"),
+        "|dl|, all": Quantity("nats / neuron", f"size of a neuron's effect |dl|, mean over all neurons, {_AT}"),
         "|dl|, lowest tenth": Quantity(
-            "nats / neuron", f"the same over the tenth of the token's neurons with the least |a|, {_AT}"
+            "nats / neuron", f"the same over the tenth of the token's neurons with the lowest |a|, {_AT}"
         ),
         "D": Quantity(
-            "nats", f"single neurons' effects less those under one gain, summed over neurons, {_AT}",
+            "nats", f"effects of single neurons minus their effects under one gain, summed over neurons, {_AT}",
             split_by=("gain",),
         ),
         "D where the gain is high": Quantity(
-            "nats", "D at tokens whose gain is above the surrogate's: there (1 - c/g) is above 0",
+            "nats", "D at tokens whose gain is above the surrogate's, where (1 - c/g) is above 0",
         ),
         "D where the gain is low": Quantity(
-            "nats", "D at the other tokens, which the surrogate turns up: off its training distribution"
+            "nats", "D at the other tokens, whose gain the surrogate raises: off-distribution"
         ),
-        "|D|": Quantity("nats", f"size of the residual, summed over neurons, {_AT}"),
+        "|D|": Quantity("nats", f"size of D of single neurons, summed over neurons, {_AT}"),
         f"{REMOVED}, D where the gain is high": Quantity(
-            "nats", "the same at tokens whose gain is above the surrogate's", more_smeared_when="higher"
+            "nats", f"{REMOVED}, D, at tokens whose gain is above the surrogate's", more_smeared_when="higher"
         ),
         "lowest half ablated": Quantity(
-            "nats", f"change of loss, the half of the neurons with the least |a| at 0 together, {_AT}",
+            "nats", f"change of loss with post at 0 for the half of the neurons with the lowest |a|, {_AT}",
             split_by=("gain",),
         ),
         "random half ablated": Quantity("nats", f"the same with a random half, {_AT}"),
         "lowest half ablated, D": Quantity(
-            "nats", f"lowest half: the model's change less the static surrogate's, {_AT}",
+            "nats", f"lowest half: the model's change minus the static surrogate's, {_AT}",
             split_by=("gain",),
         ),
         REMOVED: Quantity(
-            "nats", f"change of loss, g gamma a of the 90% of neurons with the least |a| taken off post, {_AT}",
+            "nats", f"change of loss without g gamma a of the 90% of neurons with the lowest |a|, {_AT}",
             split_by=("gain",),
         ),
         f"{REMOVED}, D": Quantity(
-            "nats", f"the same removal: the model's change less the static surrogate's, {_AT}",
+            "nats", f"the same removal: the model's change minus the static surrogate's, {_AT}",
             split_by=("gain",), more_smeared_when="higher",
         ),
     },
@@ -548,21 +554,21 @@ PROBE = Probe(
         },
         **{
             f"{q}% quantile of |dl| by rank": Quantity(
-                "nats / neuron", f"{q}% of effects are smaller, by tenth of |a| within the token"
+                "nats / neuron", f"{q}% quantile of the size of effects, by tenth of |a| within the token"
             )
             for q in (95, 99)
         },
         "density of high |dl| over surrogate's by rank": Quantity(
             "ratio",
-            "pairs with |dl| above the surrogate's 99% quantile in that tenth of |a|, over the surrogate's own",
+            "pairs with |dl| above the surrogate's 99% quantile in that tenth of |a|, over the surrogate's pairs",
         ),
         "|D| over |dl|": Quantity(
-            "ratio", "sum of |D| over sum of |dl|: share of the effects that one gain for all would not give",
+            "ratio", "sum of |D| over sum of |dl|: share of the effects that one gain for all does not reproduce",
         ),
         "correlation of D and log gain": Quantity(
-            "correlation", "over tokens, D summed over neurons; above 0 by construction"
+            "correlation", "correlation over tokens, D summed over neurons; above 0 by construction"
         ),
-        "slope of D on log gain": Quantity("nats", "the same as a slope"),
+        "slope of D on log gain": Quantity("nats", "the same association as a slope"),
         **{
             f"set: {name}": Quantity("nats", f"change of loss: {meaning}")
             for name, meaning in SET_CURVES.items()
@@ -571,11 +577,11 @@ PROBE = Probe(
             f"{figure} (as published)": Quantity(
                 "nats of a prompt's mean loss", f"mean change by activation, {which}"
             )
-            for figure, which in (("Figure 4", "lowest tenth of signed a"), ("Figure 5", "all"))
+            for figure, which in (("Figure 4", "lowest tenth of signed a"), ("Figure 5", "all activations"))
         },
         **{
             f"{figure} (as published): correlation": Quantity(
-                "correlation", "of the activation and the change of the prompt's mean loss, over pairs"
+                "correlation", "correlation of activation and change of the prompt's mean loss, over pairs"
             )
             for figure in ("Figure 4", "Figure 5")
         },
@@ -587,10 +593,10 @@ PROBE = Probe(
             tuple(f"set: {name}" for name in SET_CURVES),
             kind="curve", x_title="share of the token's neurons",
         ),
-        Figure("Lowest nine tenths removed, and what one gain for all would not give", _BY_REMOVAL),
-        Figure("D of that removal, by quartile of gain", (f"{REMOVED}, D",), group="gain"),
+        Figure("Lowest nine tenths removed: change of loss, and its D", _BY_REMOVAL),
+        Figure("D of the removal of the lowest nine tenths, by quartile of gain", (f"{REMOVED}, D",), group="gain"),
         Figure(
-            "D of single neurons and of the lowest half at 0",
+            "D of single neurons and of the lowest half, post set to 0",
             ("D where the gain is high", "D where the gain is low", "lowest half ablated, D", "|D| over |dl|"),
         ),
         Figure(
@@ -598,7 +604,7 @@ PROBE = Probe(
             tuple(f"lift, lowest in {place}{to}" for place in ("token", "neuron") for to in ("", ", to the mean")),
         ),
         Figure(
-            "Effect of a neuron by the rank of its |a|",
+            "Effect of a neuron by rank of its |a|",
             (
                 "mean |dl| by rank in token", "mean |dl| by rank in neuron",
                 "95% quantile of |dl| by rank", "99% quantile of |dl| by rank",

@@ -1,38 +1,38 @@
 """P13: Neuron statistics
 
-A neuron that answers to one thing is mostly silent: its distribution is skewed, heavy-tailed and sparse,
-and which token stands there explains it. A rotation of the same activations has none of that, so the
-kurtosis over that of a rotated basis says how far the basis is privileged. But SoLU makes tails out of
-Gaussian noise: the kurtosis is also set against Gaussian pre-activations with each neuron's own mean
-and variance, sent through the same nonlinearity.
+A neuron that responds to one feature is mostly silent: its distribution is skewed, heavy-tailed and sparse,
+and the token's identity explains it. In a random rotation of the same activations these properties vanish,
+so the excess kurtosis minus that of a rotated basis measures how privileged the basis is. But SoLU gives
+heavy tails even to Gaussian noise. The kurtosis is therefore also compared with that of Gaussian
+pre-activations with each neuron's mean and variance, passed through the same nonlinearity.
 
 Question:
-    Are the neurons a basis in which activations are sparse, heavy-tailed and about tokens, and does
-    the norm change that?
+    Are the neurons a basis in which activations are sparse, heavy-tailed and explained by the token,
+    and does the norm change that?
 
 Formula:
     median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2;
     mean over neurons of token information, Cov(x, the token's mean in other documents) / Var(x);
-    privileged basis = median kurtosis less that of a random rotation;
-    by token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10
+    privileged basis = median kurtosis minus median kurtosis in a random rotation;
+    per token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10
 
 Reading:
-    With smearing the neurons are aligned before the norm and less so after it: kurtosis, and its
-    excess over a rotated basis, fall from mid to post, and the density rises, because distributed
-    activations are amplified. A norm whose gain is one constant leaves every neuron's shape as it
-    was, up to centring: post less mid is 0. Where the kurtosis of mid is no more than that of
-    Gaussian pre-activations, SoLU made it, not the model.
+    With smearing the neurons are a privileged basis before the norm and less so after it: kurtosis,
+    and its excess over a rotated basis, fall from mid to post, and the density rises, because
+    distributed activations are amplified. A norm with one constant gain leaves every neuron's shape
+    unchanged, up to centring: post minus mid is 0. If the kurtosis of mid is no higher than that of
+    Gaussian pre-activations, the nonlinearity made it, not the trained weights.
 
 Pitfalls:
-    x softmax(x) makes tails out of anything: read no kurtosis without the Gaussian beside it.
-    Kurtosis rests on few tokens and, where tails are heavy, grows with their number: compare it on
-    the same text only. The three counts of neurons (participation ratio, K_eff, active neurons)
-    weigh tails differently and may disagree. post has gamma and beta in it, which change no
-    neuron's kurtosis, and the skewness only in sign. In a trained model tokens tell something about
-    any direction, rotated ones too.
+    x softmax(x) gives heavy tails to any input: read a kurtosis only together with that of Gaussian
+    pre-activations. Kurtosis depends on few tokens and, where tails are heavy, grows with the number
+    of tokens: compare it on the same text only. The three counts of neurons (participation ratio,
+    K_eff, active neurons) weight tails differently and may disagree. post includes gamma and beta,
+    which change no neuron's kurtosis and only the sign of its skewness. In a trained model the token
+    partly predicts the activation along any direction, rotated ones too.
 
 Source:
-    science.md section 7 P13; Elhage et al. 2022, section 3.2
+    protocol.md section 7 P13; Elhage et al. 2022, section 3.2
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ STAGES = ("pre", "mid", "post")
 ABOVE = 0.1
 """A neuron counts as active where it exceeds this share of the token's largest |activation|."""
 MAX_NEURONS = 512
-"""Averages are over at most so many neurons, evenly spaced; rotations and the table have all."""
+"""Maximum number of neurons in an average, evenly spaced; rotations and the table use all neurons."""
 SEED = 0
-"""Of the rotation and of the Gaussian pre-activations."""
+"""Seed of the rotation; the Gaussian pre-activations use the next one."""
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return how many neurons carry each token, and the shape of the neurons' distributions."""
+    """Return effective numbers of neurons per token, and the shapes of the neurons' distributions."""
     content = run.subset(~run.is_bos)
     values = {stage: _values(content, stage) for stage in STAGES}
     estimates = tuple(_estimates(content, values))
@@ -76,11 +76,11 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _counts(run: HookedRun) -> dict[str, Tensor]:
-    """Return how many neurons carry each token, in three counts that need not agree.
+    """Return three effective numbers of neurons per token, which need not agree.
 
     Returns:
         By stage: participation ratio, (sum a^2)^2 / sum a^4; K_eff, |a|^2 / max(a)^2; and the share
-        of neurons above a tenth of the token's largest |a|. nan at a token that is 0 everywhere.
+        of neurons above a tenth of the token's largest |a|. nan at a token where all neurons are 0.
     """
     counts = {}
     for stage in STAGES:
@@ -95,11 +95,11 @@ def _counts(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _estimates(content: HookedRun, values: dict[str, Floats]) -> Iterator[Estimate]:
-    """Averages over neurons, BOS left out; neurons that never vary have no shape and are left out."""
+    """Yield averages over neurons at tokens that are not BOS; neurons that never vary are left out."""
     string, n = content.string.numpy(), len(content.pos)
     for stage in STAGES:
         sums = _information_sums(content, _some(values[stage]))
-        # A mean: the median of shares that are nothing but noise lies below 0.
+        # The mean over neurons, since the median is below 0 where the shares are pure noise.
         yield Estimate(f"token information: {stage}", sums, _mean_information, n)
     powers = {stage: _power_sums(_some(values[stage]), string) for stage in STAGES}
     for stage in STAGES:
@@ -122,7 +122,7 @@ def _median_moment(quantity: str, sums: Floats, moment: Moment, n: int) -> Estim
 
 
 def _less(quantity: str, first: Floats, second: Floats, n: int, paired: bool) -> Estimate:
-    """Kurtosis less another: the median neuron's difference, or, unpaired, that of two medians."""
+    """Return the difference of two kurtoses: the median difference if `paired`, else the difference of medians."""
     totals = first.sum(axis=0), second.sum(axis=0)
 
     def value(drawn: Floats) -> Floats:
@@ -136,7 +136,7 @@ def _less(quantity: str, first: Floats, second: Floats, n: int, paired: bool) ->
 
 
 def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tensor]:
-    """Return one row per neuron, over the tokens that are not BOS; nan for a neuron that never varies."""
+    """Return columns with one row per neuron, over tokens that are not BOS; nan for a neuron that never varies."""
     string = content.string.numpy()
     columns: dict[str, Floats] = {}
     for stage, activations in values.items():
@@ -156,20 +156,20 @@ def _values(run: HookedRun, stage: str) -> Floats:
 
 
 def _some(values: Floats) -> Floats:
-    """At most MAX_NEURONS columns, evenly spaced."""
+    """Select at most MAX_NEURONS columns, evenly spaced."""
     return values[:, evenly_spaced(values.shape[1], MAX_NEURONS)]
 
 
 def _rotation(n: int) -> Floats:
-    """A random orthogonal matrix."""
+    """Draw a random orthogonal matrix, [n n]."""
     rotation: Floats = np.linalg.qr(np.random.default_rng(SEED).standard_normal((n, n)))[0]
     return rotation
 
 
 def _through_gaussian(run: HookedRun) -> Floats:
-    """The nonlinearity of independent Gaussians with each neuron's own mean and variance of pre.
+    """Pass independent Gaussians, with each neuron's mean and variance of pre, through the nonlinearity.
 
-    Whole vectors are drawn: SoLU's softmax runs over all neurons.
+    All neurons are drawn, since SoLU's softmax runs over all of them.
     """
     noise = np.random.default_rng(SEED + 1).standard_normal(tuple(run.pre.shape))
     pre = run.pre.mean(0) + run.pre.std(0, correction=0) * torch.from_numpy(noise)
@@ -178,7 +178,7 @@ def _through_gaussian(run: HookedRun) -> Floats:
 
 
 def _power_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
-    """Counts and sums of z, z^2, z^3 and z^4, z the standardised values; [document 5*neuron]."""
+    """Return counts and sums of z, z^2, z^3 and z^4, z the standardised values; [document 5*neuron]."""
     sd = _spread(values)
     z = np.where(sd > 0, values - values.mean(axis=0), 0.0) / np.where(sd > 0, sd, 1.0)
     power, sums = np.ones_like(z), []
@@ -189,46 +189,46 @@ def _power_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
 
 
 def _spread(values: Floats) -> Floats:
-    """Return each neuron's sd, 0 where it is no more than rounding."""
+    """Return each neuron's sd, or 0 where the sd is only rounding error."""
     sd = values.std(axis=0)
     spread: Floats = np.where(sd > 1e-6 * np.abs(values).max(axis=0, initial=0.0), sd, 0.0)
     return spread
 
 
 Moment = Callable[..., "Floats"]
-"""From weighted power sums [draw 5*neuron] and those of all tokens [5*neuron] to [draw neuron]."""
+"""A function of weighted power sums [draw 5*neuron] and the sums of all tokens [5*neuron]; gives [draw neuron]."""
 
 
 def _skewness(sums: Floats, total: Floats) -> Floats:
-    """To first order in the weights, where z has mean 0 and variance 1 over all tokens."""
+    """Return the skewness to first order in the weights; z has mean 0 and variance 1 over all tokens."""
     (m1, m2, m3, _), (_, third, _) = _moments(sums), _shape(total)
     return m3 - 3 * m1 - 1.5 * third * (m2 - 1)
 
 
 def _kurtosis(sums: Floats, total: Floats) -> Floats:
-    """Excess kurtosis, to first order in the weights.
+    """Return the excess kurtosis to first order in the weights.
 
-    Resamples of a heavy tail have a shorter one, the more so the heavier it is; draws of the kurtosis
-    itself would all lie to one side of it.
+    A resample of a heavy tail has a shorter tail, and the effect grows with the weight of the tail. Draws of
+    the kurtosis itself would therefore all lie below the estimate.
     """
     (m1, m2, _, m4), (_, third, fourth) = _moments(sums), _shape(total)
     return m4 - 4 * third * m1 - 2 * fourth * (m2 - 1) - 3
 
 
 def _shape(total: Floats) -> list[Floats]:
-    """Variance, third and fourth moment of z over all tokens; nan for a neuron that never varies."""
+    """Return variance, third and fourth moment of z over all tokens; nan for a neuron that never varies."""
     _, second, third, fourth = _moments(total[None])
     return [np.where(second > 0, moment, np.nan)[0] for moment in (second, third, fourth)]
 
 
 def _moments(sums: Floats) -> list[Floats]:
-    """Means of z to z^4, [draw neuron] each."""
+    """Return the means of z, z^2, z^3 and z^4, each [draw neuron]."""
     n, *powers = np.split(sums, 5, axis=1)
     return [power / n for power in powers]
 
 
 def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
-    """Counts and sums of |x| and x^2, in units of the largest; [document 3*neuron]."""
+    """Return counts and sums of |x| and x^2, in units of the largest |x|; [document 3*neuron]."""
     size = np.abs(values)
     largest = size.max(axis=0, initial=0.0)
     size = size / np.where(largest > 0, largest, 1.0)
@@ -237,7 +237,7 @@ def _density_sums(values: Floats, string: NDArray[np.int64]) -> Floats:
 
 
 def _density(sums: Floats) -> Floats:
-    """(mean |x|)^2 / mean x^2: 1 where all tokens excite alike, p where a share p does."""
+    """Return (mean |x|)^2 / mean x^2: 1 if |x| is equal at all tokens, p if equal at a share p and 0 elsewhere."""
     n, size, square = np.split(sums, 3, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Floats = size**2 / (n * square)
@@ -245,10 +245,10 @@ def _density(sums: Floats) -> Floats:
 
 
 def _information_sums(run: HookedRun, values: Floats) -> Floats:
-    """Counts and moments of x and of what the token's identity predicts; [document 5*neuron].
+    """Return counts and moments of x and of its prediction from the token's identity; [document 5*neuron].
 
-    The prediction is the token's mean over the first half of the documents, the mean of all where it
-    does not occur there; the sums are over the second half.
+    The prediction is the token's mean over the first half of the documents, or the mean over all tokens of
+    that half if the token does not occur there. The sums are over the second half.
     """
     known, tokens = first_half(run), run.tokens.numpy()
     _, kind = np.unique(tokens, return_inverse=True)
@@ -264,10 +264,11 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
 
 
 def _information(sums: Floats) -> Floats:
-    """Cov(x, prediction) / Var(x), [draw neuron].
+    """Return Cov(x, prediction) / Var(x), [draw neuron].
 
-    The prediction's noise is that of other documents, so its covariance with x is the variance between
-    tokens without the bias that 1 - residual / variance would have: 0 where tokens tell nothing.
+    The prediction comes from other documents, so its noise is independent of x. Its covariance with x
+    therefore estimates the variance between tokens without the bias of 1 - residual / variance, and is 0 where
+    tokens predict nothing.
     """
     n, x, predicted, product, square = np.split(sums, 5, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -282,11 +283,11 @@ def _mean_information(sums: Floats) -> Floats:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Four neurons and four tokens, each neuron at 3 on its own token and 0 elsewhere.
+    """Yield four neurons and four tokens, each neuron at 3 on one token and 0 elsewhere.
 
-    A neuron is on with p = 1/4: skewness (1 - 2p) / sqrt(pq), excess kurtosis (1 - 6pq) / (pq),
-    density p. The mean over neurons is one constant, so centring changes no shape. Where the tokens
-    are dealt so that each stands once on each neuron, they tell nothing.
+    A neuron is on with p = 1/4, so with q = 1 - p it has skewness (1 - 2p) / sqrt(pq), excess kurtosis
+    (1 - 6pq) / (pq) and density p. The mean over neurons is one constant, so centring changes no shape. The
+    second run pairs every token with every neuron equally often, so that tokens predict nothing.
     """
     bos = torch.tensor([[2.0, 2.0, 1.0, 0.0]])
     document = torch.cat([bos, 3 * torch.eye(4)[[0, 1, 2, 3] * 4]])
@@ -324,7 +325,7 @@ PROBE = Probe(
     gates=(
         Gate("monosemantic", "privileged basis: mid", above=1.0),
         Gate("monosemantic", "token information: mid", above=0.5, truth=1.0),
-        # 29.7 in the classes' own basis; two bases of no meaning differ by about .3 (controls/rotated.py).
+        # It is 29.7 in the classes' basis; two random bases differ by about .3 (controls/rotated.py).
         *(Gate("rotated", f"privileged basis: {stage}", within=1.0) for stage in STAGES),
         Gate("monosemantic", "kurtosis, post less mid", within=0.01),
         Gate("uniform", "kurtosis, post less mid", within=0.01),
@@ -339,31 +340,41 @@ PROBE = Probe(
             "neurons", "participation ratio", "(sum a^2)^2 / sum a^4", statistics=("median",)
         ),
         **_of_stages("neurons", "K_eff", "|a|^2 / max(a)^2", statistics=("median",)),
-        **_of_stages("share", "active neurons", "above a tenth of the token's largest |a|"),
+        **_of_stages(
+            "share", "active neurons", "share of neurons above a tenth of the token's largest |a|"
+        ),
     },
     streams=("natural", "code"),
     estimates={
         **_of_stages(
-            "share of variance", "token information", "what the token's identity explains"
+            "share of variance",
+            "token information",
+            "share explained by the token's identity, mean over neurons",
         ),
-        **_of_stages("sd^3", "skewness", "median neuron's"),
-        **_of_stages("sd^4", "excess kurtosis", "median neuron's; 0 for a Gaussian"),
+        **_of_stages("sd^3", "skewness", "skewness of the median neuron"),
+        **_of_stages(
+            "sd^4", "excess kurtosis", "excess kurtosis of the median neuron, 0 for a Gaussian"
+        ),
         **_of_stages("share", "density", "(mean |x|)^2 / mean x^2 of the median neuron"),
-        **_of_stages("sd^4", "privileged basis", "median kurtosis less that of a rotated basis"),
+        **_of_stages(
+            "sd^4", "privileged basis", "median kurtosis minus median kurtosis in a rotated basis"
+        ),
         "kurtosis over Gaussian: mid": Quantity(
-            "sd^4", "median neuron's kurtosis less what Gaussian pre-activations give it"
+            "sd^4", "kurtosis minus that with Gaussian pre-activations, median neuron"
         ),
         "kurtosis, post less mid": Quantity(
-            "sd^4", "what the norm does to the median neuron's tails", more_smeared_when="lower"
+            "sd^4",
+            "change of a neuron's kurtosis from mid to post, median neuron",
+            more_smeared_when="lower",
         ),
     },
     figures=(
         Figure(
-            "Kurtosis of the median neuron, less that of a rotated basis",
+            "Kurtosis of the median neuron minus that in a rotated basis",
             tuple(f"privileged basis: {stage}" for stage in STAGES),
         ),
         Figure(
-            "What the nonlinearity and the norm do to the tails",
+            "Effect of the nonlinearity and of the norm on the kurtosis",
             ("kurtosis over Gaussian: mid", "kurtosis, post less mid"),
         ),
         Figure(

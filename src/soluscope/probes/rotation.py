@@ -1,14 +1,14 @@
 """P16: Rotation smoothness
 
-The path starts at a token's own residual stream, minus what ln2 takes away, and turns in the plane of a
-second direction v at constant length. LayerNorm makes ln2's output depend on direction alone, so this is
-the path u cos theta + v sin theta after ln2's normalisation; ln2's own gain and bias, and all of the MLP,
-act on it as they stand.
+The path starts at a token's residual stream, minus its mean if ln2 centres, and turns in the plane of a
+second direction v at constant length. LayerNorm makes ln2's output depend on direction alone, so this
+path is u cos theta + v sin theta after ln2's normalisation. ln2's weight and bias and the whole MLP act on
+it unchanged.
 
-What the mid norm adds is seen by following the same path with the token's gain held at its value at
-theta = 0. Where the gain is one constant the two are the same path. That is asked from 0 to pi/2 alone:
-around the token's antipode, where pre-activations are the opposite of what any text gives, a norm without
-epsilon turns the last bit of activation up to full size, and that one jump would be the answer.
+The contribution of the mid norm is measured by following the same path with the gain held at its value at
+theta = 0. Where the gain is one constant the two outputs are equal. This comparison runs from 0 to pi/2
+only. Around the token's antipode pre-activations are the negatives of those of text, and a norm without
+epsilon amplifies the last remnant of activation to full size; that one jump would dominate the result.
 
 Question:
     When the residual stream turns away from a token's direction, does the MLP's output turn
@@ -22,23 +22,22 @@ Formula:
     feature direction: d x_j / d resid, j = argmax x of the other token
 
 Reading:
-    A smooth MLP follows: length near 1.11, a longest step near 1/128 and half of the way at .46 of
-    pi/2, as where O is the path itself. Steps and plateaus say that directions fall into regions,
-    each with a meaning of its own. A norm that smears adds to them: on the way from one neuron's
-    region to the next it turns the small activations in between up to full size, so the longest
-    step grows with it. If holding the gain changes nothing, what steps there are come from the
-    nonlinearity. The gain also adds steps where a gain for each neuron could do its work (C2,
-    `disjoint`): need is for P7 and P8.
+    A smooth MLP gives a length near 1.11, a longest step near 1/128 and half of the distance at .46
+    of pi/2, as if O were the path itself. Steps and plateaus show that directions fall into regions,
+    each with one meaning. A norm that smears adds steps: on the way from one neuron's region to the
+    next it amplifies the small activations in between to full size, so the longest step grows. If
+    holding the gain changes nothing, all steps come from the nonlinearity. The gain also adds steps
+    where a per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test need.
 
 Pitfalls:
-    A random direction leaves the places where text is; another token's does not. Without biases
-    every neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much
-    above 256 every step has a pattern of its own and there are 257 effective polytopes. A step
-    shorter than pi/256 is not resolved. 64 evenly spaced tokens; nan elsewhere. Softmax makes steps
-    without any norm: compare arms.
+    A random direction leaves the region where text lies; another token's direction does not. Without
+    biases every neuron changes sign exactly once in half a turn, in any model, so that with d_mlp much
+    above 256 every step has a different pattern and there are 257 effective polytopes. A step shorter
+    than pi/256 is not resolved. Paths start at 64 evenly spaced tokens; all other tokens are
+    nan. Softmax makes steps without any norm: compare arms.
 
 Source:
-    asked for in the comments of Jorgensen 2023; Janiak et al. 2024 for plateaus; science.md
+    requested in the comments of Jorgensen 2023; Janiak et al. 2024 for plateaus; protocol.md
     section 7 P16
 """
 
@@ -60,44 +59,56 @@ from soluscope.probes._estimates import ratio
 from soluscope.probes._tokens import scattered, start_of_each_part
 
 N_TOKENS = 64
-"""Tokens whose paths are followed, evenly spaced over those that are not BOS."""
+"""Maximum number of tokens at which a path starts, evenly spaced over the tokens that are not BOS."""
 N_STEPS = 256
-"""Steps from theta = 0 to pi."""
+"""Number of steps from theta = 0 to pi."""
 TOKENS_AT_ONCE = 8
 ROUNDING = 1e-6
-"""A pre-activation below this share of the largest one is 0."""
+"""Share of the largest |pre-activation| at or below which a pre-activation counts as not firing."""
 KINDS = {
     "random": "v is a random direction",
-    "token": "v is the direction of another token's residual stream, made orthogonal",
-    "feature": "v is the direction in which another token's strongest neuron fires more",
+    "token": "v is the orthogonal part of another token's residual stream",
+    "feature": "v is the direction in which the strongest neuron of another token fires more",
 }
 STATISTICS = {
-    "length": ("ratio", "path length over the distance of its ends, theta from 0 to pi/2"),
+    "length": (
+        "ratio",
+        "path length over the distance from first to last point, theta from 0 to pi/2",
+    ),
     "longest step": (
         "share of length",
-        "length of the longest step over that of all, theta from 0 to pi/2",
+        "length of the longest step over that of the whole path, theta from 0 to pi/2",
     ),
     "longest step, added by the gain": (
         "share of length",
-        "the same, less what it is with the gain held at its value at theta = 0",
+        "the same, minus its value with the gain held at its value at theta = 0",
     ),
-    "turning": ("rad / rad", "angle that the motion of O turns through, over that of a circle"),
-    "sign switches": ("per neuron", "changes of sign of x from 0 to pi"),
+    "turning": (
+        "rad / rad",
+        "summed angle between successive steps of O, over that of a circle, from 0 to pi",
+    ),
+    "sign switches": ("per neuron", "number of changes of sign of x, from 0 to pi"),
     "effective polytopes": (
         "count",
-        "exp of the entropy of the time spent at each pattern of signs of x, from 0 to pi",
+        "exp of the entropy of the share of points at each pattern of signs of x, from 0 to pi",
     ),
-    "argmax switches": ("count", "how often another neuron takes over the largest x, from 0 to pi"),
-    "plateau": ("share of pi/2", "how far to turn until O is half as far away as it is at pi/2"),
+    "argmax switches": (
+        "count",
+        "number of changes of the neuron with the largest x, from 0 to pi",
+    ),
+    "plateau": (
+        "share of pi/2",
+        "first angle at which O is at least half as far from O(0) as at pi/2",
+    ),
 }
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return the shape of the path of O = post W_out from `N_TOKENS` tokens, and how far O has gone.
+    """Return the shape of the path of O = post W_out from `N_TOKENS` tokens, and the distance of O from O(0).
 
     Returns:
-        nan at all other tokens; where there is no second direction, since the other token's is the
-        same; and, but for switches and turning, where O(0) is 0 or O stands still.
+        nan at all other tokens; where the other token has the same direction, so that no second direction
+        exists; and, except for switches, polytopes and turning, where O(0) is 0 or O does not move.
     """
     chosen = start_of_each_part((~run.is_bos).nonzero().squeeze(-1), N_TOKENS)
     paths = {kind: _Paths(run, chosen, kind) for kind in KINDS}
@@ -111,7 +122,7 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Iterator[Estimate]:
-    """D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
+    """Yield D(theta) = |O(theta) - O(0)| / |O(0)| against theta in degrees, averaged over tokens."""
     for kind, distance in distances.items():
         for step in range(0, N_STEPS + 1, N_STEPS // 16):
             yield ratio(
@@ -124,7 +135,7 @@ def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Itera
 
 
 class _Paths:
-    """Paths of O from the chosen tokens, [token step], and what the pre-activations do on the way."""
+    """Paths of O from the chosen tokens, and the switches of pre-activations along them, [token step]."""
 
     def __init__(self, run: HookedRun, chosen: Tensor, kind: str) -> None:
         start, side = _plane(run, chosen, kind)
@@ -158,7 +169,7 @@ class _Paths:
         )
 
     def statistics(self) -> dict[str, Tensor]:
-        """Each of `STATISTICS`, [token]."""
+        """Return each of `STATISTICS`, [token]."""
         quarter = N_STEPS // 2
         end = self.distance[:, quarter]
         reached = self.distance[:, : quarter + 1] >= end[:, None] / 2
@@ -173,14 +184,17 @@ class _Paths:
 
 
 def _relative(vectors: Tensor, out: Tensor) -> Tensor:
-    """Lengths of `vectors` [token step d_model] in units of |O(0)|; nan where that is 0."""
+    """Return lengths of `vectors` [token step d_model] in units of |O(0)|; nan where |O(0)| is 0."""
     lengths: Tensor = vectors.norm(dim=-1)
     start: Tensor = out[:, :1].norm(dim=-1)
     return lengths / start.where(start > 0, torch.nan)
 
 
 def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The path's start and, at the same length and orthogonal to it, its quarter point."""
+    """Return the path at theta = 0 and at theta = pi/2: orthogonal vectors of equal length, [token d_model].
+
+    The second is 0 where v has the direction of the first, or its opposite.
+    """
     start = run.resid_mid[chosen].double()
     if kind == "token":
         side = start.roll(len(start) // 2, 0)
@@ -201,9 +215,9 @@ def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
-    """Gradient of each token's x at its `neuron` with respect to the residual stream, [token d_model].
+    """Return the gradient of x at each token's `neuron` with respect to the residual stream, [token d_model].
 
-    A neuron's column of W_in, by way of ln2's gain.
+    It is the neuron's column of W_in, propagated back through ln2.
     """
     resid, reads = run.resid_mid[chosen], run.mlp.W_in.T[neuron]
     _, gradient = torch.autograd.functional.vjp(run.mlp.ln2, resid, reads.to(resid.dtype))
@@ -212,27 +226,27 @@ def _rise(run: HookedRun, chosen: Tensor, neuron: Tensor) -> Tensor:
 
 
 def _ln2_centres(run: HookedRun, chosen: Tensor) -> bool:
-    """Whether ln2 takes away the mean over d_model: read off."""
+    """Return whether ln2 subtracts the mean over d_model, by adding a constant to its input."""
     resid = run.resid_mid[chosen]
     before, after = (run.mlp.ln2(r) for r in (resid, resid + resid.abs().mean()))
     return torch.allclose(before, after, rtol=1e-3, atol=1e-4)
 
 
 def _angles(motion: Tensor) -> Tensor:
-    """Angles between successive steps, [token step]; nan beside a step that goes nowhere."""
+    """Return angles between successive steps, [token step]; nan next to a step of length 0."""
     unit = motion / motion.norm(dim=-1, keepdim=True)
     before, after = unit[:, :-1], unit[:, 1:]
-    # Twice the half-angle: arccos of their product would lose small angles to rounding.
+    # Twice the half-angle: arccos of the inner product would lose small angles to rounding.
     return 2 * torch.atan2((before - after).norm(dim=-1), (before + after).norm(dim=-1))
 
 
 def _switches(state: Tensor) -> Tensor:
-    """How often `state` [token step ...] changes from one step to the next."""
+    """Count how often `state` [token step ...] changes from one step to the next."""
     return (state[:, 1:] != state[:, :-1]).sum(1)
 
 
 def _effective_number(patterns: Tensor) -> Tensor:
-    """exp of the entropy of how often each pattern occurs, [token]; patterns are [token step neuron]."""
+    """Return exp of the entropy of the frequencies of `patterns` [token step neuron], [token]."""
     numbers = []
     for path in patterns:
         counts = torch.unique(path, dim=0, return_counts=True)[1]
@@ -242,16 +256,18 @@ def _effective_number(patterns: Tensor) -> Tensor:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """An MLP that is the identity, and one that is ReLU, on two neurons.
+    """Yield an MLP that is the identity, and an MLP that is ReLU, on two neurons.
 
-    Identity: O goes round a circle. Every step is a chord of angle h = pi / 256, 128 of them to pi/2;
-    D = 2 sin(theta / 2); at pi/2 it is sqrt 2, half of which is first reached at step 59 of 128. Each of two
+    Identity: O moves along a circle. Every step is a chord of angle h = pi / 256, 128 chords to pi/2.
+    D = 2 sin(theta / 2) is sqrt 2 at pi/2 and first reaches half of that at step 59 of 128. Each of two
     neurons changes sign once in half a turn, and so does their difference.
-    ReLU from (1, 1): x = sqrt 2 (cos(theta - pi/4), cos(theta + pi/4)), or the same the other way
-    round. A circle's arc to pi/4, where one neuron stops; then straight to (1, 0) at pi/2 and on to
-    (0, 0) at 3/4 pi, where the other stops: sqrt 2 in all. O(pi/2) is 1 from O(0); its distance is
-    2 sqrt 2 sin(theta / 2), which first passes 1/2 at step 29 of 128. It turns by h between the arc's
-    64 chords, the last of which is h/2 short of straight down; then by pi/2 + h/2: 191.5 h in all.
+
+    ReLU from (1, 1): x = sqrt 2 (cos(theta - pi/4), cos(theta + pi/4)), or the same with the neurons
+    exchanged. O moves along an arc to pi/4, where one neuron stops firing; then straight to (1, 0) at pi/2
+    and to (0, 0) at 3/4 pi, where the other stops: a straight length of sqrt 2. O(pi/2) is at distance 1
+    from O(0); the distance is 2 sqrt 2 sin(theta / 2), which first exceeds 1/2 at step 29 of 128. O turns by
+    h between the 64 chords of the arc, of which the last is h/2 short of straight down; then by pi/2 + h/2:
+    191.5 h in total.
     """
     chord = 2 * sin(pi / (2 * N_STEPS))
     eye = torch.eye(2, dtype=torch.float64)
@@ -289,14 +305,15 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PROBE = Probe(
     __doc__,
     gates=(
-        # From one A token to another x is 12 cos and 12 sin theta, and O, of one length under a live norm,
-        # turns by atan(tan(theta) e^d), d = 12 (sin - cos): at 45 degrees by 6 sqrt 2 + 1 for each unit of
-        # theta. One step is thus (6 sqrt 2 + 1) pi / 256 = .1164 of a quarter circle, .0741 of the path. With
-        # the gain held O goes in and out again, and no step exceeds .0379 of that: .036 is added.
-        # A to B and back add more, B to B nothing; the four are about equally frequent.
+        # Between two A tokens x is 12 cos theta and 12 sin theta. Under a live norm O has constant length
+        # and turns by atan(tan(theta) e^d), d = 12 (sin - cos): at 45 degrees by 6 sqrt 2 + 1 per unit of theta.
+        # One step is thus (6 sqrt 2 + 1) pi / 256 = .1164 of a quarter circle, .0741 of the path. With the gain
+        # held O moves inwards and out again, and no step exceeds .0379 of its path: the gain adds .036. Paths
+        # from A to B and from B to A add more, paths from B to B nothing; the four kinds are about equally
+        # frequent.
         Gate("smear_shared", "longest step, added by the gain: token", above=0.02),
         Gate("disjoint", "longest step, added by the gain: token", above=0.02),
-        # What ReLU's edges do, and what a linear MLP does (closed forms in their docstrings).
+        # ReLU makes steps at its edges and a linear MLP makes none; closed forms are in the controls' docstrings.
         Gate("relu_few", "longest step: token", above=0.02, truth=0.030390),
         Gate("relu_few", "length: token", above=1.2, truth=1.36931),
         Gate("relu_few", "effective polytopes: token", above=2, truth=2.4472),
@@ -329,7 +346,7 @@ PROBE = Probe(
     figures=(
         *(
             Figure(
-                f"How far O has gone, where {which}",
+                f"Distance of O from its start, where {which}",
                 (f"D: {kind}",),
                 kind="curve",
                 x_title="degrees turned",

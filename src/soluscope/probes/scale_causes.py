@@ -5,26 +5,27 @@ Question:
 
 Formula:
     With a = x softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the
-    largest a and the largest x are the same neuron), exactly
+    largest a and the largest x are on the same neuron), exactly
     log s = log xmax + log pmax + .5 log K + .5 log(1 - mbar) - .5 log N;
     pmax = e^xmax / Z; K = |a|^2 / max(a)^2; mbar = mean(a)^2 / mean(a^2);
     share = Cov(term, log s) / Var(log s), so that the shares sum to 1.
-    For log g each term is weighted with the elasticity -r, averaged from the mean token to this one.
+    For log g each term is weighted by the elasticity -r, averaged between the mean token and this token.
 
 Reading:
-    Smearing is a diffuse code turned up: the effective number K and the softmax's peak carry the
-    variance of log g, and g is high where K is high (correlation above 0) and xmax low. If xmax
-    alone carries it, the gain answers to how strongly neurons fire and not to how many do. Read
-    amplitude first: with an r near 0 the shares of log g split up next to nothing (SoLU-1L:
-    correlation .66, amplitude .4%).
+    Smearing amplifies a diffuse code. It predicts that the effective number K and the softmax's peak
+    carry the variance of log g, and that g is high where K is high (correlation above 0) and xmax
+    low. If xmax alone carries the variance, the gain follows how strongly neurons fire and not how
+    many fire. Read the amplitude first: with r near 0 the shares of log g divide up almost no
+    variance (SoLU-1L: correlation .66, amplitude .4%).
 
 Pitfalls:
-    Shares can be negative or above 1, since terms cancel: the covariances are given too. K,
-    exp(H(p)) and the participation ratio are three different effective numbers. The gain is blind
-    to which neuron holds which value, so swaps exchange magnitude and relative sizes, not ranks.
+    Shares can be negative or above 1, since terms cancel; the covariances are therefore reported
+    too. K, exp(H(p)) and the participation ratio are three different effective numbers. The gain does
+    not depend on which neuron holds which value, so swaps exchange magnitude and relative sizes, not
+    ranks.
 
 Source:
-    science.md section 7 P3
+    protocol.md section 7 P3
 """
 
 from __future__ import annotations
@@ -50,23 +51,23 @@ TERMS = {
     "half log K": "effective number of neurons: .5 log(|a|^2 / max(a)^2)",
     "centring": ".5 log(1 - mean(a)^2 / mean(a^2)); 0 where the norm does not centre",
 }
-"""What log s is the sum of, but for -.5 log N."""
+"""Terms that sum to log s, up to -.5 log N."""
 OTHER_SPLITS = {
     "log amax": "the largest activation, log xmax + log pmax where the nonlinearity is SoLU",
     "log s(q)": "log of the scale of q = x e^x",
-    "-log Z": "less the log of softmax's denominator: log s = log s(q) - log Z",
+    "-log Z": "minus the log of softmax's denominator: log s = log s(q) - log Z",
 }
 CHANGES = {
     "x halved": "change of log g when the pre-activations are halved",
     "x doubled": "change of log g when the pre-activations are doubled",
     "softmax at temperature 2": "change of log g when only the softmax's argument is halved",
     "softmax at temperature 1/2": "change of log g when only the softmax's argument is doubled",
-    "another's magnitude": "change of log g when xmax becomes another token's, every x / xmax its own",
-    "another's shape": "change of log g when every x / xmax becomes another token's, xmax its own",
-    "another's both": "the other token's log g less its own",
+    "another's magnitude": "change of log g when xmax is taken from another token and every x / xmax is kept",
+    "another's shape": "change of log g when every x / xmax is taken from another token and xmax is kept",
+    "another's both": "log g of the other token minus log g of the token itself",
 }
 FLAT = 1e-9
-"""A spread of logs below this is rounding: there is nothing to share out."""
+"""Smallest spread of logs that is more than rounding; below it there is no variance to divide into shares."""
 
 
 def measure(run: HookedRun) -> Measured:
@@ -76,15 +77,15 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _terms(run: HookedRun) -> dict[str, Tensor]:
-    """Return the terms, three effective numbers, and what interventions on x do to the gain, each [token].
+    """Return the terms, three effective numbers and the changes of the gain under interventions on x, each [token].
 
-    `log s` is of what the norm divides by, without epsilon: about the mean, or about 0 in a norm
-    that has an epsilon and does not centre. The interventions compute the gain anew by its formula,
+    s is the norm's divisor without epsilon: the root mean square of a about its mean, or about 0 for a
+    norm that has an epsilon and does not centre. The interventions recompute the gain by its formula,
     (s^2 + eps)^(-1/2).
 
     Returns:
         nan where no activation is above 0; where a term needs the softmax and the nonlinearity is
-        not SoLU; and, for changes of the gain, where it is one constant. BOS has no partner.
+        not SoLU; and, for changes of the gain, where the gain is one constant. BOS has no partner for swaps.
     """
     mid, pre = run.mid.double(), run.pre.double()
     nothing = torch.full_like(mid[:, 0], torch.nan)
@@ -120,11 +121,11 @@ def _terms(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _changes(run: HookedRun) -> dict[str, Tensor]:
-    """Log of the gain under an intervention less the token's own, by the norm's formula.
+    """Return log gain under each intervention minus log gain without it, both by the norm's formula, [token].
 
-    The gain does not depend on the order of neurons: a token's ranks filled with another token's
-    magnitudes have that token's gain exactly. So the swap is of xmax against the sizes
-    relative to it, the only pair of factors of x that the gain can tell apart. The partner is half
+    The gain does not depend on the order of neurons: putting another token's magnitudes into this
+    token's ranks gives exactly the other token's gain. The swap therefore separates xmax from the sizes
+    relative to xmax, the only pair of factors of x that the gain distinguishes. A token's partner is half
     the stream away.
     """
     pre = run.pre.double()
@@ -150,7 +151,7 @@ def _changes(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _log_gain(run: HookedRun, pre: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log of the gain that SoLU(pre) has in a norm with an epsilon, [token]."""
+    """Return the log of the gain that a norm with an epsilon gives SoLU(pre), [token]."""
     assert run.eps is not None
     mid = pre * (pre / temperature).softmax(-1)
     centre = mid.mean(-1, keepdim=True) if run.centres else 0.0
@@ -158,12 +159,12 @@ def _log_gain(run: HookedRun, pre: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Shares of the variance of log s and of log g, over tokens that are not BOS.
+    """Yield shares of the variance of log s and of log g, over tokens that are not BOS.
 
-    For log g the chain rule runs through epsilon: along the straight line from the tokens' mean
-    terms to a token's own, log g changes by its elasticity -r times the change of log s, so a term
-    contributes the mean elasticity on the way times its own change. These sum to log g exactly.
-    A pair of tokens whose magnitude and shape were swapped counts to the first one's string.
+    For log g the chain rule involves epsilon. Along the straight line from the mean terms to a token's
+    terms, log g changes by the elasticity -r times the change of log s. Each term therefore contributes
+    its change times the elasticity averaged along this line, and the contributions sum exactly to
+    the change of log g. A pair of tokens with swapped magnitude and shape belongs to the string of the first.
     """
     columns = arrays(tokens)
     kept = ~run.is_bos.numpy() & np.isfinite(columns["log s"])  # -inf: all activations equal
@@ -188,8 +189,8 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
             yield slope(f"share of log g: {name}", log_g, elasticity * (term - term.mean()), string)
     log_k = 2 * columns["half log K"]
     if np.ptp(log_k) > FLAT:
-        own_log_g = run.gain.double().log().numpy()[kept]
-        yield correlation("corr(log g, log K)", own_log_g, log_k, string)
+        log_gain = run.gain.double().log().numpy()[kept]
+        yield correlation("corr(log g, log K)", log_gain, log_k, string)
     total = columns["another's both"]
     if run.is_solu and np.nanmax(np.abs(total)) > FLAT:
         magnitude, shape = (columns[f"another's {what}"] for what in ("magnitude", "shape"))
@@ -199,14 +200,14 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
 
 
 def _mean_elasticity(log_s: NDArray[np.floating], eps: float) -> NDArray[np.float64]:
-    """d log g / d log s averaged between the mean of log s and each token's own; between -1 and 0."""
+    """Return d log g / d log s, averaged between the mean log s and each token's log s; from -1 to 0."""
 
     def log_g(log_s: Any) -> Any:
         return -0.5 * np.logaddexp(2 * log_s, np.log(eps))
 
     middle = log_s.mean()
     step = log_s - middle
-    near = np.abs(step) < 1e-6  # where the quotient would be rounding
+    near = np.abs(step) < 1e-6  # the quotient would be rounding error there
     local = -1 / (1 + eps * np.exp(-2 * middle))
     result: NDArray[np.float64] = np.where(
         near, local, (log_g(log_s) - log_g(middle)) / np.where(near, 1.0, step)
@@ -217,7 +218,7 @@ def _mean_elasticity(log_s: NDArray[np.floating], eps: float) -> NDArray[np.floa
 def _covariance(
     quantity: str, x: NDArray[np.floating], y: NDArray[np.floating], string: NDArray[np.int64]
 ) -> Estimate:
-    """Covariance over tokens; sums are about the means, so that no digits are lost."""
+    """Return the covariance over tokens; sums are about the means, so that no digits are lost."""
     x, y = x - x.mean(), y - y.mean()
     sums, n = sums_by_string([np.ones_like(x), x, y, x * y], string)
 
@@ -229,11 +230,12 @@ def _covariance(
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Four neurons, one or two of them on, through SoLU; and one on without a softmax.
+    """Yield four neurons through SoLU, of which one or two are on, and two neurons without a softmax.
 
     x = (log 3, 0, 0, 0): Z = 6, p = (1/2, 1/6, 1/6, 1/6), a = (log 3 / 2, 0, 0, 0), entropy
-    .5 log 2 + .5 log 6. x = (1, 1, 0, 0): Z = 2e + 2, p = e / Z on the two that are on. With two
-    equal ones of four mean(a)^2 / mean(a^2) = 1/2 and s = max(a) / 2, with one 1/4 and s = sqrt(3)/4 max(a).
+    .5 log 2 + .5 log 6. x = (1, 1, 0, 0): Z = 2e + 2, p = e / Z on the two neurons that are on. With two of
+    four neurons equally on, mean(a)^2 / mean(a^2) = 1/2 and s = max(a) / 2; with one on, 1/4 and
+    s = sqrt(3)/4 max(a).
     """
     log3, z = math.log(3), 2 * math.e + 2
     pre = torch.tensor([[log3, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.float64)
@@ -270,8 +272,9 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 PROBE = Probe(
     __doc__,
     gates=(
-        # Two kinds of tokens: a share is the difference of a term over that of log s, 4.396. Terms at A
-        # and B: log 12, 0; -.0002, 1 - log(8e + 24); 0, .5 log 8; .5 log(31/32), .5 log(3/4).
+        # There are two kinds of tokens, so a share is a term at A minus the same term at B, divided by the
+        # difference of log s, 4.396. The terms at A and at B are log 12 and 0; -.0002 and 1 - log(8e + 24);
+        # 0 and .5 log 8; .5 log(31/32) and .5 log(3/4).
         Gate("smear_shared", "share of log s: log xmax", above=0.5, truth=0.5652),
         Gate("smear_shared", "share of log g: log pmax", above=0.6, truth=0.6422),
         Gate("smear_shared", "share of log g: half log K", below=-0.2, truth=-0.2365),
@@ -308,16 +311,16 @@ PROBE = Probe(
         },
         "corr(log g, log K)": Quantity(
             "correlation",
-            "above 0: the gain is high where many neurons share the norm",
+            "over tokens; above 0 if the gain is high where many neurons share the norm of a",
             more_smeared_when="higher",
         ),
         "swap share: magnitude": Quantity(
             "share of squared difference",
-            "of two tokens' difference in log g, what goes with xmax, both orders averaged",
+            "part of two tokens' difference in log g that follows xmax, averaged over both orders of swapping",
         ),
         "swap share: shape": Quantity(
             "share of squared difference",
-            "what goes with the sizes relative to xmax",
+            "part of the same difference that follows the sizes relative to xmax",
             more_smeared_when="higher",
         ),
     },
@@ -330,7 +333,7 @@ PROBE = Probe(
             "Shares of the variance of log g", tuple(f"share of log g: {name}" for name in TERMS)
         ),
         Figure(
-            "Two tokens' gains: what swapping magnitude and shape carries",
+            "Difference of two tokens' gains: parts that follow magnitude and shape",
             ("swap share: magnitude", "swap share: shape"),
         ),
         Figure("Correlation of log gain with log K", ("corr(log g, log K)",)),

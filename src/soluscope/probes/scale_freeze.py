@@ -1,27 +1,27 @@
 """P4: Scale freeze
 
 Question:
-    Does the loss rise when every token gets the same gain instead of its own?
+    Does the loss rise when every token gets the same gain instead of its per-token gain?
 
 Formula:
     dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the
-    constant of least mean loss on the other documents;
-    ln_final's scale live, or frozen at what it was
+    constant with the lowest mean loss on the other documents;
+    ln_final's scale live, or frozen at its value in the unchanged model
 
 Reading:
-    Smearing predicts a rise, on tokens with a high gain and activations spread over many neurons. A
-    change within .001 nats says that the per-token scale carries nothing at inference. A model
-    whose gain is one constant is unchanged by construction at its mean.
+    Smearing predicts a rise, on tokens with a high gain and activations spread over many neurons. If
+    the change is within .001 nats, the per-token scale carries nothing at inference. A model with one
+    constant gain is unchanged by construction when frozen at its mean.
 
 Pitfalls:
-    A frozen model is off its training distribution: its cost overstates need (in a pilot
-    twelvefold): training a static arm decides, not this. It costs where a gain for each neuron
-    would do, too (C2 `disjoint`). The best constant is an estimate from the other documents, whose
-    error alone costs about 1 / (2 n) nats for n tokens. The final norm may absorb the scale: both
-    ways are shown.
+    A frozen model is off-distribution, so its cost overstates need (in a pilot twelvefold): only
+    training a static arm decides whether the per-token scale is needed. Freezing also costs loss where
+    a per-neuron gain would suffice (C2 `disjoint`). The best constant is estimated from the other
+    documents; the error of that estimate alone costs about 1 / (2 n) nats for n tokens. The final norm
+    may absorb the scale, so both versions are shown.
 
 Source:
-    science.md sections 7 P4 and 8.4; Heimersheim 2024 for freezing
+    protocol.md sections 7 P4 and 8.4; Heimersheim 2024 for freezing
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 
 REACH = 0.7
-"""How far beyond the tokens' own gains the best constant is sought, in log gain."""
+"""Margin of the search for the best constant beyond the range of the tokens' gains, in log gain."""
 N_FAR, N_NEAR = 21, 21
-"""At how many places: over the whole range, and around the best of these."""
+"""Number of constants tried over the whole range, and around the best of these."""
 
 
 def measure(run: HookedRun) -> Measured:
-    """Change of each token's loss, in nats, when its gain is replaced by a constant.
+    """Return the change of each token's loss, in nats, when its gain is replaced by a constant.
 
-    The constants: the geometric mean over tokens that are not BOS, which BOS gets too (its own
-    gain is one number, so freezing it there changes nothing); and the constant with the least mean
-    loss over tokens that are not BOS, sought for each string on all the others.
-    Each with ln_final live, and with ln_final's scale kept as it was.
+    The first constant is the geometric mean over tokens that are not BOS. BOS gets it too, since freezing
+    BOS at its own gain, which never varies, would change nothing. The second is the constant with the
+    lowest mean loss over tokens that are not BOS, chosen for each string on all other strings. Each is
+    measured with ln_final live, and with ln_final's scale frozen at its value in the unchanged model.
     """
     log_gain = run.gain.double().log()
     geomean = torch.full_like(log_gain, float(run.mean_log_gain))
@@ -65,18 +65,19 @@ def measure(run: HookedRun) -> Measured:
             "best constant, final norm frozen": frozen[:, 2] - frozen[:, 0],
             "gain": run.gain,
             "k_eff": run.mid.square().sum(-1) / run.mid.square().amax(-1),
-            # Between own and frozen, or sorting by noise in the one would pass for an effect.
+            # Mean of live and frozen loss: sorting by either alone would sort its noise into the change.
             "surprisal": (live[:, 0] + live[:, 1]) / 2,
         }
     )
 
 
 def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
-    """Log of the constant with the least mean loss on all other strings than the token's. [token]
+    """Return the log of the constant with the lowest mean loss on all strings except the token's. [token]
 
-    The loss is computed at constants from `REACH` below the least gain to `REACH` above the largest, then
-    more closely around the best of them, and summed by string. For each string the others' sum is
-    minimised over all these, and between the close ones by the parabola through the lowest three.
+    The loss is computed at constants from `REACH` below the lowest log gain to `REACH` above the highest,
+    then at `N_NEAR` constants around the best of these, and summed by string. For each string the sum over
+    the other strings is minimised over the near constants, and between them by the parabola through the
+    lowest three.
     """
     scored = run.scored
     some = run.subset(scored)
@@ -87,7 +88,7 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     spread = some.gain.double().log() - centre
 
     def others(shifts: Tensor) -> Tensor:
-        """Sum of losses on all other strings, [string shift]."""
+        """Return the sum of losses on all other strings, [string shift]."""
         gains = (centre + shifts).exp().to(run.post.dtype).expand(len(some.pos), -1)
         losses = loss_at_gain(some, gains).double()  # [token shift]
         sums = losses.new_zeros(int(owner.max()) + 1, len(shifts))
@@ -106,23 +107,23 @@ def _best_constant(run: HookedRun, start: Tensor) -> Tensor:
     left, middle, right = (sums.gather(-1, inside + k).squeeze(-1) for k in (-1, 0, 1))
     bend = left - 2 * middle + right
     vertex = (0.5 * (left - right) / bend).clamp(-1, 1)
-    refined = (lowest == inside.squeeze(-1)) & (bend > 0)  # at an end there is no lower neighbour
+    refined = (lowest == inside.squeeze(-1)) & (bend > 0)  # no parabola at an end of the grid
     offset = vertex.where(refined, torch.zeros_like(vertex))
     return start + (near[lowest] + offset * (near[1] - near[0]))[owner]
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """An MLP that writes nothing: the gain varies by three, and freezing it changes no loss."""
+    """Yield an MLP that writes nothing: its gain varies by a factor of 3, and freezing it changes no loss."""
     mid = torch.tensor([[[3.0, -3.0], [1.0, -1.0], [2.0, -2.0]]]).expand(4, 3, 2)
     run = planted(mid, eps=1e-12)
     yield run, {name: [0, 0, math.nan] * 4 for name in _FREEZES} | {"gain": [1 / 3, 1, 1 / 2] * 4}
 
 
 _FREEZES = {
-    "frozen at geometric mean": "loss with one gain for all, exp(mean log gain), less loss with each token's own",
-    "frozen at best constant": "the same at the constant of least loss, chosen for each document on all others",
-    "geometric mean, final norm frozen": "at the geometric mean, with ln_final's scale kept as it was",
-    "best constant, final norm frozen": "at the best constant, with ln_final's scale kept as it was",
+    "frozen at geometric mean": "loss with one gain for all tokens, exp(mean log gain), minus loss as it is",
+    "frozen at best constant": "the same at the constant with the lowest loss on all other documents",
+    "geometric mean, final norm frozen": "at the geometric mean, with ln_final's scale frozen as it was",
+    "best constant, final norm frozen": "at the best constant, with ln_final's scale frozen as it was",
 }
 
 PROBE = Probe(
@@ -153,14 +154,14 @@ PROBE = Probe(
     },
     streams=("natural",),
     figures=(
-        Figure("Loss when frozen less loss as it is", tuple(_FREEZES)),
+        Figure("Loss with a frozen gain minus loss of the unchanged model", tuple(_FREEZES)),
         Figure(
-            "BOS alone: its loss at the other tokens' geometric mean less its loss at its own gain",
+            "BOS alone: its loss at the other tokens' geometric mean gain minus its loss at its own gain",
             ("frozen at geometric mean",),
             positions="BOS",
         ),
         Figure(
-            "At the geometric mean, by quartile of the token's gain",
+            "Change of loss at the geometric mean, by quartile of the token's gain",
             ("frozen at geometric mean",),
             group="gain",
         ),

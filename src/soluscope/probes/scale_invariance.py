@@ -1,10 +1,10 @@
 """P15: Scale invariance
 
-A LayerNorm without epsilon maps lambda * v to what it maps v to, so that each direction of the residual
-stream has one meaning (Jorgensen). Epsilon takes this away.
+A LayerNorm without epsilon maps lambda * v and v to the same output, so each direction of the residual
+stream has one meaning (Jorgensen). Epsilon breaks this invariance.
 
 Question:
-    Does a direction mean the same at any length, into the MLP and across its mid norm?
+    Does a direction mean the same at any length, at the input of the MLP and across its mid norm?
 
 Formula:
     |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)): 1 at every lambda where
@@ -12,18 +12,18 @@ Formula:
     and post and O at lambda * resid against lambda = 1, lambda from 2^-6 to 2^6
 
 Reading:
-    Smearing needs a mid norm that turns small activations up: invariant (error 0 at every lambda),
-    as a LayerNorm with r near 1 is. One that is pinned by epsilon is linear: what is small stays
-    small. Into ln2 the errors should vanish in every model, which is Jorgensen's argument, until
-    lambda takes the residual stream down to ln2's own epsilon.
+    Smearing needs a mid norm that amplifies small activations, and so an invariant one (error 0 at
+    every lambda): a LayerNorm with r near 1. A norm that is pinned by epsilon is linear: it leaves
+    small activations small. At ln2's input the errors should vanish in every model, which is
+    Jorgensen's argument, until lambda shrinks the residual stream to the size of ln2's epsilon.
 
 Pitfalls:
-    The two places are apart: doubling the residual stream tests ln2 and says nothing about the mid
-    norm. Invariance holds for one direction scaled as a whole, not for one of several that are
-    added. The MLP is evaluated at 1000 evenly spaced tokens; the mid norm's closed form at all.
+    The two tests are separate: doubling the residual stream tests ln2, not the mid norm. Invariance
+    holds for one direction that is scaled as a whole, not for one of several directions in a sum. The
+    MLP is evaluated at 1000 evenly spaced tokens, the mid norm's closed form at all tokens.
 
 Source:
-    Jorgensen 2023; science.md section 7 P15
+    Jorgensen 2023; protocol.md section 7 P15
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from soluscope.probes._tokens import start_of_each_part
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
-"""How many tokens' residual streams are put through the MLP at each lambda, evenly spaced."""
+"""Number of evenly spaced tokens at which the MLP is evaluated at each lambda."""
 
 MID_ERRORS = {
     "invariance error of n": "| |n(lambda a)| / |n(a)| - 1 |: 0 where the mid norm is invariant",
@@ -64,10 +64,10 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
-    """Return the errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` of them.
+    """Return the errors at lambda = 2: of the mid norm at every token, of the whole MLP at `N_TOKENS` tokens.
 
     Returns:
-        nan at the other tokens, and where there is nothing to compare: post or O is zero.
+        nan at all other tokens, and where post or O is zero, so that no relative change is defined.
     """
     values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
     chosen = start_of_each_part(torch.arange(len(run.pos)), N_TOKENS)
@@ -78,7 +78,7 @@ def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun) -> Iterator[Estimate]:
-    """Every error against lambda, averaged over tokens that are not BOS."""
+    """Yield every error against lambda, averaged over tokens that are not BOS."""
     content = run.subset(~run.is_bos)
     chosen = start_of_each_part(torch.arange(len(content.pos)), N_TOKENS)
     for factor in LAMBDAS:
@@ -93,7 +93,7 @@ def _estimates(run: HookedRun) -> Iterator[Estimate]:
 
 
 def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
-    """By the closed form; a constant gain, or no norm, is linear."""
+    """Return the mid norm's errors by the closed form; a constant gain, or no norm, is linear."""
     s2 = run.s2
     grown = torch.full_like(s2, factor)
     if run.eps is not None:
@@ -111,17 +111,17 @@ def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str,
     for before, after in ((original, other), (original @ W_out, other @ W_out)):
         size = before.norm(dim=-1)
         values[next(errors)] = (after - before).norm(dim=-1) / size
-        # Half the squared distance of the two unit vectors: 1 - cos without its cancellation.
+        # Half the squared distance of the two unit vectors equals 1 - cos, without cancellation.
         apart = before / size[:, None] - after / after.norm(dim=-1, keepdim=True)
         values[next(errors)] = apart.square().sum(-1) / 2
     return values
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two neurons at +1 and -1 (s2 = 1). eps = 4: |n(2a)| / |n(a)| = 2 sqrt(5 / 8).
+    """Yield two neurons at +1 and -1 (s2 = 1), under eps = 4 and under a constant gain.
 
-    ln2 and W_in are the identity, so doubling the residual stream doubles a; n keeps its direction.
-    Without an epsilon the gain is one constant, and all is linear.
+    With eps = 4, |n(2a)| / |n(a)| = 2 sqrt(5 / 8). ln2 and W_in are the identity, so doubling the residual
+    stream doubles a, and n keeps its direction. Under a constant gain everything is linear.
     """
     mid = torch.tensor([[[1.0, -1.0]]])
     grown = 2 * math.sqrt(5 / 8)
@@ -157,7 +157,7 @@ PROBE = Probe(
         Gate("smear_shared", "invariance error of n at 2", within=0.01),
         Gate("pinned", "invariance error of n at 2", above=0.9, truth=1.0),
         Gate("pinned", "linearity error of n at 2", within=0.01),
-        # Their ln2 has an epsilon of 1e-12, so doubling the residual stream is nothing to the MLP.
+        # The epsilon of their ln2 is 1e-12, so doubling the residual stream does not change the MLP's output.
         *(
             Gate(control, "relative change of O at 2", within=0.001)
             for control in ("uniform", "pinned")
@@ -193,10 +193,10 @@ PROBE = Probe(
                 x_title="lambda",
             )
             for title, name in (
-                ("Mid norm: how far from invariant", "invariance error of n"),
-                ("Mid norm: how far from linear", "linearity error of n"),
-                ("Residual stream scaled: change of what the MLP writes", "relative change of O"),
-                ("Residual stream scaled: change of its direction", "1 - cosine of O"),
+                ("Mid norm: error of invariance", "invariance error of n"),
+                ("Mid norm: error of linearity", "linearity error of n"),
+                ("Residual stream scaled: change of the MLP's output O", "relative change of O"),
+                ("Residual stream scaled: change of the direction of O", "1 - cosine of O"),
             )
         ),
         Figure(

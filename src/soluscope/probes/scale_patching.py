@@ -1,45 +1,46 @@
 """P6: Scale patching, both directions
 
-A mid norm's output is made of parts: n = g L u, with g the gain, L = |a - m| and u = (a - m) / L the
-direction; m, the mean over neurons, is what was taken off. Each part of one prompt is put into the
-run of the other, at the position before the answer, all else being the receiver's own. Both ways are
-needed: where two things must hold together (AND), putting in one of them (denoising) finds nothing
-and taking it away (noising) does; where either of two is enough (OR) it is the reverse.
+The output of a mid norm has three parts: n = g L u, with g the gain, L = |a - mean(a)| the length
+and u = (a - mean(a)) / L the direction; mean(a), over neurons, was subtracted. The probe puts each part of
+one prompt (the donor) into the run of the other (the receiver), at the position before the answer, and
+leaves the rest of the receiver's run unchanged. Both ways are needed. Where two parts must occur together
+(AND), inserting one of them (denoising) finds nothing and removing it (noising) does. Where either of two
+parts is enough (OR), it is the reverse.
 
-The 2x2 contrast is over the gain and what it multiplies, the direction with its length, so that two of
-its corners are the two runs' own activations. With the length held, a donor's direction would be as long
-as no token makes it, and the contrast would measure that.
+The 2x2 contrast is over the gain and the vector that it multiplies, c = L u, so two of its corners are the
+unchanged activations of the two runs. With the length held fixed, a donor's direction would get a length
+that no token produces, and the contrast would measure that.
 
 Question:
-    Does the gain carry what tells a prompt from its corruption, on its own or together with the
+    Does the gain carry the difference between a prompt and its corruption, alone or together with the
     direction?
 
 Formula:
     n = g L u;
     m = logit[y+] - logit[y-] before the answer;
     denoise (m - m_cor) / (m_cl - m_cor), noise (m_cl - m) / (m_cl - m_cor);
-    each a ratio of sums over rows, sum |m_cl - m_cor| below;
+    each is a ratio of sums over rows, with sum |m_cl - m_cor| as the denominator;
     2x2 contrast m(g', c') - m(g', c) - m(g, c') + m(g, c), c = L u
 
 Reading:
-    Smearing predicts that the gain alone moves the logit difference in at least one direction:
-    denoising if it is enough, noising if it is needed, both if it is both. The sign is not part of
-    it: a receiver that says the opposite says it louder with a higher gain, so in C1
+    Smearing predicts that the gain alone moves the logit difference in at least one way: denoising if
+    the gain is sufficient, noising if it is necessary, both if it is both. The sign is not part of the
+    prediction: a higher gain amplifies the receiver's answer even if that answer is wrong, so in C1
     (`smear_shared`) the shares are far below 0. Without smearing the gain moves nothing either way
-    (within .01), and content and direction move all there is. An interaction above 0 says that gain
-    and content work together. Where the gain is one constant its shares are exactly 0.
+    (within .01), and content and direction move the whole difference. An interaction above 0 means
+    that gain and content act together. Where the gain is one constant its shares are exactly 0.
 
 Pitfalls:
-    Shares need not lie in [0, 1]: a gain multiplies whatever the receiver says, so patching it may
-    overshoot. A pair whose answers the model does not tell apart (|m_clean - m_corrupt| < .5) is
-    left out: see how many are left. Which word corrupts matters, so there are five. The residual
-    stream before the MLP and attention stay the receiver's, and so even the whole content need not
-    move all. L = |a - m| stays too: under a true LayerNorm a patched gain changes the norm of n,
-    which no prompt of its own would do. In a tokenizer of code, names are whole words. Prefixes of
-    one document count as pairs of their own.
+    Shares need not lie in [0, 1]: a gain multiplies the receiver's answer, so patching it may
+    overshoot. A pair is left out if the model does not distinguish its answers
+    (|m_clean - m_corrupt| < .5): check how many pairs are left. The effect depends on the corrupting
+    word, so there are five per pair. The residual stream before the MLP, attention included, stays the
+    receiver's, so even the whole content need not move the whole difference. L stays the receiver's
+    too: under a true LayerNorm a patched gain changes the norm of n, which no prompt would do. In a
+    tokenizer of code, names are whole words. Prefixes of one document count as separate pairs.
 
 Source:
-    science.md section 7 P6; Heimersheim 2023, comments on docstring circuits, for both directions;
+    protocol.md section 7 P6; Heimersheim 2023, comments on docstring circuits, for both directions;
     the decomposition is ours
 """
 
@@ -63,17 +64,17 @@ from soluscope.probes._tokens import arrays
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
-"""Of m_clean - m_corrupt, in logits: below it there is nothing to recover."""
+"""Smallest |m_clean - m_corrupt|, in logits, of a pair that is kept; a smaller difference cannot be recovered."""
 
 WAYS = {
-    "denoise": "the corrupt run with the clean run's",
-    "noise": "the clean run with the corrupt run's",
+    "denoise": "taken from the clean run and patched into the corrupt run",
+    "noise": "taken from the corrupt run and patched into the clean run",
 }
 COMPONENTS = {
     "gain": "gain alone",
     "direction": "direction of n alone",
     "content": "whole of hook_post",
-    "mean": "mean over neurons alone, the gain staying as it was",
+    "mean": "mean over neurons alone (gain unchanged)",
 }
 INTERACTION = "interaction"
 FROZEN = FINAL_NORMS["frozen"]
@@ -81,26 +82,26 @@ DIFFERENCE = "m_clean - m_corrupt"
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return the share of the logit difference that each part moves, per corruption and over all."""
+    """Return the share of the logit difference that each part moves, per corruption and over all corruptions."""
     tokens = _shares(run)
     return Measured(tokens, tuple(_estimates(run, tokens)))
 
 
 def _shares(run: HookedRun) -> dict[str, Tensor]:
-    """Return the share of the logit difference that each part moves, at each corrupt row's last position but one.
+    """Return the share of the logit difference that each part moves, at the second-to-last token of corrupt rows.
 
     Args:
-        run: rows of equal length in groups of 6, a clean one and then 5 corruptions, each ending with
-            its answer: y+ for the clean row, y- for a corrupt one. m = logit[y+] - logit[y-] at the
-            position before it.
+        run: rows of equal length in groups of 6, a clean row and then 5 corruptions. Each row ends with its
+            answer: y+ in the clean row, y- in a corrupt row. m = logit[y+] - logit[y-] at the position
+            before the answer.
 
     Returns:
-        m_clean - m_corrupt in logits. Of each way and part (m - m_corrupt) / (m_clean - m_corrupt) for
-        denoising and (m_clean - m) / (m_clean - m_corrupt) for noising, m that of the patched run,
-        with ln_final's scale live and with that of the receiver's own run; and the contrast
-        m(g', c') - m(g', c) - m(g, c') + m(g, c), c = a - m, over the same, primes being the donor's: above 0
-        where gain and content work together, below where either is enough. nan at all other tokens, and
-        where |m_clean - m_corrupt| < .5.
+        m_clean - m_corrupt in logits. For each way and part, (m - m_corrupt) / (m_clean - m_corrupt) for
+        denoising and (m_clean - m) / (m_clean - m_corrupt) for noising, where m is that of the patched run,
+        with ln_final's scale live and with its scale in the receiver's unpatched run. Also the contrast
+        m(g', c') - m(g', c) - m(g, c') + m(g, c), c = a - mean(a) (primes mark the donor's), divided by
+        m_clean - m_corrupt: above 0 where gain and content act together, below 0 where either is enough.
+        nan at all other tokens, and where |m_clean - m_corrupt| < .5.
 
     Raises:
         ValueError: if the rows are not such groups.
@@ -128,7 +129,7 @@ def _shares(run: HookedRun) -> dict[str, Tensor]:
 
 
 def _places(run: HookedRun) -> tuple[Tensor, Tensor]:
-    """Index of the position before the answer in the clean and the corrupt row of each corruption."""
+    """Return the index of the position before the answer, in the clean and the corrupt row of each corruption."""
     starts = run.is_bos.nonzero().squeeze(-1)
     ends = torch.cat([starts[1:], starts.new_tensor([len(run.pos)])])
     n_rows = len(starts)
@@ -140,13 +141,14 @@ def _places(run: HookedRun) -> tuple[Tensor, Tensor]:
             clean, corrupt = ends[:, :1].expand(-1, N_CORRUPTIONS), ends[:, 1:]
             return clean.flatten() - 2, corrupt.flatten() - 2
     raise ValueError(
-        f"the {n_rows} rows of {run.stream!r} are not pairs of prompts: wanted groups of {1 + N_CORRUPTIONS} "
-        "rows of one length and one string, the clean one first; use a stream that begins with 'pairs: '"
+        f"the {n_rows} rows of {run.stream!r} are not pairs of prompts: scale patching needs groups of "
+        f"{1 + N_CORRUPTIONS} rows of equal length in one string, the clean row first; choose a stream that "
+        "begins with 'pairs: '"
     )
 
 
 class _Patched:
-    """The receiver's run with parts of the donor's, row by row, in fp64."""
+    """Runs of the receiver with parts of the donor, row by row, in fp64."""
 
     def __init__(
         self, run: HookedRun, receiver: Tensor, donor: Tensor, right: Tensor, wrong: Tensor
@@ -170,7 +172,7 @@ class _Patched:
         }
 
     def m_of(self, part: str, final_norm: FinalNorm = "live") -> Tensor:
-        """logit[right] - logit[wrong] with this part of the donor's. [row]"""
+        """Return logit[right] - logit[wrong] with this part taken from the donor, [row]."""
         out, (right, wrong) = self.out, self.answers
         resid = self._resid(part)
         scale_of = resid if final_norm == "live" else self._resid("nothing")
@@ -180,7 +182,7 @@ class _Patched:
         return (seen * U.T).sum(-1) + out.b_U[right] - out.b_U[wrong]
 
     def _resid(self, part: str) -> Tensor:
-        """What enters ln_final, centred where it centres. [row d_model]"""
+        """Return the input of ln_final, centred if ln_final centres, [row d_model]."""
         out = self.out
         resid = self.resid + (self.n[part] * out.gamma + out.beta) @ out.W_out.double()
         return resid - resid.mean(-1, keepdim=True) if out.ln_centred else resid
@@ -191,11 +193,12 @@ def _row(way: str, part: str, how: str) -> str:
 
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Each share over all corruptions: the sum of what was moved over the sum of what there was to move.
+    """Yield each share over all corruptions, and the share of pairs that have a corruption left.
 
-    Each row counts by |m_clean - m_corrupt|, so that no ratio blows up, and the sign of a row's
-    difference does not matter; a trimmed mean would do the first at the price of an interval that hangs
-    on which rows are cut. And the share of pairs of which a corruption is left.
+    A share is the sum of the moved parts of the logit differences divided by the sum of the differences.
+    Each row is weighted by |m_clean - m_corrupt|, so that no ratio blows up and the sign of a row's
+    difference does not matter. A trimmed mean would also prevent the former, but its interval would depend
+    on which rows are cut.
     """
     string, columns = run.string.numpy(), arrays(tokens)
     size = np.abs(columns[DIFFERENCE])
@@ -209,13 +212,13 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Clean a = (2, -2), corrupt a = (-1, 1): post is (1, -1) and (-1, 1), gains are 1/2 and 1, and m reads
-    the first neuron: 1 and -1.
+    """Yield a clean row and its corruptions on two neurons: clean a = (2, -2), corrupt a = (-1, 1).
 
-    Denoising: the clean gain halves the corrupt post, m = -1/2, a quarter of the way; the clean direction
-    turns it round, m = 1, all of it. Noising: the corrupt gain doubles the clean post, m = 2, half
-    of the way back; the corrupt direction turns it round. The contrast is over a - m with either gain:
-    (1 - (-1/2) - 2 + (-1)) / 2 = -3/4 denoising, and the same four numbers noising.
+    post is (1, -1) and (-1, 1), gains are 1/2 and 1, and m reads the first neuron: 1 and -1. Denoising: the
+    clean gain halves the corrupt post, so m = -1/2, a share of a quarter; the clean direction reverses it,
+    so m = 1, a share of 1. Noising: the corrupt gain doubles the clean post, so m = 2, a share of -1/2; the
+    corrupt direction reverses it. The contrast is over a - mean(a) with either gain:
+    (1 - (-1/2) - 2 + (-1)) / 2 = -3/4 for denoising, and the same four numbers for noising.
     """
     clean, corrupt = [[2.0, -2.0]] * 3, [[-1.0, 1.0]] * 3
     run = planted(torch.tensor([clean] + [corrupt] * N_CORRUPTIONS), eps=1e-14)
@@ -243,10 +246,10 @@ _MEANINGS = {
     for way, source in WAYS.items()
     for part, what in {
         **{
-            part: f"share of m_clean - m_corrupt that moves when {source} {meaning} is put in"
+            part: f"share of m_clean - m_corrupt moved by the {meaning}, {source}"
             for part, meaning in COMPONENTS.items()
         },
-        INTERACTION: f"2x2 contrast of gain and a - m, {source}, over m_clean - m_corrupt",
+        INTERACTION: f"2x2 contrast of gain and a - mean(a) over m_clean - m_corrupt, {source}",
     }.items()
 }
 
@@ -261,13 +264,15 @@ PROBE = Probe(
         ),
         Gate("or_gate", "denoise: gain", above=0.5, truth=0.999, stream="pairs"),
         Gate("or_gate", "noise: gain", within=0.01, stream="pairs"),
-        # With ln_final's scale held the logits follow g: 5 u / S with u of 400 for .4, and 20.4 for 420.
+        # With ln_final's scale frozen the logits follow g: 5 u / S, where u is 400 instead of .4 when denoising
+        # and 20.4 instead of 420 when noising.
         Gate("or_gate", f"denoise: gain{FROZEN}", above=10, truth=20.38, stream="pairs"),
         Gate("or_gate", f"noise: gain{FROZEN}", above=0.5, truth=0.9708, stream="pairs"),
         Gate("and_gate", f"noise: gain{FROZEN}", above=0.5, truth=0.98767, stream="pairs"),
         Gate("and_gate", f"denoise: gain{FROZEN}", within=0.01, stream="pairs"),
-        # m is linear in g there: A's at B's gain is 81.13 m_A, B's at A's gain m_B / 81.13. Half of the
-        # pairs have a clean A; over all, by |m_clean - m_corrupt|, from the table of the model's logits:
+        # In C1 m is linear in g: A's m at B's gain is 81.13 m_A, and B's m at A's gain is m_B / 81.13. Half of
+        # the pairs have a clean A. The truths are computed from the model's table of logits, with each pair
+        # weighted by |m_clean - m_corrupt|.
         *(
             Gate("smear_shared", f"{way}: gain{how}", below=-1, truth=truth, stream="pairs")
             for way, truth in (("denoise", -13.229), ("noise", -26.788))
@@ -287,10 +292,12 @@ PROBE = Probe(
     measure=measure,
     known=known,
     quantities={
-        DIFFERENCE: Quantity("logits", "what there is to move, at each corruption", ("mean", "sd")),
+        DIFFERENCE: Quantity(
+            "logits", "logit difference to be moved, per corruption", ("mean", "sd")
+        ),
         **{
-            _row(*place): Quantity("share", f"{meaning}, one corruption at a time", ("median",))
-            for place, meaning in _MEANINGS.items()
+            _row(*key): Quantity("share", f"{meaning}, per corruption", ("median",))
+            for key, meaning in _MEANINGS.items()
         },
     },
     estimates={
@@ -298,7 +305,9 @@ PROBE = Probe(
             f"{way}: {part}{how}": Quantity("share", meaning)
             for (way, part, how), meaning in _MEANINGS.items()
         },
-        "pairs left": Quantity("share", "pairs with |m_clean - m_corrupt| of .5 or more"),
+        "pairs left": Quantity(
+            "share", "share of pairs with a corruption at |m_clean - m_corrupt| of .5 or more"
+        ),
     },
     streams=("pairs: name swap", "pairs: subject swap", "pairs: prefix", "pairs: induction"),
     figures=(
@@ -313,6 +322,6 @@ PROBE = Probe(
             "The gain alone, with the final norm's scale frozen",
             tuple(f"{way}: gain, final norm frozen" for way in WAYS),
         ),
-        Figure("Pairs left", ("pairs left",)),
+        Figure("Share of pairs that are kept", ("pairs left",)),
     ),
 )

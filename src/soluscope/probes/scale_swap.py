@@ -1,37 +1,37 @@
 """P5: Scale swap and dose curve
 
-Which token gives to which is a random order within each class (position group, fifth of the
-surprisal), each giving to the next, from a fixed seed; so the donors of a class are the class, and its
-log ratios add up to 0.
+The tokens of a class (position group, fifth of the surprisal) are put in a random order from a fixed seed,
+and each token gives its gain to the next. The donors of a class are thus exactly its members, and its log
+ratios sum to 0.
 
 Question:
-    Does a token need its own gain, or would that of another token like it, or half or twice its
-    own, do as well?
+    Does a token need its own gain, or is the gain of a similar token, or half or twice its own gain,
+    as good?
 
 Formula:
-    l(g_u) - l(g_t), u of t's position group (1, 2 to 15, from 16), stream and fifth of the
-    surprisal;
+    l(g_u) - l(g_t), where u has the position group (1, 2 to 15, from 16), stream and fifth of the
+    surprisal of t;
     its slope on log(g_u / g_t);
     l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps
 
 Reading:
-    Smearing predicts that a swap costs loss in either direction (a positive slope up, a negative
-    one down) and that the mean dose curve is sharp with its lowest point at 1. Without it the swap
-    changes nothing: where the gain is one constant exactly, where it varies to no effect within
-    .001 nats. A steep dose curve alone says that the output scale matters, which a static gain has
-    too. Swaps also cost loss where a gain for each neuron could do it (C2, `disjoint`): whether a
-    gain by token is needed is for P7 and P8.
+    Smearing predicts that a swap costs loss in either direction (a positive slope for swaps to a
+    higher gain, a negative slope for swaps to a lower one) and that the mean dose curve is sharp with
+    its minimum at 1. Without smearing the swap changes nothing: exactly nothing where the gain is one
+    constant, and within .001 nats where it varies without effect. A steep dose curve alone shows only
+    that the output scale matters, as it also does under a static gain. Swaps also cost loss where a
+    per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is needed.
 
 Pitfalls:
-    Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that
-    up-swaps are of tokens with low gains and down-swaps of those with high ones; read the two signs
-    apart. The best dose of a single token is where its one target is likeliest, often an end of the
-    range; only the best dose for all says whether gains are right. A swapped gain is off the
-    token's own distribution, though not off the model's. Tokens are matched within one stream; dose
-    curves are of 2048 evenly spaced tokens at most.
+    Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that swaps up
+    are of tokens with low gains and swaps down of tokens with high gains; read the two signs
+    separately. The best dose of a single token is where its one target is most likely, often at an end
+    of the range; only the best dose for all tokens shows whether gains are right. A swapped gain is
+    off-distribution for the token, though not for the model. Tokens are matched within one stream; dose
+    curves are of at most 2048 evenly spaced tokens.
 
 Source:
-    science.md sections 7 P5 and 8.4
+    protocol.md sections 7 P5 and 8.4
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from soluscope.probes._estimates import ratio, slope, sums_by_string
 from soluscope.probes._tokens import arrays
 
 POSITION_GROUPS = (2, 16)
-"""Where the second and the third begin; science.md section 5."""
+"""Positions at which the second and the third group begin; protocol.md section 5."""
 N_SURPRISAL_BINS = 5
 SEED = 0
 SAME = 1e-5
-"""Log ratio of gains that are equal but for rounding."""
+"""Largest log ratio of two gains that counts as rounding."""
 
 DOUBLINGS = tuple(i / 4 for i in range(-8, 9))
 DOSES = tuple(2**x for x in DOUBLINGS)
 N_DOSED = 2048
-"""Tokens with a dose curve, at most, evenly spaced."""
+"""Maximum number of tokens with a dose curve, evenly spaced."""
 FLAT = 1e-6
-"""Nats: a curve that moves by less is rounding, and has no lowest point."""
+"""Smallest range of a dose curve, in nats, that is more than rounding; a flatter curve has no minimum."""
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return what swaps and doses of the gain do to each token's loss, and slopes and mean curves."""
+    """Return the change of each token's loss under swaps and doses of the gain, and slopes and mean curves."""
     tokens = _changes_by_token(run)
     return Measured(tokens, tuple(_estimates(run, tokens)))
 
@@ -77,13 +77,13 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
     """Return the change of each token's loss with another gain, in nats; nan at BOS and without a target.
 
     Returns:
-        With ln_final live, and with its scale frozen:
-        the change in absolute value, with its sign, and with its sign where the gain went up and where
-        it went down; nan where no other token is like it;
-        the dose curve l(alpha g) - l(g) at `DOSES`, log2 of the alpha where it is lowest (by the
-        parabola through the lowest three; nan where it is flat), and its second derivative in
-        log alpha at 1, by differences: all nan but at `N_DOSED` evenly spaced tokens;
-        and the log ratio of the two gains.
+        Each with ln_final live and with its scale frozen:
+        the change of loss under a swap, as an absolute value, with its sign, and with its sign only where
+        the gain rose or only where it fell; nan where no other token matches;
+        the dose curve l(alpha g) - l(g) at `DOSES`; log2 of the alpha where it is lowest (by the parabola
+        through the lowest three; nan where it is flat); and its second derivative in log alpha at 1, by
+        differences: all nan except at `N_DOSED` evenly spaced tokens.
+        Also the log ratio of the two gains.
     """
     gain = run.gain.double()
     donor = matched(run)
@@ -111,10 +111,10 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
 
 
 def matched(run: HookedRun) -> Tensor:
-    """For each token the one whose gain it gets, of its position group and fifth of the surprisal.
+    """Return for each token its donor: a token of its position group and fifth of the surprisal.
 
     Returns:
-        int64 [token]; -1 at BOS, without a target, and where no other token is alike.
+        Indices of tokens, int64 [token]; -1 at BOS, without a target, and where no other token matches.
     """
     scored = run.scored.nonzero().squeeze(-1)
     group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
@@ -133,17 +133,17 @@ def matched(run: HookedRun) -> Tensor:
 
 
 def _evenly_spaced(candidates: Tensor) -> Tensor:
-    """At most `N_DOSED` of the tokens that are candidates. [token], bool"""
-    places = candidates.nonzero().squeeze(-1)
-    # `streams.evenly_spaced` rounds otherwise: for one in 150 lengths it dosed a few other tokens.
-    spaced = torch.linspace(0, len(places) - 1, min(len(places), N_DOSED), dtype=torch.float64)
+    """Select at most `N_DOSED` evenly spaced candidates, bool [token]."""
+    indices = candidates.nonzero().squeeze(-1)
+    # Not `streams.evenly_spaced`, which rounds differently: for 1 in 150 lengths it selects a few other tokens.
+    spaced = torch.linspace(0, len(indices) - 1, min(len(indices), N_DOSED), dtype=torch.float64)
     chosen = torch.zeros_like(candidates)
-    chosen[places[spaced.long()]] = True
+    chosen[indices[spaced.long()]] = True
     return chosen
 
 
 def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm) -> Tensor:
-    """Loss at `gains` [token edit] less loss at the own gain; nan where not `kept`. fp64"""
+    """Return loss at `gains` [token edit] minus loss at the unchanged gain, fp64; nan where not `kept`."""
     part = run.subset(kept)
     losses = loss_at_gain(part, torch.cat([part.gain[:, None], gains[kept]], dim=1), final_norm)
     losses = losses.double()
@@ -153,9 +153,10 @@ def _changes(run: HookedRun, kept: Tensor, gains: Tensor, final_norm: FinalNorm)
 
 
 def lowest(curves: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log2 of the dose at which each curve [... dose] is lowest; the end where that is an end.
+    """Return log2 of the dose at which each curve [... dose] is lowest; nan where the curve is flat.
 
-    Between doses by the parabola through the lowest three; nan where the curve is flat.
+    Between doses the minimum is that of the parabola through the lowest three. A curve that is lowest at
+    the first or last dose has its minimum there.
     """
     last = len(DOUBLINGS) - 1
     index = np.nan_to_num(curves, nan=0.0).argmin(-1)
@@ -177,10 +178,10 @@ def _at(dose: float, how: str) -> str:
 
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
-    """Slopes of the change on log(g_u / g_t), of all swaps and of each sign; the mean dose curve.
+    """Yield slopes of the change on log(g_u / g_t), for all swaps and for each sign, and the mean dose curve.
 
-    Swaps between equal gains change nothing, and count for both signs. No slopes where all gains
-    are equal.
+    Swaps between equal gains change nothing and count for both signs. Where all gains are equal no slope
+    is yielded.
     """
     string, columns = run.string.numpy(), arrays(tokens)
     log_ratio = columns["log(g_u / g_t)"]
@@ -203,10 +204,11 @@ def _lowest_mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Two tokens alike but for their gains, 1 and 1/3, whose loss is log(1 + 3^alpha) at alpha times those.
+    """Yield two tokens that differ only in their gains, 1 and 1/3, and the same under a constant gain.
 
-    post is (1, -1) at both, W_out copies it, and ln_final's epsilon is so large that its scale is one
-    constant; W_U makes (alpha ln 3, 0) of it, and the target is the second token.
+    At alpha times its gain a token's loss is log(1 + 3^alpha): post is (1, -1) at both tokens, W_out copies
+    it, ln_final's epsilon is so large that its scale is one constant, W_U maps alpha times this post to the
+    logits (alpha ln 3, 0), and the target is the second token.
     """
     mid = torch.tensor([[[1.0, -1.0]] * 3, [[3.0, -3.0]] * 3])
     run = planted(mid, eps=1e-12)
@@ -247,7 +249,7 @@ PROBE = Probe(
         Gate("smear_shared", "slope, up", above=0.1),
         Gate("smear_shared", "slope, down", below=-0.1),
         Gate("smear_shared", "log2 of the best dose for all", within=0.25),
-        Gate("disjoint", "swap, absolute", above=0.1),  # though no gain by token is needed
+        Gate("disjoint", "swap, absolute", above=0.1),  # although no per-token gain is needed
         *(
             Gate(negative, f"swap, absolute{how}", within=0.001)
             for negative in ("absorbed", "uniform", "pinned")
@@ -259,29 +261,33 @@ PROBE = Probe(
     measure=measure,
     known=known,
     quantities={
-        "log(g_u / g_t)": Quantity("log gain", "how far apart the swapped gains are", ("sd",)),
+        "log(g_u / g_t)": Quantity("log gain", "log ratio of the swapped gains", ("sd",)),
         **_by_final_norm(
             {
                 "swap, absolute": Quantity(
                     "nats",
-                    "size of the change of loss with a like token's gain",
+                    "size of the change of loss with the gain of a similar token",
                     ("mean", "median"),
                     more_smeared_when="higher",
                 ),
                 "swap, signed": Quantity(
                     "nats",
-                    "change of loss with a like token's gain",
+                    "change of loss with the gain of a similar token",
                     more_smeared_when="higher",
                 ),
-                "swap up, signed": Quantity("nats", "the same where that gain is higher"),
-                "swap down, signed": Quantity("nats", "the same where that gain is lower"),
+                "swap up, signed": Quantity(
+                    "nats", "the same where the other token's gain is higher"
+                ),
+                "swap down, signed": Quantity(
+                    "nats", "the same where the other token's gain is lower"
+                ),
                 "log2 of the best dose": Quantity(
                     "doublings of the gain",
-                    "where the token's dose curve is lowest",
+                    "dose at which the token's dose curve is lowest, as log2",
                     ("median", "q05", "q95", "sd"),
                 ),
                 "curvature at the own gain": Quantity(
-                    "nats / (log gain)^2", "second derivative of the dose curve at 1"
+                    "nats / (log gain)^2", "second derivative of the dose curve in log gain, at 1"
                 ),
                 **{
                     _at(dose, ""): Quantity(
@@ -294,7 +300,7 @@ PROBE = Probe(
     },
     estimates=_by_final_norm(
         {
-            "slope": Quantity("nats / log gain", "slope of the change on log(g_u / g_t)"),
+            "slope": Quantity("nats / log gain", "slope of the change of loss on log(g_u / g_t)"),
             "slope, up": Quantity(
                 "nats / log gain",
                 "the same over swaps to a gain as high or higher",
@@ -305,25 +311,25 @@ PROBE = Probe(
                 "the same over swaps to a gain as low or lower",
                 more_smeared_when="lower",
             ),
-            "dose curve": Quantity("nats", "mean change of loss at x times the own gain"),
+            "dose curve": Quantity("nats", "mean change of loss at x times the token's gain"),
             "log2 of the best dose for all": Quantity(
-                "doublings of the gain", "where the mean dose curve is lowest"
+                "doublings of the gain", "dose at which the mean dose curve is lowest, as log2"
             ),
         }
     ),
     streams=("natural",),
     figures=(
         Figure(
-            "Change of loss with the gain of another token like it",
+            "Change of loss with the gain of a similar token",
             ("swap, absolute", "swap up, signed", "swap down, signed"),
         ),
         Figure(
-            "Dose curve: change of loss at a multiple of the own gain",
+            "Dose curve: change of loss at a multiple of the token's gain",
             tuple(f"dose curve{how}" for how in FINAL_NORMS.values()),
             kind="curve",
             log_x=True,
-            x_title="multiple of the token's own gain",
+            x_title="multiple of the token's gain",
         ),
-        Figure("Where the mean dose curve is lowest", ("log2 of the best dose for all",)),
+        Figure("Dose at which the mean dose curve is lowest", ("log2 of the best dose for all",)),
     ),
 )

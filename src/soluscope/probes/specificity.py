@@ -1,48 +1,47 @@
 """P11: Specificity before and after the norm
 
-Elhage et al. looked at tokens across a neuron's range of activations and found that after the
-LayerNorm far more of the weakly activating ones had nothing to do with the neuron's feature: "the
-signature we'd expect to see if LayerNorm was being used to smuggle" features through. Here the
-feature is a label, the levels are ranks, and what the norm does is taken apart: per-token gain,
-centring, both.
+Elhage et al. looked at tokens across a neuron's range of activations. After the LayerNorm far more of the
+tokens with weak activations were unrelated to the neuron's feature: "the signature we'd expect to see if
+LayerNorm was being used to smuggle" features through. In this probe the feature is a label, the levels are
+ranks, and the effect of the norm is split into that of the per-token gain, that of centring, and both.
 
-Bins halve: the lower half of a neuron's positive activations, then the next quarter, and so on up
-to the top 1/128. In bins of one size whatever a norm moves up would come down elsewhere, and their
-mean would be blind to it; and the bottom of the range is far from any feature before the norm too.
+Bins halve: the lower half of a neuron's positive activations, then the next quarter, and so on up to the
+top 1/128. In bins of equal size a token that the norm moves to a higher bin would move another token to a
+lower one, and the mean over bins would miss both. The bottom of the range is also unrelated to any feature
+before the norm.
 
-Neurons and their features are chosen on either half of the documents and measured on the other. Ranks
-are taken within a half, and a mean over neurons is over the choices of both: a neuron that both halves
-chose counts twice, be it with one feature or with two, and one that a single half chose counts once.
+Neurons and their features are chosen on either half of the documents and measured on the other half. Ranks
+are taken within a half, and a mean over neurons runs over the choices of both halves: a neuron that both
+halves chose counts twice, with one feature or with two, and a neuron that a single half chose counts once.
 
 Question:
-    Do a neuron's weak activations have less to do with its feature after the mid norm than before
-    it?
+    Are a neuron's weak activations less related to its feature after the mid norm than before it?
 
 Formula:
     A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with
     post = g a, a - m or g (a - m);
     weak bins: ranks from the top n/2^b to n/2^(b-1), b = 1..4, n = tokens with a_j > 0;
     f has the highest AUROC for a_j on the other half of the documents;
-    both halves' neurons together
+    the neurons of both halves are pooled
 
 Reading:
-    Smearing predicts A above 0 by the gain alone: tokens without the feature, amplified, overtake
-    tokens that have it weakly beside something stronger. A at 0 by the gain, and above 0 by
-    centring alone, is no smearing: the mean re-signs small activations. All at 0: the norm moves
-    nothing past anything else.
+    Smearing predicts A above 0 for the gain alone: tokens without the feature, amplified, overtake
+    tokens that have the feature weakly beside something stronger. If A is 0 for the gain and above 0
+    for centring alone, this is not smearing: subtracting the mean changes the sign of small
+    activations. If every A is 0, the norm changes no order of activations.
 
 Pitfalls:
     Elhage et al. set levels by value, and judged the tokens on which the feature had been found.
     Equal values are not comparable before and after a norm that compresses the range: a bin then
-    holds other numbers of tokens, and the base rate does the rest. And a feature that was chosen on
-    the same data looks too specific. Here levels are ranks, and what is chosen on either half of
-    the documents is measured on the other; the figure as published is beside it. Ranks are blind to
-    a gain that compresses without changing the order within a neuron: for that read the scale
-    freeze. A neuron counts once for each half that chose it, with its best feature, also where that
-    is not good: see its AUROC. Gamma and beta are left out.
+    contains a different number of tokens, and A follows the base rate. A feature that was chosen on
+    the same data also looks too specific. Here levels are ranks, and pairs that are chosen on either
+    half of the documents are measured on the other; the figure as published is shown beside it. Ranks
+    do not detect a gain that compresses without changing the order within a neuron: for that read the
+    scale freeze. A neuron counts once for each half that chose it, with its best feature, even if that
+    feature is not good: see its AUROC. Gamma and beta are left out.
 
 Source:
-    Elhage et al. 2022, section 6.4; science.md section 7 P11
+    Elhage et al. 2022, section 6.4; protocol.md section 7 P11
 """
 
 from __future__ import annotations
@@ -76,30 +75,30 @@ from soluscope.probes._features import (
 Floats = NDArray[np.float64]
 
 N_BINS = 8
-"""Of activation; bin 1 is the weakest."""
+"""Number of bins of activation; bin 1 is the weakest."""
 LOW = slice(0, N_BINS // 2)
 """The weaker half of the bins: all but the top sixteenth of the positive activations."""
 N_NEURONS = 32
-"""The neurons whose features are clearest are measured, at most so many."""
+"""Maximum number of neurons per half, in descending order of the AUROC of their best feature."""
 
 STAGES = ("before", "gain only", "centring only", "both")
-"""a, g a, a - m and g (a - m): mid, and what the norm makes of it; m is 0 where it does not centre."""
+"""a (mid), g a, a - m and g (a - m), the steps of the norm without gamma and beta; m is 0 if it does not centre."""
 PARTS = STAGES[1:]
 SHARES = {stage: f"share of weak activations with the feature: {stage}" for stage in STAGES}
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Neurons, each with the feature that it tells best, and the tokens they are measured on."""
+    """Pairs of a neuron and the feature that it detects best, and the tokens on which they are measured."""
 
     values: dict[str, Floats]
-    """[token pair] by stage."""
+    """Activations by stage, [token pair]."""
     holds: NDArray[np.bool_]
-    """[token pair]: whether the token has the pair's feature."""
+    """True at tokens that have the pair's feature, [token pair]."""
     string: NDArray[np.int64]
-    """[token]"""
+    """Document of each measured token, [token]."""
     measured: NDArray[np.bool_]
-    """Which of the run's tokens these are."""
+    """Mask of the measured tokens among all tokens of the run."""
 
 
 def measure(run: HookedRun) -> Measured:
@@ -110,10 +109,10 @@ def measure(run: HookedRun) -> Measured:
 
 
 def _shares(run: HookedRun, halves: Sequence[_Pairs]) -> dict[str, Tensor]:
-    """Of the neurons that a token activates weakly, the share whose feature the token has.
+    """Return the share of the neurons that a token activates weakly whose feature the token has, [token].
 
-    Weakly: in the weaker half of the neuron's bins of rank, among the tokens of the half of the
-    documents that the token is in. One value a token, nan at BOS and where it activates none weakly.
+    A weak activation is in the weaker half of the neuron's bins of rank, among the tokens of the same half
+    of the documents. nan at BOS and at tokens without a weak activation.
     """
     columns = {name: np.full(len(run.pos), np.nan) for name in SHARES.values()}
     for pairs in halves:
@@ -126,7 +125,7 @@ def _shares(run: HookedRun, halves: Sequence[_Pairs]) -> dict[str, Tensor]:
 
 
 def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> Iterator[Estimate]:
-    """A by part of the norm, the curves behind it, and both as published."""
+    """Yield A by part of the norm, the curves of specificity behind it, and both as published."""
     if not halves:
         return
     bins = {stage: [_bins_by_rank(pairs, stage) for pairs in halves] for stage in STAGES}
@@ -161,7 +160,7 @@ def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> 
 
 
 def _cross_fit(run: HookedRun, features: Features) -> tuple[_Pairs, ...]:
-    """The pairs that either half of the documents chose, on the other half; a half may have none."""
+    """Return the pairs chosen on each half of the documents, measured on the other half; a half may have none."""
     if not features.names:
         return ()
     content = ~run.is_bos.numpy()
@@ -172,13 +171,13 @@ def _cross_fit(run: HookedRun, features: Features) -> tuple[_Pairs, ...]:
 def _matched(
     run: HookedRun, features: Features, chosen: NDArray[np.bool_], measured: NDArray[np.bool_]
 ) -> _Pairs:
-    """Each neuron's best feature by AUROC of mid, for the neurons where that is highest.
+    """Return the neurons whose best feature has the highest AUROC of mid, each paired with that feature.
 
     Args:
         run: activations.
-        features: at least one.
-        chosen: the tokens on which neurons and features are chosen, [token].
-        measured: the tokens to measure, [token].
+        features: labels of at least one feature.
+        chosen: mask of the tokens on which neurons and features are chosen, [token].
+        measured: mask of the tokens to measure, [token].
     """
     mid, gain = run.mid.numpy().astype(np.float64), run.gain.numpy().astype(np.float64)[:, None]
     scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
@@ -197,10 +196,11 @@ def _matched(
 
 
 def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
-    """Share of each token in each bin, [token pair bin]; tied tokens share their ranks alike.
+    """Return the share of each token in each bin of rank, [token pair bin]; tied tokens share their ranks equally.
 
-    With n tokens above 0 before the norm, bin b holds the ranks from n / 2^b to n / 2^(b-1) from the
-    top, and the last bin the rest: as many tokens in each stage, whatever has become of their signs.
+    With n tokens above 0 before the norm, bin b holds the ranks from n / 2^b to n / 2^(b-1) from the top,
+    and the last bin holds all remaining top ranks. A bin holds equally many tokens in every stage, even if
+    the norm changed their signs.
     """
     n = (levels(pairs.values["before"]) > 0).sum(axis=0)  # [pair]
     values = levels(pairs.values[stage])
@@ -214,7 +214,10 @@ def _bins_by_rank(pairs: _Pairs, stage: str) -> Floats:
 
 
 def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
-    """Which of equally wide bins from 0 to the neuron's largest value a token is in, [token pair bin]."""
+    """Return 1 at each token's bin and 0 elsewhere, [token pair bin].
+
+    Bins are equally wide, from 0 to the neuron's largest value.
+    """
     values = pairs.values[stage]
     largest = values.max(axis=0, initial=0.0)
     number = np.ceil(values / np.where(largest > 0, largest, 1.0) * N_BINS)
@@ -225,15 +228,15 @@ def _bins_by_value(pairs: _Pairs, stage: str) -> Floats:
 def _difference(
     quantity: str, halves: Sequence[_Pairs], before: Sequence[Floats], after: Sequence[Floats]
 ) -> Estimate:
-    """Mean over pairs of the mean over weak bins of P(feature | bin), before less after.
+    """Return A: the mean over pairs and weak bins of P(feature | bin), before minus after the norm.
 
-    A bin without tokens in one of the stages (by value, or in a resample) is left out there.
+    A bin without tokens in one of the stages (by value, or in a resample) is left out of that stage's mean.
 
     Args:
-        quantity: its name.
-        halves: disjoint documents, each with its pairs.
+        quantity: name of the estimate.
+        halves: pairs of each half, measured on disjoint documents.
         before: bins of each half before the norm, [token pair bin].
-        after: and after it.
+        after: bins of each half after the norm, [token pair bin].
     """
     bins = [
         np.concatenate([half[:, :, LOW], other[:, :, LOW]], axis=2)
@@ -251,7 +254,7 @@ def _difference(
 def _curve(
     quantity: str, halves: Sequence[_Pairs], bins: Sequence[Floats], stage: str
 ) -> Iterator[Estimate]:
-    """Mean over pairs of P(feature | bin), a point a bin."""
+    """Yield the mean over pairs of P(feature | bin), one point per bin."""
 
     def value(sums: Floats) -> Floats:
         return mean_of_defined(_specificity(sums))
@@ -264,9 +267,9 @@ def _curve(
 
 
 def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
-    """By document, pair of either half and bin: tokens with the feature, and all. [document pair*bin*2]
+    """Return counts of tokens with the feature, and of all tokens, [document pair*bin*2].
 
-    A document has nothing in the columns of the pairs that it had a part in choosing.
+    Pairs are those of both halves. A document has 0 in the columns of the pairs that its half chose.
     """
     by_half = []
     for pairs, shares in zip(halves, bins, strict=True):
@@ -277,7 +280,7 @@ def _sums(halves: Sequence[_Pairs], bins: Sequence[Floats]) -> Floats:
 
 
 def _specificity(sums: Floats) -> Floats:
-    """P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
+    """Return P(feature | bin) from `_sums`, [draw pair*bin]; nan where a bin is empty."""
     having, of_all = np.moveaxis(sums.reshape(len(sums), -1, 2), -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Floats = having / np.where(of_all > 1e-9, of_all, np.nan)
@@ -289,34 +292,34 @@ def _n_tokens(halves: Sequence[_Pairs]) -> int:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """The signature by hand: by the gain alone, by centring alone, and not at all.
+    """Yield runs with the signature due to the gain alone, due to centring alone, and without it.
 
-    Each document has, after BOS, 2 tokens `A` that excite neuron 0 strongly, 2 `A` weakly beside a
-    strong neuron 1, and 12 `b` that excite it least. Both neurons tell `A` best. Of the 16 tokens,
-    all above 0 at neuron 0, the weak bins hold the ranks 9-16, 5-8, 3-4 and 2. Before the norm the
-    order is strong, weak, b: P(A) = 0, 0, 1, 1. Where the weak `A` fall below the `b` it is
-    2/8, 0, 0, 1. The mean falls by 3/16; at neuron 1, positive at the weak `A` alone, by 0; and the
-    mean over both neurons by 3/32.
+    After BOS each document has 2 tokens `A` that activate neuron 0 strongly, 2 tokens `A` that activate it
+    weakly beside a strong neuron 1, and 12 tokens `b` that activate it least. Both neurons detect `A` best.
+    All 16 tokens are above 0 at neuron 0, so the weak bins hold the ranks 9-16, 5-8, 3-4 and 2. Before the
+    norm the order is strong A, weak A, b, and P(A) = 0, 0, 1, 1. Where the weak `A` fall below the `b`,
+    P(A) = 2/8, 0, 0, 1. The mean over bins falls by 3/16 at neuron 0 and by 0 at neuron 1, which is positive
+    at the weak `A` only, so the mean over both neurons falls by 3/32.
     """
     n_documents = 12
 
     def run(strong: list[float], weak: list[float], b: list[float], **norm: float) -> HookedRun:
         document = torch.tensor([[0.0] * 4, *[strong] * 2, *[weak] * 2, *[b] * 12])
         tokens = torch.tensor([0, *[1] * 4, *[2] * 12]).repeat(n_documents)
-        made = planted(document.expand(n_documents, -1, -1), **norm)
-        return replace(made, tokens=tokens, vocab=("<|BOS|>", "A", "b"))
+        observed = planted(document.expand(n_documents, -1, -1), **norm)
+        return replace(observed, tokens=tokens, vocab=("<|BOS|>", "A", "b"))
 
     shares = ([math.nan] + [1.0] * 4 + [0.0] * 12) * n_documents
-    # All means are 0. Gain times neuron 0: 1.63 at strong, .016 at weak, 1.41 at b.
+    # All means are 0. Gain times neuron 0: 1.63 at strong A, .016 at weak A, 1.41 at b.
     by_gain = run([8, 0, -4, -4], [1, 100, -50.5, -50.5], [0.05, 0, -0.05, 0], eps=1e-12)
     answers: dict[str, Any] = dict.fromkeys(SHARES.values(), shares)
-    # Neurons 2 and 3 never fire, and are left out. At neuron 1 half of the `A` are level with `b`.
+    # Neurons 2 and 3 never fire and are left out. At neuron 1 half of the `A` are tied with the `b`.
     answers["AUROC of the matched neurons"] = (1 + 3 / 4) / 2
     yield by_gain, answers | _signature(gain=3 / 32, centring=0)
-    # One gain. Neuron 0 less the mean: 6 at strong, -4 at weak, .04 at b.
+    # One gain for all tokens. Neuron 0 minus the mean: 6 at strong A, -4 at weak A, .04 at b.
     by_centring = run([8, 0, 0, 0], [1, 19, 0, 0], [0.05, 0, 0, 0], gain=1.0)
     yield by_centring, _signature(gain=0, centring=3 / 32)
-    # Gains from .2 to 28, and no order changes.
+    # Gains range from .2 to 28, and no order changes.
     compressed = run([8, 0, -4, -4], [4, 0, -2, -2], [0.05, 0, -0.05, 0], eps=1e-12)
     yield compressed, _signature(gain=0, centring=0)
 
@@ -332,7 +335,7 @@ PROBE = Probe(
         Gate("smear_graded", "A (centring only)", within=0.01),
         Gate("centring", "A (centring only)", above=0.1),
         Gate("centring", "A (gain only)", within=0.01),
-        # The gain of `smear_shared` compresses each neuron's range and changes no order in it.
+        # The gain of `smear_shared` compresses each neuron's range but leaves its order unchanged.
         *(
             Gate(negative, "A (both)", within=0.01)
             for negative in ("smear_shared", "pinned", "monosemantic")
@@ -346,7 +349,7 @@ PROBE = Probe(
     quantities={
         name: Quantity(
             "share",
-            f"of the neurons that a token activates weakly ({stage}), those whose feature it has",
+            f"share of the neurons that a token activates weakly ({stage}) whose feature the token has",
             more_smeared_when="neither" if stage == "before" else "lower",
         )
         for stage, name in SHARES.items()
@@ -356,40 +359,44 @@ PROBE = Probe(
         **{
             f"A ({part})": Quantity(
                 "difference of P(feature)",
-                f"specificity of weak activations before the norm less after: {part}",
+                f"specificity of weak activations before the norm minus after it: {part}",
                 more_smeared_when="neither" if part == "centring only" else "higher",
             )
             for part in PARTS
         },
         "A by value (as published)": Quantity(
-            "difference of P(feature)", "the same, bins by value, feature chosen on the same tokens"
+            "difference of P(feature)",
+            "the same with bins by value and features chosen on the same tokens",
         ),
-        "specificity": Quantity("P(feature)", "of the tokens in a bin of ranks, mean over neurons"),
+        "specificity": Quantity(
+            "P(feature)",
+            "share of the tokens in a bin of ranks that have the feature, mean over neurons",
+        ),
         "specificity by value (as published)": Quantity(
-            "P(feature)", "of the tokens in a bin of values, feature chosen on the same tokens"
+            "P(feature)", "the same with bins by value and features chosen on the same tokens"
         ),
         "AUROC of the matched neurons": Quantity(
             "AUROC",
-            "how well mid tells the feature that was chosen on the other half of the documents",
+            "AUROC of mid for the feature that was chosen on the other half of the documents",
         ),
     },
     figures=(
         Figure(
-            "A by part of the norm: specificity lost by weak activations",
+            "A by part of the norm: loss of specificity of weak activations",
             tuple(f"A ({part})" for part in PARTS),
         ),
         Figure(
             "Specificity by rank of activation",
             ("specificity",),
             kind="curve",
-            x_title="bin of ranks, from the lower half of the positives (1) to their top 1/128 (8)",
+            x_title="bin of ranks, from the lower half of positive activations (1) to their top 1/128 (8)",
         ),
         Figure(
             "Section 6.4 as published: specificity by value",
             ("specificity by value (as published)",),
             kind="curve",
-            x_title="bin of value, from 0 to the neuron's largest (8)",
+            x_title="bin of value, from 0 to the neuron's largest value (8)",
         ),
-        Figure("How well the neurons tell their features", ("AUROC of the matched neurons",)),
+        Figure("AUROC of the neurons for their features", ("AUROC of the matched neurons",)),
     ),
 )

@@ -1,47 +1,47 @@
 """P14: Two tiers of features
 
-Elhage et al. suspect two tiers of features: some on a neuron of their own, some spread over many, which
-have a large effect only where no feature of the first tier is present and the LayerNorm turns them up. A
-feature of the second tier is decoded by many neurons together and by no few of them, and stands on
-tokens with a high gain. Whether the model reads what the probe reads is asked of the loss: the probe's
-direction is taken out of post.
+Elhage et al. suspect two tiers of features: some on single neurons, some spread over many neurons. Features
+of the second tier would have a large effect only where no feature of the first tier is present and the
+LayerNorm amplifies them. Such a feature can be decoded from many neurons together but not from a few, and
+occurs on tokens with a high gain. To test whether the model reads the direction that the probe reads, the
+direction is removed from post and the change of the loss is measured.
 
-Probes are fitted on either half of the documents and tried on the other, and a feature's AUROC is the
-mean of the two: its index and its tier follow from that mean, so that each feature counts once. A
-removal needs the direction and the tier before it is measured; both come from the other half of the
-documents, the tier by halving that half again. So a feature may be removed from the one half and not
-from the other, or in another tier there.
+Probes are fitted on either half of the documents and tested on the other half. A feature's AUROC is the
+mean over the two halves; its index and its tier follow from that mean, so each feature counts once. A
+removal needs a direction and a tier that do not depend on the measured tokens: both come from the other
+half of the documents, and the tier is found by splitting that half again. A feature may therefore be
+removed from one half and not from the other, or be in another tier there.
 
 Question:
-    Are there features that only many neurons together tell, and do they stand where the gain is
-    high?
+    Are there features that can be decoded only from many neurons together, and do they occur where
+    the gain is high?
 
 Formula:
-    least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1 (difference of class
-    means) on the k neurons of the largest standardised difference, AUROC_k = mean of both halves of
-    the documents, fitted on the other;
+    distribution index = least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1
+    (difference of class means) on the k neurons with the largest standardised difference; AUROC_k is
+    the mean over both halves of the documents, each tested with probes fitted on the other;
     tier gap = share of decoded features with k > 16;
     removal: post - ((post - mean) . w) w, with w and the mean of post from the other half
 
 Reading:
-    Smearing predicts a second tier: features that few neurons of mid do not tell and all of them
-    do, which stand on tokens with a high gain (log gain above 0), take fewer neurons after the norm
-    than before it, and whose removal costs loss. Without it the tiers have one gain, and the index
-    is the same in mid and post. A second tier with a removal of 0 is decoded by the probe and not
-    used by the model.
+    Smearing predicts a second tier: features that cannot be decoded from a few neurons of mid but can
+    be decoded from all of them, that occur on tokens with a high gain (log gain above 0), need fewer
+    neurons after the norm than before it, and cost loss when removed. Without smearing the tiers have
+    the same gain, and the index is the same in mid and post. A second tier whose removal costs 0 is
+    decoded by the probe but not used by the model.
 
 Pitfalls:
-    A probe reads what the model does not use: that is what the removal is for, next to the random
-    direction, which removes as much from the same tokens. Features that are unions of others (all
-    capitals) take many neurons in any model: compare kinds, and tokens' identities first. The index
-    asks for 95% of what all neurons give, and moves in powers of two. The ridge grows with the
-    number of neurons; with few tokens all neurons may tell less than some of them. Intervals are
-    for other documents at the same probes, and as wide as those of one half: too wide where probes
-    are good. What to remove is chosen on quarters of the documents, where fewer features are
-    decoded.
+    A probe reads directions that the model does not use. The removal tests use, next to the removal
+    of as much of a random direction from the same tokens. Features that are unions of other features
+    (all capitals) need many neurons in any model: compare kinds, and look at tokens' identities first.
+    The index requires 95% of the AUROC above chance of all neurons, and moves in powers of two. The
+    ridge grows with the number of neurons, so with few tokens a probe on all neurons may be worse than
+    a probe on some of them. Intervals are for other documents at the same probes, and as wide as those
+    of one half: too wide where probes are good. The features to remove are chosen on quarters of the
+    documents, where fewer features are decoded.
 
 Source:
-    Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing; science.md section 7 P14
+    Elhage et al. 2022, section 6.4; Gurnee et al. 2023 for sparse probing; protocol.md section 7 P14
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ Floats = NDArray[np.float64]
 
 STAGES = ("mid", "post")
 ENOUGH = 0.95
-"""Share of the full probe's AUROC, above chance, that counts as having the feature."""
+"""Share of the full probe's AUROC above chance that a smaller probe must reach to count as decoding the feature."""
 DECODED = 0.75
-"""A feature is decoded where the full probe's AUROC is at least half way from chance to 1."""
+"""Least AUROC of the full probe of a feature that counts as decoded: half way from chance to 1."""
 FEW = 16
-"""A feature that needs more neurons than this is of the second tier."""
+"""Largest number of neurons needed by a feature of the first tier; the second tier needs more."""
 MAX_REMOVED = 200
-"""Tokens of a half at which a feature's direction is removed, at most so many, evenly spaced."""
+"""Maximum number of tokens per half at which a feature's direction is removed, evenly spaced."""
 HALVES_AGREE = 2**0.5
-"""What the spread of a mean of two AUROCs is multiplied by, as if they were one number.
+"""Factor on the spread of the mean of two AUROCs, which treats the two as one number.
 
-Where there is nothing to find, they nearly are: both grow with D'(C^-1)E, for the differences D and E
-between the classes in the two halves. Resampling at fixed probes takes them for two, and would find
-something in 2 Phi(-1.96 / sqrt 2) = 17% of draws. Where probes are good it was right, and intervals
-are too wide by up to this factor: as wide as those of one half.
+If a feature cannot be decoded, the two AUROCs are nearly one number: both grow with D'(C^-1)E, for the
+differences D and E between the classes in the two halves. Resampling at fixed probes treats them as
+independent, and would give false positives at a rate of 2 Phi(-1.96 / sqrt 2) = 17%. If probes are good,
+that treatment is right, and intervals are too wide by up to this factor: as wide as those of one half.
 """
 
 REMOVED = {
@@ -105,15 +105,15 @@ class _CrossFit:
     """Probes of each feature from its best k neurons, fitted on either half of some documents."""
 
     sizes: NDArray[np.int64]
-    """k, ascending; the last is all neurons."""
+    """Numbers of neurons k, ascending; the last is all neurons."""
     directions: Floats
-    """[fold feature neuron]: of the probe on all neurons, in units of the activations."""
+    """Directions of the probes on all neurons, in units of the activations, [fold feature neuron]."""
     sums: Floats
-    """[document fold feature size 4]: what `auroc_of` makes AUROCs of, on the other half of the
-    documents; 0 in the fold that a document was fitted in."""
+    """Sums from which `auroc_of` computes AUROCs on the other half, [document fold feature size 4]; 0 in the
+    fold whose probes a document was used to fit."""
 
     def index(self, aurocs: Floats) -> Floats:
-        """Distribution index, [draw feature], from AUROCs [draw feature size]; nan where not decoded."""
+        """Return the distribution index [draw feature] from AUROCs [draw feature size]; nan where not decoded."""
         above_chance = aurocs - 0.5
         full: Floats = above_chance[:, :, -1]
         least = (above_chance >= ENOUGH * full[:, :, None]).argmax(axis=2)
@@ -121,13 +121,13 @@ class _CrossFit:
         return result
 
     def index_of_all(self) -> Floats:
-        """The index itself, without resampling. [feature]"""
+        """Return the distribution index of all documents, without resampling, [feature]."""
         index: Floats = self.index(_mean_aurocs(self.sums.sum(axis=0)[None], self.sums))[0]
         return index
 
 
 def measure(run: HookedRun) -> Measured:
-    """Return what removing features costs per token, and how many neurons tell a feature."""
+    """Return the loss that removing features costs per token, and the number of neurons that decode a feature."""
     features = label(run)
     fits = _cross_fits(run, features)
     return Measured(_costs(run, features, fits), tuple(_estimates(run, features, fits)))
@@ -136,9 +136,10 @@ def measure(run: HookedRun) -> Measured:
 def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> dict[str, Tensor]:
     """Return the change of a token's loss, in nats, when the directions of its features are removed from post.
 
-    One feature at a time, of those that are decoded from post. Mean over those that the token has: the
-    ones that few neurons of mid tell, the others, and both when as long a piece of a random direction
-    is removed. At some of the tokens that have a target, nan elsewhere. ln_final is live.
+    Features that are decoded from post are removed one at a time, and the change is averaged over the
+    features that the token has: over features that few neurons of mid decode, over features that need more,
+    and over both when a random direction of equal length is removed instead. Computed at some of the
+    tokens that have a target; nan elsewhere. ln_final is live.
     """
     generator = np.random.default_rng(0)
     totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
@@ -162,11 +163,11 @@ def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> di
 def _removals(
     run: HookedRun, features: Features, fits: dict[str, _CrossFit]
 ) -> Iterator[tuple[str, NDArray[np.int64], Tensor, Floats]]:
-    """What is removed where, all of it chosen on the half of the documents without these tokens.
+    """Yield the directions to remove and their tokens, all chosen on the half without these tokens.
 
     Yields:
-        For each half and each feature that is decoded from post: its tier by mid, the places of the
-        tokens that have it and a target, the mean of post [d_mlp], and the direction [d_mlp].
+        For each half and each feature that is decoded from post: its tier by mid, the indices of the
+        tokens that have the feature and a target, the mean of post [d_mlp], and the direction [d_mlp].
     """
     if not fits:
         return
@@ -185,7 +186,7 @@ def _removals(
 def _estimates(
     run: HookedRun, features: Features, fits: dict[str, _CrossFit]
 ) -> Iterator[Estimate]:
-    """How many neurons tell a feature, from post and from mid, and the gain where it takes many."""
+    """Yield the numbers of neurons that decode features from post and from mid, and the gain of the second tier."""
     if not fits:
         return
     content = ~run.is_bos.numpy()
@@ -203,14 +204,14 @@ def _estimates(
 def _tiers(
     stage: str, decoding: _CrossFit, gains: Floats, features: Features, n: int
 ) -> Iterator[Estimate]:
-    """What follows from the AUROCs of one stage.
+    """Yield the estimates that are functions of the AUROCs of one stage.
 
     Args:
         stage: mid or post.
-        decoding: of that stage.
-        gains: sums of log gain over the tokens of a feature, and their number, [document feature 2].
-        features: what was decoded.
-        n: tokens that are not BOS.
+        decoding: cross-fitted probes of that stage.
+        gains: sums of log gain over the tokens of a feature, and the number of these, [document feature 2].
+        features: labels of the features.
+        n: number of tokens that are not BOS.
     """
 
     def mean_auroc(aurocs: Floats) -> Floats:
@@ -265,15 +266,15 @@ def _from_aurocs(
     more: Floats | None = None,
     **fields: Any,
 ) -> Estimate:
-    """An Estimate whose `number` is a function of AUROCs [draw feature size].
+    """Return an Estimate that is a function of AUROCs [draw feature size].
 
     Args:
-        quantity: its name.
-        sums: [document fold feature size 4].
-        number: given the AUROCs, and the weighted sums of `more` where there are any.
-        n: tokens.
-        more: sums of something else, [document ...].
-        fields: `x` and `group`.
+        quantity: name of the estimate.
+        sums: sums behind the AUROCs, [document fold feature size 4].
+        number: function of the AUROCs, and of the weighted sums of `more` if that is given.
+        n: number of tokens.
+        more: other sums that `number` needs, [document ...].
+        fields: `x` and `group` of the Estimate.
     """
     flat = sums.reshape(len(sums), -1)
     width = flat.shape[1]
@@ -287,13 +288,13 @@ def _from_aurocs(
 
 
 def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
-    """Mean of a feature's two AUROCs, [draw feature size], where draws spread as if these agreed.
+    """Return the mean of a feature's two AUROCs, [draw feature size]; resampled deviations times `HALVES_AGREE`.
 
-    A fold in which a draw leaves the feature, or its absence, to no token is left out.
+    A fold is left out where a draw has no token with the feature, or no token without it.
 
     Args:
         drawn: weighted sums over documents, [draw fold feature size 4].
-        sums: of each document, [document fold feature size 4].
+        sums: sums of each document, [document fold feature size 4].
     """
     total = sums.sum(axis=0)
     shape = total.shape[:-1]
@@ -309,7 +310,7 @@ def _mean_aurocs(drawn: Floats, sums: Floats) -> Floats:
 
 
 def _cross_fits(run: HookedRun, features: Features) -> dict[str, _CrossFit]:
-    """By stage, of all documents; nothing where no feature can be labelled."""
+    """Return the probes of each stage on all documents; no stage if no feature can be labelled."""
     if not features.names:
         return {}
     content = ~run.is_bos.numpy()
@@ -319,14 +320,15 @@ def _cross_fits(run: HookedRun, features: Features) -> dict[str, _CrossFit]:
 def _cross_fit(
     run: HookedRun, stage: str, features: Features, among: Bools, most: int | None = None
 ) -> _CrossFit:
-    """Probes of one stage, fitted on either half of some documents and tried on the other.
+    """Return the probes of one stage, fitted on either half of some documents and tested on the other half.
 
     Args:
         run: activations.
         stage: mid or post.
-        features: at least one.
-        among: tokens of the documents to halve, [token].
-        most: no probe of more neurons than this but that on all; without it, every power of 2.
+        features: labels of at least one feature.
+        among: mask of the tokens of the documents to split, [token].
+        most: largest number of neurons of a probe, apart from the probe on all neurons; if None, every
+            power of 2 is used.
     """
     values = getattr(run, stage).numpy().astype(np.float64)
     n_neurons = values.shape[1]
@@ -347,20 +349,20 @@ def _cross_fit(
 
 
 def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Least-squares probes of every feature from its best k neurons.
+    """Fit least-squares probes of every feature on its best k neurons.
 
-    Neurons are standardised and ranked by the difference of the two classes' means. With C the
-    correlation matrix of k of them over T tokens, the direction is (C + k/T)^-1 times that difference:
-    Fisher's discriminant, with a ridge as strong as the sampling noise of C.
+    Neurons are standardised and ranked by the difference of the means of the two classes. With C the
+    correlation matrix of the best k neurons over T tokens, the direction is (C + k/T)^-1 times that
+    difference: Fisher's discriminant, with a ridge as strong as the sampling noise of C.
 
     Args:
-        values: [token neuron].
-        holds: [feature token].
-        sizes: k, ascending; the last is all neurons.
+        values: activations, [token neuron].
+        holds: labels, [feature token].
+        sizes: numbers of neurons k, ascending; the last is all neurons.
 
     Returns:
         Weights of the standardised neurons, [feature neuron size], 0 for a feature that all tokens have
-        or none; and each neuron's sd, [neuron], infinite where it is 0.
+        or no token has; and each neuron's sd, [neuron], infinite where the sd is 0.
     """
     n, n_neurons = values.shape
     mean, sd = values.mean(axis=0), values.std(axis=0)
@@ -388,15 +390,16 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Tokens on neurons of their own, and tokens that are told by two neurons together.
+    """Yield four tokens on four single neurons, and four tokens that two neurons together distinguish.
 
-    Four tokens, each at 3 on its own neuron: one neuron tells each without a fault. W_out is 0, and
-    no removal changes a loss.
+    Four tokens, each at 3 on one neuron: that neuron decodes the token without error. W_out is 0, so no
+    removal changes a loss.
 
-    Four tokens at (3, 3), (3, 0), (0, 3), (0, 0), all alike frequent. A single neuron ranks a token
-    above two of the three others and level with one, AUROC 5/6; both neurons tell each. Centred, they
-    are at 0, 1.5, -1.5, 0 and the negative of that: one neuron tells the second and the third, and
-    nothing linear the first and the fourth, which have AUROC 1/2 and count as not decoded.
+    Four equally frequent tokens at (3, 3), (3, 0), (0, 3) and (0, 0). A single neuron ranks a token above
+    two of the three others and ties it with the third, AUROC 5/6; both neurons decode every token. Centred,
+    the first neuron is at 0, 1.5, -1.5 and 0, the second at the negative. One neuron then decodes the second
+    and the third token. No linear probe decodes the first and the fourth, which have AUROC 1/2 and count as
+    not decoded.
     """
     n_rows, n_each = 6, 6
     order = list(range(4)) * n_each
@@ -453,55 +456,64 @@ PROBE = Probe(
     known=known,
     quantities={
         REMOVED["few"]: Quantity(
-            "nats", f"change of loss without the direction, features told by at most {FEW} of mid"
+            "nats",
+            f"change of loss when the direction is removed, features that need at most {FEW} neurons of mid",
         ),
         REMOVED["many"]: Quantity(
             "nats",
-            f"change of loss without the direction, features that take more than {FEW} of mid",
+            f"change of loss when the direction is removed, features that need more than {FEW} neurons of mid",
             more_smeared_when="higher",
         ),
-        REMOVED["random"]: Quantity("nats", "change of loss without as much of another direction"),
+        REMOVED["random"]: Quantity(
+            "nats", "change of loss when as much of a random direction is removed"
+        ),
     },
     streams=("natural", "code"),
     estimates={
         **_of_stages(
-            "AUROC - 1/2", "AUROC above chance", "of the probe on all neurons, mean over features"
+            "AUROC - 1/2",
+            "AUROC above chance",
+            "AUROC of the probe on all neurons minus 1/2, mean over features",
         ),
         **_of_stages(
-            "neurons", "distribution index", "that tell the median feature as well as all do"
+            "neurons",
+            "distribution index",
+            "neurons needed for 95% of the AUROC above chance of all neurons, median feature",
         ),
-        **_of_stages("share", "tier gap", f"of decoded features that take more than {FEW} neurons"),
+        **_of_stages(
+            "share", "tier gap", f"share of decoded features that need more than {FEW} neurons"
+        ),
         **_of_stages(
             "log gain",
             "log gain of the second tier",
-            f"at features that take more than {FEW} neurons less at others",
+            f"mean log gain at features that need more than {FEW} neurons minus that at other features",
             more_smeared_when="higher",
         ),
         "AUROC by neurons": Quantity(
-            "AUROC", "of probes on the best k neurons, mean over features"
+            "AUROC", "AUROC of probes on the best k neurons, mean over features"
         ),
     },
     figures=(
         Figure(
-            "How well the best k neurons tell a feature",
+            "AUROC of probes on the best k neurons",
             ("AUROC by neurons",),
             kind="curve",
             log_x=True,
             x_title="neurons",
         ),
         Figure(
-            "Neurons that the median feature takes",
+            "Neurons that the median feature needs",
             tuple(f"distribution index: {stage}" for stage in STAGES),
             log_y=True,
         ),
         Figure(
-            f"Features that take more than {FEW} neurons",
+            f"Share of features that need more than {FEW} neurons",
             tuple(f"tier gap: {stage}" for stage in STAGES),
         ),
         Figure(
-            "Log gain at those features, less at the others",
+            "Log gain at second-tier features minus log gain at the others",
             tuple(f"log gain of the second tier: {stage}" for stage in STAGES),
         ),
-        Figure("Loss when a feature's direction is removed", tuple(REMOVED.values())),
+        Figure("Change of loss when a feature's direction is removed", tuple(REMOVED.values())),
     ),
 )

@@ -1,7 +1,7 @@
-"""From records to a page and a terminal table. Reads results.jsonl only; never sees a model.
+"""The report of a study, as an HTML page and as tables for the terminal.
 
-`build` writes the page; `table` and `matrix` are for the terminal; `figures.draw` draws one figure of
-a probe.
+Its only input is results.jsonl; it never loads a model. `build` writes the page; `table` and `matrix` are
+for the terminal; `figures.draw` draws one figure of a probe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OPTIMUM = {
     Grid.UPPER_EDGE: "AT THE UPPER EDGE",
     Grid.TOO_FEW: "no grid",
 }
-"""Where on its grid the chosen setting lies."""
+"""Texts for the position of the chosen setting on its grid."""
 
 __all__ = ["build", "matrix", "publish", "table"]
 
@@ -68,7 +68,7 @@ def _write(study_dir: Path, records: list[Record]) -> Path:
 
 
 def table(records: list[Record]) -> Group:
-    """For the terminal: one line an arm, what was chosen, the doses, the controls, the headline sentences."""
+    """Build the terminal's report: losses by arm, effects by kappa, chosen settings, controls, and headline."""
     from rich.console import Group
     from rich.text import Text
 
@@ -83,10 +83,10 @@ def table(records: list[Record]) -> Group:
 
 
 def _of_size(size: str, records: list[Record]) -> Iterator[Table]:
-    """The losses of a size's arms; and what LayerNorm does at each kappa, where there are several."""
+    """Yield a table of a size's losses and, if there are several kappas, one of LayerNorm's effects by kappa."""
     kappas = by_kappa(records)
     dosed = {arm for of_variant in kappas.values() for arm in of_variant}
-    # A column for each kappa would leave the others no room; they have a table of their own.
+    # A column for each kappa would be too wide for the terminal, so the kappas have a separate table.
     references = [arm for arm in per_token(records) if arm not in dosed]
     lines = []
     for row in comparisons(records, Term.LOSS):
@@ -105,7 +105,7 @@ def _of_size(size: str, records: list[Record]) -> Iterator[Table]:
     heads = ["arm", "seeds", "loss, nats / token", *(f"minus {a}" for a in references), "median r"]
     if lines:
         yield _table(heads, lines, size)
-    decimals = {Term.GAIN: 4, Term.STATIC: 4, Term.SHARE: 2}
+    decimals = {Term.BENEFIT: 4, Term.STATIC: 4, Term.SHARE: 2}
     for variant, of_variant in kappas.items():
         doses = [
             [
@@ -123,18 +123,19 @@ def _of_size(size: str, records: list[Record]) -> Iterator[Table]:
 
 
 def _chosen(records: list[Record]) -> Iterator[Table]:
-    """Which rate and which gain each arm was given on the select split, and from what."""
+    """Yield a table of the rate and the gain that were chosen on the select split, with the tried settings."""
     lines = [
         [at.arm, f"{at.setting} {at.x:.3g}", choice.tried, str(at.n), OPTIMUM[at.grid]]
         for choice in choices(records)
         if (at := choice.chosen).grid
     ]
     if lines:
-        yield _table(["chosen on the select split", "", "of", "seeds", "optimum"], lines)
+        heads = ["arm", "chosen", "tried", "seeds", "optimum"]
+        yield _table(heads, lines, "chosen on the select split")
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> Table:
-    """A table whose cells are text as it is: rich would read markup in names."""
+    """Return a table whose cells are plain text, so that rich does not interpret names as markup."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,6 +1,6 @@
-"""The report as data: sections of paragraphs, tables, figures and what folds away.
+"""The report as data: sections of paragraphs, tables, figures and folded blocks.
 
-Sections are built once from the records. page.py writes them as HTML; the dashboard takes their figures.
+Sections are built once from the records. page.py renders them as HTML; the dashboard uses their figures.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MARKS = {"pass": "\u2713", "fail": "\u2717", "open": "?", "none": "\u2013"}
-"""Styles that stand for a verdict, and the signs shown beside their colours, which not everyone sees."""
+"""Styles of verdicts, and the sign shown with each colour for readers who cannot distinguish the colours."""
 
 
 class Block:
-    """A part of a section, drawn by the template's macro of the same name."""
+    """A part of a section, rendered by the template macro of the same name."""
 
     @property
     def kind(self) -> str:
-        """Name of the macro."""
+        """Return the name of the block's macro."""
         return type(self).__name__.lower()
 
 
 @dataclass(frozen=True)
 class Paragraph(Block):
-    """A paragraph; its first words may be strong, and the rest code."""
+    """A paragraph of text."""
 
     text: str
     lead: str = ""
+    """First words, in bold."""
     style: str = ""
-    """Class in the style sheet: `soft`, `warn`."""
+    """Class in the style sheet: `soft`, `warn`, `first`."""
     code: bool = False
+    """True if the text is shown as code."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Bullets(Block):
 
 @dataclass(frozen=True)
 class Line:
-    """A line inside a cell, in a style of its own."""
+    """A line inside a table cell, with its own style."""
 
     text: str
     style: str
-    """Class in the style sheet; one of `MARKS` has its sign before the text."""
+    """Class in the style sheet. For a class in `MARKS`, the sign is shown before the text."""
 
 
 Cell = str | Sequence[str | Line]
-"""Of a table: one line, or several one below the other."""
+"""A table cell: one line, or several lines below each other."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,14 @@ class Table(Block):
     heads: Sequence[str]
     lines: Sequence[Sequence[Cell]]
     n_text: int = 1
-    """How many columns hold text that wraps; those headed `note` do too."""
+    """Number of leading columns whose text wraps; it also wraps in columns with the heading `note`."""
     styles: Sequence[str] = ()
-    """Class of each column in the style sheet, in place of `n_text`."""
+    """Class of each column in the style sheet; replaces `n_text` if given."""
 
 
 @dataclass(frozen=True)
 class Plot(Block):
-    """A figure, the heading above it, and a remark between the two."""
+    """A figure with a heading above it and a remark between heading and figure."""
 
     figure: go.Figure
     caption: str = ""
@@ -79,7 +81,7 @@ class Plot(Block):
 
 @dataclass(frozen=True)
 class Fold(Block):
-    """Blocks behind a click."""
+    """Blocks that are hidden until the reader opens them."""
 
     summary: str
     blocks: Sequence[Block]
@@ -87,7 +89,7 @@ class Fold(Block):
 
 @dataclass(frozen=True)
 class Badge:
-    """A label with a mark; `hover` shows under the pointer."""
+    """A label with a mark, and a text that is shown while the pointer is on it."""
 
     mark: str
     label: str
@@ -103,20 +105,21 @@ class Badges(Block):
 
 @dataclass(frozen=True)
 class Scale:
-    """The key to the colours of one quantity."""
+    """The colour scale of one quantity."""
 
     name: str
-    """Of its style."""
+    """Name of the quantity's style."""
     text: str
-    """Name, unit and low end; or the whole of it where the quantity is constant and has no colours."""
+    """Name, unit and lowest value; the whole text if the quantity is constant and has no colours."""
     high: str = ""
+    """Highest value."""
     gradient: Sequence[str] = ()
-    """Colours from the low end to the high one."""
+    """Colours from the lowest to the highest value."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token's text, its numbers in words, and its colour by the name of each quantity's style."""
+    """A token's text, its numbers as text, and its colours by the name of each quantity's style."""
 
     text: str
     hover: str
@@ -125,7 +128,7 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenText:
-    """A text as one arm's first seed sees it."""
+    """A text coloured by the values of one arm's first seed."""
 
     summary: str
     opened: bool
@@ -135,37 +138,37 @@ class TokenText:
 
 @dataclass(frozen=True)
 class Tokens(Block):
-    """Texts coloured by one quantity at a time, which the reader chooses."""
+    """Texts coloured by one quantity at a time; the reader chooses the quantity."""
 
     quantities: dict[str, str]
-    """By the name of their style."""
+    """Labels of the quantities, by the name of their style."""
     texts: Sequence[TokenText]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     name: str
     """`loss`, `tuning`, or a probe's name."""
     heading: str
     blocks: Sequence[Block]
     failed: bool = False
-    """Of a probe that failed a control: the navigation shows it."""
+    """True for a probe that failed a control; the navigation marks its link."""
 
     @property
     def plots(self) -> list[Plot]:
-        """All figures, those that are folded away included."""
+        """List all figures of the section, folded ones included."""
         return list(_plots(self.blocks))
 
 
 def fold(summary: str, blocks: Sequence[Block]) -> list[Block]:
-    """Return the blocks behind a click; nothing where there is nothing to hide."""
+    """Hide the blocks behind a click; return an empty list if there are no blocks."""
     return [Fold(summary, blocks)] if blocks else []
 
 
 def plot(figure: go.Figure, caption: str = "", remark: str = "") -> list[Block]:
-    """Return the figure, whose title is the caption above it; nothing if it is empty."""
+    """Return the figure with the caption in place of its title; return an empty list if it has no traces."""
     return [Plot(figure.update_layout(title=None), caption, remark)] if figure.data else []
 
 

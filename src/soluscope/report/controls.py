@@ -1,6 +1,6 @@
-"""Whether a probe can be believed: what it found on models whose answer is known.
+"""Validation of probes: their results on control models, whose answer is known.
 
-Source: science.md sections 5 ("Null calibration") and 7 ("Control pass rule").
+Source: protocol.md sections 5 ("Null calibration") and 6 ("Gate rule").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 N_COLUMNS = 8
-"""Controls side by side in a terminal of 80 columns, so that the names of probes fit beside them."""
+"""Number of controls per table, so that a terminal of 80 columns has room for the names of the probes."""
 
 Standing = Literal["passed", "failed", "not run"]
 
@@ -33,7 +33,7 @@ def gates(records: Iterable[Record], probe: str) -> dict[str, list[GateResult]]:
 
 
 def standing(records: Iterable[Record], probe: str) -> Standing:
-    """Return whether a probe passed its controls: only where it has some, and passed all of them."""
+    """Return `passed` if a probe passed all its controls, `failed` if not, `not run` if it has no results."""
     results = [gate for gate in of_kind(records, GateResult) if gate.probe == probe]
     if not results:
         return "not run"
@@ -46,25 +46,25 @@ def failures(records: Iterable[Record], probe: str) -> list[str]:
 
 
 def failed(gates: Iterable[GateResult]) -> bool:
-    """Return whether any of the gates was failed."""
+    """Return whether any of the gates failed."""
     return not all(gate.passed for gate in gates)
 
 
 def sign(gates: Iterable[GateResult]) -> str:
-    """`C+` where the probe must find something, `C-` where it must find nothing, or both."""
+    """Return `C+` if the probe must find an effect, `C-` if it must find none, or both."""
     signs = {gate.sign for gate in gates}
     labels = (("positive", "C+"), ("negative", "C-"))
     return "/".join(label for sign, label in labels if sign in signs)
 
 
 def asked(gate: GateResult) -> str:
-    """A gate's verdict, what was asked, and its note."""
+    """Return a gate's verdict, its requirement and its note."""
     note = f"; {gate.note}" if gate.note else ""
     return f"{_verdict(gate.passed)}: {gate.asked}{note}"
 
 
 def line(gate: GateResult) -> str:
-    """A gate in words: what was measured, the number and its interval, what was asked."""
+    """Return a gate as text: the measured quantity, the number with its interval, and the requirement."""
     return f"{gate.measured}: {estimate(gate)} {gate.unit}; {asked(gate)}"
 
 
@@ -73,15 +73,15 @@ def _verdict(passed: bool) -> str:
 
 
 def false_positives(records: Iterable[Record], probe: str) -> list[FalsePositives]:
-    """Return how often a probe's test finds something where there is nothing, by source."""
+    """Return the rates at which a probe's test finds something where there is nothing, by source."""
     return [each for each in of_kind(records, FalsePositives) if each.probe == probe]
 
 
 def rate(of: FalsePositives) -> str:
-    """A rate of false positives in words."""
+    """Return a rate of false positives as text."""
     if of.value is None:
         return f"{of.source}: {of.note}"
-    return f"{of.source}: {estimate(of)} of {of.n} draws; {_rated(of)}"
+    return f"{of.source}: {estimate(of)} over {of.n} draws; {_rated(of)}"
 
 
 def _rated(of: FalsePositives) -> str:
@@ -90,7 +90,7 @@ def _rated(of: FalsePositives) -> str:
 
 
 def summary(records: Sequence[Record]) -> str:
-    """One line: how many probes ran on controls, and which failed what."""
+    """Return one line with the number of probes that ran on controls, and the controls that they failed."""
     probes = _probes(records)
     if not probes:
         return "controls: none run"
@@ -100,13 +100,13 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def matrix(records: Sequence[Record]) -> Group:
-    """For the terminal: probe x control with pass or fail, then the numbers of what failed.
+    """Build the terminal's matrix of probes and controls with pass or fail, then the numbers of failed gates.
 
-    Controls head the columns by their number in science.md section 6, with a key below; those that do
-    not fit beside the others are a table of their own.
+    Column headings are the controls' numbers in protocol.md section 6, with a key below. Controls that do
+    not fit beside each other are spread over several tables.
 
     Args:
-        records: gate results, rates of false positives, and the probes' words.
+        records: gate results, rates of false positives, and the probes' descriptions.
     """
     from rich.console import Group
     from rich.text import Text
@@ -139,7 +139,7 @@ def matrix(records: Sequence[Record]) -> Group:
 def _gates(
     records: Sequence[Record], probes: Sequence[str], controls: Sequence[tuple[str, str]]
 ) -> Table:
-    """The matrix for some of the controls, given by name and section."""
+    """Return the part of the matrix for these controls, given by name and section."""
     from rich.text import Text
 
     result = _table(["", "probe", *(section for _, section in controls)])
@@ -180,22 +180,22 @@ def _cell(gates: Sequence[GateResult] | None) -> Text:
 
 
 def _probes(records: Sequence[Record]) -> list[str]:
-    """Probes that ran on controls, in the order of their sections."""
+    """Return the probes that ran on controls, in the order of their sections."""
     return in_order(records, {gate.probe for gate in of_kind(records, GateResult)})
 
 
 def words_of(records: Iterable[Record], probe: str) -> ProbeWords | None:
-    """Return what a probe says of itself; None where no words are stored with its numbers."""
+    """Return a probe's description, or None without a stored description."""
     return next((words for words in of_kind(records, ProbeWords) if words.probe == probe), None)
 
 
 def in_order(records: Sequence[Record], probes: Iterable[str]) -> list[str]:
-    """Sort probes as science.md does; those without stored words come last."""
+    """Sort probes by their section in protocol.md; probes without a stored description come last."""
     return sorted(probes, key=lambda probe: (_number(_section(records, probe)), probe))
 
 
 def _section(records: Iterable[Record], probe: str) -> str:
-    """`P4`; empty where no words are stored."""
+    """Return a probe's section, such as `P4`; empty if no description is stored."""
     words = words_of(records, probe)
     return words.section if words else ""
 
@@ -205,6 +205,6 @@ def _by_section(gate: GateResult) -> tuple[int, str]:
 
 
 def _number(section: str) -> int:
-    """The number in `P11` or `C3`; where there is none, one that sorts last."""
+    """Return the number in `P11` or `C3`; without a number, return 999, which sorts last."""
     digits = re.match(r"[PC](\d+)", section)
     return int(digits[1]) if digits else 999

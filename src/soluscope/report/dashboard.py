@@ -1,11 +1,11 @@
-"""A study's comparison as one wandb run, and the project's dashboard of the study, written as code.
+"""A study's comparison as one wandb run, and the study's wandb dashboard, defined in code.
 
-Losses, r and gain of the training runs are read from those runs; intervals and Phi_dyn are not theirs
-to know, so the comparison is logged as a run of its own, and the dashboard shows its table and figures.
-The study's name fixes the ids of both: the same command again writes over them. Numbers of arms that are no
-longer in the study stay in the run's summary.
+The dashboard shows losses, r and gain from the training runs. Training runs contain no intervals and no
+Phi_dyn, so the comparison is logged as a separate run, and the dashboard shows its table and figures. The
+ids of the run and of the dashboard follow from the study's name, so the same command overwrites both.
+Numbers of arms that are no longer in the study stay in the run's summary.
 
-Keys that the training runs are read by: config `variant`, `arm_name`, `seed`, `study`, `size`, `kappa`, `lr`;
+Keys read from the training runs: config `variant`, `arm_name`, `seed`, `study`, `size`, `kappa`, `lr`;
 curves `tokens`, `loss`, `r`, `gain`, `grad_norm`, `tokens_per_s`; numbers `report_loss`, `r`, `gain`.
 """
 
@@ -52,45 +52,45 @@ SECTIONS = {
     "tuning": "Tuning",
     "loss": "Loss of each run",
     "differences": "Paired differences",
-    "terms": "Gain of LN and its terms",
+    "terms": "Benefit of LN and its terms",
     "dose": "Dose",
     "training": "Training",
 }
-"""Sections of the report's page that have figures, and what they are called here."""
+"""Titles on the dashboard for the sections of the report's page that have figures."""
 NO_PHI_DYN = (
-    "No Phi_dyn: it takes runs of plain SoLU, of an arm with a per-token norm and of a static arm that "
-    "share a seed."
+    "There is no Phi_dyn: it needs runs of plain SoLU, of an arm with a per-token norm and of a static arm "
+    "that share a seed."
 )
 COLUMNS = (
     "term", "arm", "variant", "kappa", "against", "x", "value", "low", "high", "unit", "n",
     "cluster", "n_clusters", "p", "p_adj", "verdict", "note",
 )  # fmt: skip
-"""Of the table of comparisons, and of the curves on which a setting `x` was chosen. Each difference is
-there twice, by `cluster`."""
+"""Columns of the table of comparisons and of the curves from which a setting `x` was chosen. Each
+difference has two rows, with different `cluster`."""
 PINNED = (
     "config:variant.value", "config:seed.value", "config:study.value", "config:size.value",
     "config:kappa.value", "config:lr.value", "summary:report_loss", "summary:r", "summary:gain",
 )  # fmt: skip
-"""Columns of the runs table, after the run's name. The app files a config key under `.value`."""
+"""Columns of the runs table after the run's name. The app stores a config key under `.value`."""
 START_SECONDS, FINISH_SECONDS = 30, 600
-"""How long a server may take that does not answer, before the report gives up."""
+"""Time limits for the server to start and to finish the run; after them, publishing fails."""
 TITLE_HEIGHT = 40
-"""Pixels that a title takes: the report's page has headings instead."""
+"""Height of a title in pixels; the report's page needs none, because it has headings."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in wandb."""
+    """Entity and project in wandb."""
 
     entity: str
     project: str
 
 
 def place(text: str) -> Place:
-    """Where `entity/project` is.
+    """Parse `entity/project`.
 
     Raises:
-        UserError: if `text` is not of that form.
+        UserError: if `text` does not have that form.
     """
     if not re.fullmatch(r"[^\s/\\#?%:]+/[^/\\#?%:]+", text.strip()):
         raise UserError(f"--wandb {text!r} is not entity/project, as in: --wandb my-team/soluscope")
@@ -98,20 +98,23 @@ def place(text: str) -> Place:
 
 
 def sign_in() -> None:
-    """Make sure that wandb takes this user's key, before anything is sent.
+    """Check that wandb accepts this user's key before anything is sent.
 
     Raises:
-        UserError: if wandb is not installed, there is no key, or the server refuses it or is not there.
+        UserError: if wandb is not installed, there is no key, or the server refuses the key or cannot be
+            reached.
     """
     _installed()
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
-        raise UserError(f"WANDB_MODE={mode} with --wandb, which sends: unset it, or add --dry-run")
+        raise UserError(
+            f"WANDB_MODE={mode}, but --wandb needs WANDB_MODE=online: unset WANDB_MODE, or add --dry-run"
+        )
     wandb_client.sign_in("--wandb", "add --dry-run, which needs none")
 
 
 def preview(study_dir: Path, where: Place) -> str:
-    """The dashboard as JSON, as it would be saved. Nothing is sent.
+    """Return the dashboard as the JSON that would be saved; nothing is sent.
 
     Raises:
         UserError: if there are no results, or wandb is not installed.
@@ -126,7 +129,7 @@ def publish(study_dir: Path, where: Place) -> str:
     """Log the study's comparison, save its dashboard, and return the dashboard's address.
 
     Raises:
-        UserError: if there are no results, or the server refuses one of the two.
+        UserError: if there are no results, or the server refuses the comparison or the dashboard.
     """
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
@@ -139,7 +142,7 @@ def publish(study_dir: Path, where: Place) -> str:
         return _save(_workspace(records, drawn, where), _study(records))
     except (wandb.Error, WandbApiFailedError, SpecVersionError, TimeoutError) as error:
         raise UserError(
-            f"wandb did not take the study into --wandb {where.entity}/{where.project}: "
+            f"wandb did not accept the study in --wandb {where.entity}/{where.project}: "
             f"{wandb_client.one_line(error)}"
         ) from error
 
@@ -179,7 +182,7 @@ def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -
 
 
 def _table(records: Sequence[Record]) -> list[list[Any]]:
-    """All comparisons and points of curves, one line each, in the order of `COLUMNS`."""
+    """Return one row for each comparison and each point of a curve, with the columns `COLUMNS`."""
     kappas = _kappas(records)
     lines: list[list[Any]] = []
     for row in records:
@@ -196,10 +199,10 @@ def _table(records: Sequence[Record]) -> list[list[Any]]:
 
 
 def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
-    """The comparisons with the interval for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
+    """Return the comparisons with the interval for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
 
-    What is undefined has its note in the number's place. Bounds that do not exist are None and not
-    left out, so that a second report of the study does not keep the first one's.
+    An undefined comparison has its note in place of the number. Missing bounds are None rather than left
+    out, so that a second report of the study does not keep the bounds of the first report.
     """
     result: dict[str, float | str | None] = {}
     for row in of_kind(records, Comparison):
@@ -212,7 +215,7 @@ def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
 
 
 def _term(row: Comparison) -> str:
-    """What a comparison is of, unlike that of every other comparison of the same arms."""
+    """Return a name for a comparison that is unique among the comparisons of the same arms."""
     if row.term is Term.PROBE:
         return f"{row.probe}: {row.quantity}"
     name = figures.term_name(row)
@@ -222,12 +225,12 @@ def _term(row: Comparison) -> str:
 
 
 def _reference(row: Comparison) -> str:
-    """The other arm that a comparison's key names: what is subtracted, or the arm whose curve it is on."""
+    """Return the second arm in a comparison's key: the subtracted arm, or the arm that names its curve."""
     return f"minus {row.against}" if row.term in (Term.DIFFERENCE, Term.PROBE) else row.tuned_arm
 
 
 def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
-    """Return the figures of the report and two more, by the key under which they are logged."""
+    """Return the figures of the report and two further ones, by the key under which they are logged."""
     compared = tuned(records)
     look = figures.styles(compared)
     result = {
@@ -246,19 +249,19 @@ def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
 
 
 def _bars(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
-    """Mean loss by arm, nats a token. Bars begin at 0, so the numbers stand in them."""
+    """Draw the mean loss by arm, in nats per token. Bars start at 0, so there is room for the numbers inside."""
     means = comparisons(records, Term.LOSS)
-    ends = [(row.value or 0.0, row.low, row.high) for row in means]
+    bounds = [(row.value or 0.0, row.low, row.high) for row in means]
     bars = go.Bar(
-        x=[value for value, _, _ in ends],
+        x=[value for value, _, _ in bounds],
         y=[html.escape(row.arm) for row in means],
         orientation="h",
         marker={"color": [look[row.arm].colour for row in means]},
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": [0.0 if high is None else high - value for value, _, high in ends],
-            "arrayminus": [0.0 if low is None else value - low for value, low, _ in ends],
+            "array": [0.0 if high is None else high - value for value, _, high in bounds],
+            "arrayminus": [0.0 if low is None else value - low for value, low, _ in bounds],
         },
         text=[f"{estimate(row, decimals=4)}, n = {row.n}" for row in means],
         textposition="inside",
@@ -271,7 +274,7 @@ def _bars(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
 
 
 def _phi_dyn(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
-    """Phi_dyn against kappa, or by arm where no variant has several kappas; no traces where it is undefined."""
+    """Draw Phi_dyn against kappa, or by arm if no variant has several kappas; undefined values are left out."""
     rows = [row for row in comparisons(records, Term.SHARE) if row.value is not None]
     points: list[Point] = []
     lines: dict[str, Style] = {}
@@ -281,11 +284,11 @@ def _phi_dyn(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
     if not points:
         return figures.by_arm(rows, look)
     figure = figures.along({"": points}, "kappa", lines, {line: line for line in lines})
-    return figure.update_traces(mode="markers")  # a line would cross the kappas without a Phi_dyn
+    return figure.update_traces(mode="markers")  # a line would pass over kappas without a Phi_dyn
 
 
 def _titled(figure: go.Figure, title: str) -> go.Figure:
-    """The figure with room above its panels for a title."""
+    """Add a title to the figure, with room for it above the panels."""
     if figure.layout.height is None:
         return figure.update_layout(title=html.escape(title))
     return figure.update_layout(
@@ -299,7 +302,7 @@ def _titled(figure: go.Figure, title: str) -> go.Figure:
 
 
 def _workspace(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -> Workspace:
-    """The study's dashboard: the runs of the study, grouped by variant or arm, and its comparison."""
+    """Build the study's dashboard: its runs, grouped by variant or arm, and its comparison."""
     import wandb_workspaces.workspaces as ws
 
     study = _study(records)
@@ -307,28 +310,29 @@ def _workspace(records: Sequence[Record], drawn: dict[str, go.Figure], where: Pl
     made = ws.Workspace(
         entity=where.entity,
         project=where.project,
-        name=study.replace("+", "-"),  # the library takes + for an emoji
+        name=study.replace("+", "-"),  # the library interprets + as an emoji
         sections=_sections(records, drawn),
         settings=ws.WorkspaceSettings(max_runs=n_runs),
         runset_settings=ws.RunsetSettings(
             filters=f"Config('study') == {study!r}",
             groupby=[ws.Config(_grouped_by(records))],
             pinned_columns=list(PINNED),
-            pinned_runs=[_run_id(study)],  # fetched whatever else is, so that its figures show
+            pinned_runs=[_run_id(study)],  # always fetched, so that its figures are shown
         ),
     )
     for section in made.sections:
         for i, panel in enumerate(section.panels):
-            panel._id = digest([study, section.name, i])  # else random: links to panels would break
+            # The default id is random, which would break links to panels.
+            panel._id = digest([study, section.name, i])
     made._internal_name = f"nw-{_view_id(study)}-v"
     return made
 
 
 def _save(made: Workspace, study: str) -> str:
-    """Save the dashboard in the place of the study's last one; its address."""
+    """Save the dashboard, replacing the study's previous dashboard, and return its address."""
     from wandb_workspaces.workspaces.internal import get_view_dict
 
-    # Without an id there is no last one yet, which the library says by a ValueError.
+    # The library raises ValueError if there is no previous dashboard.
     with suppress(ValueError):
         made._internal_id = get_view_dict(made.entity, made.project, _view_id(study))["id"]
     return str(made.save().url)
@@ -379,7 +383,7 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
 
     return [
         ws.Section(
-            name="What was found",
+            name="Findings",
             panels=[
                 wr.MarkdownPanel(markdown=headline),
                 wr.WeavePanelSummaryTable(table_name=TABLE),
@@ -437,18 +441,21 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
 
 
 def _grouped_by(records: Sequence[Record]) -> str:
-    """The config key that panels group runs by: a variant's mean over several rates or kappas means nothing."""
+    """Return the config key that panels group runs by.
+
+    It is the arm if a variant has several arms: a mean over several learning rates or kappas is meaningless.
+    """
     pairs = {(each.variant, each.arm) for each in pretrained.trained(records) if each.arm}
     return "arm_name" if len(pairs) > len({variant for variant, _ in pairs}) else "variant"
 
 
 def _n_runs(records: Sequence[Record]) -> int:
-    """Runs behind a panel, the report's own among them; the app takes the first 10 by default."""
+    """Return the number of runs that a panel reads, including the report's run; the app's default is 10."""
     return 1 + len(runs_of(records))
 
 
 def _phi_dyn_in_words(records: Sequence[Record]) -> str:
-    """One line an arm: kappa, Phi_dyn and how it was made, or why there is none."""
+    """Return one line per arm with kappa, and Phi_dyn with its method or the reason why it is undefined."""
     kappas = _kappas(records)
     lines = [
         f"- {row.arm}, kappa {number(kappas[row.arm]) if row.arm in kappas else 'not measured'}: "
@@ -459,7 +466,7 @@ def _phi_dyn_in_words(records: Sequence[Record]) -> str:
 
 
 def _kappas(records: Sequence[Record]) -> dict[str, float]:
-    """Return kappa by arm, of those whose norm has an epsilon."""
+    """Return kappa by arm, for the arms whose norm has an epsilon."""
     known = settings(records).items()
     return {arm: each.values["kappa"] for arm, each in known if "kappa" in each.values}
 
@@ -473,11 +480,11 @@ def _run_id(study: str) -> str:
 
 
 def _view_id(study: str) -> str:
-    return digest(study)[:11]  # as long as the app's own
+    return digest(study)[:11]  # the length of the app's own ids
 
 
 def _installed() -> None:
     missing = [name for name in ("wandb", "wandb_workspaces") if find_spec(name) is None]
     if missing:
         package = missing[0].replace("_", "-")
-        raise UserError(f"--wandb wants {package}: pip install wandb wandb-workspaces")
+        raise UserError(f"--wandb needs {package}: pip install wandb wandb-workspaces")

@@ -1,12 +1,13 @@
-"""Hypothesis x evidence on one page: what each account of LayerNorm expects, and what was seen.
+"""The matrix of hypotheses and evidence: the expectations of each hypothesis, and the observations.
 
-The verdicts follow from rules that use intervals and nothing else, and only those of probes that passed
-their gate. An intervention on a trained model can speak for an account that expects no effect, or
-against one that expects one; an effect speaks against none, since a refit of the readout may
-remove it (the control `disjoint` has such an effect and needs no LayerNorm). "Inconsistent" is never
-said of an account that is true of a planted model.
+The verdicts follow from rules that use intervals only, and only intervals of probes that passed their
+gates. Suppose that an intervention on a trained model has no effect. This supports a hypothesis that
+expects no effect, and speaks against a hypothesis that expects one. If the intervention has an effect, it
+speaks against no hypothesis, because refitting the readout may remove the effect (the control `disjoint`
+has such an effect and needs no LayerNorm). On planted models, the matrix never calls a hypothesis that is
+true of the model "inconsistent".
 
-Source: science.md section 9.
+Source: protocol.md section 9.
 """
 
 from __future__ import annotations
@@ -44,73 +45,76 @@ from soluscope.results import Verdict as Settled
 
 HYPOTHESES = ("H0-opt, H-aff", "H-static-smuggle", "H-smear")
 MEANINGS = (
-    "H0-opt, H-aff: LayerNorm helps by its output scale at the start of training, or by its affine part.",
-    "H-static-smuggle: small activations carry information through one constant gain.",
-    "H-smear: they do so through a scale of each token's own.",
+    "H0-opt: LayerNorm helps because it sets the output scale at the start of training. H-aff: it helps "
+    "through its affine part (gamma and beta).",
+    "H-static-smuggle: small activations carry information, and one constant gain amplifies them.",
+    "H-smear: small activations carry information, and a per-token gain amplifies them.",
 )
 NO_SHARE = 0.01
-"""What `NO_COST` is for the loss, for shares and correlations."""
+"""Threshold below which a share or a correlation counts as 0, as `NO_COST` for the loss."""
 CONSTANTS = ("geometric mean", "best constant")
-"""That a freeze may put in the gain's place."""
+"""Constants that a freeze puts in the gain's place."""
 
 Verdict = Literal["consistent", "inconsistent", "not settled"]
 MARKS: dict[Verdict, str] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
 OPEN: tuple[Verdict, ...] = ("not settled",) * 3
 STYLES = ("text", "wide", *["verdict"] * len(HYPOTHESES))
-"""Of the matrix's columns."""
+"""Classes of the matrix's columns in the style sheet."""
 HIGH_GAIN = "gain Q4"
-"""The split in which H-smear expects its effects."""
+"""The split in which H-smear expects its effects: the quartile of tokens with the highest gain."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What was observed in one arm, and what it says of each of `HYPOTHESES`."""
+    """The observations in one arm, and their verdict on each of `HYPOTHESES`."""
 
     observed: tuple[str, ...]
-    """One line each."""
+    """Observations, one line each."""
     verdicts: tuple[Verdict, ...] = ()
-    """Empty where the observation may not be used."""
+    """Verdicts in the order of `HYPOTHESES`; empty if the observation must not be used."""
     arm: str = ""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One line of the matrix."""
+    """One row of the matrix."""
 
     section: str
     name: str
     expected: tuple[str, str, str]
-    """Under each of `HYPOTHESES`."""
+    """Expectations in the order of `HYPOTHESES`."""
     rule: str
-    """How the verdicts follow."""
+    """Rule from which the verdicts follow."""
     probe: str = ""
-    """Whose gate must have been passed; empty where no planted model can be asked."""
+    """Probe that must have passed its gates; empty if no planted model can test the observation."""
     see: Callable[[Sequence[Record], str], Seen | None] = lambda records, arm: None
-    """From all records and an arm; None where the numbers are not there."""
+    """Function from all records and an arm to the observations, or to None where the numbers are missing."""
 
 
 def matrix(records: Sequence[Record]) -> list[tuple[Evidence, list[Seen]]]:
-    """Return each line with what was seen in each arm with a per-token norm."""
+    """Return each row with the observations in each arm with a per-token norm."""
     arms = per_token(records)
     return [(evidence, _seen(evidence, records, arms)) for evidence in EVIDENCE]
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:
-    """The matrix; nothing where no arm has a per-token norm."""
+    """Return the matrix; return an empty list if no arm has a per-token norm."""
     arms = per_token(records)
     if not arms:
         return []
     lines = [_line(evidence, seen, named=len(arms) > 1) for evidence, seen in matrix(records)]
-    rules = [f"{each.section} {each.name}: {each.rule}" for each in EVIDENCE if each.rule]
+    rules = [f"{each.section} ({each.name}): {each.rule}" for each in EVIDENCE if each.rule]
     return [
         Bullets(MEANINGS),
         Paragraph(
-            "Intervals are of these trained models on other documents, natural text without BOS; for "
-            "Phi_dyn, of new seeds. Consistent is not proof: an account may expect what others do too.",
+            "Intervals are for these trained models on other documents, on natural text without BOS; for "
+            "Phi_dyn, they are for new seeds. g is the gain, n the mid norm's output before its affine part, and "
+            "Z the denominator of SoLU's softmax. Consistent is not proof: several hypotheses can expect the "
+            "same observation.",
             style="soft",
         ),
         Table(["evidence", "observed", *HYPOTHESES], lines, styles=STYLES),
-        *fold("How the verdicts follow", [Bullets(rules)]),
+        *fold("Rules for the verdicts", [Bullets(rules)]),
     ]
 
 
@@ -130,7 +134,7 @@ def _seen(evidence: Evidence, records: Sequence[Record], arms: Sequence[str]) ->
 
 
 def _line(evidence: Evidence, seen: Sequence[Seen], named: bool) -> list[Cell]:
-    """Cells of one line of the matrix; the arms are named where there are several."""
+    """Return the cells of one row of the matrix, with the arms' names if there are several arms."""
     observed = ["\n".join((*[each.arm] * named, *each.observed)) for each in seen]
     cells: list[Cell] = [
         f"{evidence.section} {evidence.name}",
@@ -150,27 +154,28 @@ def _line(evidence: Evidence, seen: Sequence[Seen], named: bool) -> list[Cell]:
     return cells
 
 
-# ---------------------------------------------------------------- what was seen
+# ---------------------------------------------------------------- observations
 
 
 def _engagement(records: Sequence[Record], arm: str) -> Seen | None:
     rows = measured(records, "engagement", "r", arm, "median")
     if not rows:
         return None
-    ends = envelope(rows)
+    bounds = envelope(rows)
     smear: Verdict = "not settled"
-    if ends is not None and ends[0] > ENGAGED:
+    if bounds is not None and bounds[0] > ENGAGED:
         smear = "consistent"
-    elif ends is not None and ends[1] < IDLE:
+    elif bounds is not None and bounds[1] < IDLE:
         smear = "inconsistent"
     return Seen((_observed(rows),), ("consistent", "consistent", smear))
 
 
 def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
-    """What one gain for all tokens costs a trained model, at the constant that costs less.
+    """Judge the cost of one gain for all tokens in a trained model, at the constant that costs less.
 
-    A constant is a static gain too: that of least loss on other documents may be off for these, and the
-    geometric mean may be far from the least loss. One that costs nothing is enough.
+    Either constant is a static gain. The constant with the least loss on other documents may be wrong for
+    these documents, and the geometric mean may be far from the least loss. One constant without a cost is
+    sufficient.
     """
     observed, overall, at_high_gain = [], [], []
     for constant in CONSTANTS:
@@ -208,20 +213,20 @@ def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
     if where == "above" and not off_zero:
         where = "open"  # few seeds make the ratio's resampled interval a little too narrow
     if static[0].verdict is Settled.EQUIVALENT:
-        # There, but so little that it does not matter, is neither account's.
+        # A difference that exists but is too small to matter supports neither hypothesis.
         where = "open" if where == "above" else "zero"
-    observed = [f"best static arm minus this one {_observed(static)}"]
+    observed = [f"best static arm minus this arm {_observed(static)}"]
     if phi is not None:
         observed.insert(0, "undefined" if phi.value is None else _observed([phi]))
     smear = _if_above(where)
-    verdict = _OPPOSITE[smear]  # below 0: a static gain is better still
+    verdict = _OPPOSITE[smear]  # below 0: the static arm is even better
     return Seen(tuple(observed), (verdict, verdict, smear))
 
 
 def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
-    """Judged by what the low activations add, and not beside random neurons of the same |n|.
+    """Judge the loss that the lowest activations carry, without comparing it to random neurons of the same |n|.
 
-    A set that carries nothing rules out no code of small activations: it may lie outside the set.
+    If the set carries no loss, this does not rule out a code of small activations outside the set.
     """
     probe, removed = "low_activation_impact", "lowest 90% removed"
     lowest = measured(records, probe, removed, arm)
@@ -243,7 +248,11 @@ def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
 
 
 def _specificity(records: Sequence[Record], arm: str) -> Seen | None:
-    """A gain may vary, and carry all, without a change of order: no A is no sign of no smearing."""
+    """Judge A, the effect of the gain alone on specificity.
+
+    A gain may vary and carry information without changing the order of activations. So A = 0 does not rule
+    out smearing.
+    """
     rows = measured(records, "specificity", "A (gain only)", arm)
     if not rows:
         return None
@@ -265,12 +274,12 @@ def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
 
 
 def _if_zero(where: Side) -> Verdict:
-    """For an account that expects no effect of an edit: an effect may vanish with a refit."""
+    """Return the verdict on a hypothesis that expects no effect of an edit: a refit may remove an effect."""
     return "consistent" if where == "zero" else "not settled"
 
 
 def _if_above(where: Side) -> Verdict:
-    """For an account that expects an effect above 0."""
+    """Return the verdict on a hypothesis that expects an effect above 0."""
     if where == "open":
         return "not settled"
     return "consistent" if where == "above" else "inconsistent"
@@ -284,65 +293,68 @@ _OPPOSITE: dict[Verdict, Verdict] = {
 
 
 def _least(sides: Sequence[Side]) -> Side:
-    """Where the cheapest of several edits lies, as far as their intervals tell."""
+    """Return the side of 0 of the cheapest of several edits, as far as their intervals settle it."""
     by_cost: tuple[Side, ...] = ("zero", "below", "open", "above")
     return next(where for where in by_cost if where in sides)
 
 
 def _observed(rows: Sequence[Number]) -> str:
-    """Estimates over seeds, and how far their intervals reach."""
-    ends = envelope(rows)
-    reach = "no interval" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+    """Return the seeds' estimates and the outer bounds of their intervals as text."""
+    bounds = envelope(rows)
+    reach = "no interval" if bounds is None else f"{number(bounds[0])} to {number(bounds[1])}"
     n = rows[0].n if isinstance(rows[0], Comparison) else len(rows)
     return f"{span(row.value for row in rows)} {rows[0].unit} [{reach}], {seeds(n)}"
 
 
-# ---------------------------------------------------------------- the lines
+# ---------------------------------------------------------------- the rows
 
 EVIDENCE = (
     Evidence(
         "P1",
         "engagement: r at the typical token",
         ("any", "any, low", "high (above .5)"),
-        "any r is consistent with what expects any; H-smear takes all intervals to lie above .5, and is "
-        "inconsistent where all lie below .05.",
+        "any r is consistent with a hypothesis that expects any r. H-smear is consistent if all intervals lie "
+        "above .5, and inconsistent if all lie below .05.",
         "engagement",
         _engagement,
     ),
     Evidence(
         "P4",
-        "freeze: loss with one gain for all tokens minus loss as it is",
+        "freeze: loss with one gain for all tokens minus unchanged loss",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "about 0 is closer than .001 nats, above 0 is by more. The constant that costs less counts. A cost without "
-        "a refit rules out no static account; H-smear is judged at the quartile of highest gain.",
+        "about 0 means closer to 0 than .001 nats; above 0 means by more than that. The constant that costs less "
+        "counts. A cost without a refit does not rule out a static hypothesis. H-smear is judged at the quartile "
+        "of highest gain.",
         "scale_freeze",
         _freeze,
     ),
     Evidence(
         "P5",
-        "swap: loss with the gain of another token like it minus loss as it is",
+        "swap: loss with the gain of another, similar token minus unchanged loss",
         ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "as for the freeze; a swap has no quartiles, so that H-smear is judged over all tokens.",
+        "as for the freeze. The swap is not split by gain, so H-smear is judged over all tokens.",
         "scale_swap",
         _swap,
     ),
     Evidence(
         "P8",
-        "Phi_dyn: share of LayerNorm's gain that no static arm reaches",
-        ("about 0", "about 0", "above 0, interval off 0"),
-        "about 0: the best static arm is equivalent (closer than .005 nats) or better; above 0: the intervals of "
-        "Phi_dyn and of its numerator both lie above 0; both at once, so little that it does not matter, is not "
-        "settled. No planted model is trained, so there is no gate.",
+        "Phi_dyn: share of the benefit of LN that the best static arm does not reach",
+        ("about 0", "about 0", "interval above 0"),
+        "about 0: the best static arm is equivalent (closer than .005 nats) or better. Above 0: the intervals of "
+        "Phi_dyn and of its numerator both lie above 0. If both hold, the difference is too small to matter, and "
+        "the verdict is not settled. There is no gate, because planted models are not trained.",
         see=_phi_dyn,
     ),
     Evidence(
         "P9",
-        "lowest 90% of a token's activations removed together; D, the part that one gain would not give",
+        "lowest 90% of a token's activations removed together: the cost, and D, the part of the cost that a "
+        "model with one gain for all tokens would not have",
         ("small; D 0", "large; D 0", "large; D above 0"),
-        "large costs more than .001 nats, small is closer to 0; D 0 is closer than .001 nats, above 0 is by more. "
-        "H-smear's D is that at tokens whose gain is above the geometric mean. Only a large set with no D above 0 "
-        "there speaks against it: a code may lie outside the set. Random neurons of the same |n| are shown, and "
-        "judge nothing.",
+        "a large cost is above .001 nats; a small cost is closer to 0. D is 0 if it is closer to 0 than .001 nats, "
+        "and above 0 if it is above .001 nats. H-smear is judged by D at tokens whose gain is above the geometric "
+        "mean. A small cost does not rule H-smear out, because a code may lie outside the set; only a large cost "
+        "without a D above 0 there speaks against H-smear. The cost of random neurons of the same |n| is shown for "
+        "comparison and does not affect the verdicts.",
         "low_activation_impact",
         _low_set,
     ),
@@ -350,24 +362,25 @@ EVIDENCE = (
         "P11",
         "A, gain only: specificity of weak activations before minus after a per-token gain",
         ("0", "0", "above 0"),
-        "0 is closer than .01, above 0 is by more. An A of 0 rules out no smearing: a gain that carries all may "
-        "change no order. An A off 0 rules out no static account: a gain may change an order that nothing reads.",
+        "A is 0 if it is closer to 0 than .01, and above 0 if it is above .01. A = 0 does not rule out smearing: a "
+        "gain can carry information without changing the order of activations. A nonzero A does not rule out a "
+        "static hypothesis: a gain can change an order that the model does not use.",
         "specificity",
         _specificity,
     ),
     Evidence(
         "P20",
-        "2x2: loss with the gain, or softmax's Z, one constant minus loss as it is",
-        ("Z and g idle", "idle", "g main effect"),
-        "idle: both closer to 0 than .001 nats; g has a main effect if it costs more. A cost without a refit rules "
-        "out no static account.",
+        "2x2: loss with a constant gain g, or with a constant Z, minus unchanged loss",
+        ("Z and g idle", "Z and g idle", "g main effect"),
+        "idle: both changes are closer to 0 than .001 nats. g has a main effect if a constant g costs more than "
+        "that. A cost without a refit does not rule out a static hypothesis.",
         "lateral_inhibition",
         _two_by_two,
     ),
     Evidence(
         "P23",
         "gap at convergence (a study of training: not measured yet)",
-        ("vanishes with tuning of lr and gain", "the same", "persists"),
+        ("vanishes with tuning of lr and gain", "vanishes with tuning of lr and gain", "persists"),
         "",
     ),
 )

@@ -1,6 +1,6 @@
-"""Records as plotly figures: light, one colour an arm, intervals always drawn.
+"""Plotly figures of records: light, with one colour per arm, and with the interval of every number that has one.
 
-Plotly reads `<b>` and its like in labels, so whatever comes from data is escaped on the way in.
+Plotly interprets tags such as `<b>` in labels, so all text that comes from data is escaped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from soluscope.results import (
     of_kind,
 )
 
-# Okabe and Ito's colours, without the yellow that white swallows: told apart by colour-blind eyes.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; yellow is hard to see on white and omitted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -35,17 +35,17 @@ N_COLUMNS = 3
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
 QUARTILE = re.compile(r".* Q[1-4]")
-"""Groups that are quartiles of a split; any other group is a line or a kind of its own."""
+"""Pattern of groups that are quartiles of a split; any other group is a separate line or panel."""
 
 N = TypeVar("N", bound=Number)
 Key = tuple[str, ...]
-"""What sets a panel apart from the others: quantity, group, stream, in that order."""
+"""Key of a panel: quantity, group, stream, in that order."""
 Panels = dict[Key, list[N]]
 
 
 @dataclass(frozen=True)
 class Style:
-    """How an arm looks, the same in all figures of a page."""
+    """An arm's colour, symbol and dash, the same in all figures of a page."""
 
     colour: str
     symbol: str
@@ -53,7 +53,7 @@ class Style:
 
 
 def styles(rows: Iterable[Record]) -> dict[str, Style]:
-    """A style for each arm; with more arms than colours, the shape tells them apart."""
+    """Assign a style to each arm; with more arms than colours, the symbol and the dash distinguish them."""
     arms = sorted({row.arm for row in rows if row.arm})
     n = len(COLOURS)
     return {
@@ -65,15 +65,15 @@ def styles(rows: Iterable[Record]) -> dict[str, Style]:
 def draw(
     rows: Sequence[Record], spec: Figure, look: Mapping[str, Style] | None = None
 ) -> go.Figure:
-    """One figure of a probe.
+    """Draw one figure of a probe.
 
     Args:
-        rows: of one probe; what is no measurement is left out.
-        spec: what to draw of them.
-        look: a style for each arm; by default from the arms in `rows`.
+        rows: records of one probe; records that are not measurements are ignored.
+        spec: specification of the figure.
+        look: a style for each arm; by default derived from the arms in `rows`.
 
     Returns:
-        A figure that shows itself in notebooks; without traces if no row fits `spec`.
+        A figure that notebooks display; without traces if no row fits `spec`.
     """
     panels = _panels(rows, spec)
     title = html.escape(spec.title)
@@ -88,17 +88,17 @@ def draw(
 def against_dose(
     rows: Sequence[Measurement], spec: Figure, look: Mapping[str, Style], doses: Doses
 ) -> go.Figure:
-    """The same numbers against the dose, for variants that were trained at several.
+    """Draw the numbers of a figure against the dose, for variants that were trained at several doses.
 
     Args:
-        rows: of one probe.
-        spec: what to draw of them, of kind `dots`.
-        look: a style for each arm; a variant has that of its first.
-        doses: of each run.
+        rows: records of one probe.
+        spec: specification of the figure, of kind `dots`.
+        look: a style for each arm; a variant has the style of its first arm.
+        doses: doses of the runs.
 
     Returns:
-        One panel a quantity, group, stream and kind of dose, one thin line a seed and variant;
-        without traces if no variant has several doses.
+        A figure with one panel per quantity, group, stream and kind of dose, and one thin line per seed and
+        variant; without traces if no variant has several doses.
     """
     several = doses.several()
     panels: Panels[Measurement] = {}
@@ -135,9 +135,9 @@ class Point:
     x: float
     number: Number
     line: str
-    """Name of the line that it is on."""
+    """Name of the point's line."""
     ringed: bool = False
-    """Marked as the one that was chosen."""
+    """True if the point has a ring, which marks the chosen setting."""
 
 
 def along(
@@ -147,18 +147,18 @@ def along(
     names: Mapping[str, str],
     one_scale: bool = False,
 ) -> go.Figure:
-    """Numbers against a setting, such as a learning rate or kappa.
+    """Draw numbers against a setting, such as a learning rate or kappa.
 
     Args:
-        panels: points by title. Those with the interval for new seeds, and those of one run, are joined;
-            thick bars are of these models on other documents.
-        x_title: what the setting is; its axis is logarithmic.
+        panels: points by title. Points with the interval for new seeds, and points of one run, are joined.
+            Intervals for these models on other documents are thick bars.
+        x_title: name of the setting; its axis is logarithmic.
         look: a style for each line.
-        names: what the legend calls each line.
-        one_scale: whether the panels share their vertical axis.
+        names: name of each line in the legend.
+        one_scale: True if the panels share the range of their vertical axes.
 
     Returns:
-        A figure, without traces if there are no points.
+        A figure; without traces if there are no points.
     """
     filled = {title: list(points) for title, points in panels.items() if points}
     if not filled:
@@ -201,43 +201,43 @@ def _is_loss(row: Number) -> bool:
 
 @dataclass(frozen=True)
 class Dose:
-    """How strongly an arm's scale is set from outside."""
+    """The setting that determines an arm's output scale."""
 
     name: str
-    """`kappa` where the norm has an epsilon, else `gain`."""
+    """`kappa` if the norm has an epsilon, else `gain`."""
     value: float
 
 
 @dataclass(frozen=True)
 class Doses:
-    """The dose of each run, and whose it is."""
+    """The doses of runs and arms."""
 
     of: Mapping[str, Dose]
-    """By run."""
+    """Dose by run."""
     arms: Mapping[str, tuple[str, Dose]]
-    """By arm: its variant, and the dose of its first seed."""
+    """Variant, and dose of the first seed, by arm."""
 
     def several(self) -> set[str]:
-        """Variants that were trained at more than one dose."""
+        """Return the variants that were trained at more than one dose."""
         seen: dict[str, set[str]] = {}
         for variant, dose in self.arms.values():
             seen.setdefault(variant, set()).add(f"{dose.value:.3g}")
         return {variant for variant, values in seen.items() if len(values) > 1}
 
     def caption(self) -> str:
-        """Each arm's dose in words, where there is nothing to draw it against."""
+        """Return a text with each arm's dose; empty if a variant has several, which are drawn instead."""
         if not self.arms or self.several():
             return ""
         each = (f"{arm} {dose.name} {dose.value:.3g}" for arm, (_, dose) in self.arms.items())
-        return f"Dose: {', '.join(each)}."
+        return f"Dose (kappa, or the gain of arms without an epsilon): {', '.join(each)}."
 
 
 def doses(rows: Iterable[Record]) -> Doses:
-    """kappa = eps * d_mlp^2 of arms with an epsilon, the median gain of arms without.
+    """Return the doses: kappa = eps * d_mlp^2 of arms with an epsilon, the median gain of arms without.
 
-    Source: science.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
+    Source: protocol.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
     """
-    wanted = {"kappa": 0, "gain": 1}  # the kappa of a static arm is not there
+    wanted = {"kappa": 0, "gain": 1}  # kappa first, if there is one; static arms have none
     selected = [
         row
         for row in of_kind(rows, Measurement)
@@ -255,7 +255,7 @@ def doses(rows: Iterable[Record]) -> Doses:
 
 
 def _panels(rows: Iterable[Record], spec: Figure) -> Panels[Measurement]:
-    """The rows that `spec` asks for, by quantity, group and stream."""
+    """Return the rows that `spec` selects, by quantity, group and stream."""
     wanted = [
         row
         for row in of_kind(rows, Measurement)
@@ -282,7 +282,7 @@ def _in_group(row: Measurement, spec: Figure) -> bool:
 
 
 def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go.Figure:
-    """One panel a quantity, group and stream; arms down the side, one dot a number, in their order."""
+    """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
     arms = sorted({row.arm for rows in panels.values() for row in rows})
     figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
     for index, rows in enumerate(panels.values()):
@@ -299,10 +299,10 @@ def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go
 
 
 def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
-    """One panel a quantity, group and stream; one thin line a run, its interval as a band."""
+    """Draw one panel per quantity, group and stream, with one thin line per run and its interval as a band."""
     figure = _grid(panels, row_height=270, curves=True)
     if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
-        figure.update_yaxes(matches="y")  # kinds of one number, to be read against each other
+        figure.update_yaxes(matches="y")  # groups of one quantity are compared on one scale
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
         for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
@@ -334,7 +334,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
 
 
 def _relative(line: list[Measurement]) -> list[Measurement]:
-    """A run's curve, its intervals included, divided by its own last value."""
+    """Divide a run's curve and its intervals by the curve's last value."""
     last = line[-1].value
     if not last:
         return line
@@ -347,19 +347,19 @@ def _relative(line: list[Measurement]) -> list[Measurement]:
 
 
 def losses(rows: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
-    """Each run's loss on the report split, with the interval for other documents."""
+    """Draw each run's loss on the report split, with the interval for other documents."""
     of_runs = [row for row in of_kind(rows, Measurement) if row.probe == "loss"]
     return draw(of_runs, Figure("", ("loss",)), look)
 
 
 def by_arm(rows: Sequence[Number], look: Mapping[str, Style]) -> go.Figure:
-    """One number for each arm, all in one panel; without traces if none has a value."""
+    """Draw one number for each arm, all in one panel; without traces if no number has a value."""
     known = [row for row in rows if row.value is not None]
     return _dots({("", "", ""): known}, look) if known else go.Figure()
 
 
 def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
-    """Paired differences of losses, one panel a reference."""
+    """Draw paired differences of losses, one panel per reference."""
     panels: Panels[Comparison] = {}
     for row in of_kind(rows, Comparison):
         if row.term is Term.DIFFERENCE:
@@ -369,17 +369,17 @@ def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
 
 
 def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
-    """The gain of LN, its telescoping terms and `static - LN`, one panel an arm with a per-token norm."""
+    """Draw the benefit of LN, its steps and `static - LN`, one panel per arm with a per-token norm."""
     panels: Panels[Comparison] = {}
     for row in of_kind(rows, Comparison):
-        if row.term in (Term.GAIN, Term.STATIC, Term.STEP) and row.lr is None:
+        if row.term in (Term.BENEFIT, Term.STATIC, Term.STEP) and row.lr is None:
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(term_name(row) for rows in panels.values() for row in rows)
     return _forest(panels, list(names), term_name, look)
 
 
 def term_name(row: Comparison) -> str:
-    """What a comparison is of, as figures and tables label it; a step by the variants it leads between."""
+    """Return a comparison's label in figures and tables; a step is labelled by the two variants it connects."""
     return " - ".join(row.step) if row.term is Term.STEP else str(row.term)
 
 
@@ -389,10 +389,11 @@ def _forest(
     name_of: Callable[[Comparison], str],
     look: Mapping[str, Style],
 ) -> go.Figure:
-    """Differences in nats: a thick bar for these models, a thin one for new seeds.
+    """Draw differences in nats, with a thick bar for these models and a thin bar for new seeds.
 
-    `names` are the lines from top to bottom, and `name_of` tells a comparison's line. Few seeds can make
-    the thin bars many times longer than all else: the frame then cuts them, and the table has their ends.
+    `names` are the lines from top to bottom, and `name_of` returns a comparison's line. With few seeds the
+    thin bars can be much longer than everything else: the frame then cuts them, and the table gives their
+    bounds.
     """
     if not panels:
         return go.Figure()
@@ -410,14 +411,14 @@ def _forest(
 
 
 def _frame(rows: Sequence[Number], with_zero: bool = True) -> list[float]:
-    """Room for all estimates and document intervals, and for seed intervals up to a limit."""
+    """Return an axis range that contains all estimates and document intervals, and seed intervals up to a limit."""
     inner = [0.0] * with_zero + [row.value for row in rows if row.value is not None]
     outer = list(inner)
     for row in rows:
-        ends = [end for end in (row.low, row.high) if end is not None]
-        outer += ends
+        bounds = [bound for bound in (row.low, row.high) if bound is not None]
+        outer += bounds
         if row.cluster == "document":
-            inner += ends
+            inner += bounds
     room = 1.5 * (max(inner) - min(inner)) or 0.001
     low = max(min(outer), min(inner) - room)
     high = min(max(outer), max(inner) + room)
@@ -435,7 +436,7 @@ def _intervals(
     marked: bool = True,
     upright: bool = False,
 ) -> go.Scatter:
-    """Points with bars, horizontal at heights `places` or upright; an open mark has no interval."""
+    """Draw points with bars, horizontal at the heights `places`, or upright; an open mark has no interval."""
     along, across = ("y", "x") if upright else ("x", "y")
     values = [row.value if row.value is not None else float("nan") for row in rows]
     known = [row.low is not None and row.high is not None for row in rows]
@@ -469,9 +470,9 @@ def _intervals(
 
 
 def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -> go.Scatter:
-    """Points with upright bars, joined by a thin line from the lowest `x` up.
+    """Draw points with upright bars, joined by a thin line in the order of `x`.
 
-    `named` holds the names that the legend has already, and gets this line's.
+    `named` contains the names that are already in the legend; this line's name is added to it.
     """
     line = sorted(points, key=lambda point: point.x)
     rows, x = [point.number for point in line], [point.x for point in line]
@@ -489,7 +490,7 @@ def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -
 
 
 def _ring(point: Point, style: Style) -> go.Scatter:
-    """A ring around a point that was chosen."""
+    """Draw a ring around a chosen point."""
     return go.Scatter(
         x=[point.x],
         y=[point.number.value],
@@ -527,10 +528,10 @@ def _grid(
     curves: bool = False,
     gap: int = 84,
 ) -> go.Figure:
-    """An empty figure with a titled panel for each of `panels`, three side by side.
+    """Return an empty figure with a titled panel for each of `panels`, up to three side by side.
 
-    Curves have a legend and more room between the panels. `gap` is the pixels between two rows of panels:
-    their labels below and titles above.
+    Figures of curves have a legend and more room between the panels. `gap` is the height in pixels between
+    two rows of panels, for the labels of the upper row and the titles of the lower row.
     """
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
@@ -559,7 +560,7 @@ def _grid(
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="white",
-        dragmode=False,  # a finger on a phone scrolls the page
+        dragmode=False,  # so that a finger on a phone scrolls the page
         hovermode="closest",
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     )
@@ -574,13 +575,13 @@ def _grid(
 
 
 def min_width(figure: go.Figure) -> int:
-    """Pixels below which the page scrolls the figure instead of squeezing it."""
+    """Return the width in pixels below which the page scrolls the figure instead of shrinking it."""
     n_columns = len({round(axis.domain[0], 3) for axis in figure.select_xaxes()})
     return 330 if n_columns == 1 else 130 + 210 * n_columns
 
 
 def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
-    """Arms from top to bottom, named at the left of each row of panels."""
+    """Return a vertical axis with the arms from top to bottom, labelled at the left of each row of panels."""
     return {
         "showticklabels": index % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
@@ -591,21 +592,23 @@ def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
 
 
 def _spread(n: int) -> list[float]:
-    """Offsets that keep the dots of n seeds apart."""
+    """Return offsets that separate the dots of n seeds."""
     return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
 def _alike(panels: Collection[Key]) -> bool:
-    """Whether the panels show one quantity, so that one axis makes them comparable."""
+    """Return whether all panels show one quantity, so that a shared axis makes them comparable."""
     return len({key[0] for key in panels}) == 1
 
 
 def _mark_zero(
     figure: go.Figure, rows: Sequence[Number], index: int, upright: bool = False
 ) -> None:
-    """A line at 0 where there are values on both sides of it."""
-    ends = [end for row in rows for end in (row.low, row.value, row.high) if end is not None]
-    if min(ends) < 0 < max(ends):
+    """Draw a line at 0 if there are values on both sides of it."""
+    values = [
+        value for row in rows for value in (row.low, row.value, row.high) if value is not None
+    ]
+    if min(values) < 0 < max(values):
         line = {"color": INK, "width": 1, "dash": "dot"}
         if upright:
             figure.add_hline(y=0, line=line, **_at(index))

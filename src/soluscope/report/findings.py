@@ -1,4 +1,4 @@
-"""Records by what they are about, and their numbers as they are printed everywhere."""
+"""Selection of records by arm, probe and term, and the format of numbers in the report and the terminal."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from soluscope.results import (
 )
 
 ENGAGED, IDLE = 0.5, 0.05
-"""Median r above which a mid norm counts as active, and below which as a static gain."""
+"""Median r above which a mid norm counts as active, and median r below which it counts as a static gain."""
 NO_COST = 0.001
-"""Nats: an edit that changes the loss by less changes nothing (science.md section 7, P4)."""
+"""Threshold below which a change of the loss counts as none, in nats per token (protocol.md section 7, P4)."""
 
 Side = Literal["zero", "above", "below", "open"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting that was chosen on the select split, and what it was chosen from."""
+    """A setting that was chosen on the select split, and the points of the curve that it was chosen from."""
 
     points: tuple[ChoicePoint, ...]
-    """Those that were chosen from, from the lowest setting up."""
+    """The eligible points, lowest setting first."""
     chosen: ChoicePoint
     """The point with the least loss."""
     without: tuple[ChoicePoint, ...] = ()
-    """Points that lack seeds, and were not chosen from."""
+    """Points that lack seeds and were not eligible."""
 
     @property
     def tried(self) -> str:
-        """The settings that were chosen from, in words."""
+        """List the eligible settings as text."""
         return ", ".join(f"{point.x:.3g}" for point in self.points)
 
 
 def choices(records: Iterable[Record]) -> list[Choice]:
-    """Return each choice that a study's comparison made, rates before gains."""
+    """Return each choice that a study's comparison made, learning rates before gains."""
     curves: dict[tuple[str, str], list[ChoicePoint]] = {}
     for point in of_kind(records, ChoicePoint):
         curves.setdefault((point.setting, point.chosen_arm), []).append(point)
@@ -59,19 +59,19 @@ def choices(records: Iterable[Record]) -> list[Choice]:
 
 
 def tuned(records: Sequence[Record]) -> list[Record]:
-    """Return all records but those of arms that are compared with none, since another rate was better."""
+    """Return all records except records of arms whose learning rate was not chosen; these are not compared."""
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     return [record for record in records if record.arm not in passed_over]
 
 
 def settings(records: Iterable[Record]) -> dict[str, Setting]:
-    """Return each arm's settings and its part in the comparison, by the arm's name."""
+    """Return each arm's settings and its role in the comparison, by the arm's name."""
     return {setting.arm: setting for setting in of_kind(records, Setting)}
 
 
 def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return the records of each size's arms by what sets the size apart, the smallest size first."""
+    """Return the records of each size's arms, by the text that distinguishes the size, smallest size first."""
     size_of = {arm: setting.size for arm, setting in settings(records).items()}
     result: dict[str, list[Record]] = {size: [] for size in dict.fromkeys(size_of.values())}
     for record in records:
@@ -81,14 +81,14 @@ def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def of_size(caption: str, size: str) -> str:
-    """Return a caption, with the size where there are several."""
+    """Return the caption, followed by the size if the study has several sizes."""
     return f"{caption}: {size}" if size else caption
 
 
 def titles(records: Sequence[Record]) -> dict[str, str]:
-    """Return a short name for each arm whose rate was chosen: its variant, and its kappa or gain if it has several.
+    """Return a short name for each compared arm: its variant, with kappa or gain if these differ between arms.
 
-    The arm's own name where this would name two arms.
+    If two arms would have the same short name, each keeps its full name.
     """
     known = settings(tuned(records))
     result = {}
@@ -108,25 +108,25 @@ def _by_setting(setting: Setting) -> tuple[str, float, float]:
     return setting.variant, setting.values.get("kappa", 0.0), setting.values.get("gain", 0.0)
 
 
-# --- arms by their part in the comparison ---------------------------------------------------------
+# --- arms by their role in the comparison ---------------------------------------------------------
 
 
 def per_token(records: Iterable[Record]) -> list[str]:
-    """Return the arms whose norm has a gain for each token, by name."""
+    """Return the sorted names of the arms whose norm has a gain for each token."""
     return sorted(arm for arm, each in settings(records).items() if each.role == "per_token")
 
 
 def twins(records: Iterable[Record]) -> list[str]:
-    """Return the arms that differ from an arm with a per-token norm only in having one gain, by name."""
+    """Return the sorted names of the static twins of arms with a per-token norm: they have one gain."""
     known = settings(records)
     variants = {each.twin for each in known.values() if each.role == "per_token"} - {""}
     return sorted(arm for arm, each in known.items() if each.variant in variants)
 
 
 def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:
-    """Return the kappa of each arm, by variant, from the lowest kappa up.
+    """Return the kappa of each arm, by variant, lowest kappa first.
 
-    Only of variants with a per-token norm that were trained at several kappas.
+    Contains only variants with a per-token norm that were trained at several kappas.
     """
     known = settings(records)
     result: dict[str, dict[str, float]] = {}
@@ -141,13 +141,13 @@ def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:
 
 
 def per_token_by_kappa(records: Sequence[Record]) -> list[str]:
-    """Return the arms with a per-token norm, those of several kappas first, from the lowest kappa up."""
+    """Return the arms with a per-token norm; variants with several kappas come first, lowest kappa first."""
     dosed = [arm for kappas in by_kappa(records).values() for arm in kappas]
     return [*dosed, *(arm for arm in per_token(records) if arm not in dosed)]
 
 
 def at_one_rate(records: Sequence[Record]) -> list[str]:
-    """Return the arms of which no other rate was tried, in studies that compare rates, gains or kappas."""
+    """Return the arms trained at one learning rate only, in studies that compare rates, gains or kappas."""
     points = of_kind(records, ChoicePoint)
     if not points and not any(by_kappa(of_one) for of_one in sizes(records).values()):
         return []
@@ -160,7 +160,7 @@ def runs_of(records: Iterable[Record]) -> set[str]:
 
 
 def seeds_of(records: Iterable[Record], arm: str) -> int:
-    """Return how many seeds of an arm the records are about."""
+    """Return the number of seeds of an arm in the records."""
     of_arm = (record for record in records if record.arm == arm and isinstance(record, OfRun))
     return len({record.seed for record in of_arm} - {None})
 
@@ -175,7 +175,7 @@ def comparisons(
     against: str | None = None,
     cluster: str = "seed",
 ) -> list[Comparison]:
-    """Return the comparisons of a term, arms at their own best rates; by default those for new seeds."""
+    """Return the comparisons of a term between arms at their own best rates; by default for new seeds."""
     return [
         each
         for each in of_kind(records, Comparison)
@@ -186,20 +186,20 @@ def comparisons(
 
 
 def remarks(row: Comparison) -> str:
-    """Return what a reader must know to read a comparison: its note, which arm was chosen, and its size."""
-    role = {Term.GAIN: "plain is", Term.STEP: "to"}.get(row.term, "best static is")
+    """Return the remarks that belong beside a comparison: its note, the choice of its arm, and its size."""
+    role = {Term.BENEFIT: "plain arm:", Term.STEP: "step to"}.get(row.term, "best static arm:")
     chosen = f"{role} {row.choice}" if row.choice else ""
     return "; ".join(part for part in (row.note, chosen, row.size) if part)
 
 
 def for_these_models(records: Iterable[Record], of: Comparison) -> Comparison | None:
-    """Return the same comparison with the interval for other documents; None where there is none."""
+    """Return the same comparison with the interval for other documents, or None without such a record."""
     same = comparisons(records, of.term, of.arm, of.against, cluster="document")
     return next((each for each in same if each.step == of.step), None)
 
 
 def by_stream(row: Measurement) -> tuple[bool, str]:
-    """Sort natural text first, then the other streams by name."""
+    """Return a sort key that puts natural text first and the other streams after it by name."""
     return row.stream != "natural", row.stream
 
 
@@ -214,7 +214,7 @@ def measured(
     positions: str = "not BOS",
     x: float | None = None,
 ) -> list[Measurement]:
-    """Return a probe's number for an arm, by seed; estimates have no statistic and match any."""
+    """Return a probe's numbers for an arm, sorted by seed; estimates have no statistic and match any."""
     result = [
         row
         for row in of_kind(records, Measurement)
@@ -229,17 +229,17 @@ def measured(
 
 
 def engagement(records: Iterable[Record], arm: str, positions: str) -> list[Measurement]:
-    """Return an arm's median r on natural text, one row a seed."""
+    """Return an arm's median r on natural text, one row per seed."""
     return measured(records, "engagement", "r", arm, statistic="median", positions=positions)
 
 
 def is_constant(row: Number) -> bool:
-    """Return whether a number is the same at every token, and so needs no interval."""
+    """Return whether a number is the same at every token and therefore needs no interval."""
     return isinstance(row, Measurement) and row.constant
 
 
 def number(value: float | None, decimals: int | None = None) -> str:
-    """`decimals` places, or three significant digits; "undefined" for None."""
+    """Format a number with `decimals` places, or with three significant digits; None gives "undefined"."""
     if value is None:
         return "undefined"
     if decimals is not None:
@@ -248,12 +248,12 @@ def number(value: float | None, decimals: int | None = None) -> str:
 
 
 def signed(value: float) -> str:
-    """Four places and a sign; what rounds to 0 is +0.0000."""
+    """Format a number with a sign and four places; values that round to 0 give +0.0000."""
     return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def estimate(row: Number, decimals: int | None = None) -> str:
-    """`value [low, high]`, `value (no interval)`, `value (constant)`, or `undefined`."""
+    """Format an estimate: `value [low, high]`, `value (no interval)`, `value (constant)`, or `undefined`."""
     value = number(row.value, decimals)
     if row.value is None:
         return value
@@ -265,7 +265,7 @@ def estimate(row: Number, decimals: int | None = None) -> str:
 
 
 def span(values: Iterable[float | None], decimals: int | None = None) -> str:
-    """`low to high` of what the seeds gave, or the one number they all gave."""
+    """Format the seeds' values as `low to high`, or as one number if all seeds gave the same number."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
@@ -278,32 +278,34 @@ def seeds(n: int) -> str:
 
 
 def envelope(rows: Sequence[Number]) -> tuple[float, float] | None:
-    """From the lowest to the highest bound of the rows' intervals; None if a row has no interval.
+    """Return the lowest and the highest bound of the rows' intervals.
 
-    A value that is constant over tokens counts as an interval of width 0.
+    A value that is constant over tokens counts as an interval of width 0. Any other row without bounds
+    makes the result None.
     """
-    ends = [(row.value, row.value) if is_constant(row) else (row.low, row.high) for row in rows]
-    lows = [low for low, _ in ends if low is not None]
-    highs = [high for _, high in ends if high is not None]
+    bounds = [(row.value, row.value) if is_constant(row) else (row.low, row.high) for row in rows]
+    lows = [low for low, _ in bounds if low is not None]
+    highs = [high for _, high in bounds if high is not None]
     if not rows or len(lows) < len(rows) or len(highs) < len(rows):
         return None
     return min(lows), max(highs)
 
 
 def side_of_zero(rows: Sequence[Number], margin: float) -> Side:
-    """Where all of the rows' intervals lie, taken together: see `side`."""
+    """Return the side of 0 on which all the rows' intervals lie, taken together; see `side`."""
     return side(envelope(rows), margin)
 
 
-def side(ends: tuple[float, float] | None, margin: float) -> Side:
-    """Which side of 0 an interval settles, where closer to 0 than `margin` is as good as 0.
+def side(bounds: tuple[float, float] | None, margin: float) -> Side:
+    """Return the side of 0 that an interval settles; values closer to 0 than `margin` count as 0.
 
-    Wholly inside the margin: zero; wholly beyond one of its ends: above or below. What reaches over an
-    end is open, also where it leaves out 0, and so is what has no interval.
+    An interval wholly within `margin` of 0 gives `zero`. An interval wholly above `margin` gives `above`,
+    and one wholly below -`margin` gives `below`. An interval that contains `margin` or -`margin` gives
+    `open`, even if it excludes 0; so does a missing interval.
     """
-    if ends is None:
+    if bounds is None:
         return "open"
-    low, high = ends
+    low, high = bounds
     if -margin < low and high < margin:
         return "zero"
     if low > margin:

@@ -1,7 +1,7 @@
-"""What a probe's result means, from its numbers: never more than the intervals say.
+"""Sentences on the meaning of a probe's result. They claim no more than the intervals support.
 
-The intervals are those of trained models on other documents, so a sentence is about these models;
-what holds of a variant is for the paired differences to say.
+The intervals are for these trained models on other documents, so each sentence is about these models.
+Claims about a variant need the paired differences.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from soluscope.report.findings import NO_COST, by_stream, envelope, number, seed
 from soluscope.results import Gate, Measurement, ProbeWords, Quantity
 
 NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
-"""By a word of the units that have a sign: closer to 0 than this is as good as 0.
+"""Thresholds below which a signed number counts as 0, by a word that its unit contains.
 
-Source: science.md section 7, "Control pass rule"."""
+Source: protocol.md section 6, "Gate rule"."""
 
 
 def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str]) -> list[str]:
-    """Return a sentence for each arm and stream; none where there is nothing to say.
+    """Return a sentence for each arm and stream that has numbers.
 
-    The sentences are about the quantity that the probe is tested by, or else the first that says which way
-    smearing lies; on natural text, or on each of the streams where none is natural.
+    The sentences are about the probe's tested quantity. If it has no rows, they are about the first quantity
+    for which smearing predicts a direction. They cover natural text, or every stream if none is natural.
 
     Args:
-        words: of the probe.
-        rows: what it measured.
-        arms: those with a per-token norm, their static twins, and pretrained models.
+        words: description of the probe.
+        rows: measurements of the probe.
+        arms: arms with a per-token norm, their static twins, and pretrained models.
     """
     known = words.quantities
     leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
@@ -44,7 +44,7 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
 
 
 def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Measurement]:
-    """The quantity's rows, unsplit, by its first statistic; on natural text where there is any."""
+    """Return a quantity's unsplit rows with its first statistic, on natural text if there are such rows."""
     selected = [
         row
         for row in rows
@@ -56,27 +56,32 @@ def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Me
 
 def _sentence(words: ProbeWords, rows: Sequence[Measurement]) -> str:
     first = rows[0]
-    what = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
-    text = f"{first.arm}, {first.stream}: {what} is {span(r.value for r in rows)} {first.unit}"
-    ends = envelope(rows)
-    if ends is None:
+    name = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
+    text = f"{first.arm}, {first.stream}: {name} is {span(r.value for r in rows)} {first.unit}"
+    bounds = envelope(rows)
+    if bounds is None:
         return f"{text} over {seeds(len(rows))}, without an interval."
-    each = "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach"
-    text += f" ({each} {number(ends[0])} to {number(ends[1])})"
-    judged = _judged(words, first, ends)
+    each = (
+        "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach from"
+    )
+    text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
+    judged = _judged(words, first, bounds)
     return f"{text}: {judged}." if judged else f"{text}."
 
 
-def _judged(words: ProbeWords, row: Measurement, ends: tuple[float, float]) -> str:
-    """What an interval settles: by what the controls had to show, and by its sign; or nothing."""
-    low, high = ends
+def _judged(words: ProbeWords, row: Measurement, bounds: tuple[float, float]) -> str:
+    """Return the conclusion that an interval supports, from the controls' requirements and from its sign.
+
+    The text is empty if the interval supports no conclusion.
+    """
+    low, high = bounds
     gates = [g for g in words.gates if _is_about(g, row)]
     for gate in gates:
         if gate.within is not None and max(gate.around - low, high - gate.around) < gate.within:
-            return f"within {gate.within:g} of {gate.around:g}, as where there is nothing to find"
+            return f"within {gate.within:g} of {gate.around:g}, as on a control without an effect"
     margins = [margin for word, margin in NEGLIGIBLE.items() if word in row.unit]
     if margins:
-        return _sign(ends, margins[0], words.quantities[row.quantity])
+        return _sign(bounds, margins[0], words.quantities[row.quantity])
     for gate in gates:
         if gate.above is not None and low > gate.above:
             return f"above {gate.above:g}, as on the control {gate.control}"
@@ -93,17 +98,15 @@ def _is_about(gate: Gate, row: Measurement) -> bool:
     )
 
 
-def _sign(ends: tuple[float, float], margin: float, quantity: Quantity) -> str:
-    low, high = ends
-    where = side(ends, margin)
+def _sign(bounds: tuple[float, float], margin: float, quantity: Quantity) -> str:
+    low, high = bounds
+    where = side(bounds, margin)
     if where == "zero":
-        return f"closer to 0 than {margin:g}, as good as 0"
+        return f"closer to 0 than {margin:g}, which counts as 0"
     if where == "open" and low <= 0 <= high:
-        return "which side of 0 is not settled"
+        return "the sign is not settled"
     if where == "open":
-        return (
-            f"{'above' if low > 0 else 'below'} 0, but not settled whether by as much as {margin:g}"
-        )
+        return f"{'above' if low > 0 else 'below'} 0, but possibly by less than {margin:g}, which would not matter"
     if quantity.more_smeared_when == "neither":
         return f"{where} 0"
     predicted = (where == "above") == (quantity.more_smeared_when == "higher")

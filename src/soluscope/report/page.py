@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs nothing else: no network, no other file.
+"""The report as one self-contained HTML page: it needs no network and no other file.
 
-The templates escape whatever comes from data. The same records give the same bytes.
+The templates escape all text that comes from data. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,28 @@ from soluscope.report.tokens import QUANTITIES
 from soluscope.results import Record
 
 N_SENTENCES = 10
-"""Of the headline, in view; with many arms it would push all else off the first page."""
+"""Number of the headline's sentences in view; more would push the rest of the page off the first screen."""
+TERMS = {
+    "The norm.": (
+        "SoLU is the activation x softmax(x), and mid is its output in the MLP. The mid norm is a LayerNorm on "
+        "mid: at each token it multiplies the centred activations by the gain g = 1 / sqrt(variance + eps). "
+        "Smearing is the hypothesis that features are spread thinly over many neurons, and that this per-token "
+        "gain amplifies them. r = variance / (variance + eps) is near 0 if eps holds the gain near one value "
+        "for all tokens, and 1 in a true LayerNorm. kappa = eps d_mlp^2 is the strength of eps, comparable "
+        "between sizes. BOS is the token at the beginning of each text."
+    ),
+    "The comparison.": (
+        "An arm is one configuration, trained at one or more seeds; runs of one seed share their initial values "
+        "and batches. Plain SoLU has no mid norm; a static arm has one gain for all tokens. The benefit of LN "
+        "is the loss of plain SoLU minus the loss of the arm with LayerNorm. Phi_dyn is the share of this "
+        "benefit that the best static arm does not reach, and so needs a per-token gain."
+    ),
+}
+"""Explanations of the headline's terms, by the heading of their paragraph; shown above the headline."""
 
 
 def render(records: list[Record]) -> str:
-    """Return the whole page for a study's records."""
+    """Render the whole page for a study's records."""
     return _template().render(
         study=", ".join(sorted({record.study for record in records})),
         headline=_headline(records),
@@ -49,10 +66,11 @@ def _template() -> Template:
 
 
 def _headline(records: list[Record]) -> list[Block]:
-    """The headline's sentences: verdicts large, what they rest on below, many of them folded away."""
+    """Return the headline: the terms, the first verdict in large type, and the other sentences below it."""
     first, *others = words.headline(records)
     hidden = others[N_SENTENCES:]
     return [
+        *(Paragraph(text, lead, style="soft") for lead, text in TERMS.items()),
         Paragraph(first, style="first"),
         Bullets(others[:N_SENTENCES]),
         *(fold(f"{len(hidden)} more", [Bullets(hidden)]) if hidden else []),

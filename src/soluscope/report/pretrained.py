@@ -1,7 +1,7 @@
-"""What was found in models that others have trained: sentences and a table about each.
+"""Sentences and a table about pretrained models, which others have trained.
 
-A pretrained model is compared with none: its tokens and its vocabulary are its own, and one model does
-not tell what would be without LayerNorm. What is said is what it does.
+A pretrained model is not compared with other models: it has its own vocabulary and tokens, and a single
+model does not show the effect of removing LayerNorm. The report describes the norm's behaviour only.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from soluscope.report.findings import (
 from soluscope.results import LeftOut, Measurement, OfRun, Record, of_kind
 
 PROBE = "pretrained"
-"""Of the measurements that hold what is known of a model and no probe measures."""
+"""Probe name of the measurements with facts about a model that no probe measures."""
 SAME = 1e-5
-"""Relative difference up to which a gain that was computed in fp32 is what the formula gives."""
+"""Relative difference up to which a gain computed in fp32 agrees with the formula."""
 
 
 def arms(records: Iterable[Record]) -> list[str]:
@@ -33,7 +33,7 @@ def arms(records: Iterable[Record]) -> list[str]:
 
 
 def trained(records: Iterable[Record]) -> list[Record]:
-    """Return all records but those of pretrained models."""
+    """Return all records except records of pretrained models."""
     return [record for record in records if not _is_pretrained(record)]
 
 
@@ -42,7 +42,7 @@ def _is_pretrained(record: Record) -> bool:
 
 
 def sentences(records: Sequence[Record]) -> list[str]:
-    """For each model whether its norm is engaged or pinned, and by what; then what it was measured on."""
+    """Return, for each model, sentences on whether its norm is engaged or pinned, and on the text measured."""
     result: list[str] = []
     models = arms(records)
     for arm in models:
@@ -52,26 +52,26 @@ def sentences(records: Sequence[Record]) -> list[str]:
         result += [*_epsilon(of_arm, arm), *_basis(of_arm, arm), *_left_out(of_arm, arm)]
     if models:
         result.append(
-            f"No loss of {' or '.join(models)} is compared with another model's: their tokens and "
-            "vocabularies are not the same. And a model by itself shows what its LayerNorm does, not what "
-            "would be without it: that takes models trained to differ in it alone."
+            f"No loss of {' or '.join(models)} is compared with another model's loss, because their tokens and "
+            "vocabularies differ. A single model shows the behaviour of its LayerNorm, but not the effect of "
+            "removing it. That needs models that were trained to differ in the LayerNorm alone."
         )
     return result
 
 
-def verdict(ends: tuple[float, float] | None) -> str:
-    """Whether a norm is active, by the ends of the intervals of r and not by their middles."""
-    if ends is None:
-        return "how far the norm is engaged has no interval"
-    if ends[0] > ENGAGED:
+def verdict(bounds: tuple[float, float] | None) -> str:
+    """Return a text on whether a norm is active, judged by the interval bounds of r, not by its estimates."""
+    if bounds is None:
+        return "the engagement of the norm (r) has no interval"
+    if bounds[0] > ENGAGED:
         return "the norm is engaged at the typical token"
-    if ends[1] < IDLE:
+    if bounds[1] < IDLE:
         return "the norm is close to one static gain at the typical token, pinned by its epsilon"
     return "the norm is partly engaged"
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:
-    """What is known of each model, one column a model; nothing where there is none."""
+    """Return a table of facts about each model, one column per model; empty if there is no model."""
     models = arms(records)
     facts = [row for row in of_kind(records, Measurement) if row.probe == PROBE]
     if not facts:
@@ -84,15 +84,18 @@ def blocks(records: Sequence[Record]) -> list[Block]:
             for row in facts
             if (row.quantity, row.statistic) == (quantity, statistic)
         }
-        what = f"{statistic} of {quantity}" if statistic != "mean" else quantity
-        label = f"{what}, {unit}" if unit else what
+        name = f"{statistic} of {quantity}" if statistic != "mean" else quantity
+        label = f"{name}, {unit}" if unit else name
         lines.append([label, *(of.get(arm, "") for arm in models)])
-    lead = "Its loss is on a text of its own, and is to be compared with nothing else on this page."
+    lead = (
+        "Each model's loss is measured on its own text and must not be compared with any other loss on this "
+        "page."
+    )
     return [Paragraph(lead), Table(["", *models], lines)]
 
 
 def _places(row: Measurement) -> int | None:
-    """Counts are shown whole."""
+    """Return 0 decimals for counts, which are whole numbers; None for other numbers."""
     return 0 if row.value is not None and row.value == int(row.value) else None
 
 
@@ -101,13 +104,13 @@ def _engaged(records: Sequence[Record], arm: str) -> list[str]:
     if not content:
         return []
     if not _facts(records, "eps"):
-        return [f"{arm} has no norm in its MLP: its gain is 1 and r is 0, by construction."]
+        return [f"{arm} has no norm in its MLP, so its gain is 1 and r is 0 by construction."]
     text = f"{arm}: {verdict(envelope(content))}; median r {estimate(content[0])}"
     shares = measured(records, "engagement", "r", arm, statistic=f"share above {IDLE}")
     if shares:
-        text += f", above {IDLE} at a share of {estimate(shares[0])} of the tokens after BOS"
+        text += f"; share of tokens after BOS with r above {IDLE}: {estimate(shares[0])}"
     if at_bos := engagement(records, arm, "BOS"):
-        text += f", {number(at_bos[0].value)} at BOS"
+        text += f"; r at BOS {number(at_bos[0].value)}"
     of_gain = [
         rows[0]
         for statistic in ("median", "q05", "q95")
@@ -116,11 +119,11 @@ def _engaged(records: Sequence[Record], arm: str) -> list[str]:
     if len(of_gain) == 3:
         middle, low, high = (number(row.value) for row in of_gain)
         text += f"; median gain {middle} (5% to 95% of the tokens: {low} to {high})"
-    return [f"{text}. r is 0 where all tokens have one gain, and 1 in a true LayerNorm."]
+    return [f"{text}. r is 0 if all tokens have one gain, and 1 in a true LayerNorm."]
 
 
 def _epsilon(records: Sequence[Record], arm: str) -> list[str]:
-    """Whether the gain is 1 / sqrt(var + eps) with the epsilon that the model says it has."""
+    """Return a sentence on whether the gain is 1 / sqrt(var + eps) with the epsilon of the model's norm."""
     names = ("eps", "1/g^2 - var", "|g^2 (var + eps) - 1|")
     values = [
         row.value for name in names for row in _facts(records, name)[:1] if row.value is not None
@@ -128,10 +131,11 @@ def _epsilon(records: Sequence[Record], arm: str) -> list[str]:
     if len(values) < len(names):
         return []
     eps, implied, off = values
-    is_it = "as LayerNorm has it" if off <= SAME else "which LayerNorm has not"
+    agrees = "as in a LayerNorm" if off <= SAME else "unlike in a LayerNorm"
     return [
-        f"{arm}: 1/g^2 - var is {implied:.4e} at the median token, and the epsilon that the model states is "
-        f"{eps:.4g}; g^2 (var + eps) is 1 to within {off:.1g} at every token, {is_it}."
+        f"{arm}: 1/g^2 - var is {implied:.4e} at the median token (g: gain, var: variance over neurons), and the "
+        f"epsilon of the model's norm is {eps:.4g}; g^2 (var + eps) is 1 to within {off:.1g} at every token, "
+        f"{agrees}."
     ]
 
 
@@ -140,17 +144,18 @@ def _basis(records: Sequence[Record], arm: str) -> list[str]:
     loss = next(iter(_facts(records, "loss")), None)
     if loss is None:
         return []
-    return [f"{arm} is {source}, read as published; natural text is {loss.note}."]
+    return [f"{arm} is {source}, loaded as published; natural text is {loss.note}."]
 
 
 def _left_out(records: Sequence[Record], arm: str) -> list[str]:
-    """Probes that are not valid for the model, by their reasons."""
+    """Return sentences on the probes that are not valid for the model, grouped by reason."""
     why: dict[str, list[str]] = {}
     for each in of_kind(records, LeftOut):
         if not each.stream:
             why.setdefault(each.note, []).append(each.probe)
     return [
-        f"{arm}, left out: {', '.join(sorted(probes))} ({note})." for note, probes in why.items()
+        f"{arm}: probes left out: {', '.join(sorted(probes))} ({note})."
+        for note, probes in why.items()
     ]
 
 

@@ -1,4 +1,4 @@
-"""The report's sections, built once from the records: what the page shows, and the dashboard's figures."""
+"""The report's sections, built once from the records, for the page and for the dashboard's figures."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from soluscope.results import (
 
 NOT_PROBES = {"loss", "training", pretrained.PROBE}
 NOT_COUNTED = (
-    "False positives: not counted for this study (python eval/run.py --false-positives DIR)."
+    "False positives were not counted; to count them: soluscope probe --false-positives DIR"
 )
 
 
 def build(records: list[Record]) -> list[Section]:
-    """Return the sections that the records have something for, in their order on the page."""
+    """Return the sections that have content, in their order on the page."""
     arms = _Arms(records)
     sections = [
         Section("pretrained", "Pretrained", pretrained.blocks(arms.records)),
@@ -67,12 +67,12 @@ def build(records: list[Record]) -> list[Section]:
         record.probe for record in arms.records if isinstance(record, Measurement | LeftOut)
     } - NOT_PROBES
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
-    sections.append(Section("provenance", "Where this comes from", _provenance(records)))
+    sections.append(Section("provenance", "Runs and code", _provenance(records)))
     return [section for section in sections if section.blocks]
 
 
 class _Arms:
-    """Sections about arms at their chosen rates, which share one look for each arm."""
+    """Sections about arms at their chosen learning rates; an arm has the same style in all of them."""
 
     def __init__(self, records: list[Record]) -> None:
         self.all = records
@@ -87,10 +87,10 @@ class _Arms:
         if not means and not runs:
             return []
         lead = (
-            "Nats a token on the report split, targets that are BOS left out. One dot a training "
-            "seed; its bar is the 95% interval for other documents, which moves all arms "
-            "together. To compare arms, read the paired differences, where the documents' share "
-            "cancels."
+            "Loss in nats per token on the report split (the documents kept for reporting), without targets "
+            "that are BOS. One dot per training seed; its bar is the 95% interval for other documents. A "
+            "change of documents moves all arms together. To compare arms, read the paired differences, "
+            "where the documents' common effect cancels."
         )
         lines = [
             [
@@ -115,11 +115,11 @@ class _Arms:
         if not rows:
             return []
         lead = (
-            "Loss of an arm minus that of a reference, nats a token; below 0 the arm is "
-            "better. Pairs share the seed: initial values, batches and documents. Thick bar: "
-            "these trained models on other documents. Thin bar: new seeds and new documents, "
-            "which a claim about a variant needs; where it runs out of the frame, the table "
-            "has its ends. An open mark has no interval."
+            "Loss of an arm minus loss of a reference arm, in nats per token; below 0 the arm is better. "
+            "Each pair of runs has the same seed, so the same initial values and batches, and is measured "
+            "on the same documents. Thick bar: 95% interval for these trained models on other documents. "
+            "Thin bar: 95% interval for new seeds and new documents, which a claim about a variant needs. "
+            "If a thin bar leaves the frame, the table gives its bounds. An open mark has no interval."
         )
         result: list[Block] = [Paragraph(lead)]
         for size, of_one in self.sizes.items():
@@ -128,7 +128,7 @@ class _Arms:
         return [*result, self._contrasts(rows, labels)]
 
     def terms(self) -> list[Block]:
-        shown = (Term.GAIN, Term.STATIC, Term.SHARE, Term.STEP)
+        shown = (Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP)
         rows = [
             row
             for row in of_kind(self.records, Comparison)
@@ -137,11 +137,11 @@ class _Arms:
         if not rows:
             return []
         lead = (
-            "Gain of LN: loss of plain SoLU minus loss of SoLU with LayerNorm. Phi_dyn: the "
-            "share of it that the best static arm (one gain for all tokens, retrained) does "
-            "not reach. 0: no scale of each token's own is needed; 1: all of the gain takes "
-            "it; below 0: static is better. The steps from plain SoLU to LayerNorm add one "
-            "thing each, and sum to the gain of LN. Bars as above."
+            "Benefit of LN: loss of plain SoLU minus loss of SoLU with LayerNorm. static - LN: loss of the "
+            "best static arm (one gain for all tokens, retrained) minus loss of SoLU with LayerNorm. Phi_dyn: "
+            "static - LN as a share of the benefit of LN. 0: no per-token scale is needed; 1: all of the "
+            "benefit needs it; below 0: the static arm is better. The steps from plain SoLU to LayerNorm "
+            "add one part each, and sum to the benefit of LN. Bars as above."
         )
         labels = [
             f"{row.arm}: {term_name(row)}" + (f" ({row.adds})" if row.adds else "") for row in rows
@@ -154,14 +154,15 @@ class _Arms:
         ]
 
     def confirmed(self) -> list[Block]:
-        """The confirmatory tests: a probe's number minus the static twin's, by seed."""
+        """Show the confirmatory tests: a probe's number minus the static twin's number, paired by seed."""
         rows = comparisons(self.records, Term.PROBE)
         if not rows:
             return []
         lead = (
-            "What these probes found in an arm minus what they found in the arm that differs from it "
-            "in having one gain for all tokens, at the same seeds; mean over their streams. All "
-            "of them are corrected together for their number; what else the page holds is exploratory."
+            "A probe's number in an arm minus its number in the static twin, at the same seeds; mean over the "
+            "probe's streams (kinds of text). The static twin differs from the arm only in having one gain for "
+            "all tokens. The p-values are corrected for the number of these tests. All other tests on this "
+            "page, except those of Phi_dyn and its numerator, are exploratory."
         )
         lines = [
             [
@@ -176,7 +177,7 @@ class _Arms:
         return [Paragraph(lead), Table(heads, lines)]
 
     def _contrasts(self, rows: Sequence[Comparison], labels: Sequence[str]) -> Table:
-        """A table of comparisons, each with both of its intervals."""
+        """Return a table of comparisons, each with both intervals."""
         lines = []
         for row, label in zip(rows, labels, strict=True):
             fixed = for_these_models(self.records, row)
@@ -207,18 +208,18 @@ class _Arms:
             log_y = name != "r"
             spec = Figure(name, (name,), kind="curve", x_title="tokens seen", log_y=log_y)
             result += plot(figures.draw(rows, spec, self.look), caption=name)
-        lead = "One thin line a run, against the number of tokens it has seen."
+        lead = "One thin line per run, against the number of training tokens."
         return [Paragraph(lead), *result] if result else []
 
     def probe(self, name: str) -> Section:
-        """A probe's numbers with its own words; plain where no words are stored with them."""
+        """Return a probe's section: its numbers, figures and stored description, or the numbers alone."""
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == name]
         wrong = controls.failures(self.all, name)
         standing = [*self._standing(name, wrong), *self._left_out(name)]
         failed = " (control failed)" if wrong else ""
         words = controls.words_of(self.all, name)
         if words is None:
-            note = f"The results hold no words of {name!r}; its numbers are shown as they are."
+            note = f"The results contain no description of {name!r}; its numbers are shown without one."
             blocks = [*standing, Paragraph(note), *_probe_tables(rows, {})]
             return Section(name, name + failed, blocks, bool(wrong))
         first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
@@ -232,11 +233,8 @@ class _Arms:
         if controls.standing(self.all, name) == "passed":
             arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
             if sentences := meaning.sentences(words, rows, arms):
-                lead = "What this result means."
-                blocks += [
-                    Paragraph("These trained models, BOS left out.", lead),
-                    Bullets(sentences),
-                ]
+                text = "About these trained models, without BOS."
+                blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
         blocks += [
             Paragraph(words.reading, "How to read it."),
             Paragraph(words.formula, "Formula.", code=True),
@@ -244,7 +242,8 @@ class _Arms:
         ]
         if rates := controls.false_positives(self.all, name):
             text = "; ".join(map(controls.rate, rates))
-            blocks.append(Paragraph(f"{text}.", "False positives."))
+            text = f"Rate of findings where there is nothing to find: {text}."
+            blocks.append(Paragraph(text, "False positives."))
         else:
             blocks.append(Paragraph(NOT_COUNTED, style="soft"))
         if words.source:
@@ -253,11 +252,19 @@ class _Arms:
         return Section(name, heading, blocks, bool(wrong))
 
     def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
-        """A badge for each control, the numbers behind them, and a warning where one failed."""
+        """Return a badge for each control, the numbers behind the badges, and a warning if a control failed."""
         gates = controls.gates(self.all, name)
         if not gates:
             return [
-                Badges([Badge("none", "no control run", "nothing says that it can be believed")])
+                Badges(
+                    [
+                        Badge(
+                            "none",
+                            "no control run",
+                            "this probe has not been validated on controls",
+                        )
+                    ]
+                )
             ]
         badges = [
             Badge(
@@ -277,11 +284,15 @@ class _Arms:
             noun = "control" if len(wrong) == 1 else "controls"
             text = f"This probe failed its {noun} {', '.join(wrong)}: do not cite its numbers."
             result.append(Paragraph(text, style="warn"))
-        numbers = Table(["control", "number", "found", "note"], lines, n_text=2)
-        return [*result, *fold("What the controls gave", [numbers])]
+        text = (
+            "Controls are planted models whose answer is known. C+: the probe must find its effect; C-: it must "
+            "find none."
+        )
+        numbers = Table(["control", "number", "result", "note"], lines, n_text=2)
+        return [*result, *fold("Results on the controls", [Paragraph(text, style="soft"), numbers])]
 
     def _left_out(self, name: str) -> list[Block]:
-        """The runs that a probe leaves out, and why."""
+        """Return sentences on the runs that a probe leaves out, with the reasons."""
         why: dict[str, list[str]] = {}
         for each in of_kind(self.records, LeftOut):
             if each.probe == name:
@@ -290,7 +301,7 @@ class _Arms:
         return [Paragraph(text, style="soft") for text in texts]
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
-        """A figure of a probe, and the same against the dose where a variant has several."""
+        """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
         dots = spec.kind == "dots"
         below = self.doses.caption() if dots else ""
         result = plot(figures.draw(rows, spec, self.look), spec.title, below)
@@ -309,7 +320,7 @@ class _Arms:
 
 
 def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity]) -> list[Block]:
-    """A probe's numbers behind a click: away from BOS; then by stream, position and split."""
+    """Return a probe's numbers in folded tables: the main stream without BOS; then other streams and splits."""
     points = [row for row in rows if row.x is None]
     order = {name: i for i, name in enumerate(quantities)}
     last = len(order)
@@ -325,8 +336,8 @@ def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity
     result: list[Block] = []
     if main:
         stream = main[0].stream
-        caption = f"{stream} text, BOS left out" if stream else "BOS left out"
-        summary = f"Table: {caption}; one line a seed, [95% interval]"
+        caption = f"{stream} text, without BOS" if stream else "without BOS"
+        summary = f"Table: {caption}; one line per seed, [95% interval]"
         result += fold(summary, [_by_arm(main, quantities)])
     if rest:
         result += fold("Table: other streams, positions and splits", [_by_arm(rest, {})])
@@ -334,7 +345,7 @@ def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity
 
 
 def _by_arm(rows: Sequence[Measurement], meanings: Mapping[str, Quantity]) -> Table:
-    """One line a number, one column an arm, one line a seed inside a cell."""
+    """Return a table with one row per number and one column per arm; a cell has one line per seed."""
     arms = sorted({row.arm for row in rows})
     keys = ("stream", "positions", "group")
     shown = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
@@ -361,13 +372,13 @@ def _by_arm(rows: Sequence[Measurement], meanings: Mapping[str, Quantity]) -> Ta
 
 
 def _provenance(records: list[Record]) -> list[Block]:
-    """Which runs, configurations and code the numbers come from."""
+    """List the runs, configurations and code that the numbers come from."""
     runs = {each.run: each for each in records if isinstance(each, OfRun)}
     commits = ", ".join(sorted({each.commit for each in records} - {""})) or "unknown"
     studies = ", ".join(sorted({each.study for each in records}))
     text = (
-        f"Study {studies}, {len(runs)} runs, {len(records):,} rows of results.jsonl; measured by "
-        f"commit {commits}."
+        f"Study {studies}: {len(runs)} runs, {len(records):,} records of results.jsonl, measured with the code "
+        f"of commit {commits}."
     )
     lines = []
     for name in sorted(runs):

@@ -1,7 +1,7 @@
-"""A text, token by token, coloured by what the mid norm does to each; one block an arm.
+"""A text coloured token by token by the mid norm's effect; one block per arm.
 
-Which quantity is shown is a radio button's state and style sheets', so the page needs no script for
-it. All three colours and numbers of a token are in the page.
+The reader chooses the quantity with radio buttons. The style sheet shows the chosen colours, so no script
+is needed. The page contains all three colours and numbers of each token.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from soluscope.report.findings import number, per_token
 from soluscope.results import Record, TokenValue, of_kind
 
 QUANTITIES = {"gain": "gain", "r": "r", "effect": "ablation effect"}
-"""By the name of their style; the first is shown until the reader chooses another."""
+"""Quantities by the name of their style; the first is shown until the reader chooses another."""
 AROUND_ZERO = "effect"
 LOW, HIGH, WHITE = (230, 159, 0), (86, 180, 233), (255, 255, 255)
-"""Okabe and Ito's orange and sky blue: told apart by colour-blind eyes, and dark text is read on both."""
+"""Okabe and Ito's orange and sky blue. Colour-blind readers can distinguish them; dark text is legible on both."""
 
 Values = Mapping[str, TokenValue]
 """A token's values by quantity."""
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:
-    """A text for each arm's first seed, that of the first arm with a per-token norm unfolded."""
+    """Return a text for each arm's first seed; the first arm with a per-token norm is unfolded."""
     texts = _texts(records)
     if not texts:
         return []
     normed = per_token(records)
     shown = next((key for key in texts if key[0] in normed), next(iter(texts)))
     lead = (
-        "One text, read by each arm's first seed. Colours are scaled to the tokens after BOS; a token "
-        "outside has the colour of the nearer end. Point at a token, or move to it with the tab key, "
-        "for its numbers. Ablation effect: the token's loss without the MLP minus its loss."
+        "The same text for each arm's first seed. Colours are scaled to the range of the tokens after BOS; a "
+        "token outside this range has the colour of the nearer bound. Point at a token, or move to it with the "
+        "tab key, to see its numbers. Ablation effect: the token's loss without the MLP minus its loss."
     )
     return [
         Paragraph(lead),
@@ -46,7 +46,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
 
 
 def _named(tokens: Sequence[Values]) -> str:
-    """An arm and the seed that is shown; a pretrained model has none."""
+    """Return the arm's name with the shown seed; a pretrained model has no seed."""
     any_value = next(iter(tokens[0].values()))
     if any_value.pretrained:
         return any_value.arm
@@ -54,7 +54,7 @@ def _named(tokens: Sequence[Values]) -> str:
 
 
 def _texts(records: Iterable[Record]) -> dict[tuple[str, int], list[Values]]:
-    """Tokens in order, for each arm's first seed."""
+    """Return the tokens of each arm's first seed, in their order in the text."""
     by_run: dict[tuple[str, int], dict[int, dict[str, TokenValue]]] = {}
     for value in of_kind(records, TokenValue):
         run = by_run.setdefault((value.arm, value.seed or 0), {})
@@ -105,12 +105,11 @@ def _token(token: Values, colours: dict[str, str]) -> Token:
 
 
 def visible(text: str) -> str:
-    """A token's text with each line's end shown, and no character that would move or hide others."""
-    ends = text.replace("\r\n", "\n")
-    whole = ends.encode("utf8", "replace").decode(
-        "utf8"
-    )  # half of a surrogate pair cannot be written
-    return "".join("\u21b5\n" if c == "\n" else _picture(c) for c in whole)
+    """Return a token's text with visible line ends, without characters that would move or hide other text."""
+    text = text.replace("\r\n", "\n")
+    # Half of a surrogate pair cannot be encoded, and is replaced.
+    encodable = text.encode("utf8", "replace").decode("utf8")
+    return "".join("\u21b5\n" if c == "\n" else _picture(c) for c in encodable)
 
 
 def _picture(character: str) -> str:
@@ -121,12 +120,12 @@ def _picture(character: str) -> str:
 
 
 def _range(tokens: Sequence[Values], quantity: str, around_zero: bool) -> tuple[float, float]:
-    """Least and greatest value after BOS; equal distances from 0 where 0 is the middle."""
+    """Return the least and the greatest value after BOS; with `around_zero`, equal distances from 0."""
     values = [token[quantity] for token in tokens if quantity in token]
     known = [each.value for each in values if each.place and each.value is not None]
     if around_zero:
-        end = max(map(abs, known), default=0.0)
-        return -end, end
+        largest = max(map(abs, known), default=0.0)
+        return -largest, largest
     return min(known, default=0.0), max(known, default=0.0)
 
 
@@ -140,7 +139,7 @@ def _colour(value: float | None, low: float, high: float, around_zero: bool) -> 
 
 
 def _mix(end: tuple[int, int, int], share: float) -> str:
-    """White at 0, `end` at 1."""
+    """Mix a colour with white: white at share 0, the colour `end` at share 1."""
     parts = (round(w + (e - w) * share) for w, e in zip(WHITE, end, strict=True))
     return "#" + "".join(f"{part:02x}" for part in parts)
 

@@ -1,9 +1,9 @@
-"""The curves that decide: loss against learning rate and gain, Phi_dyn against kappa and a common rate.
+"""The tuning curves: loss against learning rate and gain, Phi_dyn against kappa and a common rate.
 
-At a learning rate or a gain that is wrong for one of the arms the answer may be the opposite, so the page
-shows the curves on which they were chosen beside what was found at the chosen ones.
+If one arm has a wrong learning rate or gain, the conclusion may be reversed. So the page shows the curves
+from which these settings were chosen as well as the results at the chosen settings.
 
-Source: science.md sections 4 and 10.2.
+Source: protocol.md sections 4 and 10.2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from soluscope.results import ChoicePoint, Comparison, Record, Term, of_kind
 
 
 def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
-    """The curves on which rates and gains were chosen; nothing where nothing was chosen."""
+    """Return the curves from which rates and gains were chosen; empty if nothing was chosen."""
     made = choices(records)
     if not made:
         return []
@@ -37,12 +37,14 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     result: list[Block] = [Paragraph(text, style="warn") for text in warnings]
     result.append(
         Paragraph(
-            "Loss on the select split, whose documents nothing is reported on, against what was tried. What "
-            "has the least mean is compared in the rest of this page, and has a ring: of rates, among those "
-            "with all seeds of their line (the table has the others), or over the seeds that all have; of "
-            "gains, over the seeds that all have. What shares no seed is not chosen from. Bars are for new "
-            "seeds on these documents, and the frame may cut them. An optimum counts only inside its grid, "
-            "and two points are none."
+            "Loss on the select split against the tried settings. The select split is used for choosing only; "
+            "nothing is reported on its documents. The setting with the least mean loss is marked by a ring, "
+            "and the rest of this page compares it. A learning rate is chosen among the rates that have all "
+            "seeds of their curve (the table lists the other rates too); if no rate has all seeds, all rates "
+            "are compared over their common seeds. A gain (the constant gain of a static arm) is chosen over "
+            "the seeds common to all gains. Without common seeds no setting is chosen. Bars are for new seeds "
+            "on these documents; the frame may cut them. An optimum is reliable only inside its grid, and a "
+            "grid needs at least three points."
         )
     )
     result += _one_rate(records)
@@ -71,20 +73,20 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
         for point in (*choice.points, *choice.without)
     ]
     heads = ["arm", "setting", "loss on select [95%, new seeds]", "seeds", "note"]
-    return [*result, *fold("Table: all that was tried", [Table(heads, tried)])]
+    return [*result, *fold("Table: all tried settings", [Table(heads, tried)])]
 
 
 def _chosen_on(point: ChoicePoint) -> Point:
-    """A point of a curve on which a setting was chosen; lines are called after the chosen arm."""
+    """Return a point of a curve from which a setting was chosen; the line has the chosen arm's name."""
     return Point(point.x, point, point.chosen_arm, ringed=point.arm == point.chosen_arm)
 
 
 def common_rate(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
-    """Phi_dyn and its terms with all arms at one rate, against that rate; nothing where none is shared."""
+    """Return Phi_dyn and its terms with all arms at one rate, against that rate; empty without a shared rate."""
     result: list[Block] = []
     for size, of_one in sizes(records).items():
         panels: dict[str, list[Point]] = {}
-        for term in (Term.GAIN, Term.STATIC, Term.SHARE):
+        for term in (Term.BENEFIT, Term.STATIC, Term.SHARE):
             panels[term] = [
                 Point(each.lr, each, each.tuned_arm, ringed=each.arm == each.tuned_arm)
                 for each in of_kind(of_one, Comparison)
@@ -93,14 +95,15 @@ def common_rate(records: list[Record], look: Mapping[str, Style]) -> list[Block]
         result += plot(
             along(panels, "learning rate", look, titles(of_one)),
             of_size("With all arms at one learning rate", size),
-            "Not the headline: at a rate that is wrong for one of them, arms differ by their rates. A ring "
-            "marks the rate at which LN is compared above. Where Phi_dyn is undefined it has no point.",
+            "Exploratory, not the headline: a rate that is wrong for one of the arms changes the differences. "
+            "A ring marks the rate at which the arm with LayerNorm is compared above. Phi_dyn has no point "
+            "where it is undefined.",
         )
     return result
 
 
 def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
-    """What LayerNorm does at each kappa; nothing where there are not several."""
+    """Return the effects of LayerNorm at each kappa; empty without several kappas."""
     result: list[Block] = []
     for size, of_one in sizes(records).items():
         of_variants = by_kappa(of_one)
@@ -128,27 +131,30 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
             undefined += [f"{kappa:.3g}" for arm, kappa in kappas.items() if arm in without]
         drawn = along(panels, "kappa", lines, {line: line for line in lines})
         at = ", ".join(undefined)
-        remark = f"Phi_dyn is undefined at kappa {at}: see above." if undefined else ""
+        remark = (
+            f"Phi_dyn is undefined at kappa {at}; the reasons are given above." if undefined else ""
+        )
         result += plot(drawn, of_size("Against kappa", size), remark)
     if not result:
         return []
     lead = Paragraph(
-        "kappa = eps d_mlp^2 is how much of each token's own scale LayerNorm's epsilon drowns. Near 0 it is "
-        "a true LayerNorm; where it is large it has one gain for all tokens and is a static arm itself, "
-        "whatever a true one could do. The best static arm is the same at every kappa. Thin bars are for "
-        "new seeds and documents, thick ones for these models on other documents; r has one line a seed."
+        "kappa = eps d_mlp^2 measures how strongly LayerNorm's epsilon suppresses the per-token scale. At a "
+        "kappa near 0 the norm is a true LayerNorm. At a large kappa it has one gain for all tokens: it is a "
+        "static arm itself, so it does not show the effects of a true LayerNorm. The best static arm is the "
+        "same at every kappa. Thin bars are for new seeds and documents, thick bars for these models on other "
+        "documents; r has one line per seed."
     )
     return [lead, *_one_rate(records), *result]
 
 
 def _one_rate(records: list[Record]) -> list[Block]:
-    """Every arm of which one rate was tried; the headline may name their variants alone."""
+    """List all arms trained at one rate only; the headline lists only their variants if there are many."""
     arms = at_one_rate(records)
     return [Paragraph(f"Trained at one rate only: {', '.join(arms)}.", style="soft")] * bool(arms)
 
 
 def _rates(records: list[Record], arms: Sequence[str]) -> str:
-    """At which rates the arms of a curve of gains were compared, in words."""
+    """Return a text on the learning rates at which the arms of a gain curve were compared."""
     untuned = set(at_one_rate(records)) & set(arms)
     if not untuned:
         return "each at its best rate"
@@ -162,7 +168,7 @@ def _rates(records: list[Record], arms: Sequence[str]) -> str:
 
 
 def _defined(records: Iterable[Record], term: Term) -> list[Comparison]:
-    """A term's comparisons that have a value; of a loss those for new seeds, else with either interval."""
+    """Return a term's comparisons that have a value, with both intervals; a loss has only that for new seeds."""
     clusters = ("seed",) if term is Term.LOSS else ("seed", "document")
     both = (comparisons(records, term, cluster=cluster) for cluster in clusters)
     return [each for of_cluster in both for each in of_cluster if each.value is not None]

@@ -1,14 +1,14 @@
 """A run's folder as one object: its configuration, its facts, and its state.
 
-config.yaml          the resolved configuration: enough to run it again
-checkpoints/last.ckpt  Lightning's, for resuming
-model.safetensors    final weights under TransformerLens's names
-model.json           facts about the model (`Facts`)
-metrics.jsonl        loss by step and tokens
-done.json            written last; its absence means: resume
-failed.json          why the last try ended, until the next one begins
+config.yaml            the resolved configuration, which is enough to repeat the run
+checkpoints/last.ckpt  Lightning's checkpoint, for resuming
+model.safetensors      final weights under TransformerLens's names
+model.json             facts about the model (`Facts`)
+metrics.jsonl          loss by step and tokens
+done.json              written last; without this file the run is not finished
+failed.json            the reason why the last try failed, deleted when the next try begins
 
-State is read without torch, so that a status is answered at once.
+The state is read without torch, so that a status is shown at once.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
     from soluscope.variants import Variant
 
 LOCK_PATIENCE_S = 1.0
-"""How long `lock` tries: a process that only asks about the lock holds it for an instant."""
+"""Seconds for which `lock` tries, because a process that only tests the lock holds it for an instant."""
 ASK_PATIENCE_S = 0.05
-"""How long `Run.at_work` tries: another process may be asking at the same moment."""
+"""Seconds for which `Run.at_work` tries, because another process may test the lock at the same moment."""
 
 
 class Busy(UserError):
-    """Another process is at work in the folder."""
+    """The error that another process is at work in the folder."""
 
 
 @dataclass(frozen=True)
 class Run:
     """A run's folder.
 
-    Configuration and facts are read once, when they are first used. State changes while a process
+    The configuration and the facts are read once, at their first use. The state changes while a process
     is at work in the folder, so it is read at every call.
     """
 
@@ -56,7 +56,7 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
-        """The configuration that was saved with the run.
+        """Return the configuration that was saved with the run.
 
         Raises:
             UserError: if config.yaml is missing or broken.
@@ -65,10 +65,10 @@ class Run:
 
     @cached_property
     def facts(self) -> Facts:
-        """Facts of a finished run.
+        """Return the facts of a finished run.
 
         Raises:
-            UserError: if there is no such run, it is not finished, or model.json is broken.
+            UserError: if the run does not exist, is not finished, or has a broken model.json.
         """
         from soluscope.runs.weights import load_facts
 
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def variant(self) -> Variant:
-        """The variant that the run's configuration names."""
+        """Return the variant that the run's configuration names."""
         variant: Variant = plugins.pick("soluscope.variants", self.config.variant)
         return variant
 
@@ -86,12 +86,12 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """The last checkpoint, from which an interrupted run resumes."""
+        """Return the path of the last checkpoint, from which an interrupted run resumes."""
         return self.dir / "checkpoints" / "last.ckpt"
 
     @property
     def weights(self) -> Path:
-        """The final weights of a finished run."""
+        """Return the path of the final weights of a finished run."""
         return self.dir / "model.safetensors"
 
     @property
@@ -100,24 +100,25 @@ class Run:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer of the run's study."""
+        """Return the path of the tokenizer of the run's study."""
         return self.dir.parent / "tokenizer.json"
 
     def load_model(self) -> LanguageModel:
         """Return the trained model of a finished run.
 
         Raises:
-            UserError: truncated weights, or weights of another shape than the run's configuration.
+            UserError: if there is no finished run, the weights are truncated, or their shapes do not fit
+                the run's configuration.
         """
         from soluscope.runs.weights import load_weights
 
-        facts = self.facts  # first, since its error says that there is no finished run
+        facts = self.facts  # first, because its error explains that there is no finished run
         return load_weights(self.dir, self.config, facts)
 
     def done(self) -> dict[str, Any] | None:
-        """Return the content of done.json if the run has ended and all its files are complete.
+        """Return the content of done.json if the run is finished and all its files are complete, else None.
 
-        A folder that was copied half-way may have done.json without the weights that belong to it.
+        A folder that was copied incompletely may have done.json without the weights that belong to it.
         """
         try:
             content = json.loads((self.dir / "done.json").read_text(encoding="utf8"))
@@ -128,11 +129,11 @@ class Run:
         return content if complete and (self.dir / "model.json").is_file() else None
 
     def is_done(self) -> bool:
-        """Return whether the run has ended and all its files are complete."""
+        """Return whether the run is finished and all its files are complete."""
         return self.done() is not None
 
     def at_work(self) -> bool:
-        """Return whether a process holds the folder now. Creates no file."""
+        """Return whether a process holds the folder now, without creating a file."""
         path = self.dir / ".lock"
         if not path.is_file():
             return False
@@ -141,7 +142,7 @@ class Run:
                 return False
         except Timeout:
             return True
-        except OSError:  # a folder that this user may only read
+        except OSError:  # this user may only read the folder
             return False
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
@@ -149,13 +150,13 @@ class Run:
         return lock(self.dir)
 
     def claim(self, config: Config) -> Literal["done", "resume", "start"]:
-        """Create the folder for `config`, or check that the existing one is of this configuration.
+        """Create the folder for `config`, or check that the existing folder has this configuration.
 
         Returns:
-            What is left to do.
+            The remaining work: `start` or `resume` training, or none (`done`).
 
         Raises:
-            UserError: if the folder is of another configuration, or cannot be written.
+            UserError: if the folder has a different configuration or cannot be written.
         """
         if self.is_done():
             state: Literal["done", "resume", "start"] = "done"
@@ -166,25 +167,27 @@ class Run:
         else:
             self._check_same(config)
         if state != "done":
-            (self.dir / "done.json").unlink(missing_ok=True)  # of a folder that is not complete
+            (self.dir / "done.json").unlink(
+                missing_ok=True
+            )  # left in an incomplete copy of a folder
             self.forget_failure()
         return state
 
     def _check_same(self, config: Config) -> None:
         if not self.config_file.is_file():
             raise UserError(
-                f"{self.config_file} is missing: delete {self.dir} to train the run again"
+                f"{self.config_file} is missing: delete {self.dir} to train the run from step 0"
             )
         differing = differences(self.config, config)
         if differing:
             raise UserError(
-                f"{self.dir} is of another configuration ({differing[0]}"
+                f"{self.dir} has a different configuration ({differing[0]}"
                 + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
-                + "): set tag= or study= to train this one beside it"
+                + "): set tag= or study= to train this configuration in another folder"
             )
 
     def record_failure(self, error: BaseException) -> None:
-        """Write why the run failed to failed.json. A full disk does not hide the error itself."""
+        """Write the reason of the failure to failed.json; if the disk is full, do nothing."""
         lines = str(error).strip().splitlines() or [type(error).__name__]
         last = lines[-1]
         reason = last if isinstance(error, UserError) else f"{type(error).__name__}: {last}"
@@ -192,7 +195,7 @@ class Run:
             write_text(self.dir / "failed.json", json.dumps({"error": reason}) + "\n")
 
     def failure(self) -> str | None:
-        """Return the last line of the error that ended the run's last try, if one did."""
+        """Return the last line of the error that ended the run's last try, or None without such an error."""
         try:
             reason = json.loads((self.dir / "failed.json").read_text(encoding="utf8"))["error"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -200,12 +203,12 @@ class Run:
         return str(reason)
 
     def forget_failure(self) -> None:
-        """Delete failed.json: a new try begins."""
+        """Delete failed.json, because a new try begins."""
         with contextlib.suppress(OSError):
             (self.dir / "failed.json").unlink(missing_ok=True)
 
     def last_row(self) -> dict[str, Any]:
-        """Return the last complete row of metrics.jsonl, empty if there is none."""
+        """Return the last complete row of metrics.jsonl; empty if the file has no complete row."""
         try:
             with self.metrics.open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 4096))
@@ -218,10 +221,10 @@ class Run:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process. The kernel releases it when the process ends, however it ends.
+    """Hold `folder` for this process. If the process is killed, the kernel releases the lock.
 
     Raises:
-        Busy: if another process holds it.
+        Busy: if another process holds the folder.
         UserError: if the folder cannot be written.
     """
     try:
@@ -229,11 +232,11 @@ def lock(folder: Path) -> Iterator[None]:
         held = FileLock(folder / ".lock").acquire(timeout=LOCK_PATIENCE_S)
     except Timeout as error:
         raise Busy(
-            f"another process is at work in {folder}: wait for it, or set tag= or study="
+            f"another process is at work in {folder}: wait until it ends, or set tag= or study="
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot write {folder}: {error.strerror}; choose another runs_dir"
+            f"cannot write {folder}: {error.strerror}; set runs_dir to another folder"
         ) from error
     with held:
         yield

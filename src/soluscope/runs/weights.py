@@ -1,4 +1,4 @@
-"""A run's final weights, the facts about them, and which code made them."""
+"""A run's final weights, the facts about them, and the version of the code that computed them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a reader of a checkpoint must know and its weights do not say."""
+    """Facts about a model that are needed to use its weights and are not stored in them."""
 
     run: str
     arm: str
@@ -47,9 +47,9 @@ class Facts:
     mid_norm: str | None
     """Class of the mid norm in norms.py, or None."""
     eps: float | None
-    """Epsilon of the mid norm, where it has one."""
+    """Epsilon of a per-token mid norm, or None."""
     gain: float | None
-    """The constant gain of a static mid norm."""
+    """Constant gain of a static mid norm, or None."""
     bos: int
     eos: int
     pad: int
@@ -59,36 +59,36 @@ class Facts:
     tokens: int
     """Tokens seen in training, BOS included."""
     precision: str
-    """What it was trained in: fp32 or bf16."""
+    """Precision of training: fp32 or bf16."""
     device: str
     config: str
     """Hash of the configuration."""
     commit: str
     versions: dict[str, str]
     role: str
-    """The variant's `role`, `twin` and chain, as the variants folder had them."""
+    """The variant's role, as its file in variants/ declared it at training; likewise `twin` and `chain`."""
     twin: str
     chain: tuple[Step, ...]
-    """From the root of the chain to the variant itself, members that the study lacks included."""
+    """Steps from the root of the chain to the variant itself, including variants that the study lacks."""
 
     @property
     def kappa(self) -> float | None:
-        """eps * d_mlp^2, the dose (science.md section 1.4)."""
+        """Return eps * d_mlp^2, the dose (protocol.md section 1.4), or None without an epsilon."""
         return None if self.eps is None else self.eps * self.d_mlp**2
 
 
 def lineage(variant: str) -> dict[str, Any]:
-    """Return what the variants folder says of a variant's place among the others, as `Facts` has it.
+    """Return the fields of `Facts` that relate a variant to other variants: role, twin and chain.
 
     Raises:
-        UserError: if there is no such variant, or it names another that does not exist.
+        UserError: if the variant, or a variant that it names, does not exist.
     """
     role = plugins.pick("soluscope.variants", variant).role
     return {"role": role, "twin": twin_of(variant), "chain": chain_of(variant)}
 
 
 def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
-    """Final weights and facts, each whole or not there."""
+    """Write the final weights and the facts, each atomically."""
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
@@ -97,15 +97,17 @@ def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
 
 
 def load_facts(run_dir: Path) -> Facts:
-    """Facts of a finished run. Where an older version wrote them, the variant's role, twin and chain
-    are those of today's variants folder.
+    """Return the facts of a finished run.
+
+    Files of older versions lack the variant's role, twin and chain; these are then taken from the present
+    variants folder.
 
     Raises:
-        UserError: if there is no such run, it is not finished, or the file is broken.
+        UserError: if the run does not exist, is not finished, or has a broken model.json.
     """
     path = run_dir / "model.json"
     if not path.is_file():
-        state = "has not finished: train it to its end" if run_dir.is_dir() else "does not exist"
+        state = "has not finished: finish training it" if run_dir.is_dir() else "does not exist"
         raise UserError(f"no model at {run_dir}: the run {state}")
     try:
         record = json.loads(path.read_text(encoding="utf8"))
@@ -115,21 +117,25 @@ def load_facts(run_dir: Path) -> Facts:
             record["chain"] = tuple(Step(**step) for step in record["chain"])
         return Facts(**{field.name: record[field.name] for field in fields(Facts)})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is broken ({error}): delete {run_dir} and train again") from error
+        raise UserError(
+            f"{path} is broken ({error}): delete {run_dir} and train the run again"
+        ) from error
 
 
 def load_weights(run_dir: Path, config: Config, facts: Facts) -> LanguageModel:
-    """Return the trained model of a finished run, strictly: every tensor by name and shape.
+    """Return the trained model of a finished run, after checking every tensor's name and shape.
 
     Raises:
-        UserError: truncated weights, or weights of another shape than the run's configuration.
+        UserError: if the weights are truncated or not finite, or their shapes do not fit the run's
+            configuration.
     """
     path = run_dir / "model.safetensors"
     try:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"cannot read {path} ({_first_line(error)}): delete {run_dir / 'done.json'} to make it again"
+            f"cannot read {path} ({_first_line(error)}): delete {run_dir / 'done.json'} and run the training "
+            "command again"
         ) from error
     model = build_model(config, facts.d_vocab)
     try:
@@ -139,18 +145,20 @@ def load_weights(run_dir: Path, config: Config, facts: Facts) -> LanguageModel:
         raise UserError(f"{path} does not fit {run_dir / 'config.yaml'}: {problem}") from error
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
+            raise UserError(
+                f"{path}: {name} contains values that are not finite; train the run again"
+            )
     return model.eval()
 
 
 def build_model(config: Config, d_vocab: int) -> LanguageModel:
-    """The untrained model of a configuration."""
+    """Return the untrained model of a configuration."""
     variant = plugins.pick("soluscope.variants", config.variant)
     return LanguageModel(config.model, variant, config.mid, d_vocab, config.seed)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Lightning's checkpoint, without unpickling anything but tensors and plain values.
+    """Return the content of Lightning's checkpoint, unpickling only tensors and plain values.
 
     Raises:
         UserError: if the file is truncated or not a checkpoint.
@@ -159,7 +167,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"cannot read the checkpoint {path} ({_first_line(error)}): delete it to start the run again"
+            f"cannot read the checkpoint {path} ({_first_line(error)}): delete it to train the run from step 0"
         ) from error
     return loaded
 
@@ -170,9 +178,9 @@ def _first_line(error: Exception) -> str:
 
 @cache
 def commit() -> str:
-    """The commit that runs, with `+` where the tree was changed; the version if it is not a clone."""
+    """Return the commit of the running code, with `+` if files were changed; outside a clone, the version."""
     try:
-        # A wheel inside somebody's own repository is not that repository's commit.
+        # Fails for a package installed inside another repository, whose commit would be wrong here.
         _git("ls-files", "--error-unmatch", __file__)
         changed = _git("status", "--porcelain", "--untracked-files=no")
         return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
@@ -186,11 +194,11 @@ def _git(*words: str) -> str:
 
 
 def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
-    """Return the hash of what the package's own code computes, comments and docstrings left out.
+    """Return a hash of the package's source, comments and docstrings left out.
 
     Args:
-        places: beginnings of paths inside the package, such as `hooked/` or `probes/engagement.py`.
-        but: beginnings of paths to leave out.
+        places: path prefixes inside the package, such as `hooked/` or `probes/engagement.py`.
+        but: path prefixes to leave out.
     """
     sources = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
     return digest(
@@ -204,7 +212,7 @@ def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
 
 @cache
 def _computed_by(path: Path) -> str:
-    """Return the syntax tree of a file without the strings that stand alone, which are docstrings."""
+    """Return the syntax tree of a file without docstrings, which are its strings that stand alone."""
     tree = ast.parse(path.read_text(encoding="utf8"))
     return ast.dump(_WithoutDocstrings().visit(tree))
 
@@ -217,7 +225,7 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of what the numbers rest on."""
+    """Return the versions of the packages that affect the results."""
     result = {}
     for package in ("soluscope", "torch", "lightning", "transformer-lens", "numpy"):
         try:

@@ -1,1 +1,1 @@
-"""Training one model of one variant with Lightning, so that runs of one seed are paired."""
+"""Training of one model of one variant with Lightning, such that runs with equal seeds are paired."""

@@ -1,4 +1,4 @@
-"""Batches: which rows of the train split each step takes, drawn by (seed, step) alone."""
+"""Batches: the rows of the train split for each step, which depend only on (seed, step)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from soluscope.config import Config
 from soluscope.data.cache import Rows, TokenCache
 from soluscope.training.device import on_cuda
 
-if TYPE_CHECKING:  # a bare machine trains without it
+if TYPE_CHECKING:  # needed by annotations only
     from numpy.typing import NDArray
 
 STEPS_AHEAD = 64
-"""Steps whose rows are drawn at once: a call costs as much for many as for few."""
+"""Number of steps whose rows are drawn at once, since one call costs about the same for many rows as for few."""
 
 
 def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np.int64]:
-    """Which rows make up a step's batch: each row once an epoch, in an order drawn by (seed, epoch).
+    """Return the rows of a step's batch. Each row comes once per epoch, in an order set by (seed, epoch).
 
-    A function of its arguments alone, in constant memory: the order is a keyed permutation that is
-    evaluated where it is needed, never stored.
+    The result depends only on the arguments. Memory is constant, since the order is a keyed permutation,
+    evaluated at the requested positions and never stored.
     """
     return rows_in_order(seed, step * batch_size, batch_size, n_rows)
 
 
 def rows_in_order(seed: int, start: int, count: int, n_rows: int) -> NDArray[np.int64]:
-    """`count` rows of the endless order of `seed`, from place `start` of it."""
+    """Return `count` rows of the endless order that `seed` sets, beginning at position `start`."""
     epoch, position = np.divmod(start + np.arange(count, dtype=np.int64), n_rows)
     return _permute(position.astype(np.uint64), n_rows, seed, epoch.astype(np.uint64))
 
@@ -40,7 +40,11 @@ def rows_in_order(seed: int, start: int, count: int, n_rows: int) -> NDArray[np.
 def _permute(
     position: NDArray[np.uint64], n: int, seed: int, epoch: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """A permutation of range(n) by (seed, epoch): four Feistel rounds, walked until inside it."""
+    """Permute positions in range(n) with the key (seed, epoch).
+
+    Four Feistel rounds permute a range of the next power of 4; a result outside range(n) is permuted again
+    until it is inside.
+    """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     outside = np.ones(len(position), dtype=bool)
@@ -54,7 +58,7 @@ def _permute(
 
 
 def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:
-    """A well-mixed 64-bit hash of integers, modulo 2^64 (splitmix64's finaliser, once a key)."""
+    """Return a well-mixed 64-bit hash of integers, modulo 2^64 (splitmix64's finaliser, once per key)."""
     for key in keys:
         offset = np.asarray(key, dtype=np.uint64) + np.array([0x9E3779B97F4A7C15], np.uint64)
         value = (value ^ offset) * np.uint64(0xBF58476D1CE4E5B9)
@@ -64,9 +68,9 @@ def _mix(value: NDArray[np.uint64], *keys: Any) -> NDArray[np.uint64]:
 
 
 class Batches(lightning.LightningDataModule):
-    """Rows of the train split, from the step that the trainer has reached.
+    """Rows of the train split, beginning at the step that the trainer has reached.
 
-    Of n processes, process r takes rows r, r + n, ... of each micro-batch.
+    With n processes, process r gets rows r, r + n, ... of each micro-batch.
     """
 
     def __init__(self, config: Config, cache: TokenCache, rank: int = 0) -> None:
@@ -85,7 +89,10 @@ class Batches(lightning.LightningDataModule):
 
 
 class _FromGlobalStep:
-    """Rows of micro-batch after micro-batch, without end; where to begin is asked when it begins."""
+    """Endless sampler of the rows of one micro-batch after another.
+
+    The first step is read from the trainer when iteration begins, since a checkpoint may be loaded before.
+    """
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches

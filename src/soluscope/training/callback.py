@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: metrics, checkpoints, the check of the loss, stopping."""
+"""The work between two steps of a run: metrics, checkpoints, the check of the loss, and stopping."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from soluscope.training.processes import is_lost
 from soluscope.training.progress import NoProgress
 from soluscope.training.wandb_run import Tracker
 
-if TYPE_CHECKING:  # a bare machine trains without them
+if TYPE_CHECKING:  # training requires neither
     from jaxtyping import Int
     from rich.progress import Progress
 
 DIVERGED_ABOVE = 2.0
-"""A loss above this many times ln(d_vocab), twice a uniform guess's, counts as diverged."""
+"""Factor of ln(d_vocab), the loss of a uniform guess. A loss above the product counts as diverged."""
 
 
 STOPPING = {signal.SIGTERM, signal.SIGINT}
-"""SIGTERM and Ctrl-C stop a run after the current step."""
+"""Signals that stop a run after the current step: SIGTERM and Ctrl-C."""
 
 
 @contextmanager
 def stops_held_back() -> Iterator[None]:
-    """Delay SIGTERM and Ctrl-C until `TrainingCallback` listens, or the block ends."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where they end the process instead
+    """Hold SIGTERM and Ctrl-C back until `TrainingCallback` handles them or the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, both signals end the process instead
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -54,10 +54,10 @@ def stops_held_back() -> Iterator[None]:
 
 
 class TrainingCallback(lightning.Callback):
-    """Progress, metrics.jsonl, checkpoints, the check of the loss, and stopping between two steps.
+    """Progress bar, metrics.jsonl, checkpoints, the check of the loss, and stopping between two steps.
 
-    Inside a step nothing could be saved that would resume bit for bit, so SIGTERM and Ctrl-C wait for
-    the step's end. Lightning's own handlers would stop anywhere.
+    A checkpoint from the middle of a step could not be resumed bit for bit, so SIGTERM and Ctrl-C take
+    effect at the step's end. Lightning's own handlers would stop at any point.
     """
 
     def __init__(self, config: Config, progress: Progress | NoProgress, tracker: Tracker) -> None:
@@ -67,15 +67,15 @@ class TrainingCallback(lightning.Callback):
         self.progress = progress
         self.bar = progress.add_task(config.run_name, total=config.train.steps, loss="", speed="")
         self.part: Tensor | float = 0.0
-        """Loss of the current step's micro-batches so far."""
+        """Loss of the current step so far: the sum over its micro-batches, each divided by their number."""
         self.losses: list[tuple[int, Tensor]] = []
-        """Step, and [loss, gradient norm], of the steps since the last check."""
+        """(step, [loss, gradient norm]) for each step since the last check."""
         self.saved_step = -1
         self.seconds = 0.0
         self.asked_to_stop = False
-        """Whether this process has received SIGTERM or Ctrl-C."""
+        """True once this process has received SIGTERM or Ctrl-C."""
         self.stopped = False
-        """Whether training was stopped, with its checkpoint saved."""
+        """True once a signal has stopped training and a checkpoint is saved."""
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         self.vocabulary = len(module.model.unembed.b_U)
@@ -86,7 +86,7 @@ class TrainingCallback(lightning.Callback):
         self.logged_step = trainer.global_step
         self.saved_step = trainer.global_step if trainer.global_step else -1
         self._listen()
-        set_threads(self.config)  # Lightning may have set its own
+        set_threads(self.config)  # Lightning may have changed the number of threads
         if trainer.is_global_zero:
             rows = _complete_lines(self.run.metrics)
             kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
@@ -95,7 +95,7 @@ class TrainingCallback(lightning.Callback):
         self.progress.update(self.bar, completed=trainer.global_step)
 
     def _listen(self) -> None:
-        """Replace Lightning's signal handlers; it restores the caller's own when training ends."""
+        """Replace Lightning's signal handlers; Lightning restores the caller's handlers after training."""
 
         def ask(number: int, frame: Any) -> None:
             self.asked_to_stop = True
@@ -109,7 +109,8 @@ class TrainingCallback(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        self.part = self.part + outputs["loss"].detach()  # Lightning has divided it by their number
+        # Lightning has already divided the loss by the number of micro-batches.
+        self.part = self.part + outputs["loss"].detach()
         if (index + 1) % self.config.train.micro_batches:
             return
         assert isinstance(self.part, Tensor)
@@ -134,12 +135,14 @@ class TrainingCallback(lightning.Callback):
             self.stopped = trainer.should_stop = True
 
     def _check_losses(self, trainer: Any) -> float:
-        """The last loss, if all since the last check are sound: one transfer from the device for all.
+        """Return the last loss, after checking all losses since the last check.
 
-        A loss is the batch's: the mean over the processes, which all come to the same answer.
+        All values reach the CPU in one transfer. Each loss is the mean over the processes, so all of them
+        reach the same decision.
 
         Raises:
-            UserError: with the first bad step, its batch, and the last good checkpoint.
+            UserError: if a loss has diverged or a gradient is not finite; the message names the first such
+                step, its batch, and the last good checkpoint.
         """
         both = trainer.strategy.reduce(torch.stack([both for _, both in self.losses]))
         loss, norm = both.cpu().unbind(-1)
@@ -154,10 +157,10 @@ class TrainingCallback(lightning.Callback):
                 what = f"gradient's norm is {float(norm[first]):.4g}"
             rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
             saved = self.saved_step >= 0
-            kept = f"{self.run.checkpoint}, step {self.saved_step}" if saved else "none yet"
+            checkpoint = f"{self.run.checkpoint}, step {self.saved_step}" if saved else "none yet"
             raise UserError(
                 f"the {what} at step {step} of {self.config.run_name} (batch of train rows "
-                f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {kept}): "
+                f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {checkpoint}): "
                 f"lower train.lr, now {self.config.train.lr:g}"
             )
         self.losses.clear()
@@ -178,7 +181,7 @@ class TrainingCallback(lightning.Callback):
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise Stopped(
-                f"cannot write {self.run.metrics}: {error.strerror}; the last good checkpoint is "
+                f"cannot write {self.run.metrics}: {error.strerror}; the last good checkpoint, if any, is "
                 f"{self.run.checkpoint}"
             ) from error
         self.tracker.log(row)
@@ -187,13 +190,13 @@ class TrainingCallback(lightning.Callback):
         )
 
     def _save(self, trainer: Any) -> None:
-        """Write a checkpoint beside the last one, then replace that: a complete one is always there."""
+        """Write a checkpoint, then replace the last one, so that a complete checkpoint always exists."""
         if self.saved_step == trainer.global_step:
             return
         checkpoint = self.run.checkpoint
         try:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            # All processes take part, and the first one writes.
+            # All processes must call save_checkpoint; the first process writes the file.
             with (
                 replacing(checkpoint) if trainer.is_global_zero else nullcontext(checkpoint) as path
             ):
@@ -202,17 +205,22 @@ class TrainingCallback(lightning.Callback):
             if is_lost(error):
                 raise
             saved = self.saved_step >= 0
-            kept = f"step {self.saved_step} stays in {checkpoint}" if saved else "there is none yet"
+            remaining = "there is no earlier checkpoint"
+            if saved:
+                remaining = f"the checkpoint of step {self.saved_step} stays in {checkpoint}"
             raise Stopped(
                 f"cannot save the checkpoint of step {trainer.global_step} "
-                f"({str(error).splitlines()[0]}): free disk space; {kept}"
+                f"({str(error).splitlines()[0]}): free disk space; {remaining}"
             ) from error
         self.saved_step = trainer.global_step
 
 
 @torch.no_grad()
 def gain_medians(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[str, float]:
-    """Return the medians over one row, BOS left out, of the per-token norm's r and gain: P23 needs their course."""
+    """Return the medians of the per-token norm's r and gain over the rows' tokens, BOS left out.
+
+    They are logged over training because P23 needs them. The result is empty if the norm is not per-token.
+    """
     norm = model.mlp(0).ln
     if norm is None or norm.eps is None:
         return {}

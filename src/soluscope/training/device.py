@@ -1,4 +1,4 @@
-"""What a model is trained on: GPU or CPU, in which precision, with how many threads."""
+"""The hardware settings of training: GPU or CPU, precision, and number of threads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from soluscope.runs.folder import Run
 
 
 def with_precision(config: Config) -> Config:
-    """Return `config` with train.precision=auto resolved: the saved configuration says what was computed.
+    """Return `config` with train.precision=auto resolved, so that the saved configuration states the precision.
 
-    It is that in which the run was begun, or else another run of its study: runs that are compared
-    differ in nothing else.
+    If this run, or else another run of its study, has a checkpoint, its precision is used: runs that are
+    compared must not differ in precision.
     """
     if config.train.precision != "auto":
         return config
@@ -26,7 +26,7 @@ def with_precision(config: Config) -> Config:
     for run in (this_run, *begun):
         if not run.checkpoint.is_file():
             continue
-        with suppress(UserError):  # a folder that was copied half-way
+        with suppress(UserError):  # the folder may have been copied incompletely
             precision = run.config.train.precision
             return replace(config, train=replace(config.train, precision=precision))
     precision = "bf16" if on_cuda(config) else "fp32"
@@ -50,14 +50,14 @@ def on_cuda(config: Config) -> bool:
     """Return whether `config` is trained on GPUs here.
 
     Raises:
-        UserError: if it asks for more GPUs than there are.
+        UserError: if `config` requests more GPUs than torch finds here.
     """
     if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no GPU here: set train.device=cpu")
+        raise UserError("train.device=cuda, but torch finds no GPU here: set train.device=cpu")
     n_gpus = 0 if config.train.device == "cpu" else torch.cuda.device_count()
     if 0 < n_gpus < config.train.devices:
         raise UserError(
-            f"train.devices={config.train.devices}, but torch sees {n_gpus} GPUs here: "
-            f"set train.devices={n_gpus}, or let each process see all GPUs of its node"
+            f"train.devices={config.train.devices}, but torch finds {n_gpus} GPUs here: "
+            f"set train.devices={n_gpus}, or make all GPUs of the node visible to each process"
         )
     return n_gpus > 0

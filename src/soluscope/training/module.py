@@ -16,7 +16,7 @@ from soluscope.runs.weights import build_model
 from soluscope.training.device import on_cuda
 from soluscope.training.static_gain import set_gain
 
-if TYPE_CHECKING:  # a bare machine trains without it
+if TYPE_CHECKING:  # training does not require jaxtyping
     from jaxtyping import Int
 
 
@@ -54,9 +54,11 @@ class TrainingModule(lightning.LightningModule):
 
 
 def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any]]:
-    """Matrices of the blocks; unembedding; the rest. Source: design.md, SoLU-1L's recipe.
+    """Return three groups for AdamW: the blocks' matrices, the unembedding, and all other parameters.
 
-    Gains are kept out of weight decay: decay would move the static arms' scale (science.md 12.7).
+    The norms' weights get no weight decay, because decay would change the output scale of the static arms.
+
+    Source: protocol.md section 3.2.
     """
     matrices, unembedding, rest = [], [], []
     for name, parameter in model.named_parameters():
@@ -75,7 +77,7 @@ def parameter_groups(model: LanguageModel, config: Config) -> list[dict[str, Any
 
 
 def rate(step: int, config: Config) -> float:
-    """Share of the peak learning rate at an optimizer step, counted from 0."""
+    """Return the learning rate at an optimizer step, counted from 0, as a share of the peak rate."""
     train = config.train
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps

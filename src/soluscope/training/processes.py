@@ -1,6 +1,7 @@
-"""Several processes that train one model: which launcher has started them, and what a lost one means.
+"""Training of one model by several processes: their launcher, and the error if one of them is lost.
 
-torchrun or srun starts them, Lightning connects them. A sweep starts torchrun (launching/jobs.py).
+torchrun or srun starts the processes, and Lightning connects them. A sweep starts torchrun itself
+(launching/jobs.py).
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from soluscope.errors import Stopped, UserError
 
 
 def launcher() -> Literal["torchrun", "srun"] | None:
-    """Return which launcher has started this process, None if it was started alone."""
+    """Return the name of the launcher that started this process; None means that the user started it alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     return "srun" if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
 
 
 def torchrun(train: TrainConfig) -> list[str]:
-    """Return the words between `python` and a script that train one model on this machine."""
+    """Return the words to put between `python` and a script to train one model with several processes here."""
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={train.devices}"]
 
 
 def cluster_environment(train: TrainConfig) -> Any:
-    """Return Lightning's ClusterEnvironment of the launcher that has started this process.
+    """Return Lightning's ClusterEnvironment for the launcher that started this process.
 
     Raises:
-        UserError: if train.devices and train.nodes ask for another number of processes than were started.
+        UserError: if the number of started processes differs from train.devices times train.nodes.
     """
     from lightning.pytorch.plugins.environments import (
         LightningEnvironment,
@@ -48,9 +49,11 @@ def cluster_environment(train: TrainConfig) -> Any:
         if (elastic.world_size(), n_here) != (train.n_processes, train.devices):
             raise UserError(
                 f"{asked}, but torchrun started {elastic.world_size()} processes, {n_here} of them on this "
-                f"machine: wanted torchrun {_sizes(train)}"
+                f"machine: start the run with 'torchrun {_sizes(train)}'"
             )
-    if train.n_processes == 1:  # named, or Lightning would count all tasks of a SLURM allocation
+    if (
+        train.n_processes == 1
+    ):  # explicit, because Lightning would count all tasks of a SLURM allocation
         return LightningEnvironment()
     if name == "torchrun":
         return elastic
@@ -58,13 +61,13 @@ def cluster_environment(train: TrainConfig) -> Any:
         n_tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
         if n_tasks != train.n_processes or "SLURM_NTASKS_PER_NODE" not in os.environ:
             raise UserError(
-                f"{asked}, but srun started {n_tasks} processes: wanted "
-                f"srun --kill-on-bad-exit --nodes={train.nodes} --ntasks-per-node={train.devices}"
+                f"{asked}, but srun started {n_tasks} processes: start the run with "
+                f"'srun --kill-on-bad-exit --nodes={train.nodes} --ntasks-per-node={train.devices}'"
             )
         return SLURMEnvironment(auto_requeue=False)  # a run resumes from its own checkpoint
     raise UserError(
-        f"{asked} wants {train.n_processes} processes, and this one was started alone: "
-        f"'torchrun {_sizes(train)} train/run.py ...' starts them, or srun"
+        f"{asked} needs {train.n_processes} processes, but this process was started alone: "
+        f"start the run with 'torchrun {_sizes(train)} train/run.py ...' or with srun"
     )
 
 
@@ -77,7 +80,7 @@ def _sizes(train: TrainConfig) -> str:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Return whether an error only says that the connection to another process has ended."""
+    """Return whether an error means only that the connection to another process was lost."""
     from torch.distributed import DistError
 
     return isinstance(error, DistError) or (
@@ -87,21 +90,21 @@ def is_lost(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_if_lost(config: Config) -> Iterator[None]:
-    """Raise Stopped in place of the error that a lost connection to another process gives."""
+    """Raise Stopped instead of the error that follows a lost connection to another process."""
     try:
         yield
     except RuntimeError as error:
         if not is_lost(error):
             raise
         raise Stopped(
-            f"another of the {config.train.n_processes} processes of {config.run_name} has ended, or did "
-            "not start: its own message says why; the same command goes on from the last checkpoint"
+            f"one of the {config.train.n_processes} processes of {config.run_name} ended or did not "
+            "start: its own message gives the reason; the same command resumes from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def first_process_first(trainer: Any) -> Iterator[None]:
-    """Hold the other processes back until the first one has run the block: it makes what they read."""
+    """Let the first process run the block before all other processes, because they read files that it writes."""
     if not trainer.is_global_zero:
         trainer.strategy.barrier()
     yield

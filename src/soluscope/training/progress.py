@@ -1,7 +1,8 @@
-"""The progress bar of a run, where rich is installed."""
+"""The progress bar of a run; it is shown only if rich is installed."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class NoProgress:
-    """A stand-in for rich's Progress where rich is not installed or nothing is shown."""
+    """A stand-in for rich's Progress, for when rich is not installed or no bar is shown."""
 
     def add_task(self, *words: Any, **fields: Any) -> Any: ...
 
@@ -20,7 +21,7 @@ class NoProgress:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress | NoProgress]:
-    """Show one line per run on stderr: name, bar, steps, loss, tokens per second, time left."""
+    """Show one line per run on stderr: its name, bar, steps, loss, tokens per second and time left."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,6 +31,8 @@ def progress_bars() -> Iterator[Progress | NoProgress]:
     with Progress(
         TextColumn("{task.description:<20}"), BarColumn(bar_width=24),
         TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True),
+        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
+        # In a notebook, as in a file: one line per finished run, since bars would need ipywidgets.
+        console=Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty()),
     ) as progress:  # fmt: skip
         yield progress

@@ -1,8 +1,8 @@
-"""Train one model of one variant, with Lightning, so that runs of equal seed are paired.
+"""Training of one model of one variant, with Lightning, such that runs with equal seeds are paired.
 
-A batch is a function of (seed, step) alone, and initial values of (seed, tensor name) alone: two
-variants with one seed differ in their variant and in nothing else, and a run that was killed goes on
-bit for bit as if it had not been.
+A batch depends only on (seed, step), and a tensor's initial values only on (seed, tensor name). So two
+runs with equal seeds differ only in their variant, and a run that was killed resumes bit for bit as if it
+had not been interrupted.
 """
 
 from __future__ import annotations
@@ -47,22 +47,23 @@ from soluscope.training.progress import NoProgress, progress_bars
 from soluscope.training.wandb_run import Tracker, check_login, tracked
 from soluscope.variants import check_variant
 
-if TYPE_CHECKING:  # a bare machine trains without it
+if TYPE_CHECKING:  # training does not require rich
     from rich.progress import Progress
 
 
 def train(config: Config, progress: Progress | NoProgress | None = None) -> Path:
-    """Train the model of `config` to its end, resuming an interrupted run; leave a finished run alone.
+    """Train the model of `config` until it is finished. Resume an interrupted run; leave a finished run unchanged.
 
-    The reason of a failure is kept in the run's folder, as failed.json. Where several processes train
-    one model, each calls this function, and only the first one returns: the others exit.
+    If the run fails, failed.json in its folder contains the reason. If several processes train one model,
+    each calls this function, but only the first process returns: the other processes exit.
 
     Returns:
         The run's folder.
 
     Raises:
-        UserError: bad input, a folder of another configuration or in use, a diverged loss.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once a checkpoint is saved.
+        UserError: if the input is bad, the folder has a different configuration or is in use, or the loss
+            diverges.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     config = with_precision(config)
     set_threads(config)
@@ -71,7 +72,7 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
         trainer = new_trainer(config)
         with run.lock() if trainer.is_global_zero else nullcontext():
             state = _claim(run, config, trainer)
-            if not trainer.is_global_zero:  # the first process alone draws a bar and logs to wandb
+            if not trainer.is_global_zero:  # only the first process draws a bar and logs to wandb
                 config, progress = replace(config, wandb="off"), NoProgress()
             if state != "done":
                 check_login(config.wandb)
@@ -96,7 +97,7 @@ def _train_claimed(
     """Train from `state` to the end of the run.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once a checkpoint is saved.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     check_variant(config.variant, config.mid, config.model.d_mlp)
     with first_process_first(trainer):
@@ -127,7 +128,7 @@ def _train_claimed(
 
 
 def new_trainer(config: Config) -> lightning.Trainer:
-    """Return Lightning's trainer, connected to the other processes if there are any."""
+    """Return Lightning's trainer, connected to the other processes of the run, if any."""
     with quiet_lightning():
         trainer = lightning.Trainer(
             accelerator="cuda" if on_cuda(config) else "cpu",
@@ -135,33 +136,37 @@ def new_trainer(config: Config) -> lightning.Trainer:
             num_nodes=config.train.nodes,
             strategy="ddp" if config.train.n_processes > 1 else "auto",
             plugins=[cluster_environment(config.train)],
-            use_distributed_sampler=False,  # Batches shares out the rows
+            use_distributed_sampler=False,  # Batches distributes the rows
             precision="bf16-mixed" if config.train.precision == "bf16" else "32-true",
             max_steps=config.train.steps,
             accumulate_grad_batches=config.train.micro_batches,
             gradient_clip_val=config.train.clip,
             logger=False,
-            enable_checkpointing=False,  # TrainingCallback saves beside and renames
+            enable_checkpointing=False,  # TrainingCallback saves each checkpoint, then renames it
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=config.run_dir,
         )
-        trainer.strategy.setup_environment()  # else fit would connect them, which is too late for _claim
+        # Connect the processes here, because _claim needs the connection before fit would make it.
+        trainer.strategy.setup_environment()
     return trainer
 
 
 def _claim(run: Run, config: Config, trainer: lightning.Trainer) -> str:
-    """Return what is left to do: the first process claims the folder, and all do the same.
+    """Let the first process claim the run's folder, and return the folder's state in every process.
 
     Raises:
-        UserError: from `Run.claim`; or if the processes were started with different configurations.
+        UserError: from `Run.claim`, or if the processes were started with different configurations.
     """
     claimed = run.claim(config) if trainer.is_global_zero else ""
     state: str
     state, first_config = trainer.strategy.broadcast((claimed, config))
     differing = differences(first_config, config)
     if differing:
-        raise UserError(f"the first process was started with another configuration: {differing[0]}")
+        raise UserError(
+            f"the first process was started with a different configuration ({differing[0]}): start all "
+            "processes with the same command"
+        )
     return state
 
 
@@ -173,7 +178,11 @@ def _finish(
     seconds: float,
     tracker: Tracker,
 ) -> None:
-    """Save the final weights, the facts, and the losses on both validation splits."""
+    """Save the final weights, the facts, and the losses on both validation splits.
+
+    Raises:
+        UserError: if a loss is not finite.
+    """
     facts = facts_of(config, cache, model)
     save_model(run.dir, model, facts)
     losses = {
@@ -182,8 +191,8 @@ def _finish(
     }
     if not all(math.isfinite(loss) for loss in losses.values()):
         raise UserError(
-            f"{config.run_name} ended with a loss of {losses['report_loss']}: lower train.lr, now "
-            f"{config.train.lr:g}, and delete {run.dir}"
+            f"{config.run_name} ended with a report loss of {losses['report_loss']} and a select loss of "
+            f"{losses['select_loss']}: lower train.lr, now {config.train.lr:g}, and delete {run.dir}"
         )
     n_rows = len(cache.rows("train", config.model.ctx))
     done = losses | {
@@ -196,7 +205,7 @@ def _finish(
 
 
 def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
-    """Return the content of model.json."""
+    """Return the facts about the model, which model.json contains."""
     norm = model.mlp(0).ln
     assert config.train.lr is not None
     return Facts(
@@ -220,7 +229,10 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
 def mean_loss(
     model: LanguageModel, cache: TokenCache, split: Split, ctx: int, max_tokens: int
 ) -> float:
-    """Mean cross-entropy in nats a token over rows spread evenly over a split; no BOS targets."""
+    """Return the mean cross-entropy in nats per token, BOS targets left out.
+
+    The rows are spread evenly over the split, at most `max_tokens` tokens in all, but at least one row.
+    """
     rows, bos = cache.rows(split, ctx), cache.meta["bos"]
     total, count = 0.0, 0
     for chosen in np.array_split(
@@ -234,22 +246,22 @@ def mean_loss(
 
 
 def _check_fits(path: Path, module: nn.Module) -> None:
-    """Refuse a checkpoint of other shapes before anything is overwritten."""
+    """Refuse a checkpoint with tensors of different shapes, before any file is overwritten."""
     state = load_checkpoint(path).get("state_dict", {})
     expected = module.state_dict()
     for name in sorted(expected.keys() | state.keys()):
-        here = tuple(expected[name].shape) if name in expected else "nothing"
-        there = tuple(state[name].shape) if name in state else "nothing"
+        here = tuple(expected[name].shape) if name in expected else "missing"
+        there = tuple(state[name].shape) if name in state else "missing"
         if here != there:
             raise UserError(
-                f"the checkpoint {path} is of another shape: {name} is {there} there and {here} in this "
-                "configuration; delete it to start again, or set tag= or study="
+                f"the checkpoint {path} does not fit this configuration: {name} is {there} in the checkpoint "
+                f"and {here} here; delete the checkpoint to train from step 0, or set tag= or study="
             )
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning says of devices and loggers; here, neither is news."""
+    """Silence Lightning's messages about devices and loggers, which do not concern the user."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

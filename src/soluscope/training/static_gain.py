@@ -1,4 +1,4 @@
-"""The constant of a static mid norm: a number, LayerNorm's gain at initialisation, or a trained run's."""
+"""The constant gain of a static mid norm: a number, matched to a per-token norm at init, or from a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from soluscope.runs.folder import Run
 from soluscope.training.batches import batch_rows
 
 INIT_TOKENS = 8192
-"""Tokens, about, on which a static gain is measured: training's first ones, or a finished run's."""
+"""Approximate number of tokens on which a static gain is measured: the first training tokens for `mid.gain=init`,
+tokens of the select split for the gain of a finished run."""
 
 
 def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
-    """Give each static mid norm its constant: a number, a per-token norm's rms at init, or a run's mean gain.
+    """Set the constant gain of each static mid norm, as `mid.gain` requests.
 
-    Source: science.md section 3, its rows with a constant gain.
+    The gain is a number, or matches a per-token norm's output rms at initialisation, or is the mean gain of a
+    finished run.
+
+    Source: protocol.md section 3, the rows with a constant gain.
     """
     for index in range(config.model.n_layers):
         norm = model.mlp(index).ln
@@ -50,23 +54,25 @@ def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Acti
 
 @torch.no_grad()
 def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
-    """exp(mean log gain) of a finished run's per-token mid norm on the select split, BOS left out.
+    """Return exp(mean log gain) of a finished run's per-token mid norm on the select split, BOS left out.
 
-    The report split is left alone: a gain chosen on it would be chosen on what it is judged by.
+    The report split is not used, because the gain must not be chosen on the data that it is evaluated on.
 
     Raises:
-        UserError: if the run has no per-token scale, or another tokenizer.
+        UserError: if the run has no per-token gain, or has a different tokenizer.
     """
     run = Run(run_dir)
     model, facts = run.load_model(), run.facts
     norm = model.mlp(layer).ln
     if norm is None or norm.eps is None:
         raise UserError(
-            f"mid.gain={run_dir} is of {facts.variant}, which has no per-token gain to take the mean of: "
-            "name a run of a variant that has"
+            f"mid.gain={run_dir} is a run of {facts.variant}, which has no per-token gain to average: "
+            "name a run of a variant with a per-token norm"
         )
     if facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
-        raise UserError(f"mid.gain={run_dir} was trained with another tokenizer than this run's")
+        raise UserError(
+            f"mid.gain={run_dir} was trained with a different tokenizer: name a run with this run's tokenizer"
+        )
     rows = cache.rows("select", facts.ctx)
     record: Activations = {}
     chosen = evenly_spaced(len(rows), INIT_TOKENS // facts.ctx)

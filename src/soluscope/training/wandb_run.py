@@ -1,10 +1,10 @@
-"""A run in wandb: its curves and its model. Online, offline, or not at all.
+"""A run in wandb: its curves and its model, tracked online, offline or not at all.
 
-runs/<study>/<run>/wandb.json  which wandb run it is, so that a resumed run and its probes go on in it
-runs/<study>/<run>/wandb/      wandb's own files; `wandb sync` uploads those that were written offline
+runs/<study>/<run>/wandb.json  id of the wandb run, so that a resumed run and its probes continue it
+runs/<study>/<run>/wandb/      wandb's own files; `wandb sync` uploads the files of an offline run
 
-wandb only listens: where it fails, that is said once on stderr, and what it listened to goes on. The
-package is imported when it is needed, and never where it is off.
+wandb never affects training: if wandb fails, one warning appears on stderr and the run continues. The
+package is imported only when it is needed, and never with wandb=off.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 Mode = Literal["online", "offline", "off"]
 
 FLUSH_SECONDS = 0.1
-"""wandb's own 15 seconds are what a SIGKILL would take from an offline run."""
+"""Seconds between flushes of an offline run. With wandb's default, 15, a SIGKILL would lose 15 seconds."""
 SENT_AGAIN = 100
-"""Rows that a resumed run sends once more: the last ones before the kill may not have been flushed."""
+"""Number of last rows that a resumed run sends again, because they may not have been flushed before a kill."""
 START_SECONDS, FINISH_SECONDS = 30, 60
-"""How long an unreachable server holds a run up, at its start and at its end."""
+"""Longest delays of a run by an unreachable server: when the run starts and when it finishes."""
 IDENTITY = "wandb.json"
 
 
-# --- which mode -----------------------------------------------------------------------------------
+# --- the mode -------------------------------------------------------------------------------------
 
 
 def check_login(chosen: Mode | None) -> None:
-    """Refuse what `wandb=` asks for in words and cannot be had.
+    """Refuse an explicit `wandb=online` or `wandb=offline` that cannot work here.
 
     Raises:
-        UserError: wandb is not installed; or `online`, and there is no key, or the server refuses it.
+        UserError: if wandb is not installed; or, with `online`, if there is no key or the server refuses it.
     """
     if chosen == "online":
         sign_in("wandb=online", "set wandb=offline")
@@ -52,12 +52,16 @@ def check_login(chosen: Mode | None) -> None:
             package()
         except ImportError as error:
             raise UserError(
-                f"wandb=offline wants the wandb package ({error}): pip install wandb, or set wandb=off"
+                f"wandb=offline needs the wandb package ({error}): run 'pip install wandb', or set wandb=off"
             ) from error
 
 
 def mode_of(chosen: Mode | None) -> Mode:
-    """What `wandb=` comes to here. Nothing is sent to find out; unset, it never fails."""
+    """Return the mode that `wandb=` means on this machine, without any request to a server.
+
+    If `wandb` is unset, wandb's own settings determine the mode. A problem with them prints a warning and
+    raises no error.
+    """
     if chosen is not None:
         return chosen
     if os.environ.get("WANDB_MODE") == "disabled":
@@ -66,19 +70,21 @@ def mode_of(chosen: Mode | None) -> Mode:
         package()
         from wandb.sdk import wandb_setup
 
-        mode = wandb_setup.singleton().settings.mode  # WANDB_MODE, or what `wandb offline` has set
+        mode = (
+            wandb_setup.singleton().settings.mode
+        )  # from WANDB_MODE or the command `wandb offline`
         if mode == "disabled":
             return "off"
         return "online" if mode == "online" and _credentials() else "offline"
     except ImportError:
         return "off"
-    except Exception as error:  # a key of the wrong length, for one
-        _warn(f"kept offline: {one_line(error)}")
+    except Exception as error:  # for example, a key of the wrong length
+        _warn(f"runs are kept offline: {one_line(error)}")
         return "offline"
 
 
 def _credentials() -> Any:
-    """What wandb would log in with, or None: from the environment, netrc or its settings."""
+    """Return the login that wandb finds in the environment, netrc or its settings, or None."""
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
@@ -93,17 +99,23 @@ def _credentials() -> Any:
 
 
 class Tracker:
-    """A wandb run that never raises: its first failure is told, and ends it."""
+    """A wandb run that never raises: its first failure prints a warning and ends the tracking."""
 
     def __init__(self, run: Any = None, run_dir: Path = Path(), is_new: bool = True) -> None:
-        """Follow `run`, wandb's own, which `is_new` where wandb has seen nothing of it; None: nothing."""
+        """Track a run.
+
+        Args:
+            run: wandb's run object, or None to track nothing.
+            run_dir: the run's folder.
+            is_new: True if wandb has no rows of this run yet.
+        """
         self._run = run
         self._run_dir = run_dir
         self._is_new = is_new
         self._curves = {"step"}
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl. Its `step` is the curves' x, so that a row sent twice is one point."""
+        """Log a row of metrics.jsonl. The x of its curves is `step`, so a row sent twice is one point."""
 
         def send(run: Any) -> None:
             for name in row.keys() - self._curves:
@@ -114,12 +126,12 @@ class Tracker:
         self._spare(send)
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The rows of a resumed run that wandb may not have: all of them where the run is new to it."""
+        """Log the rows of a resumed run that wandb may lack: the last rows, or all rows if the run is new."""
         for row in rows if self._is_new else rows[-SENT_AGAIN:]:
             self.log(row)
 
     def finish(self, done: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """What done.json and model.json say, and the model with all that is needed to load it."""
+        """Log the content of done.json as the summary, and the model as an artifact that can be loaded."""
 
         def send(run: Any) -> None:
             run.summary.update(dict(done))
@@ -133,7 +145,7 @@ class Tracker:
         return self._run is not None
 
     def close(self, exit_code: int = 0) -> None:
-        """Send what is left. The run is then marked finished, or failed if the code is not 0."""
+        """Send the remaining data, and mark the run finished, or failed if `exit_code` is not 0."""
         self._spare(lambda run: run.finish(exit_code=exit_code))
         self._run = None
 
@@ -145,7 +157,7 @@ class Tracker:
                 send(self._run)
         except Exception as error:
             _warn(
-                f"{self._run_dir.name} is no longer tracked ({one_line(error)}); its folder has every row"
+                f"{self._run_dir.name} is no longer tracked ({one_line(error)}); its metrics.jsonl is complete"
             )
             _abandon(self._run)
             self._run = None
@@ -153,7 +165,7 @@ class Tracker:
 
 @contextmanager
 def tracked(config: Config) -> Iterator[Tracker]:
-    """The tracker of a run while it trains. In one process of those that train a model together."""
+    """Yield the tracker of a run while it trains, in the first process if several train one model."""
     tracker = start(config, config.run_dir, tell=True)
     try:
         yield tracker
@@ -164,12 +176,12 @@ def tracked(config: Config) -> Iterator[Tracker]:
 
 
 def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
-    """Begin the run's wandb run or go on in it; a server that is not there leaves it offline.
+    """Begin or continue the wandb run of a run. If the server cannot be reached, the run is kept offline.
 
     Args:
-        config: of the run, which may have been moved since.
-        run_dir: where it is now.
-        tell: print the address of an online run.
+        config: the run's configuration; its paths may be out of date if the run was moved.
+        run_dir: the run's present folder.
+        tell: True to print the address of an online run.
     """
     mode = mode_of(config.wandb)
     if mode == "off":
@@ -184,7 +196,7 @@ def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
                 raise
             _warn(f"{run_dir.name} is kept offline for 'wandb sync': {one_line(error)}")
             with suppress(Exception, SystemExit):
-                package().teardown()  # it holds on to the id
+                package().teardown()  # otherwise the failed run would still occupy the id
             run = _init(config, run_dir, known, "offline")
         now = {"id": run.id, "project": run.project, "entity": run.entity or known.get("entity")}
         is_new = known.get("id") != run.id
@@ -205,7 +217,7 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
         "project": known.get("project", os.environ.get("WANDB_PROJECT", PROJECT)),
         "entity": known.get("entity", os.environ.get("WANDB_ENTITY")),
     }
-    under_agent = "WANDB_SWEEP_ID" in os.environ  # it says which run this is, and where
+    under_agent = "WANDB_SWEEP_ID" in os.environ  # an agent sets the run's id, project and entity
     return wandb.init(
         **({} if under_agent else destination),
         dir=run_dir,
@@ -214,7 +226,7 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
         config=_config(config),
         mode=mode,
         resume="allow",
-        reinit="create_new",  # a notebook's own run is left alone
+        reinit="create_new",  # leave a wandb run that a notebook started open
         settings=wandb.Settings(
             console="off",
             silent=True,
@@ -227,7 +239,7 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
 
 
 def identity(run_dir: Path) -> dict[str, Any]:
-    """wandb.json, empty if it is not there or broken."""
+    """Return the content of wandb.json; empty if the file is missing or broken."""
     try:
         known = json.loads((run_dir / IDENTITY).read_text(encoding="utf8"))
     except (OSError, ValueError):
@@ -236,17 +248,17 @@ def identity(run_dir: Path) -> dict[str, Any]:
 
 
 def _config(config: Config) -> dict[str, Any]:
-    """What a dashboard groups and filters by, flat; the whole configuration under one key.
+    """Return flat keys for grouping and filtering in a dashboard, and the whole configuration under one key.
 
-    Dotted keys group differently from one wandb panel to the next. `arm` and `tag` are not among them: under
-    an agent, wandb holds these at the sweep's own words.
+    The keys have no dots, because wandb's panels group dotted keys inconsistently. `arm` and `tag` are left
+    out: under an agent, wandb fixes them at the sweep's values.
     """
     model, train, mid = config.model, config.train, config.mid
     gain = getattr(mid, "gain", None)
     dosed = hasattr(mid, "epsilon") and gain in (
         None,
         "init",
-    )  # else the norm's gain is given outright
+    )  # with an explicit gain, kappa has no effect
     return {
         "variant": config.variant, "seed": config.seed, "study": config.study, "size": config.size,
         "data": config.data, "arm_name": config.arm, "config": config.hash,
@@ -262,25 +274,25 @@ def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
     artifact = package().Artifact(name, type="model", metadata=dict(facts))
     paths = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
     for path in (*paths, run_dir.parent / "tokenizer.json"):
-        # From where it lies: by default wandb copies every model into the home folder first.
+        # skip_cache=True, because by default wandb first copies every model into the home folder.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
     return artifact
 
 
 @contextmanager
 def _staged_in(run_dir: Path) -> Iterator[None]:
-    """wandb stages tables in the home folder, where nobody would look for a run's files."""
-    given = os.environ.get("WANDB_DATA_DIR")
-    os.environ["WANDB_DATA_DIR"] = given or str((run_dir / "wandb").resolve())
+    """Make wandb stage tables in the run's folder instead of the home folder, where they are hard to find."""
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = before or str((run_dir / "wandb").resolve())
     try:
         yield
     finally:
-        if given is None:
+        if before is None:
             del os.environ["WANDB_DATA_DIR"]
 
 
 def _abandon(run: Any) -> None:
-    """Let go of a run that has failed, and of wandb's service if that is what failed."""
+    """Finish a wandb run that has failed; if that fails too, stop wandb's service."""
     try:
         run.finish(exit_code=1)
     except Exception:
@@ -288,5 +300,5 @@ def _abandon(run: Any) -> None:
             package().teardown(exit_code=1)
 
 
-def _warn(what: str) -> None:
-    print(f"warning: wandb: {what}", file=sys.stderr)
+def _warn(message: str) -> None:
+    print(f"warning: wandb: {message}", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""What a variant is: a nonlinearity and a mid norm. Each file in this folder defines one.
+"""Variants: a variant is a nonlinearity and a mid norm, and each file in this folder defines one.
 
-The model, the conversion and the report act on these fields, never on a variant's name. A new
-variant is one file here and one YAML of the same name in configs/variant/. Variant files import
-torch inside functions, so that their parameters can be read and checked without it.
+The model, the conversion and the report use the fields below, never a variant's name. A new variant
+is one file here and one YAML of the same name in configs/variant/. Variant files import torch inside
+functions, so that their parameters can be read and checked without importing torch.
 """
 
 from __future__ import annotations
@@ -32,48 +32,51 @@ ACT_FNS = (
     "solu",
     "solu_ln",
 )
-"""What TransformerLens takes as act_fn; solu_ln alone has a mid norm. Known here without loading it."""
+"""Values of act_fn that TransformerLens accepts; only solu_ln has a mid norm. The list is repeated here because
+importing TransformerLens is slow."""
 
 
 @dataclass(frozen=True)
 class NoParams:
-    """A variant without parameters of its own."""
+    """The empty parameters of a variant that has none."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How `pre` becomes `post`: post = norm(nonlinearity(pre)), each [batch pos d_mlp]."""
+    """The function from `pre` to `post`: post = norm(nonlinearity(pre)), each [batch pos d_mlp]."""
 
     nonlinearity: Callable[[Tensor], Tensor]
     hooked_act_fn: str
-    """TransformerLens's act_fn, one of ACT_FNS; it must end in `_ln` where there is a mid norm, for
-    hook_mid."""
+    """TransformerLens's act_fn, one of ACT_FNS. With a mid norm it must end in `_ln`, because hook_mid
+    exists only then."""
     role: Literal["baseline", "plain", "static", "per_token"]
-    """How a comparison uses the variant. static: one gain for all tokens, a candidate for the best
-    static arm. per_token: a gain for each token. plain: SoLU without a norm. baseline: not SoLU."""
+    """Use of the variant in a comparison. static: one gain for all tokens, a candidate for the best static
+    arm. per_token: a per-token gain. plain: SoLU without a norm. baseline: not SoLU."""
     build_norm: Callable[[int, Any], MidNorm] | None = None
-    """From d_mlp and the parameters to the mid norm. None: post is mid."""
+    """Function from d_mlp and the parameters to the mid norm. None: post is mid."""
     params: type = NoParams
     adds: str = ""
-    """What the variant adds to the one before it in the chain, in words: one step of the
-    telescoping sum."""
+    """Description of the difference from the previous variant in the chain: one step of the telescoping
+    sum."""
     after: str = ""
-    """Name of the variant before it in the chain. Empty: nothing stands before it."""
+    """Name of the previous variant in the chain. Empty: the variant is the root of the chain."""
     twin: str = ""
-    """Name of the variant that is the same with one gain for all tokens. Empty: there is none."""
+    """Name of the same variant with one gain for all tokens instead of a per-token gain. Empty: none exists."""
 
 
 def chain_of(name: str) -> tuple[Step, ...]:
-    """Return the chain that ends in variant `name`, from its root, which adds nothing.
+    """Return the chain that ends in variant `name`, beginning with its root; the root's `adds` is empty.
 
     Raises:
-        UserError: if an `after` on the way names no variant, or the chain runs in a circle.
+        UserError: if an `after` in the chain names an unknown variant, or the chain is a circle.
     """
     steps: list[Step] = []
     while name:
         if name in (step.variant for step in steps):
             circle = " after ".join([*(step.variant for step in steps), name])
-            raise UserError(f"the chain of variants runs in a circle ({circle}): mend `after`")
+            raise UserError(
+                f"the chain of variants is a circle ({circle}): change `after` in one of them"
+            )
         variant = plugins.pick("soluscope.variants", name)
         steps.append(Step(name, variant.adds if variant.after else ""))
         name = _checked(name, "after", variant.after)
@@ -84,22 +87,24 @@ def twin_of(name: str) -> str:
     """Return the name of the static twin of variant `name`, or an empty string.
 
     Raises:
-        UserError: if `twin` names no variant.
+        UserError: if `twin` names an unknown variant.
     """
     return _checked(name, "twin", plugins.pick("soluscope.variants", name).twin)
 
 
 def check_variant(name: str, params: Any, d_mlp: int) -> None:
-    """Refuse a variant that the conversion, the probes or the comparison would read wrongly.
+    """Refuse a variant with fields that contradict its norm or name unknown variants.
+
+    The conversion, the probes and the comparison would otherwise give wrong results.
 
     Args:
-        name: the variant's.
-        params: its parameters.
+        name: name of the variant.
+        params: parameters of the variant.
         d_mlp: number of neurons.
 
     Raises:
-        UserError: an unknown `after` or `twin`, a role or an act_fn that does not go with the norm, or
-            a norm that does not compute what it declares.
+        UserError: if `after` or `twin` is unknown, the role or the act_fn does not fit the norm, or the norm
+            differs from its declared fields.
     """
     from soluscope.norms import check_norm
 
@@ -115,22 +120,24 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
             raise UserError(f"variant {name}: {error}") from error
     if variant.hooked_act_fn not in ACT_FNS:
         raise UserError(
-            f"variant {name} has hooked_act_fn={variant.hooked_act_fn!r}: TransformerLens has "
+            f"variant {name} has hooked_act_fn={variant.hooked_act_fn!r}, but TransformerLens has only "
             + ", ".join(ACT_FNS)
         )
     if variant.hooked_act_fn.endswith("_ln") != (norm is not None):
         state = "no mid norm" if norm is None else "a mid norm"
         raise UserError(
-            f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: wanted a name "
-            "that ends in _ln where there is a mid norm, and no other"
+            f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: the name must end in "
+            "_ln with a mid norm, and must not without a mid norm"
         )
     kind = "plain" if norm is None else "static" if norm.eps is None else "per_token"
     if variant.role not in ("baseline", kind):
-        raise UserError(f"variant {name} has role={variant.role!r}, and its norm makes it {kind!r}")
+        raise UserError(
+            f"variant {name} has role={variant.role!r}, but its norm implies role={kind!r}: change the role"
+        )
 
 
 def _checked(name: str, field: str, other: str) -> str:
-    """Return the variant that a field of variant `name` names; refuse an unknown one."""
+    """Return `other`, the variant that a field of variant `name` names; refuse an unknown variant."""
     try:
         if other:
             plugins.check_name("variant", other, plugins.names("soluscope.variants"))

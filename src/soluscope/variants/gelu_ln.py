@@ -1,9 +1,9 @@
-"""GELU, then a LayerNorm: what the mid norm does without SoLU before it.
+"""GELU, then a LayerNorm: the control that shows the effect of a mid norm without SoLU.
 
-Its epsilon is the residual stream's 1e-5 unless given: GELU's outputs are not 1/d_mlp small, so
-SoLU's kappa means nothing here.
+Its default epsilon is 1e-5, as in the residual stream. GELU's outputs are not as small as 1/d_mlp, so
+SoLU's kappa is not a meaningful default here.
 
-Source: the control of Elhage et al. 2022 (GELU models with an extra LayerNorm); science.md section 3.
+Source: the control of Elhage et al. 2022 (GELU models with an extra LayerNorm); protocol.md section 3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def build_norm(d_mlp: int, params: Params) -> LayerNorm:
 
 VARIANT = Variant(
     nonlinearity=gelu,
-    hooked_act_fn="solu_ln",  # so that hook_mid exists; the conversion sets the nonlinearity itself
+    hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces the nonlinearity
     role="baseline",
     build_norm=build_norm,
     params=Params,

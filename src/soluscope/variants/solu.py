@@ -1,4 +1,4 @@
-"""SoLU without a mid norm: what LayerNorm is said to win back.
+"""SoLU without a mid norm: the model with the performance loss that LayerNorm should recover.
 
 Source: Elhage et al. 2022, sections 4.2 and 4.3.
 """

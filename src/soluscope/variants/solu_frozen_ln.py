@@ -1,9 +1,9 @@
-"""SoLU, then a LayerNorm that multiplies by one constant instead of each token's own scale.
+"""SoLU, then a LayerNorm with one constant instead of the per-token scale.
 
-A per-token scale lets the network undo SoLU's sharpening; a constant takes that route away and
-leaves centring, gain and bias as they are.
+A per-token scale lets the network undo SoLU's sharpening. The constant removes that route and leaves the
+centring, the per-neuron weights and the bias unchanged.
 
-Source: Elhage et al. 2022, section 4.3; freezing the scale is science.md section 3.
+Source: Elhage et al. 2022, section 4.3; freezing the scale is protocol.md section 3.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""SoLU, then an RMSNorm that multiplies by one constant instead of each token's own scale.
+"""SoLU, then an RMSNorm with one constant instead of the per-token scale.
 
-The static twin of solu_rms: each neuron has a gain, and there is no centring, bias or per-token scale.
+The static twin of solu_rms has per-neuron weights, but no centring, no bias and no per-token scale.
 
 Source: as solu_frozen_ln, for the RMSNorm of Zhang and Sennrich 2019.
 """
@@ -24,7 +24,7 @@ def build_norm(d_mlp: int, params: StaticParams) -> FrozenRMSNorm:
 
 VARIANT = Variant(
     nonlinearity=solu,
-    hooked_act_fn="solu_ln",  # so that hook_mid exists; the conversion puts our norm at mlp.ln
+    hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces mlp.ln by this norm
     role="static",
     build_norm=build_norm,
     params=StaticParams,

@@ -1,8 +1,8 @@
-"""SoLU times one constant: no centring, no per-neuron gain, no bias, no per-token scale.
+"""SoLU times one constant, without centring, per-neuron weights, bias or per-token scale.
 
-If this alone recovers what LayerNorm wins, LayerNorm's part was the size of the output.
+If this variant alone recovers the benefit of LN, the benefit comes from the size of the output.
 
-Source: science.md section 3.
+Source: protocol.md section 3.
 """
 
 from __future__ import annotations

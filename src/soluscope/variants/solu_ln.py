@@ -1,6 +1,6 @@
-"""SoLU, then a LayerNorm with its own scale for each token: the published model.
+"""SoLU, then a LayerNorm with a per-token scale: the published model.
 
-Source: Elhage et al. 2022, section 4.3; the dose kappa is science.md section 1.4.
+Source: Elhage et al. 2022, section 4.3; the dose kappa is protocol.md section 1.4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""SoLU, then an RMSNorm with its own scale for each token: LayerNorm without centring and bias.
+"""SoLU, then an RMSNorm with a per-token scale: LayerNorm without centring and bias.
 
-If this recovers what LayerNorm wins, neither the centring nor the bias is needed for it.
+If this variant recovers the benefit of LN, the benefit requires neither the centring nor the bias.
 
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization"; the dose kappa is solu_ln's.
 """
@@ -24,7 +24,7 @@ def build_norm(d_mlp: int, params: LayerNormParams) -> RMSNorm:
 
 VARIANT = Variant(
     nonlinearity=solu,
-    hooked_act_fn="solu_ln",  # so that hook_mid exists; the conversion puts our norm at mlp.ln
+    hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces mlp.ln by this norm
     role="per_token",
     build_norm=build_norm,
     params=LayerNormParams,

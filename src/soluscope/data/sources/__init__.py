@@ -1,7 +1,7 @@
-"""Where documents come from: one file a source, each defining a SOURCE.
+"""Sources of documents: each file in this folder defines one SOURCE.
 
-A source streams: it holds one document (or one batch of a file format) at a time. Nothing heavy is
-imported before `documents` is called, so that `--help` can list every source's parameters.
+A source streams: only one document (or one batch of a file format) is in memory at a time. No slow package
+is imported before `documents` is called, so that `--help` can list every source's parameters at once.
 """
 
 from __future__ import annotations
@@ -12,44 +12,44 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Skip = Callable[[str, str], None]
-"""Told what was left out (a file, a line of it) and why."""
+"""A function that receives the name of a skipped item (a file, or a line of a file) and the reason."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and a name by which a person can find it again."""
+    """One text, and a name by which a person can find the text again."""
 
     name: str
     text: str
 
 
 def warn(what: str, why: str) -> None:
-    """Say on stderr what was left out, and why."""
+    """Print the name of a skipped item and the reason on stderr."""
     print(f"skipped {what}: {why}", file=sys.stderr)
 
 
 class Documents(Protocol):
     def __call__(self, params: Any, skip: Skip = warn, /) -> Iterator[Document]:
-        """The documents that `params` describe, in an order that is always the same.
+        """Yield the documents that `params` describe, always in the same order.
 
-        What cannot be read is passed to `skip`, and reading goes on with the next.
+        The name of a document that cannot be read is passed to `skip`, and reading continues with the next.
 
         Raises:
-            UserError: if `params` describe nothing that is there.
+            UserError: if `params` match no document source that exists.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a file in this folder defines."""
+    """The object that each file in this folder defines."""
 
     params: type
-    """A frozen dataclass of the source's own parameters, checked in __post_init__: `corpus.*`."""
+    """Frozen dataclass of the source's own parameters (`corpus.*`), checked in its __post_init__."""
     documents: Documents
-    """Streams the documents."""
+    """Function that streams the documents."""
     fingerprint: Callable[[Any], Any]
-    """Of the parameters: what JSON can hold and differs where the documents differ.
+    """Function from the parameters to a JSON value that differs if the documents differ.
 
-    Cheap: reads no contents and asks no network.
+    It must be fast: it reads no file contents and uses no network.
     """

@@ -1,4 +1,4 @@
-"""Local files: .txt, .jsonl and .parquet, found by globs."""
+"""Local .txt, .jsonl and .parquet files, given by globs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _CHUNK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class Params:
     paths: list[str] = MISSING
-    """Globs of .txt, .jsonl and .parquet files; ** is any depth. Required with data=files."""
+    """Globs of .txt, .jsonl and .parquet files; ** matches folders of any depth. Required with data=files."""
     text_field: str = "text"
-    """Key of the text in a .jsonl line, or column of it in .parquet."""
+    """Key of the text in a .jsonl line, or its column in a .parquet file."""
     separator: str | None = None
-    """What stands between the documents of a .txt file. null: each file is one document."""
+    """Text between two documents of a .txt file. null: each file is one document."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -35,14 +35,14 @@ class Params:
 
 
 def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
-    """One document a .txt file (or a part of it, with a separator), .jsonl line or .parquet row.
+    """Yield one document per .txt file (or per part, with a separator), .jsonl line or .parquet row.
 
-    A .txt or .jsonl file that is not UTF-8 is skipped as a whole, a .parquet file that cannot be
-    opened likewise; a line or row without text is skipped alone.
+    A .txt or .jsonl file that is not UTF-8 is skipped entirely, and so is a .parquet file that cannot be
+    opened. If only a line or a row has no text, only that line or row is skipped.
 
     Raises:
-        UserError: if a glob matches nothing, an ending is not known, or a file's first line, or its
-            columns, have no `text_field`.
+        UserError: if a glob matches no file, a file has another ending, or the first line or the columns of
+            a file lack `text_field`.
     """
     for path in _files(params):
         try:
@@ -60,22 +60,24 @@ def fingerprint(params: Params) -> Any:
 
 
 def _files(params: Params) -> list[Path]:
-    """The files that the globs match, each once, sorted.
+    """Return the files that the globs match, sorted and without duplicates.
 
     Raises:
-        UserError: if a glob matches no file, or a file's ending is not known.
+        UserError: if a glob matches no file, or a file has another ending than .txt, .jsonl or .parquet.
     """
     paths: set[Path] = set()
     for pattern in params.paths:
         expanded = glob.glob(str(Path(pattern).expanduser()), recursive=True)
         matches = {Path(match) for match in expanded if Path(match).is_file()}
         if not matches:
-            raise UserError(f"corpus.paths: {pattern!r} matches no file, seen from {Path.cwd()}")
+            raise UserError(
+                f"corpus.paths: {pattern!r} matches no file, relative to {Path.cwd()}: correct the glob"
+            )
         paths |= matches
     for path in paths:
         if path.suffix not in _READERS:
             raise UserError(
-                f"corpus.paths: {path} ends in {path.suffix!r}; wanted {', '.join(_READERS)}"
+                f"corpus.paths: {path} ends in {path.suffix!r}; only {', '.join(_READERS)} can be read"
             )
     return sorted(paths)
 
@@ -91,7 +93,7 @@ def _read_txt(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
 
 
 def _split(path: Path, separator: str) -> Iterator[str]:
-    """The parts of a file between separators, holding one part and one chunk in memory."""
+    """Yield the parts of a file between separators, with only one part and one chunk in memory."""
     rest = ""
     with path.open(encoding="utf-8-sig", newline="") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -156,7 +158,7 @@ def _no_such_field(params: Params, path: Path, there: list[str]) -> UserError:
 
 
 def _is_utf8(path: Path) -> bool:
-    """Whether all of a file is UTF-8: asked first, so that no half of a file is taken."""
+    """Return whether a whole file is UTF-8; this is checked first, so that no part of a bad file is used."""
     decoder = codecs.getincrementaldecoder("utf8")()
     try:
         with path.open("rb") as file:

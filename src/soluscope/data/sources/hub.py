@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, several mixed by weight, streamed or downloaded."""
+"""Data sets of the Hugging Face hub, streamed or downloaded; several data sets are mixed by weight."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class HubSet:
     path: str = MISSING
     """Name on the hub (`allenai/c4`), or a local folder of the same layout."""
     name: str | None = None
-    """Which configuration of it (`en`), where it has several."""
+    """Name of the data set's configuration (`en`), if the data set has several."""
     revision: str | None = None
-    """Branch, tag or commit. null: the main branch, whatever it holds on the day."""
+    """Branch, tag or commit. null: the main branch, which may change from day to day."""
     split: str = "train"
-    """Which of its splits."""
+    """Name of the data set's split to read."""
     text_field: str = "text"
     """Column of the text."""
     weight: float = 1.0
@@ -39,11 +39,11 @@ class Params:
     sets: list[HubSet] = MISSING
     """Data sets to mix: path, name, revision, split, text_field and weight of each."""
     streaming: bool = True
-    """Read over the network while preparing, instead of downloading all first."""
+    """true: read over the network while the tokens are prepared. false: download everything first."""
     max_mb: float | None = 1000.0
-    """Megabytes of text to take from all sets, at most; null: all, without streaming only.
+    """Maximum number of megabytes of text from all sets. null: no limit, allowed only without streaming.
 
-    The corpus ends earlier where a set runs out: the mix stays as weighted.
+    The corpus ends earlier if a set has no more rows, so that the mix keeps its weights.
     """
 
     def __post_init__(self) -> None:
@@ -51,18 +51,18 @@ class Params:
             raise UserError("corpus.sets is empty: give data sets, as in 'corpus.sets=[{path: …}]'")
         if self.streaming and self.max_mb is None:
             raise UserError(
-                "corpus.max_mb is null: streaming needs an end, as in corpus.max_mb=1000"
+                "corpus.max_mb is null, but streaming needs a limit: set it, as in corpus.max_mb=1000"
             )
         if self.max_mb is not None and self.max_mb <= 0:
             raise UserError(f"corpus.max_mb={self.max_mb} must be above 0")
 
 
 def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
-    """The sets' rows: the next one always from the set furthest behind its weight in bytes.
+    """Yield the rows of the sets. The next row always comes from the set furthest behind its weight in bytes.
 
     Raises:
-        UserError: naming the set that is not there, has no such split or column, or whose reading
-            fails for lack of a network.
+        UserError: if a set does not exist, lacks the split or the column, or cannot be read, for example
+            without a network; the message names the set.
     """
     n_bytes = [0] * len(params.sets)
     streams = [_rows(hub_set, params.streaming, skip) for hub_set in params.sets]
@@ -74,8 +74,8 @@ def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
             if others:
                 skip(
                     f"the rest of {', '.join(others)}",
-                    f"{params.sets[behind].path} ran out after {n_bytes[behind] / 1e6:.1f} MB, "
-                    "and the mix stays as weighted",
+                    f"{params.sets[behind].path} ended after {n_bytes[behind] / 1e6:.1f} MB, "
+                    "and the mix keeps its weights",
                 )
             return
         n_bytes[behind] += len(document.text.encode("utf8", "surrogatepass"))
@@ -83,7 +83,7 @@ def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
 
 
 def fingerprint(params: Params) -> Any:
-    """The parameters; of local folders also what files they hold."""
+    """Return the parameters, and for local folders also the path, size and time of their files."""
     return [
         (
             asdict(hub_set),

@@ -1,4 +1,4 @@
-"""Python's own standard library: code and English docstrings on every machine that has Python."""
+"""Python's standard library: code with English docstrings, present on every machine with Python."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from soluscope.data.sources import Document, Skip, Source, warn
 from soluscope.errors import UserError
 
-# Installed packages differ between machines; tests hold deliberately broken and repeated text.
+# Installed packages differ between machines, and tests contain deliberately broken and repeated text.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
 class Params:
     max_mb: float | None = None
-    """Megabytes of files to take, in the order of their paths, at most. null: all."""
+    """Maximum number of megabytes to read; files are read in the order of their paths. null: no limit."""
 
     def __post_init__(self) -> None:
         if self.max_mb is not None and self.max_mb <= 0:
@@ -28,7 +28,7 @@ class Params:
 
 
 def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
-    """One document a file, named by its path below the library's folder."""
+    """Yield one document per file, named by its path below the library's folder."""
     for name, _ in _files(params):
         try:
             yield Document(name, (_root() / name).read_text(encoding="utf8"))
@@ -47,7 +47,7 @@ def _root() -> Path:
 
 
 def _files(params: Params) -> list[tuple[str, int]]:
-    """(path below the library's folder, bytes) of the files to take, sorted by path."""
+    """Return (path below the library's folder, size in bytes) of the files to read, sorted by path."""
     root = _root()
     names = []
     for folder, subfolders, files in os.walk(root):

@@ -1,25 +1,26 @@
-"""Exact closed forms: what the loss would be under an edit of the MLP, without running the model again.
+"""Exact closed forms of the loss under an edit of the MLP, without another forward pass.
 
-An edit of a token's hidden layer moves that token's residual stream, and through the last MLP
-nothing else: every (token, neuron) is a problem of its own. In a model of one layer this is all that
-the edit does. In a deeper one it is all that an edit of the last MLP does, and a HookedRun holds no
-other; edits of earlier layers need hooks.
+An edit of a token's hidden layer in the last MLP changes that token's residual stream and nothing else,
+so each (token, neuron) pair can be solved separately. In a one-layer model this is the edit's whole
+effect. In a deeper model it is the whole effect of an edit of the last MLP, and a HookedRun holds no
+other MLP. Edits of earlier layers need hooks.
 
-R is the residual stream that enters ln_final, centred if ln_final centres, and S its scale; with
-U = diag(ln_final.w) W_U the logits are l = b + R U / S. An edit adds to R some of a few vectors V_r of
-the token and some of the neuron's own row W_j of W_out, so that S becomes S' and
+R is the residual stream that enters ln_final, centred if ln_final centres, and S is its scale. With
+U = diag(ln_final.w) W_U the logits are l = b + R U / S. An edit adds to R a multiple of each of a few
+per-token vectors V_r and of the neuron's row W_j of W_out, so that S becomes S' and
 
     delta_v = l'_v - l_v = sum_r u_r E_rv + w B_jv,   E_r = V_r U / S (V_0 = R),   B_j = W_j U,
 
-and the loss changes by log E_p[e^delta] - delta_target, p being the model's own distribution. Edits
-differ in the numbers u and w alone: one kernel evaluates them all, one enclosure bounds them all.
-What softmax does not see is taken away: from B its mean over the vocabulary, from E its mean under p.
+and the loss changes by log E_p[e^delta] - delta_target, where p is the output distribution before the
+edit. Edits differ only in the numbers u and w, so one kernel evaluates all edits and one enclosure bounds
+them. Softmax ignores a constant added to all logits, so the mean over the vocabulary is subtracted from
+B, and the mean under p from E.
 
-Numbers a pair are fp64; what is as long as the vocabulary has the run's dtype. In fp32 the rounding of
-exponentials leaves an evaluated change off by about 1e-7 nats, whatever its size. Intervals are
-narrower than that for small changes, so that a tolerance makes these both faster and closer.
+Per-pair scalars are fp64; vocabulary-length tensors keep the run's dtype. In fp32 the rounding of
+exponentials gives an evaluated change an error of about 1e-7 nats, whatever its size. For small changes
+the intervals are narrower than that, so a tolerance makes them both faster and more accurate.
 
-Source: science.md section 8.
+Source: protocol.md section 8.
 """
 
 from soluscope.hooked.ablation.bounds import Bounds

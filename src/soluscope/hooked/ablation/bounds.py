@@ -1,4 +1,4 @@
-"""An interval that holds the change of loss, from two cumulants and the reach of an edit."""
+"""Interval that contains the change of loss, from two cumulants and the range of delta."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from soluscope.hooked.ablation.edits import Edit, Second
 
 ROUNDING = 8
-"""Slack of the enclosure in units of the dtype's epsilon, per nat that an edit can move a logit."""
+"""Slack of the enclosure in units of the dtype's epsilon, per nat of delta's range (`up` + `down`)."""
 
 
 class Bounds(NamedTuple):
-    """What is known of each pair's change of loss before it is evaluated; nats."""
+    """Cumulants and interval of each pair's change of loss, before any evaluation; nats."""
 
     first: Float[Tensor, "t neuron"]
-    """E_p[delta] - delta_target: the change to first order in delta, of an edit of any size."""
+    """E_p[delta] - delta_target: the change to first order in delta, for an edit of any size."""
     second: Float[Tensor, "t neuron"]
     """Var_p[delta]: first + second / 2 is the change to second order."""
     low: Float[Tensor, "t neuron"]
     high: Float[Tensor, "t neuron"]
-    """low <= change <= high, infinite where the pair has to be run anew."""
+    """low <= change <= high; infinite if the pair must be recomputed from the edited stage on."""
 
 
 def enclosure(edit: Edit, second: Second, dtype: torch.dtype) -> Bounds:
@@ -43,11 +43,11 @@ def enclosure(edit: Edit, second: Second, dtype: torch.dtype) -> Bounds:
 
 
 def _phi(x: Tensor) -> Tensor:
-    """(e^x - 1 - x) / x^2, 1/2 at 0."""
+    """Return (e^x - 1 - x) / x^2, which is 1/2 at 0."""
     series = 1 / 2 + x / 6 + x.square() / 24
     return torch.where(x.abs() < 1e-4, series, (x.expm1() - x) / x.square())
 
 
 def least_size(low: Tensor, high: Tensor) -> Tensor:
-    """The smallest absolute value in an interval."""
+    """Return the smallest absolute value in an interval."""
     return torch.maximum(low, -high).clamp_min(0)

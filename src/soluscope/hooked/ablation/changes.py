@@ -1,4 +1,4 @@
-"""Changes of loss for all (token, neuron) pairs: evaluated over the vocabulary, bounded, or queried."""
+"""Changes of loss for all (token, neuron) pairs: evaluated over the vocabulary, bounded or queried."""
 
 from __future__ import annotations
 
@@ -24,31 +24,32 @@ from soluscope.hooked.activations import HookedRun
 
 
 class Changes(NamedTuple):
-    """Changes that a query found, the largest |change| first."""
+    """Changes returned by a query, in descending order of |change|."""
 
     token: Int[Tensor, " pair"]
     neuron: Int[Tensor, " pair"]
     change: Float[Tensor, " pair"]
     """Nats."""
     error: Float[Tensor, " pair"]
-    """How far `change` may be off: 0 where the pair was evaluated, else half its interval."""
+    """Largest possible error of `change`: 0 for an evaluated pair, else half the width of its interval."""
     n_evaluated: int
-    """How many pairs the bounds left open."""
+    """Number of evaluated pairs, which the bounds did not decide."""
     n_pairs: int
-    """How many there are."""
+    """Number of all pairs of a neuron and a token with a target."""
 
 
 class Ablation(Edits):
     """Edits of one neuron at one token, for all (token, neuron) pairs of a run.
 
-    Every method takes `tokens`, indices into the run's tokens, and gives one row for each; nan where a
-    token has no target. `values` are what the neuron is set to: one number, one a neuron, or one a
-    pair ([t neuron]), the neurons being those asked for (`neurons`; by default all). Beside the result
-    nothing grows with the number of tokens. W_out U is held, d_mlp * d_vocab numbers.
+    Every method takes `tokens`, indices into the run's tokens, and returns one row per token. Changes of
+    loss and of the target's logit are nan for a token without a target. `values` is the new activation of
+    the neuron: a scalar, one value per neuron, or one value per pair ([t neuron]). Columns are the neurons
+    in `neurons`, by default all. Apart from the result, memory does not grow with the number of tokens.
+    W_out U stays in memory: d_mlp * d_vocab numbers.
 
     Args:
         run: activations of a model's last MLP, on any device.
-        final_norm: what ln_final does after an edit.
+        final_norm: treatment of ln_final after an edit.
     """
 
     @torch.no_grad()
@@ -59,17 +60,18 @@ class Ablation(Edits):
         tolerance: float | None = None,
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Float[Tensor, "t neuron"]:
-        """Change of loss, in nats, when one neuron's hook_post is set to `values`.
+        """Return the change of loss, in nats, when one neuron's hook_post is set to `values`.
 
         Args:
-            tokens: which tokens.
-            values: what it is set to. 0 takes away all that the neuron writes; where the mid norm has
-                a bias, readout.beta takes away what depends on the token and leaves the bias.
-            tolerance: None evaluates every pair over the whole vocabulary. Given nats, a pair whose
-                interval (`bounds`) is no wider than twice that gets its middle.
-            neurons: which neurons.
+            tokens: indices of the tokens.
+            values: new activation. 0 removes the neuron's whole output. If the mid norm has a bias,
+                readout.beta removes the part that depends on the token and keeps the bias.
+            tolerance: largest error, in nats. A pair gets the midpoint of its interval (`bounds`) if the
+                interval is no wider than twice the tolerance. None evaluates every pair over the whole
+                vocabulary.
+            neurons: indices of the neurons; all by default.
 
-        Source: science.md section 8.2.
+        Source: protocol.md section 8.2.
         """
         return self._change("post", tokens, values, tolerance, neurons)
 
@@ -81,9 +83,9 @@ class Ablation(Edits):
         tolerance: float | None = None,
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Float[Tensor, "t neuron"]:
-        """The same for hook_mid: the norm's mean and gain follow, and with them all neurons.
+        """Return the same for hook_mid: the norm's mean and gain change too, and with them all neurons.
 
-        Without a mid norm, mid is post. Source: science.md section 8.5.
+        Without a mid norm, mid is post. Source: protocol.md section 8.5.
         """
         return self._change("mid", tokens, values, tolerance, neurons)
 
@@ -95,9 +97,9 @@ class Ablation(Edits):
         tolerance: float | None = None,
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Float[Tensor, "t neuron"]:
-        """The same for hook_pre: in SoLU the softmax over neurons follows too.
+        """Return the same for hook_pre: in SoLU the softmax over neurons changes too.
 
-        Any nonlinearity but SoLU must act on each neuron alone. Source: science.md section 8.6.
+        Any nonlinearity except SoLU must act on each neuron separately. Source: protocol.md section 8.6.
         """
         return self._change("pre", tokens, values, tolerance, neurons)
 
@@ -110,15 +112,15 @@ class Ablation(Edits):
         tolerance: float | None = None,
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Float[Tensor, "t neuron"]:
-        """Change of loss when hook_post is another token's, averaged over `n_draws` of these.
+        """Return the change of loss when hook_post is another token's, averaged over `n_draws` draws.
 
-        They are drawn from the tokens of all other strings, BOS left out: one for each token and draw,
-        for all neurons alike. A token's draws do not depend on which others are asked for.
+        The other tokens are drawn from all other strings, without BOS: one per token and draw, the same
+        for all neurons. A token's draws do not depend on the rest of `tokens`.
 
         Returns:
-            Nats; nan without a target, and where there is no other string.
+            Nats; nan for a token without a target, and nan if there is no other string.
 
-        Source: science.md section 8.7.
+        Source: protocol.md section 8.7.
         """
         chosen = self._chosen(neurons)
         sources = _tokens_of_others(self.run, n_draws, seed)
@@ -143,17 +145,17 @@ class Ablation(Edits):
         kind: Stage = "post",
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Bounds:
-        """The first two cumulants of each pair, and an interval that holds its change of loss.
+        """Return the first two cumulants of each pair, and an interval that contains its change of loss.
 
-        With delta no further than `up` above and `down` below its mean under p, and the increasing
+        With delta at most `up` above and `down` below its mean under p, and with the increasing function
         phi(x) = (e^x - 1 - x) / x^2:
 
             log(1 + phi(-down) second) <= change - first <= log(1 + phi(up) second).
 
-        The interval is widened by the rounding of the sums that it is made of, so that it holds the
-        exact change in fp32 too. Its ends are infinite where an edit's parts cancel (see CANCELS).
+        The interval is widened by the rounding error of its sums, so that it contains the exact change in
+        fp32 too. Its bounds are infinite if an edit's parts cancel (see CANCELS).
 
-        Source: science.md section 8.3, with the two sides of delta kept apart.
+        Source: protocol.md section 8.3, with separate limits above and below delta's mean.
         """
         chosen = self._chosen(neurons)
         parts = []
@@ -164,13 +166,13 @@ class Ablation(Edits):
 
     @torch.no_grad()
     def top(self, tokens: Int[Tensor, " t"], k: int, values: float | Tensor = 0.0) -> Changes:
-        """The k pairs whose |change| under `post` is largest, each evaluated.
+        """Return the k pairs with the largest |change| under `post`, each evaluated.
 
-        After the bounds, pairs are evaluated from the highest upper bound down, until the next cannot
-        reach the k-th largest found.
+        Pairs are evaluated in descending order of their upper bound on |change|, until that bound is below
+        the k-th largest evaluated |change|.
         """
         if k < 1:
-            raise ValueError(f"top: k={k}, and 1 pair is the least to ask for")
+            raise ValueError(f"top: k={k}, wanted at least 1")
         row, neuron, low, high = self._candidates(tokens, values, k=k)
         reach = torch.maximum(low.abs(), high.abs())
         order = reach.argsort(descending=True, stable=True)
@@ -188,10 +190,10 @@ class Ablation(Edits):
     def above(
         self, tokens: Int[Tensor, " t"], threshold: float, values: float | Tensor = 0.0
     ) -> Changes:
-        """All pairs whose |change| under `post` is larger than `threshold`, in nats.
+        """Return all pairs whose |change| under `post` is larger than `threshold`, in nats.
 
-        Changes whose interval leaves that open are evaluated; of the others, `change` is the middle of
-        the interval and `error` half of it.
+        A pair is evaluated if its interval does not decide this. For any other pair, `change` is the
+        midpoint of the interval and `error` is half its width.
         """
         row, neuron, low, high = self._candidates(tokens, values, threshold=threshold)
         change, error = (low + high) / 2, (high - low) / 2
@@ -204,9 +206,10 @@ class Ablation(Edits):
 
     @torch.no_grad()
     def gradient(self, tokens: Int[Tensor, " t"]) -> Float[Tensor, "t neuron"]:
-        """d loss / d hook_post, in nats per unit of post: attribution patching's first order.
+        """Return d loss / d hook_post, in nats per unit of post: attribution patching's first order.
 
-        Source: science.md section 8.3 (the first cumulant, linear in the edit); tests hold it to autograd.
+        Source: protocol.md section 8.3 (the first cumulant, linearised in the edit). Tests compare it with
+        autograd.
         """
         n, parts = self._neurons, []
         for block in self._blocks("post", tokens):
@@ -225,10 +228,10 @@ class Ablation(Edits):
         values: float | Tensor = 0.0,
         neurons: Int[Tensor, " neuron"] | None = None,
     ) -> Float[Tensor, "t neuron"]:
-        """Change of the output distribution's entropy, in nats, when one neuron's hook_post is set.
+        """Return the change of the output distribution's entropy, in nats, when one neuron's hook_post is set.
 
-        Tokens without a target have it too. What an entropy neuron does through ln_final's scale
-        alone is this with `final_norm` live less the same with it frozen.
+        Tokens without a target get a value too. To isolate the effect of an entropy neuron through
+        ln_final's scale, subtract the change with `final_norm` frozen from the change with it live.
         """
         chosen = self._chosen(neurons)
         parts = [
@@ -241,10 +244,10 @@ class Ablation(Edits):
     def target_logit(
         self, tokens: Int[Tensor, " t"], values: float | Tensor = 0.0
     ) -> Float[Tensor, "t neuron"]:
-        """Change of the target's logit, less the mean over the vocabulary's, when hook_post is set."""
+        """Return the change of the target's logit minus the mean over the vocabulary, when hook_post is set."""
         parts = []
         for block, _, edit in self._edits("post", tokens, values, self._neurons):
-            mean = (edit.u @ block.E.mean(-1).double()[..., None]).squeeze(-1)  # B's is 0
+            mean = (edit.u @ block.E.mean(-1).double()[..., None]).squeeze(-1)  # the mean of B is 0
             parts.append((edit.target - mean).where(has_target(block), torch.nan))
         return self._joined(parts, self._neurons)
 
@@ -287,18 +290,18 @@ class Ablation(Edits):
         where: Bool[Tensor, "t neuron"],
         of: Literal["loss", "entropy"] = "loss",
     ) -> Tensor:
-        """Change of loss (or entropy) over the whole vocabulary at the pairs `where`, fp64."""
+        """Return the change of loss (or entropy) over the whole vocabulary at the pairs `where`, fp64."""
         u, w, mean = (part.to(block.E) for part in (edit.u, edit.w, edit.mean))
-        # Beyond this e^delta, or a probability that it multiplies, may leave the dtype's range.
+        # Above this limit, e^delta or a probability that it multiplies may leave the dtype's range.
         furthest = 0.5 * math.log(torch.finfo(u.dtype).max)
-        anew = where & (edit.cancels | (edit.up + edit.mean.abs() > furthest))
+        recomputed = where & (edit.cancels | (edit.up + edit.mean.abs() > furthest))
         entropy = -(block.p * block.log_p).sum(-1, keepdim=True)
         surprise = block.log_p + entropy
         measure = _loss_sums if of == "loss" else _entropy_sums
         sums = edit.w.new_zeros(1 if of == "loss" else 3, *edit.w.shape)
         size, d_vocab = tile_size(u), block.p.shape[1]
         space = u.new_empty(max(size, d_vocab))
-        for tokens, rows, columns in _tiles(where & ~anew, d_vocab, size):
+        for tokens, rows, columns in _tiles(where & ~recomputed, d_vocab, size):
             B = neurons.B[rows, columns]
             delta = space[: B.numel()].view_as(B)
             by_pair = (
@@ -316,9 +319,9 @@ class Ablation(Edits):
             result = sums[0].log() - edit.target
         else:
             result = sums[0].log1p() - (sums[1] + sums[2]) / (1 + sums[0])
-        for pairs in anew.nonzero().split(max(1, size // d_vocab)):
+        for pairs in recomputed.nonzero().split(max(1, size // d_vocab)):
             t, j = pairs.T
-            after, before = self._run_anew(block, neurons, edit, t, j), block.log_p[t]
+            after, before = self._recompute(block, neurons, edit, t, j), block.log_p[t]
             if of == "loss":
                 change = (before - after).gather(-1, block.target[t, None]).squeeze(-1)
             else:
@@ -329,7 +332,7 @@ class Ablation(Edits):
     def _candidates(
         self, tokens: Tensor, values: float | Tensor, *, k: int = 0, threshold: float | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Row, neuron, low and high of the pairs that may be among the k largest, or above a threshold."""
+        """Return row, neuron, low and high of the pairs that may be among the k largest, or above a threshold."""
         floor = torch.full((k,), -torch.inf, dtype=torch.float64, device=tokens.device)
         none = tokens.new_empty(0)
         parts, done = [(none, none, floor[:0], floor[:0])], 0
@@ -353,7 +356,7 @@ class Ablation(Edits):
     def _at(
         self, tokens: Tensor, values: float | Tensor, row: Tensor, neuron: Tensor
     ) -> Float[Tensor, " pair"]:
-        """Change of loss at some pairs, given by row of `tokens` and neuron; fp64."""
+        """Return the change of loss at some pairs, given by row of `tokens` and neuron; fp64."""
         rows, index = row.unique(return_inverse=True)
         given = torch.as_tensor(values)
         result = torch.empty(len(row), dtype=torch.float64, device=row.device)
@@ -382,16 +385,16 @@ class Ablation(Edits):
         return Changes(tokens[row], neuron, change, error, n_evaluated, n_pairs)
 
     def _joined(self, parts: list[Tensor], neurons: Neurons) -> Tensor:
-        """Blocks as one tensor of the run's dtype, with a column a neuron where there is no block."""
+        """Join blocks into one tensor of the run's dtype; without blocks it has 0 rows and all columns."""
         none = self.run.post.new_empty(0, len(neurons.ids))
         return torch.cat([none, *(part.to(none.dtype) for part in parts)])
 
 
 def _tokens_of_others(run: HookedRun, n_draws: int, seed: int) -> Int[Tensor, "token draw"]:
-    """For each token, tokens drawn evenly from all other strings without BOS; -1 if there are none."""
+    """Draw tokens for each token, uniformly from all other strings without BOS; -1 if there are none."""
     _, owner = run.string.unique(return_inverse=True)
     content = (~run.is_bos).nonzero().squeeze(-1)
-    content = content[owner[content].argsort(stable=True)]  # by string
+    content = content[owner[content].argsort(stable=True)]  # sorted by string
     counts = torch.bincount(owner[content], minlength=int(owner.max()) + 1)
     n_own, before = counts[owner, None], (counts.cumsum(0) - counts)[owner, None]
     n_others = len(content) - n_own
@@ -400,17 +403,17 @@ def _tokens_of_others(run: HookedRun, n_draws: int, seed: int) -> Int[Tensor, "t
         n_own.device
     )
     index = (draws * n_others).long()
-    index += n_own * (index >= before)  # past the token's own string
+    index += n_own * (index >= before)  # skip the string of the token itself
     return content[index.clamp_max(len(content) - 1)].where(n_others > 0, -1)
 
 
 def _tiles(
     where: Bool[Tensor, "t neuron"], d_vocab: int, size: int
 ) -> Iterator[tuple[slice, slice | Tensor, slice]]:
-    """Tokens, neurons and part of the vocabulary; of the last two no more than `size` pairs, or one row.
+    """Yield tokens, neurons and part of the vocabulary: at most `size` entries of B per tile, or one row.
 
-    Where most pairs are wanted, all are given, and rows and columns of B stay in the cache while they
-    are used for all tokens. Else each token has its own neurons.
+    If most pairs are wanted, tiles cover all pairs, and a tile of B stays in the cache while it is used for
+    all tokens. Otherwise each token is paired with only its wanted neurons.
     """
     n_tokens, n_neurons = where.shape
     if where.count_nonzero() > 0.5 * where.numel():
@@ -427,12 +430,15 @@ def _tiles(
 
 
 def _loss_sums(delta: Tensor, mean: Tensor, p: Tensor, surprise: Tensor) -> Tensor:
-    """Sum of p e^delta over these entries for each row; `delta` is overwritten. [1 row]"""
+    """Return the sum of p e^delta over these entries for each row, [1 row]; `delta` is overwritten."""
     return (delta.exp_() @ p)[None]
 
 
 def _entropy_sums(delta: Tensor, mean: Tensor, p: Tensor, surprise: Tensor) -> Tensor:
-    """Sums of p, p (log p + entropy) and p (delta - mean), each times e^(delta - mean) - 1. [3 row]"""
+    """Return sums of p, p (log p + entropy) and p (delta - mean), each times e^(delta - mean) - 1, [3 row].
+
+    `delta` is overwritten.
+    """
     delta -= mean
     growth = delta.expm1()
     return torch.stack([growth @ p, growth @ (p * surprise), (growth * delta) @ p])

@@ -1,4 +1,4 @@
-"""What an edit of one neuron at one token adds to the residual stream, for all pairs at once."""
+"""Edits of one neuron at one token as additions to the residual stream, for all pairs at once."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from soluscope.hooked.ablation.readout import (
 from soluscope.hooked.activations import HookedRun
 
 CANCELS = 8
-"""How much longer the parts of an edit may be than what they sum to. Without a neuron that held nearly
-all of a token, the softmax and the norm blow up what little is left: the parts nearly cancel, and
-such a pair, if any one of a token, is run through the norm and the unembedding anew."""
+"""Largest ratio of the summed lengths of an edit's parts to the length of the edited residual stream.
+Without a neuron that held nearly all of a token, the softmax and the norm amplify the small remainder, and
+the parts of the edit nearly cancel. Such a pair is recomputed through the norm and the unembedding."""
 
 
 class Neurons(NamedTuple):
-    """What each neuron writes. W is W_out as ln_final centres it."""
+    """Output weights of the neurons. W is W_out, centred if ln_final centres."""
 
     ids: Int[Tensor, " neuron"]
     gamma: Float[Tensor, " neuron"]
@@ -37,39 +37,40 @@ class Neurons(NamedTuple):
     """|W|^2, fp64."""
     B: Float[Tensor, "neuron d_vocab"]
     highest: Float[Tensor, " neuron"]
-    """max of B over the vocabulary."""
+    """Maximum of B over the vocabulary."""
     lowest: Float[Tensor, " neuron"]
 
 
 class Tokens(NamedTuple):
-    """Some tokens as they are, before any edit."""
+    """A block of tokens, before any edit."""
 
     ids: Int[Tensor, " t"]
     target: Int[Tensor, " t"]
     scale: Float[Tensor, "t 1"]
     """S, fp64."""
     V: Float[Tensor, "t vector d_model"]
-    """R; for edits before the mid norm also what it writes, and what it writes for its mean."""
+    """R; for edits before the mid norm also the part of R that scales with the gain, and the change of R per
+    unit of the norm's mean."""
     E: Float[Tensor, "t vector d_vocab"]
-    """Less its mean under p."""
+    """V U / S, minus its mean under p."""
     p: Float[Tensor, "t d_vocab"]
     log_p: Float[Tensor, "t d_vocab"]
 
 
 class Moments(NamedTuple):
-    """What all edits of some tokens and neurons share; fp64."""
+    """Quantities shared by all edits of some tokens and neurons; fp64."""
 
     mean_B: Float[Tensor, "t neuron"]
-    """E_p[B]; that of E is 0."""
+    """E_p[B]; E_p[E] is 0."""
     target_B: Float[Tensor, "t neuron"]
     target_E: Float[Tensor, "t vector"]
-    """E at the target; meaningless where there is none."""
+    """E at the target; meaningless without a target."""
     highest_E: Float[Tensor, "t vector"]
     lowest_E: Float[Tensor, "t vector"]
 
 
 class Second(NamedTuple):
-    """Covariances under p, which bounds need besides; fp64."""
+    """Covariances under p, which the bounds need too; fp64."""
 
     EE: Float[Tensor, "t vector vector"]
     EB: Float[Tensor, "t neuron vector"]
@@ -77,7 +78,7 @@ class Second(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """delta = u E + w B for each pair, and what follows from it at once; fp64."""
+    """The numbers u and w of delta = u E + w B for each pair, and quantities derived from them; fp64."""
 
     stage: Stage
     values: Float[Tensor, "t neuron"]
@@ -88,19 +89,19 @@ class Edit(NamedTuple):
     target: Float[Tensor, "t neuron"]
     """delta at the target."""
     up: Float[Tensor, "t neuron"]
-    """No entry of delta is further above its mean than this."""
+    """Upper bound on delta minus its mean, over the vocabulary."""
     down: Float[Tensor, "t neuron"]
-    """Nor further below."""
+    """Upper bound on delta's mean minus delta, over the vocabulary."""
     cancels: Bool[Tensor, "t neuron"]
-    """Whether all of this has lost its digits; see CANCELS."""
+    """True if the numbers above have lost their precision; see CANCELS."""
 
 
 class Edits:
-    """Edits of one neuron at one token: the numbers u and w of each pair, and what follows from them.
+    """Edits of one neuron at one token: the numbers u and w of each pair, and quantities derived from them.
 
     Args:
         run: activations of a model's last MLP, on any device.
-        final_norm: what ln_final does after an edit.
+        final_norm: treatment of ln_final after an edit.
     """
 
     @torch.no_grad()
@@ -115,7 +116,7 @@ class Edits:
             square=W.double().square().sum(-1), B=B, highest=B.amax(-1), lowest=B.amin(-1),
         )  # fmt: skip
         self._bias, self._mean_unembedding = output_bias(run), out.W_U.mean(-1)
-        # What W_out writes when the mid norm's mean rises by one: the centring's share of an edit.
+        # Change of R when the mean that the mid norm subtracts rises by one: the effect of centring.
         self._of_mean = -(out.gamma @ W) / len(W) if run.centres else torch.zeros_like(W[0])
 
     def _blocks(self, kind: Stage, tokens: Tensor) -> Iterator[Tokens]:
@@ -144,10 +145,10 @@ class Edits:
         )  # fmt: skip
 
     def _sum_B(self, weight: Tensor, neurons: Neurons, less: Tensor | float = 0.0) -> Tensor:
-        """sum_v weight_v B_jv by way of the residual stream, which has fewer dimensions. [... neuron]
+        """Return sum_v weight_v B_jv, [... neuron], through the residual stream, which has fewer dimensions.
 
-        `less` is what centring B over the vocabulary takes away: the unembedding's mean where weights
-        sum to one, nothing where they sum to zero.
+        `less` corrects for the centring of B over the vocabulary: the unembedding's mean if the weights
+        sum to one, 0 if they sum to zero.
         """
         out = self.run.readout
         return (((weight @ out.W_U.T - less) * out.ln_w) @ neurons.W.T).double()
@@ -169,14 +170,14 @@ class Edits:
         shape = (len(tokens), len(neurons.ids))
         if given.shape not in ((), shape[1:], shape):
             raise ValueError(
-                f"values have the shape {tuple(given.shape)}: give one number, one for each of the "
-                f"{shape[1]} neurons, or one a pair, {shape}"
+                f"values have the shape {tuple(given.shape)}: give a scalar, one value for each of the "
+                f"{shape[1]} neurons, or one value for each pair, {shape}"
             )
         gain = self.run.gain
         if kind != "post" and self.run.eps is None and gain.max() > 1.001 * gain.min():
             raise ValueError(
-                f"{kind}: the mid norm's gain varies, and the run has no epsilon to say how: edits of "
-                "hook_post are exact, these need a LayerNorm, an RMSNorm or one constant"
+                f"{kind}: the mid norm's gain varies, but the run has no epsilon to recompute it from: edit "
+                "hook_post, or use a LayerNorm, an RMSNorm or a constant gain"
             )
         given, done = given.expand(shape), 0
         for block in self._blocks(kind, tokens):
@@ -188,7 +189,7 @@ class Edits:
     def _edit(
         self, kind: Stage, block: Tokens, neurons: Neurons, moments: Moments, values: Tensor
     ) -> Edit:
-        """What setting each neuron to `values` adds to R: c_r of each V_r, and `c_W` of W_j."""
+        """Return the edit that sets each neuron to `values`: it adds c_r V_r for each r, and c_W W_j, to R."""
         if kind == "post":
             c_W = values - self.run.post[block.ids][:, neurons.ids].double()
             c = c_W[..., None].new_zeros(*c_W.shape, 1)
@@ -204,7 +205,7 @@ class Edits:
             + ((c @ gram) * c).sum(-1)
             + 2 * c_W * (VW[..., 0] + (VW * c).sum(-1))
             + c_W.square() * neurons.square
-        ) / d_model  # to |R|^2 / d_model
+        ) / d_model  # added to |R|^2 / d_model
         square = scale.square() + added
         lengths = gram.diagonal(dim1=1, dim2=2).sqrt()[..., None]
         parts = (c.abs() @ lengths).squeeze(-1) + c_W.abs() * neurons.square.sqrt()
@@ -215,23 +216,23 @@ class Edits:
         u = c * (scale / after)[..., None]
         u[..., 0] = -added / (after * (scale + after))  # S / S' - 1
         w = c_W / after
-        ends_E = [u * end[:, None] for end in (moments.highest_E, moments.lowest_E)]
-        ends_B = [w * (end - moments.mean_B) for end in (neurons.highest, neurons.lowest)]
+        bounds_E = [u * bound[:, None] for bound in (moments.highest_E, moments.lowest_E)]
+        bounds_B = [w * (bound - moments.mean_B) for bound in (neurons.highest, neurons.lowest)]
         return Edit(
             kind, values, u, w, mean=w * moments.mean_B,
             target=(u * moments.target_E[:, None]).sum(-1) + w * moments.target_B,
-            up=torch.maximum(*ends_E).sum(-1) + torch.maximum(*ends_B),
-            down=-torch.minimum(*ends_E).sum(-1) - torch.minimum(*ends_B), cancels=cancels,
+            up=torch.maximum(*bounds_E).sum(-1) + torch.maximum(*bounds_B),
+            down=-torch.minimum(*bounds_E).sum(-1) - torch.minimum(*bounds_B), cancels=cancels,
         )  # fmt: skip
 
     def _through_norm(
         self, kind: Stage, ids: Tensor, neurons: Neurons, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How an edit before the mid norm reaches post: `factor` and `step`, each [t neuron].
+        """Return how an edit before the mid norm changes post: `factor` and `step`, each [t neuron].
 
         post'_i - beta_i = factor * (post_i - beta_i) + gamma_i * step * (1 if i is the neuron j, else
-        0; less 1 / d_mlp if the norm centres). In SoLU, setting x_j to c multiplies all activations by
-        k = Z / Z', and a_j is set to c e^c / Z before that.
+        0; minus 1 / d_mlp if the norm centres). In SoLU, setting x_j to c first sets a_j to c e^c / Z, and
+        then multiplies all activations by k = Z / Z'.
         """
         run, k = self.run, torch.ones_like(values)
         if kind == "pre" and run.is_solu:
@@ -257,10 +258,10 @@ class Edits:
             factor = k * ((square + run.eps) / (after + run.eps)).sqrt()
         return factor, gain * factor * change
 
-    def _run_anew(
+    def _recompute(
         self, block: Tokens, neurons: Neurons, edit: Edit, t: Tensor, j: Tensor
     ) -> Float[Tensor, "pair d_vocab"]:
-        """Log-probabilities after the edit at some pairs of the block, from the edited stage on."""
+        """Return log-probabilities after the edit at some pairs, recomputed from the edited stage on."""
         run, out, ids = self.run, self.run.readout, block.ids[t]
         stage: Tensor = getattr(run, edit.stage)
         edited = stage[ids].double().scatter(-1, neurons.ids[j, None], edit.values[t, j, None])

@@ -1,4 +1,4 @@
-"""From the residual stream to logits, in blocks of tokens that fit into memory."""
+"""Logits from the residual stream, in blocks of tokens that fit into memory."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun
 
 FinalNorm = Literal["live", "frozen"]
-"""Whether ln_final rescales after the edit, or keeps the scale it had without it."""
+"""Treatment of ln_final after an edit: `live` recomputes its scale, `frozen` keeps the scale from before."""
 
 FINAL_NORMS: dict[FinalNorm, str] = {"live": "", "frozen": ", final norm frozen"}
-"""What a probe adds to a quantity's name for each way to treat ln_final."""
+"""Suffix of a quantity's name for each treatment of ln_final."""
 
 Stage = Literal["pre", "mid", "post"]
-"""Which of the MLP's activations an edit sets."""
+"""Activation of the MLP that an edit sets."""
 
 TOKENS_AT_ONCE = 512
 
 NUMBERS_AT_ONCE = 2**26
-"""What a block of tokens may hold over the vocabulary, in numbers."""
+"""Largest size of a block of tokens: its vocabulary-length vectors, counted in numbers."""
 
 TILE = {"cpu": 2**18, "cuda": 2**26}
-"""Edited logits made at once, in numbers: on a CPU they stay in the cores' caches."""
+"""Number of edited logits computed at once: on a CPU they stay in the cores' caches."""
 
 
 def tile_size(like: Tensor) -> int:
-    """Return how many edited logits are made at once on the device of `like`."""
+    """Return how many edited logits are computed at once on the device of `like`."""
     return TILE.get(like.device.type, TILE["cpu"])
 
 
 def n_that_fit(n_numbers: int) -> int:
-    """Return how many things of `n_numbers` numbers each may be held at once."""
+    """Return how many arrays of `n_numbers` numbers each may be held at once."""
     return max(1, NUMBERS_AT_ONCE // n_numbers)
 
 
 def token_blocks(ids: Tensor, run: HookedRun, n_vectors: int) -> Iterator[Tensor]:
-    """Tokens in blocks that hold `n_vectors` vectors over the vocabulary each."""
+    """Yield tokens in blocks, given that each token needs `n_vectors` vectors over the vocabulary."""
     fitting = n_that_fit(n_vectors * run.readout.W_U.shape[1])
     yield from ids.split(min(TOKENS_AT_ONCE, fitting))
 
@@ -47,7 +47,7 @@ def token_blocks(ids: Tensor, run: HookedRun, n_vectors: int) -> Iterator[Tensor
 def resid_of(
     run: HookedRun, ids: Tensor, post: Float[Tensor, "token d_mlp"]
 ) -> Float[Tensor, "t d_model"]:
-    """R of the tokens `ids`, if hook_post were `post`."""
+    """Return R of the tokens `ids`, with hook_post replaced by `post`."""
     out = run.readout
     return centre_resid(run, run.resid_mid[ids] + post[ids] @ out.W_out + out.b_out)
 

@@ -1,4 +1,4 @@
-"""Edits of a token's whole hidden layer: another gain, another post, or means to ablate to."""
+"""Edits of a token's whole hidden layer: another gain, another post, and means for mean ablation."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from soluscope.hooked.activations import HookedRun
 def loss_at_gain(
     run: HookedRun, gains: Float[Tensor, "token edit"], final_norm: FinalNorm = "live"
 ) -> Float[Tensor, "token edit"]:
-    """Each token's loss if the mid norm had multiplied by `gains` instead of its own gain.
+    """Return each token's loss with the mid norm's gain replaced by `gains`.
 
-    post = gain * (centred * gamma) + beta, whether or not the norm centres, so what W_out writes
-    splits into a static part and one that is proportional to the gain: R' = r0 + (gain / own gain) o.
-    Two vectors over the vocabulary a token then give the loss at any gain.
+    post = gain * (centred * gamma) + beta, whether or not the norm centres. So R splits into a static part
+    r0 and a part o that is proportional to the gain: R' = r0 + (new gain / old gain) o. Two
+    vocabulary-length vectors per token then give the loss at any gain.
 
     Args:
-        run: activations of a model whose mid norm is of that form, or has none (own gain 1).
-        gains: one or more gains a token, above 0.
-        final_norm: what ln_final does.
+        run: activations of a model with a mid norm of that form, or without a mid norm (gain 1).
+        gains: one or more gains per token, above 0.
+        final_norm: treatment of ln_final after the edit.
 
     Returns:
-        Nats, nan where the token has no target.
+        Nats; nan for a token without a target.
 
-    Source: science.md section 8.4; tests hold it to brute-force hooks.
+    Source: protocol.md section 8.4. Tests compare the losses with brute-force hooks.
     """
     out, bias = run.readout, output_bias(run)
     losses = torch.full_like(gains, torch.nan)
@@ -70,17 +70,17 @@ def loss_at_gain(
 def loss_at_post(
     run: HookedRun, post: Float[Tensor, "token d_mlp"], final_norm: FinalNorm = "live"
 ) -> Float[Tensor, " token"]:
-    """Each token's loss if hook_post had been `post`: any set of neurons at once, edited in any way.
+    """Return each token's loss with hook_post replaced by `post`: any edit of any set of neurons at once.
 
     Args:
         run: activations of the model's last MLP.
-        post: what replaces run.post. Zeros remove all that the neurons write; b_out stays.
-        final_norm: what ln_final does.
+        post: replacement of run.post. Zeros remove the neurons' whole output; b_out stays.
+        final_norm: treatment of ln_final after the edit.
 
     Returns:
-        Nats, nan where the token has no target.
+        Nats; nan for a token without a target.
 
-    Source: science.md section 8.2, at one unembedding a token.
+    Source: protocol.md section 8.2, at the cost of one unembedding per token.
     """
     bias = output_bias(run)
     losses = torch.full_like(post[:, 0], torch.nan)
@@ -94,14 +94,14 @@ def loss_at_post(
 
 @torch.no_grad()
 def disjoint_mean(run: HookedRun, stage: Stage) -> Float[Tensor, "token d_mlp"]:
-    """Mean activations for mean ablation: over all strings but the token's own, BOS left out.
+    """Return mean activations for mean ablation, over all other strings and without BOS.
 
-    A mean over the token's own string too would put back some of what is ablated.
+    A mean that included the string of the token would restore part of the ablated activation.
 
     Returns:
-        One row a token, equal within a string; nan where there is no other string.
+        One row per token, equal within a string; nan if there is no other string.
 
-    Source: science.md section 8.7.
+    Source: protocol.md section 8.7.
     """
     values: Tensor = getattr(run, stage)
     _, owner = run.string.unique(return_inverse=True)

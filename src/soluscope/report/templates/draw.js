@@ -1,5 +1,6 @@
-// Figures near the window come first, the others in view one at a time, so that a page of a hundred opens
-// as fast as one of three; what is folded away waits until it is opened, since it has no width before.
+// Figures near the window are drawn first, then the other figures one at a time, so that a page of a hundred
+// figures opens as fast as a page of three. Folded figures wait until they are opened: before that they have
+// no width.
 (() => {
   const waiting = new Set(document.querySelectorAll(".plot"));
   const draw = box => {

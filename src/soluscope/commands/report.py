@@ -1,0 +1,44 @@
+"""Write a study's report from its results.jsonl; with --wandb, save its dashboard too.
+
+soluscope report runs/demo
+soluscope report runs/demo --wandb entity/project
+soluscope report runs/demo --wandb entity/project --dry-run    # prints the dashboard, sends nothing
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soluscope.commands import Command, Parser
+
+
+def build_parser() -> Parser:
+    """Return the parser of `soluscope report`."""
+    parser = Parser(__doc__)
+    parser.add_argument("study", type=Path, help="folder of a probed study")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save the dashboard there")
+    parser.add_argument("--dry-run", action="store_true", help="print what --wandb would save")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Run `soluscope report`."""
+    options = build_parser().parse_intermixed_args(arguments)
+    if options.dry_run and options.wandb is None:
+        build_parser().error(
+            "--dry-run needs --wandb entity/project: it prints what --wandb would save"
+        )
+    from soluscope.report import dashboard, publish
+
+    where = None if options.wandb is None else dashboard.place(options.wandb)
+    if where and options.dry_run:
+        print(dashboard.preview(options.study, where))
+        return
+    if where:
+        dashboard.sign_in()
+    print(f"report: {publish(options.study)}")
+    if where:
+        print(f"dashboard: {dashboard.publish(options.study, where)}")
+
+
+COMMAND = Command(build_parser, run)

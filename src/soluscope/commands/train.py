@@ -1,0 +1,41 @@
+"""Train one model, or resume an interrupted training.
+
+    soluscope train variant=solu_ln seed=1 size=tiny train.steps=200
+    soluscope train variant=solu_ln mid.kappa=0.42 tag=kappa0.42 --cfg
+
+Words are key=value, or YAML files. The command line overrides the files.
+"""
+
+from __future__ import annotations
+
+from soluscope.commands import Command, Parser
+from soluscope.config import load_config, to_yaml
+from soluscope.config_help import train_help
+from soluscope.runs.folder import Run
+
+
+def build_parser() -> Parser:
+    """Return the parser of `soluscope train`."""
+    parser = Parser(__doc__, train_help)
+    parser.add_argument("words", nargs="*", help="key=value, or a YAML file")
+    parser.add_argument(
+        "--cfg", action="store_true", help="print the merged configuration and stop"
+    )
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Run `soluscope train`."""
+    options = build_parser().parse_intermixed_args(arguments)
+    config = load_config(options.words)
+    if options.cfg:
+        print(to_yaml(config), end="")
+        return
+    from soluscope.training.run import train  # imported late, so that mistakes are answered at once
+
+    was_done = Run(config.run_dir).is_done()
+    run_dir = train(config)
+    print(f"{run_dir} {'was already finished' if was_done else 'is finished'}")
+
+
+COMMAND = Command(build_parser, run)
