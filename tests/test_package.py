@@ -116,7 +116,7 @@ def test_the_command_of_the_wheel_sweeps_probes_and_reports_outside_the_clone(
         "eval.n_loss_tokens=1000",
         "eval.n_draws=100",
     )
-    run(command, "sweep", "smoke", "train.steps=3", "train.warmup_steps=1", *small, "wandb=off",
+    run(command, "sweep", "smoke", "seed=0", "variant=solu_ln", "train.steps=3", "train.warmup_steps=1", *small, "wandb=off",
         cwd=tmp_path, path=path)  # fmt: skip
     assert (tmp_path / "runs" / "smoke" / "report.html").is_file()
     (tmp_path / "runs" / "smoke" / "report.html").unlink()
