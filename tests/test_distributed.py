@@ -188,7 +188,7 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
 
     before = {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
     fourth = start(*TORCHRUN, TRAIN, *ours)
-    assert fourth.communicate(timeout=HANGS_AFTER_S) == (f"{run.dir} was finished already\n", "")
+    assert fourth.communicate(timeout=HANGS_AFTER_S) == (f"{run.dir} was already finished\n", "")
     assert before == {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
 
 
