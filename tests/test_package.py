@@ -116,8 +116,8 @@ def test_the_command_of_the_wheel_sweeps_probes_and_reports_outside_the_clone(
         "eval.n_loss_tokens=1000",
         "eval.n_draws=100",
     )
-    run(command, "sweep", "smoke", "seed=0", "variant=solu_ln", "train.steps=3", "train.warmup_steps=1", *small, "wandb=off",
-        cwd=tmp_path, path=path)  # fmt: skip
+    one = ("seed=0", "variant=solu_ln", "train.steps=3", "train.warmup_steps=1", "wandb=off")
+    run(command, "sweep", "smoke", *one, *small, cwd=tmp_path, path=path)
     assert (tmp_path / "runs" / "smoke" / "report.html").is_file()
     (tmp_path / "runs" / "smoke" / "report.html").unlink()
     run(command, "report", "runs/smoke", cwd=tmp_path, path=path)
