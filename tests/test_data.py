@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import hashlib
 import http.server
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -26,6 +30,7 @@ from soluscope.config import Config, load_config
 from soluscope.data import tokenizer
 from soluscope.data.cache import SPLITS, TokenCache, cache_key, open_cache, prepare, split_of
 from soluscope.data.sources import Document, Source
+from soluscope.data.sources.files import Params, documents
 from soluscope.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -491,12 +496,123 @@ def test_files_gives_the_same_texts_from_each_format(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_bytes(text.encode())
     write_jsonl(tmp_path / "a.jsonl", wanted, field="body")
     pyarrow.parquet.write_table(pyarrow.table({"body": wanted}), tmp_path / "a.parquet")
-    for ending in ("txt", "jsonl", "parquet"):
+    (tmp_path / "a.json").write_text(json.dumps([{"body": text} for text in wanted], indent=1))
+    write_jsonl(tmp_path / "b.ndjson", wanted, field="body")
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with (tmp_path / name).open("w", encoding="utf-8-sig", newline="") as file:
+            rows = csv.writer(file, delimiter=delimiter)
+            rows.writerows([["id", "body"], *enumerate(wanted)])
+    for ending in ("txt", "jsonl", "ndjson", "json", "csv", "tsv", "parquet"):
         words = (f"corpus.paths=[{tmp_path}/**/*.{ending}]", "corpus.text_field=body")
         found, skipped = documents_of("files", *words)
         assert [document.text for document in found] == wanted
         assert len({document.name for document in found}) == 3
         assert not skipped
+
+
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: pyarrow.compress(content, codec="zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_file_gives_its_documents_and_a_truncated_one_is_skipped(
+    tmp_path: Path, ending: str
+) -> None:
+    wanted = [text_of(seed) for seed in range(200)]
+    compressed = COMPRESS[ending](write_jsonl(tmp_path / "plain", wanted).read_bytes())
+    path = tmp_path / f"A.JSONL.{ending}"
+    words = f"corpus.paths=[{path}]"
+    path.write_bytes(compressed * 2)  # as several processes append to one file
+    found, skipped = documents_of("files", words)
+    assert ([document.text for document in found], skipped) == (wanted * 2, {})
+    path.write_bytes(compressed[:-10])
+    found, skipped = documents_of("files", words)
+    assert not found
+    assert "cannot be decompressed" in skipped[str(path)]
+    (tmp_path / f"a.parquet.{ending}").write_bytes(compressed)
+    with pytest.raises(UserError, match=rf"ends in '.parquet.{ending}'"):
+        documents_of("files", f"corpus.paths=[{tmp_path}/a.*]")
+
+
+def test_json_file_holds_an_array_an_object_or_one_object_per_line(tmp_path: Path) -> None:
+    record = {"text": "one", "id": 1}
+    for content, wanted in (
+        (json.dumps([record, {"text": "two"}]), ["one", "two"]),
+        (json.dumps(record), ["one"]),
+        (json.dumps(record, indent=2), ["one"]),
+        (f"{json.dumps(record)}\n{json.dumps(record)}\n", ["one", "one"]),
+        ("", []),
+    ):
+        (tmp_path / "a.json").write_text(content)
+        found, skipped = documents_of("files", f"corpus.paths=[{tmp_path}/a.json]")
+        assert ([document.text for document in found], skipped) == (wanted, {}), content
+
+
+@pytest.mark.parametrize("text", [b"\xc3\xa9", "\u00e9"])
+def test_text_field_leads_into_nested_records_and_bytes_are_utf8(
+    tmp_path: Path, text: str | bytes
+) -> None:
+    records = [{"meta": {"text": text, "id": 1}}, {"meta": None}]
+    table = pyarrow.table({"meta": [record["meta"] for record in records]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"meta.text": [text, None]}), tmp_path / "b.parquet")
+    names = ["a.parquet", "b.parquet"]
+    if isinstance(text, str):
+        names.append("c.jsonl")
+        (tmp_path / "c.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    for name in names:
+        words = (f"corpus.paths=[{tmp_path / name}]", "corpus.text_field=meta.text")
+        found, skipped = documents_of("files", *words)
+        assert [document.text for document in found] == ["\u00e9"]
+        assert list(skipped) == [f"{tmp_path / name}:2"]
+    words = (f"corpus.paths=[{tmp_path}/a.parquet]", "corpus.text_field=meta.body")
+    with pytest.raises(UserError, match=r"'meta.body' is not in .*; it has: meta.text, meta.id"):
+        documents_of("files", *words)
+
+
+def test_csv_row_with_broken_quotes_is_skipped_and_a_long_text_is_not(tmp_path: Path) -> None:
+    long = "a" * 200_000
+    (tmp_path / "a.csv").write_text(f'id,text\n1,"a"b\n2,{long}\n3\n4,"open\n5,lost\n')
+    found, skipped = documents_of("files", f"corpus.paths=[{tmp_path}/a.csv]")
+    assert [document.text for document in found] == [long]
+    assert list(skipped) == [f"{tmp_path}/a.csv:{row}" for row in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_that_is_nested_too_deeply_is_skipped_by_name(tmp_path: Path, ending: str) -> None:
+    deep = '{"text": "deep", "tree": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    (tmp_path / f"a.{ending}").write_text('{"text": "flat"}\n' + deep + "\n")
+    found, skipped = documents_of("files", f"corpus.paths=[{tmp_path}/a.{ending}]")
+    assert [document.text for document in found] == ["flat"]
+    assert skipped == {f"{tmp_path}/a.{ending}:2": "not JSON (it is nested too deeply)"}
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
+def test_separator_matches_line_ends_of_any_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line_end: str, separator: str
+) -> None:
+    between = separator.replace("\r\n", "\n").replace("\n", line_end)
+    wanted = [f"one{line_end}line", "two", "three"]
+    (tmp_path / "a.txt").write_bytes(between.join(wanted).encode())
+    for n_bytes in (1, 2, 3, 1 << 20):
+        monkeypatch.setattr("soluscope.data.sources.files._CHUNK_BYTES", n_bytes)
+        params = Params(paths=[f"{tmp_path}/a.txt"], separator=separator)
+        assert [document.text for document in documents(params)] == wanted
+
+
+def test_separator_that_is_in_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    words = (f"corpus.paths=[{tmp_path}/*.txt]", "corpus.separator=<END>")
+    with pytest.raises(UserError, match=r"corpus.separator='<END>' is in none of .*separator=null"):
+        documents_of("files", *words)
+    (tmp_path / "b.txt").write_text("one<END>two")
+    found, _ = documents_of("files", *words)
+    assert [document.text for document in found] == ["one\ntwo\n", "one", "two"]
 
 
 def test_separator_cuts_a_file_into_documents_also_across_chunks(
@@ -548,7 +664,9 @@ def test_glob_that_matches_nothing_and_endings_not_known_are_refused(tmp_path: P
     with pytest.raises(UserError, match=r"'.*/\*\.txt' matches no file"):
         documents_of("files", f"corpus.paths=[{tmp_path}/*.txt]")
     (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(UserError, match=r"ends in '.pdf'; only .txt, .jsonl, .parquet can be read"):
+    with pytest.raises(
+        UserError, match=r"ends in '.pdf'; only .txt, .jsonl, .*.parquet can be read"
+    ):
         documents_of("files", f"corpus.paths=[{tmp_path}/*]")
     with pytest.raises(UserError, match=r"corpus.paths.* missing|corpus.paths has no value"):
         documents_of("files")
@@ -602,6 +720,9 @@ REPOSITORIES = {
         "data/train.jsonl": b"".join(
             json.dumps({"text": f"tale {i} " * 20}).encode() + b"\n" for i in range(200)
         ),
+    },
+    "someone/nested": {
+        "train.jsonl": json.dumps({"meta": {"text": "inside", "id": 1}}).encode() + b"\n",
     },
     "someone/code": {
         "train.jsonl": b"".join(
@@ -724,10 +845,20 @@ def test_hub_mix_ends_where_a_set_runs_out_and_says_so(hub: str, tmp_path: Path)
     assert "skipped the rest of someone/tales: someone/code ended" in errors
 
 
+def test_hub_text_field_leads_into_nested_columns(hub: str, tmp_path: Path) -> None:
+    nested = {"path": "someone/nested", "text_field": "meta.text"}
+    found, errors = hub_documents(hub, tmp_path, sets=[nested], max_mb=1)
+    assert [text for _, text in found] == ["inside"], errors
+
+
 def test_hub_errors_name_the_set_in_one_line(hub: str, tmp_path: Path) -> None:
     for asked, says in (
         ({"path": "someone/nothing"}, "cannot read someone/nothing"),
         ({"path": "someone/code"}, "no text_field='text' in someone/code; it has: content"),
+        (
+            {"path": "someone/nested"},
+            "no text_field='text' in someone/nested; it has: meta.text, meta.id",
+        ),
         ({"path": "someone/tales", "split": "nowhere"}, "split=nowhere"),
     ):
         found, errors = hub_documents(hub, tmp_path, sets=[asked], max_mb=1)

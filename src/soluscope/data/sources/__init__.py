@@ -7,7 +7,7 @@ is imported before `documents` is called, so that `--help` can list every source
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +26,40 @@ class Document:
 def warn(what: str, why: str) -> None:
     """Print the name of a skipped item and the reason on stderr."""
     print(f"skipped {what}: {why}", file=sys.stderr)
+
+
+def text_at(record: Any, field: str) -> str | None:
+    """Return the text at a key of a record; None if another value is there.
+
+    A dot leads into a nested record: `meta.text` is the key text of the record at the key meta. Bytes are
+    decoded as UTF-8.
+
+    Raises:
+        KeyError: if the record has no such key.
+    """
+    if not isinstance(record, Mapping):
+        return None
+    if field not in record:
+        key, _, rest = field.partition(".")
+        if not rest:
+            raise KeyError(field)
+        return text_at(record[key], rest)
+    value = record[field]
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf8")
+        except UnicodeDecodeError:
+            return None
+    return value if isinstance(value, str) else None
+
+
+def keys_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a record as `text_at` reads them, with those of the records directly in it."""
+    keys = []
+    for key, value in record.items():
+        nested = isinstance(value, Mapping) and value
+        keys += [f"{key}.{inner}" for inner in value] if nested else [key]
+    return keys
 
 
 class Documents(Protocol):

@@ -1,18 +1,26 @@
-"""Local .txt, .jsonl and .parquet files, given by globs."""
+"""Local files of text, given by globs: .txt, .jsonl, .json, .csv and .parquet, also compressed."""
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
 import glob
+import gzip
+import io
+import itertools
 import json
+import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from omegaconf import MISSING
 
-from soluscope.data.sources import Document, Skip, Source, warn
+from soluscope.data.sources import Document, Skip, Source, keys_of, text_at, warn
 from soluscope.errors import UserError
 
 _CHUNK_BYTES = 1 << 20
@@ -21,11 +29,14 @@ _CHUNK_BYTES = 1 << 20
 @dataclass(frozen=True)
 class Params:
     paths: list[str] = MISSING
-    """Globs of .txt, .jsonl and .parquet files; ** matches folders of any depth. Required with data=files."""
+    """Globs of .txt, .jsonl, .json, .csv, .tsv and .parquet files; ** matches folders of any depth. Files other
+    than .parquet may be compressed: .gz, .bz2, .xz or .zst. Required with data=files."""
     text_field: str = "text"
-    """Key of the text in a .jsonl line, or its column in a .parquet file."""
+    """Key of the text in a .jsonl line or .json record, or its column in a .csv or .parquet file. A dot leads
+    into a nested record, as in meta.text."""
     separator: str | None = None
-    """Text between two documents of a .txt file. null: each file is one document."""
+    """Text between two documents of a .txt file; its line ends match any line ends. null: each file is one
+    document."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -35,20 +46,33 @@ class Params:
 
 
 def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
-    """Yield one document per .txt file (or per part, with a separator), .jsonl line or .parquet row.
+    """Yield one document per .txt file (or per part, with a separator), per .jsonl line, and per .json record,
+    .csv row or .parquet row.
 
-    A .txt or .jsonl file that is not UTF-8 is skipped entirely, and so is a .parquet file that cannot be
-    opened. If only a line or a row has no text, only that line or row is skipped.
+    A text file that is not UTF-8 or cannot be decompressed is skipped entirely, and so is a .parquet file that
+    cannot be opened. If only a line or a row has no text, only that line or row is skipped.
 
     Raises:
-        UserError: if a glob matches no file, a file has another ending, or the first line or the columns of
-            a file lack `text_field`.
+        UserError: if a glob matches no file, a file has another ending, the first record or the columns of a
+            file lack `text_field`, or the separator is in none of the .txt files.
     """
+    read_txt = found_separator = False
     for path in _files(params):
+        kind, _ = _endings(path)
+        if kind != ".parquet" and not _is_text(path, skip):
+            continue
         try:
-            yield from _READERS[path.suffix](path, params, skip)
+            for number, document in enumerate(_READERS[kind](path, params, skip), start=1):
+                yield document
+                read_txt |= kind == ".txt"
+                found_separator |= kind == ".txt" and number > 1
         except OSError as error:
             skip(str(path), error.strerror or "cannot be read")
+    if params.separator is not None and read_txt and not found_separator:
+        raise UserError(
+            f"corpus.separator={params.separator!r} is in none of the .txt files: correct it, or set "
+            "corpus.separator=null to read each file as one document"
+        )
 
 
 def fingerprint(params: Params) -> Any:
@@ -63,7 +87,7 @@ def _files(params: Params) -> list[Path]:
     """Return the files that the globs match, sorted and without duplicates.
 
     Raises:
-        UserError: if a glob matches no file, or a file has another ending than .txt, .jsonl or .parquet.
+        UserError: if a glob matches no file, or a file has an ending that cannot be read.
     """
     paths: set[Path] = set()
     for pattern in params.paths:
@@ -75,54 +99,190 @@ def _files(params: Params) -> list[Path]:
             )
         paths |= matches
     for path in paths:
-        if path.suffix not in _READERS:
+        kind, packing = _endings(path)
+        if kind not in _READERS or (kind == ".parquet" and packing):
             raise UserError(
-                f"corpus.paths: {path} ends in {path.suffix!r}; only {', '.join(_READERS)} can be read"
+                f"corpus.paths: {path} ends in {kind + packing!r}; only {', '.join(_READERS)} can be read, "
+                f"and all but .parquet also with {', '.join(_OPENERS)}"
             )
     return sorted(paths)
 
 
-def _read_txt(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
-    if not _is_utf8(path):
+def _endings(path: Path) -> tuple[str, str]:
+    """Return the endings of a file's format and compression, such as `.jsonl` and `.zst`; empty without one."""
+    name = path.name.lower()
+    packing = next((ending for ending in _OPENERS if name.endswith(ending)), "")
+    return Path(name.removesuffix(packing)).suffix, packing
+
+
+def _open_zst(path: Path, mode: str) -> BinaryIO:
+    import pyarrow  # Python has no zstd before 3.14
+
+    return cast(BinaryIO, pyarrow.input_stream(str(path), compression="zstd"))
+
+
+_OPENERS: dict[str, Callable[[Path, Any], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file to read its decompressed bytes."""
+    file: BinaryIO = _OPENERS.get(_endings(path)[1], open)(path, "rb")
+    return file
+
+
+def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline=newline)
+
+
+def _is_text(path: Path, skip: Skip) -> bool:
+    """Return whether a whole file is UTF-8, else skip it; this is checked first, so that no part of a bad
+    file is used."""
+    decoder = codecs.getincrementaldecoder("utf8")()
+    try:
+        with _open(path) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
         skip(str(path), "not UTF-8")
-    elif params.separator is None:
-        yield Document(str(path), path.read_bytes().decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = getattr(
+            error, "strerror", None
+        )  # None if the file could be read but not decompressed
+        skip(str(path), why or f"cannot be decompressed ({error})")
+    else:
+        return True
+    return False
+
+
+def _read_txt(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
+    if params.separator is None:
+        with _open(path) as file:
+            yield Document(str(path), file.read().decode("utf-8-sig"))
     else:
         for number, part in enumerate(_split(path, params.separator), start=1):
             yield Document(f"{path}:{number}", part)
 
 
 def _split(path: Path, separator: str) -> Iterator[str]:
-    """Yield the parts of a file between separators, with only one part and one chunk in memory."""
-    rest = ""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    """Yield the parts of a file between separators, with only one part and one chunk in memory.
+
+    A line end of the separator matches a line end of any kind, also in files from Windows.
+    """
+    line_end = r"(?>\r\n|\n|\r)"  # atomic, so that \r\n is never two line ends
+    pattern = re.compile(line_end.join(map(re.escape, re.split(line_end, separator))))
+    longest = 2 * len(separator)
+    kept: list[str] = []  # the unfinished part without its end
+    end = ""  # the last characters of the unfinished part, which may belong to a separator
+    with _open_text(path, newline="") as file:
         while chunk := file.read(_CHUNK_BYTES):
-            *whole, rest = (rest + chunk).split(separator)
-            yield from whole
-    yield rest
+            while chunk.endswith("\r") and (more := file.read(1)):
+                chunk += more  # a chunk must not end within \r\n
+            *whole, last = pattern.split(end + chunk)
+            for part in whole:
+                yield "".join([*kept, part])
+                kept = []
+            kept.append(last[:-longest])
+            end = last[-longest:]
+    yield "".join([*kept, end])
 
 
 def _read_jsonl(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
-    if not _is_utf8(path):
-        skip(str(path), "not UTF-8")
-        return
-    with path.open(encoding="utf-8-sig") as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             name = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = _parse(line)
             except ValueError as error:
                 skip(name, f"not JSON ({error})")
                 continue
-            text = record.get(params.text_field) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield Document(name, text)
-            elif number == 1 and isinstance(record, dict) and params.text_field not in record:
-                raise _no_such_field(params, path, list(record))
-            else:
-                skip(name, f"no text at {params.text_field!r}")
+            yield from _of_record(record, name, number == 1, path, params, skip)
+
+
+def _read_json(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
+    """Yield the elements of an array, which is in memory as a whole, or the text of one object.
+
+    A file that begins with an object on one line is read as .jsonl, because many data sets ship so.
+    """
+    with _open_text(path) as file:
+        first = next((line.strip() for line in file if line.strip()), "")
+    if first[:1] + first[-1:] in ("", "{}"):
+        yield from _read_jsonl(path, params, skip)
+        return
+    with _open_text(path) as file:
+        try:
+            value = _parse(file.read())
+        except ValueError as error:
+            skip(str(path), f"not JSON ({error})")
+            return
+    if not isinstance(value, list):
+        yield from _of_record(value, str(path), True, path, params, skip)
+        return
+    for number, record in enumerate(value, start=1):
+        yield from _of_record(record, f"{path}:{number}", number == 1, path, params, skip)
+
+
+def _parse(text: str) -> Any:
+    """Return a JSON value.
+
+    Raises:
+        ValueError: if the text is not JSON, or nested so deeply that Python cannot read it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _of_record(
+    record: Any, name: str, first: bool, path: Path, params: Params, skip: Skip
+) -> Iterator[Document]:
+    """Yield the text of a record, or skip the record.
+
+    Raises:
+        UserError: if the first record of a file has no such key.
+    """
+    text = None
+    try:
+        text = text_at(record, params.text_field)
+    except KeyError:
+        if first:
+            raise _no_such_field(params, path, keys_of(record)) from None
+    if text is None:
+        skip(name, f"no UTF-8 text at {params.text_field!r}")
+    else:
+        yield Document(name, text)
+
+
+def _read_csv(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
+    dialect = "excel-tab" if _endings(path)[0] == ".tsv" else "excel"
+    columns: list[str] | None = None
+    with _open_text(path, newline="") as file:
+        rows = csv.reader(file, dialect, strict=True)
+        for number in itertools.count():
+            name = f"{path}:{number}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                skip(name, f"not CSV ({error})")
+                continue
+            if row is None:
+                return
+            if columns is None:
+                columns = row
+                if params.text_field not in columns:
+                    raise _no_such_field(params, path, columns)
+            elif row:
+                record = dict(zip(columns, row, strict=False))
+                yield from _of_record(record, name, False, path, params, skip)
 
 
 def _read_parquet(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
@@ -135,20 +295,20 @@ def _read_parquet(path: Path, params: Params, skip: Skip) -> Iterator[Document]:
         skip(str(path), f"not parquet ({str(error).splitlines()[0]})")
         return
     with file:
-        if params.text_field not in file.schema_arrow.names:
-            raise _no_such_field(params, path, file.schema_arrow.names)
+        columns = [file.schema.column(i).path for i in range(len(file.schema))]
+        if params.text_field not in [*columns, *file.schema_arrow.names]:
+            raise _no_such_field(params, path, columns)
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=[params.text_field]):
+            [column] = batch.schema.names
             for value in batch.column(0):
                 number += 1
                 try:
-                    text = value.as_py()
+                    record = {column: value.as_py()}
                 except UnicodeDecodeError:
-                    text = None
-                if isinstance(text, str):
-                    yield Document(f"{path}:{number}", text)
-                else:
-                    skip(f"{path}:{number}", f"no UTF-8 text at {params.text_field!r}")
+                    record = {}
+                name = f"{path}:{number}"
+                yield from _of_record(record, name, False, path, params, skip)
 
 
 def _no_such_field(params: Params, path: Path, there: list[str]) -> UserError:
@@ -157,22 +317,13 @@ def _no_such_field(params: Params, path: Path, there: list[str]) -> UserError:
     )
 
 
-def _is_utf8(path: Path) -> bool:
-    """Return whether a whole file is UTF-8; this is checked first, so that no part of a bad file is used."""
-    decoder = codecs.getincrementaldecoder("utf8")()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                decoder.decode(chunk)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 _READERS: dict[str, Callable[[Path, Params, Skip], Iterator[Document]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from soluscope.data.sources import Document, Skip, Source, warn
+from soluscope.data.sources import Document, Skip, Source, keys_of, text_at, warn
 from soluscope.errors import UserError
 
 
@@ -25,7 +25,7 @@ class HubSet:
     split: str = "train"
     """Name of the data set's split to read."""
     text_field: str = "text"
-    """Column of the text."""
+    """Column of the text. A dot leads into a nested column, as in meta.text."""
     weight: float = 1.0
     """Share of the mix in bytes, relative to the other sets' weights."""
 
@@ -112,15 +112,19 @@ def _rows(hub_set: HubSet, streaming: bool, skip: Skip) -> Iterator[Document]:
             streaming=streaming,
         )
         for number, row in enumerate(rows):
-            if number == 0 and hub_set.text_field not in row:
-                raise UserError(
-                    f"corpus.sets: no text_field={hub_set.text_field!r} in {hub_set.path}; "
-                    f"it has: {', '.join(row)}"
-                )
-            if isinstance(row[hub_set.text_field], str):
-                yield Document(f"{hub_set.path}:{hub_set.split}:{number}", row[hub_set.text_field])
+            name, text = f"{hub_set.path}:{hub_set.split}:{number}", None
+            try:
+                text = text_at(row, hub_set.text_field)
+            except KeyError:
+                if number == 0:
+                    raise UserError(
+                        f"corpus.sets: no text_field={hub_set.text_field!r} in {hub_set.path}; "
+                        f"it has: {', '.join(keys_of(row))}"
+                    ) from None
+            if text is None:
+                skip(name, f"no text at {hub_set.text_field!r}")
             else:
-                skip(f"{hub_set.path}:{hub_set.split}:{number}", f"no {hub_set.text_field!r}")
+                yield Document(name, text)
     except UserError:
         raise
     except Exception as error:  # the client, its file systems and its HTTP library raise many kinds
