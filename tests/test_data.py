@@ -23,11 +23,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import HANGS_AFTER_S
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from soluscope import plugins
 from soluscope.config import Config, load_config
-from soluscope.data import tokenizer
+from soluscope.data import streams, tokenizer
 from soluscope.data.cache import SPLITS, TokenCache, cache_key, open_cache, prepare, split_of
 from soluscope.data.sources import Document, Source
 from soluscope.data.sources.files import Params, documents
@@ -237,7 +237,7 @@ def test_vocabulary_is_its_real_size_where_the_corpus_gives_fewer_pairs(
 
 def save_word_tokenizer(path: Path, words: list[str]) -> Path:
     """Write a tokenizer.json of whole words, and return its path."""
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import pre_tokenizers
 
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -260,6 +260,71 @@ def test_loaded_tokenizer_with_a_large_vocabulary_is_packed_as_uint32(
         cache.stream("train") == 70_003
     ).tolist()
     assert tokenizer.load(str(path.parent)).bos == 70_002
+
+
+def test_tokenizer_with_gaps_in_its_ids_has_a_row_and_a_text_for_every_id(
+    tmp_path: Path, cache: TokenCache
+) -> None:
+    content = json.loads(cache.tokenizer_path.read_text(encoding="utf8"))
+    vocab = content["model"]["vocab"]
+    content["model"]["vocab"] = {t: i if i < 200 else i + 1000 for t, i in vocab.items()}
+    path = tmp_path / "gaps" / "tokenizer.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content))
+    gaps = prepare(files_config(tmp_path, f"tokens.tokenizer={path}"))
+    assert gaps.meta["d_vocab"] == 1300
+    saved = Tokenizer.from_file(str(gaps.tokenizer_path))
+    texts = tokenizer.texts_of(saved)
+    assert len(texts) == 1300
+    assert not any(texts[200:1200])
+    stream = streams.make("natural", gaps, saved, ctx=17, n_tokens=1000, seed=0)
+    assert int(stream.tokens.max()) >= 1200
+    wanted = tokenizer.texts_of(Tokenizer.from_file(str(cache.tokenizer_path)))
+    old = np.where(stream.tokens < 200, stream.tokens, stream.tokens - 1000)
+    assert [stream.vocab[i] for i in stream.tokens.ravel()] == [wanted[i] for i in old.ravel()]
+
+
+def tokenizer_with(decoder: decoders.Decoder, tokens: list[str]) -> Tokenizer:
+    """Return a tokenizer of `tokens`, of the token `a`, and of the special token <s>."""
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate([*tokens, "a"])}, []))
+    made.add_special_tokens(["<s>"])
+    made.decoder = decoder
+    return made
+
+
+LLAMA = [
+    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("decoder", "tokens", "texts"),
+    [
+        (decoders.Metaspace(), ["▁the", "▁", "▁▁", "all"], [" the", " ", "  ", "all"]),
+        (decoders.Sequence(LLAMA), ["▁the", "▁", "all", "<0xE4>", "<0x41>"],
+         [" the", " ", "all", "\udce4", "A"]),
+        (decoders.ByteLevel(), ["Ġthe", "Ġ", "ĠÃ¤", "Ġä½", "ï¿½", "âĢį"],
+         [" the", " ", " ä", " \udce4\udcbd", "\ufffd", "\u200d"]),
+        (decoders.WordPiece(), ["the", "##s", ","], [" the", "s", ","]),
+    ],
+)  # fmt: skip
+def test_text_of_a_token_has_its_space_and_its_bytes(
+    decoder: decoders.Decoder, tokens: list[str], texts: list[str]
+) -> None:
+    found = tokenizer.texts_of(tokenizer_with(decoder, tokens))
+    assert list(found[: len(tokens)]) == texts
+    assert found[-1] == "<s>"
+
+
+def test_readable_text_of_a_token_shows_what_cannot_be_seen() -> None:
+    shown = {
+        " the": " the", "é": "é", "中": "中", "e\u0301": "e\u0301", "\ufffd": "\ufffd", "\n\t": "\n\t",
+        " ": "␣", "  ": "␣␣", "": "",
+        " \udce4\udcb8": r" \xe4\xb8",
+        "\u200d": r"\u200d", "\u200b": r"\u200b", "\u00ad": r"\xad", "\ufeff": r"\ufeff",
+        "\u0301": r"\u0301", "\ufe0f": r"\ufe0f", "\u202e": r"\u202e", "\xa0": r"\xa0", "\x00": r"\x00",
+    }  # fmt: skip
+    assert {text: tokenizer.readable(text) for text in shown} == shown
 
 
 def test_what_lies_beside_a_tokenizer_says_its_bos(tmp_path: Path) -> None:

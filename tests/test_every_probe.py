@@ -573,7 +573,7 @@ def test_fewer_documents_than_an_interval_takes_are_said():
 
 def test_one_short_text_of_ones_own_is_probed_by_all_that_can(tiny_study):
     model = soluscope.load(tiny_study / "solu_ln-s0")
-    table, _ = soluscope.probe(model, "import os\nprint(os.getcwd())")
+    table, _ = soluscope.probe(model, "import os\nprint(os.getcwd(), '\U0001f600')")
     picked = {name: plugins.pick("soluscope.probes", name) for name in PROBES}
     on_texts = {
         name
@@ -581,3 +581,4 @@ def test_one_short_text_of_ones_own_is_probed_by_all_that_can(tiny_study):
         if probe.quantities and not all(s.startswith(streams.PAIRS) for s in probe.streams)
     }
     assert set(table["probe"]) == on_texts
+    assert r"\xf0" in "".join(table["text"])  # a byte of the emoji, which is no text by itself

@@ -28,6 +28,7 @@ import numpy as np
 from soluscope import plugins
 from soluscope.data import pairs
 from soluscope.data.cache import Split, TokenCache, split_of
+from soluscope.data.tokenizer import texts_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def from_texts(
         raise UserError(
             f"every text for {name!r} is shorter than 2 tokens: give at least one longer text"
         )
-    return replace(from_rows(rows, bos, ctx, name), vocab=vocabulary(tokenizer))
+    return replace(from_rows(rows, bos, ctx, name), vocab=texts_of(tokenizer))
 
 
 def unit_of(name: str) -> str:
@@ -126,12 +127,6 @@ def unit_of(name: str) -> str:
     if name.startswith(PAIRS):
         return "pair"
     return "string" if name in MADE_UP else "document"
-
-
-def vocabulary(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the text of each token of the vocabulary."""
-    ids = range(tokenizer.get_vocab_size())
-    return tuple(tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False))
 
 
 def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) -> Stream:
@@ -168,7 +163,7 @@ def make(
     """
     ctx = min(ctx, max(FEWEST_TOKENS, n_tokens // N_ROWS))
     stream = _make(name, cache, tokenizer, ctx, n_tokens, seed)
-    return stream if stream.vocab else replace(stream, vocab=vocabulary(tokenizer))
+    return stream if stream.vocab else replace(stream, vocab=texts_of(tokenizer))
 
 
 def _make(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,14 +38,88 @@ class Vocabulary:
 
     @property
     def d_vocab(self) -> int:
-        """Return the number of rows that an embedding needs, which is the largest id + 1: ids may have gaps."""
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return n_rows(self.tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text without BOS and EOS. A special token spelt out in a text is plain text."""
         self.tokenizer.encode_special_tokens = True
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+
+def n_rows(tokenizer: Tokenizer) -> int:
+    """Return the number of rows that an embedding needs, which is the largest id + 1: ids may have gaps."""
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
+def texts_of(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the text of each token within a line, by id; empty for an id without a token.
+
+    A token is decoded after another token, because many decoders remove the space at the start of a line. A byte
+    that is only a part of a character is half of a surrogate pair, as in Python's `surrogateescape`.
+    """
+    ids = range(n_rows(tokenizer))
+    alone = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    before = next((i for i in ids if re.fullmatch("[a-z]", alone[i])), None)
+    texts = alone
+    if before is not None and tokenizer.decoder is not None:
+        pairs = tokenizer.decode_batch([[before, i] for i in ids], skip_special_tokens=False)
+        special = tokenizer.get_added_tokens_decoder()
+        texts = [
+            pair[len(alone[before]) :]
+            if pair.startswith(alone[before]) and i not in special
+            else text
+            for i, pair, text in zip(ids, pairs, alone, strict=True)
+        ]
+    byte_of = _byte_of()
+    return tuple(
+        _with_bytes(tokenizer.id_to_token(i), byte_of) or text if "\ufffd" in text else text
+        for i, text in enumerate(texts)
+    )
+
+
+def _with_bytes(token: str, byte_of: dict[str, int]) -> str | None:
+    """Return the text of a byte token or of a byte-level token; None for any other token."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):
+        content = bytes.fromhex(token[3:5])
+    elif all(character in byte_of for character in token):
+        content = bytes(byte_of[character] for character in token)
+    else:
+        return None
+    return content.decode("utf8", "surrogateescape")
+
+
+def _byte_of() -> dict[str, int]:
+    """Return the byte that each character of a byte-level token stands for."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    itself = {
+        character: ord(character) for character in ByteLevel.alphabet() if ord(character) < 256
+    }
+    others = sorted({*ByteLevel.alphabet()} - {*itself})
+    return itself | dict(zip(others, sorted({*range(256)} - {*itself.values()}), strict=True))
+
+
+def readable(text: str) -> str:
+    """Return a token's text with escapes for characters that cannot be seen, such as `\\u200d`, and for bytes
+    that are only a part of a character, such as `\\xe4`.
+
+    Tabs and line ends are kept, and so are spaces beside other characters. Spaces alone are written as `\u2423`.
+    """
+    from rich.cells import cell_len
+
+    if not text.strip(" "):
+        return text.replace(" ", "\u2423")
+    unseen = text.isprintable() and cell_len(text) == 0  # a lone accent, for example
+    return "".join(
+        c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
+    )
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from soluscope import plugins
 from soluscope.config import EvalConfig
 from soluscope.data import streams
+from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.hooked.activations import observe
@@ -70,9 +71,7 @@ def probe(
         long = table.melt(["string", "pos", "token"], list(chosen_probe.quantities), "quantity")
         tables.append(long.assign(probe=name))
     frame = pd.concat(tables, ignore_index=True)
-    frame["text"] = [
-        tokenizer.decode([token], skip_special_tokens=False) for token in frame["token"]
-    ]
+    frame["text"] = [readable(stream.vocab[token]) for token in frame["token"]]
     return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
 
 

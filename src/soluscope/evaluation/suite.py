@@ -31,6 +31,7 @@ from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compa
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, open_cache, prepare
+from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
@@ -458,7 +459,7 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     return [
         TokenValue(
             **about, quantity=name, unit=unit, stream=run.stream, place=index, value=float(value),
-            text=text.vocab[int(text.tokens[index])],
+            text=readable(text.vocab[int(text.tokens[index])]),
         )
         for name, (unit, values) in columns.items()
         for index, value in enumerate(values)

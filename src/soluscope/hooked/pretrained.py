@@ -38,6 +38,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from soluscope import plugins
+from soluscope.data.tokenizer import n_rows
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
@@ -384,7 +385,7 @@ def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Pa
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(f"cannot read {path.name} of {name}: {error}") from error
-    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    size = n_rows(tokenizer)
     if not 0 <= config["d_vocab"] - size <= MOST_SPARE_ROWS:
         raise UserError(
             f"the tokenizer of {name} has {size} tokens and the embedding d_vocab={config['d_vocab']} rows: "

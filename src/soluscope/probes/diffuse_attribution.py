@@ -51,6 +51,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from soluscope.data.tokenizer import readable
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
@@ -286,7 +287,7 @@ def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
             selected = tokens == token
             yield ratio(
                 name, dla[rows][selected], selected[selected], string[selected], x=float(rank),
-                note=run.vocab[int(token)] if run.vocab else str(token),
+                note=readable(run.vocab[int(token)]) if run.vocab else str(token),
             )  # fmt: skip
 
 

@@ -7,9 +7,9 @@ is needed. The page contains all three colours and numbers of each token.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
+from soluscope.data.tokenizer import readable
 from soluscope.report.blocks import Block, Paragraph, Scale, Token, Tokens, TokenText
 from soluscope.report.findings import number, per_token
 from soluscope.results import Record, TokenValue, of_kind
@@ -105,18 +105,8 @@ def _token(token: Values, colours: dict[str, str]) -> Token:
 
 
 def visible(text: str) -> str:
-    """Return a token's text with visible line ends, without characters that would move or hide other text."""
-    text = text.replace("\r\n", "\n")
-    # Half of a surrogate pair cannot be encoded, and is replaced.
-    encodable = text.encode("utf8", "replace").decode("utf8")
-    return "".join("\u21b5\n" if c == "\n" else _picture(c) for c in encodable)
-
-
-def _picture(character: str) -> str:
-    code = ord(character)
-    if character == "\t" or unicodedata.category(character) not in ("Cc", "Cf"):
-        return character
-    return chr(0x2400 + code) if code < 0x20 else "\ufffd"
+    """Return a token's text with visible line ends, and escapes for characters that would hide other text."""
+    return readable(text.replace("\r\n", "\n")).replace("\n", "\u21b5\n")
 
 
 def _range(tokens: Sequence[Values], quantity: str, around_zero: bool) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def warn(what: str, why: str) -> None:
 
 
 def text_at(record: Any, field: str) -> str | None:
-    """Return the text at a key of a record; None if another value is there.
+    """Return the text at a key of a record, or None for a value that is not text.
 
     A dot leads into a nested record: `meta.text` is the key text of the record at the key meta. Bytes are
     decoded as UTF-8.

@@ -151,9 +151,7 @@ def _is_text(path: Path, skip: Skip) -> bool:
     except UnicodeDecodeError:
         skip(str(path), "not UTF-8")
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        why = getattr(
-            error, "strerror", None
-        )  # None if the file could be read but not decompressed
+        why = getattr(error, "strerror", None)  # errors of a decompressor have none
         skip(str(path), why or f"cannot be decompressed ({error})")
     else:
         return True
@@ -177,8 +175,8 @@ def _split(path: Path, separator: str) -> Iterator[str]:
     line_end = r"(?>\r\n|\n|\r)"  # atomic, so that \r\n is never two line ends
     pattern = re.compile(line_end.join(map(re.escape, re.split(line_end, separator))))
     longest = 2 * len(separator)
-    kept: list[str] = []  # the unfinished part without its end
-    end = ""  # the last characters of the unfinished part, which may belong to a separator
+    kept: list[str] = []  # the unfinished part without its last characters
+    end = ""  # these characters, which may belong to a separator
     with _open_text(path, newline="") as file:
         while chunk := file.read(_CHUNK_BYTES):
             while chunk.endswith("\r") and (more := file.read(1)):
