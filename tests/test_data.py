@@ -217,6 +217,31 @@ def test_learning_twice_gives_the_same_tokenizer() -> None:
     assert first == second
 
 
+def test_word_of_any_length_is_cut_for_learning_and_its_document_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, part in (("letters", "ab"), ("dashes", "-="), ("blanks", " \t"), ("chinese", "中文")):
+        words = [
+            text for i in range(80) if split_of(text := f"{part * 2000} {i}", 0.2, 0.2) == "train"
+        ]
+        ordinary = [f"{text_of(seed)} https://x.org/{'a1' * 200}" for seed in range(80)]
+        path = write_jsonl(tmp_path / "texts" / "all.jsonl", [words[0], *ordinary])
+        cache = prepare(files_config(tmp_path, "tokens.d_vocab=400"))
+        assert max(map(len, Tokenizer.from_file(str(cache.tokenizer_path)).get_vocab())) <= 256
+        first = capsys.readouterr().err.splitlines()[0]
+        n_bytes = first.partition(f"{path}:1: a word of ")[2].split(" ")[0].replace(",", "")
+        assert int(n_bytes) - len((part * 2000).encode()) in (0, 1), (
+            name,
+            first,
+        )  # 1: the last space
+        assert words[0] in decoded_documents(cache, "train")
+    write_jsonl(path, [f"{'ab' * 200} {i}" for i in range(80)])
+    n_train = prepare(files_config(tmp_path)).meta["splits"]["train"]["n_documents"]
+    *named, more = capsys.readouterr().err.splitlines()
+    assert (len(named), more) == (20, f"{n_train - 20} more documents have such words")
+
+
 def test_bpe_is_learned_from_the_train_split_alone(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     train = [text for text in map(text_of, range(80)) if split_of(text, 0.2, 0.2) == "train"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import shutil
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,9 +50,7 @@ SPLITS: tuple[Split, ...] = ("train", "select", "report")
 _FORMAT = 2  # increase it when the same corpus and settings would give different files
 _LARGEST_UINT16_VOCAB = 65_535
 _BATCH_BYTES = 1 << 20
-_MOST_NAMED = (
-    20  # skipped documents named on stderr, so that many broken lines do not fill the terminal
-)
+_MOST_NAMED = 20  # documents named on stderr for one reason, so that they do not fill the terminal
 
 
 def prepare(config: Config) -> TokenCache:
@@ -337,10 +336,12 @@ class _Corpus:
         self.n_skipped = 0
         self.skipped: dict[str, str] = {}
 
-    def documents(self, doing: str) -> Iterator[_Placed]:
-        """Yield the documents in one pass, and reset the counts. `doing` is the progress bar's label."""
+    def documents(self, count: Callable[[_Placed], None]) -> Iterator[_Placed]:
+        """Yield the documents in one pass, and reset the counts. `count` is called after each document."""
         self.n_duplicates = self.n_skipped = 0
-        yield from _with_progress(self._documents(), doing)
+        for document in self._documents():
+            yield document
+            count(document)
 
     def _documents(self) -> Iterator[_Placed]:
         tokens = self._config.tokens
@@ -372,10 +373,15 @@ class _Corpus:
             warn(what, why)
 
 
-def _with_progress(documents: Iterator[_Placed], doing: str) -> Iterator[_Placed]:
-    """Yield `documents`, and count them on stderr if stderr is a terminal."""
+@contextlib.contextmanager
+def _progress(doing: str) -> Iterator[Callable[[_Placed], None]]:
+    """Show a progress bar with the label `doing` on stderr if stderr is a terminal.
+
+    Yields:
+        A function that counts a document.
+    """
     if not sys.stderr.isatty():
-        yield from documents
+        yield lambda document: None
         return
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -387,9 +393,10 @@ def _with_progress(documents: Iterator[_Placed], doing: str) -> Iterator[_Placed
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(doing, total=None, n_documents=0)
-        for number, document in enumerate(documents, start=1):
-            yield document
-            progress.update(task, advance=document.n_bytes, n_documents=number)
+        numbers = itertools.count(1)
+        yield lambda document: progress.update(
+            task, advance=document.n_bytes, n_documents=next(numbers)
+        )
 
 
 def _make(config: Config, key: str, folder: Path) -> None:
@@ -418,7 +425,9 @@ def _write(config: Config, key: str, folder: Path) -> None:
 
     corpus = _Corpus(config)
     if config.tokens.tokenizer == "bpe":
-        vocabulary = tokenizer.learn(_texts_to_learn(corpus, config.tokens), config.tokens.d_vocab)
+        with _progress("learning the tokenizer") as count:
+            texts = _texts_to_learn(corpus.documents(count), config.tokens)
+            vocabulary = tokenizer.learn(texts, config.tokens.d_vocab)
     else:
         vocabulary = tokenizer.load(config.tokens.tokenizer)
     tokenizer_json = vocabulary.tokenizer.to_str(pretty=True).encode("utf8")
@@ -426,7 +435,8 @@ def _write(config: Config, key: str, folder: Path) -> None:
     n_bytes: Counter[Split] = Counter()
     with contextlib.ExitStack() as stack:
         writers = {s: stack.enter_context(_SplitWriter(folder, s, dtype)) for s in SPLITS}
-        for batch in _batches(corpus.documents("tokenising")):
+        count = stack.enter_context(_progress("tokenising"))
+        for batch in _batches(corpus.documents(count)):
             encoded = vocabulary.encode([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 writers[document.split].add(document.name, [*ids, vocabulary.eos])
@@ -464,15 +474,26 @@ def _write(config: Config, key: str, folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
 
 
-def _texts_to_learn(corpus: _Corpus, tokens: TokensConfig) -> Iterator[str]:
-    """Yield the texts of the train split, up to tokens.train_mb megabytes."""
-    n_bytes = 0
-    for document in corpus.documents("learning the tokenizer"):
-        if document.split == "train":
-            if n_bytes >= tokens.train_mb * 1e6:
-                return
-            n_bytes += document.n_bytes
-            yield document.text
+def _texts_to_learn(documents: Iterator[_Placed], tokens: TokensConfig) -> Iterator[str]:
+    """Yield the texts of the train split, up to tokens.train_mb megabytes, and name texts with a very long word."""
+    n_bytes = n_long = 0
+    for document in documents:
+        if document.split != "train":
+            continue
+        if n_bytes >= tokens.train_mb * 1e6:
+            break
+        n_bytes += document.n_bytes
+        if length := tokenizer.long_word(document.text):
+            n_long += 1
+            if n_long <= _MOST_NAMED:
+                print(
+                    f"{document.name}: a word of {length:,} bytes is cut into parts of "
+                    f"{tokenizer.LONGEST_WORD} to learn the tokenizer",
+                    file=sys.stderr,
+                )
+        yield document.text
+    if n_long > _MOST_NAMED:
+        print(f"{n_long - _MOST_NAMED} more documents have such words", file=sys.stderr)
 
 
 def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:

@@ -14,8 +14,12 @@ from soluscope.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
 
 BOS, EOS, PAD = "<|BOS|>", "<|EOS|>", "<|PAD|>"
+
+LONGEST_WORD = 256
+"""Maximum length in bytes of a word from which the BPE is learned; longer words are cut."""
 
 # Usual names of the special tokens, in order of preference, for a tokenizer whose files do not name them.
 _USUAL = {
@@ -125,17 +129,15 @@ def _escape(character: str) -> str:
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:
     """Train a byte-level BPE of `d_vocab` entries, or fewer if too few pairs recur in the texts.
 
-    Each digit is one token, so that a number is always tokenised in the same way.
+    Each digit is one token, so that a number is always tokenised in the same way. Words are cut after
+    `LONGEST_WORD` bytes, because learning takes time quadratic in the length of a word.
     Encoding with special tokens puts BOS first, as TransformerLens's `to_tokens` expects.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
+        [_words(), pre_tokenizers.FixedLength(LONGEST_WORD)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -146,10 +148,28 @@ def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = _words()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 0)]
     )
     return Vocabulary(tokenizer, bos=0, eos=1, pad=2)
+
+
+def long_word(text: str) -> int:
+    """Return the length in bytes of the longest word of a text if `learn` cuts it, else 0."""
+    spaces = re.search(rf"\s{{{LONGEST_WORD // 4}}}", text)
+    if not spaces and all(4 * len(word) <= LONGEST_WORD for word in text.split()):
+        return 0  # without the slow list of all words: a character has at most 4 bytes
+    longest = max(len(word) for word, _ in _words().pre_tokenize_str(text))
+    return longest if longest > LONGEST_WORD else 0
+
+
+def _words() -> PreTokenizer:
+    """Return the division of a text into words, in which each byte is one character."""
+    from tokenizers import pre_tokenizers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def load(name: str) -> Vocabulary:
