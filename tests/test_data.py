@@ -787,6 +787,57 @@ def test_split_without_documents_is_refused_naming_its_share(tmp_path: Path) -> 
         prepare(files_config(tmp_path, "tokens.select_share=1e-6"))
 
 
+def test_single_document_is_refused_naming_the_setting_that_gives_more(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    path = tmp_path / "texts" / "all.txt"
+    path.write_text("\n\n".join(text_of(seed) for seed in range(200)))
+    with pytest.raises(
+        UserError, match=r"split is empty.* none of 1 documents; set corpus.separator"
+    ) as refused:
+        prepare(files_config(tmp_path))
+    assert "share" not in str(refused.value)
+    path.unlink()
+    write_jsonl(tmp_path / "texts" / "all.jsonl", ["the same"] * 50)
+    with pytest.raises(
+        UserError, match=r"none of 1 documents \(copies left out: 49\); add files to corpus.paths"
+    ):
+        prepare(files_config(tmp_path))
+    with pytest.raises(UserError, match=r"split is empty.*; raise corpus.max_mb, or "):
+        prepare(config_of(tmp_path, "data=stdlib", "corpus.max_mb=0.03"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        ("english", "raise tokens.d_vocab, or give text with more English words"),
+        ("chinese", "give text with English words"),
+        ("wordpiece", r"use a tokenizer \(tokens.tokenizer=\) whose tokens are English words"),
+    ],
+)
+def test_advice_for_a_tokenizer_without_whole_words_fits_the_tokenizer(
+    tmp_path: Path, kind: str, advice: str
+) -> None:
+    (tmp_path / "texts").mkdir()
+    words = ["tokens.d_vocab=270"]
+    texts = [text_of(seed) for seed in range(80)]
+    if kind == "chinese":
+        words = ["tokens.d_vocab=400"]
+        texts = [
+            "".join(random.Random(seed).choices("中文字符很多我你他她", k=60)) for seed in range(80)
+        ]
+    if kind == "wordpiece":
+        path = save_word_tokenizer(
+            tmp_path / "mine" / "tokenizer.json", ["?", "<s>", "</s>", "river"]
+        )
+        words = [f"tokens.tokenizer={path}"]
+    write_jsonl(tmp_path / "texts" / "all.jsonl", texts)
+    cache = prepare(files_config(tmp_path, *words))
+    saved = Tokenizer.from_file(str(cache.tokenizer_path))
+    for stream in ("random", "repeated", "pairs: induction"):
+        with pytest.raises(UserError, match=f"whole word.*: {advice}"):
+            streams.make(stream, cache, saved, ctx=32, n_tokens=1000, seed=0)
+
+
 def test_prose_comes_through_files(tmp_path: Path) -> None:
     shard = PROSE / "validation.parquet"
     if not shard.is_file():

@@ -365,6 +365,10 @@ class _Corpus:
             split = _split_of(text_hash, tokens.select_share, tokens.report_share)
             yield _Placed(split, document.name, document.text, len(encoded))
 
+    def more(self) -> str:
+        """Return the change of a setting that gives more documents, as a request."""
+        return self._source.more(self._config.corpus)
+
     def _skip(self, what: str, why: str) -> None:
         """Count a skipped document, and print its name unless an earlier pass has done so."""
         self.n_skipped += 1
@@ -557,9 +561,12 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
                 "select": f"raise tokens.select_share={tokens.select_share}",
                 "report": f"raise tokens.report_share={tokens.report_share}",
             }[split]
+            if n_all < len(SPLITS):  # then no shares help
+                knob = "give several hundred documents"
+            copies = f" (copies left out: {corpus.n_duplicates})" if corpus.n_duplicates else ""
             raise UserError(
-                f"the {split} split is empty: it received none of {n_all} documents; "
-                f"give more documents, or {knob}"
+                f"the {split} split is empty: it received none of {n_all} documents{copies}; "
+                f"{corpus.more()}, or {knob}"
             )
 
 

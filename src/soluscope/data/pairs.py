@@ -21,6 +21,7 @@ Source: protocol.md section 7, P6.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ def make(
     if len(words) < N_WORDS:
         raise UserError(
             f"{len(words)} tokens of the tokenizer are whole words, but pairs of prompts need "
-            f"{N_WORDS}: raise tokens.d_vocab"
+            f"{N_WORDS}: {more_words(cache, tokenizer)}"
         )
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
     drawn = {
@@ -117,6 +118,16 @@ def make(
     fewest, most = N_PAIRS
     n_pairs = min(most, max(fewest, n_tokens // (width * (1 + N_CORRUPTIONS))))
     return [(number, row) for number, pair in enumerate(pairs[:n_pairs]) for row in pair]
+
+
+def more_words(cache: TokenCache, tokenizer: Tokenizer) -> str:
+    """Return the change that gives the tokenizer more whole words of the letters a to z, as a request."""
+    if cache.meta["tokenizer"] != "bpe":
+        return "use a tokenizer (tokens.tokenizer=) whose tokens are English words with a space before them"
+    is_full = cache.meta["d_vocab"] == cache.meta["asked"]["tokens.d_vocab"]
+    if is_full and any(re.fullmatch("Ġ[a-z]+", token) for token in tokenizer.get_vocab()):
+        return "raise tokens.d_vocab, or give text with more English words"
+    return "give text with English words"
 
 
 def _name_swap(tokenizer: Tokenizer, words: list[int], rng: np.random.Generator) -> Iterator[Pair]:

@@ -183,10 +183,12 @@ def _make(
         case "repeated" | "random":
             rng = np.random.default_rng([seed, len(name)])
             if name == "repeated":
-                words = _words("repeatable", N_REPEATED_WORDS, tokenizer, rng)[:N_REPEATED_WORDS]
+                words = _words("repeatable", N_REPEATED_WORDS, cache, tokenizer, rng)[
+                    :N_REPEATED_WORDS
+                ]
                 rows = [(i, [word] * (ctx - 1)) for i, word in enumerate(words)]
             else:
-                words = _words("words", N_RANDOM_WORDS, tokenizer, rng)
+                words = _words("words", N_RANDOM_WORDS, cache, tokenizer, rng)
                 n_rows = max(20, min(N_RANDOM_STRINGS, n_tokens // ctx))
                 rows = [(i, rng.choice(words, size=ctx - 1).tolist()) for i in range(n_rows)]
             return from_rows(rows, bos, ctx, name)
@@ -198,21 +200,14 @@ def _make(
 
 
 def single_token_words(tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that are one word of at least 3 lower-case letters a to z with a space before it.
-
-    Raises:
-        UserError: if the tokenizer has no such token.
-    """
-    words = sorted(
+    """Return the tokens that are one word of at least 3 lower-case letters a to z with a space before it."""
+    return sorted(
         token
         for text, token in tokenizer.get_vocab().items()
         if re.fullmatch(
             "[Ġ▁][a-z]{3,}", text
         )  # a space, as byte-level BPE or SentencePiece writes it
     )
-    if not words:
-        raise UserError("no token of the tokenizer is a whole word: raise tokens.d_vocab")
-    return words
 
 
 def prompts(name: str) -> list[str]:
@@ -231,7 +226,9 @@ def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int,
     ]
 
 
-def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Generator) -> list[int]:
+def _words(
+    name: str, n_wanted: int, cache: TokenCache, tokenizer: Tokenizer, rng: np.random.Generator
+) -> list[int]:
     """Return the words of a list that are one token, and random whole words if the list has fewer than `n_wanted`.
 
     Raises:
@@ -241,6 +238,10 @@ def _words(name: str, n_wanted: int, tokenizer: Tokenizer, rng: np.random.Genera
     if len(words) >= n_wanted:
         return words
     additional = rng.permutation(sorted({*single_token_words(tokenizer)} - {*words}))
+    if not (words or len(additional)):
+        raise UserError(
+            f"no token of the tokenizer is a whole word: {pairs.more_words(cache, tokenizer)}"
+        )
     return [*words, *additional[: n_wanted - len(words)].tolist()]
 
 

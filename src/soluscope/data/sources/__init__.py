@@ -87,3 +87,5 @@ class Source:
 
     It must be fast: it reads no file contents and uses no network.
     """
+    more: Callable[[Any], str]
+    """Function from the parameters to the change of a setting that gives more documents, as a request."""

@@ -83,6 +83,15 @@ def fingerprint(params: Params) -> Any:
     ]
 
 
+def more(params: Params) -> str:
+    if params.separator is None and any(_endings(path)[0] == ".txt" for path in _files(params)):
+        return (
+            "set corpus.separator to the text between the documents of a .txt file, as in "
+            r"corpus.separator=$'\n\n', or add files to corpus.paths"
+        )
+    return "add files to corpus.paths"
+
+
 def _files(params: Params) -> list[Path]:
     """Return the files that the globs match, sorted and without duplicates.
 
@@ -325,4 +334,4 @@ _READERS: dict[str, Callable[[Path, Params, Skip], Iterator[Document]]] = {
     ".parquet": _read_parquet,
 }
 
-SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint)
+SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint, more=more)

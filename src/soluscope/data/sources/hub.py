@@ -135,4 +135,8 @@ def _rows(hub_set: HubSet, streaming: bool, skip: Skip) -> Iterator[Document]:
         ) from error
 
 
-SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint)
+def more(params: Params) -> str:
+    return "raise corpus.max_mb, or add sets to corpus.sets"
+
+
+SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint, more=more)

@@ -65,4 +65,8 @@ def _files(params: Params) -> list[tuple[str, int]]:
     return selected
 
 
-SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint)
+def more(params: Params) -> str:
+    return "choose another data=" if params.max_mb is None else "raise corpus.max_mb"
+
+
+SOURCE = Source(params=Params, documents=documents, fingerprint=fingerprint, more=more)
