@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import soluscope
 from soluscope import plugins, results
-from soluscope.config import Config, to_yaml
+from soluscope.config import Config, EvalConfig, to_yaml
 from soluscope.errors import UserError
+from soluscope.evaluation.suite import evaluate
 from soluscope.results import Measurement
 from soluscope.runs.folder import Run, lock
 
@@ -209,7 +210,7 @@ def test_report_is_made_without_torch_and_skips_a_broken_last_line(tmp_path: Pat
 @pytest.fixture
 def study(tiny_study: Path, tmp_path: Path) -> Path:
     """Return a study with one finished run, solu_ln-s0, for tests to damage."""
-    for name in ("solu_ln-s0", "data.json", "tokenizer.json"):
+    for name in ("solu_ln-s0", "data.json", "tokenizer.json", "tokens"):
         source, copy = tiny_study / name, tmp_path / "tiny" / name
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
     return tmp_path / "tiny"
@@ -277,6 +278,25 @@ def test_start_that_was_refused_does_not_bind_the_folder(
     right = tiny_config(study.parent, *words, "tag=x")
     assert (train_silently(right) / "done.json").is_file()
     assert snapshot(study).items() >= before.items()
+
+
+def test_study_that_was_moved_is_evaluated_anywhere_or_names_prepared(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = json.loads((study / "data.json").read_text())
+    moved = data | {"path": f"runs/.tokens/{data['key']}"}  # relative to the folder of the training
+    (study / "data.json").write_text(json.dumps(moved))
+    config = EvalConfig(probes=[], n_tokens=1000, n_loss_tokens=1000, n_draws=100)
+    evaluate(study, config, lambda line: None)
+    first = (study / "results.jsonl").read_bytes()
+    assert not (tmp_path / "runs").exists()
+    for folder in ("tokens", "solu_ln-s0/probes"):
+        shutil.rmtree(study / folder)
+    said = refusal(evaluate, study, config, lambda line: None)
+    assert f"set prepared= to the folder of the token cache {data['key']}" in said
+    evaluate(study, replace(config, prepared=data["path"]), lambda line: None)
+    assert (study / "results.jsonl").read_bytes() == first
 
 
 def test_truncated_checkpoint_is_one_line_and_status_2(study: Path, config: Config) -> None:

@@ -11,6 +11,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,7 +29,16 @@ from tokenizers import Tokenizer, decoders, models
 from soluscope import plugins
 from soluscope.config import Config, load_config
 from soluscope.data import streams, tokenizer
-from soluscope.data.cache import SPLITS, TokenCache, cache_key, open_cache, prepare, split_of
+from soluscope.data.cache import (
+    SPLITS,
+    TokenCache,
+    cache_key,
+    of_study,
+    open_cache,
+    prepare,
+    share_with_study,
+    split_of,
+)
 from soluscope.data.sources import Document, Source
 from soluscope.data.sources.files import Params, documents
 from soluscope.errors import UserError
@@ -537,6 +547,56 @@ print(sorted(heavy & set(sys.modules)))
     process = run_python(code, *words)
     output, errors = process.communicate(timeout=HANGS_AFTER_S)
     assert (output.strip(), errors) == ("[]", "")
+
+
+# A study's copy
+
+
+def test_study_keeps_its_held_out_tokens_where_it_is_moved(
+    tmp_path: Path, cache: TokenCache
+) -> None:
+    study = tmp_path / "study"
+    share_with_study(cache, study)
+    shutil.move(study, tmp_path / "moved")
+    whole = {split: (cache.rows(split, 17)[[0, 1]], cache.stream(split)) for split in SPLITS}
+    names = cache.rows("report", 17).document_names
+    shutil.rmtree(cache.path)
+    kept = of_study(tmp_path / "moved")
+    assert kept is not None
+    for split in ("select", "report"):
+        rows, stream = whole[split]
+        assert (kept.rows(split, 17)[[0, 1]] == rows).all()
+        assert (kept.stream(split) == stream).all()
+    assert kept.rows("report", 17).document_names == names
+    assert kept.meta["key"] == cache.meta["key"]
+    with pytest.raises(
+        UserError, match=r"holds only the splits select, report: set tokens.prepared"
+    ):
+        kept.rows("train", 17)
+
+
+def test_incomplete_copy_in_a_study_is_made_again_and_no_other_tokens_replace_it(
+    tmp_path: Path, cache: TokenCache
+) -> None:
+    study = tmp_path / "study"
+    share_with_study(cache, study)
+    (study / "tokens" / "report.tokens").write_bytes(b"cut")
+    with pytest.raises(UserError, match=r"tokens is incomplete"):
+        of_study(study)
+    share_with_study(cache, study)
+    assert of_study(study) is not None
+    other = prepare(files_config(tmp_path, "tokens.d_vocab=301"))
+    with pytest.raises(UserError, match="was trained on other tokens"):
+        share_with_study(other, study)
+    shutil.rmtree(study / "tokens")  # as in a study of an older version
+    of_cache = of_study(study)
+    assert of_cache is not None
+    assert of_cache.path == cache.path
+    shutil.rmtree(cache.path)
+    assert of_study(study) is None
+    (study / "data.json").write_text("{}")
+    with pytest.raises(UserError, match=r"data.json lacks key, path, tokenizer_hash: .* delete it"):
+        of_study(study)
 
 
 # Sources

@@ -279,7 +279,7 @@ class EvalConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     """Device on which the models run."""
     prepared: str | None = None
-    """Folder of the token cache, if it was moved after training. null: the folder that training used."""
+    """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):

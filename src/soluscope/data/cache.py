@@ -46,8 +46,11 @@ Split = Literal["train", "select", "report"]
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
+HELD_OUT: tuple[Split, ...] = ("select", "report")
+"""Splits that evaluation reads. A study keeps a copy of them."""
 
 _FORMAT = 2  # increase it when the same corpus and settings would give different files
+_RESTORE = "copy it again, or delete it and give the training command again"
 _LARGEST_UINT16_VOCAB = 65_535
 _BATCH_BYTES = 1 << 20
 _MOST_NAMED = 20  # documents named on stderr for one reason, so that they do not fill the terminal
@@ -82,7 +85,8 @@ def prepare(config: Config) -> TokenCache:
 
 
 def share_with_study(cache: TokenCache, study_dir: Path) -> None:
-    """Copy the tokenizer and the facts about the data into the study's folder; all its runs share them.
+    """Copy the tokenizer, the held-out splits and the facts about the data into the study's folder; all its
+    runs share them, and the study can be evaluated wherever it is moved.
 
     Raises:
         UserError: if the study was trained on other tokens, its data.json is broken, or the folder cannot
@@ -101,6 +105,8 @@ def share_with_study(cache: TokenCache, study_dir: Path) -> None:
             whole = tokenizer.is_file() and tokenizer.read_bytes() == content
             if there == cache.meta["key"] and not whole:  # the study may be an incomplete copy
                 write_bytes(tokenizer, content)
+            if there == cache.meta["key"]:
+                _keep_held_out(cache, study_dir / "tokens")
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{saved} is broken ({error}): delete {saved}, and it will be written again"
@@ -114,6 +120,59 @@ def share_with_study(cache: TokenCache, study_dir: Path) -> None:
             f"{study_dir} was trained on other tokens (cache {there}, now {cache.meta['key']}), but all "
             "runs of a study must share their tokens: choose another study="
         )
+
+
+def of_study(study_dir: Path) -> TokenCache | None:
+    """Return the tokens of a study: its copy of the held-out splits, else the cache that data.json names.
+
+    Studies of older versions have no copy. None means that both are gone.
+
+    Raises:
+        UserError: if data.json is missing or broken, or the tokens are incomplete.
+    """
+    facts = study_facts(study_dir)
+    places = (study_dir / "tokens", Path(facts["path"]))
+    return next((open_cache(path) for path in places if path.is_dir()), None)
+
+
+def study_facts(study_dir: Path) -> dict[str, Any]:
+    """Return the content of a study's data.json: the facts about its tokens, and the path of their cache.
+
+    Raises:
+        UserError: if data.json is missing or broken.
+    """
+    path = study_dir / "data.json"
+    if not path.is_file():
+        raise UserError(f"no {path}: move the run folder back into its study's folder")
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        missing = {"key", "path", "tokenizer_hash"} - facts.keys()
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is broken ({error}): {_RESTORE}") from error
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: {_RESTORE}")
+    return facts
+
+
+def _keep_held_out(cache: TokenCache, folder: Path) -> None:
+    """Copy the held-out splits of a cache to `folder`, unless a complete copy is there."""
+    try:
+        if open_cache(folder).meta["key"] == cache.meta["key"]:
+            return
+    except UserError:
+        pass  # no copy, or an incomplete one
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    names = [
+        f"{split}.{end}" for split in HELD_OUT for end in ("tokens", "offsets.npy", "names.jsonl")
+    ]
+    for name in ("tokenizer.json", *names):
+        shutil.copyfile(cache.path / name, partial / name)
+    meta = cache.meta | {"kept": list(HELD_OUT)}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
 
 
 def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
@@ -207,11 +266,18 @@ class TokenCache:
     meta: dict[str, Any]
     """format, key, asked (the settings of the configuration), d_vocab, bos, eos, pad, dtype, tokenizer,
     tokenizer_hash, source, corpus, shares, splits (n_documents, n_tokens and n_bytes of each),
-    dropped_duplicates, skipped (their count, and the reasons by name for the first few), versions."""
+    dropped_duplicates, skipped (their count, and the reasons by name for the first few), versions; in a
+    study's copy also kept, the splits that are there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meta = json.loads((path / "meta.json").read_text(encoding="utf8"))
+
+    @property
+    def kept(self) -> Sequence[Split]:
+        """Return the splits that are there."""
+        kept: Sequence[Split] = self.meta.get("kept", SPLITS)
+        return kept
 
     @property
     def tokenizer_path(self) -> Path:
@@ -221,8 +287,13 @@ class TokenCache:
         """Return the split as rows of `ctx` tokens.
 
         Raises:
-            UserError: if the split has too few tokens for one row.
+            UserError: if the split has too few tokens for one row, or is not in a study's copy.
         """
+        if split not in self.kept:
+            raise UserError(
+                f"{self.path} holds only the splits {', '.join(self.kept)}: set tokens.prepared to a whole token "
+                "cache"
+            )
         n_tokens = self.meta["splits"][split]["n_tokens"]
         if n_tokens < ctx - 1:
             raise UserError(
@@ -246,7 +317,7 @@ class TokenCache:
         tokenizer_hash = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
         if tokenizer_hash != self.meta["tokenizer_hash"]:
             return "tokenizer.json is not the tokenizer that produced the tokens"
-        for split in SPLITS:
+        for split in self.kept:
             counts = self.meta["splits"][split]
             n_bytes = (self.path / f"{split}.tokens").stat().st_size
             wanted = counts["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize

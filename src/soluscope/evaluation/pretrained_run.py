@@ -20,7 +20,14 @@ from typing import Any
 from soluscope import results
 from soluscope.config import PretrainedConfig
 from soluscope.data import tokenizer
-from soluscope.data.cache import TokenCache, open_cache, prepare, share_with_study
+from soluscope.data.cache import (
+    TokenCache,
+    of_study,
+    open_cache,
+    prepare,
+    share_with_study,
+    study_facts,
+)
 from soluscope.errors import UserError
 from soluscope.evaluation.summaries import about_run
 from soluscope.files import write_bytes, write_text
@@ -49,7 +56,7 @@ class Origin:
     corpus: dict[str, Any] | None
     """Settings of the source, as requested."""
     beside: list[str]
-    """Studies whose runs are shown beside the model."""
+    """Absolute paths of the studies whose runs are shown beside the model."""
 
     @property
     def description(self) -> str:
@@ -105,7 +112,8 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
         write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
         origin = Origin(
             name=name if repository else str(Path(name).resolve()), repository=repository,
-            commit=facts.commit, data=data, corpus=corpus, beside=config.studies,
+            commit=facts.commit, data=data, corpus=corpus,
+            beside=[str(Path(study).resolve()) for study in config.studies],
         )  # fmt: skip
         write_text(run_dir / ORIGIN, json.dumps(asdict(origin), indent=1) + "\n")
     return run_dir
@@ -256,14 +264,8 @@ def _text(
 
 def _of_last_time(study_dir: Path, folder: Path) -> TokenCache | None:
     """Return the study's tokens; None without them, or for tokens of another tokenizer."""
-    shared = study_dir / "data.json"
-    if not shared.is_file():
-        return None
-    path = Path(json.loads(shared.read_text(encoding="utf8"))["path"])
-    if not path.is_dir():
-        return None
-    cache = open_cache(path)
-    return cache if cache.meta["tokenizer_hash"] == _hash_in_cache(folder) else None
+    cache = of_study(study_dir) if (study_dir / "data.json").is_file() else None
+    return cache if cache and cache.meta["tokenizer_hash"] == _hash_in_cache(folder) else None
 
 
 def _hash_in_cache(folder: Path) -> str:
@@ -275,9 +277,7 @@ def _hash_in_cache(folder: Path) -> str:
 def _share(cache: TokenCache, study_dir: Path, say: Callable[[str], None]) -> None:
     """Make the text the study's text, in place of any earlier text."""
     shared = study_dir / "data.json"
-    if shared.is_file():
-        if json.loads(shared.read_text(encoding="utf8"))["key"] == cache.meta["key"]:
-            return
+    if shared.is_file() and study_facts(study_dir)["key"] != cache.meta["key"]:
         say("the text is not that of the last time")
         for path in (shared, study_dir / "tokenizer.json"):
             path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from soluscope import plugins, results
 from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
-from soluscope.data.cache import TokenCache, open_cache, prepare
+from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
 from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
@@ -359,7 +359,7 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
     made_from = "done.json"
     if (run.dir / ORIGIN).is_file():
         made_from = "model.json"
-        settings["tokens"] = json.loads((run.dir.parent / "data.json").read_text())["key"]
+        settings["tokens"] = study_facts(run.dir.parent)["key"]
     trained = digest((run.dir / made_from).read_text(encoding="utf8"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
     code = code_hash(*COMPUTES, but=_probe_files())
@@ -367,7 +367,7 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
 
 
 def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
-    """Return the tokens that the run was trained on, or the text of a pretrained model.
+    """Return the held-out tokens of the corpus that the run was trained on, or the text of a pretrained model.
 
     The study's data.json identifies the tokens, so tokens of a changed corpus are never used instead.
     `pretrained_run` prepares a pretrained model's text.
@@ -375,19 +375,17 @@ def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
     Raises:
         UserError: if these tokens are gone, because other tokens would give plausible but wrong numbers.
     """
-    data = run.dir.parent / "data.json"
-    if not data.is_file():
-        raise UserError(f"no {data}: move the run folder back into its study's folder")
-    trained_on = json.loads(data.read_text(encoding="utf8"))
-    path = Path(config.prepared or trained_on["path"])
-    facts = run.facts
-    if origin := read_origin(run.dir):
-        if not path.is_dir():
-            raise UserError(
-                f"the tokens {path} are gone: prepare them again with 'soluscope probe {origin.name}'"
-            )
+    study_dir, facts, origin = run.dir.parent, run.facts, read_origin(run.dir)
+    trained_on = study_facts(study_dir)
+    cache = open_cache(Path(config.prepared)) if config.prepared else of_study(study_dir)
+    if cache is None:
+        command = f"soluscope probe {origin.name}" if origin else "soluscope train"
+        raise UserError(
+            f"the tokens {trained_on['path']} of {study_dir} are gone: set prepared= to the folder of the token "
+            f"cache {trained_on['key']}, or prepare them again with the command '{command}' that made the run"
+        )
+    if origin:
         facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
-    cache = open_cache(path) if path.is_dir() else prepare(run.config)
     same = (cache.meta["key"], cache.meta["tokenizer_hash"])
     if same != (trained_on["key"], facts.tokenizer_hash):
         raise UserError(
