@@ -14,10 +14,11 @@ from test_every_variant import (
     rough_model,
     some_tokens,
 )
+from transformer_lens import HookedTransformerConfig
 
 from soluscope import plugins
 from soluscope.errors import UserError
-from soluscope.hooked.convert import check_agreement, load, to_hooked
+from soluscope.hooked.convert import SoluscopeTransformer, check_agreement, load, to_hooked
 from soluscope.runs.weights import Facts, lineage
 
 pytestmark = pytest.mark.arithmetic
@@ -155,3 +156,102 @@ def test_a_replaced_norm_moves_with_the_model_and_its_gain_is_the_one_used():
     norm.gain.fill_(3.0)
     torch.testing.assert_close(norm(mid), 3 * mid)
     assert float(trained.mlp(0).ln.gain) == 20
+
+
+REWRITES = (
+    "fold_layer_norm", "center_writing_weights", "center_unembed", "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)  # fmt: skip
+"""Methods of HookedTransformer that return rewritten weights."""
+
+
+def small_transformer(**settings):
+    """Return an untrained SoluscopeTransformer with random weights and other settings of TransformerLens."""
+    config = {
+        "n_layers": 2, "d_model": 32, "n_ctx": 32, "d_head": 16, "n_heads": 2, "d_mlp": 128, "d_vocab": D_VOCAB,
+        "act_fn": "solu_ln", "normalization_type": "LN", "init_weights": False, "device": "cpu",
+    }  # fmt: skip
+    model = SoluscopeTransformer(HookedTransformerConfig(**config | settings), move_to_device=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + 0.5)
+    model.facts = facts_for("solu_ln")
+    return model
+
+
+def log_probs(model, tokens):
+    return model(tokens).log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_processing_the_weights_leaves_every_log_probability_and_the_mid_norm_unchanged(name):
+    _, hooked = hooked_for(name, torch.float32)
+    tokens = some_tokens()
+    before, (_, cache) = log_probs(hooked, tokens), hooked.run_with_cache(tokens)
+    hooked.process_weights_(fold_ln=True, refactor_factored_attn_matrices=True)
+    assert hooked.cfg.normalization_type == "LNPre"
+    torch.testing.assert_close(log_probs(hooked, tokens), before, rtol=1e-4, atol=1e-4)
+    _, folded = hooked.run_with_cache(tokens)
+    assert {key for key in cache if ".mlp." in key} == {key for key in folded if ".mlp." in key}
+    for key in cache:
+        if ".mlp." in key:
+            torch.testing.assert_close(folded[key], cache[key], rtol=1e-3, atol=1e-5)
+    hooked.process_weights_()  # a second time changes nothing
+    torch.testing.assert_close(log_probs(hooked, tokens), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", REWRITES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rewritten_weights_give_the_same_log_probabilities(name, method):
+    _, hooked = hooked_for(name)
+    tokens = some_tokens()
+    before = log_probs(hooked, tokens)
+    hooked.load_state_dict(getattr(hooked, method)(hooked.state_dict()))
+    torch.testing.assert_close(log_probs(hooked, tokens), before, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_another_run_are_processed_into_that_run():
+    _, hooked = hooked_for("solu_ln")
+    other, _ = hooked_for("solu_ln")
+    with torch.no_grad():
+        other.blocks[0].mlp.W_out.mul_(2)
+    hooked.load_and_process_state_dict(other.state_dict())
+    wanted = other(some_tokens()).log_softmax(-1)
+    torch.testing.assert_close(log_probs(hooked, some_tokens()), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"final_rms": True},  # the final norm does not centre
+        {"positional_embedding_type": "shortformer"},  # positions are added after ln1
+        {"d_mlp": 32},  # d_model and d_mlp cannot be distinguished by shape
+        {"dtype": torch.bfloat16},
+    ],
+)
+def test_processing_that_would_make_another_model_is_refused_and_changes_nothing(settings):
+    model, tokens = small_transformer(**settings), some_tokens()
+    before = model(tokens)
+    for process in (model.process_weights_, lambda: model.fold_layer_norm(model.state_dict())):
+        with pytest.raises(UserError, match="would make another model of solu_ln-s0|bfloat16"):
+            process()
+    assert torch.equal(model(tokens), before)
+
+
+def test_weights_that_do_not_fit_are_not_processed():
+    model = small_transformer()
+    weights = model.state_dict()
+    short = {name: tensor for name, tensor in weights.items() if name != "unembed.W_U"}
+    for wrong in (short, weights | {"surplus": torch.zeros(1)}):
+        with pytest.raises(UserError, match=r"do not fit the model: (unembed.W_U|surplus) is"):
+            model.load_and_process_state_dict(wrong)
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    model.process_weights_()
+    with pytest.raises(UserError, match=r"ln1.b is \(32,\) where the model has none"):
+        model.load_and_process_state_dict(weights)  # a folded model has no place for them
+
+
+def test_the_weights_of_a_trained_model_are_not_drawn_again():
+    with pytest.raises(UserError, match="init_weights would draw new matrices"):
+        small_transformer().init_weights()

@@ -1,13 +1,17 @@
 """Conversion of a run folder to a HookedTransformer: unfolded, strict, and refused if the two models disagree.
 
-Nothing is folded, because folding changes hook_post and replaces a custom mid norm without warning
-(protocol.md section 3.3). The check runs the trained model and the hooked one on the same tokens.
+Nothing is folded, because TransformerLens's folding changes hook_post and replaces a custom mid norm without
+warning (protocol.md section 3.3). `SoluscopeTransformer` folds on request and leaves the mid norm as it is. The
+check runs the trained model and the hooked one on the same tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,10 +58,108 @@ class HookedMidNorm(MidNorm):
         return self.affine(self.hook_normalized(centred / scale))
 
 
+@contextmanager
+def _mid_norm_left_alone(cfg: HookedTransformerConfig) -> Iterator[None]:
+    """Hide the mid norm from TransformerLens while it rewrites weights.
+
+    TransformerLens decides by act_fn whether there is a mid norm, and folds it as a LayerNorm with the residual
+    stream's epsilon.
+    """
+    act_fn, cfg.act_fn = cfg.act_fn, "gelu"
+    try:
+        yield
+    finally:
+        cfg.act_fn = act_fn
+
+
+def _checked(name: str) -> Callable[..., dict[str, Tensor]]:
+    """Return HookedTransformer's method `name` from weights to rewritten weights, with a check of the result."""
+    original = getattr(HookedTransformer, name)
+
+    @functools.wraps(original)
+    def rewrite(
+        self: SoluscopeTransformer, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        before = self._copy_with(state_dict)
+        with _mid_norm_left_alone(self.cfg):
+            result: dict[str, Tensor] = original(self, dict(state_dict), *args, **kwargs)
+        _check_same_function(before, self._copy_with(result), name)
+        return result
+
+    return rewrite
+
+
 class SoluscopeTransformer(HookedTransformer):
-    """A HookedTransformer with the facts about its run or its published files."""
+    """A HookedTransformer with the facts about its run or its published files.
+
+    The methods that rewrite weights keep every log-probability, or refuse. They leave the mid norm as it is, so
+    the MLP's activations do not change either.
+    """
 
     facts: Facts
+
+    fold_layer_norm = _checked("fold_layer_norm")
+    center_writing_weights = _checked("center_writing_weights")
+    center_unembed = _checked("center_unembed")
+    fold_value_biases = _checked("fold_value_biases")
+    refactor_factored_attn_matrices = _checked("refactor_factored_attn_matrices")
+
+    def load_and_process_state_dict(
+        self, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> None:
+        """Load weights and process them as HookedTransformer does, but leave the mid norm as it is.
+
+        Raises:
+            UserError: if the weights do not fit the model, or if the processed model would compute other
+                log-probabilities; the model is then unchanged.
+        """
+
+        def process(model: SoluscopeTransformer) -> SoluscopeTransformer:
+            with _mid_norm_left_alone(model.cfg):
+                super(SoluscopeTransformer, model).load_and_process_state_dict(
+                    dict(state_dict), *args, **kwargs
+                )
+            return model
+
+        before, after = self._copy_with(state_dict), process(self._copy_with(state_dict))
+        _check_same_function(before, after, "the processing of weights")
+        process(self)
+
+    def init_weights(self) -> None:
+        """Refuse to draw new matrices beside the norms and biases of a trained model."""
+        raise UserError(
+            "init_weights would draw new matrices and keep the trained norms and biases: use "
+            "HookedTransformer(model.cfg) for an untrained model"
+        )
+
+    def _copy_with(self, state_dict: dict[str, Tensor]) -> SoluscopeTransformer:
+        """Return a copy in fp64 on the CPU, without hooks, with other weights.
+
+        Raises:
+            UserError: if the model is below fp32, or a tensor is missing, unexpected or of another shape.
+        """
+        if self.unembed.W_U.dtype not in TOLERANCE:
+            raise UserError(
+                f"the model is in {self.unembed.W_U.dtype}, to which rewritten weights would be rounded: use "
+                "model.to(torch.float32) first"
+            )
+        twin = copy.deepcopy(self).to("cpu", print_details=False)
+        twin = twin.to(torch.float64, print_details=False)
+        twin.reset_hooks(including_permanent=True)
+        buffers = {name for name, _ in self.named_buffers()}  # attention masks, static gains
+        shapes = [
+            {name: tuple(tensor.shape) for name, tensor in state.items() if name not in buffers}
+            for state in (self.state_dict(), state_dict)
+        ]
+        differing = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"the weights do not fit the model: {name} is {shapes[1].get(name, 'missing')} where the model "
+                f"has {shapes[0].get(name, 'none')}; load the model again to process its own weights"
+            )
+        twin.load_state_dict(state_dict, strict=False)
+        return twin
 
 
 def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
@@ -156,6 +258,27 @@ def check_agreement(trained: LanguageModel, hooked: SoluscopeTransformer) -> flo
             f"{worst:.2g} of its largest value, wanted at most {TOLERANCE[trained.unembed.W_U.dtype]:g}"
         )
     return worst
+
+
+@torch.no_grad()
+def _check_same_function(
+    before: SoluscopeTransformer, after: SoluscopeTransformer, method: str
+) -> None:
+    """Compare the log-probabilities of a model before and after its weights are rewritten.
+
+    Raises:
+        UserError: if one differs by more than the rounding of fp32, in which TransformerLens rewrites.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, min(64, before.cfg.n_ctx))  # few, because a vocabulary may be long
+    tokens = torch.randint(before.cfg.d_vocab, shape, generator=generator)
+    expected, actual = (model(tokens).log_softmax(-1) for model in (before, after))
+    difference = float((actual - expected).abs().max())
+    if not difference <= TOLERANCE[torch.float32] * float(expected.abs().max()):
+        raise UserError(
+            f"{method} would make another model of {before.facts.run}: log-probabilities would move by up to "
+            f"{difference:.2g}; leave the weights as they are, or fold no norm (fold_ln=False)"
+        )
 
 
 def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
