@@ -234,7 +234,7 @@ def test_processing_that_would_make_another_model_is_refused_and_changes_nothing
     model, tokens = small_transformer(**settings), some_tokens()
     before = model(tokens)
     for process in (model.process_weights_, lambda: model.fold_layer_norm(model.state_dict())):
-        with pytest.raises(UserError, match="would make another model of solu_ln-s0|bfloat16"):
+        with pytest.raises(UserError, match=r"would make another model of solu_ln-s0|bfloat16"):
             process()
     assert torch.equal(model(tokens), before)
 
@@ -255,3 +255,30 @@ def test_weights_that_do_not_fit_are_not_processed():
 def test_the_weights_of_a_trained_model_are_not_drawn_again():
     with pytest.raises(UserError, match="init_weights would draw new matrices"):
         small_transformer().init_weights()
+
+
+def test_input_beyond_ctx_is_refused_in_one_line():
+    model = small_transformer()
+    row = some_tokens()[:1]
+    assert model(row).shape[1] == 32
+    kwargs = {"stop_at_eos": False, "verbose": False}
+    assert (
+        model.generate(row[:, :28], max_new_tokens=5, **kwargs).shape[1] == 33
+    )  # the last is not read
+    too_long = torch.cat([row, row], dim=1)
+    for use in (
+        lambda: model(too_long),
+        lambda: model.run_with_cache(too_long),
+        lambda: model.generate(too_long, max_new_tokens=1, use_past_kv_cache=False, **kwargs),
+        lambda: model.generate(row, max_new_tokens=9, use_past_kv_cache=False, **kwargs),
+    ):
+        with pytest.raises(UserError, match=r"(33|64) tokens, and the model has ctx=32 positions"):
+            use()
+
+
+def test_generation_beyond_ctx_is_refused_in_one_line(tiny_study):
+    model = load(tiny_study / "solu_ln-s0")
+    with pytest.raises(UserError, match=r"33 tokens, and the model has ctx=32 positions"):
+        model.generate("import", max_new_tokens=60, stop_at_eos=False, verbose=False)
+    with pytest.raises(UserError, match="tokens, and the model has ctx=32 positions"):
+        model.generate("import os\n" * 100, max_new_tokens=1, verbose=False)

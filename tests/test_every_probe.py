@@ -480,6 +480,32 @@ def test_probing_a_text_gives_a_table_and_figures(tiny_study):
     assert load_facts(tiny_study / "solu_ln-s0").variant == facts_for("solu_ln").variant
 
 
+@pytest.mark.parametrize("n_tokens", [2, 31, 32, 33, 63, 64])
+def test_every_token_of_a_text_has_a_row(tiny_study, n_tokens):
+    model = load(tiny_study / "solu_ln-s0")
+    assert model.facts.ctx == 32
+    word = model.to_single_token(" a")
+    texts = ["import os", " a" * n_tokens, " a"]
+    frame, _ = soluscope.probe(model, texts, ["engagement", "exact_dla"])
+    rows = frame[(frame["quantity"] == "r") & (frame["pos"] > 0)]
+    assert rows.loc[rows["string"] == 1, "token"].tolist() == [word] * n_tokens
+    assert rows.loc[rows["string"] == 2, "token"].tolist() == [word]
+    assert rows["value"].notna().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_below_fp32_is_measured_in_fp32_and_keeps_its_dtype(tiny_study, dtype):
+    text = ["import os and then some", "def f(x): return x"]
+    low = load(tiny_study / "solu_ln-s0").to(dtype, print_details=False)
+    halved = torch.nn.Module.to(load(tiny_study / "solu_ln-s0"), dtype)  # cfg.dtype stays fp32
+    rounded = load(tiny_study / "solu_ln-s0").to(dtype, print_details=False)
+    wanted, _ = soluscope.probe(rounded.to(torch.float32, print_details=False), text)
+    for model in (low, halved):
+        frame, _ = soluscope.probe(model, text)
+        pd.testing.assert_frame_equal(frame, wanted)
+        assert model.W_U.dtype == dtype
+
+
 def test_few_tokens_still_come_from_many_texts(cache_of):
     from tokenizers import Tokenizer
 

@@ -270,3 +270,46 @@ def test_a_job_takes_what_its_processes_need_and_no_gpu_it_was_not_given(sweep: 
         UserError, match="needs 20 CPUs and 4 GPUs on one node, but the nodes have 64 and 0, 16"
     ):
         placed(engine.Params(cpus=5), **anything, devices=4)
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+def test_the_sockets_have_short_paths_where_the_temporary_folder_has_a_long_one(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", None)  # read TMPDIR again
+    long = tmp_path / ("job" * 30) / ("scratch" * 5)
+    long.mkdir(parents=True)
+    monkeypatch.setenv(variable, str(long))
+    with engine._folder() as folder:
+        assert Path(folder).is_dir()
+        assert len(f"{folder}/{engine.SOCKET}") <= 107
+    assert not Path(folder).exists()
+    monkeypatch.setenv(variable, "/tmp")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with engine._folder() as folder:
+        assert folder == "/tmp/ray"
+
+
+def test_a_long_temporary_folder_is_refused_in_one_line_where_tmp_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("job" * 30)))
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    message = r"RAY_TMPDIR, .* is too long .*Permission denied.*at most \d+ bytes"
+    with pytest.raises(UserError, match=message), engine._folder():
+        pass
+
+
+def test_an_error_of_rays_start_is_one_line() -> None:
+    with (
+        pytest.raises(
+            UserError, match=r"^Ray does not start .*in /tmp/ray \(timed out\): launch .*$"
+        ),
+        engine._one_line("/tmp/ray"),
+    ):
+        raise Exception("timed out\nsecond line")

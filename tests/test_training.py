@@ -384,3 +384,109 @@ def test_gradients_do_not_depend_on_the_order_of_threads() -> None:
         torch.set_num_threads(n_threads)
     for others in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
+
+
+# --- train.init_from -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Return a folder of runs with a finished run of solu_ln and one of its static twin, 12 steps each."""
+    runs_dir = tmp_path_factory.mktemp("init_from")
+    for variant in ("solu_ln", "solu_frozen_ln"):
+        train_silently(tiny_config(runs_dir, "study=first", f"variant={variant}"))
+    return runs_dir
+
+
+def started_from(runs_dir, run, *words):
+    return tiny_config(
+        runs_dir, "study=more", f"train.init_from={runs_dir / 'first' / run}", *words
+    )
+
+
+def test_a_run_starts_with_the_weights_of_another_and_draws_the_next_rows(first):
+    config = started_from(first, "solu_ln-s{seed}", "variant=solu_ln")
+    cache = prepare(config)
+    module = TrainingModule(config, cache)
+    trained = load_file(first / "first" / "solu_ln-s0" / "model.safetensors")
+    state = module.model.state_dict()
+    assert state.keys() == trained.keys()
+    assert all(torch.equal(state[name], trained[name]) for name in state)
+    batches, size = Batches(config, cache), config.train.batch_size
+    batches.trainer = type("Trainer", (), {"global_step": 0})()
+    rows = next(iter(batches.train_dataloader().sampler))
+    assert rows.tolist() == batch_rows(0, 12, size, len(batches.rows)).tolist()
+
+
+def test_the_origin_is_recorded_with_all_its_steps_and_changes_the_id(first):
+    words = ("variant=solu_ln", "train.schedule=constant", "tag=on")
+    config = started_from(first, "solu_ln-s0", *words)
+    run = Run(train_silently(config))
+    assert run.config.train.init_from == str(first / "first" / "solu_ln-s0")
+    assert (run.facts.steps, run.facts.init_from.steps) == (12, 12)
+    again = tiny_config(first, f"train.init_from={run.dir}", "variant=solu_ln", "tag=again")
+    origin = load_facts(train_silently(again)).init_from
+    assert (origin.run, origin.config) == ("more/solu_ln-s0-on", config.hash)
+    assert (origin.steps, origin.tokens) == (24, 2 * run.facts.tokens)
+    plain = tiny_config(first, *words)
+    assert len({config.hash, again.hash, plain.hash}) == 3
+    assert plain.hash == tiny_config(first, *words, "train.init_from=null").hash
+
+
+def test_a_killed_run_with_an_origin_goes_on_bit_for_bit(first):
+    words = (
+        f"train.init_from={first / 'first' / 'solu_ln-s0'}",
+        "variant=solu_ln",
+        "train.checkpoint_every=5",
+    )
+    whole = train_silently(tiny_config(first, "study=whole", *words))
+    assert killed(first, 7, "study=killed", *words) == -signal.SIGKILL
+    interrupted = train_silently(tiny_config(first, "study=killed", *words))
+    left, right = (load_file(run / "model.safetensors") for run in (whole, interrupted))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert without_speed(whole) == without_speed(interrupted)
+
+
+def test_a_static_norm_keeps_its_gain_and_takes_the_weights_of_a_per_token_norm(first):
+    words = ("variant=solu_frozen_ln", "train.steps=1", "train.warmup_steps=0")
+    kept = load_facts(train_silently(started_from(first, "solu_frozen_ln-s0", *words, "tag=kept")))
+    assert kept.gain == load_facts(first / "first" / "solu_frozen_ln-s0").gain
+    chosen = started_from(first, "solu_frozen_ln-s0", *words, "tag=chosen", "mid.gain=3")
+    assert load_facts(train_silently(chosen)).gain == 3
+    config = started_from(first, "solu_ln-s0", *words)
+    model = TrainingModule(config, prepare(config)).model
+    trained = Run(first / "first" / "solu_ln-s0").load_model()
+    assert torch.equal(model.mlp(0).ln.w, trained.mlp(0).ln.w)
+    assert model.mlp(0).ln.gain.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "message"),
+    [
+        ("solu_ln-s0", ["model.ctx=16"], r"pos_embed.W_pos is \(32, 32\) there and \(16, 32\) here"),
+        ("solu_ln-s0", ["model.d_mlp=64"], r"mlp.W_in is \(32, 128\) there and \(32, 64\) here"),
+        ("solu_ln-s0", ["variant=solu"], r"mlp.ln.b is \(128,\) there and missing here"),
+        ("solu_ln-s0", ["model.n_layers=2"], r"blocks.1.attn.W_K is missing there"),
+        ("solu_ln-s0", ["tokens.d_vocab=400"], r"different tokenizer: set tokens.tokenizer="),
+        ("solu_ln-s9", [], r"train.init_from: no model at .*: the run does not exist"),
+    ],
+)  # fmt: skip
+def test_an_origin_that_does_not_fit_is_refused(first, run, words, message):
+    config = started_from(first, run, "variant=solu_ln", "study=refused", *words)
+    with pytest.raises(UserError, match=message) as refused:
+        TrainingModule(config, prepare(config))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_run_is_not_its_own_origin_and_more_steps_are_possible_under_a_tag(first):
+    with pytest.raises(UserError, match="is the folder of this run itself: set tag= or study="):
+        tiny_config(
+            first,
+            "variant=solu_ln",
+            "study=first",
+            f"train.init_from={first}/first/../first/solu_ln-s0",
+        )
+    with pytest.raises(
+        UserError, match=r"set tag= .*; with train.init_from=\S+solu_ln-s0 it starts"
+    ):
+        train_silently(tiny_config(first, "variant=solu_ln", "study=first", "train.steps=40"))

@@ -116,6 +116,10 @@ class TrainConfig:
     micro_batches: int = 1
     """Number of parts into which a step's batch is divided to save memory. The gradient is that of the whole
     batch."""
+    init_from: str | None = None
+    """Folder of a finished run, with whose weights training starts instead of random ones; {seed} in it stands for
+    this run's seed. The schedule and the optimizer start at step 0, and the batches continue after that run's. The
+    folder must stay until this run is finished. null: random weights."""
     lr: float | None = None
     """Peak learning rate of the blocks' matrices. null: the tuned rate in train.rates for this variant."""
     lr_rest: float = 1e-3
@@ -240,6 +244,11 @@ class Config:
             )
         check(self.study != "", "study is empty: set it to the name of the study's folder")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
+        check(
+            self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
+            f"train.init_from={self.train.init_from} is the folder of this run itself: set tag= or study= to train "
+            "on in another folder",
+        )
 
     @property
     def arm(self) -> str:
@@ -257,6 +266,12 @@ class Config:
     @property
     def run_dir(self) -> Path:
         return self.study_dir / self.run_name
+
+    @property
+    def init_dir(self) -> Path | None:
+        """Return the folder of the run with whose weights training starts, or None for random weights."""
+        path = self.train.init_from
+        return None if path is None else Path(path.replace("{seed}", str(self.seed)))
 
     @property
     def hash(self) -> str:
@@ -347,7 +362,10 @@ _PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prep
 
 
 def _determining(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(values) if key not in _PLACES}
+    kept = {key: value for key, value in flatten(values) if key not in _PLACES}
+    if kept["train.init_from"] is None:  # so that runs from before this setting keep their ids
+        del kept["train.init_from"]
+    return kept
 
 
 def differences(a: Config, b: Config) -> list[str]:

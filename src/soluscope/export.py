@@ -260,6 +260,7 @@ def _card(
         "kappa, epsilon times d_mlp squared": facts.kappa, "gain, one for all tokens": facts.gain,
         **_sizes(facts), "epsilon of the residual stream's norms": facts.ln_eps, "seed": facts.seed,
         "learning rate": facts.lr, "optimizer steps": facts.steps, "tokens seen": facts.tokens,
+        **({"initial weights": facts.init_from.run} if facts.init_from else {}),
         "precision": facts.precision, "hash of the configuration": facts.config, "commit": facts.commit,
         **{f"version of {name}": version for name, version in facts.versions.items()},
     }  # fmt: skip

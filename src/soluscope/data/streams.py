@@ -99,9 +99,17 @@ def evenly_spaced(n_items: int, n_wanted: int) -> NDArray[np.int64]:
 
 
 def from_texts(
-    texts: Iterable[str], tokenizer: Tokenizer, bos: int, ctx: int, n_tokens: int, name: str
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    bos: int,
+    ctx: int,
+    n_tokens: int,
+    name: str,
+    fewest: int = 2,
 ) -> Stream:
     """Cut each text into its own rows, and return about `n_tokens` tokens from as many texts as possible.
+
+    Rows of fewer than `fewest` tokens are left out: a single token after BOS has no target.
 
     Raises:
         UserError: if no text has 2 tokens or more.
@@ -113,9 +121,9 @@ def from_texts(
         cuts = range(0, len(ids), ctx - 1)
         parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
     # The first row of every text, then every second row: even few tokens come from many texts.
-    parts = sorted(part for part in parts if len(part[2]) >= 2)[: max(1, n_tokens // ctx)]
+    parts = sorted(part for part in parts if len(part[2]) >= fewest)[: max(1, n_tokens // ctx)]
     rows = [(number, ids) for turn, number, ids in sorted(parts, key=lambda part: part[1::-1])]
-    if not rows:
+    if all(len(ids) < 2 for _, ids in rows):
         raise UserError(
             f"every text for {name!r} is shorter than 2 tokens: give at least one longer text"
         )

@@ -15,10 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from soluscope.config import Config
@@ -31,6 +33,8 @@ from soluscope.runs.folder import Run
 
 ANSWER_S = 9.0
 """Seconds within which a cluster must answer."""
+SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.9"
+"""Longest name of a socket in Ray's folder. The kernel limits the path of a socket to 107 bytes."""
 GRACE_S = 5.0
 """Seconds in which interrupted jobs can save their checkpoints. Stopping Ray takes two more seconds."""
 
@@ -222,16 +226,18 @@ def _connected(params: Params, todo: Sequence[Config]) -> Iterator[Any]:
     ray = _import_ray(params.address)
     before = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    folders = ExitStack()
     try:
         if params.address is None:
-            here = _this_machine(todo)
+            here, folder = _this_machine(todo), folders.enter_context(_folder())
             # Even without a dashboard, Ray starts the dashboard's server for its statistics, and the server
             # contacts the addresses of cloud providers. With a port that is already in use, it does not start.
-            with socket.create_server(("127.0.0.1", 0)) as taken:
+            with socket.create_server(("127.0.0.1", 0)) as taken, _one_line(folder):
                 ray.init(
                     address="local", num_cpus=here["CPU"], num_gpus=here["GPU"],
                     object_store_memory=100_000_000,  # jobs exchange no data
-                    include_dashboard=False, dashboard_port=taken.getsockname()[1], **quiet,
+                    include_dashboard=False, dashboard_port=taken.getsockname()[1],
+                    _temp_dir=folder, **quiet,
                 )  # fmt: skip
         else:
             ray.init(address=params.address, runtime_env=_search_path(), **quiet)
@@ -239,7 +245,44 @@ def _connected(params: Params, todo: Sequence[Config]) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+        folders.close()
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _folder() -> Iterator[str]:
+    """Yield a folder for Ray's logs and sockets: the usual one, or a new one in /tmp where its path would be long.
+
+    Raises:
+        UserError: if no folder with a short path can be written.
+    """
+    usual = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()).absolute() / "ray"
+    if len(os.fsencode(usual / SOCKET)) <= 107:
+        yield str(usual)
+        return
+    try:
+        short = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"the path of TMPDIR or RAY_TMPDIR, {usual.parent}, is too long for Ray's sockets, and /tmp cannot be "
+            f"written ({error.strerror}): set RAY_TMPDIR to a folder with a path of at most "
+            f"{107 - len(SOCKET) - len('//ray')} bytes"
+        ) from error
+    with short:
+        yield short.name
+
+
+@contextmanager
+def _one_line(folder: str) -> Iterator[None]:
+    """Turn an error of Ray's start into a UserError. Ray raises many kinds, among them bare Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"Ray does not start on this machine, with its logs in {folder} ({reason}): launch the sweep again, or "
+            "set engine=inline"
+        ) from error
 
 
 def _interrupt(number: int, frame: Any) -> None:

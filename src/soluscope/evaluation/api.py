@@ -42,10 +42,11 @@ def probe(
         probes: names of files in probes/; all by default.
 
     Returns:
-        A table with one row per probe, quantity and token; and figures by title, which a notebook displays.
+        A table with one row per probe, quantity and token, in which each ctx - 1 tokens of a text come after a
+        BOS; and figures by title, which a notebook displays.
 
     Raises:
-        UserError: if a probe is unknown, a text is shorter than 2 tokens, or the model cannot be probed.
+        UserError: if a probe is unknown, every text is shorter than 2 tokens, or the model cannot be probed.
     """
     names = list(probes) if probes is not None else plugins.names(PACKAGE)
     chosen = {name: plugins.pick(PACKAGE, name) for name in names}
@@ -55,7 +56,8 @@ def probe(
         del chosen[name]
     texts = [text] if isinstance(text, str) else list(text)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    stream = streams.from_texts(texts, tokenizer, model.facts.bos, model.facts.ctx, 10**9, "text")
+    bos, ctx = model.facts.bos, model.facts.ctx
+    stream = streams.from_texts(texts, tokenizer, bos, ctx, 10**9, "text", fewest=1)
     run = observe(model, stream)
     about, defaults = about_run(model.facts), EvalConfig()
     tables, figures = [], Figures()

@@ -7,6 +7,7 @@ here depends on how a model was trained.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -221,11 +222,14 @@ def planted(
 def observe(model: Any, stream: Stream) -> HookedRun:
     """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the CPU.
 
+    A model below fp32 is measured in fp32, with its rounded weights.
+
     Raises:
         UserError: if the model has no MLP, an unsupported final or mid norm, or weights that are not
             finite (the message names them); or if the stream has tokens outside the model's vocabulary.
     """
     check_model(model)
+    model = _at_least_fp32(model)
     if int(stream.tokens.max()) >= model.cfg.d_vocab:
         raise UserError(
             f"the text has token {int(stream.tokens.max())}, but the model's vocabulary has {model.cfg.d_vocab} "
@@ -271,6 +275,24 @@ def observe(model: Any, stream: Stream) -> HookedRun:
         stream=stream.name, eps=eps, centres=centres,
         readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
     )  # fmt: skip
+
+
+def _at_least_fp32(model: Any) -> Any:
+    """Return the model, or a copy in one dtype of fp32 or more if its weights or its activations are below it.
+
+    Raises:
+        UserError: if a TransformerBridge is below fp32.
+    """
+    dtypes = {parameter.dtype for _, parameter in model.named_parameters()}
+    if isinstance(model, nn.Module):
+        dtypes |= {cast(Any, model).cfg.dtype}  # of the activations; model.half() leaves it at fp32
+    wanted = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    if dtypes == {wanted}:
+        return model
+    if not isinstance(model, nn.Module):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise UserError(f"the bridge's weights are {names}: build it from weights in torch.float32")
+    return copy.deepcopy(cast(Any, model)).to(wanted, print_details=False)
 
 
 def _declared(norm: Any) -> tuple[bool, float | None]:

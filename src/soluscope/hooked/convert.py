@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -65,7 +65,7 @@ def _mid_norm_left_alone(cfg: HookedTransformerConfig) -> Iterator[None]:
     TransformerLens decides by act_fn whether there is a mid norm, and folds it as a LayerNorm with the residual
     stream's epsilon.
     """
-    act_fn, cfg.act_fn = cfg.act_fn, "gelu"
+    act_fn, cfg.act_fn = cfg.act_fn, "relu"
     try:
         yield
     finally:
@@ -116,14 +116,36 @@ class SoluscopeTransformer(HookedTransformer):
 
         def process(model: SoluscopeTransformer) -> SoluscopeTransformer:
             with _mid_norm_left_alone(model.cfg):
-                super(SoluscopeTransformer, model).load_and_process_state_dict(
-                    dict(state_dict), *args, **kwargs
-                )
+                super().load_and_process_state_dict(dict(state_dict), *args, **kwargs)
             return model
 
         before, after = self._copy_with(state_dict), process(self._copy_with(state_dict))
         _check_same_function(before, after, "the processing of weights")
         process(self)
+
+    def get_residual(
+        self,
+        embed: Float[Tensor, "batch pos d_model"],
+        pos_offset: int,
+        prepend_bos: bool | None = None,
+        attention_mask: Int[Tensor, "batch offset_pos"] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Add the positions, as HookedTransformer does. Every forward pass and each step of `generate` calls this.
+
+        Raises:
+            UserError: if there are more tokens than the model has positions.
+        """
+        n_tokens = pos_offset + embed.shape[1]
+        if attention_mask is not None:  # `generate` passes all embeddings beside an offset
+            n_tokens = attention_mask.shape[1]
+        if n_tokens > self.cfg.n_ctx:
+            raise UserError(
+                f"the input has {n_tokens} tokens, and the model has ctx={self.cfg.n_ctx} positions, BOS "
+                "included: shorten the prompt, or lower max_new_tokens"
+            )
+        return super().get_residual(embed, pos_offset, prepend_bos, attention_mask, *args, **kwargs)
 
     def init_weights(self) -> None:
         """Refuse to draw new matrices beside the norms and biases of a trained model."""

@@ -184,6 +184,11 @@ class Run:
                 f"{self.dir} has a different configuration ({differing[0]}"
                 + (f" and {len(differing) - 1} more keys" if len(differing) > 1 else "")
                 + "): set tag= or study= to train this configuration in another folder"
+                + (
+                    f"; with train.init_from={self.dir} it starts with these weights"
+                    if self.is_done()
+                    else ""
+                )
             )
 
     def record_failure(self, error: BaseException) -> None:

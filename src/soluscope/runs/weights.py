@@ -28,6 +28,20 @@ SOURCE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The finished run with whose weights another run started (train.init_from)."""
+
+    run: str
+    """Name of the run, with its study: study/run."""
+    config: str
+    """Hash of its configuration."""
+    steps: int
+    """Optimizer steps behind its weights, including the steps of an earlier origin."""
+    tokens: int
+    """Tokens seen in these steps, BOS included."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """Facts about a model that are needed to use its weights and are not stored in them."""
 
@@ -70,6 +84,8 @@ class Facts:
     twin: str
     chain: tuple[Step, ...]
     """Steps from the root of the chain to the variant itself, including variants that the study lacks."""
+    init_from: Origin | None = None
+    """Origin of the initial weights. None: they were random. `steps` and `tokens` do not include it."""
 
     @property
     def kappa(self) -> float | None:
@@ -115,6 +131,8 @@ def load_facts(run_dir: Path) -> Facts:
             record |= lineage(record["variant"])
         else:
             record["chain"] = tuple(Step(**step) for step in record["chain"])
+        origin = record.get("init_from")  # missing in files of older versions
+        record["init_from"] = None if origin is None else Origin(**origin)
         return Facts(**{field.name: record[field.name] for field in fields(Facts)})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

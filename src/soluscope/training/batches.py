@@ -14,6 +14,7 @@ from torch import Tensor
 from soluscope.config import Config
 from soluscope.data.cache import Rows, TokenCache
 from soluscope.training.device import on_cuda
+from soluscope.training.init_from import rows_before
 
 if TYPE_CHECKING:  # needed by annotations only
     from numpy.typing import NDArray
@@ -78,6 +79,7 @@ class Batches(lightning.LightningDataModule):
         self.config = config
         self.share = slice(rank, None, config.train.n_processes)
         self.rows = cache.rows("train", config.model.ctx)
+        self.rows_before = rows_before(config)
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(
@@ -103,6 +105,7 @@ class _FromGlobalStep:
         size = config.train.batch_size // config.train.micro_batches
         ahead = config.train.batch_size * STEPS_AHEAD
         first = self.batches.trainer.global_step * config.train.batch_size
+        first += self.batches.rows_before
         for start in itertools.count(first, ahead):
             rows = rows_in_order(config.seed, start, ahead, n_rows)
             yield from rows.reshape(-1, size)[:, self.batches.share]

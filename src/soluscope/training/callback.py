@@ -22,7 +22,7 @@ from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
 from soluscope.model import Activations, LanguageModel
 from soluscope.runs.folder import Run
-from soluscope.training.batches import batch_rows
+from soluscope.training.batches import rows_in_order
 from soluscope.training.device import set_threads
 from soluscope.training.processes import is_lost
 from soluscope.training.progress import NoProgress
@@ -80,6 +80,7 @@ class TrainingCallback(lightning.Callback):
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         self.vocabulary = len(module.model.unembed.b_U)
         self.n_rows = len(trainer.datamodule.rows)
+        self.rows_before = trainer.datamodule.rows_before
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.began = self.logged = time.perf_counter()
@@ -155,7 +156,9 @@ class TrainingCallback(lightning.Callback):
             step, what = self.losses[first][0], f"loss is {float(loss[first]):.4g}"
             if loss[first] <= limit:
                 what = f"gradient's norm is {float(norm[first]):.4g}"
-            rows = batch_rows(self.config.seed, step - 1, self.config.train.batch_size, self.n_rows)
+            size = self.config.train.batch_size
+            first_row = self.rows_before + (step - 1) * size
+            rows = rows_in_order(self.config.seed, first_row, size, self.n_rows)
             saved = self.saved_step >= 0
             checkpoint = f"{self.run.checkpoint}, step {self.saved_step}" if saved else "none yet"
             raise UserError(

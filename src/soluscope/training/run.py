@@ -36,6 +36,7 @@ from soluscope.runs.weights import Facts, commit, lineage, load_checkpoint, save
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
 from soluscope.training.device import on_cuda, set_threads, with_precision
+from soluscope.training.init_from import origin_of
 from soluscope.training.module import TrainingModule
 from soluscope.training.processes import (
     cluster_environment,
@@ -222,6 +223,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
         precision=config.train.precision, device="cuda" if on_cuda(config) else "cpu",
         config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
+        init_from=origin_of(config),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
     """Set the constant gain of each static mid norm, as `mid.gain` requests.
 
     The gain is a number, or matches a per-token norm's output rms at initialisation, or is the mean gain of a
-    finished run.
+    finished run. With `mid.gain=init`, a gain loaded from train.init_from is kept.
 
     Source: protocol.md section 3, the rows with a constant gain.
     """
@@ -33,6 +33,8 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
         if not isinstance(norm, StaticNorm):
             continue
         gain = config.mid.gain
+        if isinstance(gain, str) and gain == "init" and norm.gain.isfinite():
+            continue
         if isinstance(gain, str) and gain == "init":
             mid = _first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
             content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
