@@ -77,7 +77,7 @@ def texts_of(tokenizer: Tokenizer) -> tuple[str, ...]:
         ]
     byte_of = _byte_of()
     return tuple(
-        _with_bytes(tokenizer.id_to_token(i), byte_of) or text if "\ufffd" in text else text
+        _with_bytes(tokenizer.id_to_token(i) or "", byte_of) or text if "\ufffd" in text else text
         for i, text in enumerate(texts)
     )
 

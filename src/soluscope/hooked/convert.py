@@ -165,7 +165,7 @@ class SoluscopeTransformer(HookedTransformer):
                 f"the model is in {self.unembed.W_U.dtype}, to which rewritten weights would be rounded: use "
                 "model.to(torch.float32) first"
             )
-        twin = copy.deepcopy(self).to("cpu", print_details=False)
+        twin: SoluscopeTransformer = copy.deepcopy(self).to("cpu", print_details=False)
         twin = twin.to(torch.float64, print_details=False)
         twin.reset_hooks(including_permanent=True)
         buffers = {name for name, _ in self.named_buffers()}  # attention masks, static gains
