@@ -261,7 +261,7 @@ def test_input_beyond_ctx_is_refused_in_one_line():
     model = small_transformer()
     row = some_tokens()[:1]
     assert model(row).shape[1] == 32
-    kwargs = {"stop_at_eos": False, "verbose": False}
+    kwargs = {"stop_at_eos": False, "verbose": False, "use_past_kv_cache": False}
     assert (
         model.generate(row[:, :28], max_new_tokens=5, **kwargs).shape[1] == 33
     )  # the last is not read
@@ -269,8 +269,8 @@ def test_input_beyond_ctx_is_refused_in_one_line():
     for use in (
         lambda: model(too_long),
         lambda: model.run_with_cache(too_long),
-        lambda: model.generate(too_long, max_new_tokens=1, use_past_kv_cache=False, **kwargs),
-        lambda: model.generate(row, max_new_tokens=9, use_past_kv_cache=False, **kwargs),
+        lambda: model.generate(too_long, max_new_tokens=1, **kwargs),
+        lambda: model.generate(row, max_new_tokens=9, **kwargs),
     ):
         with pytest.raises(UserError, match=r"(33|64) tokens, and the model has ctx=32 positions"):
             use()
@@ -281,4 +281,4 @@ def test_generation_beyond_ctx_is_refused_in_one_line(tiny_study):
     with pytest.raises(UserError, match=r"33 tokens, and the model has ctx=32 positions"):
         model.generate("import", max_new_tokens=60, stop_at_eos=False, verbose=False)
     with pytest.raises(UserError, match="tokens, and the model has ctx=32 positions"):
-        model.generate("import os\n" * 100, max_new_tokens=1, verbose=False)
+        model.generate("import os\n" * 100, max_new_tokens=9, stop_at_eos=False, verbose=False)

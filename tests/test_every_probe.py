@@ -484,10 +484,12 @@ def test_probing_a_text_gives_a_table_and_figures(tiny_study):
 def test_every_token_of_a_text_has_a_row(tiny_study, n_tokens):
     model = load(tiny_study / "solu_ln-s0")
     assert model.facts.ctx == 32
-    word = model.to_single_token(" a")
+    word = model.to_single_token(" a")  # leaves a tokenizer behind that truncates at ctx
     texts = ["import os", " a" * n_tokens, " a"]
     frame, _ = soluscope.probe(model, texts, ["engagement", "exact_dla"])
-    rows = frame[(frame["quantity"] == "r") & (frame["pos"] > 0)]
+    assert frame.groupby(["probe", "quantity"]).size().nunique() == 1
+    r = (frame["probe"] == "engagement") & (frame["quantity"] == "r")
+    rows = frame[r & (frame["pos"] > 0)]
     assert rows.loc[rows["string"] == 1, "token"].tolist() == [word] * n_tokens
     assert rows.loc[rows["string"] == 2, "token"].tolist() == [word]
     assert rows["value"].notna().all()
