@@ -56,7 +56,7 @@ def probe(
         del chosen[name]
     texts = [text] if isinstance(text, str) else list(text)
     tokenizer = Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_truncation()  # which `model.to_tokens` leaves behind, at ctx tokens
+    tokenizer.no_truncation()  # `model.to_tokens` has set it to ctx tokens
     tokenizer.no_padding()
     bos, ctx = model.facts.bos, model.facts.ctx
     stream = streams.from_texts(texts, tokenizer, bos, ctx, 10**9, "text", fewest=1)
