@@ -20,8 +20,9 @@ import pytest
 from _wandb_server import WandbServer
 from conftest import HANGS_AFTER_S, ROOT
 
-from soluscope import results
+from soluscope import results, wandb_client
 from soluscope.config import read_config
+from soluscope.training import wandb_run
 from soluscope.training.wandb_run import SENT_AGAIN, Tracker, mode_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
@@ -519,6 +520,46 @@ except UserError as error:
     for seed in (0, 1):
         assert (study / f"solu_ln-s{seed}" / "done.json").is_file()
     assert not list(study.rglob("*wandb*"))
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "yes", "on"])
+def test_wandb_disabled_is_off_unless_a_word_asks_for_wandb(monkeypatch, word: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_DISABLED", word)
+    assert wandb_run.mode_of(None) == "off"
+    assert wandb_run.mode_of("offline") == "offline"
+    monkeypatch.setenv("WANDB_DISABLED", "false")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_run.mode_of(None) == "offline"
+
+
+def test_home_that_cannot_be_written_moves_the_log_of_wandb(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    wandb_client.package()
+    moved = Path(os.environ["WANDB_CACHE_DIR"])
+    assert moved.is_dir()
+    assert not moved.is_relative_to(tmp_path / "file")
+    wandb_client.package()
+    assert Path(os.environ["WANDB_CACHE_DIR"]) == moved
+
+
+@pytest.mark.parametrize("n_letters", [127, 128, 129, 240])
+def test_names_that_wandb_gets_are_short_enough_and_distinct(n_letters: int) -> None:
+    first, second = (wandb_run._shortened("a" * (n_letters - 1) + end) for end in "xy")
+    assert len(first) == min(n_letters, 128)
+    assert first != second
+    if n_letters <= 128:
+        assert first.endswith("x")
+
+
+def test_model_of_a_run_with_a_long_name_is_an_artifact(tmp_path: Path) -> None:
+    run_dir = tmp_path / ("s" * 120) / ("r" * 120)
+    run_dir.mkdir(parents=True)
+    for name in ("model.safetensors", "model.json", "config.yaml", "../tokenizer.json"):
+        (run_dir / name).write_text("x")
+    facts = {"study": "s" * 120, "run": "r" * 120}
+    assert len(wandb_run._model_artifact(run_dir, facts).name) <= 128
 
 
 def test_a_disabled_environment_is_off_without_importing_wandb(monkeypatch) -> None:

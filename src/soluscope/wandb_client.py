@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Any
 
 from soluscope.errors import UserError
@@ -20,7 +21,14 @@ def package() -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
+    from wandb.env import CACHE_DIR, get_cache_dir
 
+    folder = get_cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # wandb's service would print its log on stderr
+        os.environ[CACHE_DIR] = tempfile.mkdtemp(prefix="wandb-")
     return wandb
 
 
@@ -56,6 +64,11 @@ def sign_in(asked: str, instead: str) -> None:
         raise UserError(
             f"{asked}, but there is no key for wandb: run 'wandb login', set WANDB_API_KEY, or {instead}"
         )
+
+
+def is_disabled() -> bool:
+    """Return whether WANDB_DISABLED is set to a word that means yes, as other libraries read it."""
+    return os.environ.get("WANDB_DISABLED", "").lower() in {"1", "true", "t", "yes", "y", "on"}
 
 
 def one_line(error: BaseException) -> str:

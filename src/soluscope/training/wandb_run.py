@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.files import write_text
-from soluscope.wandb_client import PROJECT, one_line, package, sign_in
+from soluscope.files import digest, write_text
+from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
 
@@ -33,6 +33,8 @@ SENT_AGAIN = 100
 """Number of last rows that a resumed run sends again, because they may not have been flushed before a kill."""
 START_SECONDS, FINISH_SECONDS = 30, 60
 """Longest delays of a run by an unreachable server: when the run starts and when it finishes."""
+MOST_LETTERS = 128
+"""Longest name of a run, group or artifact that wandb accepts."""
 IDENTITY = "wandb.json"
 
 
@@ -64,7 +66,7 @@ def mode_of(chosen: Mode | None) -> Mode:
     """
     if chosen is not None:
         return chosen
-    if os.environ.get("WANDB_MODE") == "disabled":
+    if os.environ.get("WANDB_MODE") == "disabled" or is_disabled():
         return "off"
     try:
         package()
@@ -221,8 +223,8 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
     return wandb.init(
         **({} if under_agent else destination),
         dir=run_dir,
-        name=config.run_name,
-        group=config.study,
+        name=_shortened(config.run_name),
+        group=_shortened(config.study),
         config=_config(config),
         mode=mode,
         resume="allow",
@@ -270,13 +272,18 @@ def _config(config: Config) -> dict[str, Any]:
 
 
 def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{facts['study']}-{facts['run']}")
+    name = _shortened(re.sub(r"[^A-Za-z0-9_.-]", "-", f"{facts['study']}-{facts['run']}"))
     artifact = package().Artifact(name, type="model", metadata=dict(facts))
     paths = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
     for path in (*paths, run_dir.parent / "tokenizer.json"):
         # skip_cache=True, because by default wandb first copies every model into the home folder.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
     return artifact
+
+
+def _shortened(name: str) -> str:
+    """Return a name that wandb accepts. The end of a longer name is replaced by a hash of the whole name."""
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 13]}-{digest(name)}"
 
 
 @contextmanager
