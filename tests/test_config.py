@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, asdict, fields, is_dataclass, replace
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from yaml import safe_dump
 
 from soluscope import plugins
 from soluscope.config import (
     Config,
     EvalConfig,
+    PretrainedConfig,
     configs_dir,
     differences,
     flatten,
@@ -25,6 +29,7 @@ from soluscope.config import (
 )  # fmt: skip
 from soluscope.config_help import help_lines, train_help
 from soluscope.errors import UserError
+from soluscope.launching.sweep import read_sweep
 
 TINY = ("variant=solu_ln", "size=tiny")
 GROUPS = {"variant": "soluscope.variants", "data": "soluscope.data.sources"}
@@ -41,7 +46,7 @@ def refusal(*words: str) -> str:
 
 
 def written(path: Path, text: str) -> str:
-    path.write_text(text)
+    path.write_text(text, encoding="utf8")
     return str(path)
 
 
@@ -134,6 +139,153 @@ def test_saved_nested_lists_read_back_equal(tmp_path: Path) -> None:
 def test_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no configuration at .* is not a run folder"):
         read_config(tmp_path / "config.yaml")
+
+
+# Text and paths as they were written
+
+TEXTS = ("no", "off", "1e10", "007", "1:30", "2024-01-01", "a: b", "# x", "- ", "\n\n", " ", "---", "*",
+         "[x", "null", "'", "=", "é…")  # fmt: skip
+
+
+def text_fields(config: Config) -> list[Any]:
+    (hub_set,) = config.corpus.sets
+    return [hub_set.name, hub_set.revision, hub_set.text_field]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_field_keeps_its_text_from_every_source(tmp_path: Path, text: str) -> None:
+    quoted = json.dumps(text, ensure_ascii=False)
+    sets = f"[{{path: x, name: {quoted}, revision: {quoted}, text_field: {quoted}}}]"
+    hub = (*TINY, "data=hub")
+    assert text_fields(load_config([*hub, f"corpus.sets={sets}"])) == [text] * 3
+    yaml = written(tmp_path / "a.yaml", f"corpus: {{sets: {sets}}}")
+    config = load_config([*hub, yaml])
+    assert text_fields(config) == [text] * 3
+    saved = Path(written(tmp_path / "config.yaml", to_yaml(config)))
+    assert read_config(saved) == config
+    files = (*TINY, "data=files", "corpus.paths=[x]")
+    assert load_config([*files, f"corpus.text_field={text}"]).corpus.text_field == text
+    assert load_config([*files, f"corpus.text_field={quoted}"]).corpus.text_field == text
+    sweep = {"corpus.text_field": {"value": text}, "corpus.paths": {"value": ["x", text]}}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(safe_dump({"method": "grid", "parameters": sweep}), encoding="utf8")
+    (job,) = read_sweep(path, [*TINY, "data=files"]).configs
+    assert (job.corpus.text_field, job.corpus.paths) == (text, ["x", text])
+
+
+@pytest.mark.parametrize("text", ["no", "1e10", "12e4567", "0x10", "1_000", "TRUE", "2024-01-01"])
+def test_unquoted_text_of_a_yaml_file_is_its_text(tmp_path: Path, text: str) -> None:
+    yaml = written(
+        tmp_path / "a.yaml", f"corpus: {{sets: [{{path: x, revision: {text}}}]}}\ntag: {text}"
+    )
+    config = load_config([*TINY, "data=hub", yaml])
+    assert (config.corpus.sets[0].revision, config.tag) == (text, text)
+    revision = written(tmp_path / "b.yaml", f"revision: {text}")
+    assert load_typed(PretrainedConfig, [revision]).revision == text
+    assert load_typed(PretrainedConfig, [f"revision={text}"]).revision == text
+
+
+def test_corpus_of_a_pretrained_model_keeps_its_text() -> None:
+    words = ["data=hub", "corpus.sets=[{path: x, name: no, revision: 1e10}]", "corpus.max_mb=2"]
+    text = load_typed(PretrainedConfig, words).text("hub", "bpe")
+    assert (text.corpus.sets[0].name, text.corpus.sets[0].revision) == ("no", "1e10")
+    assert text.corpus.max_mb == 2
+    whole = load_typed(PretrainedConfig, ["data=stdlib", "corpus={max_mb: 2}"])
+    assert whole.text("stdlib", "bpe").corpus.max_mb == 2
+
+
+@pytest.mark.parametrize("text", ["\n\n", r"\n\n", r'"\n\n"'])
+def test_separator_of_empty_lines_arrives_however_it_is_written(text: str) -> None:
+    files = [*TINY, "data=files", "corpus.paths=[x]"]
+    assert load_config([*files, f"corpus.separator={text}"]).corpus.separator == "\n\n"
+    words = ["data=files", "corpus.paths=[x]", f"corpus.separator={text}"]
+    typed = load_typed(PretrainedConfig, words).text("files", "bpe")
+    assert typed.corpus.separator == "\n\n"
+
+
+@pytest.mark.parametrize("text", [r'"\n\n"', r"'\n\n'", r"\n\n"])
+def test_separator_of_empty_lines_arrives_from_a_file(tmp_path: Path, text: str) -> None:
+    files = [*TINY, "data=files", "corpus.paths=[x]"]
+    yaml = written(tmp_path / "a.yaml", f"corpus: {{separator: {text}}}")
+    assert load_config([*files, yaml]).corpus.separator == "\n\n"
+    sweep = f"method: grid\nparameters: {{corpus.separator: {{value: {text}}}}}"
+    (job,) = read_sweep(Path(written(tmp_path / "sweep.yaml", sweep)), files).configs
+    assert job.corpus.separator == "\n\n"
+
+
+def test_separator_may_begin_with_the_name_of_a_tex_command() -> None:
+    words = [*TINY, "data=files", "corpus.paths=[x]", r"corpus.separator=\newpage"]
+    assert load_config(words).corpus.separator == r"\newpage"
+
+
+def test_home_and_environment_variables_are_replaced_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    expected = ["/home/me/a", "/scratch/a", "/scratch/a"]
+    for path, absolute in zip(("~/a", "$SCRATCH/a", "${SCRATCH}/a"), expected, strict=True):
+        words = [
+            "variant=solu_gain", "size=tiny", "data=files", f"corpus.paths=[{path}, b]",
+            f"mid.gain={path}", f"runs_dir={path}", f"tokens.cache_dir={path}",
+            f"tokens.prepared={path}", f"tokens.tokenizer={path}",
+        ]  # fmt: skip
+        config = load_config(words)
+        content = {key: value for key, _, value in (word.partition("=") for word in words)}
+        content["corpus.paths"] = [path, "b"]
+        nested = OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{k}={v}" for k, v in content.items()]))
+        assert load_config([written(tmp_path / "a.yaml", nested)]) == config
+        grid = {key: {"value": value} for key, value in content.items()}
+        sweep = Path(
+            written(tmp_path / "s.yaml", safe_dump({"method": "grid", "parameters": grid}))
+        )
+        assert read_sweep(sweep, []).configs == (config,)
+        assert (config.runs_dir, config.mid.gain, config.corpus.paths) == (
+            absolute, absolute, [absolute, "b"],
+        )  # fmt: skip
+        tokens = config.tokens
+        assert {tokens.cache_dir, tokens.prepared, tokens.tokenizer} == {absolute}
+        pretrained = load_typed(
+            PretrainedConfig, [f"prepared={path}", f"runs_dir={path}", f"study=[{path}, b]"]
+        )
+        assert (pretrained.prepared, pretrained.runs_dir) == (absolute, absolute)
+        assert pretrained.studies == [absolute, "b"]
+    hub = load_config([*TINY, "data=hub", "corpus.sets=[{path: ~/a, revision: ~/a}]"])
+    assert (hub.corpus.sets[0].path, hub.corpus.sets[0].revision) == ("/home/me/a", "~/a")
+    assert load_config([*TINY, "tag=s", "runs_dir=~/${study}/$SCRATCH"]).runs_dir == (
+        "/home/me/default//scratch"
+    )
+
+
+def test_path_with_an_unknown_variable_or_user_is_refused() -> None:
+    assert refusal(*TINY, "runs_dir=$NOWHERE/runs") == (
+        "the path '$NOWHERE/runs' needs the environment variable NOWHERE, which is not set: set it, or "
+        "write the path without $"
+    )
+    assert "NOWHERE" in refusal(*TINY, "runs_dir=${NOWHERE}/runs")
+    assert "there is no such user" in refusal(*TINY, "runs_dir=~nobody-here/runs")
+    assert load_config([*TINY, "data=files", "corpus.paths=[~*.txt]"]).corpus.paths == ["~*.txt"]
+
+
+def test_bytes_that_are_not_text_are_refused() -> None:
+    assert "is not text in the encoding" in refusal(*TINY, "runs_dir=h\udce9")
+
+
+def test_word_that_is_an_existing_path_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("lr=0.1, x")
+    folder.mkdir()
+    yaml = written(folder / "a.yaml", "train: {steps: 70}")
+    assert load_config([*TINY, yaml]).train.steps == 70
+    assert load_typed(EvalConfig, [written(folder / "b.yaml", "n_tokens: 300")]).n_tokens == 300
+    assert load_config([*TINY, f"runs_dir={folder}"]).runs_dir == "lr=0.1, x"
+    assert "no configuration file runs/lr=1/a.yaml" in refusal(*TINY, "runs/lr=1/a.yaml")
+    (folder / "study").mkdir()
+    assert load_typed(PretrainedConfig, [f"study={folder / 'study'}"]).studies == [
+        "lr=0.1, x/study"
+    ]
 
 
 # The hash
@@ -340,6 +492,7 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("mid=null", "mid=null: set keys below mid"),
         ("train.steps=${nowhere}", "nowhere"),
         ("train.steps=[1", "cannot read 'train.steps=[1'"),
+        ("train={steps: 3, steps: 4}", "the key 'steps' is given twice"),
         # relations
         ("model.n_heads=3", "model.n_heads=3 does not divide model.d_model=32"),
         ("train.micro_batches=3", "train.micro_batches=3 does not divide train.batch_size=8"),
@@ -368,6 +521,8 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("study=../up", "study='../up' is used in a folder's name"),
         ("study=..", "study='..' is used in a folder's name"),
         ("tag=a/b", "tag='a/b' is used in a folder's name"),
+        ("study=" + 241 * "a", "study= gives a folder a name of 241 bytes, but at most 240"),
+        ("tag=" + 121 * "é", "tag= gives a folder a name of 253 bytes, but at most 240"),
         # neither key=value nor a file
         ("steps", "'steps' is neither key=value nor a .yaml file"),
         ("--steps=3", "no key called '--steps'"),

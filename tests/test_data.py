@@ -810,6 +810,19 @@ def test_many_broken_lines_are_counted_and_the_first_named(
     assert errors[-1].startswith(f"skipped {500 - len(errors) + 1} more")
 
 
+@pytest.mark.parametrize("name", ["texts[1]", "a*b", "what?", "[!x]", "lr=0.1, x"])
+def test_pattern_that_is_a_file_is_that_file(tmp_path: Path, name: str) -> None:
+    for folder in (tmp_path / name, tmp_path / "texts1"):
+        folder.mkdir()
+        (folder / f"{name}.txt").write_text(folder.name)
+    path = tmp_path / name / f"{name}.txt"
+    for pattern in (path, tmp_path / name / "*.txt", tmp_path / name / "**" / "*.txt"):
+        (document,) = documents(Params(paths=[str(pattern)]))
+        assert (document.name, document.text) == (str(path), name)
+    with pytest.raises(UserError, match="it is a folder; give a glob"):
+        list(documents(Params(paths=[str(tmp_path / name)])))
+
+
 def test_glob_that_matches_nothing_and_endings_not_known_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'.*/\*\.txt' matches no file"):
         documents_of("files", f"corpus.paths=[{tmp_path}/*.txt]")

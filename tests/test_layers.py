@@ -88,7 +88,7 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "files", "plugins", "results", "config", "config_help", "wandb_client",
+    "errors", "files", "plugins", "results", "reading", "config", "config_help", "wandb_client",
     "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
     "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
@@ -153,7 +153,7 @@ def test_a_script_runs_one_command_and_nothing_else(script: str) -> None:
 
 
 MAY_IMPORT = {
-    "variants": {"errors", "plugins", "results", "norms", "variants"},
+    "variants": {"errors", "plugins", "reading", "results", "norms", "variants"},
     "probes": {"errors", "results", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
     "report": {"errors", "files", "results", "wandb_client", "report"},

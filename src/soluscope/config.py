@@ -8,7 +8,6 @@ package is imported, so that `--help` and errors appear at once.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,23 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from soluscope import plugins
 from soluscope.errors import UserError
 from soluscope.files import digest
+from soluscope.reading import (
+    AsWritten,
+    FilePath,
+    as_word,
+    expanded,
+    field_types,
+    is_path,
+    read_word,
+    read_yaml,
+)
 
 T = TypeVar("T")
+
+MOST_BYTES = 240
+"""Longest name of a folder. Most file systems allow 255 bytes, and copies need some for a suffix."""
+YAML = (".yaml", ".yml")
+"""Endings of YAML files."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -76,7 +90,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TokensConfig:
-    tokenizer: str = "bpe"
+    tokenizer: FilePath = "bpe"
     """`bpe` trains a byte-level BPE on the train split. Otherwise the path of a tokenizer.json or of its
     folder, or the name of a tokenizer on the hub."""
     d_vocab: int = 4096
@@ -87,9 +101,9 @@ class TokensConfig:
     """Share of documents in the select split, on which settings (gains, learning rates) are chosen."""
     report_share: float = 0.05
     """Share of documents in the report split, on which results are measured. No document is in two splits."""
-    cache_dir: str = "runs/.tokens"
+    cache_dir: FilePath = "runs/.tokens"
     """Folder of prepared token caches. Each cache is a subfolder named by a hash of its settings."""
-    prepared: str | None = None
+    prepared: FilePath | None = None
     """Folder of a token cache to use unchanged, for example copied from another machine. The corpus is then
     not read."""
 
@@ -149,8 +163,8 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: cuda if available, else cpu."""
     threads: int | None = None
-    """CPU threads per process. The last bits of sums depend on this number. null: the available cores
-    divided by train.devices."""
+    """CPU threads per process. The last bits of sums depend on this number. null: OMP_NUM_THREADS,
+    or else the cores that affinity and cgroup allow, divided by train.devices."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Floating-point format. auto: as in the study's earlier runs, else bf16 on cuda and fp32 on cpu. The mid
     norm is always computed in fp32."""
@@ -221,7 +235,7 @@ class Config:
     """Name of a source of text and of its file in configs/data/."""
     tag: str = ""
     """Suffix of the run folder's name, to distinguish arms of one variant."""
-    runs_dir: str = "runs"
+    runs_dir: FilePath = "runs"
     """Folder that contains the studies."""
     wandb: Literal["offline", "online", "off"] | None = None
     """Logging to wandb, in addition to metrics.jsonl. null: online with a wandb key, offline without a key,
@@ -241,6 +255,13 @@ class Config:
             check(
                 re.fullmatch(r"[\w.+-]*", value) is not None and value not in {".", ".."},
                 f"{name}={value!r} is used in a folder's name: use only letters, digits and _ . + -",
+            )
+        for name, value in (("study", self.study), ("tag", self.run_name)):
+            n_bytes = len(value.encode("utf8", "replace"))
+            check(
+                n_bytes <= MOST_BYTES,
+                f"{name}= gives a folder a name of {n_bytes} bytes, but at most {MOST_BYTES} are possible: "
+                f"shorten {name}=",
             )
         check(self.study != "", "study is empty: set it to the name of the study's folder")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
@@ -293,8 +314,10 @@ class EvalConfig:
     """Seed of the random streams and of the bootstrap."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device on which the models run."""
-    prepared: str | None = None
+    prepared: FilePath | None = None
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
+    out: FilePath | None = None
+    """Folder for the results and the report of a study that cannot be written. null: the study's folder."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
@@ -313,16 +336,20 @@ class PretrainedConfig(EvalConfig):
     data: str | None = None
     """Source of the text, as in training. null: the text of the model's last evaluation; without one, hub,
     or stdlib if the hub cannot be reached."""
-    corpus: Any = None
+    corpus: AsWritten = None
     """Parameters of the source, as in training. With data=hub, 20 MB are read unless corpus.max_mb sets
     another limit."""
-    study: str | None = None
+    study: FilePath | None = None
     """An evaluated study, or several as [first,second]. Its runs are shown beside the model."""
-    runs_dir: str = "runs"
+    runs_dir: FilePath = "runs"
     """Folder in which the model's study is created. The study is named after the model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(
+            self.out is None,
+            f"out={self.out} is for trained runs: for a pretrained model set runs_dir= instead",
+        )
         if self.says_text:
             self.text(self.data or "hub", tokenizer="bpe")
 
@@ -334,8 +361,10 @@ class PretrainedConfig(EvalConfig):
     @property
     def studies(self) -> list[str]:
         """Return the names in `study` as a list."""
-        named = (self.study or "").strip("[]").split(",")  # a study's name is never read as YAML
-        return [name.strip() for name in named if name.strip()]
+        if self.study is not None and Path(self.study).is_dir():
+            return [self.study]
+        named = (self.study or "").strip("[]").split(",")
+        return [expanded(name.strip()) for name in named if name.strip()]
 
     def text(self, data: str, tokenizer: str) -> Config:
         """Return a training configuration for the text of a source; only its tokens are used.
@@ -346,12 +375,18 @@ class PretrainedConfig(EvalConfig):
         corpus = {"max_mb": 20} if data == "hub" else {}
         given = self.corpus if self.corpus is not None else {}
         check(isinstance(given, dict), f"corpus={given}: set keys below corpus, as in corpus.…=")
-        words = [f"corpus.{key}={json.dumps(value)}" for key, value in (corpus | given).items()]
+        words = [f"corpus.{key}={as_word(value)}" for key, value in (corpus | given).items()]
         places = (f"tokens.tokenizer={tokenizer}", f"tokens.cache_dir={self.runs_dir}/.tokens")
         variant = plugins.names("soluscope.variants")[
             0
         ]  # required, but without effect on the tokens
         return load_config([f"variant={variant}", "train.lr=1", f"data={data}", *words, *places])
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    out: FilePath | None = None
+    """Folder of the report, for a study that cannot be written. null: the study's folder."""
 
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
@@ -434,9 +469,13 @@ def to_config(merged: DictConfig) -> Config:
 def merge_config(arguments: Sequence[str]) -> DictConfig:
     """Merge and type the layers, without checking values against each other."""
     files, overrides = _split_arguments(arguments)
-    layers = [read_yaml(configs_dir() / "base.yaml"), *(read_yaml(path) for path in files)]
-    command_line = _from_dotlist(_spell_out_arm(overrides))
-    chosen = _merge(OmegaConf.create({"variant": None}), *layers, command_line)
+    overrides = _spell_out_arm(overrides)
+    base_file = configs_dir() / "base.yaml"
+    # The types of these keys are known only once the variant and the source are chosen.
+    typed = [word for word in overrides if not re.match(r"(mid|corpus)\b", word)]
+    chosen = _merge(
+        OmegaConf.create({"variant": None}), *_layers(Config, [base_file, *files], typed)
+    )
     groups = {
         "data": chosen.get("data"),
         "size": chosen.get("size"),
@@ -444,7 +483,7 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     }
     group_files = []
     for group, name in groups.items():
-        if name is None or name == "???":
+        if name in (None, "", "null", "???"):
             check(group == "variant", f"{group} has no value: set it, as in {group}=…")
             known = plugins.names("soluscope.variants")
             raise UserError(
@@ -453,9 +492,10 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
             )
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
-        group_files.append(read_yaml(folder / f"{name}.yaml"))
+        group_files.append(folder / f"{name}.yaml")
     base = _typed_base(groups["variant"], groups["data"])
-    merged = _merge(base, layers[0], *group_files, *layers[1:], command_line)
+    schema = _schema(groups["variant"], groups["data"])
+    merged = _merge(base, *_layers(schema, [base_file, *group_files, *files], overrides))
     if merged.train.lr is None:
         rate = merged.train.rates.get(merged.variant)
         check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
@@ -469,6 +509,13 @@ def _typed_base(variant: str, data: str) -> DictConfig:
     params = plugins.pick("soluscope.variants", variant).params
     corpus = plugins.pick("soluscope.data.sources", data).params
     return _structured(variant, data, params, corpus)
+
+
+def _schema(variant: str, data: str) -> dict[str, Any]:
+    """Return the types of all keys, those of `mid` and `corpus` included."""
+    params = plugins.pick("soluscope.variants", variant).params
+    corpus = plugins.pick("soluscope.data.sources", data).params
+    return field_types(Config) | {"mid": params, "corpus": corpus}
 
 
 @cache
@@ -494,12 +541,13 @@ def read_config(path: Path) -> Config:
         path.read_bytes().endswith(b"\n"),
         f"{path} is truncated: delete {path.parent} to train the run again",
     )
-    saved = read_yaml(path)
+    saved = read_yaml(path, Config)
     for key in ("variant", "data"):
         check(
             isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
         )
-    return to_config(_merge(_typed_base(saved.variant, saved.data), saved))
+    variant, data = saved["variant"], saved["data"]
+    return to_config(_merge(_typed_base(variant, data), *_layers(_schema(variant, data), [path])))
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
@@ -507,8 +555,7 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
     files, overrides = _split_arguments(arguments)
     if default_file is not None:
         files.insert(0, configs_dir() / default_file)
-    layers = [read_yaml(path) for path in files]
-    merged = _merge(OmegaConf.structured(schema), *layers, _from_dotlist(overrides))
+    merged = _merge(OmegaConf.structured(schema), *_layers(schema, files, overrides))
     loaded: T = _to_object(merged)
     return loaded
 
@@ -519,34 +566,14 @@ def to_yaml(config: Any) -> str:
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    files = [
-        Path(word) for word in arguments if "=" not in word and word.endswith((".yaml", ".yml"))
-    ]
-    overrides = [word for word in arguments if "=" in word]
+    files = [Path(word) for word in arguments if is_path(word) and word.endswith(YAML)]
+    overrides = [word for word in arguments if "=" in word and Path(word) not in files]
     for word in arguments:
         check(
             "=" in word or Path(word) in files,
             f"{word!r} is neither key=value nor a .yaml file: see --help",
         )
     return files, overrides
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """Return the keys of a YAML file, not yet typed.
-
-    Raises:
-        UserError: if the file does not exist, is not YAML or has no keys.
-    """
-    check(path.is_file(), f"no configuration file {path}: give the path of a .yaml file")
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    check(
-        isinstance(loaded, DictConfig), f"{path} contains no keys: write lines such as 'key: value'"
-    )
-    assert isinstance(loaded, DictConfig)
-    return loaded
 
 
 def _spell_out_arm(overrides: list[str]) -> list[str]:
@@ -590,20 +617,16 @@ def short_name(key: str, value: object) -> str:
     return f"{key.rpartition('.')[2]}{value}"
 
 
-def _from_dotlist(overrides: list[str]) -> DictConfig:
-    layer = OmegaConf.create()
-    for word in overrides:
-        try:
-            layer.merge_with_dotlist([word])
-        except Exception as error:
-            raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
+def _layers(schema: Any, files: Sequence[Path], overrides: Sequence[str] = ()) -> list[DictConfig]:
+    """Return the content of YAML files, and of `key=value` words as the last layer."""
+    words = OmegaConf.create()
     for word in overrides:
         key, _, text = word.partition("=")
-        if key in {"study", "tag"} and "${" not in text:
-            layer[key] = text  # a name, although YAML would read `no` or `1e3` otherwise
-    if layer.get("wandb") is False:  # YAML reads `off` as false
-        layer.wandb = "off"
-    return layer
+        try:
+            OmegaConf.update(words, key, read_word(key, text, schema))
+        except (ValueError, OmegaConfBaseException) as error:
+            raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
+    return [*(OmegaConf.create(read_yaml(path, schema)) for path in files), words]
 
 
 def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:

@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from soluscope.commands import Command, Parser
-from soluscope.config import EvalConfig, PretrainedConfig, load_typed, to_yaml
+from soluscope.config import YAML, EvalConfig, PretrainedConfig, load_typed, to_yaml
 from soluscope.config_help import eval_help
 from soluscope.errors import UserError
+from soluscope.reading import is_path
 
 
 def build_parser() -> Parser:
@@ -54,9 +55,7 @@ def build_parser() -> Parser:
 def run(arguments: list[str]) -> None:
     """Run `soluscope probe`."""
     options = build_parser().parse_intermixed_args(arguments)
-    named = [
-        word for word in options.words if "=" not in word and not word.endswith((".yaml", ".yml"))
-    ]
+    named = [word for word in options.words if is_path(word) and not word.endswith(YAML)]
     folder = Path(named[0]) if named else None
     # A trained run's folder holds config.yaml; a repository of the hub holds config.json.
     is_study = folder is None or (folder.is_dir() and not (folder / "config.json").is_file())
@@ -70,8 +69,8 @@ def run(arguments: list[str]) -> None:
             f"{len(named)} folders given, wanted one, as in: soluscope probe runs/demo"
         )
     # Where a folder runs/ exists, runs/dmeo is a typing error and not a repository of the owner `runs`.
-    is_path = folder is not None and len(folder.parts) > 1 and folder.parent.is_dir()
-    if folder and not folder.is_dir() and (is_path or options.calibration):
+    is_in_folder = folder is not None and len(folder.parts) > 1 and folder.parent.is_dir()
+    if folder and not folder.is_dir() and (is_in_folder or options.calibration):
         raise UserError(f"no folder {folder}: name a study or a run, as in runs/demo")
     # Imported late, so that mistakes are answered at once.
     from soluscope.evaluation.suite import calibrate, evaluate, evaluate_pretrained

@@ -16,6 +16,7 @@ from pathlib import Path
 from soluscope.commands import Command, Parser
 from soluscope.launching import jobs, launch
 from soluscope.launching.sweep import find_sweep, shipped_sweeps
+from soluscope.reading import is_path
 
 
 def build_parser() -> Parser:
@@ -45,10 +46,10 @@ def run(arguments: list[str]) -> None:
             )
         jobs.follow(options.status)
         return
-    sweeps = [word for word in options.words if "=" not in word]
+    sweeps = [word for word in options.words if is_path(word)]
     if len(sweeps) != 1:
         build_parser().error(f"{len(sweeps)} sweeps given, wanted one, as in: soluscope sweep demo")
-    words = [word for word in options.words if "=" in word]
+    words = [word for word in options.words if word not in sweeps]
     launch.launch(find_sweep(sweeps[0]), words, options.dry_run, options.retry_failed)
 
 

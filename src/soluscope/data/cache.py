@@ -67,9 +67,9 @@ def prepare(config: Config) -> TokenCache:
             cache cannot be written, or the existing cache is incomplete.
     """
     if config.tokens.prepared is not None:
-        return _check_prepared(open_cache(Path(config.tokens.prepared).expanduser()), config)
+        return _check_prepared(open_cache(Path(config.tokens.prepared)), config)
     key = cache_key(config)
-    folder = Path(config.tokens.cache_dir).expanduser() / key
+    folder = Path(config.tokens.cache_dir) / key
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,7 @@ def local_file(name: str) -> Path | None:
     Raises:
         UserError: if `name` is a folder without a tokenizer.json, or a .json file that does not exist.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from soluscope.config import Config, read_yaml
+from soluscope.config import Config, flatten
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
 from soluscope.launching.sweep import Sweep
+from soluscope.reading import as_word, read_yaml
 from soluscope.training.processes import torchrun
-from soluscope.wandb_client import PROJECT, one_line, package, sign_in
+from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"
 """Placeholder in a sweep's command that wandb replaces by a job's `key=value` words."""
@@ -44,7 +42,7 @@ def check(params: Params, sweep: Sweep) -> None:
         UserError: if the file's command does not suit agents, a run would be kept offline, or the server
             refuses the key.
     """
-    file = _read(sweep.path)
+    file = read_yaml(sweep.path)
     if not isinstance(file.get("program"), str) or _WORDS not in (file.get("command") or ()):
         raise UserError(
             f"{sweep.path} is not a wandb sweep: it needs 'program: train/run.py' and "
@@ -70,6 +68,10 @@ def check(params: Params, sweep: Sweep) -> None:
             f"WANDB_MODE={os.environ['WANDB_MODE']}, but with engine=wandb the runs report to the server: unset "
             "WANDB_MODE"
         )
+    require(
+        not is_disabled(),
+        "WANDB_DISABLED is set, but with engine=wandb the runs report to the server: unset WANDB_DISABLED",
+    )
     sign_in("engine=wandb", "choose another engine=")
 
 
@@ -109,47 +111,40 @@ def described(sweep: Sweep) -> dict[str, Any]:
 
     Keys stay dotted, because with nested parameters an agent would pass `train={'lr': 0.001}`.
     """
-    fixed = dict(word.split("=", 1) for word in sweep.words)
+    first = dict(flatten(asdict(sweep.configs[0])))
+
+    def plain(key: str, text: str) -> int | float | str:
+        return _number(text, is_numeric=isinstance(first.get(key), int | float))
+
     parameters: dict[str, Any] = {
-        key: {"value": _plain(values[0])}
+        key: {"value": plain(key, as_word(values[0]))}
         if len(values) == 1
-        else {"values": [_plain(value) for value in values]}
+        else {"values": [plain(key, as_word(value)) for value in values]}
         for key, values in sweep.parameters.items()
     }
-    parameters |= {key: {"value": _number(text)} for key, text in fixed.items()}
-    file = _read(sweep.path)
+    fixed = dict(word.split("=", 1) for word in sweep.words)
+    parameters |= {key: {"value": plain(key, text)} for key, text in fixed.items()}
+    file = read_yaml(sweep.path)
     if sweep.configs[0].train.devices > 1:
         after_python = file["command"].index(_PYTHON) + 1
         file["command"][after_python:after_python] = torchrun(sweep.configs[0].train)
     return file | {"name": sweep.configs[0].study, "parameters": parameters}
 
 
-def _plain(value: Any) -> int | float | str:
-    """Return a value that an agent writes into the command in the same way as this project's launcher.
+def _number(text: str, is_numeric: bool) -> int | float | str:
+    """Return `text` as a number, which wandb's plots need for an axis, or else `text`.
 
-    Numbers stay numbers, for the axes of wandb's plots. None becomes "null", because an agent would write
-    `None`, which no key accepts.
+    An agent writes the number into the command in its standard form. For a key that may hold text, only a
+    `text` in this form is a number.
     """
-    if value is None:
-        return "null"
-    return value if isinstance(value, int | float) and math.isfinite(value) else str(value)
-
-
-def _number(text: str) -> int | float | str:
-    """Return the number that `text` is the standard form of, or else `text`."""
     for kind in (int, float):
         try:
             number = kind(text)
         except ValueError:
             continue
-        if str(number) == text and math.isfinite(number):
+        if math.isfinite(number) and (is_numeric or str(number) == text):
             return number
     return text
-
-
-def _read(path: Path) -> dict[str, Any]:
-    file: Any = OmegaConf.to_container(read_yaml(path))
-    return file  # type: ignore[no-any-return]
 
 
 ENGINE = Engine(params=Params, check=check, run=run)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from soluscope import plugins
-from soluscope.config import Config, check, load_config, read_yaml, shipped_dir, short_name
+from soluscope.config import Config, check, load_config, shipped_dir, short_name
 from soluscope.errors import UserError
+from soluscope.reading import AsWritten, as_word, read_yaml
 
 _NAMED = ("variant", "arm", "seed", "study", "tag")
 """Parameters that a run's path already contains."""
@@ -79,8 +78,8 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
         UserError: if the file is not a grid or the grid is empty, a parameter is unknown, two jobs have the
             same id or folder, or the jobs have several studies.
     """
-    file: Any = OmegaConf.to_container(read_yaml(path))
-    grid = file.get("parameters")
+    file = read_yaml(path, AsWritten)
+    grid: Any = file.get("parameters")
     check(file.get("method") == "grid" and isinstance(grid, dict),
           f"{path} is not a sweep: it needs 'method: grid' and 'parameters:'")  # fmt: skip
     overridden = {word.split("=", 1)[0] for word in words}
@@ -118,7 +117,7 @@ def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tup
 def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[list[str]]:
     for values in itertools.product(*axes.values()):
         chosen = zip(axes, values, strict=True)
-        yield [f"{key}={'null' if value is None else value}" for key, value in chosen]
+        yield [f"{key}={as_word(value)}" for key, value in chosen]
 
 
 def _check_apart(path: Path, configs: Sequence[Config]) -> None:

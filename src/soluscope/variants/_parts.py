@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from soluscope.errors import UserError
+from soluscope.reading import FilePath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +61,7 @@ class StaticParams(LayerNormParams):
     With `gain=init`, the gain matches a per-token norm with this `eps` or `kappa`.
     """
 
-    gain: int | float | str = "init"
+    gain: int | float | FilePath = "init"
     """Constant gain. A number; or `init`: the untrained output rms on the first batches equals that of the
     per-token norm; or the folder of a finished run with a per-token norm ({seed} is replaced by the seed):
     the geometric mean of that run's gain, BOS left out."""

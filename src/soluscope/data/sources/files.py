@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,27 +23,35 @@ from omegaconf import MISSING
 
 from soluscope.data.sources import Document, Skip, Source, keys_of, text_at, warn
 from soluscope.errors import UserError
+from soluscope.reading import FilePath
 
 _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Params:
-    paths: list[str] = MISSING
+    paths: list[FilePath] = MISSING
     """Globs of .txt, .jsonl, .json, .csv, .tsv and .parquet files; ** matches folders of any depth. Files other
     than .parquet may be compressed: .gz, .bz2, .xz or .zst. Required with data=files."""
     text_field: str = "text"
     """Key of the text in a .jsonl line or .json record, or its column in a .csv or .parquet file. A dot leads
     into a nested record, as in meta.text."""
     separator: str | None = None
-    """Text between two documents of a .txt file; its line ends match any line ends. null: each file is one
-    document."""
+    """Text between two documents of a .txt file; \\n is a line end of any kind and \\t a tab. null: each file
+    is one document."""
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise UserError("corpus.paths is empty: give globs, as in 'corpus.paths=[texts/*.txt]'")
         if self.separator == "":
             raise UserError("corpus.separator is empty: give the text between documents, or null")
+        if self.separator is not None:
+            written = re.sub(r"\\([nrt])(?![A-Za-z])", _escaped, self.separator)
+            object.__setattr__(self, "separator", written)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return {"n": "\n", "r": "\r", "t": "\t"}[match[1]]
 
 
 def documents(params: Params, skip: Skip = warn, /) -> Iterator[Document]:
@@ -100,11 +109,16 @@ def _files(params: Params) -> list[Path]:
     """
     paths: set[Path] = set()
     for pattern in params.paths:
-        expanded = glob.glob(str(Path(pattern).expanduser()), recursive=True)
-        matches = {Path(match) for match in expanded if Path(match).is_file()}
+        matches = {path for path in _matching(Path(pattern)) if path.is_file()}
         if not matches:
+            is_folder = Path(pattern).is_dir()
             raise UserError(
-                f"corpus.paths: {pattern!r} matches no file, relative to {Path.cwd()}: correct the glob"
+                f"corpus.paths: {pattern!r} matches no file, relative to {Path.cwd()}: "
+                + (
+                    f"it is a folder; give a glob, as in {pattern}/**/*.txt"
+                    if is_folder
+                    else "correct the glob"
+                )
             )
         paths |= matches
     for path in paths:
@@ -115,6 +129,15 @@ def _files(params: Params) -> list[Path]:
                 f"and all but .parquet also with {', '.join(_OPENERS)}"
             )
     return sorted(paths)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the paths that a glob matches. The part that exists is not read as a glob, as in texts[1]/*.txt."""
+    there = next((each for each in (pattern, *pattern.parents) if os.path.exists(each)), Path())
+    if there == pattern:
+        return [pattern]
+    rest = str(pattern.relative_to(there))
+    return [there / match for match in glob.glob(rest, root_dir=there, recursive=True)]
 
 
 def _endings(path: Path) -> tuple[str, str]:

@@ -12,11 +12,12 @@ from omegaconf import MISSING
 
 from soluscope.data.sources import Document, Skip, Source, keys_of, text_at, warn
 from soluscope.errors import UserError
+from soluscope.reading import FilePath
 
 
 @dataclass(frozen=True)
 class HubSet:
-    path: str = MISSING
+    path: FilePath = MISSING
     """Name on the hub (`allenai/c4`), or a local folder of the same layout."""
     name: str | None = None
     """Name of the data set's configuration (`en`), if the data set has several."""

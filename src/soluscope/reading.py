@@ -1,0 +1,227 @@
+"""YAML files and `key=value` words, read by the types of a schema.
+
+A field of text keeps its text as it was written: `no`, `1e5` and `007` stay names. In a path, `~` and
+environment variables are replaced. Fields of other types are read as YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import types
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from soluscope.errors import UserError
+
+FilePath = Annotated[str, "path"]
+"""Type of a field that holds a path, a glob or a name that may be a path."""
+AsWritten = Annotated[Any, "as written"]
+"""Type of a field whose values keep their text, at any depth, because their types are not known yet."""
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Z_]\w*)\})")
+"""An environment variable. Lower-case names in braces are keys of the configuration, as in ${train.lr}."""
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*([eE][-+]?\d+)?$")
+"""A number with an exponent; YAML 1.1 takes 1e-3, which has no point, for text."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's loader without dates and without a meaning of `=`, and with 1e-3 as a number."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own attribute)
+        first: [pair for pair in pairs if not pair[0].endswith((":timestamp", ":value"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def read_yaml(path: Path, schema: Any = Any) -> dict[str, Any]:
+    """Return the keys of a YAML file, with text and paths as `schema` declares them.
+
+    Raises:
+        UserError: if the file does not exist, is not YAML, has no keys, or a path in it names an environment
+            variable that does not exist.
+    """
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}: give the path of a .yaml file")
+    try:
+        node = _compose(path.read_text(encoding="utf-8-sig"))
+        content = {} if node is None else _build(node, schema)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains no keys: write lines such as 'key: value'")
+    return content
+
+
+def read_word(key: str, text: str, schema: Any) -> Any:
+    """Return the value of `key=text`.
+
+    The text of a text field is taken as it stands. Only `null` and quotes around the whole text have their
+    meaning in YAML.
+
+    Raises:
+        ValueError: if the text is not YAML, for a field that is not text.
+    """
+    _encodable(text)
+    hint = schema
+    for name in key.split("."):
+        hint = _member(hint, name)
+    is_section = hint == AsWritten and "." not in key
+    if is_section or not _is_text(hint) or (_is_number(hint) and _NUMBER.match(text)):
+        if _is_path(_element(hint)):  # YAML refuses the braces of [${HOME}/x]
+            text = _VARIABLE.sub(_variable, text)
+        return _value(text, hint)
+    if text in ("", "null") and hint is not str:
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        try:
+            return _value(text, hint)
+        except ValueError:  # a separator of quotes
+            return text
+    return expanded(text) if _is_path(hint) else text
+
+
+def is_path(word: str) -> bool:
+    """Return whether a word of the command line is a path: it exists, or cannot be `key=value`."""
+    key, equals, _ = word.partition("=")
+    return not equals or "/" in key or os.path.exists(word)
+
+
+def as_word(value: Any) -> str:
+    """Return the text with which `read_word` gives back a value that was read as `AsWritten`."""
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    text = str(value)
+    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
+        return json.dumps(text, ensure_ascii=False)
+    return text
+
+
+def expanded(path: str) -> str:
+    """Return a path in which `~` and environment variables are replaced.
+
+    Raises:
+        UserError: if there is no such variable or home folder, and no file of this name either.
+    """
+
+    result = os.path.expanduser(_VARIABLE.sub(_variable, path))
+    missing = _VARIABLE.search(result)
+    if missing and missing[0] in path and not os.path.lexists(path):
+        raise UserError(
+            f"the path {path!r} needs the environment variable {missing[0].strip('${}')}, which is not set: "
+            "set it, or write the path without $"
+        )
+    home, slash, _ = result.partition("/")
+    if slash and home.startswith("~") and not os.path.lexists(home):
+        raise UserError(
+            f"the path {path!r} begins with {home}, but there is no such user: write it out"
+        )
+    return _encodable(result)
+
+
+def _encodable(text: str) -> str:
+    """Return `text`, or refuse it if this locale cannot hold its characters in files and their names."""
+    try:
+        os.fsencode(text)
+        text.encode("utf8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{text!r} is not text in the encoding {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or "
+            "choose another name"
+        ) from error
+    return text
+
+
+def _variable(match: re.Match[str]) -> str:
+    """Return the value of an environment variable, or the text of one that is not set."""
+    return os.environ.get(match[1] or match[2], match[0])
+
+
+def _value(text: str, hint: Any) -> Any:
+    try:
+        node = _compose(text)
+        return None if node is None else _build(node, hint)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=_Loader)
+
+
+def _build(node: yaml.Node, hint: Any) -> Any:
+    """Return the value of a YAML node for a field of the type `hint`."""
+    if isinstance(node, yaml.MappingNode):
+        _Loader("").flatten_mapping(node)  # YAML's merge key, <<
+        content: dict[str, Any] = {}
+        for key, child in node.value:
+            if key.value in content:
+                raise ValueError(f"the key {key.value!r} is given twice")
+            content[key.value] = _build(child, _member(hint, key.value))
+        return content
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(child, _element(hint)) for child in node.value]
+    value = _Loader("").construct_object(node)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or not _is_text(hint) or (is_number and _is_number(hint)):
+        return value
+    return expanded(node.value) if _is_path(hint) else node.value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is_text(hint: Any) -> bool:
+    texts = (str, FilePath, AsWritten)
+    return any(each in texts or get_origin(each) is Literal for each in _options(hint))
+
+
+def _is_path(hint: Any) -> bool:
+    return FilePath in _options(hint)
+
+
+def _is_number(hint: Any) -> bool:
+    return not {int, float}.isdisjoint(_options(hint))
+
+
+def _member(hint: Any, name: str) -> Any:
+    """Return the type of the value at `name` below a field of the type `hint`."""
+    for each in _options(hint):
+        if each == AsWritten:
+            return AsWritten
+        if isinstance(each, Mapping):
+            return each.get(name, Any)
+        if isinstance(each, type) and is_dataclass(each):
+            return field_types(each).get(name, Any)
+        if get_origin(each) is dict:
+            return get_args(each)[1]
+    return Any
+
+
+def _element(hint: Any) -> Any:
+    for each in _options(hint):
+        if each == AsWritten:
+            return AsWritten
+        if get_origin(each) is list:
+            return get_args(each)[0]
+    return Any
+
+
+@cache
+def field_types(schema: Any) -> dict[str, Any]:
+    """Return the types of a dataclass's fields by name, `FilePath` and `AsWritten` included."""
+    return get_type_hints(schema, include_extras=True)
