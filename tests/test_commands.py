@@ -174,6 +174,34 @@ def test_soluscope_lists_its_commands_and_completes_them(tmp_path: Path) -> None
     assert all(name in completed.output for name in (*names, "--dry-run", "--false-positives"))
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf8"])
+def test_help_errors_and_progress_print_in_any_encoding_at_any_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Run each --help, a refusal and the report's table as a narrow terminal without colours does."""
+    for name, value in {"PYTHONIOENCODING": encoding, "COLUMNS": "40", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    script = """
+import sys
+from soluscope import commands, plugins
+helps = [["--help"], *([name, "--help"] for name in plugins.names(commands.PACKAGE))]
+for words in [*helps, ["train", "variant=solu", "tag=é…"]]:
+    sys.argv = ["soluscope", *words]
+    try:
+        commands.main()
+    except SystemExit as end:
+        print(end.code)
+"""
+    done = run_python("-c", script, cwd=tmp_path, encoding=encoding)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n0\n") == 1 + len(plugins.names("soluscope.commands"))
+    assert done.stderr.startswith("error: tag=")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert ("..." if encoding != "utf8" else "…") in done.stdout
+    keys = done.stdout[done.stdout.index("\n  variant  required\n") :].splitlines()
+    assert all(len(line) <= 40 for line in keys if line.startswith("      "))
+
+
 def test_printed_configuration_can_be_given_back(tmp_path: Path) -> None:
     words = ("variant=solu_gain", "size=tiny", "mid.gain=2.5", "--cfg")
     (first,) = answers(tmp_path, (TRAIN, *words))

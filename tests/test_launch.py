@@ -418,3 +418,34 @@ def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(
     assert "the same command resumes from here" in told
     now = standing(metrics.parents[1], jobs.Job("", "solu-s0", 3000, 256))
     assert now.state == "resume"
+
+
+def test_a_narrow_terminal_shows_whole_names_and_states(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    for width in (40, 80):
+        plan = jobs.new_table("smoke", "run", "id", "state")
+        plan.add_column("FLOPs", no_wrap=True)
+        plan.add_row("solu_ln-s0", "576bfda6f7e9", "waiting", "5.57e+08")
+        Console(width=width, file=sys.stdout).print(jobs.fitted(plan, width))
+        lines = capsys.readouterr().out.splitlines()
+        (row,) = [line for line in lines if "solu_ln-s0" in line]
+        assert "waiting" in row
+        assert ("5.57e+08" in row) == (width == 80)
+        assert max(map(len, lines)) <= width
+
+
+def test_progress_of_a_narrow_terminal_shows_the_whole_name_and_the_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from soluscope.training.progress import progress_bars
+
+    name = "solu-s0-a-long-tag-for-a-line"
+    for width in ("40", "100"):
+        monkeypatch.setenv("COLUMNS", width)
+        with progress_bars() as bars:
+            bars.add_task(name, total=12, completed=12, loss="loss 5.206", speed="0.3k tok/s")
+        shown = "".join(capsys.readouterr().err.split())
+        assert "12/12" in shown
+        assert "loss5.206" in shown
+        assert shown.replace("12/12loss5.206", "").startswith(name)

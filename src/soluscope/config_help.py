@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
@@ -14,6 +15,9 @@ from omegaconf import MISSING
 
 from soluscope import plugins
 from soluscope.config import Config, EvalConfig, PretrainedConfig
+
+NARROW = 80
+"""Columns of a terminal below which meanings are written under the keys instead of beside them."""
 
 
 def train_help() -> str:
@@ -54,6 +58,13 @@ def help_lines(schema: type, prefix: str = "") -> Iterator[str]:
             shown = (
                 "required" if default == MISSING else "null" if default is None else str(default)
             )
+            columns = shutil.get_terminal_size().columns
+            if columns < NARROW:
+                yield f"  {prefix}{item.name}  {shown}"
+                yield from textwrap.wrap(
+                    meanings[item.name], columns, initial_indent=" " * 6, subsequent_indent=" " * 6
+                )
+                continue
             lines = textwrap.wrap(meanings[item.name], width=72)
             yield f"  {prefix + item.name:<24} {shown:<10}  {lines[0]}"
             yield from (" " * 39 + line for line in lines[1:])

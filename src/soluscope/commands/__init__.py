@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -65,8 +68,7 @@ def main() -> NoReturn:
     """Run the command that the first word names: `soluscope train variant=solu_ln`."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in {"-h", "--help"}:
-        print(introduction(), end="")
-        sys.exit(0)
+        run_command(lambda _: print(introduction(), end=""), arguments)
     if name == "--print-completion":
         run_command(_print_completion, arguments)
     run(name, arguments)
@@ -88,6 +90,10 @@ def run(name: str, arguments: list[str] | None = None) -> NoReturn:
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
     """Call `command(arguments)` and exit; a UserError is one line on stderr and exit status 2."""
+    codecs.register_error("spelled out", _spelled_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="spelled out")
     try:
         command(arguments)
     except UserError as error:
@@ -97,6 +103,13 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> N
         print("interrupted; the same command resumes from here", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _spelled_out(error: UnicodeError) -> tuple[str, int]:
+    """Return ASCII for characters that a terminal's encoding lacks: `...` for an ellipsis, `?` without a form."""
+    assert isinstance(error, UnicodeEncodeError)
+    characters = unicodedata.normalize("NFKD", error.object[error.start : error.end])
+    return characters.encode("ascii", "replace").decode(), error.end
 
 
 def introduction() -> str:

@@ -21,6 +21,7 @@ from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
 from soluscope.runs.folder import Busy, Run, lock
 from soluscope.training.processes import launcher, torchrun
+from soluscope.training.progress import WIDE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -266,8 +267,16 @@ def new_table(title: str, *headings: str) -> Table:
 
     result = Table(title=title, title_justify="left", title_style="bold")
     for heading in headings:
-        result.add_column(heading, no_wrap=True)
+        result.add_column(heading, overflow="fold", min_width=6)
     return result
+
+
+def fitted(table: Table, width: int) -> Table:
+    """Return a table that fits a terminal of `width` columns; a narrow one gets the main columns only."""
+    if width < WIDE:
+        main = ("run", "state", "loss", "error")
+        table.columns = [column for column in table.columns if column.header in main]
+    return table
 
 
 def console() -> Console:
@@ -298,7 +307,8 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
     if terminal.is_terminal:
 
         def drawn() -> Table:
-            return table(study_dir, jobs, most=max(1, terminal.height - 7))
+            rows = max(1, terminal.height - 7)
+            return fitted(table(study_dir, jobs, most=rows), terminal.width)
 
         with Live(drawn(), console=terminal, auto_refresh=False) as shown:
             yield lambda: shown.update(drawn(), refresh=True)

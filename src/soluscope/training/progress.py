@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+WIDE = 80
+"""Columns of a terminal that shows the whole line. A narrower one shows the name, the steps and the loss."""
+
+
 class NoProgress:
     """A stand-in for rich's Progress, for when rich is not installed or no bar is shown."""
 
@@ -25,14 +29,15 @@ def progress_bars() -> Iterator[Progress | NoProgress]:
     try:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
     except ModuleNotFoundError:
         yield NoProgress()
         return
-    with Progress(
-        TextColumn("{task.description:<20}"), BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
-        # In a notebook, as in a file: one line per finished run, since bars would need ipywidgets.
-        console=Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty()),
-    ) as progress:  # fmt: skip
+    # In a notebook, as in a file: one line per finished run, since bars would need ipywidgets.
+    console = Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
+    steps = (TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"))
+    wide = (TextColumn("{task.description:<20}"), BarColumn(bar_width=24), *steps,
+            TextColumn("{task.fields[speed]}"), TimeRemainingColumn())  # fmt: skip
+    narrow = (TextColumn("{task.description}", table_column=Column(overflow="fold")), *steps)
+    with Progress(*(wide if console.width >= WIDE else narrow), console=console) as progress:
         yield progress
