@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from soluscope.config import Config
 from soluscope.errors import UserError
+from soluscope.evaluation.elsewhere import check_writable, linked
 from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import load_facts
 from soluscope.training.callback import TrainingCallback
@@ -220,3 +222,43 @@ def test_the_last_row_is_the_last_whole_one(whole: Path, config: Config) -> None
         file.write('{"step": 13, "lo')
     assert Run(run_dir).last_row() == json.loads(rows[-1])
     assert Run(whole).checkpoint.is_file()
+
+
+# A study that cannot be written
+
+
+def test_results_of_a_read_only_study_go_to_another_folder(
+    tiny_study: Path, tmp_path: Path
+) -> None:
+    run_dir, out = tiny_study / "solu_ln-s0", tmp_path / "mine"
+    before = {path: path.read_bytes() for path in tiny_study.rglob("*") if path.is_file()}
+    (run,) = linked([Run(run_dir)], out)
+    assert run.dir == out / "solu_ln-s0"
+    assert run.is_done()
+    assert run.facts == Run(run_dir).facts
+    assert run.tokenizer.samefile(Run(run_dir).tokenizer)
+    (run.dir / "probes").mkdir()
+    with run.lock():
+        pass
+    assert linked([Run(run_dir)], out) == [run], "a second evaluation uses the same folder"
+    assert {path: path.read_bytes() for path in tiny_study.rglob("*") if path.is_file()} == before
+    assert [each.dir for each in linked([Run(run_dir)], tiny_study)] == [run_dir]
+
+
+def test_out_that_holds_another_study_or_cannot_be_written_is_refused(
+    tiny_study: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data.json").write_text("{}")
+    with pytest.raises(UserError, match="choose another out="):
+        linked([Run(tiny_study / "solu_ln-s0")], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="set out= to another folder"):
+        linked([Run(tiny_study / "solu_ln-s0")], tmp_path / "file" / "mine")
+
+
+def test_evaluation_of_a_read_only_study_names_out(
+    tiny_study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tiny_study)
+    with pytest.raises(UserError, match=r"cannot write .*: set out= to a folder for the results"):
+        check_writable([Run(tiny_study / "solu_ln-s0")])

@@ -1,6 +1,7 @@
 """Write a study's report from its results.jsonl; with --wandb, save its dashboard too.
 
 soluscope report runs/demo
+soluscope report runs/demo out=mine    # for a study that cannot be written
 soluscope report runs/demo --wandb entity/project
 soluscope report runs/demo --wandb entity/project --dry-run    # prints the dashboard, sends nothing
 """
@@ -10,12 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from soluscope.commands import Command, Parser
+from soluscope.config import ReportConfig, load_typed
+from soluscope.config_help import help_lines
 
 
 def build_parser() -> Parser:
     """Return the parser of `soluscope report`."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, lambda: "\n".join(help_lines(ReportConfig)))
     parser.add_argument("study", type=Path, help="folder of a probed study")
+    parser.add_argument("words", nargs="*", default=[], help="key=value")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save the dashboard there")
     parser.add_argument("--dry-run", action="store_true", help="print what --wandb would save")
     return parser
@@ -28,15 +32,17 @@ def run(arguments: list[str]) -> None:
         build_parser().error(
             "--dry-run needs --wandb entity/project: it prints what --wandb would save"
         )
+    config = load_typed(ReportConfig, options.words)
     from soluscope.report import dashboard, publish
 
+    out = None if config.out is None else Path(config.out)
     where = None if options.wandb is None else dashboard.place(options.wandb)
     if where and options.dry_run:
         print(dashboard.preview(options.study, where))
         return
     if where:
         dashboard.sign_in()
-    print(f"report: {publish(options.study)}")
+    print(f"report: {publish(options.study, out)}")
     if where:
         print(f"dashboard: {dashboard.publish(options.study, where)}")
 

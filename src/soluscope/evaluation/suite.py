@@ -35,6 +35,7 @@ from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
+from soluscope.evaluation.elsewhere import check_writable, linked
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
@@ -77,12 +78,13 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     interrupted evaluation resumes where it stopped.
 
     Returns:
-        The study's results.jsonl.
+        The study's results.jsonl, or with out= that of the folder `out`.
 
     Raises:
-        UserError: if there is no finished run, a run cannot be read, or its tokens are gone.
+        UserError: if there is no finished run, a run cannot be read, its tokens are gone, or the results
+            cannot be written.
     """
-    runs = finished_runs(folder)
+    runs = _writable_runs(folder, config)
     study_dir = runs[0].dir.parent
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         _calibrated("controls", name, study_dir, say)
@@ -135,6 +137,15 @@ def finished_runs(folder: Path) -> list[Run]:
     return [Run(path) for path in sorted(trained | pretrained)]
 
 
+def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
+    """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
+    runs = finished_runs(folder)
+    if config.out is not None:
+        runs = linked(runs, Path(config.out))
+    check_writable(runs)
+    return runs
+
+
 def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
     """Print the calibration of the probes; with a study, store it for the study's report.
 
@@ -153,7 +164,7 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
 
     from soluscope.report import matrix
 
-    study_dir = finished_runs(folder)[0].dir.parent if folder else None
+    study_dir = _writable_runs(folder, config)[0].dir.parent if folder else None
     records: list[Record] = []
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         records += _calibrated(what, name, study_dir, say)
@@ -354,7 +365,7 @@ def _probe_files() -> tuple[str, ...]:
 def _rests_on(run: Run, config: EvalConfig) -> str:
     """Return a hash of the inputs and code of all summaries of a run, without the probes' own files."""
     settings = {
-        k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device")
+        k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device", "out")
     }
     made_from = "done.json"
     if (run.dir / ORIGIN).is_file():
@@ -500,7 +511,7 @@ def _pretrained(
 
 def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
     """Return the training curves: means over at most 60 stretches of metrics.jsonl."""
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf8").splitlines()]
     metrics = pd.DataFrame(lines)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
     points = []

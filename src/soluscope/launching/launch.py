@@ -63,8 +63,8 @@ class Evaluate:
         from soluscope import report
         from soluscope.evaluation import suite
 
-        suite.evaluate(self.study_dir, self.evaluation, jobs.say)
-        print(f"report: {report.publish(self.study_dir)}")
+        written = suite.evaluate(self.study_dir, self.evaluation, jobs.say)
+        print(f"report: {report.publish(written.parent)}")
 
 
 def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:
@@ -203,7 +203,7 @@ def _print_plan(sweep: Sweep) -> None:
         share = 0.0 if now.state == "done" else 1 - now.step / job.steps
         left_tokens, left_flops = left_tokens + share * tokens, left_flops + share * flops
     console = jobs.console()
-    console.print(plan)
+    console.print(jobs.fitted(plan, console.width))
     console.print(
         f"{jobs.counted(states)}; to go: {left_tokens:,.0f} tokens, {left_flops:.2e} FLOPs",
         highlight=False,
@@ -217,7 +217,7 @@ def _d_vocab(config: Config) -> int:
     prepared = config.tokens.prepared
     path = Path(prepared) if prepared else Path(config.tokens.cache_dir) / cache_key(config)
     try:
-        d_vocab: Any = TokenCache(path.expanduser()).meta["d_vocab"]
+        d_vocab: Any = TokenCache(path).meta["d_vocab"]
     except (OSError, ValueError, KeyError):
         return config.tokens.d_vocab
     return int(d_vocab)

@@ -42,12 +42,17 @@ OPTIMUM = {
 __all__ = ["build", "matrix", "publish", "table"]
 
 
-def publish(study_dir: Path) -> Path:
-    """Write the report, print its table and headline to the terminal, and return the report's path."""
+def publish(study_dir: Path, out: Path | None = None) -> Path:
+    """Write the report, print its table and headline to the terminal, and return the report's path.
+
+    Args:
+        study_dir: folder with results.jsonl.
+        out: folder of the report, if not the study's.
+    """
     from rich.console import Console
 
     records = results.read(study_dir / "results.jsonl")
-    path = _write(study_dir, records)
+    path = _write(out or study_dir, records)
     Console().print(table(records))
     return path
 
@@ -61,8 +66,8 @@ def build(study_dir: Path) -> Path:
     return _write(study_dir, results.read(study_dir / "results.jsonl"))
 
 
-def _write(study_dir: Path, records: list[Record]) -> Path:
-    path = study_dir / "report.html"
+def _write(folder: Path, records: list[Record]) -> Path:
+    path = folder / "report.html"
     write_text(path, page.render(records))
     return path
 
