@@ -521,6 +521,8 @@ def test_missing_variant_is_asked_for_with_the_list(words: tuple[str, ...]) -> N
         ("study=../up", "study='../up' is used in a folder's name"),
         ("study=..", "study='..' is used in a folder's name"),
         ("tag=a/b", "tag='a/b' is used in a folder's name"),
+        ("runs_dir=a::b", "runs_dir=a::b would be read as an address"),
+        ("runs_dir=s3://bucket/runs", "give a path of this machine"),
         ("study=" + 241 * "a", "study= gives a folder a name of 241 bytes, but at most 240"),
         ("tag=" + 121 * "é", "tag= gives a folder a name of 253 bytes, but at most 240"),
         # neither key=value nor a file

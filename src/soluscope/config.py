@@ -263,6 +263,11 @@ class Config:
                 f"{name}= gives a folder a name of {n_bytes} bytes, but at most {MOST_BYTES} are possible: "
                 f"shorten {name}=",
             )
+        check(
+            "::" not in self.runs_dir and "://" not in self.runs_dir,
+            f"runs_dir={self.runs_dir} would be read as an address when a checkpoint is saved: give a path "
+            "of this machine, without :: and ://",
+        )
         check(self.study != "", "study is empty: set it to the name of the study's folder")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
         check(
