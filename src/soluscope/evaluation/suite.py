@@ -63,7 +63,7 @@ CONTROLS = ".controls"
 TRAINING_POINTS = 60
 COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
-    "variants/",
+    "text.py", "variants/",
 )  # fmt: skip
 """Folders and modules of the package that compute the stored results of a run or define their form. A
 probe's own file affects only the results of that probe."""
