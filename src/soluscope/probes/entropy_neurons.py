@@ -201,7 +201,7 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
     """Yield the share of neurons discovered and confirmed, and the discovered neurons' excess.
 
     Neurons are discovered on one half of the documents and confirmed on the other. The excess is the
-    other half's mean of |TE - DE| - |DE| over the discovered neurons, or 0 if none is discovered.
+    other half's mean of |TE - DE| - |DE| over the discovered neurons; it is 0 if no neuron is discovered.
     """
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
