@@ -104,28 +104,6 @@ def _byte_of() -> dict[str, int]:
     return itself | dict(zip(others, sorted({*range(256)} - {*itself.values()}), strict=True))
 
 
-def readable(text: str) -> str:
-    """Return a token's text with escapes for characters that cannot be seen, such as `\\u200d`, and for bytes
-    that are only a part of a character, such as `\\xe4`.
-
-    Tabs and line ends are kept, and so are spaces beside other characters. Spaces alone are written as `\u2423`.
-    """
-    from rich.cells import cell_len
-
-    if not text.strip(" "):
-        return text.replace(" ", "\u2423")
-    unseen = text.isprintable() and cell_len(text) == 0  # a lone accent, for example
-    return "".join(
-        c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
-    )
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
-
-
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:
     """Train a byte-level BPE of `d_vocab` entries, or fewer if too few pairs recur in the texts.
 

@@ -31,7 +31,6 @@ from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compa
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
-from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
@@ -54,6 +53,7 @@ from soluscope.results import (
     Record,
     TokenValue,
     of_kind,
+    readable,
 )
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts, code_hash, commit

@@ -51,7 +51,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soluscope.data.tokenizer import readable
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
@@ -64,6 +63,7 @@ from soluscope.probes._attribution import (
 )
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
 from soluscope.probes._tokens import arrays
+from soluscope.results import readable
 
 Columns = dict[str, NDArray[np.floating]]
 """Measured values by quantity, each [token]."""
