@@ -382,9 +382,8 @@ class PretrainedConfig(EvalConfig):
         check(isinstance(given, dict), f"corpus={given}: set keys below corpus, as in corpus.…=")
         words = [f"corpus.{key}={as_word(value)}" for key, value in (corpus | given).items()]
         places = (f"tokens.tokenizer={tokenizer}", f"tokens.cache_dir={self.runs_dir}/.tokens")
-        variant = plugins.names("soluscope.variants")[
-            0
-        ]  # required, but without effect on the tokens
+        # A variant is required, but has no effect on the tokens.
+        variant = plugins.names("soluscope.variants")[0]
         return load_config([f"variant={variant}", "train.lr=1", f"data={data}", *words, *places])
 
 

@@ -426,9 +426,7 @@ class _Corpus:
                 self._skip(document.name, "contains a lone surrogate, which UTF-8 cannot encode")
                 continue
             text_hash = _hash(encoded)
-            identity = int.from_bytes(
-                text_hash[:16]
-            )  # an int needs less memory in a set than bytes
+            identity = int.from_bytes(text_hash[:16])  # needs less memory in a set than bytes
             if identity in seen:
                 self.n_duplicates += 1
                 continue

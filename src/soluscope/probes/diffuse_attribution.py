@@ -334,11 +334,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "ablation loss": [change, change, nan],
             "score": [1.8 * change, 1.8 * change, nan],
             "inverse outlier score (as published)": [2, 2, 2],
-            "score (as published)": [
-                change / 2 * 2,
-                change / 2 * 2,
-                0,
-            ],  # two targets in the prompt
+            # The prompt has two targets.
+            "score (as published)": [change / 2 * 2, change / 2 * 2, 0],
         },
     )
 
