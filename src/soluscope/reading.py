@@ -166,13 +166,7 @@ def _parsed(text: str, hint: Any, empty: Any = None) -> Any:
 def _build(node: yaml.Node, hint: Any) -> Any:
     """Return the value of a YAML node for a field of the type `hint`."""
     if isinstance(node, yaml.MappingNode):
-        _Loader("").flatten_mapping(node)  # YAML's merge key, <<
-        content: dict[str, Any] = {}
-        for key, child in node.value:
-            if key.value in content:
-                raise ValueError(f"the key {key.value!r} is given twice")
-            content[key.value] = _build(child, _below(hint, key.value))
-        return content
+        return _mapping(node, hint)
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, _below(hint)) for child in node.value]
     value = _Loader("").construct_object(node)
@@ -180,6 +174,25 @@ def _build(node: yaml.Node, hint: Any) -> Any:
     if value is None or not _is_text(hint) or (is_number and _is_number(hint)):
         return value
     return expanded(node.value) if _is_path(hint) else node.value
+
+
+def _mapping(node: yaml.MappingNode, hint: Any) -> dict[str, Any]:
+    """Return the values of a YAML mapping by key. `<<` adds the keys of other mappings that it lacks itself."""
+    content: dict[str, Any] = {}
+    added: dict[str, Any] = {}
+    for key, child in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError("a key is a list or a mapping: write it as text")
+        if key.tag == "tag:yaml.org,2002:merge":
+            for other in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                if not isinstance(other, yaml.MappingNode):
+                    raise ValueError("<< needs a mapping, as in '<<: *name'")
+                added = _mapping(other, hint) | added
+        elif key.value in content:
+            raise ValueError(f"the key {key.value!r} is given twice")
+        else:
+            content[key.value] = _build(child, _below(hint, key.value))
+    return added | content
 
 
 # --- types ----------------------------------------------------------------------------------------
