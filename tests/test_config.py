@@ -254,7 +254,7 @@ def test_home_and_environment_variables_are_replaced_in_every_path(
         words = [
             "variant=solu_gain", "size=tiny", "data=files", f"corpus.paths=[{path}, b]",
             f"mid.gain={path}", f"runs_dir={path}", f"tokens.cache_dir={path}",
-            f"tokens.prepared={path}", f"tokens.tokenizer={path}",
+            f"tokens.prepared={path}", f"tokens.tokenizer={path}", f"train.init_from={path}",
         ]  # fmt: skip
         config = load_config(words)
         content = {key: value for key, _, value in (word.partition("=") for word in words)}
@@ -271,6 +271,7 @@ def test_home_and_environment_variables_are_replaced_in_every_path(
         )  # fmt: skip
         tokens = config.tokens
         assert {tokens.cache_dir, tokens.prepared, tokens.tokenizer} == {absolute}
+        assert config.train.init_from == absolute
         pretrained = load_typed(
             PretrainedConfig, [f"prepared={path}", f"runs_dir={path}", f"study=[{path}, b]"]
         )

@@ -130,7 +130,7 @@ class TrainConfig:
     micro_batches: int = 1
     """Number of parts into which a step's batch is divided to save memory. The gradient is that of the whole
     batch."""
-    init_from: str | None = None
+    init_from: FilePath | None = None
     """Folder of a finished run, with whose weights training starts instead of random ones; {seed} in it stands for
     this run's seed. The schedule and the optimizer start at step 0, and the batches continue after that run's. The
     folder must stay until this run is finished. null: random weights."""
