@@ -450,7 +450,6 @@ from soluscope.text import readable
 made, write = [], cache._write
 cache._write = lambda *arguments: (made.append(1), write(*arguments))
 try:
-    print(cache.prepare(load_config(sys.argv[1:])).path, len(made))
 except UserError as error:
     sys.exit(f"error: {error}")
 """
@@ -1024,7 +1023,6 @@ from soluscope.text import readable
 asked = json.loads(sys.argv[1])
 params = Params(sets=[HubSet(**s) for s in asked.pop("sets")], **asked)
 try:
-    print(json.dumps([(d.name, d.text) for d in documents(params)]))
 except UserError as error:
     sys.exit(f"error: {error}")
 """

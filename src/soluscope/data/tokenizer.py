@@ -21,6 +21,9 @@ BOS, EOS, PAD = "<|BOS|>", "<|EOS|>", "<|PAD|>"
 LONGEST_WORD = 256
 """Maximum length in bytes of a word from which the BPE is learned; longer words are cut."""
 
+SPACES = "Ġ▁"
+"""The space before a word, as byte-level BPE and SentencePiece write it in a token."""
+
 # Usual names of the special tokens, in order of preference, for a tokenizer whose files do not name them.
 _USUAL = {
     "bos_token": (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>"),

@@ -111,7 +111,7 @@ def _scores(run: HookedRun) -> dict[str, Tensor]:
     removed = loss_at_post(run, torch.zeros_like(run.post)).double() - loss
     neurons = total.square() / size.square().sum(-1)
     diffuse = (dla > HIGH_DLA) & (largest < HIGH_NEURON * dla)
-    # As published: mid is set to 0, so the mid norm's bias remains, and the loss is the prompt's mean.
+    # The published score sets mid to 0, so the mid norm's bias remains, and averages the loss over the prompt.
     silent = run.readout.beta.expand_as(run.post)
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row]
@@ -334,11 +334,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "ablation loss": [change, change, nan],
             "score": [1.8 * change, 1.8 * change, nan],
             "inverse outlier score (as published)": [2, 2, 2],
-            "score (as published)": [
-                change / 2 * 2,
-                change / 2 * 2,
-                0,
-            ],  # two targets in the prompt
+            # The prompt has two targets.
+            "score (as published)": [change / 2 * 2, change / 2 * 2, 0],
         },
     )
 
