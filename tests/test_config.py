@@ -488,6 +488,19 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert "'model.d_modl'. Did you mean 'model.d_model'?" in refusal(*TINY, yaml)
 
 
+def test_unknown_parameter_of_a_variant_or_source_lists_the_known_ones() -> None:
+    assert refusal("variant=solu_ln", "mid.gain=3") == (
+        "no key called 'mid.gain'. Did you mean 'mid.kappa'? With variant=solu_ln the keys below mid are: mid.eps, "
+        "mid.kappa. --help lists all keys"
+    )
+    assert "With variant=solu the keys below mid are: none." in refusal(
+        "variant=solu", "mid.gain=3"
+    )
+    assert "With data=stdlib the keys below corpus are: corpus.max_mb." in refusal(
+        "variant=solu", "corpus.paths=[x]"
+    )
+
+
 def test_unknown_member_names_the_nearest_and_lists_all() -> None:
     message = refusal("variant=solu_frozen")
     assert message == (

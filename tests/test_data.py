@@ -446,10 +446,10 @@ import sys
 from soluscope.config import load_config
 from soluscope.data import cache
 from soluscope.errors import UserError
-from soluscope.text import readable
 made, write = [], cache._write
 cache._write = lambda *arguments: (made.append(1), write(*arguments))
 try:
+    print(cache.prepare(load_config(sys.argv[1:])).path, len(made))
 except UserError as error:
     sys.exit(f"error: {error}")
 """
@@ -1019,10 +1019,10 @@ HUB_DOCUMENTS = """
 import json, sys
 from soluscope.data.sources.hub import HubSet, Params, documents
 from soluscope.errors import UserError
-from soluscope.text import readable
 asked = json.loads(sys.argv[1])
 params = Params(sets=[HubSet(**s) for s in asked.pop("sets")], **asked)
 try:
+    print(json.dumps([(d.name, d.text) for d in documents(params)]))
 except UserError as error:
     sys.exit(f"error: {error}")
 """

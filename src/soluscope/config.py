@@ -322,7 +322,8 @@ class EvalConfig:
     prepared: FilePath | None = None
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
     out: FilePath | None = None
-    """Folder for the results and the report of a study that cannot be written. null: the study's folder."""
+    """Folder for the results and the report, if you may not write to the study's folder. null: the study's
+    folder."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
@@ -390,7 +391,7 @@ class PretrainedConfig(EvalConfig):
 @dataclass(frozen=True)
 class ReportConfig:
     out: FilePath | None = None
-    """Folder of the report, for a study that cannot be written. null: the study's folder."""
+    """Folder of the report, if you may not write to the study's folder. null: the study's folder."""
 
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
@@ -638,7 +639,12 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
         names = [name for name, _ in flatten(OmegaConf.to_container(base))]  # type: ignore[arg-type]
         known = sorted({*names, *(name.partition(".")[0] for name in names)})
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        section = key.partition(".")[0]
+        hint = f" Did you mean {near[0]!r}?" if near and near[0] != section else ""
+        owner = {"mid": "variant", "corpus": "data"}.get(section)
+        if owner and section in sections:
+            own = ", ".join(name for name in known if name.startswith(f"{section}."))
+            hint += f" With {owner}={base[owner]} the keys below {section} are: {own or 'none'}."
         raise UserError(f"no key called {key!r}.{hint} --help lists all keys") from error
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error

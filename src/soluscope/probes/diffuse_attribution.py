@@ -21,7 +21,7 @@ Reading:
     at the top positions well above the mean gain of all tokens. Where the gain is one constant (sd of log
     gain below .01) there is nothing to rank, and no correlation is reported. A correlation above 0 does not
     prove smearing. It shows that the gain is high where many neurons share an attribution that matters for
-    the loss; this also happens where a constant gain per neuron would suffice (`disjoint`: .69). P7 and P8
+    the loss; this also happens where other values of gamma would suffice (`disjoint`: .69). P7 and P8
     test whether a per-token gain is needed. Results marked "as published" come from the study's own test on
     the same tokens and do not distinguish smearing from its absence.
 
@@ -349,7 +349,7 @@ PROBE = Probe(
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
         Gate("smear_shared", f"{PARTIAL}, W_out permuted", within=0.1),
         Gate("smear_shared", "gain at top positions over all", above=0.1),
-        # A constant gain per neuron suffices in `disjoint`: neither number proves that a per-token gain is needed.
+        # Other values of gamma suffice in `disjoint`: neither number proves that a per-token gain is needed.
         Gate("disjoint", PARTIAL, above=0.1),
         Gate("disjoint", "gain at top positions over all", above=0.1),
         *(
