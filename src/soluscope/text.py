@@ -1,4 +1,4 @@
-"""Text of tokens as people see it."""
+"""Text as people see it: tokens, and nouns after a number."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def readable(text: str) -> str:
     return "".join(
         c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
     )
+
+
+def plural(n: int, noun: str) -> str:
+    """Return the noun as it stands after the number n: `seed` after 1, `seeds` after any other."""
+    return noun if n == 1 else f"{noun}s"
 
 
 def _escape(character: str) -> str:

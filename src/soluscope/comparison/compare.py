@@ -41,6 +41,7 @@ from soluscope.results import (
     Verdict,
     of_kind,
 )
+from soluscope.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -622,8 +623,9 @@ def _why_undefined(benefit: Interval) -> str:
     if benefit.n < 2:
         return f"{estimate} with one seed, which gives no interval for new seeds"
     if benefit.low is None or benefit.high is None:
-        noun = "document is" if benefit.n_clusters == 1 else "documents are"
-        return f"{estimate}; {benefit.n_clusters} {noun} too few for an interval"
+        n = benefit.n_clusters
+        be = "is" if n == 1 else "are"
+        return f"{estimate}; {n} {plural(n, 'document')} {be} too few for an interval"
     bounds = f"{estimate}, 95% interval for new seeds {benefit.low:+.4f} to {benefit.high:+.4f}"
     if benefit.high < 0:
         return f"{bounds}: the plain arm is better"
@@ -666,7 +668,7 @@ def _also(*notes: str) -> str:
 
 
 def _seeds(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+    return f"{n} {plural(n, 'seed')}"
 
 
 def _shared(*arms: _Arm) -> list[int]:

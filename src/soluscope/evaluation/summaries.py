@@ -21,6 +21,7 @@ from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Measured, Probe, Quantity
 from soluscope.results import Measurement, ProbeWords
 from soluscope.runs.weights import Facts, commit
+from soluscope.text import plural
 
 CURVE_POINTS = 24
 
@@ -143,7 +144,7 @@ class _Summary:
     def _filled(self, base: Measurement, interval: Interval) -> Measurement:
         why = ""
         if 0 < interval.n_clusters < MIN_CLUSTERS:
-            noun = self.cluster if interval.n_clusters == 1 else f"{self.cluster}s"
+            noun = plural(interval.n_clusters, self.cluster)
             why = (
                 f"no interval from {interval.n_clusters} {noun}: at least {MIN_CLUSTERS} are needed"
             )

@@ -20,6 +20,7 @@ from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
 from soluscope.runs.folder import Busy, Run, lock
+from soluscope.text import plural
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
 
@@ -288,7 +289,7 @@ def counted(states: Sequence[State]) -> str:
     """Return counts such as `4 jobs: 1 done, 3 waiting`."""
     kinds: tuple[State, ...] = ("done", "running", "resume", "waiting", "failed")
     parts = [f"{states.count(kind)} {kind}" for kind in kinds if kind in states]
-    return f"{len(states)} {'job' if len(states) == 1 else 'jobs'}: {', '.join(parts)}"
+    return f"{len(states)} {plural(len(states), 'job')}: {', '.join(parts)}"
 
 
 @contextmanager

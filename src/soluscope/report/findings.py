@@ -17,6 +17,7 @@ from soluscope.results import (
     Term,
     of_kind,
 )
+from soluscope.text import plural
 
 ENGAGED, IDLE = 0.5, 0.05
 """Median r above which a mid norm counts as active, and median r below which it counts as a static gain."""
@@ -274,7 +275,7 @@ def span(values: Iterable[float | None], decimals: int | None = None) -> str:
 
 
 def seeds(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+    return f"{n} {plural(n, 'seed')}"
 
 
 def envelope(rows: Sequence[Number]) -> tuple[float, float] | None:

@@ -41,6 +41,7 @@ from soluscope.results import (
     Term,
     of_kind,
 )
+from soluscope.text import plural
 
 NOT_PROBES = {"loss", "training", pretrained.PROBE}
 NOT_COUNTED = (
@@ -281,7 +282,7 @@ class _Arms:
         ]
         result: list[Block] = [Badges(badges)]
         if wrong:
-            noun = "control" if len(wrong) == 1 else "controls"
+            noun = plural(len(wrong), "control")
             text = f"This probe failed its {noun} {', '.join(wrong)}: do not cite its numbers."
             result.append(Paragraph(text, style="warn"))
         text = (

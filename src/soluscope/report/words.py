@@ -46,6 +46,7 @@ from soluscope.results import (
     Verdict,
     of_kind,
 )
+from soluscope.text import plural
 
 N_NAMED = 12
 """Largest number of arms that a sentence lists by name. With more arms, it lists their variants."""
@@ -187,7 +188,7 @@ def _not_summarised(records: list[Record]) -> list[str]:
 
 def not_citable(probe: str, wrong: Sequence[str]) -> str:
     """Return the sentence that replaces the numbers of a probe that failed its controls."""
-    noun = "control" if len(wrong) == 1 else "controls"
+    noun = plural(len(wrong), "control")
     return f"{probe} failed its {noun} {', '.join(wrong)}: do not cite its numbers."
 
 
@@ -203,9 +204,7 @@ def _basis(records: list[Record]) -> str:
     counts = sorted({seeds_of(records, arm) or _n_of_loss(records, arm) for arm in arms})
     each = " to ".join(dict.fromkeys([str(counts[0]), str(counts[-1])])) if counts else "0"
     noun = "seed" if each == "1" else "seeds"
-    n_runs, n_arms = (
-        f"{len(x)} {w}{'s'[: len(x) != 1]}" for x, w in ((runs, "run"), (arms, "arm"))
-    )
+    n_runs, n_arms = (f"{len(x)} {plural(len(x), w)}" for x, w in ((runs, "run"), (arms, "arm")))
     variants = sorted({record.variant for record in records if record.variant})
     named = arms if len(arms) <= N_NAMED else variants
     text = f"Compared here: {n_runs} of {n_arms} ({', '.join(named)}), {each} {noun} per arm"
@@ -213,8 +212,7 @@ def _basis(records: list[Record]) -> str:
     documents = max((row.n_clusters for row in losses), default=0)
     tokens = max((row.n for row in losses), default=0)
     if documents:
-        noun_of_documents = "document" if documents == 1 else "documents"
-        measured_on = f"{documents:,} {noun_of_documents}" + (
+        measured_on = f"{documents:,} {plural(documents, 'document')}" + (
             f" ({tokens:,} tokens)" if tokens else ""
         )
         text += f"; losses are measured on {measured_on} that were not used in training"

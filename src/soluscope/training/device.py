@@ -64,11 +64,11 @@ def _n_cores() -> int:
 def cpu_quota(root: Path = Path("/")) -> float:
     """Return the smallest CPU quota of this process's cgroup and of the cgroups above it, in cores.
 
-    Returns:
-        Infinity without a quota, or without cgroups.
-
     Args:
         root: folder that contains proc/ and sys/.
+
+    Returns:
+        Infinity without a quota, or without cgroups.
     """
     quotas = [math.inf]
     with suppress(OSError, ValueError):
