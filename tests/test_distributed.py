@@ -64,7 +64,9 @@ def together(alone: Run, runs_dir: Path) -> Run:
     assert [node.returncode for node in nodes] == [0, 0], (first, second)
     run = Run(runs_dir / "together" / "solu_ln-s0")
     assert first[0] == f"{run.dir} is finished\n"
-    assert second == ("", "")  # only the first process prints
+    # Only the first process prints. torchrun of the second node may log that the first node's has left before it.
+    assert second[0] == ""
+    assert [line for line in second[1].splitlines() if "torch/distributed/elastic" not in line] == []
     return run
 
 
