@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ def load_pretrained(
     weights = _weights_file(folder, name)
     model = SoluscopeTransformer(hooked_config, move_to_device=False)
     _load_weights(model, weights, config, repo or folder.name)
-    run = Path(name).resolve().name  # the last part of a name or path
+    # The last part of a name or path, with the letters that a folder's name may have.
+    run = re.sub(r"[^\w.+-]+", "-", Path(name).resolve().name)
     # A folder has no commit, so the hash of its weights identifies its content.
     commit = folder.name if repo is not None else _hash(weights, "sha256")
     variant = _variant(config, name)
