@@ -23,7 +23,7 @@ from typing import Any, Literal
 from soluscope.config import Config, for_others, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_text
-from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
+from soluscope.wandb_client import ANONYMOUS, PROJECT, is_disabled, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
 
@@ -36,12 +36,6 @@ START_SECONDS, FINISH_SECONDS = 30, 60
 MOST_LETTERS = 128
 """Longest name of a run, group or artifact that wandb accepts."""
 IDENTITY = "wandb.json"
-ANONYMOUS = {
-    "disable_git": True, "disable_code": True, "disable_job_creation": True, "x_disable_meta": True,
-    "x_disable_machine_info": True, "x_save_requirements": False, "host": "", "username": "", "email": "",
-}  # fmt: skip
-"""Settings without which wandb stores the names of machine and user, the command line, paths, the git remote, the
-source and the installed packages. The facts about the model hold the commit and the versions that matter."""
 
 
 # --- the mode -------------------------------------------------------------------------------------
