@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 from _wandb_server import WandbServer
-from conftest import HANGS_AFTER_S, ROOT
+from conftest import HANGS_AFTER_S, ROOT, tiny_config
 
 from soluscope import results, wandb_client
-from soluscope.config import read_config
+from soluscope.config import for_others, read_config, to_yaml
 from soluscope.training import wandb_run
 from soluscope.training.wandb_run import SENT_AGAIN, Tracker, mode_of
 
@@ -189,7 +189,8 @@ def test_runs_are_grouped_by_study_and_found_by_flat_keys(offline: Path) -> None
     }  # fmt: skip
     assert {key: logged.get(key) for key in expected} == expected
     assert not [key for key in logged if "." in key]
-    assert logged["resolved"] == json.loads(json.dumps(asdict(config)))
+    assert logged["resolved"] == json.loads(json.dumps(for_others(asdict(config))))
+    assert str(offline.parents[1]) not in json.dumps(logged)
 
 
 def test_the_model_is_an_artifact_that_says_what_it_is_and_is_not_copied(offline: Path) -> None:
@@ -197,9 +198,19 @@ def test_the_model_is_an_artifact_that_says_what_it_is_and_is_not_copied(offline
     assert (artifact["type"], artifact["name"]) == ("model", "whole-solu_ln-s0")
     assert json.loads(artifact["metadata"]) == json.loads((offline / "model.json").read_text())
     found = {entry["path"]: entry["local_path"] for entry in artifact["manifest"]["contents"]}
-    own = {name: offline / name for name in ("model.safetensors", "model.json", "config.yaml")}
+    saved = Path(found.pop("config.yaml"))
+    assert read_config(saved).hash == read_config(offline / "config.yaml").hash
+    assert str(offline.parents[1]) not in saved.read_text()
+    own = {name: offline / name for name in ("model.safetensors", "model.json")}
     expected = own | {"tokenizer.json": offline.parent / "tokenizer.json"}
     assert found == {name: str(path) for name, path in expected.items()}
+
+
+def test_wandb_stores_nothing_about_the_machine_the_user_and_the_command(offline: Path) -> None:
+    (stored,) = starts(offline)[0].glob("*.wandb")
+    content = stored.read_bytes()
+    for word in (str(ROOT / "train"), sys.executable, "CPython", "executable", "--study"):
+        assert word.encode() not in content, word
 
 
 def test_all_files_of_wandb_but_its_log_lie_in_the_run_folder(offline: Path, place: Path) -> None:
@@ -556,8 +567,9 @@ def test_names_that_wandb_gets_are_short_enough_and_distinct(n_letters: int) -> 
 def test_model_of_a_run_with_a_long_name_is_an_artifact(tmp_path: Path) -> None:
     run_dir = tmp_path / ("s" * 120) / ("r" * 120)
     run_dir.mkdir(parents=True)
-    for name in ("model.safetensors", "model.json", "config.yaml", "../tokenizer.json"):
+    for name in ("model.safetensors", "model.json", "../tokenizer.json"):
         (run_dir / name).write_text("x")
+    (run_dir / "config.yaml").write_text(to_yaml(tiny_config(tmp_path, "variant=solu")))
     facts = {"study": "s" * 120, "run": "r" * 120}
     assert len(wandb_run._model_artifact(run_dir, facts).name) <= 128
 

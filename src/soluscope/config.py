@@ -21,7 +21,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from soluscope import plugins
 from soluscope.errors import UserError
-from soluscope.files import digest
+from soluscope.files import digest, name_problem
 from soluscope.reading import (
     AsWritten,
     FilePath,
@@ -31,12 +31,13 @@ from soluscope.reading import (
     is_path,
     read_word,
     read_yaml,
+    without_folders,
 )
 
 T = TypeVar("T")
 
-MOST_BYTES = 240
-"""Longest name of a folder. Most file systems allow 255 bytes, and copies need some for a suffix."""
+MOST_SHOWN = 100
+"""Longest name that a message repeats."""
 YAML = (".yaml", ".yml")
 """Endings of YAML files."""
 
@@ -250,25 +251,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name in ("study", "tag"):
-            value = getattr(self, name)
-            check(
-                re.fullmatch(r"[\w.+-]*", value) is not None and value not in {".", ".."},
-                f"{name}={value!r} is used in a folder's name: use only letters, digits and _ . + -",
-            )
-        for name, value in (("study", self.study), ("tag", self.run_name)):
-            n_bytes = len(value.encode("utf8", "replace"))
-            check(
-                n_bytes <= MOST_BYTES,
-                f"{name}= gives a folder a name of {n_bytes} bytes, but at most {MOST_BYTES} are possible: "
-                f"shorten {name}=",
-            )
+        check(self.study != "", "study is empty: set it to the name of the study's folder")
+        for key, name in (("study", self.study), ("tag", self.run_name), ("tag", self.tag)):
+            problem = name_problem(name) if name else None
+            shown = repr(getattr(self, key)) if len(name) <= MOST_SHOWN else ""
+            check(problem is None, f"{key}={shown} {problem}")
         check(
             "::" not in self.runs_dir and "://" not in self.runs_dir,
             f"runs_dir={self.runs_dir} would be read as an address when a checkpoint is saved: give a path "
             "of this machine, without :: and ://",
         )
-        check(self.study != "", "study is empty: set it to the name of the study's folder")
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
         check(
             self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
@@ -554,9 +546,29 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
     return loaded
 
 
+def for_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run without the folders of this machine.
+
+    Settings without effect elsewhere are left out: folders of runs and tokens, and the mode of wandb. Other
+    absolute paths are the origin of a text, a gain or weights, and keep their last part.
+    """
+    _, schema = _typed(settings["variant"], settings["data"])
+    result: dict[str, Any] = without_folders(settings, schema)
+    tokens = {**result["tokens"]}
+    for section, key in (
+        (result, "runs_dir"),
+        (result, "wandb"),
+        (tokens, "cache_dir"),
+        (tokens, "prepared"),
+    ):
+        section.pop(key, None)
+    return result | {"tokens": tokens}
+
+
 def to_yaml(config: Any) -> str:
-    """Return a configuration as YAML, with all values resolved."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    """Return a configuration, or settings as a mapping, as YAML with all values resolved."""
+    values = config if isinstance(config, Mapping) else asdict(config)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -14,7 +14,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache, reduce
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -174,6 +174,19 @@ def _build(node: yaml.Node, hint: Any) -> Any:
     if value is None or not _is_text(hint) or (is_number and _is_number(hint)):
         return value
     return expanded(node.value) if _is_path(hint) else node.value
+
+
+def without_folders(value: Any, schema: Any) -> Any:
+    """Return `value` with only the last part of each absolute path, where `schema` declares paths."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(each, _below(schema, key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each, _below(schema)) for each in value]
+    if isinstance(value, str) and _is_path(schema):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute():
+                return kind(value).name
+    return value
 
 
 def _mapping(node: yaml.MappingNode, hint: Any) -> dict[str, Any]:

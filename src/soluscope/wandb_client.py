@@ -10,6 +10,12 @@ from soluscope.errors import UserError
 
 PROJECT = "soluscope"
 """Name of the wandb project of runs and sweeps, unless WANDB_PROJECT sets another name."""
+ANONYMOUS = {
+    "disable_git": True, "disable_code": True, "disable_job_creation": True, "x_disable_meta": True,
+    "x_disable_machine_info": True, "x_save_requirements": False, "host": "", "username": "", "email": "",
+}  # fmt: skip
+"""Settings without which wandb stores the names of machine and user, the command line, paths, the git remote, the
+source and the installed packages. The facts about the model hold the commit and the versions that matter."""
 
 
 def package() -> Any:

@@ -3,7 +3,7 @@
     soluscope export runs/demo/solu_ln-s0 out/
     soluscope export runs/demo/solu_ln-s0 out/ --push user/name
 
-The export holds the run's config.yaml unchanged, with the names of its folders. --push needs a token (HF_TOKEN, or
+The export holds the run's settings without the folders of this machine. --push needs a token (HF_TOKEN, or
 'hf auth login'). It creates a public repository if none exists, and replaces an earlier export in one commit.
 """
 

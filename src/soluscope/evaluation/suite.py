@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 
 from soluscope import plugins, results
 from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
+from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
@@ -411,7 +411,9 @@ class _Observed:
 
     def __init__(self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig) -> None:
         self.model, self.cache, self.config = model, cache, config
-        self.tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
+        self.tokenizer = from_bytes(
+            cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
+        )
         self._runs: dict[str, HookedRun] = {}
 
     def __call__(self, name: str) -> HookedRun:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
-from soluscope.files import write_text
+from soluscope.files import check_names, from_json, write_text
 from soluscope.runs.folder import Busy, Run, lock
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
@@ -44,6 +44,16 @@ class Job:
     """Name of the run folder in the study's folder."""
     steps: int
     tokens_a_step: int
+
+
+@dataclass(frozen=True)
+class JobList:
+    """Content of sweep.json."""
+
+    sweep: str
+    """Name of the sweep that was launched last."""
+    jobs: list[Job]
+    """Jobs of this sweep and of earlier sweeps in the study."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +194,8 @@ def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
     """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there."""
     with lock(study_dir / ".sweep"):
         listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
-        record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
-        write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
+        record = JobList(sweep, [*listed.values()])
+        write_text(study_dir / "sweep.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
@@ -198,9 +208,10 @@ def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
     if not path.is_file():
         return None, []
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
-        return record["sweep"], [Job(**job) for job in record["jobs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = from_json(path.read_bytes(), JobList)
+        check_names(*(job.run for job in record.jobs))
+        return record.sweep, record.jobs
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is broken ({error}): delete it and launch the sweep again"
         ) from error

@@ -173,6 +173,7 @@ def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -
                 init_timeout=START_SECONDS,
                 finish_timeout=FINISH_SECONDS,
                 finish_timeout_raises=True,
+                **wandb_client.ANONYMOUS,
             ),
         ) as run,
     ):

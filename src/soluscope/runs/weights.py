@@ -6,12 +6,13 @@ import ast
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -20,7 +21,7 @@ from torch import Tensor
 from soluscope import plugins
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.files import digest, write_bytes, write_text
+from soluscope.files import check_names, digest, from_json, write_bytes, write_text
 from soluscope.model import LanguageModel
 from soluscope.results import Step
 from soluscope.variants import chain_of, twin_of
@@ -128,15 +129,14 @@ def load_facts(run_dir: Path) -> Facts:
         state = "has not finished: finish training it" if run_dir.is_dir() else "does not exist"
         raise UserError(f"no model at {run_dir}: the run {state}")
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
+        record = from_json(path.read_bytes(), dict[str, Any])
         if "role" not in record:
-            record |= lineage(record["variant"])
-        else:
-            record["chain"] = tuple(Step(**step) for step in record["chain"])
-        origin = record.get("init_from")  # missing in files of older versions
-        record["init_from"] = None if origin is None else Origin(**origin)
-        return Facts(**{field.name: record[field.name] for field in fields(Facts)})
-    except (ValueError, KeyError, TypeError) as error:
+            record |= lineage(str(record.get("variant")))
+        facts = msgspec.convert(record, Facts)
+        origin = facts.init_from.run.split("/", 1) if facts.init_from else []
+        check_names(facts.run, facts.arm, facts.variant, facts.study, *origin)
+        return facts
+    except (ValueError, OSError) as error:
         raise UserError(
             f"{path} is broken ({error}): delete {run_dir} and train the run again"
         ) from error

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from soluscope.config import Config
+from soluscope.config import Config, for_others, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import digest, write_text
-from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
+from soluscope.wandb_client import ANONYMOUS, PROJECT, is_disabled, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
 
@@ -235,6 +235,7 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=FLUSH_SECONDS,
+            **ANONYMOUS,
         ),
     )
 
@@ -264,14 +265,17 @@ def _config(config: Config) -> dict[str, Any]:
         "lr": train.lr, "kappa": mid.epsilon(model.d_mlp) * model.d_mlp**2 if dosed else None,
         "gain": gain, "d_model": model.d_model, "d_mlp": model.d_mlp, "n_layers": model.n_layers,
         "ctx": model.ctx, "steps": train.steps, "batch_size": train.batch_size,
-        "tokens": train.steps * train.batch_size * model.ctx, "resolved": asdict(config),
+        "tokens": train.steps * train.batch_size * model.ctx, "resolved": for_others(asdict(config)),
     }  # fmt: skip
 
 
 def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
     name = _shortened(re.sub(r"[^A-Za-z0-9_.-]", "-", f"{facts['study']}-{facts['run']}"))
     artifact = package().Artifact(name, type="model", metadata=dict(facts))
-    paths = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
+    config = read_config(run_dir / "config.yaml")
+    with artifact.new_file("config.yaml", encoding="utf8") as file:
+        file.write(to_yaml(for_others(asdict(config))))
+    paths = [run_dir / file for file in ("model.safetensors", "model.json")]
     for path in (*paths, run_dir.parent / "tokenizer.json"):
         # skip_cache=True, because by default wandb first copies every model into the home folder.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
