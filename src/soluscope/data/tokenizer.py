@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soluscope.errors import UserError
+from soluscope.terminal import escape
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -116,14 +117,8 @@ def readable(text: str) -> str:
         return text.replace(" ", "\u2423")
     unseen = text.isprintable() and cell_len(text) == 0  # a lone accent, for example
     return "".join(
-        c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
+        c if c in "\t\n" or (c.isprintable() and not unseen) else escape(c) for c in text
     )
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:

@@ -57,6 +57,7 @@ from soluscope.results import (
 )
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts, code_hash, commit
+from soluscope.terminal import answer, console
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
@@ -71,7 +72,7 @@ probe's own file affects only the results of that probe."""
 Say = Callable[[str], None]
 
 
-def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
+def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
     """Probe every finished run below `folder` (or the run `folder` itself), then compare the study's runs.
 
     A probe is skipped if its results on a run exist and were made with the same configuration, so an
@@ -94,7 +95,7 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
     return write_results(study_dir)
 
 
-def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = print) -> Path:
+def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) -> Path:
     """Probe a pretrained model in its own study, and write the study's report.
 
     An interrupted evaluation resumes where it stopped.
@@ -146,7 +147,7 @@ def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
     return runs
 
 
-def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
+def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = answer) -> None:
     """Print the calibration of the probes; with a study, store it for the study's report.
 
     The calibration `what` is `controls` or `false-positives`.
@@ -160,15 +161,13 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
         UserError: if there is no finished run in `folder`; or if a control fails, after all results are
             printed.
     """
-    from rich.console import Console
-
     from soluscope.report import matrix
 
     study_dir = _writable_runs(folder, config)[0].dir.parent if folder else None
     records: list[Record] = []
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         records += _calibrated(what, name, study_dir, say)
-    Console().print(matrix(records))
+    console().print(matrix(records))
     if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
         write_results(study_dir)
     failed = sorted({gate.probe for gate in of_kind(records, GateResult) if not gate.passed})

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from soluscope import terminal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
 from soluscope.runs.folder import Busy, Run, lock
+from soluscope.terminal import say
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
 
@@ -255,7 +257,7 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
             "" if now.seconds_left is None else _duration(now.seconds_left),
             now.error or "",
         )
-        result.add_row(*(Text(cell) for cell in cells))
+        result.add_row(*(Text(terminal.shown(cell)) for cell in cells))
     if len(lines) > len(result.rows):
         result.caption = f"and {len(lines) - len(result.rows)} more, counted above"
     return result
@@ -281,9 +283,7 @@ def fitted(table: Table, width: int) -> Table:
 
 def console() -> Console:
     """Return a console for stdout; in a file or a pipe, its width is enough for the names of runs."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return terminal.console(width=None if sys.stdout.isatty() else 120)
 
 
 def counted(states: Sequence[State]) -> str:
@@ -300,17 +300,16 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
     On a terminal, each call updates a table. Otherwise, each call prints one line per changed state. stdout is
     left for the results of the command.
     """
-    from rich.console import Console
     from rich.live import Live
 
-    terminal = Console(stderr=True)
-    if terminal.is_terminal:
+    screen = terminal.console(stderr=True)
+    if screen.is_terminal:
 
         def drawn() -> Table:
-            rows = max(1, terminal.height - 7)
-            return fitted(table(study_dir, jobs, most=rows), terminal.width)
+            rows = max(1, screen.height - 7)
+            return fitted(table(study_dir, jobs, most=rows), screen.width)
 
-        with Live(drawn(), console=terminal, auto_refresh=False) as shown:
+        with Live(drawn(), console=screen, auto_refresh=False) as shown:
             yield lambda: shown.update(drawn(), refresh=True)
         return
     before: dict[str, State] = {}
@@ -344,8 +343,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def say(text: str) -> None:
-    """Print a message for the user on stderr."""
-    print(text, file=sys.stderr, flush=True)

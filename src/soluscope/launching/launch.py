@@ -17,6 +17,7 @@ from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
 from soluscope.runs.folder import Run
+from soluscope.terminal import answer
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
 
@@ -58,13 +59,13 @@ class Evaluate:
                 f"'soluscope probe {self.study_dir}' to probe the finished runs"
             )
         if not self.report:
-            print(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
+            answer(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
             return
         from soluscope import report
         from soluscope.evaluation import suite
 
         written = suite.evaluate(self.study_dir, self.evaluation, jobs.say)
-        print(f"report: {report.publish(written.parent)}")
+        answer(f"report: {report.publish(written.parent)}")
 
 
 def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from soluscope.config import Config
 from soluscope.errors import UserError
 from soluscope.files import digest, write_text
+from soluscope.terminal import say
 from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
@@ -205,7 +205,7 @@ def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
         if is_new:
             write_text(run_dir / IDENTITY, json.dumps(now | {"config": config.hash}) + "\n")
         if tell and run.url:
-            print(f"wandb: {run_dir.name} is at {run.url}", file=sys.stderr)
+            say(f"wandb: {run_dir.name} is at {run.url}")
         return Tracker(run, run_dir, is_new)
     except Exception as error:
         _warn(f"{run_dir.name} is not tracked: {one_line(error)}")
@@ -308,4 +308,4 @@ def _abandon(run: Any) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: wandb: {message}", file=sys.stderr)
+    say(f"warning: wandb: {message}")
