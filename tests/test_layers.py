@@ -88,7 +88,7 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "terminal", "files", "plugins", "results", "reading", "config", "config_help",
+    "errors", "terminal", "files", "plugins", "results", "reading", "config", "config_help", "memory",
     "wandb_client", "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
     "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip

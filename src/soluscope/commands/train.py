@@ -11,6 +11,7 @@ from __future__ import annotations
 from soluscope.commands import Command, Parser
 from soluscope.config import load_config, to_yaml
 from soluscope.config_help import train_help
+from soluscope.memory import check_training
 from soluscope.runs.folder import Run
 from soluscope.terminal import answer
 
@@ -32,6 +33,7 @@ def run(arguments: list[str]) -> None:
     if options.cfg:
         answer(*to_yaml(config).rstrip("\n").split("\n"))
         return
+    check_training(config)
     from soluscope.training.run import train  # imported late, so that mistakes are answered at once
 
     was_done = Run(config.run_dir).is_done()
