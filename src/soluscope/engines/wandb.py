@@ -20,7 +20,7 @@ from soluscope.launching.sweep import Sweep
 from soluscope.reading import as_word, read_yaml
 from soluscope.terminal import answer
 from soluscope.training.processes import torchrun
-from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
+from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"
 """Placeholder in a sweep's command that wandb replaces by a job's `key=value` words."""
@@ -64,15 +64,6 @@ def check(params: Params, sweep: Sweep) -> None:
             raise UserError(
                 f"wandb={config.wandb}, but with engine=wandb the runs report to the server: remove wandb="
             )
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        raise UserError(
-            f"WANDB_MODE={os.environ['WANDB_MODE']}, but with engine=wandb the runs report to the server: unset "
-            "WANDB_MODE"
-        )
-    require(
-        not is_disabled(),
-        "WANDB_DISABLED is set, but with engine=wandb the runs report to the server: unset WANDB_DISABLED",
-    )
     sign_in("engine=wandb", "choose another engine=")
 
 
