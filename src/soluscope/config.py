@@ -8,6 +8,7 @@ package is imported, so that `--help` and errors appear at once.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -338,16 +339,16 @@ class EvalConfig:
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
     out: FilePath | None = None
     """Folder for the results and the report of a study that cannot be written. null: the study's folder."""
+    wandb: Literal["offline", "online", "off"] | None = None
+    """Logging of the results to wandb. null: as the run was trained, if this user trained it here; else off."""
+    wait: bool = False
+    """true: wait while another process evaluates the study. false: refuse."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
             check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
         check(self.n_draws <= MOST_DRAWS, f"n_draws={self.n_draws} must be at most {MOST_DRAWS:,}")
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
-        check(
-            self.probes != [],
-            "probes=[] names no probe: name some, as in probes=[engagement], or omit probes= for all",
-        )
         for name in self.probes or ():
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 
@@ -374,6 +375,10 @@ class PretrainedConfig(EvalConfig):
         check(
             self.out is None,
             f"out={self.out} is for trained runs: for a pretrained model set runs_dir= instead",
+        )
+        check(
+            self.wandb in (None, "off"),
+            f"wandb={self.wandb} is for trained runs: omit it for a pretrained model",
         )
         if self.says_text:
             self.text(self.data or "hub", tokenizer="bpe")
@@ -581,6 +586,18 @@ def read_config(path: Path) -> Config:
     return to_config(_merge(_typed_base(variant, data), *_layers(_schema(variant, data), [path])))
 
 
+def to_json(config: Config) -> str:
+    """Return a configuration as one line of JSON, which `from_json` reads."""
+    return json.dumps(asdict(config))
+
+
+def from_json(text: str) -> Config:
+    """Return the configuration that `to_json` has described."""
+    values = json.loads(text)
+    base = _typed_base(values["variant"], values["data"])
+    return to_config(_merge(base, OmegaConf.create(values)))
+
+
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
     """Return a configuration without groups: the defaults of `schema` < configs/`default_file` < arguments."""
     files, overrides = _split_arguments(arguments)
@@ -588,6 +605,20 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
         files.insert(0, configs_dir() / default_file)
     merged = _merge(OmegaConf.structured(schema), *_layers(schema, files, overrides))
     loaded: T = _to_object(merged)
+    return loaded
+
+
+def load_evaluation(schema: type[T], arguments: Sequence[str]) -> T:
+    """Return the configuration of an evaluation: the defaults of `schema` < configs/eval.yaml < arguments.
+
+    Raises:
+        UserError: as `load_config`, and for words that ask for no probe.
+    """
+    loaded = load_typed(schema, arguments, "eval.yaml")
+    check(
+        getattr(loaded, "probes", None) != [],
+        "probes=[] names no probe: name some, as in probes=[engagement], or omit probes= for all",
+    )
     return loaded
 
 
@@ -688,7 +719,7 @@ def _of_file(path: Path, schema: Any) -> DictConfig:
 def _check_containers(base: DictConfig, layer: DictConfig, prefix: str = "") -> None:
     """Refuse a value in the place of a section, and keys in the place of a list."""
     for name, value in layer.items_ex(resolve=False):
-        key, node = f"{prefix}{name!s}", base._get_node(name)
+        key, node = f"{prefix}{name!s}", base._get_node(name, validate_access=False)
         if OmegaConf.is_dict(node) and OmegaConf.is_dict(value):
             _check_containers(node, value, f"{key}.")
         elif OmegaConf.is_dict(node) and value is not None:

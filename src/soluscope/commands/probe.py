@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soluscope.commands import Command, Parser
-from soluscope.config import YAML, EvalConfig, PretrainedConfig, load_typed, to_yaml
+from soluscope.config import YAML, EvalConfig, PretrainedConfig, load_evaluation, to_yaml
 from soluscope.config_help import eval_help
 from soluscope.errors import UserError
 from soluscope.reading import is_path
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> None:
     # A trained run's folder holds config.yaml; a repository of the hub holds config.json.
     is_study = folder is None or (folder.is_dir() and not (folder / "config.json").is_file())
     schema = EvalConfig if is_study or options.calibration else PretrainedConfig
-    config = load_typed(schema, [word for word in options.words if word not in named], "eval.yaml")
+    config = load_evaluation(schema, [word for word in options.words if word not in named])
     if options.cfg:
         answer(*to_yaml(config).rstrip("\n").split("\n"))
         return

@@ -20,7 +20,7 @@ from soluscope import terminal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
-from soluscope.runs.folder import Busy, Run, lock
+from soluscope.runs.folder import Busy, Run, holder
 from soluscope.terminal import say
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
@@ -108,7 +108,7 @@ def _train_when_free(config: Config, run: Run) -> None:
 
 def _wait_while_at_work(run: Run) -> None:
     if run.at_work():
-        say(f"{run.dir.name}: waiting, because another process is at work on it")
+        say(f"{run.dir.name}: waiting, because another process is at work on it{holder(run.dir)}")
         while run.at_work():
             time.sleep(POLL_S)
 
@@ -183,11 +183,13 @@ def standing(study_dir: Path, job: Job) -> Standing:
 
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
-    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there."""
-    with lock(study_dir / ".sweep"):
-        listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
-        record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
-        write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
+    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there.
+
+    The caller holds the study for its launch.
+    """
+    listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
+    record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
+    write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
