@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 from soluscope.errors import UserError
 from soluscope.files import write_text
+from soluscope.terminal import say
 
 MARGIN = 0.005
 """Smallest difference of losses that matters, in nats per token. Phi_dyn needs a larger benefit of LN.
@@ -454,9 +454,7 @@ def read(path: Path, study: Path | None = None) -> list[Record]:
 
 
 def _warn(path: Path, number: int, error: Exception) -> None:
-    print(
-        f"warning: {path} line {number} is not a record and is skipped ({error})", file=sys.stderr
-    )
+    say(f"warning: {path} line {number} is not a record and is skipped ({error})")
 
 
 def _finite(value: Any) -> Any:

@@ -41,6 +41,7 @@ from soluscope.data import tokenizer
 from soluscope.data.sources import Source, warn
 from soluscope.errors import UserError
 from soluscope.files import digest, write_bytes, write_text
+from soluscope.terminal import console, say
 
 Split = Literal["train", "select", "report"]
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -454,7 +455,6 @@ def _progress(doing: str) -> Iterator[Callable[[_Placed], None]]:
     if not sys.stderr.isatty():
         yield lambda document: None
         return
-    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
     columns = (
@@ -462,7 +462,7 @@ def _progress(doing: str) -> Iterator[Callable[[_Placed], None]]:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console(stderr=True)) as progress:
         task = progress.add_task(doing, total=None, n_documents=0)
         numbers = itertools.count(1)
         yield lambda document: progress.update(
@@ -557,14 +557,13 @@ def _texts_to_learn(documents: Iterator[_Placed], tokens: TokensConfig) -> Itera
         if length := tokenizer.long_word(document.text):
             n_long += 1
             if n_long <= _MOST_NAMED:
-                print(
+                say(
                     f"{document.name}: a word of {length:,} bytes is cut into parts of "
-                    f"{tokenizer.LONGEST_WORD} to learn the tokenizer",
-                    file=sys.stderr,
+                    f"{tokenizer.LONGEST_WORD} to learn the tokenizer"
                 )
         yield document.text
     if n_long > _MOST_NAMED:
-        print(f"{n_long - _MOST_NAMED} more documents have such words", file=sys.stderr)
+        say(f"{n_long - _MOST_NAMED} more documents have such words")
 
 
 def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:
@@ -644,7 +643,7 @@ def _lock(path: Path, doing: str) -> Iterator[None]:
     try:
         held = file.acquire(timeout=0)
     except Timeout:
-        print(f"waiting: another process {doing}", file=sys.stderr)
+        say(f"waiting: another process {doing}")
         held = file.acquire()
     with held:
         yield

@@ -37,6 +37,7 @@ from soluscope.hooked.pretrained import load_pretrained, repository_of
 from soluscope.results import Measurement
 from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import Facts
+from soluscope.terminal import answer
 
 ORIGIN = "pretrained.json"
 
@@ -83,7 +84,7 @@ def read_origin(run_dir: Path) -> Origin | None:
         ) from error
 
 
-def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = print) -> Path:
+def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = answer) -> Path:
     """Create or update the run folder of a pretrained model: its facts, tokenizer and text.
 
     Args:

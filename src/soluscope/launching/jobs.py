@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from soluscope import terminal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import check_names, from_json, write_text
-from soluscope.runs.folder import Busy, Run, lock
+from soluscope.runs.folder import Busy, Run, holder
+from soluscope.terminal import say
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
 
@@ -116,7 +118,7 @@ def _train_when_free(config: Config, run: Run) -> None:
 
 def _wait_while_at_work(run: Run) -> None:
     if run.at_work():
-        say(f"{run.dir.name}: waiting, because another process is at work on it")
+        say(f"{run.dir.name}: waiting, because another process is at work on it{holder(run.dir)}")
         while run.at_work():
             time.sleep(POLL_S)
 
@@ -191,11 +193,13 @@ def standing(study_dir: Path, job: Job) -> Standing:
 
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
-    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there."""
-    with lock(study_dir / ".sweep"):
-        listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
-        record = JobList(sweep, [*listed.values()])
-        write_text(study_dir / "sweep.json", json.dumps(asdict(record), indent=1) + "\n")
+    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there.
+
+    The caller holds the study for its launch.
+    """
+    listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
+    record = JobList(sweep, [*listed.values()])
+    write_text(study_dir / "sweep.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
@@ -264,7 +268,7 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
             "" if now.seconds_left is None else _duration(now.seconds_left),
             now.error or "",
         )
-        result.add_row(*(Text(cell) for cell in cells))
+        result.add_row(*(Text(terminal.shown(cell)) for cell in cells))
     if len(lines) > len(result.rows):
         result.caption = f"and {len(lines) - len(result.rows)} more, counted above"
     return result
@@ -290,9 +294,7 @@ def fitted(table: Table, width: int) -> Table:
 
 def console() -> Console:
     """Return a console for stdout; in a file or a pipe, its width is enough for the names of runs."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return terminal.console(width=None if sys.stdout.isatty() else 120)
 
 
 def counted(states: Sequence[State]) -> str:
@@ -309,17 +311,16 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
     On a terminal, each call updates a table. Otherwise, each call prints one line per changed state. stdout is
     left for the results of the command.
     """
-    from rich.console import Console
     from rich.live import Live
 
-    terminal = Console(stderr=True)
-    if terminal.is_terminal:
+    screen = terminal.console(stderr=True)
+    if screen.is_terminal:
 
         def drawn() -> Table:
-            rows = max(1, terminal.height - 7)
-            return fitted(table(study_dir, jobs, most=rows), terminal.width)
+            rows = max(1, screen.height - 7)
+            return fitted(table(study_dir, jobs, most=rows), screen.width)
 
-        with Live(drawn(), console=terminal, auto_refresh=False) as shown:
+        with Live(drawn(), console=screen, auto_refresh=False) as shown:
             yield lambda: shown.update(drawn(), refresh=True)
         return
     before: dict[str, State] = {}
@@ -353,8 +354,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def say(text: str) -> None:
-    """Print a message for the user on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ from soluscope.report.findings import (
     tuned,
 )
 from soluscope.results import Grid, Record, Term
+from soluscope.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -49,11 +50,9 @@ def publish(study_dir: Path, out: Path | None = None) -> Path:
         study_dir: folder with results.jsonl.
         out: folder of the report, if not the study's.
     """
-    from rich.console import Console
-
     records = results.read(study_dir / "results.jsonl")
     path = _write(out or study_dir, records)
-    Console().print(table(records))
+    console().print(table(records))
     return path
 
 

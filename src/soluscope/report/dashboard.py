@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -105,11 +104,6 @@ def sign_in() -> None:
             reached.
     """
     _installed()
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":
-        raise UserError(
-            f"WANDB_MODE={mode}, but --wandb needs WANDB_MODE=online: unset WANDB_MODE, or add --dry-run"
-        )
     wandb_client.sign_in("--wandb", "add --dry-run, which needs none")
 
 

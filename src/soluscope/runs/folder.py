@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +31,7 @@ from soluscope import plugins
 from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
 from soluscope.files import write_text
+from soluscope.terminal import say
 
 if TYPE_CHECKING:
     from soluscope.model import LanguageModel
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
 
 LOCK_PATIENCE_S = 1.0
 """Seconds for which `lock` tries, because a process that only tests the lock holds it for an instant."""
+HOLDER = ".held_by.json"
+"""File beside the lock with the process that holds it."""
 ASK_PATIENCE_S = 0.05
 """Seconds for which `Run.at_work` tries, because another process may test the lock at the same moment."""
 
@@ -224,23 +230,64 @@ class Run:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(
+    folder: Path,
+    wait: bool = False,
+    knob: str = "set tag= or study=",
+) -> Iterator[None]:
     """Hold `folder` for this process. If the process is killed, the kernel releases the lock.
 
+    Args:
+        folder: the folder, which is created if it does not exist.
+        wait: True to wait while another process holds the folder.
+        knob: advice for a user who cannot wait.
+
     Raises:
-        Busy: if another process holds the folder.
+        Busy: if another process holds the folder; the message names the process.
         UserError: if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock").acquire(timeout=LOCK_PATIENCE_S)
-    except Timeout as error:
-        raise Busy(
-            f"another process is at work in {folder}: wait until it ends, or set tag= or study="
-        ) from error
+        held = _acquired(folder, wait, knob)
+        write_text(folder / HOLDER, json.dumps(_this_process()) + "\n")
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}; set runs_dir to another folder"
         ) from error
     with held:
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / HOLDER).unlink(missing_ok=True)
+
+
+def _acquired(folder: Path, wait: bool, knob: str) -> contextlib.AbstractContextManager[Any]:
+    file = FileLock(folder / ".lock")
+    try:
+        return file.acquire(timeout=LOCK_PATIENCE_S)
+    except Timeout as error:
+        if not wait:
+            raise Busy(
+                f"another process is at work in {folder}{holder(folder)}: wait until it ends, or {knob}"
+            ) from error
+    say(f"waiting, because another process is at work in {folder}{holder(folder)}")
+    return file.acquire()
+
+
+def holder(folder: Path) -> str:
+    """Return the process that holds a folder, with a space before it, or nothing if it is unknown."""
+    try:
+        known = json.loads((folder / HOLDER).read_text(encoding="utf8"))
+        return f" (process {int(known['pid'])} on {str(known['host'])[:100]} since {str(known['since'])[:30]})"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
+def _this_process() -> dict[str, Any]:
+    now = datetime.now().astimezone()
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": now.isoformat(sep=" ", timespec="seconds"),
+    }

@@ -43,7 +43,7 @@ from soluscope.runs.weights import (
 )
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
-from soluscope.training.device import on_cuda, set_threads, with_precision
+from soluscope.training.device import check_memory, on_cuda, set_threads, with_precision
 from soluscope.training.init_from import origin_of
 from soluscope.training.module import TrainingModule
 from soluscope.training.processes import (
@@ -74,6 +74,7 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
             diverges.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
+    check_memory(config)
     config = with_precision(config)
     set_threads(config)
     run = Run(config.run_dir)
