@@ -153,7 +153,8 @@ def load_pretrained(
         hooked_act_fn=config.act_fn, ln_eps=model.cfg.eps, gain=None,
         mid_norm="LayerNorm" if _has_mid_norm(model) else None,
         eps=model.cfg.eps if _has_mid_norm(model) else None,
-        bos=special["bos"], eos=special["eos"], pad=special["pad"], tokenizer_hash=_hash(tokenizer, "sha256"), **_training(config),
+        bos=special["bos"], eos=special["eos"], pad=special["pad"],
+        tokenizer_hash=_hash(tokenizer, "sha256"), **_training(config),
         config=digest([repo or "", commit]), commit=commit, versions=versions(),
     )  # fmt: skip
     model.set_tokenizer(load_tokenizer(tokenizer, model.facts))
