@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soluscope.errors import UserError
+from soluscope.files import MARK, write_text
 from soluscope.runs.folder import Run
 
 WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "failed.json"}
@@ -16,6 +17,8 @@ WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "fai
 def linked(runs: Sequence[Run], out: Path) -> list[Run]:
     """Return the runs as folders in `out`, with links to their files and to those of their study.
 
+    A link leads out of `out` to its own place in the study, which the file `MARK` names; nothing else may.
+
     Raises:
         UserError: if `out` cannot be written, or has files of another study.
     """
@@ -24,6 +27,7 @@ def linked(runs: Sequence[Run], out: Path) -> list[Run]:
         return list(runs)
     try:
         _link([path for path in study_dir.iterdir() if not _is_run(path)], out)
+        write_text(out / MARK, f"{study_dir}\n")
         for run in runs:
             _link(list(run.dir.resolve().iterdir()), out / run.dir.name)
     except OSError as error:

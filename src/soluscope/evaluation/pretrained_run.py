@@ -30,7 +30,7 @@ from soluscope.data.cache import (
 )
 from soluscope.errors import UserError
 from soluscope.evaluation.summaries import about_run
-from soluscope.files import write_bytes, write_text
+from soluscope.files import read_json, write_bytes, write_text
 from soluscope.hooked.activations import HookedRun, check_model
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained, repository_of
@@ -75,12 +75,7 @@ def read_origin(run_dir: Path) -> Origin | None:
     path = run_dir / ORIGIN
     if not path.is_file():
         return None
-    try:
-        return Origin(**json.loads(path.read_text(encoding="utf8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is broken ({error}): delete {run_dir} to create it again"
-        ) from error
+    return read_json(path, Origin, f"delete {run_dir} to create it again")
 
 
 def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = print) -> Path:

@@ -55,7 +55,7 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import Run
+from soluscope.runs.folder import Run, check_study_links, warn
 from soluscope.runs.weights import Facts, code_hash, commit
 
 PACKAGE = "soluscope.probes"
@@ -127,14 +127,32 @@ def finished_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: if there is no finished run.
     """
-    folder = folder if folder.name else folder.resolve()  # "." has no parent
+    if folder.is_symlink() or not folder.name:  # "." has no parent
+        folder = folder.resolve()
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
-        return [Run(folder)]
-    trained = {path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done()}
-    pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
-    if not trained | pretrained:
+        runs = [Run(folder)]
+    else:
+        begun = {path.parent for path in folder.glob("*/done.json")}
+        pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
+        runs = [
+            run
+            for run in map(Run, sorted(begun | pretrained))
+            if run.dir in pretrained or _is_whole(run)
+        ]
+    if not runs:
         raise UserError(f"no finished run in {folder}: train some with 'soluscope train' first")
-    return [Run(path) for path in sorted(trained | pretrained)]
+    check_study_links(runs[0].dir.parent, *runs)
+    return runs
+
+
+def _is_whole(run: Run) -> bool:
+    """Return whether a run with a done.json is finished. If a file of it is missing or broken, print a warning."""
+    try:
+        run.check_done()
+    except UserError as error:
+        warn(f"{run.dir} is left out: {error}")
+        return False
+    return True
 
 
 def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
@@ -509,12 +527,18 @@ def _pretrained(
     return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
 
 
-def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
-    """Return the training curves: means over at most 60 stretches of metrics.jsonl."""
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf8").splitlines()]
-    metrics = pd.DataFrame(lines)
+def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:
+    """Return the training curves: means over at most 60 stretches of metrics.jsonl.
+
+    Without a row that can be read, a record gives the reason.
+    """
+    rows = run.rows()
+    if not rows:
+        note = f"{run.metrics.name} has no rows: it is missing or broken"
+        return [LeftOut(**about, probe="training", note=note)]
+    metrics = pd.DataFrame(rows)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
-    points = []
+    points: list[Measurement | LeftOut] = []
     for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
         stretch = metrics.iloc[part]
         points += [

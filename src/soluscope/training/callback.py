@@ -89,10 +89,9 @@ class TrainingCallback(lightning.Callback):
         self._listen()
         set_threads(self.config)  # Lightning may have changed the number of threads
         if trainer.is_global_zero:
-            rows = _complete_lines(self.run.metrics)
-            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
-            write_text(self.run.metrics, "".join(line + "\n" for line in kept))
-            self.tracker.catch_up([json.loads(line) for line in kept])
+            kept = [row for row in self.run.rows() if row["step"] <= trainer.global_step]
+            write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            self.tracker.catch_up(kept)
         self.progress.update(self.bar, completed=trainer.global_step)
 
     def _listen(self) -> None:
@@ -234,8 +233,3 @@ def gain_medians(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[s
         "r": float((1 - norm.eps / square).median()),
         "gain": float(square.rsqrt().median()),
     }
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Return the complete lines of a file; a killed process may have left the last one unfinished."""
-    return path.read_text(encoding="utf8").split("\n")[:-1] if path.is_file() else []

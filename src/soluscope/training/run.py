@@ -28,7 +28,7 @@ from soluscope.config import Config, differences
 from soluscope.data.cache import SPLITS, Split, TokenCache, prepare, share_with_study
 from soluscope.data.streams import evenly_spaced
 from soluscope.errors import Stopped, UserError
-from soluscope.files import write_text
+from soluscope.files import checksum, write_text
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm
 from soluscope.runs.folder import Run
@@ -198,7 +198,7 @@ def _finish(
     n_rows = len(cache.rows("train", config.model.ctx))
     done = losses | {
         "steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1),
-        "weights_bytes": run.weights.stat().st_size,
+        "weights_bytes": run.weights.stat().st_size, "weights_sha256": checksum(run.weights),
         "epochs": round(config.train.steps * config.train.batch_size / n_rows, 3),
     }  # fmt: skip
     tracker.finish(done, asdict(facts))

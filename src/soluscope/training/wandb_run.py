@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.files import digest, write_text
+from soluscope.files import digest, read_json, write_text
 from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
 
 Mode = Literal["online", "offline", "off"]
@@ -240,13 +240,24 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
     )
 
 
+class Identity(TypedDict, total=False):
+    """Content of wandb.json: the place of a run in wandb."""
+
+    id: str
+    project: str
+    entity: str | None
+    config: str
+    """Hash of the run's configuration."""
+    probes: dict[str, str]
+    """Hash of each probe's results that were sent."""
+
+
 def identity(run_dir: Path) -> dict[str, Any]:
     """Return the content of wandb.json; empty if the file is missing or broken."""
     try:
-        known = json.loads((run_dir / IDENTITY).read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        return {**read_json(run_dir / IDENTITY, Identity, "")}
+    except UserError:
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _config(config: Config) -> dict[str, Any]:
