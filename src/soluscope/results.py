@@ -414,12 +414,13 @@ def write(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
-def read(path: Path, study: Path | None = None) -> list[Record]:
+def read(path: Path, study: Path | None = None, whole: bool = False) -> list[Record]:
     """Read the records of `path`. A line that cannot be read is skipped with a warning on stderr.
 
     Args:
         path: a file of records.
         study: folder of the study whose evaluation writes the file; by default the file's own folder.
+        whole: True to refuse a file with a line that cannot be read.
 
     Raises:
         UserError: if there is no such file, none of its lines can be read, or another version wrote it.
@@ -434,10 +435,10 @@ def read(path: Path, study: Path | None = None) -> list[Record]:
             if kind in KINDS:
                 records.append(from_json(content, KINDS[kind]))
         except ValueError as error:
-            print(
-                f"warning: {path} line {number} is not a record and is skipped ({reason(error)})",
-                file=sys.stderr,
-            )
+            problem = f"{path} line {number} is not a record"
+            if whole:
+                raise UserError(f"{problem} ({reason(error)}): {command}") from error
+            print(f"warning: {problem} and is skipped ({reason(error)})", file=sys.stderr)
             continue
         if kind not in KINDS:
             raise UserError(

@@ -318,7 +318,15 @@ def open_cache(path: Path) -> TokenCache:
                 "prepare the tokens again with this version"
             )
         problem = cache._problem()
-    except (OSError, ValueError, EOFError, KeyError, TypeError, ArithmeticError, SyntaxError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        SyntaxError,
+    ) as error:
         problem = f"{type(error).__name__}: {reason(error)}"
     if problem:
         raise UserError(_incomplete(path, problem))
@@ -346,7 +354,9 @@ class TokenCache:
         self.meta = from_json((path / "meta.json").read_bytes(), Meta)
         least = [self.meta["bos"], self.meta["eos"], self.meta["pad"]]
         if not 0 <= min(least) <= max(least) < self.meta["d_vocab"] <= 2**32:
-            raise ValueError(f"BOS, EOS and PAD are not tokens below d_vocab={self.meta['d_vocab']}")
+            raise ValueError(
+                f"BOS, EOS and PAD are not tokens below d_vocab={self.meta['d_vocab']}"
+            )
         if missing := {"data", "tokens.d_vocab", "tokens.tokenizer"} - self.meta["asked"].keys():
             raise ValueError(f"`asked` lacks {', '.join(sorted(missing))}")
 
@@ -486,7 +496,9 @@ class Rows:
         """
         rows = np.full((len(indices), self._ctx), self._bos, dtype=np.int64)
         rows[:, 1:] = self._stream[self._places(indices)]
-        if rows.size and rows.max() >= self._d_vocab:  # only a cache without checksums gets this far
+        if (
+            rows.size and rows.max() >= self._d_vocab
+        ):  # only a cache without checksums gets this far
             problem = f"it contains the token {rows.max()}, but has d_vocab={self._d_vocab}"
             raise UserError(_incomplete(self._names_path.parent, problem))
         return rows
@@ -677,7 +689,9 @@ def _write(config: Config, key: str, folder: Path) -> None:
         "skipped": {"count": corpus.n_skipped, "why": corpus.skipped},
         "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         "sha256": {
-            name: checksum(folder / name) for split in SPLITS for name in (f"{split}.{end}" for end in ENDS)
+            name: checksum(folder / name)
+            for split in SPLITS
+            for name in (f"{split}.{end}" for end in ENDS)
         },
     }
     (folder / "tokenizer.json").write_bytes(tokenizer_json)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from soluscope.errors import UserError
 from soluscope.files import MARK, write_text
-from soluscope.runs.folder import Run
+from soluscope.runs.folder import Run, check_study_links
 
 WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "failed.json"}
 """Files and folders of a study or a run that are not linked, because evaluation writes them or its words."""
@@ -34,7 +34,9 @@ def linked(runs: Sequence[Run], out: Path) -> list[Run]:
         raise UserError(
             f"cannot write {out}: {error.strerror}; set out= to another folder"
         ) from error
-    return [Run(out / run.dir.name) for run in runs]
+    found = [Run(out / run.dir.name) for run in runs]
+    check_study_links(out, *found)
+    return found
 
 
 def check_writable(runs: Sequence[Run]) -> None:

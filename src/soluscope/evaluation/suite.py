@@ -40,7 +40,7 @@ from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.evaluation.wandb_probes import send_probes
-from soluscope.files import digest, replacing, write_text
+from soluscope.files import digest, read_json, reason, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run
@@ -55,7 +55,7 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import Run, check_study_links, warn
+from soluscope.runs.folder import Run, check_study_links
 from soluscope.runs.weights import Facts, code_hash, commit
 
 PACKAGE = "soluscope.probes"
@@ -84,7 +84,7 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
         UserError: if there is no finished run, a run cannot be read, its tokens are gone, or the results
             cannot be written.
     """
-    runs = _writable_runs(folder, config)
+    runs = _writable_runs(folder, config, say)
     study_dir = runs[0].dir.parent
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         _calibrated("controls", name, study_dir, say)
@@ -121,43 +121,39 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
     say(f"{prefix} {text}")
 
 
-def finished_runs(folder: Path) -> list[Run]:
+def finished_runs(folder: Path, say: Say | None = None) -> list[Run]:
     """Return the finished runs and pretrained models: `folder` itself, or the folders directly in it.
 
+    Args:
+        folder: a run, a study, or the run folder of a pretrained model.
+        say: function called with a line about each run that is left out, because it is not finished or broken.
+
     Raises:
-        UserError: if there is no finished run.
+        UserError: if there is no finished run, or one has a link that leads out of the study.
     """
     if folder.is_symlink() or not folder.name:  # "." has no parent
         folder = folder.resolve()
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
         runs = [Run(folder)]
     else:
-        begun = {path.parent for path in folder.glob("*/done.json")}
-        pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
-        runs = [
-            run
-            for run in map(Run, sorted(begun | pretrained))
-            if run.dir in pretrained or _is_whole(run)
-        ]
+        runs = []
+        for run in map(Run, sorted(path for path in folder.glob("*") if path.is_dir())):
+            try:
+                if not (run.dir / ORIGIN).is_file():
+                    run.check_done()
+                runs.append(run)
+            except UserError as error:
+                if say and run.config_file.is_file():
+                    say(f"{run.dir.name} is left out: {error}")
     if not runs:
         raise UserError(f"no finished run in {folder}: train some with 'soluscope train' first")
     check_study_links(runs[0].dir.parent, *runs)
     return runs
 
 
-def _is_whole(run: Run) -> bool:
-    """Return whether a run with a done.json is finished. If a file of it is missing or broken, print a warning."""
-    try:
-        run.check_done()
-    except UserError as error:
-        warn(f"{run.dir} is left out: {error}")
-        return False
-    return True
-
-
-def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
+def _writable_runs(folder: Path, config: EvalConfig, say: Say) -> list[Run]:
     """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
-    runs = finished_runs(folder)
+    runs = finished_runs(folder, say)
     if config.out is not None:
         runs = linked(runs, Path(config.out))
     check_writable(runs)
@@ -182,7 +178,7 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
 
     from soluscope.report import matrix
 
-    study_dir = _writable_runs(folder, config)[0].dir.parent if folder else None
+    study_dir = _writable_runs(folder, config, say)[0].dir.parent if folder else None
     records: list[Record] = []
     for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
         records += _calibrated(what, name, study_dir, say)
@@ -209,7 +205,10 @@ def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[
         _discard_stale(folder, code_hash(*COMPUTES, "controls/", but=_probe_files()), say)
         path = folder / f"{what}-{name}.jsonl"
         if path.is_file():
-            return results.read(path, study_dir)
+            try:
+                return results.read(path, study_dir, whole=True)
+            except UserError as error:
+                say(f"{path.name} is computed again: {error}")
     say(f"{what} of {name}")
     records = [stored_words(name, plugins.pick(PACKAGE, name), study), *ask(name, study=study)]
     if path:
@@ -235,7 +234,7 @@ def write_results(study_dir: Path) -> Path:
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run.facts)
-            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run)))
+            losses.append(_read_losses(run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
         records += compare(study_dir.name, table, commit(), _lineages(compared))
@@ -321,9 +320,7 @@ def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
     origin = read_origin(run.dir)
     course = () if origin else ("training",)
     waiting = [
-        name
-        for name in (*course, "loss", "tokens", *names)
-        if not (folder / f"{name}.jsonl").is_file()
+        name for name in (*course, "loss", "tokens", *names) if not _is_measured(run, name, say)
     ]
     if not waiting:
         say("probed already")
@@ -348,6 +345,53 @@ def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
         results.write(folder / f"{name}.jsonl", records)
 
 
+def _is_measured(run: Run, name: str, say: Say) -> bool:
+    """Return whether the results of the probe `name` are there and can be read."""
+    path = run.dir / "probes" / f"{name}.jsonl"
+    if not path.is_file():
+        return False
+    try:
+        results.read(path, run.dir.parent, whole=True)
+        if name == "loss" and not (run.dir / ORIGIN).is_file():
+            _read_losses(run)
+    except UserError as error:
+        say(f"{name} is recomputed: {error}")
+        return False
+    return True
+
+
+def _read_losses(run: Run) -> pd.DataFrame:
+    """Return a trained run's losses by document, as `_loss` has saved them.
+
+    Raises:
+        UserError: if the file is missing or broken, or belongs to another run.
+    """
+    path, facts = run.dir / "probes" / "loss.parquet", run.facts
+    about = {
+        "run": facts.run, "arm": facts.arm, "variant": facts.variant, "seed": facts.seed,
+        "config": facts.config,
+    }  # fmt: skip
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        table = pd.read_parquet(path)
+        numbers = table[["loss_sum", "n_tokens"]].to_numpy(float)
+        if not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
+            raise ValueError("its losses are not finite, or of no tokens")
+        if set(table["split"]) != {"select", "report"}:
+            raise ValueError("it does not hold the splits select and report")
+        if not all(table["document"].map(type) == str):
+            raise ValueError("its documents are not named")
+        for name, value in about.items():
+            if not (table[name] == value).all():
+                raise ValueError(f"its {name} is not {value}")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table
+
+
 def _discard_stale(folder: Path, shared: str, say: Say) -> None:
     """Delete results that were made from other inputs or by other code.
 
@@ -358,7 +402,12 @@ def _discard_stale(folder: Path, shared: str, say: Say) -> None:
     """
     mark = folder / "made_with.json"
     now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
-    before = json.loads(mark.read_text(encoding="utf8")) if mark.is_file() else {}
+    before: dict[str, str] = {}
+    if mark.is_file():
+        try:
+            before = read_json(mark, dict[str, str], "all results are recomputed")
+        except UserError as error:
+            say(str(error))
     if before == now:
         return
     if before.get("shared") != shared:
@@ -389,7 +438,7 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
     if (run.dir / ORIGIN).is_file():
         made_from = "model.json"
         settings["tokens"] = study_facts(run.dir.parent)["key"]
-    trained = digest((run.dir / made_from).read_text(encoding="utf8"))
+    trained = digest((run.dir / made_from).read_text(encoding="utf8", errors="replace"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
     code = code_hash(*COMPUTES, but=_probe_files())
     return digest([settings, trained, prompts, code])
@@ -421,6 +470,11 @@ def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
             f"{run.dir} was trained on the tokens {trained_on['key']}, but {cache.path} has other tokens: "
             "set prepared= to the folder of the right tokens"
         )
+    for name in ("bos", "eos", "pad", "d_vocab", "shares", "splits"):
+        if cache.meta.get(name) != trained_on.get(name, cache.meta.get(name)):
+            raise UserError(
+                f"{cache.path / 'meta.json'} and {study_dir / 'data.json'} differ in {name!r}: copy both again"
+            )
     return cache
 
 

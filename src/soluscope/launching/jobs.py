@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
 from soluscope.files import write_text
-from soluscope.runs.folder import Busy, Run, lock
+from soluscope.runs.folder import Busy, Run, check_study_links, lock
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
 
@@ -225,6 +226,7 @@ def listed(study_dir: Path) -> list[Job]:
                 UserError
             ):  # config.yaml is truncated; the status of the other runs is still shown
                 jobs.append(Job("", run.dir.name, 0, 0))
+    check_study_links(study_dir, *(Run(study_dir / job.run) for job in jobs))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
     return jobs
@@ -341,6 +343,8 @@ def follow(study_dir: Path) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 from filelock import Timeout
 
@@ -64,8 +64,8 @@ MetricsRow = dict[str, int | float]
 class Done(TypedDict, total=False):
     """Content of done.json; files of older versions lack the checksum and the size of the weights."""
 
-    select_loss: float
-    report_loss: float
+    select_loss: Required[float]
+    report_loss: Required[float]
     steps: Whole
     tokens: Whole
     seconds: float
@@ -102,11 +102,15 @@ class Run:
         """Return the facts of a finished run.
 
         Raises:
-            UserError: if the run does not exist, is not finished, or has a broken model.json.
+            UserError: if the run does not exist, is not finished, has a broken model.json, or has one that
+                contradicts its config.yaml.
         """
-        from soluscope.runs.weights import load_facts
+        from soluscope.runs.weights import check_facts, load_facts
 
-        return load_facts(self.dir)
+        facts = load_facts(self.dir)
+        if self.config_file.is_file():  # a pretrained model has none
+            check_facts(self.dir, self.config, facts)
+        return facts
 
     @property
     def variant(self) -> Variant:
@@ -147,8 +151,8 @@ class Run:
         from soluscope.runs.weights import load_weights
 
         facts = self.facts  # first, because its error explains that there is no finished run
-        done = self.done() or Done()
-        return load_weights(self.dir, self.config, facts, done.get("weights_sha256"))
+        done = self.done()
+        return load_weights(self.dir, self.config, facts, done and done.get("weights_sha256"))
 
     def done(self) -> Done | None:
         """Return the content of done.json if the run is finished and all its files are complete, else None."""

@@ -145,6 +145,33 @@ def load_facts(run_dir: Path) -> Facts:
         ) from error
 
 
+def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
+    """Refuse facts that contradict each other or the configuration, because one of the two files was changed.
+
+    Raises:
+        UserError: naming the value that is wrong.
+    """
+    model, train = config.model, config.train
+    wanted = {
+        "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
+        "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
+        "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
+        "tokens": train.steps * train.batch_size * model.ctx,
+    }  # fmt: skip
+    for name in ("bos", "eos", "pad"):
+        if not 0 <= getattr(facts, name) < facts.d_vocab:
+            raise UserError(
+                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but a token below "
+                f"d_vocab={facts.d_vocab} was wanted: copy the file again, or train the run again"
+            )
+    for name, there in wanted.items():
+        if getattr(facts, name) != there:
+            raise UserError(
+                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but config.yaml beside it has "
+                f"{name}={there}: copy both files again, or train the run again"
+            )
+
+
 def load_weights(
     run_dir: Path, config: Config, facts: Facts, sha256: str | None = None
 ) -> LanguageModel:
@@ -157,12 +184,11 @@ def load_weights(
         sha256: checksum that done.json gives for the weights; None if an older version wrote it.
 
     Raises:
-        UserError: if the weights are truncated, changed or not finite, their shapes do not fit the run's
-            configuration, or its configuration and its facts contradict each other.
+        UserError: if the weights are truncated, changed or not finite, or their shapes do not fit the run's
+            configuration.
     """
     path = run_dir / "model.safetensors"
     again = f"delete {run_dir / 'done.json'} and run the training command again"
-    _check_facts(run_dir, config, facts)
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
@@ -193,33 +219,6 @@ def load_weights(
                 f"{path}: {name} contains values that are not finite; train the run again"
             )
     return model.eval()
-
-
-def _check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
-    """Refuse facts that contradict each other or the configuration, because one of the two files was changed.
-
-    Raises:
-        UserError: naming the value that is wrong.
-    """
-    model, train = config.model, config.train
-    wanted = {
-        "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
-        "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
-        "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
-        "tokens": train.steps * train.batch_size * model.ctx,
-    }  # fmt: skip
-    for name in ("bos", "eos", "pad"):
-        if not 0 <= getattr(facts, name) < facts.d_vocab:
-            raise UserError(
-                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but a token below "
-                f"d_vocab={facts.d_vocab} was wanted: copy the file again, or train the run again"
-            )
-    for name, there in wanted.items():
-        if getattr(facts, name) != there:
-            raise UserError(
-                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but config.yaml beside it has "
-                f"{name}={there}: copy both files again, or train the run again"
-            )
 
 
 def build_model(config: Config, d_vocab: int) -> LanguageModel:
