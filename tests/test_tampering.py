@@ -91,8 +91,7 @@ def void(_: object) -> None:
 
 def linked_outside(path: Path) -> None:
     """Move a file out of the study, and leave a link to it."""
-    outside = path.parents[1] if path.parents[1].name == "outside" else _outside(path)
-    target = outside / path.name
+    target = _outside(path) / path.name
     shutil.move(path, target)
     path.symlink_to(target)
 
@@ -237,27 +236,27 @@ def of_format(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield "pickled object", written(pickle.dumps({"state_dict": Command()}))
 
 
-def cases(study: Path) -> list[Case]:
-    """Return all cases, the same ones every time."""
+N_VALUES = {
+    "model.json": 14, "results.jsonl": 14, "config.yaml": 10, "meta.json": 10, "done.json": 8, "data.json": 6,
+}  # fmt: skip
+"""Number of single values that are replaced in a file of this name; 4 in any other."""
+
+
+def cases(study: Path, every: bool = False) -> list[Case]:
+    """Return the cases, the same ones every time: of each file some damages, or with `every` all of them."""
     rng = random.Random(SEED)
     found: list[Case] = []
     for path in sorted(path for path in study.rglob("*") if path.is_file()):
         name = path.relative_to(study).as_posix()
-        if path.parent.name.startswith("solu-"):
-            continue  # the other run, with which the results are compared
-        if name.startswith("solu-s0/") or path.name == ".lock":
-            continue
-        damages = [
-            (what, written(content))
-            for what, content in whole_file(path.read_bytes() or b"\n", rng)
-        ]
-        damages += PLACES.items()
+        if name.startswith("solu-s0/") or path.name.endswith("lock"):
+            continue  # the other run stays whole
+        damages = [(what, written(content)) for what, content in whole_file(path.read_bytes(), rng)]
+        damages = damages if every else rng.sample(damages, 5)
+        damages += PLACES.items() if every else rng.sample([*PLACES.items()], 2)
         damages += of_format(path)
-        if path.suffix in {".json", ".jsonl", ".yaml"} and path.name not in {"tokenizer.json"}:
-            n = {"model.json": 40, "results.jsonl": 60, "config.yaml": 30, "meta.json": 30}.get(
-                path.name, 10
-            )
-            damages += [(what, written(content)) for what, content in values_of(path, rng, n)]
+        if path.suffix in {".json", ".jsonl", ".yaml"} and path.name != "tokenizer.json":
+            n_values = N_VALUES.get(path.name, 4) * (4 if every else 1)
+            damages += [(what, written(new)) for what, new in values_of(path, rng, n_values)]
         found += [Case(name, what, apply) for what, apply in damages]
     return found
 
@@ -378,9 +377,9 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
         is_named = Path(case.file).name in text or RUN in text
         if status == 2 and not is_named:
             yield f"{told}: does not name the file: {text[-300:]!r}"
-        if command[0] == "probe" and status == 0 and not is_named:
-            if (copy / "results.jsonl").read_bytes() != expected:
-                yield f"{told}: silently other results"
+        is_changed = (copy / "results.jsonl").read_bytes() != expected
+        if command[0] == "probe" and is_changed and not is_named:
+            yield f"{told}: silently other results"
     if snapshot(outside) != before:
         yield f"{case.file}, {case.damage}: wrote outside"
     if Path(os.environ["TAMPERED"]).exists():

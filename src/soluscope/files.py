@@ -209,7 +209,7 @@ def _temporary(path: Path) -> Path:
 
 @cache
 def _place() -> str:
-    """Return a hash of the machine, its last start and its container, within which numbers of processes are unique."""
+    """Return a hash of the machine, its last start and its container: there, a process number is unique."""
     known = [platform.node()]
     with suppress(OSError):  # these files exist on Linux only
         known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf8"))

@@ -10,9 +10,10 @@ A cache is a folder:
     .checked.json          the state of each file when its checksum was last found right, so that it is
                            computed once and not by every job of a sweep
 
-meta.json holds the sha256 of the splits' files, which is compared before a split is used. Reading a cache needs only numpy, so a machine without datasets and tokenizers can train from a cache
-that was copied there. A cache is written as a stream: memory holds only one batch of documents and, for
-each distinct document, its hash and its offset (about 100 bytes).
+meta.json holds the sha256 of the splits' files, which is compared before a split is used. Reading a cache needs
+only numpy, so a machine without datasets and tokenizers can train from a cache that was copied there. A cache
+is written as a stream: memory holds only one batch of documents and, for each distinct document, its hash and
+its offset (about 100 bytes).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -318,15 +318,7 @@ def open_cache(path: Path) -> TokenCache:
                 "prepare the tokens again with this version"
             )
         problem = cache._problem()
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ArithmeticError,
-        SyntaxError,
-    ) as error:
+    except (OSError, ValueError, KeyError) as error:
         problem = f"{type(error).__name__}: {reason(error)}"
     if problem:
         raise UserError(_incomplete(path, problem))
@@ -402,9 +394,12 @@ class TokenCache:
         return self._offsets(split)
 
     def _offsets(self, split: Split) -> npt.NDArray[np.int64]:
-        offsets: npt.NDArray[np.int64] = np.lib.format.open_memmap(
-            self.path / f"{split}.offsets.npy", mode="r"
-        )
+        try:
+            offsets: npt.NDArray[np.int64] = np.lib.format.open_memmap(
+                self.path / f"{split}.offsets.npy", mode="r"
+            )
+        except Exception as error:  # the header is a Python expression, with all of its errors
+            raise ValueError(f"{split}.offsets.npy: {reason(error)}") from error
         return offsets
 
     def check(self, split: Split) -> None:

@@ -380,7 +380,7 @@ def _read_losses(run: Run) -> pd.DataFrame:
             raise ValueError("its losses are not finite, or of no tokens")
         if set(table["split"]) != {"select", "report"}:
             raise ValueError("it does not hold the splits select and report")
-        if not all(table["document"].map(type) == str):
+        if not all(isinstance(document, str) for document in table["document"]):
             raise ValueError("its documents are not named")
         for name, value in about.items():
             if not (table[name] == value).all():
