@@ -296,28 +296,24 @@ def answer(name: str, *words: str | Path) -> int:
 
 def commands_for(case: Case, study: Path, out: Path) -> list[tuple[str | Path, ...]]:
     """Return the commands that read the damaged file."""
-    name = Path(case.file).name
-    if name == "results.jsonl":
-        return [("report", study)]
-    if name == "report.html":
+    name, run_dir = Path(case.file).name, study / RUN
+    probe = ("probe", study, *PROBE)
+    if name in {"results.jsonl", "report.html"}:
         return [("report", study)]
     if name == "last.ckpt":
-        (study / RUN / "done.json").unlink()
-        words = yaml.safe_load((study / RUN / "config.yaml").read_text())
-        return [
-            (
-                "train",
-                study / RUN / "config.yaml",
-                f"runs_dir={study.parent}",
-                f"study={words['study']}",
-            )
-        ]
-    result: list[tuple[str | Path, ...]] = [("probe", study, *PROBE)]
-    if name in {"done.json", "model.json", "config.yaml", "model.safetensors", "tokenizer.json"}:
-        result.append(("export", study / RUN, out))
-    if name in {"done.json", "config.yaml", "metrics.jsonl"}:
-        result.append(("sweep", "--status", study))
-    return result
+        (run_dir / "done.json").unlink()
+        return [("train", run_dir / "config.yaml", f"runs_dir={study.parent}")]
+    if name == "metrics.jsonl":
+        (run_dir / "probes" / "training.jsonl").unlink()
+        return [("sweep", "--status", study), probe, ("report", study)]
+    if "probes" in case.file or ".controls" in case.file:
+        return [probe]
+    (run_dir / "probes" / "loss.jsonl").unlink()  # so that the model and the tokens are read
+    if name in {"done.json", "config.yaml"}:
+        return [probe, ("export", run_dir, out), ("sweep", "--status", study)]
+    if name in {"model.json", "model.safetensors", "tokenizer.json"}:
+        return [probe, ("export", run_dir, out)]
+    return [probe]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -71,6 +71,8 @@ class TrainingCallback(lightning.Callback):
         """(step, [loss, gradient norm]) for each step since the last check."""
         self.saved_step = -1
         self.seconds = 0.0
+        self.has_begun = False
+        """True once the checkpoint, if any, is loaded."""
         self.asked_to_stop = False
         """True once this process has received SIGTERM or Ctrl-C."""
         self.stopped = False
@@ -82,6 +84,7 @@ class TrainingCallback(lightning.Callback):
         self.rows_before = trainer.datamodule.rows_before
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.has_begun = True
         self.began = self.logged = time.perf_counter()
         self.logged_step = trainer.global_step
         self.saved_step = trainer.global_step if trainer.global_step else -1
