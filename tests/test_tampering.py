@@ -343,7 +343,7 @@ def test_there_are_enough_cases(study: Path) -> None:
 
 
 def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
-    """Damage a copy of the study in the new folder `root`, run the commands, and yield the problems."""
+    """Yield the problems of the commands after a copy of the study in the new folder `root` was damaged."""
     expected = (study / "results.jsonl").read_bytes()
     copy, outside = root / "runs" / study.name, root / "outside"
     shutil.copytree(study, copy)

@@ -257,7 +257,7 @@ def file_lock(path: Path) -> FileLock:
         UserError: if the file is a link.
     """
     if path.is_symlink():
-        raise UserError(f"{path} is a link, but a lock must be a file of its own: delete the link")
+        raise UserError(f"{path} is a link, but a lock must be a file: delete the link")
     return FileLock(path)
 
 

@@ -272,7 +272,7 @@ class Run:
             (self.dir / "failed.json").unlink(missing_ok=True)
 
     def last_row(self) -> MetricsRow:
-        """Return the last complete row of metrics.jsonl; empty if the file has no complete row at its end."""
+        """Return the last complete row of metrics.jsonl; empty if it cannot be read."""
         try:
             if not self.metrics.is_file():
                 return {}

@@ -181,7 +181,7 @@ def load_weights(
         run_dir: the run's folder.
         config: the run's configuration.
         facts: the facts of model.json.
-        sha256: checksum that done.json gives for the weights; None if an older version wrote it.
+        sha256: checksum of the weights in done.json; None for a run of an older version, which has none.
 
     Raises:
         UserError: if the weights are truncated, changed or not finite, or their shapes do not fit the run's
