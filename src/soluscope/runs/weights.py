@@ -192,11 +192,6 @@ def load_weights(
     try:
         if not path.is_file():
             raise FileNotFoundError("no such file")
-        if sha256 is not None and not has_checksum(path, sha256):
-            raise UserError(
-                f"{path} is not the file that was written at the end of training (its sha256 differs from the one "
-                f"in done.json): copy it again, or {again}"
-            )
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {path} ({reason(error)}): {again}") from error
@@ -218,6 +213,11 @@ def load_weights(
             raise UserError(
                 f"{path}: {name} contains values that are not finite; train the run again"
             )
+    if sha256 is not None and not has_checksum(path, sha256):
+        raise UserError(
+            f"{path} is not the file that was written at the end of training (its sha256 differs from the one "
+            f"in done.json): copy it again, or {again}"
+        )
     return model.eval()
 
 
