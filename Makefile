@@ -1,9 +1,10 @@
-# Two commands, each doing all it needs: make demo, make test. `make smoke` is the shortest path through everything, `make docs`
-# builds the site. More tests: make test-slow, make test-arithmetic, and make test-tl4 for TransformerLens 4.x.
+# `make demo` and `make test` install the packages at their first call. `make smoke` is the shortest path through
+# everything, and `make docs` builds the site. More tests: make test-slow, make test-arithmetic, and make test-tl4 for
+# TransformerLens 4.x.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A file's tests run in one process: what they share (a study, a hub, a sweep that was killed) is made once.
+# The tests of a file run in one process, so that a study, a hub or a killed sweep that they share is made only once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
@@ -28,7 +29,7 @@ test: lint
 test-slow: $(VENV)/installed
 	$(PYTEST) -m slow
 
-# The tests of numbers, with the arithmetic of other processors.
+# The numeric tests, with the arithmetic of other processors.
 test-arithmetic: $(VENV)/installed
 	PYTHON=$(BIN)/python tests/arithmetic.sh
 
@@ -43,11 +44,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The probes on TransformerBridge (src/soluscope/hooked/bridge.py) give what they give on 3.9's HookedTransformer.
+# Compares the probes on TransformerBridge (src/soluscope/hooked/bridge.py) with those on 3.9's HookedTransformer.
 test-tl4: $(VENV)/installed $(VENV_TL4)/installed
 	$(BIN_TL4)/python -m pytest tests/tl4
 
-# What pyproject.toml asks for at the versions of constraints.txt, with TransformerLens alone replaced.
+# Installs the dependencies at the versions of constraints.txt, except for another TransformerLens.
 $(VENV_TL4)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_TL4)
 	grep -v '^transformer-lens==' constraints.txt > $(VENV_TL4)/constraints.txt

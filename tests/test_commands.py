@@ -292,6 +292,11 @@ def test_run_folder_of_another_configuration_is_refused_and_untouched(
     assert refusal(train_silently, other) == (
         f"{study / 'solu_ln-s0'} has a different configuration (train.lr=0.004 there, 0.001 here and "
         "1 more keys): set tag= or study= to train this configuration in another folder"
+        + (
+            f"; with train.init_from={study / 'solu_ln-s0'} it starts with these weights"
+            if finished
+            else ""
+        )
     )
     assert snapshot(study) == before
 

@@ -30,6 +30,7 @@ from soluscope.config import (
 from soluscope.config_help import help_lines, train_help
 from soluscope.errors import UserError
 from soluscope.launching.sweep import read_sweep
+from soluscope.reading import read_yaml
 
 TINY = ("variant=solu_ln", "size=tiny")
 GROUPS = {"variant": "soluscope.variants", "data": "soluscope.data.sources"}
@@ -185,6 +186,31 @@ def test_unquoted_text_of_a_yaml_file_is_its_text(tmp_path: Path, text: str) -> 
     assert load_typed(PretrainedConfig, [f"revision={text}"]).revision == text
 
 
+def test_key_of_a_mapping_wins_over_the_keys_that_it_merges(tmp_path: Path) -> None:
+    text = """
+model: {<<: [{n_heads: 1}, {n_heads: 4, d_mlp: 64}], d_model: 16}
+tokens: {<<: {train_mb: 2, d_vocab: 300}, d_vocab: 400}
+"""
+    config = load_config([*TINY, written(tmp_path / "a.yaml", text)])
+    assert (config.model.n_heads, config.model.d_mlp, config.model.d_model) == (1, 64, 16)
+    assert (config.tokens.train_mb, config.tokens.d_vocab) == (2, 400)
+    nested = "x: &x {<<: {a: 1}, a: 2}\ny: {<<: *x, b: 3}\nz: *x"
+    content = read_yaml(Path(written(tmp_path / "b.yaml", nested)))
+    assert content == {"x": {"a": 2}, "y": {"a": 2, "b": 3}, "z": {"a": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("? [a]\n: 1", "a key is a list"),
+        ("a: {<<: 1}", "<< needs a mapping"),
+        ("a: 1\na: 2", "twice"),
+    ],
+)
+def test_mapping_without_a_meaning_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refusal(*TINY, written(tmp_path / "a.yaml", text))
+
+
 def test_corpus_of_a_pretrained_model_keeps_its_text() -> None:
     words = ["data=hub", "corpus.sets=[{path: x, name: no, revision: 1e10}]", "corpus.max_mb=2"]
     text = load_typed(PretrainedConfig, words).text("hub", "bpe")
@@ -228,7 +254,7 @@ def test_home_and_environment_variables_are_replaced_in_every_path(
         words = [
             "variant=solu_gain", "size=tiny", "data=files", f"corpus.paths=[{path}, b]",
             f"mid.gain={path}", f"runs_dir={path}", f"tokens.cache_dir={path}",
-            f"tokens.prepared={path}", f"tokens.tokenizer={path}",
+            f"tokens.prepared={path}", f"tokens.tokenizer={path}", f"train.init_from={path}",
         ]  # fmt: skip
         config = load_config(words)
         content = {key: value for key, _, value in (word.partition("=") for word in words)}
@@ -245,6 +271,7 @@ def test_home_and_environment_variables_are_replaced_in_every_path(
         )  # fmt: skip
         tokens = config.tokens
         assert {tokens.cache_dir, tokens.prepared, tokens.tokenizer} == {absolute}
+        assert config.train.init_from == absolute
         pretrained = load_typed(
             PretrainedConfig, [f"prepared={path}", f"runs_dir={path}", f"study=[{path}, b]"]
         )
@@ -459,6 +486,19 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
     assert "'mid.kapa'. Did you mean 'mid.kappa'?" in refusal(*TINY, "mid.kapa=3")
     yaml = written(tmp_path / "a.yaml", "model: {d_modl: 3}")
     assert "'model.d_modl'. Did you mean 'model.d_model'?" in refusal(*TINY, yaml)
+
+
+def test_unknown_parameter_of_a_variant_or_source_lists_the_known_ones() -> None:
+    assert refusal("variant=solu_ln", "mid.gain=3") == (
+        "no key called 'mid.gain'. Did you mean 'mid.kappa'? With variant=solu_ln the keys below mid are: mid.eps, "
+        "mid.kappa. --help lists all keys"
+    )
+    assert "With variant=solu the keys below mid are: none." in refusal(
+        "variant=solu", "mid.gain=3"
+    )
+    assert "With data=stdlib the keys below corpus are: corpus.max_mb." in refusal(
+        "variant=solu", "corpus.paths=[x]"
+    )
 
 
 def test_unknown_member_names_the_nearest_and_lists_all() -> None:

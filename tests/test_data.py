@@ -44,6 +44,7 @@ from soluscope.data.cache import (
 from soluscope.data.sources import Document, Source
 from soluscope.data.sources.files import Params, documents
 from soluscope.errors import UserError
+from soluscope.text import readable
 
 ROOT = Path(__file__).parents[1]
 PROSE = ROOT.parent / "shared" / "data" / "prose"
@@ -361,7 +362,7 @@ def test_readable_text_of_a_token_shows_what_cannot_be_seen() -> None:
         "\u200d": r"\u200d", "\u200b": r"\u200b", "\u00ad": r"\xad", "\ufeff": r"\ufeff",
         "\u0301": r"\u0301", "\ufe0f": r"\ufe0f", "\u202e": r"\u202e", "\xa0": r"\xa0", "\x00": r"\x00",
     }  # fmt: skip
-    assert {text: tokenizer.readable(text) for text in shown} == shown
+    assert {text: readable(text) for text in shown} == shown
 
 
 def test_what_lies_beside_a_tokenizer_says_its_bos(tmp_path: Path) -> None:

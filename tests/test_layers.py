@@ -88,7 +88,7 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "files", "plugins", "results", "reading", "config", "config_help", "wandb_client",
+    "errors", "files", "text", "plugins", "results", "reading", "config", "config_help", "wandb_client",
     "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
     "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
@@ -154,9 +154,9 @@ def test_a_script_runs_one_command_and_nothing_else(script: str) -> None:
 
 MAY_IMPORT = {
     "variants": {"errors", "plugins", "reading", "results", "norms", "variants"},
-    "probes": {"errors", "results", "data", "comparison", "hooked", "probes"},
+    "probes": {"errors", "text", "results", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
-    "report": {"errors", "files", "results", "wandb_client", "report"},
+    "report": {"errors", "files", "text", "results", "wandb_client", "report"},
 }
 """Allowed imports, for layers to which the order alone allows too much: a probe sees no variant, no
 configuration and no training; the report sees stored rows and no model."""

@@ -1,4 +1,4 @@
-"""A variant that does not compute what it declares is refused before it is trained."""
+"""A variant whose computation differs from its declaration is refused before it is trained."""
 
 import sys
 import types

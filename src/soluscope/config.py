@@ -136,7 +136,7 @@ class TrainConfig:
     micro_batches: int = 1
     """Number of parts into which a step's batch is divided to save memory. The gradient is that of the whole
     batch."""
-    init_from: str | None = None
+    init_from: FilePath | None = None
     """Folder of a finished run, with whose weights training starts instead of random ones; {seed} in it stands for
     this run's seed. The schedule and the optimizer start at step 0, and the batches continue after that run's. The
     folder must stay until this run is finished. null: random weights."""
@@ -328,7 +328,8 @@ class EvalConfig:
     prepared: FilePath | None = None
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
     out: FilePath | None = None
-    """Folder for the results and the report of a study that cannot be written. null: the study's folder."""
+    """Folder for the results and the report, if you may not write to the study's folder. null: the study's
+    folder."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
@@ -361,11 +362,11 @@ class PretrainedConfig(EvalConfig):
             self.out is None,
             f"out={self.out} is for trained runs: for a pretrained model set runs_dir= instead",
         )
-        if self.says_text:
+        if self.sets_text:
             self.text(self.data or "hub", tokenizer="bpe")
 
     @property
-    def says_text(self) -> bool:
+    def sets_text(self) -> bool:
         """Return whether data= or corpus.* set the text to probe on."""
         return self.data is not None or self.corpus is not None
 
@@ -388,16 +389,15 @@ class PretrainedConfig(EvalConfig):
         check(isinstance(given, dict), f"corpus={given}: set keys below corpus, as in corpus.…=")
         words = [f"corpus.{key}={as_word(value)}" for key, value in (corpus | given).items()]
         places = (f"tokens.tokenizer={tokenizer}", f"tokens.cache_dir={self.runs_dir}/.tokens")
-        variant = plugins.names("soluscope.variants")[
-            0
-        ]  # required, but without effect on the tokens
+        # A variant is required, but has no effect on the tokens.
+        variant = plugins.names("soluscope.variants")[0]
         return load_config([f"variant={variant}", "train.lr=1", f"data={data}", *words, *places])
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     out: FilePath | None = None
-    """Folder of the report, for a study that cannot be written. null: the study's folder."""
+    """Folder of the report, if you may not write to the study's folder. null: the study's folder."""
 
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
@@ -487,11 +487,7 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     chosen = _merge(
         OmegaConf.create({"variant": None}), *_layers(Config, [base_file, *files], typed)
     )
-    groups = {
-        "data": chosen.get("data"),
-        "size": chosen.get("size"),
-        "variant": chosen.get("variant"),
-    }
+    groups = {group: chosen.get(group) for group in ("data", "size", "variant")}
     group_files = []
     for group, name in groups.items():
         if name in (None, "", "null", "???"):
@@ -504,8 +500,7 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
         folder = configs_dir() / group
         plugins.check_name(group, str(name), sorted(path.stem for path in folder.glob("*.yaml")))
         group_files.append(folder / f"{name}.yaml")
-    base = _typed_base(groups["variant"], groups["data"])
-    schema = _schema(groups["variant"], groups["data"])
+    base, schema = _typed(groups["variant"], groups["data"])
     merged = _merge(base, *_layers(schema, [base_file, *group_files, *files], overrides))
     if merged.train.lr is None:
         rate = merged.train.rates.get(merged.variant)
@@ -515,18 +510,12 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     return merged
 
 
-def _typed_base(variant: str, data: str) -> DictConfig:
-    """Return the defaults, with `mid` and `corpus` set to the parameters of the chosen variant and source."""
+def _typed(variant: str, data: str) -> tuple[DictConfig, dict[str, Any]]:
+    """Return the defaults and the types of all keys, with the parameters of the chosen variant and source."""
     params = plugins.pick("soluscope.variants", variant).params
     corpus = plugins.pick("soluscope.data.sources", data).params
-    return _structured(variant, data, params, corpus)
-
-
-def _schema(variant: str, data: str) -> dict[str, Any]:
-    """Return the types of all keys, those of `mid` and `corpus` included."""
-    params = plugins.pick("soluscope.variants", variant).params
-    corpus = plugins.pick("soluscope.data.sources", data).params
-    return field_types(Config) | {"mid": params, "corpus": corpus}
+    types = field_types(Config) | {"mid": params, "corpus": corpus}
+    return _structured(variant, data, params, corpus), types
 
 
 @cache
@@ -557,8 +546,8 @@ def read_config(path: Path) -> Config:
         check(
             isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
         )
-    variant, data = saved["variant"], saved["data"]
-    return to_config(_merge(_typed_base(variant, data), *_layers(_schema(variant, data), [path])))
+    base, schema = _typed(saved["variant"], saved["data"])
+    return to_config(_merge(base, *_layers(schema, [path])))
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
@@ -577,13 +566,14 @@ def to_yaml(config: Any) -> str:
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
-    files = [Path(word) for word in arguments if is_path(word) and word.endswith(YAML)]
-    overrides = [word for word in arguments if "=" in word and Path(word) not in files]
+    files: list[Path] = []
+    overrides: list[str] = []
     for word in arguments:
-        check(
-            "=" in word or Path(word) in files,
-            f"{word!r} is neither key=value nor a .yaml file: see --help",
-        )
+        if is_path(word) and word.endswith(YAML):
+            files.append(Path(word))
+        else:
+            check("=" in word, f"{word!r} is neither key=value nor a .yaml file: see --help")
+            overrides.append(word)
     return files, overrides
 
 
@@ -655,7 +645,12 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
         names = [name for name, _ in flatten(OmegaConf.to_container(base))]  # type: ignore[arg-type]
         known = sorted({*names, *(name.partition(".")[0] for name in names)})
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        section = key.partition(".")[0]
+        hint = f" Did you mean {near[0]!r}?" if near and near[0] != section else ""
+        owner = {"mid": "variant", "corpus": "data"}.get(section)
+        if owner and section in sections:
+            own = ", ".join(name for name in known if name.startswith(f"{section}."))
+            hint += f" With {owner}={base[owner]} the keys below {section} are: {own or 'none'}."
         raise UserError(f"no key called {key!r}.{hint} --help lists all keys") from error
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from error

@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -54,9 +54,8 @@ def read_yaml(path: Path, schema: Any = Any) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no configuration file {path}: give the path of a .yaml file")
     try:
-        node = _compose(path.read_text(encoding="utf-8-sig"))
-        content = {} if node is None else _build(node, schema)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = _parsed(path.read_text(encoding="utf-8-sig"), schema, empty={})
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} contains no keys: write lines such as 'key: value'")
@@ -73,19 +72,17 @@ def read_word(key: str, text: str, schema: Any) -> Any:
         ValueError: if the text is not YAML, for a field that is not text.
     """
     _encodable(text)
-    hint = schema
-    for name in key.split("."):
-        hint = _member(hint, name)
+    hint = reduce(_below, key.split("."), schema)
     is_section = hint == AsWritten and "." not in key
     if is_section or not _is_text(hint) or (_is_number(hint) and _NUMBER.match(text)):
-        if _is_path(_element(hint)):  # YAML refuses the braces of [${HOME}/x]
-            text = _VARIABLE.sub(_variable, text)
-        return _value(text, hint)
+        if _is_path(_below(hint)):  # YAML refuses the braces of [${HOME}/x]
+            text = _with_variables(text)
+        return _parsed(text, hint)
     if text in ("", "null") and hint is not str:
         return None
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+    if _is_quoted(text):
         try:
-            return _value(text, hint)
+            return _parsed(text, hint)
         except ValueError:  # a separator of quotes
             return text
     return expanded(text) if _is_path(hint) else text
@@ -101,11 +98,9 @@ def as_word(value: Any) -> str:
     """Return the text with which `read_word` gives back a value that was read as `AsWritten`."""
     if value is None:
         return "null"
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False)
     text = str(value)
-    if text == "null" or (len(text) > 1 and text[0] == text[-1] and text[0] in "'\""):
-        return json.dumps(text, ensure_ascii=False)
+    if isinstance(value, list | dict) or text == "null" or _is_quoted(text):
+        return json.dumps(value, ensure_ascii=False)
     return text
 
 
@@ -115,8 +110,7 @@ def expanded(path: str) -> str:
     Raises:
         UserError: if there is no such variable or home folder, and no file of this name either.
     """
-
-    result = os.path.expanduser(_VARIABLE.sub(_variable, path))
+    result = os.path.expanduser(_with_variables(path))
     missing = _VARIABLE.search(result)
     if missing and missing[0] in path and not os.path.lexists(path):
         raise UserError(
@@ -144,40 +138,64 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _variable(match: re.Match[str]) -> str:
-    """Return the value of an environment variable, or the text of one that is not set."""
-    return os.environ.get(match[1] or match[2], match[0])
+def _with_variables(text: str) -> str:
+    """Replace environment variables by their values; a variable that is not set stays in the text."""
+    return _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), text)
 
 
-def _value(text: str, hint: Any) -> Any:
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def _parsed(text: str, hint: Any, empty: Any = None) -> Any:
+    """Return the value of a YAML text for a field of the type `hint`; `empty` for a text without a value.
+
+    Raises:
+        ValueError: if the text is not YAML.
+    """
     try:
-        node = _compose(text)
-        return None if node is None else _build(node, hint)
+        node = yaml.compose(text, Loader=_Loader)
+        return empty if node is None else _build(node, hint)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-
-
-def _compose(text: str) -> yaml.Node | None:
-    return yaml.compose(text, Loader=_Loader)
 
 
 def _build(node: yaml.Node, hint: Any) -> Any:
     """Return the value of a YAML node for a field of the type `hint`."""
     if isinstance(node, yaml.MappingNode):
-        _Loader("").flatten_mapping(node)  # YAML's merge key, <<
-        content: dict[str, Any] = {}
-        for key, child in node.value:
-            if key.value in content:
-                raise ValueError(f"the key {key.value!r} is given twice")
-            content[key.value] = _build(child, _member(hint, key.value))
-        return content
+        return _mapping(node, hint)
     if isinstance(node, yaml.SequenceNode):
-        return [_build(child, _element(hint)) for child in node.value]
+        return [_build(child, _below(hint)) for child in node.value]
     value = _Loader("").construct_object(node)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None or not _is_text(hint) or (is_number and _is_number(hint)):
         return value
     return expanded(node.value) if _is_path(hint) else node.value
+
+
+def _mapping(node: yaml.MappingNode, hint: Any) -> dict[str, Any]:
+    """Return the values of a YAML mapping by key. `<<` adds the keys of other mappings that it lacks itself."""
+    content: dict[str, Any] = {}
+    added: dict[str, Any] = {}
+    for key, child in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError("a key is a list or a mapping: write it as text")
+        if key.tag == "tag:yaml.org,2002:merge":
+            for other in child.value if isinstance(child, yaml.SequenceNode) else [child]:
+                if not isinstance(other, yaml.MappingNode):
+                    raise ValueError("<< needs a mapping, as in '<<: *name'")
+                added = _mapping(other, hint) | added
+        elif key.value in content:
+            raise ValueError(f"the key {key.value!r} is given twice")
+        else:
+            content[key.value] = _build(child, _below(hint, key.value))
+    return added | content
+
+
+# --- types ----------------------------------------------------------------------------------------
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -195,29 +213,20 @@ def _is_path(hint: Any) -> bool:
 
 
 def _is_number(hint: Any) -> bool:
-    return not {int, float}.isdisjoint(_options(hint))
+    return any(each in (int, float) for each in _options(hint))
 
 
-def _member(hint: Any, name: str) -> Any:
-    """Return the type of the value at `name` below a field of the type `hint`."""
+def _below(hint: Any, key: str = "") -> Any:
+    """Return the type of the value at `key` of a field of the type `hint`; without a key, of a list's elements."""
     for each in _options(hint):
         if each == AsWritten:
-            return AsWritten
+            return each
         if isinstance(each, Mapping):
-            return each.get(name, Any)
+            return each.get(key, Any)
         if isinstance(each, type) and is_dataclass(each):
-            return field_types(each).get(name, Any)
-        if get_origin(each) is dict:
-            return get_args(each)[1]
-    return Any
-
-
-def _element(hint: Any) -> Any:
-    for each in _options(hint):
-        if each == AsWritten:
-            return AsWritten
-        if get_origin(each) is list:
-            return get_args(each)[0]
+            return field_types(each).get(key, Any)
+        if get_origin(each) in (list, dict):
+            return get_args(each)[-1]
     return Any
 
 

@@ -5,10 +5,11 @@
     soluscope probe --controls
     soluscope probe --false-positives runs/demo
 
-Words are a folder, key=value, or YAML files. The same command resumes an interrupted evaluation.
+Arguments are a folder or a pretrained model's name, settings as key=value, and YAML files of settings.
+The same command resumes an interrupted evaluation.
 A pretrained model belongs to the SoLU family. Give a name that TransformerLens knows (solu-1l, gelu-1l,
 solu-2l, …), owner/name on the Hugging Face hub, or a folder with config.json. Its study is runs/<name>,
-and its report is made at once.
+and its report is written at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def build_parser() -> Parser:
         dest="calibration",
         action="store_const",
         const="controls",
-        help="run the probes on the models with known answers, print which pass, and stop",
+        help="run the probes on the planted models, whose answers are known, print which probes pass, and stop",
     )
     calibrations.add_argument(
         "--false-positives",

@@ -1,9 +1,9 @@
 """Write a study's report from its results.jsonl; with --wandb, save its dashboard too.
 
 soluscope report runs/demo
-soluscope report runs/demo out=mine    # for a study that cannot be written
+soluscope report runs/demo out=mine
 soluscope report runs/demo --wandb entity/project
-soluscope report runs/demo --wandb entity/project --dry-run    # prints the dashboard, sends nothing
+soluscope report runs/demo --wandb entity/project --dry-run
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     soluscope sweep my_sweep.yaml study=first --dry-run
     soluscope sweep --status runs/first
 
-Words are a sweep and key=value. A sweep is a file, or the name of one that ships with soluscope:
-{shipped}. Keys that are not listed below go to every run (soluscope train --help).
+Arguments are a sweep and settings, as key=value. A sweep is a file, or the name of one that ships with
+soluscope: {shipped}. Keys that are not listed below are
+settings of every run (soluscope train --help).
 The same command resumes an interrupted sweep. Finished jobs are not run again.
 """
 

@@ -3,7 +3,9 @@
     soluscope train variant=solu_ln seed=1 size=tiny train.steps=200
     soluscope train variant=solu_ln mid.kappa=0.42 tag=kappa0.42 --cfg
 
-Words are key=value, or YAML files. The command line overrides the files.
+Arguments are settings, as key=value, and YAML files of settings. Later values override earlier ones: first
+the defaults below, then the files in configs/ for the variant, the size and the data, then your YAML files,
+then key=value. So size=demo, the default, replaces the default of model.d_model. --cfg shows the result.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def _per_token(arms: Iterable[_Arm]) -> list[_Arm]:
 
 
 def _static(arms: Iterable[_Arm]) -> list[_Arm]:
-    """Return the arms of class C (protocol.md section 4): their output scale is the same for every token."""
+    """Return the candidates for the best static arm, which have one gain for all tokens (protocol.md section 4)."""
     return [arm for arm in arms if arm.lineage.role == "static"]
 
 
@@ -622,7 +622,8 @@ def _why_undefined(benefit: Interval) -> str:
     if benefit.n < 2:
         return f"{estimate} with one seed, which gives no interval for new seeds"
     if benefit.low is None or benefit.high is None:
-        return f"{estimate}; {benefit.n_clusters} documents are too few for an interval"
+        noun = "document is" if benefit.n_clusters == 1 else "documents are"
+        return f"{estimate}; {benefit.n_clusters} {noun} too few for an interval"
     bounds = f"{estimate}, 95% interval for new seeds {benefit.low:+.4f} to {benefit.high:+.4f}"
     if benefit.high < 0:
         return f"{bounds}: the plain arm is better"

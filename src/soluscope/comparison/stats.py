@@ -601,7 +601,7 @@ def fieller(num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike) -> Inte
         The ratio of the means over seeds. There are no bounds with one seed, with fewer than
         `MIN_CLUSTERS` documents, or if the denominator is not separated from 0.
 
-    Source: Fieller 1954; protocol.md section 4.
+    Source: Fieller 1954; protocol.md section 5.
     """
     per_seed, covariance = _per_seed([num_sums, den_sums], counts)
     n_seeds, n_documents = per_seed.shape[1], len(np.asarray(counts))
@@ -652,7 +652,7 @@ def two_level_bootstrap_ratio(
         The ratio of the means over seeds. There are no bounds with fewer than `MIN_SEEDS_TO_RESAMPLE`
         seeds or `MIN_CLUSTERS` documents; use `fieller` then.
 
-    Source: protocol.md section 4; Efron and Tibshirani 1993, sections 14.3 and 15.4.
+    Source: protocol.md section 5; Efron and Tibshirani 1993, sections 14.3 and 15.4.
     """
     pair = np.stack([np.asarray(num_sums, np.float64), np.asarray(den_sums, np.float64)])
     _, n_seeds, n_documents = pair.shape
@@ -686,7 +686,7 @@ def equivalence(interval: Interval, margin: float, around: float = 0.0) -> Verdi
         `equivalent` if the whole interval is closer to `around` than the margin; `different` if the
         whole interval is farther away; otherwise, and without an interval, `inconclusive`.
 
-    Source: Schuirmann 1987; protocol.md section 4.
+    Source: Schuirmann 1987; protocol.md section 5.
     """
     if interval.low is None or interval.high is None:
         return "inconclusive"

@@ -62,9 +62,8 @@ def build() -> Planted:
     W_out = torch.zeros(N, W_E.shape[1], dtype=torch.float64)
     W_U = torch.zeros(W_E.shape[1], d_vocab, dtype=torch.float64)
     for f in range(N_FEATURES):
-        W_out[f, direction[f]] = (
-            WRITTEN * (N - 1) ** 0.5 / N
-        )  # g a_f is 32 / sqrt(31) at a clean token
+        # At a clean token g a_f is 32 / sqrt(31).
+        W_out[f, direction[f]] = WRITTEN * (N - 1) ** 0.5 / N
         W_out[N_FEATURES + f] = -W_out[f]
         W_U[direction[f], answer[f]] = TOP_LOGIT / W_E.shape[1] ** 0.5
     pre = _shell.pre_for(mid)

@@ -167,20 +167,18 @@ def share_with_study(cache: TokenCache, study_dir: Path) -> None:
         UserError: if the study was trained on other tokens, its data.json is broken, or the folder cannot
             be written.
     """
-    saved, tokenizer = study_dir / "data.json", study_dir / "tokenizer.json"
+    saved, copied = study_dir / "data.json", study_dir / "tokenizer.json"
     content = cache.tokenizer_path.read_bytes()
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
         with _lock(study_dir / ".data.lock", "is writing the study's tokenizer"):
             if not saved.is_file():
-                write_bytes(tokenizer, content)
                 facts = cache.meta | {"path": str(cache.path)}
                 write_text(saved, json.dumps(facts, indent=1) + "\n")
             there = study_facts(study_dir, f"delete {saved}, and it will be written again")["key"]
-            whole = tokenizer.is_file() and tokenizer.read_bytes() == content
-            if there == cache.meta["key"] and not whole:  # the study may be an incomplete copy
-                write_bytes(tokenizer, content)
-            if there == cache.meta["key"]:
+            if there == cache.meta["key"]:  # a study that was copied may lack the other files
+                if not copied.is_file() or copied.read_bytes() != content:
+                    write_bytes(copied, content)
                 _keep_held_out(cache, study_dir / "tokens")
     except OSError as error:
         raise UserError(
@@ -571,9 +569,7 @@ class _Corpus:
                 self._skip(document.name, "contains a lone surrogate, which UTF-8 cannot encode")
                 continue
             text_hash = _hash(encoded)
-            identity = int.from_bytes(
-                text_hash[:16]
-            )  # an int needs less memory in a set than bytes
+            identity = int.from_bytes(text_hash[:16])  # needs less memory in a set than bytes
             if identity in seen:
                 self.n_duplicates += 1
                 continue

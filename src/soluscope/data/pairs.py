@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from soluscope.data.tokenizer import SPACES
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -213,5 +214,4 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
     """Return the tokens of the words that are one token with a space before them."""
     vocab = tokenizer.get_vocab()
-    spaces = "Ġ▁"  # as byte-level BPE or SentencePiece writes it
-    return [vocab[space + word] for word in words for space in spaces if space + word in vocab]
+    return [vocab[space + word] for word in words for space in SPACES if space + word in vocab]

@@ -28,7 +28,7 @@ import numpy as np
 from soluscope import plugins
 from soluscope.data import pairs
 from soluscope.data.cache import Split, TokenCache, split_of
-from soluscope.data.tokenizer import texts_of
+from soluscope.data.tokenizer import SPACES, texts_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def single_token_words(tokenizer: Tokenizer) -> list[int]:
     return sorted(
         token
         for text, token in tokenizer.get_vocab().items()
-        if re.fullmatch(
-            "[Ġ▁][a-z]{3,}", text
-        )  # a space, as byte-level BPE or SentencePiece writes it
+        if re.fullmatch(f"[{SPACES}][a-z]{{3,}}", text)
     )
 
 

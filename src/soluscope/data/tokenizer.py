@@ -21,6 +21,9 @@ BOS, EOS, PAD = "<|BOS|>", "<|EOS|>", "<|PAD|>"
 LONGEST_WORD = 256
 """Maximum length in bytes of a word from which the BPE is learned; longer words are cut."""
 
+SPACES = "Ġ▁"
+"""The space before a word, as byte-level BPE and SentencePiece write it in a token."""
+
 # Usual names of the special tokens, in order of preference, for a tokenizer whose files do not name them.
 _USUAL = {
     "bos_token": (BOS, "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>"),
@@ -102,28 +105,6 @@ def _byte_of() -> dict[str, int]:
     }
     others = sorted({*ByteLevel.alphabet()} - {*itself})
     return itself | dict(zip(others, sorted({*range(256)} - {*itself.values()}), strict=True))
-
-
-def readable(text: str) -> str:
-    """Return a token's text with escapes for characters that cannot be seen, such as `\\u200d`, and for bytes
-    that are only a part of a character, such as `\\xe4`.
-
-    Tabs and line ends are kept, and so are spaces beside other characters. Spaces alone are written as `\u2423`.
-    """
-    from rich.cells import cell_len
-
-    if not text.strip(" "):
-        return text.replace(" ", "\u2423")
-    unseen = text.isprintable() and cell_len(text) == 0  # a lone accent, for example
-    return "".join(
-        c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
-    )
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 def learn(texts: Iterator[str], d_vocab: int) -> Vocabulary:

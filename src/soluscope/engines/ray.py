@@ -114,9 +114,7 @@ def _run_all(ray: Any, sweep: Sweep, todo: Sequence[Config], params: Params) -> 
                     _report_if_lost(ray, task, started[task])
         except KeyboardInterrupt:
             for task in reversed(waiting):  # first the jobs that have not started
-                ray.cancel(
-                    task
-                )  # raises KeyboardInterrupt inside the job, which then saves a checkpoint
+                ray.cancel(task)  # a started job gets a KeyboardInterrupt and saves a checkpoint
             ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
             show()
             raise

@@ -202,10 +202,8 @@ def _executor(folder: Path, params: Params, sweep: Sweep) -> Any:
         stderr_to_stdout=True,
         setup=params.setup,
         srun_args=_srun_args(params),
-        additional_parameters={
-            "requeue": True,
-            **params.options,
-        },  # some clusters do not requeue by default
+        # Some clusters do not requeue by default.
+        additional_parameters={"requeue": True, **params.options},
     )
     return executor
 

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from soluscope import plugins
 from soluscope.config import EvalConfig
 from soluscope.data import streams
-from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.probes import Probe
 from soluscope.results import Figure, Measurement, Record
+from soluscope.text import readable
 
 PACKAGE = "soluscope.probes"
 

@@ -11,7 +11,7 @@ from soluscope.files import MARK, write_text
 from soluscope.runs.folder import Run, check_study_links
 
 WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "failed.json"}
-"""Files and folders of a study or a run that are not linked, because evaluation writes them or its words."""
+"""Names of files and folders that are not linked, because evaluation writes them or does not need them."""
 
 
 def linked(runs: Sequence[Run], out: Path) -> list[Run]:

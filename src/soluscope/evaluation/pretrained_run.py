@@ -242,12 +242,12 @@ def _text(
                 f"prepared={config.prepared} was made with another tokenizer than the model's: omit prepared="
             )
         return cache, cache.meta["asked"]["data"], config.corpus
-    if not config.says_text and before is not None:
+    if not config.sets_text and before is not None:
         config = replace(config, data=before.data, corpus=before.corpus)
         kept = _of_last_time(study_dir, folder)
         if kept is not None:
             return kept, before.data, before.corpus
-    if config.says_text:
+    if config.sets_text:
         data = config.data or "hub"
         return prepare(config.text(data, str(folder))), data, config.corpus
     try:

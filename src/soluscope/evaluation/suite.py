@@ -31,7 +31,6 @@ from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compa
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
-from soluscope.data.tokenizer import readable
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
@@ -57,13 +56,14 @@ from soluscope.results import (
 )
 from soluscope.runs.folder import Run, check_study_links
 from soluscope.runs.weights import Facts, code_hash, commit
+from soluscope.text import readable
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
 TRAINING_POINTS = 60
 COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
-    "variants/",
+    "text.py", "variants/",
 )  # fmt: skip
 """Folders and modules of the package that compute the stored results of a run or define their form. A
 probe's own file affects only the results of that probe."""

@@ -143,7 +143,10 @@ class _Summary:
     def _filled(self, base: Measurement, interval: Interval) -> Measurement:
         why = ""
         if 0 < interval.n_clusters < MIN_CLUSTERS:
-            why = f"no interval from {interval.n_clusters} {self.cluster}s: at least {MIN_CLUSTERS} are needed"
+            noun = self.cluster if interval.n_clusters == 1 else f"{self.cluster}s"
+            why = (
+                f"no interval from {interval.n_clusters} {noun}: at least {MIN_CLUSTERS} are needed"
+            )
         elif interval.low is None and not np.isnan(interval.value):
             why = f"no interval: values from resampled {self.cluster}s do not spread around this number"
         note = "; ".join(part for part in (base.note, why) if part)

@@ -473,9 +473,8 @@ def _read_weights(path: Path, name: str) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # from pickle, zip or safetensors; pickle's own text suggests unpickling
+    except Exception as error:  # from pickle, zip or safetensors
+        # Pickle's own message is left out, because it suggests unpickling the file.
         raise UserError(
             f"{path.name} of {name} is broken or holds more than tensors ({type(error).__name__}): nothing is "
             "unpickled here, wanted a plain dictionary of tensors"

@@ -222,9 +222,7 @@ def listed(study_dir: Path) -> list[Job]:
         if run.dir.name not in known:
             try:
                 jobs.append(job_of(run.config))
-            except (
-                UserError
-            ):  # config.yaml is truncated; the status of the other runs is still shown
+            except UserError:  # a truncated config.yaml must not hide the other runs
                 jobs.append(Job("", run.dir.name, 0, 0))
     check_study_links(study_dir, *(Run(study_dir / job.run) for job in jobs))
     if not jobs:

@@ -21,7 +21,7 @@ Reading:
     at the top positions well above the mean gain of all tokens. Where the gain is one constant (sd of log
     gain below .01) there is nothing to rank, and no correlation is reported. A correlation above 0 does not
     prove smearing. It shows that the gain is high where many neurons share an attribution that matters for
-    the loss; this also happens where a constant gain per neuron would suffice (`disjoint`: .69). P7 and P8
+    the loss; this also happens where other values of gamma would suffice (`disjoint`: .69). P7 and P8
     test whether a per-token gain is needed. Results marked "as published" come from the study's own test on
     the same tokens and do not distinguish smearing from its absence.
 
@@ -51,7 +51,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from soluscope.data.tokenizer import readable
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
@@ -64,6 +63,7 @@ from soluscope.probes._attribution import (
 )
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
 from soluscope.probes._tokens import arrays
+from soluscope.text import readable
 
 Columns = dict[str, NDArray[np.floating]]
 """Measured values by quantity, each [token]."""
@@ -111,7 +111,7 @@ def _scores(run: HookedRun) -> dict[str, Tensor]:
     removed = loss_at_post(run, torch.zeros_like(run.post)).double() - loss
     neurons = total.square() / size.square().sum(-1)
     diffuse = (dla > HIGH_DLA) & (largest < HIGH_NEURON * dla)
-    # As published: mid is set to 0, so the mid norm's bias remains, and the loss is the prompt's mean.
+    # The published score sets mid to 0, so the mid norm's bias remains, and averages the loss over the prompt.
     silent = run.readout.beta.expand_as(run.post)
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row]
@@ -334,11 +334,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
             "ablation loss": [change, change, nan],
             "score": [1.8 * change, 1.8 * change, nan],
             "inverse outlier score (as published)": [2, 2, 2],
-            "score (as published)": [
-                change / 2 * 2,
-                change / 2 * 2,
-                0,
-            ],  # two targets in the prompt
+            # The prompt has two targets.
+            "score (as published)": [change / 2 * 2, change / 2 * 2, 0],
         },
     )
 
@@ -352,7 +349,7 @@ PROBE = Probe(
         Gate("smear_shared", f"{PARTIAL}, less permuted", above=0.1),
         Gate("smear_shared", f"{PARTIAL}, W_out permuted", within=0.1),
         Gate("smear_shared", "gain at top positions over all", above=0.1),
-        # A constant gain per neuron suffices in `disjoint`: neither number proves that a per-token gain is needed.
+        # Other values of gamma suffice in `disjoint`: neither number proves that a per-token gain is needed.
         Gate("disjoint", PARTIAL, above=0.1),
         Gate("disjoint", "gain at top positions over all", above=0.1),
         *(

@@ -201,7 +201,7 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
     """Yield the share of neurons discovered and confirmed, and the discovered neurons' excess.
 
     Neurons are discovered on one half of the documents and confirmed on the other. The excess is the
-    other half's mean of |TE - DE| - |DE| over the discovered neurons, or 0 if none is discovered.
+    other half's mean of |TE - DE| - |DE| over the discovered neurons; it is 0 if no neuron is discovered.
     """
     excess, string = _excess(at), run.string[at.tokens].numpy()
     n_confirmed, kept = [], np.zeros(len(excess))
@@ -337,69 +337,83 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
     Each run has twelve equal documents. Only the first and the last are sampled, and each chooses the
     largest neuron for the other.
+    """
+    yield _lengthening()
+    yield _in_a_layer_norm()
 
-    First run: an RMS final norm, and logits -x and x, with x the first coordinate over S. Before the
-    MLP the residual stream is (3, 0) and the first neuron adds (0, 4). So x = .6 sqrt 2 with the neuron
-    and sqrt 2 without it, and with S held x does not change. The entropy is that of a coin with
+
+_N_PLANTED = 1 + EVERY
+"""Number of documents in a planted run, each BOS and two tokens, of which one has a target."""
+_UNEMBED = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+"""Logits -x and x, with x the first coordinate of the residual stream over S."""
+
+
+def _lengthening() -> tuple[HookedRun, dict[str, Any]]:
+    """Return an RMS final norm and a neuron that no logit reads, with the neuron's effects.
+
+    Before the MLP the residual stream is (3, 0) and the first neuron adds (0, 4). So x = .6 sqrt 2 with the
+    neuron and sqrt 2 without it, and with S held x does not change. The entropy is that of a coin with
     probability 1 / (1 + e^(-2x)).
-
-    Second run: a = (3/2, 1/2), so post = (1, -1) and the gain is 2; |a (a - m)| g^2 / N is 3/2 and 1/2.
-    x is the first neuron's post, and a large epsilon keeps S constant. Setting the first neuron's mid
-    to 0 gives x = 1 - 2 * 3/2 = -2 with the norm held, and x = -1 with the norm live. The second neuron
-    writes nothing, and removing it changes nothing.
     """
 
     def entropy(x: float) -> float:
         p = 1 / (1 + math.exp(-2 * x))
         return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
-    def twice(value: float) -> list[float]:
-        """Repeat a value at the one scored token of the first and of the last document."""
-        return [nan, value, nan, *elsewhere, nan, value, nan]
+    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * _N_PLANTED))  # mean 0: centring has no effect
+    run = replace(run, centres=False, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
+    run = with_readout(
+        run,
+        resid_mid=torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3 * _N_PLANTED, 2),
+        W_out=torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64),
+        W_U=_UNEMBED,
+    )
+    moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
+    return run, {
+        "entropy: total effect": _sampled(moved / 2),
+        "entropy: direct effect": _sampled(0),
+        "entropy: through ln_final": _sampled(moved / 2),
+        "log gain moved": [0] * 3 * _N_PLANTED,
+        "loss: through the mid norm": _sampled(0),
+        "largest mean TE - DE": moved,
+        "mean TE - DE": -moved / 2,
+        "largest share in W_U's null space": 1,
+    }
+
+
+def _in_a_layer_norm() -> tuple[HookedRun, dict[str, Any]]:
+    """Return two neurons in a LayerNorm, with their effects.
+
+    a = (3/2, 1/2), so post = (1, -1) and the gain is 2; |a (a - m)| g^2 / N is 3/2 and 1/2. x is the first
+    neuron's post, and a large epsilon keeps S constant. Setting the first neuron's mid to 0 gives
+    x = 1 - 2 * 3/2 = -2 with the norm held, and x = -1 with the norm live. The second neuron writes nothing,
+    and removing it changes nothing.
+    """
 
     def loss(x: float) -> float:
         return math.log1p(math.exp(-2 * x))
 
-    nan, elsewhere = math.nan, [math.nan] * 3 * (EVERY - 1)
-    unembed = torch.tensor([[-1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    run = planted(torch.tensor([[[2.0, -2.0]] * 3] * (1 + EVERY)))  # mean 0: centring has no effect
-    run = replace(run, centres=False, readout=replace(run.readout, ln_centred=False, ln_eps=0.0))
-    moved = abs(entropy(math.sqrt(2)) - entropy(0.6 * math.sqrt(2)))
-    yield (
-        with_readout(
-            run,
-            resid_mid=torch.tensor([[3.0, 0.0]], dtype=torch.float64).expand(3 * (1 + EVERY), 2),
-            W_out=torch.tensor([[0.0, 2.0], [0.0, 0.0]], dtype=torch.float64),
-            W_U=unembed,
-        ),
-        {
-            "entropy: total effect": twice(moved / 2),
-            "entropy: direct effect": twice(0),
-            "entropy: through ln_final": twice(moved / 2),
-            "log gain moved": [0] * 3 * (1 + EVERY),
-            "loss: through the mid norm": twice(0),
-            "largest mean TE - DE": moved,
-            "mean TE - DE": -moved / 2,
-            "largest share in W_U's null space": 1,
-        },
-    )
-    run = planted(torch.tensor([[[1.5, 0.5]] * 3] * (1 + EVERY)), eps=1e-16)
+    run = planted(torch.tensor([[[1.5, 0.5]] * 3] * _N_PLANTED), eps=1e-16)
     run = replace(run, readout=replace(run.readout, ln_centred=False, ln_eps=1e24))
-    yield (
-        with_readout(
-            run,
-            resid_mid=torch.zeros_like(run.resid_mid),
-            W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
-            W_U=unembed * 1e12,
-        ),
-        {
-            "log gain moved": [1] * 3 * (1 + EVERY),
-            "loss: mid norm held": twice((loss(-2) - loss(1)) / 2),
-            "loss: through the mid norm": twice((loss(-2) - loss(-1)) / 2),
-            "entropy: through ln_final": twice(0),
-            "log gain moved by the largest gain neuron": 1.5,
-        },
+    run = with_readout(
+        run,
+        resid_mid=torch.zeros_like(run.resid_mid),
+        W_out=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
+        W_U=_UNEMBED * 1e12,
     )
+    return run, {
+        "log gain moved": [1] * 3 * _N_PLANTED,
+        "loss: mid norm held": _sampled((loss(-2) - loss(1)) / 2),
+        "loss: through the mid norm": _sampled((loss(-2) - loss(-1)) / 2),
+        "entropy: through ln_final": _sampled(0),
+        "log gain moved by the largest gain neuron": 1.5,
+    }
+
+
+def _sampled(value: float) -> list[float]:
+    """Return a planted run's column with `value` at the one scored token of the first and of the last document."""
+    nan = math.nan
+    return [nan, value, nan, *[nan] * 3 * (_N_PLANTED - 2), nan, value, nan]
 
 
 _AT = f"mean over neurons, at every {EVERY}th token"

@@ -22,7 +22,7 @@ Formula:
 Reading:
     If the loss rises with a constant Z, the softmax's denominator carries information: lateral
     inhibition. Smearing predicts that the loss rises with a constant gain and not with a constant Z.
-    That pattern also appears where a per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test
+    That pattern also appears where other values of gamma would suffice (C2, `disjoint`); P7 and P8 test
     whether a per-token gain is needed. If both changes are within .001 nats, the MLP is equivalent
     to x e^x times one number. The interaction measures how much the effect of one coupling depends
     on the other.

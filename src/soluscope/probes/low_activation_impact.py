@@ -34,7 +34,7 @@ Reading:
     they carry part of the prediction. Under neither, it costs nothing. D of that removal
     distinguishes the two: it is 0 if one gain for all tokens has the same effect, and above 0 at
     tokens of high gain if their per-token gain makes the low activations matter. D is also above 0
-    where a per-neuron gain would suffice (`disjoint`); P7 and P8 test whether a per-token gain is
+    where other values of gamma would suffice (`disjoint`); P7 and P8 test whether a per-token gain is
     needed. The low set costs less than random neurons with as much |n| in both smearing controls, so
     that comparison is not evidence against smearing. The published scatters have the same shape in all
     cases.
@@ -484,7 +484,7 @@ PROBE = Probe(
             for quantity in (REMOVED, f"{REMOVED}, D where the gain is high")
         ),
         Gate("smear_shared", f"{REMOVED}, D", above=0.1),
-        # A per-neuron gain would suffice here, so D does not prove that a per-token gain is needed.
+        # Other values of gamma would suffice here, so D does not prove that a per-token gain is needed.
         Gate("disjoint", f"{REMOVED}, D", above=0.05),
         Gate("pinned", REMOVED, above=0.1),
         Gate("monosemantic", REMOVED, within=0.001),

@@ -27,7 +27,8 @@ Reading:
     each with one meaning. A norm that smears adds steps: on the way from one neuron's region to the
     next it amplifies the small activations in between to full size, so the longest step grows. If
     holding the gain changes nothing, all steps come from the nonlinearity. The gain also adds steps
-    where a per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test need.
+    where other values of gamma would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is
+    needed.
 
 Pitfalls:
     A random direction leaves the region where text lies; another token's direction does not. Without
@@ -37,7 +38,7 @@ Pitfalls:
     nan. Softmax makes steps without any norm: compare arms.
 
 Source:
-    requested in the comments of Jorgensen 2023; Janiak et al. 2024 for plateaus; protocol.md
+    requested in the comments on Jorgensen 2023; Janiak et al. 2024 for plateaus; protocol.md
     section 7 P16
 """
 

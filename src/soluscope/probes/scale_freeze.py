@@ -14,9 +14,9 @@ Reading:
     constant gain is unchanged by construction when frozen at its mean.
 
 Pitfalls:
-    A frozen model is off-distribution, so its cost overstates need (in a pilot twelvefold): only
-    training a static arm decides whether the per-token scale is needed. Freezing also costs loss where
-    a per-neuron gain would suffice (C2 `disjoint`). The best constant is estimated from the other
+    A frozen model is off-distribution, so its cost overstates the need for a per-token scale (in a
+    pilot twelvefold): only training a static arm decides whether that scale is needed. Freezing also costs
+    loss where other values of gamma would suffice (C2 `disjoint`). The best constant is estimated from the other
     documents; the error of that estimate alone costs about 1 / (2 n) nats for n tokens. The final norm
     may absorb the scale, so both versions are shown.
 

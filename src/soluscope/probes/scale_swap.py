@@ -19,8 +19,8 @@ Reading:
     higher gain, a negative slope for swaps to a lower one) and that the mean dose curve is sharp with
     its minimum at 1. Without smearing the swap changes nothing: exactly nothing where the gain is one
     constant, and within .001 nats where it varies without effect. A steep dose curve alone shows only
-    that the output scale matters, as it also does under a static gain. Swaps also cost loss where a
-    per-neuron gain would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is needed.
+    that the output scale matters, as it also does under a static gain. Swaps also cost loss where
+    other values of gamma would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is needed.
 
 Pitfalls:
     Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that swaps up

@@ -344,43 +344,7 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
 
     sentences = words.in_view(words.headline(list(records)), page.N_SENTENCES)
     headline = "\n".join(f"- {sentence}" for sentence in sentences)
-    key, n_runs = _grouped_by(records), _n_runs(records)
-    by_section: dict[str, list[str]] = {}
-    for logged_as in drawn:
-        by_section.setdefault(logged_as.rpartition("/")[0], []).append(logged_as)
-
-    def curves(name: str, log_y: bool) -> PanelTypes:
-        return wr.LinePlot(
-            title=f"{name} by {key}",
-            x="tokens",
-            y=[name],
-            log_y=log_y,
-            groupby=wr.Config(key),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-            max_runs_to_show=n_runs,
-        )
-
-    def bars(name: str) -> PanelTypes:
-        return wr.BarPlot(
-            title=f"{name} by {key}: mean of the runs, lowest to highest",
-            metrics=[wr.SummaryMetric(name)],
-            groupby=wr.Config(key),
-            groupby_aggfunc="mean",
-            groupby_rangefunc="minmax",
-            max_runs_to_show=n_runs,
-        )
-
-    def media(title: str, logged: Sequence[str]) -> list[PanelTypes]:
-        return [wr.MediaBrowser(title=title, media_keys=logged, num_columns=1)] if logged else []
-
-    def shown(*names: str) -> list[PanelTypes]:
-        return [
-            panel
-            for name in names
-            for panel in media(SECTIONS[name], by_section.get(f"figures/{name}", []))
-        ]
-
+    panels = _Panels(records, drawn)
     return [
         ws.Section(
             name="Findings",
@@ -394,10 +358,10 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
         ws.Section(
             name="Loss",
             panels=[
-                curves("loss", log_y=True),
-                bars("report_loss"),
-                *media("Final loss with intervals", [BARS] if BARS in drawn else []),
-                *shown("loss", "differences", "terms"),
+                panels.curves("loss", log_y=True),
+                panels.bars("report_loss"),
+                *panels.figure("Final loss with intervals", BARS),
+                *panels.sections("loss", "differences", "terms"),
             ],
             is_open=True,
         ),
@@ -405,39 +369,96 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
             name="Phi_dyn by kappa",
             panels=[
                 wr.MarkdownPanel(markdown=_phi_dyn_in_words(records)),
-                *media("Phi_dyn by kappa", [PHI_DYN] if PHI_DYN in drawn else []),
-                *shown("dose"),
+                *panels.figure("Phi_dyn by kappa", PHI_DYN),
+                *panels.sections("dose"),
             ],
             is_open=True,
         ),
         ws.Section(
             name="r and gain",
             panels=[
-                curves("r", log_y=False),
-                curves("gain", log_y=True),
-                bars("r"),
-                bars("gain"),
+                panels.curves("r", log_y=False),
+                panels.curves("gain", log_y=True),
+                panels.bars("r"),
+                panels.bars("gain"),
             ],
             is_open=True,
         ),
         ws.Section(
             name="Training",
             panels=[
-                curves("grad_norm", log_y=True),
-                curves("tokens_per_s", log_y=False),
-                *shown("tuning", "training"),
+                panels.curves("grad_norm", log_y=True),
+                panels.curves("tokens_per_s", log_y=False),
+                *panels.sections("tuning", "training"),
             ],
         ),
-        ws.Section(
-            name="Probes",
-            panels=[
-                panel
-                for name, logged in by_section.items()
-                if name.startswith("probes/")
-                for panel in media(name.removeprefix("probes/"), logged)
-            ],
-        ),
+        ws.Section(name="Probes", panels=panels.probes()),
     ]
+
+
+class _Panels:
+    """Builder of the panels of a dashboard, from a study's runs and its logged figures."""
+
+    def __init__(self, records: Sequence[Record], drawn: dict[str, go.Figure]) -> None:
+        self._drawn = drawn
+        self._key, self._n_runs = _grouped_by(records), _n_runs(records)
+        self._by_section: dict[str, list[str]] = {}
+        for logged_as in drawn:
+            self._by_section.setdefault(logged_as.rpartition("/")[0], []).append(logged_as)
+
+    def curves(self, name: str, log_y: bool) -> PanelTypes:
+        """Return the curves of a number over training, as means of the groups of runs."""
+        import wandb_workspaces.reports.v2 as wr
+
+        return wr.LinePlot(
+            title=f"{name} by {self._key}",
+            x="tokens",
+            y=[name],
+            log_y=log_y,
+            groupby=wr.Config(self._key),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+            max_runs_to_show=self._n_runs,
+        )
+
+    def bars(self, name: str) -> PanelTypes:
+        """Return the final values of a number, as means of the groups of runs."""
+        import wandb_workspaces.reports.v2 as wr
+
+        return wr.BarPlot(
+            title=f"{name} by {self._key}: mean of the runs, lowest to highest",
+            metrics=[wr.SummaryMetric(name)],
+            groupby=wr.Config(self._key),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+            max_runs_to_show=self._n_runs,
+        )
+
+    def figure(self, title: str, logged_as: str) -> list[PanelTypes]:
+        """Return a figure; empty if it was not drawn."""
+        return [_media(title, [logged_as])] if logged_as in self._drawn else []
+
+    def sections(self, *names: str) -> list[PanelTypes]:
+        """Return a panel with the figures of each named section of the report that has figures."""
+        return [
+            _media(SECTIONS[name], self._by_section[key])
+            for name in names
+            if (key := f"figures/{name}") in self._by_section
+        ]
+
+    def probes(self) -> list[PanelTypes]:
+        """Return a panel with the figures of each probe."""
+        return [
+            _media(key.removeprefix("probes/"), logged)
+            for key, logged in self._by_section.items()
+            if key.startswith("probes/")
+        ]
+
+
+def _media(title: str, logged: Sequence[str]) -> PanelTypes:
+    import wandb_workspaces.reports.v2 as wr
+
+    return wr.MediaBrowser(title=title, media_keys=logged, num_columns=1)
 
 
 def _grouped_by(records: Sequence[Record]) -> str:

@@ -46,7 +46,7 @@ from soluscope.results import Verdict as Settled
 HYPOTHESES = ("H0-opt, H-aff", "H-static-smuggle", "H-smear")
 MEANINGS = (
     "H0-opt: LayerNorm helps because it sets the output scale at the start of training. H-aff: it helps "
-    "through its affine part (gamma and beta).",
+    "through centring and its affine part (gamma and beta).",
     "H-static-smuggle: small activations carry information, and one constant gain amplifies them.",
     "H-smear: small activations carry information, and a per-token gain amplifies them.",
 )

@@ -21,7 +21,8 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
     """Return a sentence for each arm and stream that has numbers.
 
     The sentences are about the probe's tested quantity. If it has no rows, they are about the first quantity
-    for which smearing predicts a direction. They cover natural text, or every stream if none is natural.
+    for which smearing predicts a direction. They cover natural text, or all streams if there is no
+    number on natural text.
 
     Args:
         words: description of the probe.

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from soluscope.data.tokenizer import readable
 from soluscope.report.blocks import Block, Paragraph, Scale, Token, Tokens, TokenText
 from soluscope.report.findings import number, per_token
 from soluscope.results import Record, TokenValue, of_kind
+from soluscope.text import readable
 
 QUANTITIES = {"gain": "gain", "r": "r", "effect": "ablation effect"}
 """Quantities by the name of their style; the first is shown until the reader chooses another."""

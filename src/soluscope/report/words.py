@@ -213,7 +213,10 @@ def _basis(records: list[Record]) -> str:
     documents = max((row.n_clusters for row in losses), default=0)
     tokens = max((row.n for row in losses), default=0)
     if documents:
-        measured_on = f"{documents:,} documents" + (f" ({tokens:,} tokens)" if tokens else "")
+        noun_of_documents = "document" if documents == 1 else "documents"
+        measured_on = f"{documents:,} {noun_of_documents}" + (
+            f" ({tokens:,} tokens)" if tokens else ""
+        )
         text += f"; losses are measured on {measured_on} that were not used in training"
     text += "."
     if counts and counts[0] == 1:

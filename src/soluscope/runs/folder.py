@@ -227,9 +227,8 @@ class Run:
         else:
             self._check_same(config)
         if state != "done":
-            (self.dir / "done.json").unlink(
-                missing_ok=True
-            )  # left in an incomplete copy of a folder
+            # An incomplete copy of a finished run has this file without the weights.
+            (self.dir / "done.json").unlink(missing_ok=True)
             self.forget_failure()
         return state
 

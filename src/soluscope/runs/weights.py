@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from soluscope import plugins
 from soluscope.config import Config
@@ -240,6 +242,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"cannot read the checkpoint {path} ({reason(error)}): delete it to train the run from step 0"
         ) from error
     return loaded
+
+
+def first_misfit(
+    here: Mapping[str, Tensor], there: Mapping[str, Tensor]
+) -> tuple[str, object, object] | None:
+    """Return the first name whose tensors differ in shape, and both shapes; None without a difference.
+
+    The shape of a tensor that does not exist is `missing`.
+    """
+    shapes = [
+        {name: tuple(tensor.shape) for name, tensor in each.items()} for each in (here, there)
+    ]
+    for name in sorted(here.keys() | there.keys()):
+        left, right = (each.get(name, "missing") for each in shapes)
+        if left != right:
+            return name, left, right
+    return None
 
 
 @cache

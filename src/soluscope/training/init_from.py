@@ -7,7 +7,7 @@ from soluscope.data.cache import TokenCache
 from soluscope.errors import UserError
 from soluscope.model import LanguageModel
 from soluscope.runs.folder import Run
-from soluscope.runs.weights import Origin
+from soluscope.runs.weights import Facts, Origin, first_misfit
 
 
 def origin_of(config: Config) -> Origin | None:
@@ -18,10 +18,7 @@ def origin_of(config: Config) -> Origin | None:
     """
     if config.init_dir is None:
         return None
-    try:
-        facts = Run(config.init_dir).facts
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from error
+    facts = _facts_of(Run(config.init_dir))
     earlier = facts.init_from or Origin("", "", 0, 0)
     return Origin(
         f"{facts.study}/{facts.run}",
@@ -29,6 +26,14 @@ def origin_of(config: Config) -> Origin | None:
         facts.steps + earlier.steps,
         facts.tokens + earlier.tokens,
     )
+
+
+def _facts_of(run: Run) -> Facts:
+    """Return the facts of a run; if it is not finished, name the setting in the error."""
+    try:
+        return run.facts
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
 
 
 def rows_before(config: Config) -> int:
@@ -48,22 +53,18 @@ def load_origin(model: LanguageModel, config: Config, cache: TokenCache) -> None
     """
     if config.init_dir is None:
         return
-    origin_of(config)  # its error names the setting
     run = Run(config.init_dir)
-    if run.facts.tokenizer_hash != cache.meta["tokenizer_hash"]:
+    if _facts_of(run).tokenizer_hash != cache.meta["tokenizer_hash"]:
         raise UserError(
             f"train.init_from={run.dir} was trained with a different tokenizer: set "
             f"tokens.tokenizer={run.tokenizer}, or name a run with this run's tokenizer"
         )
     trained = run.load_model()
-    here, there = (
-        {name: tuple(parameter.shape) for name, parameter in each.named_parameters()}
-        for each in (model, trained)
-    )
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            raise UserError(
-                f"train.init_from={run.dir} does not fit this run: {name} is {there.get(name, 'missing')} there "
-                f"and {here.get(name, 'missing')} here; set size=, model.* and variant= as in {run.config_file}"
-            )
+    misfit = first_misfit(dict(model.named_parameters()), dict(trained.named_parameters()))
+    if misfit:
+        name, here, there = misfit
+        raise UserError(
+            f"train.init_from={run.dir} does not fit this run: {name} is {there} there and {here} here; set "
+            f"size=, model.* and variant= as in {run.config_file}"
+        )
     model.load_state_dict(trained.state_dict(), strict=False)  # the gain may be in one of them only

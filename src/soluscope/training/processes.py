@@ -51,10 +51,8 @@ def cluster_environment(train: TrainConfig) -> Any:
                 f"{asked}, but torchrun started {elastic.world_size()} processes, {n_here} of them on this "
                 f"machine: start the run with 'torchrun {_sizes(train)}'"
             )
-    if (
-        train.n_processes == 1
-    ):  # explicit, because Lightning would count all tasks of a SLURM allocation
-        return LightningEnvironment()
+    if train.n_processes == 1:
+        return LightningEnvironment()  # Lightning itself would count a SLURM allocation's tasks
     if name == "torchrun":
         return elastic
     if name == "srun":

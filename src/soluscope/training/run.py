@@ -32,7 +32,15 @@ from soluscope.files import checksum, reason, write_text
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm
 from soluscope.runs.folder import Run
-from soluscope.runs.weights import Facts, commit, lineage, load_checkpoint, save_model, versions
+from soluscope.runs.weights import (
+    Facts,
+    commit,
+    first_misfit,
+    lineage,
+    load_checkpoint,
+    save_model,
+    versions,
+)
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
 from soluscope.training.device import on_cuda, set_threads, with_precision
@@ -257,16 +265,13 @@ def mean_loss(
 
 def _check_fits(path: Path, module: nn.Module) -> None:
     """Refuse a checkpoint with tensors of different shapes, before any file is overwritten."""
-    state = load_checkpoint(path).get("state_dict", {})
-    expected = module.state_dict()
-    for name in sorted(expected.keys() | state.keys()):
-        here = tuple(expected[name].shape) if name in expected else "missing"
-        there = tuple(state[name].shape) if name in state else "missing"
-        if here != there:
-            raise UserError(
-                f"the checkpoint {path} does not fit this configuration: {name} is {there} in the checkpoint "
-                f"and {here} here; delete the checkpoint to train from step 0, or set tag= or study="
-            )
+    misfit = first_misfit(module.state_dict(), load_checkpoint(path).get("state_dict", {}))
+    if misfit:
+        name, here, there = misfit
+        raise UserError(
+            f"the checkpoint {path} does not fit this configuration: {name} is {there} in the checkpoint "
+            f"and {here} here; delete the checkpoint to train from step 0, or set tag= or study="
+        )
 
 
 @contextmanager

@@ -61,10 +61,13 @@ def mean_gain(run_dir: Path, layer: int, cache: TokenCache) -> float:
     The report split is not used, because the gain must not be chosen on the data that it is evaluated on.
 
     Raises:
-        UserError: if the run has no per-token gain, or has a different tokenizer.
+        UserError: if the run is not finished, has no per-token gain, or has a different tokenizer.
     """
     run = Run(run_dir)
-    model, facts = run.load_model(), run.facts
+    try:
+        model, facts = run.load_model(), run.facts
+    except UserError as error:
+        raise UserError(f"mid.gain: {error}") from error
     norm = model.mlp(layer).ln
     if norm is None or norm.eps is None:
         raise UserError(

@@ -72,9 +72,8 @@ def mode_of(chosen: Mode | None) -> Mode:
         package()
         from wandb.sdk import wandb_setup
 
-        mode = (
-            wandb_setup.singleton().settings.mode
-        )  # from WANDB_MODE or the command `wandb offline`
+        # The mode comes from WANDB_MODE or from the command `wandb offline`.
+        mode = wandb_setup.singleton().settings.mode
         if mode == "disabled":
             return "off"
         return "online" if mode == "online" and _credentials() else "offline"
@@ -268,10 +267,8 @@ def _config(config: Config) -> dict[str, Any]:
     """
     model, train, mid = config.model, config.train, config.mid
     gain = getattr(mid, "gain", None)
-    dosed = hasattr(mid, "epsilon") and gain in (
-        None,
-        "init",
-    )  # with an explicit gain, kappa has no effect
+    # With an explicit gain, kappa has no effect.
+    dosed = hasattr(mid, "epsilon") and gain in (None, "init")
     return {
         "variant": config.variant, "seed": config.seed, "study": config.study, "size": config.size,
         "data": config.data, "arm_name": config.arm, "config": config.hash,

@@ -29,5 +29,5 @@ VARIANT = Variant(
     build_norm=build_norm,
     params=StaticParams,
     after="solu_gain",
-    adds="a per-neuron gain",
+    adds="a per-neuron weight",
 )

@@ -111,14 +111,11 @@ def _files(params: Params) -> list[Path]:
     for pattern in params.paths:
         matches = {path for path in _matching(Path(pattern)) if path.is_file()}
         if not matches:
-            is_folder = Path(pattern).is_dir()
+            advice = "correct the glob"
+            if Path(pattern).is_dir():
+                advice = f"it is a folder; give a glob, as in {pattern}/**/*.txt"
             raise UserError(
-                f"corpus.paths: {pattern!r} matches no file, relative to {Path.cwd()}: "
-                + (
-                    f"it is a folder; give a glob, as in {pattern}/**/*.txt"
-                    if is_folder
-                    else "correct the glob"
-                )
+                f"corpus.paths: {pattern!r} matches no file, relative to {Path.cwd()}: {advice}"
             )
         paths |= matches
     for path in paths:
