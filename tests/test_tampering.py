@@ -346,6 +346,7 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
     """Yield the problems of the commands after a copy of the study in the new folder `root` was damaged."""
     expected = (study / "results.jsonl").read_bytes()
     copy, outside = root / "runs" / study.name, root / "outside"
+    results = copy / "results.jsonl"
     shutil.copytree(study, copy)
     outside.mkdir()
     (outside / "secret.txt").write_text("aws_secret_access_key = hunter2\n")
@@ -373,8 +374,7 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
         is_named = Path(case.file).name in text or RUN in text
         if status == 2 and not is_named:
             yield f"{told}: does not name the file: {text[-300:]!r}"
-        is_changed = (copy / "results.jsonl").read_bytes() != expected
-        if command[0] == "probe" and is_changed and not is_named:
+        if command[0] == "probe" and not is_named and results.read_bytes() != expected:
             yield f"{told}: silently other results"
     if snapshot(outside) != before:
         yield f"{case.file}, {case.damage}: wrote outside"

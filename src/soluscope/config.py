@@ -546,8 +546,11 @@ def read_config(path: Path) -> Config:
         check(
             isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
         )
-    base, schema = _typed(saved["variant"], saved["data"])
-    return to_config(_merge(base, *_layers(schema, [path])))
+    try:
+        base, schema = _typed(saved["variant"], saved["data"])
+        return to_config(_merge(base, *_layers(schema, [path])))
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:

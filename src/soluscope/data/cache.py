@@ -317,7 +317,7 @@ def open_cache(path: Path) -> TokenCache:
             )
         problem = cache._problem()
     except (OSError, ValueError, KeyError) as error:
-        problem = f"{type(error).__name__}: {reason(error)}"
+        problem = reason(error)
     if problem:
         raise UserError(_incomplete(path, problem))
     return cache
@@ -341,14 +341,17 @@ class TokenCache:
             ValueError: if it is not the meta.json of a cache.
         """
         self.path = path
-        self.meta = from_json((path / "meta.json").read_bytes(), Meta)
+        try:
+            self.meta = from_json((path / "meta.json").read_bytes(), Meta)
+        except ValueError as error:
+            raise ValueError(f"meta.json: {error}") from error
         least = [self.meta["bos"], self.meta["eos"], self.meta["pad"]]
         if not 0 <= min(least) <= max(least) < self.meta["d_vocab"] <= 2**32:
             raise ValueError(
-                f"BOS, EOS and PAD are not tokens below d_vocab={self.meta['d_vocab']}"
+                f"meta.json: BOS, EOS and PAD are not tokens below d_vocab={self.meta['d_vocab']}"
             )
         if missing := {"data", "tokens.d_vocab", "tokens.tokenizer"} - self.meta["asked"].keys():
-            raise ValueError(f"`asked` lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"meta.json: `asked` lacks {', '.join(sorted(missing))}")
 
     @property
     def kept(self) -> Sequence[Split]:
