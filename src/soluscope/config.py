@@ -82,10 +82,16 @@ class ModelConfig:
         whole ctx; the backward pass costs twice as much. The last position of a row has no target and hence
         no logits.
         """
-        weights = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
         attention = self.n_layers * 2 * self.ctx * self.d_model
         logits = d_vocab * self.d_model * (self.ctx - 1) / self.ctx
-        return 3 * 2 * (weights + attention + logits)
+        return 3 * 2 * (self._n_block_weights() + attention + logits)
+
+    def n_matrix_weights(self, d_vocab: int) -> int:
+        """Return the number of weights in the matrices: all parameters but the biases and the norms' weights."""
+        return self._n_block_weights() + self.d_model * (2 * d_vocab + self.ctx)
+
+    def _n_block_weights(self) -> int:
+        return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_mlp", "n_layers"):
@@ -563,8 +569,11 @@ def read_config(path: Path) -> Config:
         check(
             isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
         )
-    base, schema = _typed(saved["variant"], saved["data"])
-    return to_config(_merge(base, *_layers(schema, [path])))
+    try:
+        base, schema = _typed(saved["variant"], saved["data"])
+        return to_config(_merge(base, *_layers(schema, [path])))
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
 
 
 def to_json(config: Config) -> str:

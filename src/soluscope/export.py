@@ -19,9 +19,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +31,7 @@ from markupsafe import Markup
 from soluscope import results
 from soluscope.config import Config, for_others, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import write_bytes, write_text
+from soluscope.files import replacing_folder, write_bytes, write_text
 from soluscope.reading import read_yaml
 from soluscope.report import controls, findings
 from soluscope.results import Measurement, OfRun, Record, of_kind
@@ -119,15 +117,12 @@ def _results(run: Run) -> Path:
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`. At the end it is renamed to `out`; after an error it is removed."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.replace(beside, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(out) as beside:
+            yield beside
     except OSError as error:
         raise UserError(f"cannot export to {out}: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(run: Run, folder: Path, repo: str | None) -> str | None:

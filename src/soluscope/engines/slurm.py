@@ -27,7 +27,7 @@ from soluscope.config import Config, from_json, to_json
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
-from soluscope.files import write_text
+from soluscope.files import read_json, write_text
 from soluscope.launching import jobs
 from soluscope.launching.launch import Evaluate
 from soluscope.launching.sweep import Sweep
@@ -182,12 +182,12 @@ def _queued(folder: Path) -> dict[str, str]:
     the second one waits for the first and then finds the run done. So a broken jobs.json counts as empty.
     """
     try:
-        kept = json.loads((folder / IDS).read_text(encoding="utf8")).items()
-    except (OSError, ValueError, AttributeError, RecursionError):
+        kept = read_json(folder / IDS, dict[str, str], "")
+    except UserError:
         return {}
     states = "--states=PENDING,RUNNING,SUSPENDED"
     ids = set(_ask("squeue", "--me", "--noheader", "--array", "--format=%i", states).split())
-    return {name: job_id for name, job_id in kept if isinstance(job_id, str) and job_id in ids}
+    return {name: job_id for name, job_id in kept.items() if job_id in ids}
 
 
 def _placed(config: Config, params: Params) -> Config:

@@ -41,7 +41,7 @@ from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.evaluation.wandb_probes import send_probes
-from soluscope.files import digest, replacing, write_text
+from soluscope.files import digest, read_json, reason, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run
@@ -57,7 +57,7 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import Run, lock
+from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
 from soluscope.text import readable
@@ -93,7 +93,7 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
         UserError: if there is no finished run, a run cannot be read, its tokens are gone, it cannot be evaluated
             here with these settings, or the results cannot be written. Stored results are then unchanged.
     """
-    runs = _writable_runs(folder, config)
+    runs = _writable_runs(folder, config, say)
     study_dir = runs[0].dir.parent
     with lock(study_dir, wait=config.wait, knob="give wait=yes to wait for it"):
         _check(runs, config)
@@ -131,25 +131,39 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
     say(f"{prefix} {text}")
 
 
-def finished_runs(folder: Path) -> list[Run]:
+def finished_runs(folder: Path, say: Say | None = None) -> list[Run]:
     """Return the finished runs and pretrained models: `folder` itself, or the folders directly in it.
 
+    Args:
+        folder: a run, a study, or the run folder of a pretrained model.
+        say: function called with a line about each run that is left out, because it is not finished or broken.
+
     Raises:
-        UserError: if there is no finished run.
+        UserError: if there is no finished run, or one has a link that leads out of the study.
     """
-    folder = folder if folder.name else folder.resolve()  # "." has no parent
+    if folder.is_symlink() or not folder.name:  # "." has no parent
+        folder = folder.resolve()
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
-        return [Run(folder)]
-    trained = {path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done()}
-    pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
-    if not trained | pretrained:
+        runs = [Run(folder)]
+    else:
+        runs = []
+        for run in map(Run, sorted(path for path in folder.glob("*") if path.is_dir())):
+            try:
+                if not (run.dir / ORIGIN).is_file():
+                    run.check_done()
+                runs.append(run)
+            except UserError as error:
+                if say and run.config_file.is_file():
+                    say(f"{run.dir.name} is left out: {error}")
+    if not runs:
         raise UserError(f"no finished run in {folder}: train some with 'soluscope train' first")
-    return [Run(path) for path in sorted(trained | pretrained)]
+    check_study_links(runs[0].dir.parent, *runs)
+    return runs
 
 
-def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
+def _writable_runs(folder: Path, config: EvalConfig, say: Say) -> list[Run]:
     """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
-    runs = finished_runs(folder)
+    runs = finished_runs(folder, say)
     if config.out is not None:
         runs = linked(runs, Path(config.out))
     check_writable(runs)
@@ -172,7 +186,7 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = ans
     """
     from soluscope.report import matrix
 
-    study_dir = _writable_runs(folder, config)[0].dir.parent if folder else None
+    study_dir = _writable_runs(folder, config, say)[0].dir.parent if folder else None
     records = _calibrated(what, _asked(config), study_dir, say)
     console().print(matrix(records))
     if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
@@ -202,8 +216,11 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
         for name in names:
             path = folder / f"{what}-{name}.jsonl" if folder else None
             if path and path.is_file():
-                records += results.read(path, study_dir)
-                continue
+                try:
+                    records += results.read(path, study_dir, whole=True)
+                    continue
+                except UserError as error:
+                    say(f"{path.name} is computed again: {error}")
             say(f"{what} of {name}")
             probe = plugins.pick(PACKAGE, name)
             made = [stored_words(name, probe, study), *ask(name, study=study)]
@@ -231,7 +248,7 @@ def write_results(study_dir: Path) -> Path:
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run.facts)
-            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run)))
+            losses.append(_read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
         records += compare(study_dir.name, table, commit(), _lineages(compared))
@@ -341,7 +358,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
     waiting = [
         name
         for name in (*course, "loss", "tokens", *names)
-        if not (folder / f"{name}.jsonl").is_file()
+        if not _is_measured(folder, run, name, say)
     ]
     if not waiting:
         say("probed already")
@@ -364,6 +381,53 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
         else:
             records = _probe_records(name, observed, folder, about, config)
         results.write(folder / f"{name}.jsonl", records)
+
+
+def _is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
+    """Return whether the results of the probe `name` on a run are in `folder` and can be read."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return False
+    try:
+        results.read(path, run.dir.parent, whole=True)
+        if name == "loss" and not (run.dir / ORIGIN).is_file():
+            _read_losses(folder, run)
+    except UserError as error:
+        say(f"{name} is recomputed: {error}")
+        return False
+    return True
+
+
+def _read_losses(folder: Path, run: Run) -> pd.DataFrame:
+    """Return a trained run's losses by document, as `_loss` has saved them in `folder`.
+
+    Raises:
+        UserError: if the file is missing or broken, or belongs to another run.
+    """
+    path, facts = folder / "loss.parquet", run.facts
+    about = {
+        "run": facts.run, "arm": facts.arm, "variant": facts.variant, "seed": facts.seed,
+        "config": facts.config,
+    }  # fmt: skip
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        table = pd.read_parquet(path)
+        numbers = table[["loss_sum", "n_tokens"]].to_numpy(float)
+        if not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
+            raise ValueError("its losses are not finite, or of no tokens")
+        if set(table["split"]) != {"select", "report"}:
+            raise ValueError("it does not hold the splits select and report")
+        if not all(isinstance(document, str) for document in table["document"]):
+            raise ValueError("its documents are not named")
+        for name, value in about.items():
+            if not (table[name] == value).all():
+                raise ValueError(f"its {name} is not {value}")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table
 
 
 @contextmanager
@@ -390,7 +454,9 @@ def _current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
         yield folder
         return
     stale = {Path(path).stem for path in _probe_files() if before.get(path, now[path]) != now[path]}
-    if before.get("shared") != shared:
+    if not before:
+        say(f"{folder / MADE_WITH} is missing or broken: all results are recomputed")
+    elif before.get("shared") != shared:
         say("inputs or code have changed since last time: all results are recomputed")
     for name in sorted(stale) if before.get("shared") == shared else ():
         say(f"{name} has changed and is recomputed")
@@ -413,10 +479,9 @@ def _made_with(folder: Path) -> dict[str, str] | None:
     Results without readable hashes are not current.
     """
     try:
-        made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / MADE_WITH, dict[str, str], "its results are recomputed")
+    except UserError:
         return {} if any(folder.glob("*.jsonl")) else None
-    return made_with if isinstance(made_with, dict) else {}
 
 
 def _probe_of(path: Path) -> str:
@@ -436,7 +501,7 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
     if (run.dir / ORIGIN).is_file():
         made_from = "model.json"
         settings["tokens"] = study_facts(run.dir.parent)["key"]
-    trained = digest((run.dir / made_from).read_text(encoding="utf8"))
+    trained = digest((run.dir / made_from).read_text(encoding="utf8", errors="replace"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
     code = code_hash(*COMPUTES, but=_probe_files())
     return digest([settings, trained, prompts, code])
@@ -468,6 +533,11 @@ def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
             f"{run.dir} was trained on the tokens {trained_on['key']}, but {cache.path} has other tokens: "
             "set prepared= to the folder of the right tokens"
         )
+    for name in ("bos", "eos", "pad", "d_vocab", "shares", "splits"):
+        if cache.meta.get(name) != trained_on.get(name, cache.meta.get(name)):
+            raise UserError(
+                f"{cache.path / 'meta.json'} and {study_dir / 'data.json'} differ in {name!r}: copy both again"
+            )
     return cache
 
 
@@ -576,12 +646,18 @@ def _pretrained(
     return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
 
 
-def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
-    """Return the training curves: means over at most 60 stretches of metrics.jsonl."""
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf8").splitlines()]
-    metrics = pd.DataFrame(lines)
+def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:
+    """Return the training curves: means over at most 60 stretches of metrics.jsonl.
+
+    Without a row that can be read, a record gives the reason.
+    """
+    rows = run.rows()
+    if not rows:
+        note = f"{run.metrics.name} has no rows: it is missing or broken"
+        return [LeftOut(**about, probe="training", note=note)]
+    metrics = pd.DataFrame(rows)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
-    points = []
+    points: list[Measurement | LeftOut] = []
     for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
         stretch = metrics.iloc[part]
         points += [

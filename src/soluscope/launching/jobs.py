@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 from soluscope import terminal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
-from soluscope.files import check_names, from_json, write_text
-from soluscope.runs.folder import Busy, Run, holder
+from soluscope.files import Whole, check_names, read_json, write_text
+from soluscope.runs.folder import Busy, Run, check_study_links, holder
 from soluscope.terminal import say
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
@@ -44,8 +45,8 @@ class Job:
     """Hash of the requested configuration: train.precision=auto stays auto."""
     run: str
     """Name of the run folder in the study's folder."""
-    steps: int
-    tokens_a_step: int
+    steps: Whole
+    tokens_a_step: Whole
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def standing(study_dir: Path, job: Job) -> Standing:
     """Return the present state and progress of a job, without creating a file."""
     run = Run(study_dir / job.run)
     row = run.last_row()
-    step, loss = row.get("step", 0), row.get("loss")
+    step, loss = int(row.get("step", 0)), row.get("loss")
     done = run.done()
     if done is not None:
         return Standing("done", job.steps, done.get("report_loss"), None, None)
@@ -211,14 +212,13 @@ def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
     path = study_dir / "sweep.json"
     if not path.is_file():
         return None, []
+    remedy = "delete it and launch the sweep again"
+    record = read_json(path, JobList, remedy)
     try:
-        record = from_json(path.read_bytes(), JobList)
         check_names(*(job.run for job in record.jobs))
-        return record.sweep, record.jobs
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is broken ({error}): delete it and launch the sweep again"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is broken ({error}): {remedy}") from error
+    return record.sweep, record.jobs
 
 
 def listed(study_dir: Path) -> list[Job]:
@@ -238,6 +238,7 @@ def listed(study_dir: Path) -> list[Job]:
                 jobs.append(job_of(run.config))
             except UserError:  # a truncated config.yaml must not hide the other runs
                 jobs.append(Job("", run.dir.name, 0, 0))
+    check_study_links(study_dir, *(Run(study_dir / job.run) for job in jobs))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
     return jobs
@@ -351,6 +352,8 @@ def follow(study_dir: Path) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -17,7 +17,7 @@ from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
-from soluscope.runs.folder import Run, lock
+from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
@@ -135,6 +135,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
         check_login(mode)
     engine.check(params, sweep)
     _check_tokens(sweep)
+    check_study_links(sweep.study_dir)
     with lock(sweep.study_dir / HELD, config.wait, "give wait=yes to wait for it, or set study="):
         _prepare(sweep)
         jobs.write_list(sweep.study_dir, sweep.name, listed)

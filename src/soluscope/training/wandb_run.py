@@ -24,7 +24,7 @@ from typing import Any
 
 from soluscope.config import Config, for_others, read_config, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import digest, write_text
+from soluscope.files import digest, read_json, write_text
 from soluscope.terminal import say
 from soluscope.wandb_client import (
     ANONYMOUS,
@@ -255,11 +255,12 @@ def identity(run_dir: Path) -> dict[str, Any]:
     A run that was received from another person thus has no identity: its wandb.json could name any project.
     """
     try:
-        known = json.loads((run_dir / IDENTITY).read_text(encoding="utf8"))
-        signature = known.pop("signature")
-        return known if hmac.compare_digest(signature, _signature(known)) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known = read_json(run_dir / IDENTITY, dict[str, Any], "")
+        signature = str(known.pop("signature", ""))
+        is_own = hmac.compare_digest(signature.encode(), _signature(known).encode())
+    except (OSError, UserError):
         return {}
+    return known if is_own else {}
 
 
 def write_identity(run_dir: Path, known: Mapping[str, Any]) -> None:
