@@ -166,7 +166,7 @@ def standing(study_dir: Path, job: Job) -> Standing:
     """Return the present state and progress of a job, without creating a file."""
     run = Run(study_dir / job.run)
     row = run.last_row()
-    step, loss = row.get("step", 0), row.get("loss")
+    step, loss = int(row.get("step", 0)), row.get("loss")
     done = run.done()
     if done is not None:
         return Standing("done", job.steps, done.get("report_loss"), None, None)
