@@ -448,6 +448,8 @@ class TokenCache:
 
     def _problem(self) -> str | None:
         """Return the first difference between the files and meta.json, or None without a difference."""
+        if not self.tokenizer_path.is_file():
+            return "tokenizer.json is missing"
         tokenizer_hash = checksum(self.tokenizer_path)
         if tokenizer_hash != self.meta["tokenizer_hash"]:
             return "tokenizer.json is not the tokenizer that produced the tokens"

@@ -195,6 +195,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
 
 def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
     """Load the model of a `Run`, as `load` does from its folder."""
+    run.check_links()
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
