@@ -203,7 +203,8 @@ def load_weights(
         raise UserError(f"cannot read {path} ({reason(error)}): {again}") from error
     n_needed = config.model.n_matrix_weights(facts.d_vocab)
     n_there = sum(tensor.numel() for tensor in state.values())
-    if n_needed > n_there:  # before memory for these weights is taken
+    # This check comes before memory is taken. Below, a smaller difference is named by its tensor.
+    if n_needed > 2 * n_there:
         raise UserError(
             f"{path} does not fit {run_dir / 'config.yaml'}: it has {n_there:,} numbers, but the configuration "
             f"needs more than {n_needed:,}"
