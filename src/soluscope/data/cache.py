@@ -461,12 +461,12 @@ class TokenCache:
             n_bytes = (self.path / f"{split}.tokens").stat().st_size
             wanted = counts["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
             if n_bytes != wanted:
-                return f"{split}.tokens has {n_bytes} bytes instead of {wanted}"
+                return f"{split}.tokens has {n_bytes} bytes instead of {wanted}, as meta.json gives"
             offsets = self._offsets(split)
             if offsets.dtype != np.int64 or offsets.shape != (counts["n_documents"] + 1,):
-                return f"{split}.offsets.npy belongs to other documents"
+                return f"{split}.offsets.npy belongs to other documents than meta.json"
             if offsets[0] != 0 or offsets[-1] != counts["n_tokens"] or (np.diff(offsets) < 0).any():
-                return f"{split}.offsets.npy belongs to other documents"
+                return f"{split}.offsets.npy belongs to other documents than meta.json"
         return None
 
 
