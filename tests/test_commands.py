@@ -20,7 +20,7 @@ from soluscope.config import Config, EvalConfig, to_yaml
 from soluscope.errors import UserError
 from soluscope.evaluation.suite import evaluate
 from soluscope.results import Measurement
-from soluscope.runs.folder import Run, lock
+from soluscope.runs.folder import Run, holder, lock
 
 TRAIN, EVAL, REPORT, LAUNCH = "train/run.py", "eval/run.py", "eval/report.py", "sweeps/launch.py"
 SOLUSCOPE = "src/soluscope/__main__.py"
@@ -60,11 +60,12 @@ def answers(folder: Path, *lines: tuple[str, ...]) -> list[Answer]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Return the contents of every file below a folder, except locks and failed.json."""
+    """Return the contents of every file below a folder, except locks, their holders, and failed.json."""
+    left_out = {".held_by.json", "failed.json"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith("lock") and path.name != "failed.json"
+        if path.is_file() and not path.name.endswith("lock") and path.name not in left_out
     }
 
 
@@ -92,6 +93,12 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (EVAL, "solu-1l", "revison=main"): "Did you mean 'revision'?",
     (EVAL, "solu-1l", "data=stdlb"): "no data called 'stdlb'. Did you mean 'stdlib'?",
     (EVAL, ".", "probes=[engagment]"): "no probe called 'engagment'. Did you mean 'engagement'?",
+    (EVAL, ".", "probes=[]"): "probes=[] names no probe",
+    (LAUNCH, "grid.yaml", "eval.probes=[]"): "probes=[] names no probe",
+    (TRAIN, "variant=solu", "train.rates=[1]"): "train.rates=[1]: set keys below train.rates",
+    (TRAIN, "variant=solu", "train.steps=9223372036854775808"): "must be between",
+    (TRAIN, "variant=solu", "train.device=cpu", "model.d_model=1000000000"): "needs at least",
+    (TRAIN, "variant=solu", "tag=${oc.env:HOME}"): "may only stand for the value of another key",
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
     (REPORT,): "the following arguments are required: study",
@@ -418,7 +425,8 @@ def test_second_process_on_a_run_folder_is_refused(config: Config) -> None:
     before = snapshot(config.run_dir)
     with lock(config.run_dir):
         assert refusal(train_silently, config) == (
-            f"another process is at work in {config.run_dir}: wait until it ends, or set tag= or study="
+            f"another process is at work in {config.run_dir}{holder(config.run_dir)}: wait until it ends, or set "
+            "tag= or study="
         )
         assert snapshot(config.run_dir) == before
     assert (train_silently(config) / "done.json").is_file()

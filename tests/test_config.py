@@ -22,6 +22,7 @@ from soluscope.config import (
     configs_dir,
     differences,
     flatten,
+    for_others,
     load_config,
     load_typed,
     read_config,
@@ -628,3 +629,28 @@ def test_flattened_keys_are_the_command_lines() -> None:
     assert values["train.steps"] == config.train.steps
     changed = replace(config, seed=9)
     assert dict(flatten(asdict(changed))) == {**values, "seed": 9}
+
+
+# --- settings for other people --------------------------------------------------------------------
+
+
+def test_settings_for_others_keep_the_last_part_of_a_path_and_lose_the_folders_of_this_machine():
+    words = ["variant=solu_gain", "size=tiny", "data=files", "corpus.paths=[/home/me/a/*.txt,b/c.txt]",
+             "mid.gain=/home/me/runs/x/solu_ln-s0", "train.init_from=/home/me/runs/y", "runs_dir=/home/me/runs",
+             "corpus.separator=/home/", "tokens.prepared=/home/me/p", "tokens.tokenizer=/home/me/t.json",
+             "wandb=online"]  # fmt: skip
+    given = asdict(load_config(words))
+    settings = for_others(given)
+    assert "/home/me" not in to_yaml(settings)
+    assert settings["corpus"]["paths"] == ["*.txt", "b/c.txt"]
+    assert settings["corpus"]["separator"] == "/home/"
+    assert settings["mid"]["gain"] == "solu_ln-s0"
+    assert (settings["tokens"]["tokenizer"], settings["train"]["init_from"]) == ("t.json", "y")
+    assert not {"runs_dir", "wandb"} & settings.keys()
+    assert given["runs_dir"] == "/home/me/runs"
+    assert given["tokens"]["prepared"] == "/home/me/p"
+
+
+def test_a_windows_path_is_a_path_too():
+    words = ["variant=solu_ln", "size=tiny", "data=files", r"corpus.paths=['C:\Users\me\a.txt']"]
+    assert for_others(asdict(load_config(words)))["corpus"]["paths"] == ["a.txt"]

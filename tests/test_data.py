@@ -18,6 +18,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -26,6 +27,7 @@ import pytest
 from conftest import HANGS_AFTER_S
 from tokenizers import Tokenizer, decoders, models
 
+from soluscope import files as all_files
 from soluscope import plugins
 from soluscope.config import Config, load_config
 from soluscope.data import streams, tokenizer
@@ -497,6 +499,165 @@ def test_what_a_killed_preparation_left_is_no_cache_and_no_obstacle(
     assert not partial.exists()
 
 
+def test_the_next_preparation_removes_what_killed_ones_left(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    config = files_config(tmp_path)
+    folder, key = tmp_path / "cache", cache_key(config)
+    names = [f".{key}.00000000-1-00000000.part", f".{key}.partial", f".{key}.12345"]
+    for name in names:
+        (folder / name).mkdir(parents=True)
+    other = folder / ".another.00000000-1-00000000.part"  # perhaps being written on another machine
+    other.mkdir()
+    prepare(config)
+    assert not [name for name in names if (folder / name).exists()]
+    assert other.exists()
+
+
+def changed_copy(cache: TokenCache, folder: Path, **changes: Any) -> Path:
+    """Return a copy of a cache with other values in its meta.json; None leaves a key out."""
+    shutil.copytree(cache.path, folder)
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    meta = {key: value for key, value in meta.items() if value is not None}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "dtype", ["O", "object", "uint8", "int64", "float64", "V2", ">u2", "M8[s]", 2, None]
+)
+def test_tokens_of_another_type_than_uint16_and_uint32_are_never_opened(
+    cache: TokenCache, tmp_path: Path, dtype: Any
+) -> None:
+    changed = changed_copy(cache, tmp_path / "changed", dtype=dtype)
+    with pytest.raises(UserError, match=r"token cache .* is incomplete \(.*dtype"):
+        open_cache(changed)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bos": -1}, {"eos": 10**9}, {"pad": "x"}, {"d_vocab": 2**40}, {"d_vocab": 0}, {"splits": {}},
+        {"splits": {"train": 1}}, {"kept": ["train", "secret"]}, {"kept": "train"}, {"asked": {}},
+        {"shares": {"select": "x", "report": 0.1}}, {"sha256": ["x"]}, {"format": "2"}, {"key": [1]},
+        {"d_vocab": 10**400}, {"skipped": None}, {"tokenizer_hash": "0" * 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_cache_whose_meta_is_of_another_form_is_refused_in_one_line(
+    cache: TokenCache, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    changed = changed_copy(cache, tmp_path / "changed", **changes)
+    with pytest.raises(UserError, match=r"^token cache [^\n]*$"):
+        open_cache(changed)
+
+
+def test_counts_that_do_not_fit_the_files_are_refused(cache: TokenCache, tmp_path: Path) -> None:
+    counts = cache.meta["splits"]["train"]
+    for number, changes in enumerate(
+        [
+            {"n_tokens": counts["n_tokens"] + 1}, {"n_tokens": 2**62}, {"n_tokens": -2},
+            {"n_documents": 0}, {"n_documents": 2**62}, {"n_documents": counts["n_documents"] - 1},
+        ]
+    ):  # fmt: skip
+        splits = cache.meta["splits"] | {"train": counts | changes}
+        changed = changed_copy(cache, tmp_path / str(number), splits=splits)
+        with pytest.raises(UserError, match=r"is incomplete \(train\."):
+            open_cache(changed)
+
+
+@pytest.mark.parametrize("end", ["tokens", "offsets.npy", "names.jsonl"])
+def test_files_of_equal_size_with_other_content_are_refused_before_they_are_used(
+    cache: TokenCache, tmp_path: Path, end: str
+) -> None:
+    changed = changed_copy(cache, tmp_path / "changed")
+    path = changed / f"train.{end}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"train\.{end}|belongs to other documents"):
+        open_cache(changed).rows("train", 32)
+    open_cache(changed).rows("report", 32)  # the other splits are whole
+
+
+def test_shuffled_tokens_are_refused_before_training(texts: list[str], tmp_path: Path) -> None:
+    config = files_config(tmp_path)
+    path = prepare(config).path / "train.tokens"
+    times = path.stat()
+    path.write_bytes(np.random.default_rng(0).permutation(np.fromfile(path, np.uint16)).tobytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"the sha256 of train\.tokens is wrong"):
+        prepare(config)
+    with pytest.raises(UserError, match=r"the sha256 of train\.tokens is wrong"):
+        open_cache(path.parent).stream("train")
+
+
+def test_checksums_are_computed_once_and_again_in_a_copy(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = files_config(tmp_path)
+    computed: list[str] = []
+
+    def counted(path: Path) -> str:
+        computed.append(path.name)
+        return real(path)
+
+    real = all_files.checksum
+    monkeypatch.setattr(all_files, "checksum", counted)
+    folder = prepare(config).path
+    monkeypatch.setattr(all_files, "_checked", {})  # as in another process
+    computed.clear()
+    prepare(config)
+    assert computed == []
+    shutil.copytree(folder, tmp_path / "copy")  # with its .checked.json
+    prepared = files_config(tmp_path, f"tokens.prepared={tmp_path / 'copy'}")
+    prepare(prepared)
+    assert len(computed) == 9
+    computed.clear()
+    monkeypatch.setattr(all_files, "_checked", {})
+    prepare(prepared)
+    assert computed == []
+
+
+def test_a_cache_of_an_older_version_without_checksums_is_read_but_no_token_beyond_its_vocabulary(
+    cache: TokenCache, tmp_path: Path
+) -> None:
+    changed = changed_copy(cache, tmp_path / "changed", sha256=None)
+    assert (open_cache(changed).rows("train", 32)[[0]] == cache.rows("train", 32)[[0]]).all()
+    tokens = np.fromfile(changed / "train.tokens", np.uint16)
+    np.full_like(tokens, 65_535).tofile(changed / "train.tokens")
+    with pytest.raises(UserError, match=r"contains the token 65535, but has d_vocab="):
+        open_cache(changed).rows("train", 32)[[0]]
+
+
+def test_offsets_that_numpy_would_unpickle_or_that_decrease_are_refused(
+    cache: TokenCache, tmp_path: Path
+) -> None:
+    offsets = np.array(cache.offsets("train"))
+    decreasing = np.r_[offsets[:1], offsets[-1] + offsets[1:-1], offsets[-1:]]
+    for number, other in enumerate(
+        [
+            np.array([{}] * len(offsets), dtype=object),
+            offsets.astype(float),
+            decreasing,
+            offsets[:, None],
+        ]
+    ):
+        changed = changed_copy(cache, tmp_path / str(number), sha256=None)
+        np.save(changed / "train.offsets.npy", other)
+        with pytest.raises(UserError, match=r"is incomplete \("):
+            open_cache(changed)
+    for content in (
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x01\x00\x10\x00{'shape': (2**99,)",
+        b"PK\x03\x04",
+    ):
+        (changed / "train.offsets.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"is incomplete \("):
+            open_cache(changed)
+
+
 def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"cannot write the token cache .* tokens.cache_dir"):
@@ -607,6 +768,7 @@ def test_every_source_lists_its_parameters_without_heavy_imports() -> None:
     code = """
 import sys
 from dataclasses import fields
+from soluscope import files as all_files
 from soluscope import plugins
 from soluscope.config_help import help_lines
 for name in plugins.names("soluscope.data.sources"):

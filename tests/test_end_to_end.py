@@ -50,7 +50,9 @@ def study(tmp_path_factory, gates):
     """Launch a small demo twice; return its folder and both outputs. Only engagement has no control results yet."""
     folder = tmp_path_factory.mktemp("end_to_end")
     here = folder / "runs" / "e2e"
-    suite._calibrated("controls", "gain_variation", here, print)  # also stores the hash of its code
+    suite._calibrated(
+        "controls", ["gain_variation"], here, print
+    )  # also stores the hash of its code
     for probe in {*plugins.names("soluscope.probes")} - {"gain_variation", "engagement"}:
         shutil.copy(gates(probe), here / suite.CONTROLS)
     words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",

@@ -381,6 +381,85 @@ def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
         _lens_state(model, facts, plugins.pick("soluscope.variants", "solu_ln"))
 
 
+# --- runs that others have changed ----------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return the content of each file below a folder, and None for each folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def received(study, tmp_path) -> Path:
+    """Return a copy of a study with one run, which a test may change."""
+    copy = tmp_path / "received"
+    shutil.copytree(study / LENS, copy / LENS)
+    for name in ("tokenizer.json", "data.json"):
+        shutil.copyfile(study / name, copy / name)
+    return copy / LENS
+
+
+NAMES = (
+    "/tmp/x", "../x", "a/b", "a\\b", ".", "..", "", " ", "a b", "x\n", "\n# y", "x" * 300, "é" * 200, "a`b",
+    "a{b}", "\u202e", '");__import__("os").system("x")#', "${oc.env:HOME}", "a;b", "~", "C:x", 5, None,
+    True, ["x"], {"x": 1},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", ["run", "arm", "variant", "study", "init_from"])
+def test_a_name_that_is_no_name_of_a_folder_is_refused_and_nothing_is_written(key, name, received):
+    if key == "init_from" and name in (None, "a/b"):  # no origin, and a study with its run
+        return
+    facts = json.loads((received / "model.json").read_text())
+    origin = {"run": name, "config": "0", "steps": 1, "tokens": 1}
+    facts[key] = origin if key == "init_from" else name
+    (received / "model.json").write_text(json.dumps(facts))
+    before = tree(received.parents[1])
+    with pytest.raises(UserError, match=r"model.json is broken \(") as caught:
+        export(received, received.parents[1] / "out")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert tree(received.parents[1]) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{LENS}/{file}" for file in ("config.yaml", "model.json", "model.safetensors", "done.json")]
+    + ["tokenizer.json", "results.jsonl"],
+)
+def test_a_link_is_not_followed_into_an_export(name, received, study):
+    path = received.parent / name
+    secret = received.parents[1] / "secret"
+    shutil.copyfile(study / name, secret)
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    with pytest.raises(UserError, match=f"{path.name} is a link"):
+        export(received, received.parents[1] / "out")
+    assert {each.name for each in received.parents[1].iterdir()} == {"received", "secret"}
+
+
+def test_no_file_of_an_export_names_a_folder_of_this_machine(study, pushed):
+    for folder in pushed.values():
+        for name, content in tree(folder).items():
+            assert str(study.parents[1]).encode() not in content, name
+        config, wanted = Run(folder).config, Run(study / folder.name).config
+        assert (config.hash, config.tokens.prepared) == (wanted.hash, None)
+
+
+def test_an_environment_variable_that_a_received_run_names_is_not_exported(received, monkeypatch):
+    monkeypatch.setenv("PLACE", "hf_secret")
+    text = (received / "config.yaml").read_text().replace("init_from: null", "init_from: ${PLACE}")
+    (received / "config.yaml").write_text(text)
+    export(received, received.parents[1] / "out")
+    exported = tree(received.parents[1] / "out")
+    assert not [name for name, content in exported.items() if b"hf_secret" in content]
+    assert b"init_from: ${PLACE}" in exported["config.yaml"]
+
+
 # --- the card -------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,8 @@ def kept(tmp_path: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyPatch)
 
     def discard_stale() -> None:
         shared = suite._rests_on(Run(run_dir), EvalConfig())
-        suite._discard_stale(run_dir / "probes", shared, lambda text: None)
+        with suite._current(run_dir / "probes", shared, lambda text: None):
+            pass
 
     discard_stale()
     for name in STORED:
@@ -109,7 +110,7 @@ def test_a_changed_control_asks_the_probes_again_and_a_changed_probe_itself(tmp_
     def ask_both() -> list[str]:
         asked.clear()
         for name in ("engagement", "rotation"):
-            suite._calibrated("controls", name, tmp_path / "study", lambda text: None)
+            suite._calibrated("controls", [name], tmp_path / "study", lambda text: None)
         return list(asked)
 
     assert ask_both() == ["engagement", "rotation"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from soluscope.config import load_config, read_config
 from soluscope.data.cache import cache_key
 from soluscope.errors import UserError
 from soluscope.launching import jobs
-from soluscope.launching.jobs import job_of, standing
+from soluscope.launching.jobs import Job, job_of, read_list, standing
 from soluscope.launching.launch import launch
 from soluscope.launching.sweep import read_sweep
 from soluscope.runs.folder import lock
@@ -123,6 +124,33 @@ def test_the_estimated_flops_are_those_that_torch_counts() -> None:
         model.loss(tokens, bos=0).backward()
     estimated = config.model.training_flops(config.tokens.d_vocab) * tokens.numel()
     assert counter.get_total_flops() == pytest.approx(estimated, rel=0.01)
+
+
+JOB = {"id": "0", "run": "solu-s0", "steps": 1, "tokens_a_step": 1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"sweep": "s", "jobs": [JOB | {"run": name}]} for name in ("../x", "/tmp", "a/b", "", "..", "a\nb", 5)),
+        {"sweep": "s", "jobs": [JOB | {"steps": "many"}]},
+        {"sweep": "s", "jobs": [JOB | {"steps": True}]},
+        {"sweep": "s", "jobs": {"a": 1}},
+        {"sweep": ["s"], "jobs": []},
+        {"jobs": []},
+        [],
+        None,
+    ],
+)  # fmt: skip
+def test_a_list_of_jobs_that_others_have_changed_is_refused_in_one_line(
+    content: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"sweep.json is broken \(.*\): delete it") as caught:
+        read_list(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "s", "jobs": [JOB]}))
+    assert read_list(tmp_path) == ("s", [Job(**JOB)])
 
 
 def test_states_are_read_from_the_run_folders_alone(runs_dir: Path) -> None:
@@ -326,7 +354,7 @@ def test_a_status_is_given_where_one_configuration_was_cut(runs_dir: Path) -> No
     (study / "solu-s1" / "done.json").write_text("{}")
     shown = run_python(LAUNCH, "--status", study)
     assert shown.returncode == 0, shown.stderr
-    assert "4 jobs: 4 done" in shown.stdout
+    assert "4 jobs: 3 done, 1 resume" in shown.stdout  # a done.json without losses is broken
 
 
 MISTAKES = {

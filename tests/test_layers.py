@@ -88,8 +88,8 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "files", "text", "plugins", "results", "reading", "config", "config_help", "wandb_client",
-    "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
+    "errors", "terminal", "files", "text", "plugins", "results", "reading", "config", "config_help", "memory",
+    "wandb_client", "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
     "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and the entries before it."""
@@ -156,7 +156,7 @@ MAY_IMPORT = {
     "variants": {"errors", "plugins", "reading", "results", "norms", "variants"},
     "probes": {"errors", "text", "results", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
-    "report": {"errors", "files", "text", "results", "wandb_client", "report"},
+    "report": {"errors", "terminal", "files", "text", "results", "wandb_client", "report"},
 }
 """Allowed imports, for layers to which the order alone allows too much: a probe sees no variant, no
 configuration and no training; the report sees stored rows and no model."""
@@ -200,6 +200,14 @@ def test_training_loads_neither_transformer_lens_nor_datasets() -> None:
     assert not {"transformer_lens", "transformers", "datasets", "tokenizers", "pandas"} & reached(
         "soluscope.training.run"
     )
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "soluscope.terminal"])
+def test_only_the_terminals_module_writes_to_the_terminal(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not called & {"print", "pprint", "Console", "sys.stdout.write", "sys.stderr.write"}
+    assert "rich.print" not in imports(MODULES[module])
 
 
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

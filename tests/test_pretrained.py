@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import time
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformer_lens import HookedTransformer
 
 from soluscope import plugins, probe
 from soluscope.errors import UserError
+from soluscope.files import name_problem
 from soluscope.hooked.activations import check_model, planted
 from soluscope.hooked.pretrained import load_pretrained
 from soluscope.runs.weights import versions
@@ -586,6 +588,235 @@ def test_files_that_are_not_the_familys_are_refused_with_what_was_found(tmp_path
     with pytest.raises(UserError, match=message) as caught:
         load_pretrained(str(write(tmp_path / "model", whole | files)))
     assert_one_line(str(caught.value))
+
+
+# --- hostile repositories -------------------------------------------------------------------------
+
+SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
+WRONG = (
+    True,
+    "2",
+    1.5,
+    -1,
+    None,
+    [2],
+    {"x": 2},
+    10**9,
+    10**12,
+    10**400,
+    float("nan"),
+    float("inf"),
+)
+HOSTILE_CONFIGS = (
+    [(key, value) for key in SIZES for value in WRONG]
+    + [(key, 0) for key in SIZES]
+    + [(key, value) for key in ("ln_eps", "lr", "lr_hidden", "max_steps", "max_tokens")
+       for value in ("x", float("nan"), float("inf"), -1.0, 10**400, [1e-5], {"x": 1}, True)]
+    + [("ln_eps", 0), ("ln_eps", None)]
+    + [(key, value) for key in ("neuron_temp", "neuron_scale") for value in ("1", [1], 0, float("nan"))]
+    + [(key, value) for key in ("attn_only", "final_rms", "shortformer_pos", "use_bfloat16_matmul")
+       for value in ("false", 2, [], {"x": 1})]
+    + [(key, value) for key in ("act_fn", "normalization", "architecture", "tokenizer_name")
+       for value in (True, 5, [], {"x": 1})]
+    + [("act_fn", None), ("act_fn", "soluscope:x"), ("act_fn", "a\nb"), ("normalization", "a\nb")]
+)  # fmt: skip
+
+
+def assert_refused(folder: Path, *parts: str) -> None:
+    """Check that a model is refused in one line, at once, and without much memory."""
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_pretrained(str(folder))
+    assert_one_line(str(caught.value), *parts)
+    assert len(str(caught.value)) < 1000
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE_CONFIGS)
+def test_a_hostile_value_in_config_json_is_refused_in_one_line(key, value, tmp_path):
+    config = json.dumps(config_of(**{key: value})).encode()
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files() | {"config.json": config}
+    assert_refused(write(tmp_path / "m", files), "m")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"5", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"x":' * 100_000, b'{"n_layers": 1' + b"0" * 5000],
+)  # fmt: skip
+def test_a_config_json_that_is_no_object_is_refused_in_one_line(content, tmp_path):
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files() | {"config.json": content}
+    assert_refused(write(tmp_path / "m", files), "config.json")
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    whole = repository(NEW, weights_of(NEW)) | tokenizer_files()
+    for name in whole:
+        if name in ("tokenizer_config.json", "special_tokens_map.json"):
+            continue
+        folder = write(tmp_path / name, without(without(whole, name), "tokenizer_name"))
+        os.mkfifo(folder / name)
+        (folder / "config.json").exists()
+        if name == "tokenizer.json":
+            (folder / "config.json").write_text(json.dumps(without(NEW, "tokenizer_name")))
+        assert_refused(folder, name if name != "model_final.pth" else "no weights")
+
+
+def changed_tokenizer(**changes: object) -> bytes:
+    return json.dumps(json.loads(tokenizer_files()["tokenizer.json"]) | changes).encode()
+
+
+def split_at(regex: str) -> dict[str, object]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def words(vocabulary: dict[str, int], unknown: str = "a") -> dict[str, object]:
+    return {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown}
+
+
+TEMPLATE = {"type": "TemplateProcessing", "pair": []}
+HOSTILE_TOKENIZERS = {
+    "no object": b"[]",
+    "deep": b"[" * 100_000,
+    "empty": b"",
+    "bytes": b"\xff\xfe",
+    "a regular expression that is none": changed_tokenizer(pre_tokenizer=split_at("(")),
+    "exponential": changed_tokenizer(pre_tokenizer=split_at("(A+)+$")),
+    "exponential in digits": changed_tokenizer(pre_tokenizer=split_at("(x+x+)+y|(1|1)*2")),
+    "recursive": changed_tokenizer(pre_tokenizer=split_at(r"(a|b|\g<1>)\1")),
+    "a normalizer that panics": changed_tokenizer(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    ),
+    "a length of 0": changed_tokenizer(pre_tokenizer={"type": "FixedLength", "length": 0}),
+    "a decoder that panics": changed_tokenizer(
+        decoder={"type": "Strip", "content": "a", "start": 5, "stop": 7}
+    ),
+    "a template of nothing": changed_tokenizer(
+        post_processor=TEMPLATE
+        | {"single": [{"SpecialToken": {"id": "q", "type_id": 0}}], "special_tokens": {}}
+    ),
+    "an id beyond the embedding": changed_tokenizer(
+        post_processor=TEMPLATE
+        | {
+            "single": [{"SpecialToken": {"id": "q", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"q": {"id": "q", "ids": [4_000_000_000], "tokens": ["q"]}},
+        }
+    ),
+    "the largest id": changed_tokenizer(model=words({"a": 4_294_967_295})),
+    "no tokens": changed_tokenizer(model=words({}), added_tokens=[]),
+    "a prefix within a letter": changed_tokenizer(
+        model={"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]],
+               "continuing_subword_prefix": "\u00e9\u00e9"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOKENIZERS)
+def test_a_hostile_tokenizer_is_refused_in_one_line_and_says_nothing_else(name, tmp_path, capfd):
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files()
+    folder = write(tmp_path / "m", files | {"tokenizer.json": HOSTILE_TOKENIZERS[name]})
+    assert_refused(folder, "tokenizer")
+    assert capfd.readouterr().err == ""
+
+
+def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_model(tmp_path):
+    padding = {"strategy": {"Fixed": 4_000_000_000}, "direction": "Right", "pad_to_multiple_of": None,
+               "pad_id": 0, "pad_type_id": 0, "pad_token": "a"}  # fmt: skip
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files()
+    plain = load_pretrained(str(write(tmp_path / "plain", files)))
+    files |= {"tokenizer.json": changed_tokenizer(padding=padding, truncation=cut)}
+    changed = load_pretrained(str(write(tmp_path / "changed", files)))
+    assert torch.equal(changed.to_tokens(TEXT), plain.to_tokens(TEXT))
+
+
+@pytest.mark.parametrize(
+    "token", [{"x": 1}, {"content": 5}, ["<s>"], 5, True, "\ud800", "not there"]
+)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
+def test_a_special_token_without_a_text_is_refused_in_one_line(key, file, token, tmp_path):
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files()
+    del files[
+        {"tokenizer_config.json": "special_tokens_map.json"}.get(file, "tokenizer_config.json")
+    ]
+    content = json.loads(tokenizer_files()[file]) | {key: token}
+    assert_refused(write(tmp_path / "m", files | {file: json.dumps(content).encode()}), "m")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"", b"5", b"\xff", b'{"x":' * 100_000])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_broken_file_of_special_tokens_is_refused_in_one_line(file, content, tmp_path):
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files() | {file: content}
+    assert_refused(write(tmp_path / "m", files), file)
+
+
+def spoiled(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    return weights_of(NEW) | {name: tensor}
+
+
+def compressed(content: bytes) -> bytes:
+    """Return an archive of torch with compressed parts."""
+    out = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as old,
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part))
+    return out.getvalue()
+
+
+HUGE = torch.zeros(1).expand(10**6, 10**6)
+W_IN = "blocks.0.mlp.W_in"
+HOSTILE_WEIGHTS = {
+    "empty": b"",
+    "nan": as_pth(spoiled(W_IN, torch.full((16, 48), torch.nan))),
+    "inf": as_pth(spoiled("embed.W_E", torch.full((300, 16), torch.inf))),
+    "whole numbers": as_pth(spoiled(W_IN, torch.ones(16, 48, dtype=torch.int64))),
+    "complex": as_pth(spoiled(W_IN, torch.ones(16, 48, dtype=torch.complex64))),
+    "sparse": as_pth(spoiled(W_IN, torch.ones(16, 48).to_sparse())),
+    "truth values": as_pth(spoiled(W_IN, torch.ones(16, 48).bool())),
+    "without values": as_pth(spoiled(W_IN, torch.ones(16, 48, device="meta"))),
+    "huge": as_pth(spoiled(W_IN, HUGE)),
+    "a number as name": as_pth({**weights_of(NEW), 5: torch.ones(2)}),
+    "a text": as_pth({**weights_of(NEW), "x": "y"}),
+    "more blocks": as_pth(spoiled("blocks.1.mlp.W_in", torch.ones(16, 48))),
+    "a vector where the older layout has a matrix": as_pth(
+        spoiled("norm.w", torch.ones(16)) | {W_IN: torch.ones(3)}
+    ),
+    "compressed": compressed(as_pth(weights_of(NEW))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE_WEIGHTS)
+def test_hostile_weights_are_refused_in_one_line(name, tmp_path, capfd):
+    files = repository(NEW, {}) | tokenizer_files() | {"model_final.pth": HOSTILE_WEIGHTS[name]}
+    assert_refused(write(tmp_path / "m", files), "model_final.pth")
+    assert capfd.readouterr().err == ""
+
+
+def test_sizes_that_fit_each_other_but_not_the_file_are_refused_before_memory_is_asked_for(
+    tmp_path,
+):
+    """Every shape is right, because the rows of each tensor share their memory: 4 TB in 12 kB."""
+    config = config_of(d_model=10**6, d_head=10**6, n_heads=1)
+    shapes = {
+        name: t.shape for name, t in weights_of(config_of(d_model=1, d_head=1, n_heads=1)).items()
+    }
+    state = {
+        name: torch.zeros(()).expand([10**6 if n == 1 else n for n in shape])
+        for name, shape in shapes.items()
+    }
+    files = repository(config, state) | tokenizer_files()
+    assert_refused(write(tmp_path / "m", files), "does not fit its config.json", "weights")
+
+
+@pytest.mark.parametrize("name", ["my model (1)", 'x");import os#', "a\nb", "ü.1+2-3_4"])
+def test_the_run_of_a_folder_has_a_name_that_a_folder_of_runs_may_have(name, tmp_path):
+    files = repository(NEW, weights_of(NEW)) | tokenizer_files()
+    run = load_pretrained(str(write(tmp_path / name, files))).facts.run
+    assert name_problem(run) is None
+    assert (run == name) is (name_problem(name) is None)
 
 
 def test_what_is_not_there_is_named(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html as markup
 import io
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import plotly.graph_objects as go
 import pytest
 from _records import LN, RUN, gate, number, passed, token_values
 from _records import words as words_of
-from conftest import run_python
+from conftest import HANGS_AFTER_S, run_python
 from markupsafe import escape
 from rich.console import Console
 from test_compare import LARGE, LINEAGES, OPTIMA, SIX, compare, make_losses, tuned
@@ -338,6 +343,86 @@ def test_the_page_asks_for_nothing_from_elsewhere(html):
     assert "@import" not in styles
     assert "url(" not in styles
     assert "default-src 'none'" in html
+
+
+class Inline(HTMLParser):
+    """The scripts and styles of a page, and the attributes that contain one."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.policy = ""
+        self.into: list[str] | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag == "style" or (tag == "script" and "type" not in given):
+            self.into = self.styles if tag == "style" else self.scripts
+            self.into.append("")
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+        self.attributes += [
+            (tag, name) for name in given if name == "style" or name.startswith("on")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        if self.into is not None:
+            self.into[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.into = None
+
+
+def test_the_browser_runs_and_applies_only_what_the_page_came_with(some, swept):
+    page = Inline(rendered([*some, *swept, *token_values(["<|BOS|>", "a", "b"])]))
+    policy = dict(part.split(None, 1) for part in page.policy.split(";"))
+    assert "unsafe" not in page.policy
+
+    def hashed(*contents: str) -> set[str]:
+        sums = (hashlib.sha256(each.encode()).digest() for each in contents)
+        return {f"'sha256-{base64.b64encode(each).decode()}'" for each in sums}
+
+    assert len(page.scripts) == 2
+    assert set(policy["script-src"].split()) == hashed(*page.scripts)
+    assert len([each for each in page.styles if each]) == 1
+    # The library adds its rules to an empty element.
+    assert set(policy["style-src"].split()) == hashed(*page.styles, "")
+    assert not page.attributes
+    assert policy["base-uri"] == policy["form-action"] == policy["default-src"] == "'none'"
+
+
+def in_chromium(page: str, folder: Path) -> tuple[str, list[str]]:
+    """Return a page's content after its scripts have run, and the messages about the policy."""
+    folder.mkdir()
+    (folder / "report.html").write_text(page)
+    words = (
+        "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom "
+        "--disable-background-networking --disable-component-update --timeout=60000 --window-size=1200,9000 "
+        "--virtual-time-budget=20000 --enable-logging=stderr"
+    )
+    done = subprocess.run(
+        ["chromium", *words.split(), f"--user-data-dir={folder / 'profile'}", (folder / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=HANGS_AFTER_S, check=True,
+    )  # fmt: skip
+    refused = [line for line in done.stderr.splitlines() if "Content Security Policy" in line]
+    return done.stdout, refused
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_chromium_draws_the_figures_and_runs_no_script_that_was_added(html, tmp_path):
+    shown, refused = in_chromium(html, tmp_path / "plain")
+    assert 'class="main-svg"' in shown
+    assert not refused
+    attack = "document.documentElement.dataset.ran = 1"
+    added = f"<script>{attack}</script><img src=x onerror='{attack}'><p style='color: red'>"
+    shown, refused = in_chromium(html.replace("<main>", f"<main>{added}"), tmp_path / "attacked")
+    assert 'class="main-svg"' in shown
+    assert "data-ran" not in shown
+    assert len(refused) >= 3
 
 
 def test_plotly_is_inlined_once_and_figures_have_fixed_names(html):
@@ -928,15 +1013,20 @@ def test_a_token_tells_all_three_numbers_to_pointer_and_keyboard():
 
 def test_colours_are_scaled_after_bos_and_around_0_for_the_effect():
     shown = token_view(token_values(["<|BOS|>", "a", "b", "c", "d", "e"]))
-    styles = re.findall(r'<span tabindex="0" style="([^"]*)"', shown)
-    sky, orange = "#56b4e9", "#e69f00"
-    assert f"--gain:{sky}" in styles[-1]
-    assert "--gain:#ffffff" in styles[1]
-    assert "--gain:#ffffff" in styles[0]  # BOS is below all other tokens
-    assert "--effect:#ffffff" in styles[2]  # 0
-    assert f"--effect:{sky}" in styles[4]
-    assert "--effect" not in styles[5]
-    assert f"--effect:{orange}" in styles[0]  # -2, the lowest effect
+    styles = re.findall(r'<span tabindex="0" class="([^"]*)"', shown)
+    sky, orange = "56b4e9", "e69f00"
+    assert f"gain-{sky}" in styles[-1]
+    assert "gain-ffffff" in styles[1]
+    assert "gain-ffffff" in styles[0]  # BOS is below all other tokens
+    assert "effect-ffffff" in styles[2]  # 0
+    assert f"effect-{sky}" in styles[4]
+    assert "effect" not in styles[5]
+    assert f"effect-{orange}" in styles[0]  # -2, the lowest effect
+    page = rendered(token_values(["<|BOS|>", "a", "b", "c", "d", "e"]))
+    for each in {each for one in styles for each in one.split()}:
+        name, colour = each.split("-")
+        rule = f"#by-{name}:checked ~ details .words .{name}-{colour} {{ background: #{colour}; }}"
+        assert rule in page
     assert "gain, 1 / activation: 301" in shown
     assert "ablation effect, nats: -2" in shown
 
@@ -957,7 +1047,7 @@ def test_a_quantity_that_is_the_same_everywhere_has_no_colour():
         for row in token_values(["<|BOS|>", "a", "b"])
     ]
     shown = token_view(flat)
-    assert "--gain:" not in shown
+    assert "gain-" not in shown
     assert "gain: 316 1 / activation at every token after BOS" in shown
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import resource
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,9 +13,19 @@ from pathlib import Path
 import pytest
 from conftest import run_python
 
-from soluscope import results
+from soluscope import files, results
 from soluscope.errors import UserError
-from soluscope.files import digest, replacing, write_bytes, write_text
+from soluscope.files import (
+    check_links,
+    digest,
+    file_lock,
+    read_json,
+    remove_litter,
+    replacing,
+    replacing_folder,
+    write_bytes,
+    write_text,
+)
 from soluscope.results import (
     KINDS,
     ChoicePoint,
@@ -255,3 +267,255 @@ def test_digest_depends_on_values_not_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [2.5, None]}) == digest({"b": [2.5, None], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest({"a": 1}) == "f9d86028c6e0"  # the same on every machine and in every session
+
+
+HUGE = "1" + "0" * 400
+HOSTILE_VALUES = [
+    '"4.0"', "[4.0]", '{"x": 4.0}', "true", HUGE, f"-{HUGE}", "1e400", "NaN", "Infinity", '"\\ud800"',
+    "[" * 100_000, '{"a":' * 10_000 + "1" + "}" * 10_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["value", "n", "arm", "x", "seed", "constant", "kind", "study"])
+def test_a_row_with_a_value_of_another_type_is_skipped_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    before, after = results.line(SMALL).split('"value": 0.25')
+    texts = {"arm": {'"4.0"'}, "study": {'"4.0"'}, "kind": {'"4.0"'}, "constant": {"true"}}
+    values = [value for value in HOSTILE_VALUES if value not in texts.get(key, ())]
+    rows = [f'{before}"value": 0.25{after[:-1]}, "{key}": {value}}}' for value in values]
+    path.write_text("\n".join([results.line(SMALL), *rows]) + "\n")
+    assert results.read(path) == [SMALL]
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(values)
+    for number, warning in enumerate(warnings, start=2):
+        assert warning.startswith(f"warning: {path} line {number} is not a record and is skipped (")
+        assert len(warning) < 400
+    with pytest.raises(UserError, match=r"line 2 is not a record .*: create it with"):
+        results.read(path, whole=True)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_no_kind_accepts_a_list_for_a_text_or_a_number(tmp_path: Path, kind: str) -> None:
+    (record,) = (each for each in FULL if each.kind == kind)
+    written = json.loads(results.line(record))
+    path = tmp_path / "r.jsonl"
+    for key, value in written.items():
+        wrong = {dict: "x", list: 3}.get(type(value), [value])
+        if key != "kind":
+            path.write_text(json.dumps(written | {key: wrong}) + "\n")
+            with pytest.raises(UserError, match=r"line 1 is not a record|contains no records"):
+                results.read(path, whole=True)
+
+
+# Litter of killed processes, links, and checksums
+
+
+def killed_in(folder: Path, code: str) -> str:
+    """Run code that ends its process without clean-up, and return the name of the file that it leaves."""
+    program = f"import os, sys\nfrom pathlib import Path\nfrom soluscope.files import *\n{code}"
+    assert run_python("-c", program, folder).returncode == 9
+    (left,) = (path.name for path in folder.iterdir() if path.name.endswith(".part"))
+    return left
+
+
+REPLACING = """
+with replacing(Path(sys.argv[1], "a")) as beside:
+    beside.write_text("half")
+    os._exit(9)
+"""
+REPLACING_FOLDER = """
+with replacing_folder(Path(sys.argv[1], "a")) as beside:
+    (beside / "b").write_text("half")
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("code", [REPLACING, REPLACING_FOLDER])
+def test_the_next_writer_in_a_folder_removes_what_a_killed_process_left(
+    tmp_path: Path, code: str
+) -> None:
+    killed_in(tmp_path, code)
+    write_text(tmp_path / "other", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_temporary_files_of_living_processes_and_other_machines_stay_for_a_day(
+    tmp_path: Path,
+) -> None:
+    with replacing(tmp_path / "mine") as beside:
+        beside.write_text("half")
+        place = beside.name.split(".")[2].split("-")[0]
+        dead, foreign, users = (
+            tmp_path / name
+            for name in (
+                f".x.{place}-{2**31 - 1}-00000000.part",
+                ".x.00000000-1-00000000.part",
+                ".x.20240101",
+            )
+        )
+        for path in (dead, foreign, users):
+            path.touch()
+        write_text(tmp_path / "other", "new")
+        assert not dead.exists()
+        assert beside.exists()
+        assert foreign.exists()
+        os.utime(foreign, (0, 0))
+        os.utime(users, (0, 0))
+        write_text(tmp_path / "other", "new")
+        assert not foreign.exists()
+        assert users.exists()
+    assert (tmp_path / "mine").read_text() == "half"
+
+
+def test_two_writers_of_one_file_have_different_temporary_files(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        assert first != second
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"  # the writer that ended last
+
+
+def test_litter_that_is_a_link_is_removed_and_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "file").touch()
+    link = tmp_path / "study" / ".x.00000000-1-00000000.part"
+    link.parent.mkdir()
+    link.symlink_to(target)
+    remove_litter(link.parent, name="*")
+    assert not link.is_symlink()
+    assert (target / "file").exists()
+
+
+def test_a_folder_and_its_files_are_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real, rename = os.fsync, os.replace
+
+    def recorded(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", renamed)
+    with replacing_folder(tmp_path / "a") as beside:
+        (beside / "b").write_text("content")
+    assert done == ["b", beside.name, "renamed", tmp_path.name]
+
+
+def test_links_that_lead_out_are_refused_and_others_are_not(tmp_path: Path) -> None:
+    study, outside = tmp_path / "study", tmp_path / "outside"
+    (study / "run" / "probes").mkdir(parents=True)
+    outside.mkdir()
+    (study / "run" / "model.json").touch()
+    (study / "run" / "again.json").symlink_to("model.json")
+    check_links(study / "run", study)
+    for name in ("done.json", "probes/a.jsonl", "probes/folder"):
+        link = study / "run" / name
+        for target in (outside, outside / "missing", Path("/dev/zero")):
+            link.symlink_to(target)
+            with pytest.raises(UserError, match=rf"{name} is a link that leads out of .*study"):
+                check_links(study / "run", study)
+            link.unlink()
+    (study / "run" / "wandb").mkdir()
+    (study / "run" / "wandb" / "debug.log").symlink_to(outside)  # wandb's own
+    check_links(study / "run", study)
+    as_named = tmp_path / "as named"
+    as_named.symlink_to(study)
+    check_links(as_named / "run", as_named)
+
+
+def test_a_folder_of_links_may_lead_only_to_the_same_place_in_the_study_that_it_names(
+    tmp_path: Path,
+) -> None:
+    study, out, secret = tmp_path / "study", tmp_path / "out", tmp_path / "secret"
+    for folder in (study / "run", out / "run"):
+        folder.mkdir(parents=True)
+    (study / "run" / "done.json").touch()
+    secret.touch()
+    link = out / "run" / "done.json"
+    link.symlink_to(study / "run" / "done.json")
+    with pytest.raises(UserError, match="leads out"):
+        check_links(out / "run", out)
+    (out / ".study").write_text(f"{study}\n")
+    check_links(out / "run", out)
+    for target in (secret, study / "run" / "model.json", study):
+        link.unlink()
+        link.symlink_to(target)
+        with pytest.raises(UserError, match="leads out"):
+            check_links(out / "run", out)
+    (study / "run" / "done.json").unlink()
+    (study / "run" / "done.json").symlink_to(secret)  # the named study is hostile too
+    link.unlink()
+    link.symlink_to(study / "run" / "done.json")
+    with pytest.raises(UserError, match="leads out"):
+        check_links(out / "run", out)
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_unchanged(tmp_path: Path) -> None:
+    target, lock = tmp_path / "target", tmp_path / ".lock"
+    target.write_text("precious")
+    lock.symlink_to(target)
+    with pytest.raises(UserError, match=r"\.lock is a link"):
+        file_lock(lock)
+    lock.unlink()
+    os.link(target, lock)
+    with file_lock(lock):
+        pass
+    assert target.read_text() == "precious"
+
+
+def test_json_that_is_no_file_or_of_another_type_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"^no file .*a\.json: make it$"):
+        read_json(path, dict[str, int], "make it")
+    os.mkfifo(path)  # reading it would never end
+    with pytest.raises(UserError, match=r"^no file .*a\.json: make it$"):
+        read_json(path, dict[str, int], "make it")
+    path.unlink()
+    for content in (
+        "",
+        "{",
+        "[]",
+        '{"a": "b"}',
+        '{"a": 1.5}',
+        "[" * 100_000,
+        '{"a": null}',
+        "\ud800",
+    ):
+        path.write_bytes(content.encode("utf8", "surrogatepass"))
+        with pytest.raises(UserError, match=r"^.*a\.json is broken \([^\n]*\): make it$"):
+            read_json(path, dict[str, int], "make it")
+
+
+def test_a_checksum_is_computed_once_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        computed.append(path)
+        return real(path)
+
+    real = files.checksum
+    monkeypatch.setattr(files, "checksum", counted)
+    path = tmp_path / "a"
+    path.write_bytes(b"one")
+    sha256 = hashlib.sha256(b"one").hexdigest()
+    assert files.has_checksum(path, sha256)
+    assert files.has_checksum(path, sha256)
+    assert len(computed) == 1
+    times = path.stat()
+    path.write_bytes(b"two")
+    os.utime(
+        path, ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # the size and this time are as before
+    assert not files.has_checksum(path, sha256)
+    assert len(computed) == 2

@@ -262,3 +262,186 @@ def test_evaluation_of_a_read_only_study_names_out(
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tiny_study)
     with pytest.raises(UserError, match=r"cannot write .*: set out= to a folder for the results"):
         check_writable([Run(tiny_study / "solu_ln-s0")])
+
+
+# Folders that others have made
+
+
+def replaced(path: Path, **changes: object) -> None:
+    """Replace values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def finished(whole: Path, config: Config) -> Run:
+    """Return a copy of the finished run."""
+    names = ["config.yaml", "metrics.jsonl", DONE, "model.json", "model.safetensors"]
+    return Run(copied(whole, config, *names))
+
+
+def test_a_flipped_bit_in_the_weights_is_refused(finished: Run) -> None:
+    finished.load_model()
+    content = bytearray(finished.weights.read_bytes())
+    content[-1] ^= 1
+    finished.weights.write_bytes(content)
+    assert finished.is_done(), "the size is right, and a status reads no weights"
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is not the file .*: copy it again, or"
+    ):
+        finished.load_model()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", 0.5), ("steps", 10**6), ("seed", 5), ("tokens", 1), ("study", "other"), ("variant", "solu"),
+        ("d_mlp", 2**40), ("ctx", 3), ("ln_eps", 1.0), ("bos", -1), ("eos", 10**9), ("d_vocab", 2**40),
+        ("n_layers", 2**40), ("n_heads", 0),
+    ],
+)  # fmt: skip
+def test_facts_that_contradict_the_configuration_or_the_weights_are_refused(
+    finished: Run, key: str, value: object
+) -> None:
+    replaced(finished.dir / "model.json", **{key: value})
+    with pytest.raises(UserError, match=r"^[^\n]*(model\.json|model\.safetensors)[^\n]*$"):
+        Run(finished.dir).load_model()
+
+
+@pytest.mark.parametrize("value", [None, "x", True, [1], {"a": 1}, 10**400])
+@pytest.mark.parametrize("key", ["d_model", "lr", "chain", "versions", "init_from", "eps", "bos"])
+def test_facts_of_another_type_are_refused(finished: Run, key: str, value: object) -> None:
+    if value is None and key in {"init_from", "eps"}:
+        return
+    if key == "versions" and isinstance(value, dict):
+        value = {"torch": 2}
+    replaced(finished.dir / "model.json", **{key: value})
+    with pytest.raises(UserError, match=r"^[^\n]*model\.json is broken [^\n]*$"):
+        Run(finished.dir).load_model()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"3", b"null", b'{"report_loss": "x", "select_loss": 1}', b"[" * 100_000, b"\xff",
+     b'{"report_loss": 1e999, "select_loss": 1}', b'{"report_loss": 1, "select_loss": 1, "weights_bytes": 1}'],
+)  # fmt: skip
+def test_a_run_with_a_broken_done_json_is_not_done_and_says_why(
+    finished: Run, content: bytes
+) -> None:
+    (finished.dir / DONE).write_bytes(content)
+    assert not finished.is_done()
+    with pytest.raises(
+        UserError, match=r"^[^\n]*: copy the run's folder again, or give its training [^\n]*$"
+    ):
+        finished.check_done()
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["{", "3", "[]", '{"step": 1}', '{"step": "x", "tokens": 1, "loss": 1}', "[" * 100_000, "\x00",
+     '{"step": 1, "tokens": 1, "loss": [1]}', '{"step": 1.5, "tokens": 1, "loss": 1}',
+     '{"step": 1, "tokens": 1, "loss": NaN}', '{"step": 1%s, "tokens": 1, "loss": 1}' % ("0" * 400)],
+)  # fmt: skip
+def test_a_broken_row_of_metrics_is_skipped_and_named(
+    finished: Run, capsys: pytest.CaptureFixture[str], row: str
+) -> None:
+    good = finished.rows()
+    assert [each["step"] for each in good] == [10, 12]
+    before = finished.metrics.read_text()
+    finished.metrics.write_text(f"{row}\n{before}")
+    assert finished.rows() == good
+    assert capsys.readouterr().err.startswith(f"warning: {finished.metrics} line 1 is skipped (")
+    finished.metrics.write_text(f"{before}{row}\n")
+    assert finished.last_row() == {}
+
+
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(finished: Run) -> None:
+    for name in ("metrics.jsonl", "failed.json", DONE, "model.json", "model.safetensors"):
+        path = finished.dir / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    assert finished.last_row() == {}
+    assert finished.rows() == []
+    assert finished.failure() is None
+    assert not finished.is_done()
+    with pytest.raises(UserError, match="no model at"):
+        finished.load_model()
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "probes", "checkpoints", DONE, "metrics.jsonl", "probes/a.jsonl"]
+)
+def test_a_run_with_a_link_that_leads_out_is_not_worked_on(
+    finished: Run, config: Config, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("content")
+    link = finished.dir / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside if name in {"probes", "checkpoints"} else outside / "precious")
+    assert not finished.at_work()
+    for use in (finished.lock().__enter__, finished.check_links):
+        with pytest.raises(UserError, match=r"is a link"):
+            use()
+    with pytest.raises(UserError, match=r"is a link"):
+        train_silently(config)
+    assert [path.read_text() for path in outside.iterdir()] == ["content"]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens", ".data.lock", ".sweep", "sweep.json", "data.json", ".controls"]
+)
+def test_a_study_with_a_link_that_leads_out_is_not_worked_on(
+    finished: Run, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (finished.dir.parent / name).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{name} is a link that leads out of"), finished.lock():
+        pass
+    assert not list(outside.iterdir())
+
+
+def test_a_run_folder_that_is_a_link_out_of_its_study_is_not_worked_on(
+    finished: Run, tmp_path: Path
+) -> None:
+    study = tmp_path / "received"
+    study.mkdir()
+    (study / "run").symlink_to(finished.dir)
+    run = Run(study / "run")
+    with pytest.raises(UserError, match=r"run is a link that leads out of"), run.lock():
+        pass
+
+
+def test_whoever_holds_a_run_removes_what_killed_processes_left_in_it(finished: Run) -> None:
+    place = "00000000-1-00000000.part"
+    litter = [f".model.json.{place}", f"checkpoints/.last.ckpt.{place}", f"probes/.a.parquet.{place}",
+              ".done.json.4711", "checkpoints/.last.ckpt.4711", "probes/.results.jsonl.12"]  # fmt: skip
+    kept = ["checkpoints/last.ckpt", "probes/a.parquet", ".hidden", "probes/.a.b"]
+    for name in (*litter, *kept):
+        (finished.dir / name).parent.mkdir(exist_ok=True)
+        (finished.dir / name).touch()
+    with finished.lock():
+        pass
+    assert not [name for name in litter if (finished.dir / name).exists()]
+    assert all((finished.dir / name).exists() for name in kept)
+
+
+def test_a_folder_of_links_is_evaluated_and_a_forged_one_is_not(
+    tiny_study: Path, tmp_path: Path
+) -> None:
+    secret, out = tmp_path / "secret", tmp_path / "mine"
+    secret.write_text("{}")
+    (run,) = linked([Run(tiny_study / "solu_ln-s0")], out)
+    run.check_links()
+    (run.dir / DONE).unlink()
+    (run.dir / DONE).symlink_to(secret)
+    with pytest.raises(UserError, match=r"done\.json"):
+        linked([Run(tiny_study / "solu_ln-s0")], out)
+    with pytest.raises(UserError, match=r"done\.json is a link that leads out of"):
+        run.check_links()
+    (run.dir / DONE).unlink()
+    (run.dir / "probes").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"probes is a link that leads out of"):
+        linked([Run(tiny_study / "solu_ln-s0")], out)

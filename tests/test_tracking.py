@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 from _wandb_server import WandbServer
-from conftest import HANGS_AFTER_S, ROOT
+from conftest import HANGS_AFTER_S, ROOT, tiny_config
 
 from soluscope import results, wandb_client
-from soluscope.config import read_config
+from soluscope.config import for_others, read_config, to_yaml
+from soluscope.errors import UserError
 from soluscope.training import wandb_run
-from soluscope.training.wandb_run import SENT_AGAIN, Tracker, mode_of
+from soluscope.training.wandb_run import SENT_AGAIN, Tracker, check_login, mode_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -189,7 +190,8 @@ def test_runs_are_grouped_by_study_and_found_by_flat_keys(offline: Path) -> None
     }  # fmt: skip
     assert {key: logged.get(key) for key in expected} == expected
     assert not [key for key in logged if "." in key]
-    assert logged["resolved"] == json.loads(json.dumps(asdict(config)))
+    assert logged["resolved"] == json.loads(json.dumps(for_others(asdict(config))))
+    assert str(offline.parents[1]) not in json.dumps(logged)
 
 
 def test_the_model_is_an_artifact_that_says_what_it_is_and_is_not_copied(offline: Path) -> None:
@@ -197,9 +199,19 @@ def test_the_model_is_an_artifact_that_says_what_it_is_and_is_not_copied(offline
     assert (artifact["type"], artifact["name"]) == ("model", "whole-solu_ln-s0")
     assert json.loads(artifact["metadata"]) == json.loads((offline / "model.json").read_text())
     found = {entry["path"]: entry["local_path"] for entry in artifact["manifest"]["contents"]}
-    own = {name: offline / name for name in ("model.safetensors", "model.json", "config.yaml")}
+    saved = Path(found.pop("config.yaml"))
+    assert read_config(saved).hash == read_config(offline / "config.yaml").hash
+    assert str(offline.parents[1]) not in saved.read_text()
+    own = {name: offline / name for name in ("model.safetensors", "model.json")}
     expected = own | {"tokenizer.json": offline.parent / "tokenizer.json"}
     assert found == {name: str(path) for name, path in expected.items()}
+
+
+def test_wandb_stores_nothing_about_the_machine_the_user_and_the_command(offline: Path) -> None:
+    (stored,) = starts(offline)[0].glob("*.wandb")
+    content = stored.read_bytes()
+    for word in (str(ROOT / "train"), sys.executable, "CPython", "executable", "--study"):
+        assert word.encode() not in content, word
 
 
 def test_all_files_of_wandb_but_its_log_lie_in_the_run_folder(offline: Path, place: Path) -> None:
@@ -523,14 +535,26 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "yes", "on"])
-def test_wandb_disabled_is_off_unless_a_word_asks_for_wandb(monkeypatch, word: str) -> None:
+def test_wandb_disabled_is_off_whatever_is_asked_for(monkeypatch, word: str) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_DISABLED", word)
-    assert wandb_run.mode_of(None) == "off"
-    assert wandb_run.mode_of("offline") == "offline"
+    assert {wandb_run.mode_of(chosen) for chosen in (None, "offline", "online")} == {"off"}
     monkeypatch.setenv("WANDB_DISABLED", "false")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert wandb_run.mode_of(None) == "offline"
+
+
+@pytest.mark.parametrize(
+    ("word", "most"), [("disabled", "off"), ("offline", "offline"), ("dryrun", "offline")]
+)
+def test_environment_limits_every_request(monkeypatch, word: str, most: str) -> None:
+    monkeypatch.delenv("WANDB_DISABLED", raising=False)
+    monkeypatch.setenv("WANDB_MODE", word)
+    assert mode_of("online") == most
+    assert mode_of("off") == "off"
+    check_login("online")  # asks no server
+    with pytest.raises(UserError, match=f"limits wandb to {most}"):
+        wandb_client.sign_in("--wandb", "add --dry-run")
 
 
 def test_home_that_cannot_be_written_moves_the_log_of_wandb(tmp_path, monkeypatch) -> None:
@@ -556,8 +580,9 @@ def test_names_that_wandb_gets_are_short_enough_and_distinct(n_letters: int) -> 
 def test_model_of_a_run_with_a_long_name_is_an_artifact(tmp_path: Path) -> None:
     run_dir = tmp_path / ("s" * 120) / ("r" * 120)
     run_dir.mkdir(parents=True)
-    for name in ("model.safetensors", "model.json", "config.yaml", "../tokenizer.json"):
+    for name in ("model.safetensors", "model.json", "../tokenizer.json"):
         (run_dir / name).write_text("x")
+    (run_dir / "config.yaml").write_text(to_yaml(tiny_config(tmp_path, "variant=solu")))
     facts = {"study": "s" * 120, "run": "r" * 120}
     assert len(wandb_run._model_artifact(run_dir, facts).name) <= 128
 
@@ -566,4 +591,142 @@ def test_a_disabled_environment_is_off_without_importing_wandb(monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert mode_of(None) == "off"
-    assert mode_of("offline") == "offline"  # an explicit setting wins
+    assert mode_of("offline") == "off"
+
+
+# --- studies of other people ----------------------------------------------------------------------
+
+EVALUATE = """
+import sys; from pathlib import Path
+from soluscope.evaluation.wandb_probes import send_probes
+from soluscope.runs.folder import Run
+send_probes(Run(Path(sys.argv[1])), sys.argv[2] if len(sys.argv) > 2 else None)
+"""
+
+
+@pytest.fixture
+def received(offline: Path, tmp_path: Path) -> Path:
+    """Return a probed run that another user has trained with wandb=online, for a project of that user."""
+    study = Path(shutil.copytree(offline.parent, tmp_path / "study"))
+    run_dir = study / offline.name
+    shutil.rmtree(run_dir / "wandb")
+    (run_dir / "probes").mkdir(exist_ok=True)
+    for path in (run_dir / "probes").iterdir():
+        path.unlink()
+    gate = {"kind": "gate", "study": "s", "probe": "p"}
+    (run_dir / "probes" / "p.jsonl").write_text(json.dumps(gate) + "\n")
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("wandb: offline", "wandb: online"))
+    known = json.loads((offline / "wandb.json").read_text())
+    there = {"entity": "mallory", "project": "loot", "wandb": "online"}
+    (run_dir / "wandb.json").write_text(json.dumps(known | there))
+    return run_dir
+
+
+@pytest.mark.parametrize("signature", ["theirs", "none", "empty", "number"])
+@pytest.mark.parametrize("variables", [{}, {"WANDB_MODE": "disabled"}, {"WANDB_MODE": "offline"}])
+def test_received_run_is_not_sent(place, server, received, variables, signature) -> None:
+    path = received / "wandb.json"
+    known = json.loads(path.read_text())
+    changed = {"none": None, "empty": "", "number": 1}.get(signature, known["signature"])
+    path.write_text(json.dumps(known | {"signature": changed}))
+    before, files = server.n_connections, path.read_text()
+    done = python(place, server, "-c", EVALUATE, received, WANDB_API_KEY=KEY, **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert server.n_connections == before
+    assert path.read_text() == files
+    assert not (received / "wandb").exists()
+
+
+def test_received_run_goes_to_the_users_own_project_when_asked(place, server, received) -> None:
+    there = json.loads((received / "wandb.json").read_text())
+    before = server.n_connections
+    done = python(place, server, "-c", EVALUATE, received, "offline", WANDB_API_KEY=KEY)
+    assert done.returncode == 0, done.stderr
+    assert server.n_connections == before
+    (run,) = records(starts(received)[0], "run")
+    assert run["project"] == "soluscope"
+    assert run.get("entity") != "mallory"
+    assert run["run_id"] != there["id"]
+
+
+@pytest.mark.parametrize(("word", "mode"), [("online", "disabled"), ("off", "online")])
+def test_environment_and_off_win_over_a_run_trained_here(
+    place, server, offline, tmp_path, word, mode
+):
+    run_dir = Path(shutil.copytree(offline.parent, tmp_path / "study")) / offline.name
+    n_starts, before = len(starts(run_dir)), server.n_connections
+    variables = {"WANDB_API_KEY": KEY, "WANDB_MODE": mode}
+    done = python(place, server, "-c", EVALUATE, run_dir, word, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (len(starts(run_dir)), server.n_connections) == (n_starts, before)
+
+
+def test_wandb_json_that_was_changed_is_not_continued(
+    offline: Path, place: Path, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    known = json.loads((offline / "wandb.json").read_text())
+    assert wandb_run.identity(offline)["id"] == known["id"]
+    for change in (
+        {"entity": "mallory"},
+        {"project": "loot"},
+        {"id": "x"},
+        {"wandb": "online"},
+        {"signature": ""},
+    ):
+        (tmp_path / "wandb.json").write_text(json.dumps(known | change))
+        assert wandb_run.identity(tmp_path) == {}
+    for text in ("", "[]", "null", "[" * 100_000, '{"signature": []}', "\udc80"):
+        (tmp_path / "wandb.json").write_text(text, errors="surrogateescape")
+        assert wandb_run.identity(tmp_path) == {}
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    assert wandb_run.identity(offline) == {}
+
+
+def test_user_without_a_writable_home_has_runs_without_identity(
+    tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    wandb_run.write_identity(tmp_path, {"id": "x"})
+    assert json.loads((tmp_path / "wandb.json").read_text()) == {"id": "x"}
+    assert wandb_run.identity(tmp_path) == {}
+
+
+SETTINGS = """
+import json
+from soluscope.wandb_client import allowed, package
+package()
+from wandb.sdk import wandb_setup
+def shown():
+    s = wandb_setup.singleton().settings
+    return [s.base_url, s.entity, s.project, s.mode]
+first = shown()
+package().teardown()
+package()
+print(json.dumps([first, shown(), allowed()]))
+"""
+
+
+@pytest.mark.parametrize("folder", ["wandb", ".wandb"])
+@pytest.mark.parametrize("mode", ["", "online", "offline", "disabled"])
+def test_settings_inside_a_study_are_not_read_but_for_a_lesser_mode(
+    server, tmp_path, folder, mode
+) -> None:
+    (tmp_path / folder).mkdir()
+    lines = [
+        "[default]",
+        "base_url = http://127.0.0.1:1",
+        "entity = mallory",
+        "project = loot",
+        "api_key = x",
+    ]
+    text = "\n".join([*lines, f"mode = {mode}"] if mode else lines)
+    (tmp_path / folder / "settings").write_text(text + "\n")
+    done = python(tmp_path, server, "-c", SETTINGS)
+    assert done.returncode == 0, done.stderr
+    first, again, most = json.loads(done.stdout)
+    assert first == again == [server.address, None, None, "online"]
+    assert most == {"offline": "offline", "disabled": "off"}.get(mode, "online")

@@ -8,9 +8,11 @@ package is imported, so that `--help` and errors appear at once.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,22 +23,31 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from soluscope import plugins
 from soluscope.errors import UserError
-from soluscope.files import digest
+from soluscope.files import digest, name_problem
 from soluscope.reading import (
     AsWritten,
     FilePath,
     as_word,
     expanded,
     field_types,
+    for_seed,
     is_path,
+    only_references,
+    only_seed_in_braces,
     read_word,
     read_yaml,
+    without_folders,
 )
 
 T = TypeVar("T")
 
-MOST_BYTES = 240
-"""Longest name of a folder. Most file systems allow 255 bytes, and copies need some for a suffix."""
+MOST = 2**31 - 1
+"""Largest whole number of a setting, so that products of two fit into 64 bits."""
+MOST_THREADS = 1024
+MOST_DRAWS = 1_000_000
+"""Largest number of bootstrap resamples; more do not change the first three digits of an interval's bounds."""
+MOST_SHOWN = 100
+"""Longest name that a message repeats."""
 YAML = (".yaml", ".yml")
 """Endings of YAML files."""
 
@@ -71,10 +82,16 @@ class ModelConfig:
         whole ctx; the backward pass costs twice as much. The last position of a row has no target and hence
         no logits.
         """
-        weights = self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
         attention = self.n_layers * 2 * self.ctx * self.d_model
         logits = d_vocab * self.d_model * (self.ctx - 1) / self.ctx
-        return 3 * 2 * (weights + attention + logits)
+        return 3 * 2 * (self._n_block_weights() + attention + logits)
+
+    def n_matrix_weights(self, d_vocab: int) -> int:
+        """Return the number of weights in the matrices: all parameters but the biases and the norms' weights."""
+        return self._n_block_weights() + self.d_model * (2 * d_vocab + self.ctx)
+
+    def _n_block_weights(self) -> int:
+        return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_mlp", "n_layers"):
@@ -191,6 +208,10 @@ class TrainConfig:
             value = getattr(self, name)
             check(value is None or value >= 1, f"train.{name}={value} must be 1 or more")
         check(
+            (self.threads or 1) <= MOST_THREADS,
+            f"train.threads={self.threads} must be at most {MOST_THREADS}",
+        )
+        check(
             self.batch_size % self.micro_batches == 0,
             f"train.micro_batches={self.micro_batches} does not divide train.batch_size={self.batch_size}",
         )
@@ -250,25 +271,18 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        for name in ("study", "tag"):
-            value = getattr(self, name)
-            check(
-                re.fullmatch(r"[\w.+-]*", value) is not None and value not in {".", ".."},
-                f"{name}={value!r} is used in a folder's name: use only letters, digits and _ . + -",
-            )
-        for name, value in (("study", self.study), ("tag", self.run_name)):
-            n_bytes = len(value.encode("utf8", "replace"))
-            check(
-                n_bytes <= MOST_BYTES,
-                f"{name}= gives a folder a name of {n_bytes} bytes, but at most {MOST_BYTES} are possible: "
-                f"shorten {name}=",
-            )
+        check(self.study != "", "study is empty: set it to the name of the study's folder")
+        for key, name in (("study", self.study), ("tag", self.run_name), ("tag", self.tag)):
+            problem = name_problem(name) if name else None
+            shown = repr(getattr(self, key)) if len(name) <= MOST_SHOWN else ""
+            check(problem is None, f"{key}={shown} {problem}")
         check(
             "::" not in self.runs_dir and "://" not in self.runs_dir,
             f"runs_dir={self.runs_dir} would be read as an address when a checkpoint is saved: give a path "
             "of this machine, without :: and ://",
         )
-        check(self.study != "", "study is empty: set it to the name of the study's folder")
+        if self.train.init_from is not None:
+            only_seed_in_braces("train.init_from", self.train.init_from)
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
         check(
             self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
@@ -297,7 +311,7 @@ class Config:
     def init_dir(self) -> Path | None:
         """Return the folder of the run with whose weights training starts, or None for random weights."""
         path = self.train.init_from
-        return None if path is None else Path(path.replace("{seed}", str(self.seed)))
+        return None if path is None else Path(for_seed(path, self.seed))
 
     @property
     def hash(self) -> str:
@@ -324,10 +338,15 @@ class EvalConfig:
     out: FilePath | None = None
     """Folder for the results and the report, if you may not write to the study's folder. null: the study's
     folder."""
+    wandb: Literal["offline", "online", "off"] | None = None
+    """Logging of the results to wandb. null: as the run was trained, if this user trained it here; else off."""
+    wait: bool = False
+    """true: wait while another process evaluates the study. false: refuse."""
 
     def __post_init__(self) -> None:
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
             check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
+        check(self.n_draws <= MOST_DRAWS, f"n_draws={self.n_draws} must be at most {MOST_DRAWS:,}")
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
         for name in self.probes or ():
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
@@ -355,6 +374,10 @@ class PretrainedConfig(EvalConfig):
         check(
             self.out is None,
             f"out={self.out} is for trained runs: for a pretrained model set runs_dir= instead",
+        )
+        check(
+            self.wandb in (None, "off"),
+            f"wandb={self.wandb} is for trained runs: omit it for a pretrained model",
         )
         if self.sets_text:
             self.text(self.data or "hub", tokenizer="bpe")
@@ -451,12 +474,20 @@ def load_config(arguments: Sequence[str]) -> Config:
     return to_config(merge_config(arguments))
 
 
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Turn an error of OmegaConf, such as that of a ${…} that names no key, into a UserError."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        cause = error.__cause__
+        raise (cause if isinstance(cause, UserError) else UserError(_one_line(error))) from error
+
+
 def to_config(merged: DictConfig) -> Config:
     """Return the typed configuration, after checking its values against each other."""
-    try:
+    with _in_one_line():
         missing = sorted(OmegaConf.missing_keys(merged))
-    except OmegaConfBaseException as error:  # a ${…} that names no key
-        raise UserError(_one_line(error)) from error
     if missing:
         raise UserError(f"{missing[0]} has no value: set it, as in {missing[0]}=…")
     config: Config = _to_object(merged)
@@ -465,12 +496,10 @@ def to_config(merged: DictConfig) -> Config:
             getattr(config, name) is not None,
             f"{name}=null: set keys below {name} instead, as listed by --help",
         )
-    for key, value in flatten(asdict(config)):
-        if isinstance(value, float) and key != "train.clip":  # train.clip=inf means no clipping
-            check(math.isfinite(value), f"{key}={value} must be a finite number")
     return config
 
 
+@_in_one_line()
 def merge_config(arguments: Sequence[str]) -> DictConfig:
     """Merge and type the layers, without checking values against each other."""
     files, overrides = _split_arguments(arguments)
@@ -540,8 +569,23 @@ def read_config(path: Path) -> Config:
         check(
             isinstance(saved.get(key), str), f"{path} has no {key}: it is not a run's configuration"
         )
-    base, schema = _typed(saved["variant"], saved["data"])
-    return to_config(_merge(base, *_layers(schema, [path])))
+    try:
+        base, schema = _typed(saved["variant"], saved["data"])
+        return to_config(_merge(base, *_layers(schema, [path])))
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+
+
+def to_json(config: Config) -> str:
+    """Return a configuration as one line of JSON, which `from_json` reads."""
+    return json.dumps(asdict(config))
+
+
+def from_json(text: str) -> Config:
+    """Return the configuration that `to_json` has described."""
+    values = json.loads(text)
+    base, _ = _typed(values["variant"], values["data"])
+    return to_config(_merge(base, OmegaConf.create(values)))
 
 
 def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | None = None) -> T:
@@ -554,9 +598,57 @@ def load_typed(schema: type[T], arguments: Sequence[str], default_file: str | No
     return loaded
 
 
+def for_others(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run without the folders of this machine.
+
+    Settings without effect elsewhere are left out: folders of runs and tokens, and the mode of wandb. Other
+    absolute paths are the origin of a text, a gain or weights, and keep their last part.
+    """
+    _, schema = _typed(settings["variant"], settings["data"])
+    result: dict[str, Any] = without_folders(settings, schema)
+    tokens = {**result["tokens"]}
+    for section, key in (
+        (result, "runs_dir"),
+        (result, "wandb"),
+        (tokens, "cache_dir"),
+        (tokens, "prepared"),
+    ):
+        section.pop(key, None)
+    return result | {"tokens": tokens}
+
+
+def load_evaluation(schema: type[T], arguments: Sequence[str]) -> T:
+    """Return the configuration of an evaluation: the defaults of `schema` < configs/eval.yaml < arguments.
+
+    Raises:
+        UserError: as `load_config`, and for words that ask for no probe.
+    """
+    loaded = load_typed(schema, arguments, "eval.yaml")
+    check(
+        getattr(loaded, "probes", None) != [],
+        "probes=[] names no probe: name some, as in probes=[engagement], or omit probes= for all",
+    )
+    return loaded
+
+
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Refuse numbers that are not finite, and whole numbers that do not fit into 32 bits."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            _check_numbers(value, key)
+    elif isinstance(values, int):
+        check(abs(values) <= MOST, f"{key}={values} must be between -{MOST} and {MOST}")
+    elif isinstance(values, float) and key != "train.clip":  # train.clip=inf means no clipping
+        check(math.isfinite(values), f"{key}={values} must be a finite number")
+
+
 def to_yaml(config: Any) -> str:
-    """Return a configuration as YAML, with all values resolved."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+    """Return a configuration, or settings as a mapping, as YAML with all values resolved."""
+    values = dict(config) if isinstance(config, Mapping) else asdict(config)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -618,20 +710,38 @@ def _layers(schema: Any, files: Sequence[Path], overrides: Sequence[str] = ()) -
     for word in overrides:
         key, _, text = word.partition("=")
         try:
-            OmegaConf.update(words, key, read_word(key, text, schema))
+            value = read_word(key, text, schema)
+            only_references(value)
+            OmegaConf.update(words, key, value)
         except (ValueError, OmegaConfBaseException) as error:
             raise UserError(f"cannot read {word!r}: {_one_line(error)}") from error
-    return [*(OmegaConf.create(read_yaml(path, schema)) for path in files), words]
+    return [*(_of_file(path, schema) for path in files), words]
+
+
+def _of_file(path: Path, schema: Any) -> DictConfig:
+    content = read_yaml(path, schema)
+    try:
+        only_references(content)
+        return OmegaConf.create(content)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"cannot read {path}: {_one_line(error)}") from error
+
+
+def _check_containers(base: Any, layer: Any, prefix: str = "") -> None:
+    """Refuse a value in the place of a section, and keys in the place of a list."""
+    for name, value in layer.items_ex(resolve=False):
+        key, node = f"{prefix}{name!s}", base._get_node(name, validate_access=False)
+        if OmegaConf.is_dict(node) and OmegaConf.is_dict(value):
+            _check_containers(node, value, f"{key}.")
+        elif OmegaConf.is_dict(node) and value is not None:
+            raise UserError(f"{key}={value}: set keys below {key}, as in {key}.…=; see --help")
+        elif OmegaConf.is_list(node) and OmegaConf.is_dict(value):
+            raise UserError(f"{key}={value}: give a list, as in {key}=[…]")
 
 
 def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
-    sections = {key for key in base if OmegaConf.is_dict(base[key])}
     for layer in layers:
-        for key, value in layer.items_ex(resolve=False):
-            check(
-                key not in sections or value is None or OmegaConf.is_dict(value),
-                f"{key!s}={value}: set keys below {key!s}, as in {key!s}.…=; see --help",
-            )
+        _check_containers(base, layer)
     try:
         merged = OmegaConf.merge(base, *layers)
     except ConfigKeyError as error:
@@ -642,7 +752,7 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
         section = key.partition(".")[0]
         hint = f" Did you mean {near[0]!r}?" if near and near[0] != section else ""
         owner = {"mid": "variant", "corpus": "data"}.get(section)
-        if owner and section in sections:
+        if owner and section in base and OmegaConf.is_dict(base[section]):
             own = ", ".join(name for name in known if name.startswith(f"{section}."))
             hint += f" With {owner}={base[owner]} the keys below {section} are: {own or 'none'}."
         raise UserError(f"no key called {key!r}.{hint} --help lists all keys") from error
@@ -653,11 +763,10 @@ def _merge(base: DictConfig, *layers: DictConfig) -> DictConfig:
 
 
 def _to_object(merged: DictConfig) -> Any:
-    try:
-        return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        cause = error.__cause__
-        raise (cause if isinstance(cause, UserError) else UserError(_one_line(error))) from error
+    with _in_one_line():
+        config = OmegaConf.to_object(merged)
+        _check_numbers(OmegaConf.to_container(merged, resolve=True))
+        return config
 
 
 def _one_line(error: Exception) -> str:

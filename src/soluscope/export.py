@@ -8,7 +8,8 @@ run's own files.
 
     config.json  *_final.pth               for TransformerLens
     tokenizer.json  tokenizer_config.json  special_tokens_map.json
-    config.yaml  model.json  model.safetensors  done.json   copies of the run's files
+    model.json  model.safetensors  done.json   copies of the run's files
+    config.yaml                            the run's settings without the folders of this machine
     results.jsonl                          the probes' results on this run
     README.md                              the model card
 """
@@ -18,9 +19,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +29,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from soluscope import results
-from soluscope.config import Config
+from soluscope.config import Config, for_others, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import write_bytes, write_text
+from soluscope.files import replacing_folder, write_bytes, write_text
+from soluscope.reading import read_yaml
 from soluscope.report import controls, findings
 from soluscope.results import Measurement, OfRun, Record, of_kind
 from soluscope.runs.folder import Run
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from soluscope.runs.weights import Facts
     from soluscope.variants import Variant
 
-OWN = ("config.yaml", "model.json", "model.safetensors", "done.json")
+OWN = ("model.json", "model.safetensors", "done.json")
 """Files of the run that are copied byte for byte."""
 LENS_EPS = 1e-5
 """Epsilon that TransformerLens's from_pretrained sets in every norm, whatever config.json contains."""
@@ -101,20 +101,28 @@ def _check_run(run: Run) -> None:
         raise UserError(f"{run.dir} {problem}: give a run's folder, such as runs/STUDY/VARIANT-s0")
     if not run.is_done():
         raise UserError(f"{run.dir} has not finished: finish training it, then export it")
+    files = [run.config_file, *(run.dir / name for name in OWN), run.tokenizer, _results(run)]
+    for path in files:
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link, and an export holds files of the run only: export the run from its own "
+                "folder, or replace the link by a copy"
+            )
+
+
+def _results(run: Run) -> Path:
+    return run.dir.parent / "results.jsonl"
 
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out`. At the end it is renamed to `out`; after an error it is removed."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.replace(beside, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(out) as beside:
+            yield beside
     except OSError as error:
         raise UserError(f"cannot export to {out}: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write(run: Run, folder: Path, repo: str | None) -> str | None:
@@ -126,6 +134,9 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     trained, facts = run.load_model(), run.facts
     for name in OWN:
         write_bytes(folder / name, (run.dir / name).read_bytes())
+    # Not `run.config`, in which environment variables are replaced by their values.
+    yaml = to_yaml(for_others(read_yaml(run.config_file)))
+    write_text(folder / "config.yaml", yaml)
     tokenizer = load_tokenizer(run.tokenizer, facts)  # checks that the tokenizer is this model's
     write_bytes(folder / "tokenizer.json", run.tokenizer.read_bytes())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -146,7 +157,7 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
         torch.save(lens_state, file := io.BytesIO())
         write_bytes(folder / weights, file.getvalue())
     write_text(folder / "config.json", _json(_family_config(run.config, facts, obstacle, repo)))
-    stored = run.dir.parent / "results.jsonl"
+    stored = _results(run)
     records = results.read(stored) if stored.is_file() else []
     of_run = [
         each
@@ -156,7 +167,7 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     if of_run:
         results.write(folder / "results.jsonl", of_run)
     probes = _probes(of_kind(of_run, Measurement), records)
-    write_text(folder / "README.md", _card(run, probes, weights, obstacle, repo))
+    write_text(folder / "README.md", _card(run, yaml, probes, weights, obstacle, repo))
     return obstacle
 
 
@@ -243,6 +254,7 @@ def _family_config(
 
 def _card(
     run: Run,
+    yaml: str,
     probes: Sequence[dict[str, Any]],
     weights: str,
     obstacle: str | None,
@@ -253,7 +265,6 @@ def _card(
     The template escapes all values as Markdown, except inside code blocks.
     """
     facts = run.facts
-    yaml = run.config_file.read_text(encoding="utf8").rstrip()
     longest = max((len(ticks) for ticks in re.findall("`+", yaml)), default=0)
     described = {
         "variant": facts.variant, "mid norm": facts.mid_norm, "epsilon of the mid norm": facts.eps,
@@ -274,7 +285,7 @@ def _card(
         done=run.done() or {},
         folder=f'snapshot_download("{repo}")' if repo else HERE,
         import_hub="from huggingface_hub import snapshot_download\n" if repo else "",
-        sizes=json.dumps(SIZES), yaml=yaml,
+        sizes=json.dumps(SIZES), yaml=yaml.rstrip(),
         fence="`" * max(3, 1 + longest),  # longer than any backticks inside the configuration
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """YAML files and `key=value` words, read by the types of a schema.
 
 A field of text keeps its text as it was written: `no`, `1e5` and `007` stay names. In a path, `~` and
-environment variables are replaced. Fields of other types are read as YAML.
+environment variables are replaced. Fields of other types are read as YAML. `${train.lr}` stands for the value
+of another key; no other `${...}` is read, because files come from other people.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cache, reduce
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -28,6 +29,19 @@ AsWritten = Annotated[Any, "as written"]
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Z_]\w*)\})")
 """An environment variable. Lower-case names in braces are keys of the configuration, as in ${train.lr}."""
+_REFERENCE = re.compile(r"\$\{\.*[A-Za-z_][\w.]*\}")
+"""The value of another key, as in ${train.lr}."""
+_SECRET = re.compile(
+    r"(^|_)(API)?(KEY|TOKEN|SECRET|PASS|PASSWD|PASSWORD|CREDENTIALS?)$", re.IGNORECASE
+)
+"""Name of an environment variable whose value is a secret, such as HF_TOKEN."""
+MOST_BYTES_OF_YAML = 1_000_000
+"""Largest configuration file; larger ones take seconds to read."""
+MOST_DIGITS = 400
+"""Most characters of a number; 1e308 has 309 digits, and Python prints no number of more than 4300."""
+MOST_VALUES, DEEPEST = 100_000, 50
+"""Largest number of values of a YAML text, and deepest level. A text of some lines can have billions of values,
+because an alias repeats the values of its anchor."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?|\.\d)[\d_]*([eE][-+]?\d+)?$")
 """A number with an exponent; YAML 1.1 takes 1e-3, which has no point, for text."""
 
@@ -48,12 +62,17 @@ def read_yaml(path: Path, schema: Any = Any) -> dict[str, Any]:
     """Return the keys of a YAML file, with text and paths as `schema` declares them.
 
     Raises:
-        UserError: if the file does not exist, is not YAML, has no keys, or a path in it names an environment
-            variable that does not exist.
+        UserError: if the file does not exist, is too large, is not YAML, has no keys, or a path in it names an
+            environment variable that does not exist.
     """
     if not path.is_file():
         raise UserError(f"no configuration file {path}: give the path of a .yaml file")
     try:
+        n_bytes = path.stat().st_size
+        if n_bytes > MOST_BYTES_OF_YAML:
+            raise ValueError(
+                f"it has {n_bytes:,} bytes, but at most {MOST_BYTES_OF_YAML:,} are read"
+            )
         content = _parsed(path.read_text(encoding="utf-8-sig"), schema, empty={})
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
@@ -139,8 +158,62 @@ def _encodable(text: str) -> str:
 
 
 def _with_variables(text: str) -> str:
-    """Replace environment variables by their values; a variable that is not set stays in the text."""
-    return _VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), text)
+    """Replace environment variables by their values; a variable that is not set stays in the text.
+
+    Raises:
+        UserError: if a variable's name says that its value is a secret.
+    """
+    return _VARIABLE.sub(_variable, text)
+
+
+def _variable(match: re.Match[str]) -> str:
+    """Return the value of an environment variable, or the text of one that is not set.
+
+    Raises:
+        UserError: if the variable's name says that its value is a secret.
+    """
+    name = match[1] or match[2]
+    if name in os.environ and _SECRET.search(name):
+        raise UserError(
+            f"a path contains {match[0]}, whose name says that its value is secret: write the path without it"
+        )
+    return os.environ.get(name, match[0])
+
+
+def only_references(value: Any) -> None:
+    """Refuse a value with a text that contains `${` for anything but the value of another key.
+
+    OmegaConf would replace `${oc.env:NAME}` by an environment variable, which may be a secret.
+
+    Raises:
+        ValueError: with the text.
+    """
+    if isinstance(value, dict):
+        for key, each in value.items():
+            only_references(key)
+            only_references(each)
+    elif isinstance(value, list):
+        for each in value:
+            only_references(each)
+    elif isinstance(value, str) and "${" in _REFERENCE.sub("", value):
+        raise ValueError(
+            f"{value!r} contains ${{, which may only stand for the value of another key, as in ${{train.lr}}"
+        )
+
+
+def for_seed(path: str, seed: int) -> str:
+    """Return a path in which {seed} is replaced by a run's seed."""
+    return path.replace("{seed}", str(seed))
+
+
+def only_seed_in_braces(key: str, path: str) -> None:
+    """Refuse a path with other braces than {seed}.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if {"{", "}"} & set(path.replace("{seed}", "")):
+        raise UserError(f"{key}={path}: remove all braces except {{seed}}, the only placeholder")
 
 
 def _is_quoted(text: str) -> bool:
@@ -157,10 +230,40 @@ def _parsed(text: str, hint: Any, empty: Any = None) -> Any:
         ValueError: if the text is not YAML.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _compose(text)
         return empty if node is None else _build(node, hint)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """Return the root of a YAML text.
+
+    Raises:
+        ValueError: if the text is nested too deeply, or has too many values once its aliases are replaced.
+        yaml.YAMLError: if the text is not YAML.
+    """
+    n_values, sizes = 0, {}
+    above: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            above.append((event.anchor, n_values))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = above.pop()
+            sizes[anchor] = n_values - before
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = 1
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in above]:
+                raise ValueError(f"the alias *{event.anchor} stands inside its own anchor")
+            n_values += sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.NodeEvent):
+            n_values += 1
+        if len(above) > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+        if n_values > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    return yaml.compose(text, Loader=_Loader)
 
 
 def _build(node: yaml.Node, hint: Any) -> Any:
@@ -171,9 +274,24 @@ def _build(node: yaml.Node, hint: Any) -> Any:
         return [_build(child, _below(hint)) for child in node.value]
     value = _Loader("").construct_object(node)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and len(node.value) > MOST_DIGITS and not _is_text(hint):
+        raise ValueError(f"a number has {len(node.value):,} digits")
     if value is None or not _is_text(hint) or (is_number and _is_number(hint)):
         return value
     return expanded(node.value) if _is_path(hint) else node.value
+
+
+def without_folders(value: Any, schema: Any) -> Any:
+    """Return `value` with only the last part of each absolute path, where `schema` declares paths."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(each, _below(schema, key)) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(each, _below(schema)) for each in value]
+    if isinstance(value, str) and _is_path(schema):
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute():
+                return kind(value).name
+    return value
 
 
 def _mapping(node: yaml.MappingNode, hint: Any) -> dict[str, Any]:

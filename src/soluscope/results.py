@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import types
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
 from soluscope.errors import UserError
-from soluscope.files import write_text
+from soluscope.files import Whole, from_json, reason, write_text
+from soluscope.terminal import say
 
 MARGIN = 0.005
 """Smallest difference of losses that matters, in nats per token. Phi_dyn needs a larger benefit of LN.
@@ -174,9 +172,9 @@ class Number(Record):
     low: float | None = None
     high: float | None = None
     """Bounds of the 95% interval. None: no interval can be given."""
-    n: int = 0
+    n: Whole = 0
     """Number of values used: tokens or strings; seeds for comparisons."""
-    n_clusters: int = 0
+    n_clusters: Whole = 0
     """Number of independent units that the values fall into; they are resampled for the interval."""
     cluster: str = ""
     """Unit that is resampled: `document`, `string`, `seed`."""
@@ -188,7 +186,7 @@ class OfRun:
 
     run: str
     """Run folder's name, such as `solu_ln-s0`."""
-    seed: int | None = None
+    seed: Whole | None = None
     pretrained: bool = False
     """True for a published model that others have trained; it is not compared with any other model."""
 
@@ -237,7 +235,7 @@ class TokenValue(OfRun, Record):
     quantity: str
     value: float | None
     unit: str
-    place: int
+    place: Whole
     """Position in the text; 0 is BOS."""
     text: str
     """The token's text."""
@@ -327,7 +325,7 @@ class Setting(Record):
     twin: str = ""
     """The variant that differs only in having one gain for all tokens; empty if there is none."""
     size: str = ""
-    n: int = 0
+    n: Whole = 0
     """Number of seeds."""
 
 
@@ -416,12 +414,13 @@ def write(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
-def read(path: Path, study: Path | None = None) -> list[Record]:
+def read(path: Path, study: Path | None = None, whole: bool = False) -> list[Record]:
     """Read the records of `path`. A line that cannot be read is skipped with a warning on stderr.
 
     Args:
         path: a file of records.
         study: folder of the study whose evaluation writes the file; by default the file's own folder.
+        whole: True to refuse a file with a line that cannot be read.
 
     Raises:
         UserError: if there is no such file, none of its lines can be read, or another version wrote it.
@@ -432,31 +431,30 @@ def read(path: Path, study: Path | None = None) -> list[Record]:
     records = []
     for number, content in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            values = json.loads(content)
-            if not isinstance(values, dict):
-                raise ValueError("not an object")
+            kind = from_json(content, _Tag).kind
+            if kind in KINDS:
+                records.append(from_json(content, KINDS[kind]))
         except ValueError as error:
-            _warn(path, number, error)
+            problem = f"{path} line {number} is not a record"
+            if whole:
+                raise UserError(f"{problem} ({reason(error)}): {command}") from error
+            say(f"warning: {problem} and is skipped ({reason(error)})")
             continue
-        kind = values.pop("kind", None)
         if kind not in KINDS:
             raise UserError(
                 f"{path} was written by another version (line {number} has kind {kind!r}; the kinds of this "
                 f"version are {', '.join(KINDS)}): {command}"
             )
-        try:
-            records.append(_decode(KINDS[kind], values))
-        except (ValueError, TypeError, KeyError) as error:
-            _warn(path, number, error)
     if not records:
         raise UserError(f"{path} contains no records: {command}")
     return records
 
 
-def _warn(path: Path, number: int, error: Exception) -> None:
-    print(
-        f"warning: {path} line {number} is not a record and is skipped ({error})", file=sys.stderr
-    )
+@dataclass(frozen=True)
+class _Tag:
+    """The part of a line that names its kind."""
+
+    kind: str | None = None
 
 
 def _finite(value: Any) -> Any:
@@ -466,35 +464,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return value
-
-
-def _decode(kind: Any, values: dict[str, Any]) -> Any:
-    """Return an instance of the dataclass `kind` from JSON values; ignore keys that are not its fields."""
-    convert = _converters(kind)
-    return kind(**{name: convert[name](values[name]) for name in convert if name in values})
-
-
-@cache
-def _converters(kind: Any) -> dict[str, Callable[[Any], Any]]:
-    hints = get_type_hints(kind)
-    return {each.name: _converter(hints[each.name]) for each in fields(kind)}
-
-
-def _converter(hint: Any) -> Callable[[Any], Any]:
-    """Return the function that converts a JSON value to the annotated type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        inner = _converter(next(arg for arg in args if arg is not type(None)))
-        return lambda value: None if value is None else inner(value)
-    if origin is tuple:
-        item = _converter(args[0])
-        return lambda value: tuple(map(item, value))
-    if origin is dict:
-        item = _converter(args[1])
-        return lambda value: {key: item(each) for key, each in value.items()}
-    if is_dataclass(hint):
-        kind: Any = hint
-        return lambda value: _decode(kind, value)
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint
-    return lambda value: value

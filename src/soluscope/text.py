@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.cells import cell_len
 
+from soluscope.terminal import escape
+
 
 def readable(text: str) -> str:
     """Return a token's text with escapes for characters that cannot be seen, such as `\\u200d`, and for bytes
@@ -15,16 +17,10 @@ def readable(text: str) -> str:
         return text.replace(" ", "\u2423")
     unseen = text.isprintable() and cell_len(text) == 0  # a lone accent, for example
     return "".join(
-        c if c in "\t\n" or (c.isprintable() and not unseen) else _escape(c) for c in text
+        c if c in "\t\n" or (c.isprintable() and not unseen) else escape(c) for c in text
     )
 
 
 def plural(n: int, noun: str) -> str:
     """Return the noun as it stands after the number n: `seed` after 1, `seeds` after any other."""
     return noun if n == 1 else f"{noun}s"
-
-
-def _escape(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()

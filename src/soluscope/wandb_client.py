@@ -1,15 +1,33 @@
-"""Access to the wandb package: a late and quiet import, and one function that checks the login."""
+"""Access to the wandb package: a late and quiet import, the login, and the limits that the user has set.
+
+The environment and the user's settings of wandb decide about sending, and name the server. The files of a study do
+neither, because they may come from another person.
+"""
 
 from __future__ import annotations
 
+import configparser
 import os
 import tempfile
-from typing import Any
+from contextlib import chdir, suppress
+from pathlib import Path
+from typing import Any, Literal
 
 from soluscope.errors import UserError
 
+Mode = Literal["online", "offline", "off"]
+ORDER: tuple[Mode, ...] = ("off", "offline", "online")
+"""The modes; each sends or keeps more than the one before it."""
+MODES: dict[str, Mode] = {"disabled": "off", "offline": "offline", "dryrun": "offline"}
+"""Modes by wandb's words for them. Other words do not limit anything."""
 PROJECT = "soluscope"
 """Name of the wandb project of runs and sweeps, unless WANDB_PROJECT sets another name."""
+ANONYMOUS = {
+    "disable_git": True, "disable_code": True, "disable_job_creation": True, "x_disable_meta": True,
+    "x_disable_machine_info": True, "x_save_requirements": False, "host": "", "username": "", "email": "",
+}  # fmt: skip
+"""Settings without which wandb stores the names of machine and user, the command line, paths, the git remote, the
+source and the installed packages. The facts about the model hold the commit and the versions that matter."""
 
 
 def package() -> Any:
@@ -29,7 +47,21 @@ def package() -> Any:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:  # wandb's service would print its log on stderr
         os.environ[CACHE_DIR] = tempfile.mkdtemp(prefix="wandb-")
+    _load_settings(get_cache_dir())
     return wandb
+
+
+def _load_settings(folder: Path) -> None:
+    """Let wandb load its settings from the environment and the home folder, unless it has loaded them.
+
+    It would also read the file wandb/settings of the working directory, which may be the study of another person.
+    """
+    from wandb.sdk import wandb_setup
+
+    setup = wandb_setup.singleton()
+    if setup.settings_if_loaded is None:
+        with chdir(folder):
+            _ = setup.settings
 
 
 def sign_in(asked: str, instead: str) -> None:
@@ -40,8 +72,14 @@ def sign_in(asked: str, instead: str) -> None:
         instead: advice for a user without a key: `set wandb=offline`.
 
     Raises:
-        UserError: if wandb is not installed, there is no key, or the server refuses it or cannot be reached.
+        UserError: if wandb is not installed or not allowed to send anything, there is no key, or the server
+            refuses it or cannot be reached.
     """
+    if allowed() != "online":
+        raise UserError(
+            f"{asked}, but WANDB_MODE, WANDB_DISABLED or 'wandb offline' limits wandb to {allowed()}: unset it, "
+            f"or {instead}"
+        )
     try:
         wandb = package()
     except ImportError as error:
@@ -66,9 +104,31 @@ def sign_in(asked: str, instead: str) -> None:
         )
 
 
-def is_disabled() -> bool:
-    """Return whether WANDB_DISABLED is set to a word that means yes, as other libraries read it."""
-    return os.environ.get("WANDB_DISABLED", "").lower() in {"1", "true", "t", "yes", "y", "on"}
+def allowed() -> Mode:
+    """Return the most that WANDB_MODE, WANDB_DISABLED and `wandb offline` allow; without them, `online`."""
+    word = os.environ.get("WANDB_DISABLED", "").lower()
+    if word in {"1", "true", "t", "yes", "y", "on"}:  # as other libraries read it
+        return "off"
+    asked = (os.environ.get("WANDB_MODE", ""), _mode_here())
+    return min((MODES.get(each, "online") for each in asked), key=ORDER.index)
+
+
+def limited(asked: Mode) -> Mode:
+    """Return the mode `asked`, or a lesser one that is allowed."""
+    return min(asked, allowed(), key=ORDER.index)
+
+
+def _mode_here() -> str:
+    """Return the mode that `wandb offline` has stored in the working directory, or an empty text.
+
+    The other settings of that file are not read: in a study of another person, they could send the key to any
+    server.
+    """
+    parser = configparser.ConfigParser(interpolation=None)
+    for folder in ("wandb", ".wandb"):
+        with suppress(OSError, ValueError, configparser.Error):
+            parser.read_string(Path(folder, "settings").read_text(encoding="utf8"))
+    return parser.get("default", "mode", fallback="")
 
 
 def one_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from soluscope import plugins
 from soluscope.errors import UserError
+from soluscope.terminal import answer, say
 
 PACKAGE = "soluscope.commands"
 INTRODUCTION = """\
@@ -68,7 +69,7 @@ def main() -> NoReturn:
     """Run the command that the first word names: `soluscope train variant=solu_ln`."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in {"-h", "--help"}:
-        run_command(lambda _: print(introduction(), end=""), arguments)
+        run_command(lambda _: answer(*introduction().rstrip("\n").split("\n")), arguments)
     if name == "--print-completion":
         run_command(_print_completion, arguments)
     run(name, arguments)
@@ -97,10 +98,10 @@ def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> N
     try:
         command(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from here", file=sys.stderr)
+        say("interrupted; the same command resumes from here")
         sys.exit(130)
     sys.exit(0)
 
@@ -135,4 +136,4 @@ def _print_completion(arguments: list[str]) -> None:
         branches.add_parser(
             name, parents=[command.build_parser()], add_help=False, help=command.summary
         )
-    print(shtab.complete(tree, arguments[0]))
+    answer(*shtab.complete(tree, arguments[0]).split("\n"))

@@ -3,7 +3,7 @@
     soluscope export runs/demo/solu_ln-s0 out/
     soluscope export runs/demo/solu_ln-s0 out/ --push user/name
 
-The export holds the run's config.yaml unchanged, with the names of its folders. --push needs a token (HF_TOKEN, or
+The export holds the run's settings without the folders of this machine. --push needs a token (HF_TOKEN, or
 'hf auth login'). It creates a public repository if none exists, and replaces an earlier export in one commit.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soluscope.commands import Command, Parser
+from soluscope.terminal import answer
 
 
 def build_parser() -> Parser:
@@ -29,11 +30,11 @@ def run(arguments: list[str]) -> None:
     from soluscope.export import export  # imported late, so that --help answers at once
 
     obstacle, url = export(options.run, options.out, options.push)
-    print(f"{options.run} is exported to {options.out}")
+    answer(f"{options.run} is exported to {options.out}")
     if obstacle:
-        print(f"only soluscope loads it: {obstacle}")
+        answer(f"only soluscope loads it: {obstacle}")
     if url:
-        print(f"pushed: {url}")
+        answer(f"pushed: {url}")
 
 
 COMMAND = Command(build_parser, run)

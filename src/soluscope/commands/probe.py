@@ -14,15 +14,14 @@ and its report is written at the end.
 
 from __future__ import annotations
 
-import sys
-from functools import partial
 from pathlib import Path
 
 from soluscope.commands import Command, Parser
-from soluscope.config import YAML, EvalConfig, PretrainedConfig, load_typed, to_yaml
+from soluscope.config import YAML, EvalConfig, PretrainedConfig, load_evaluation, to_yaml
 from soluscope.config_help import eval_help
 from soluscope.errors import UserError
 from soluscope.reading import is_path
+from soluscope.terminal import answer, say
 
 
 def build_parser() -> Parser:
@@ -61,9 +60,9 @@ def run(arguments: list[str]) -> None:
     # A trained run's folder holds config.yaml; a repository of the hub holds config.json.
     is_study = folder is None or (folder.is_dir() and not (folder / "config.json").is_file())
     schema = EvalConfig if is_study or options.calibration else PretrainedConfig
-    config = load_typed(schema, [word for word in options.words if word not in named], "eval.yaml")
+    config = load_evaluation(schema, [word for word in options.words if word not in named])
     if options.cfg:
-        print(to_yaml(config), end="")
+        answer(*to_yaml(config).rstrip("\n").split("\n"))
         return
     if len(named) > 1 or not (named or options.calibration):
         build_parser().error(
@@ -76,15 +75,14 @@ def run(arguments: list[str]) -> None:
     # Imported late, so that mistakes are answered at once.
     from soluscope.evaluation.suite import calibrate, evaluate, evaluate_pretrained
 
-    say = partial(print, file=sys.stderr)
     if options.calibration:
         calibrate(options.calibration, config, folder, say)
     elif isinstance(config, PretrainedConfig):
         path = evaluate_pretrained(named[0], config, say)
-        print(f"report: {path}")
+        answer(f"report: {path}")
     elif folder:
         path = evaluate(folder, config, say)
-        print(f"{path} is written; 'soluscope report {path.parent}' makes the report")
+        answer(f"{path} is written; 'soluscope report {path.parent}' makes the report")
 
 
 COMMAND = Command(build_parser, run)

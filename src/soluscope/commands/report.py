@@ -13,6 +13,7 @@ from pathlib import Path
 from soluscope.commands import Command, Parser
 from soluscope.config import ReportConfig, load_typed
 from soluscope.config_help import help_lines
+from soluscope.terminal import answer
 
 
 def build_parser() -> Parser:
@@ -38,13 +39,13 @@ def run(arguments: list[str]) -> None:
     out = None if config.out is None else Path(config.out)
     where = None if options.wandb is None else dashboard.place(options.wandb)
     if where and options.dry_run:
-        print(dashboard.preview(options.study, where))
+        answer(*dashboard.preview(options.study, where).split("\n"))
         return
     if where:
         dashboard.sign_in()
-    print(f"report: {publish(options.study, out)}")
+    answer(f"report: {publish(options.study, out)}")
     if where:
-        print(f"dashboard: {dashboard.publish(options.study, where)}")
+        answer(f"dashboard: {dashboard.publish(options.study, where)}")
 
 
 COMMAND = Command(build_parser, run)

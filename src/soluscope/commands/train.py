@@ -13,7 +13,9 @@ from __future__ import annotations
 from soluscope.commands import Command, Parser
 from soluscope.config import load_config, to_yaml
 from soluscope.config_help import train_help
+from soluscope.memory import check_training
 from soluscope.runs.folder import Run
+from soluscope.terminal import answer
 
 
 def build_parser() -> Parser:
@@ -31,13 +33,14 @@ def run(arguments: list[str]) -> None:
     options = build_parser().parse_intermixed_args(arguments)
     config = load_config(options.words)
     if options.cfg:
-        print(to_yaml(config), end="")
+        answer(*to_yaml(config).rstrip("\n").split("\n"))
         return
+    check_training(config)
     from soluscope.training.run import train  # imported late, so that mistakes are answered at once
 
     was_done = Run(config.run_dir).is_done()
     run_dir = train(config)
-    print(f"{run_dir} {'was already finished' if was_done else 'is finished'}")
+    answer(f"{run_dir} {'was already finished' if was_done else 'is finished'}")
 
 
 COMMAND = Command(build_parser, run)

@@ -7,10 +7,13 @@ A cache is a folder:
     <split>.tokens         the split's documents one after another, EOS after each; uint16 or uint32
     <split>.offsets.npy    int64 [n_documents + 1]: the first token of each document, and the number of tokens
     <split>.names.jsonl    the documents' names, one JSON string per line
+    .checked.json          the state of each file when its checksum was last found right, so that it is
+                           computed once and not by every job of a sweep
 
-Reading a cache needs only numpy, so a machine without datasets and tokenizers can train from a cache
-that was copied there. A cache is written as a stream: memory holds only one batch of documents and, for
-each distinct document, its hash and its offset (about 100 bytes).
+meta.json holds the sha256 of the splits' files, which is compared before a split is used. Reading a cache needs
+only numpy, so a machine without datasets and tokenizers can train from a cache that was copied there. A cache
+is written as a stream: memory holds only one batch of documents and, for each distinct document, its hash and
+its offset (about 100 bytes).
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import platform
 import shutil
 import sys
@@ -29,18 +31,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from soluscope import plugins
 from soluscope.config import Config, TokensConfig
 from soluscope.data import tokenizer
 from soluscope.data.sources import Source, warn
 from soluscope.errors import UserError
-from soluscope.files import digest, write_bytes, write_text
+from soluscope.files import (
+    Stamp,
+    Whole,
+    checksum,
+    digest,
+    file_lock,
+    from_json,
+    has_checksum,
+    read_json,
+    reason,
+    remove_litter,
+    replacing_folder,
+    stamp,
+    write_bytes,
+    write_text,
+)
+from soluscope.terminal import console, say
 
 Split = Literal["train", "select", "report"]
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -49,11 +67,65 @@ SPLITS: tuple[Split, ...] = ("train", "select", "report")
 HELD_OUT: tuple[Split, ...] = ("select", "report")
 """Splits that evaluation reads. A study keeps a copy of them."""
 
+ENDS = ("tokens", "offsets.npy", "names.jsonl")
+"""Ends of the names of a split's files."""
+
 _FORMAT = 2  # increase it when the same corpus and settings would give different files
+_CHECKED = ".checked.json"
 _RESTORE = "copy it again, or delete it and give the training command again"
 _LARGEST_UINT16_VOCAB = 65_535
 _BATCH_BYTES = 1 << 20
 _MOST_NAMED = 20  # documents named on stderr for one reason, so that they do not fill the terminal
+
+
+class Counts(TypedDict):
+    """Sizes of a split."""
+
+    n_documents: Whole
+    n_tokens: Whole
+    n_bytes: Whole
+
+
+class Skipped(TypedDict):
+    """The documents that were left out."""
+
+    count: Whole
+    why: dict[str, str]
+    """Reasons by the document's name, for the first few."""
+
+
+class Shares(TypedDict):
+    """Shares of the documents that are held out."""
+
+    select: float
+    report: float
+
+
+class Meta(TypedDict):
+    """Content of meta.json."""
+
+    format: Whole
+    key: str
+    asked: dict[str, Any]
+    """The settings of the configuration that determine the cache."""
+    d_vocab: Whole
+    bos: Whole
+    eos: Whole
+    pad: Whole
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: str
+    tokenizer_hash: str
+    source: str
+    corpus: dict[str, Any]
+    shares: Shares
+    splits: dict[Split, Counts]
+    dropped_duplicates: Whole
+    skipped: Skipped
+    versions: dict[str, str]
+    sha256: NotRequired[dict[str, str]]
+    """Checksums of the splits' files; caches of older versions have none."""
+    kept: NotRequired[list[Split]]
+    """In a study's copy: the splits that are there."""
 
 
 def prepare(config: Config) -> TokenCache:
@@ -67,7 +139,9 @@ def prepare(config: Config) -> TokenCache:
             cache cannot be written, or the existing cache is incomplete.
     """
     if config.tokens.prepared is not None:
-        return _check_prepared(open_cache(Path(config.tokens.prepared)), config)
+        prepared = _check_prepared(open_cache(Path(config.tokens.prepared)), config)
+        prepared.check_and_remember()
+        return prepared
     key = cache_key(config)
     folder = Path(config.tokens.cache_dir) / key
     if not folder.exists():
@@ -81,7 +155,9 @@ def prepare(config: Config) -> TokenCache:
                 f"cannot write the token cache {folder}: {error.strerror}; "
                 "free disk space or set tokens.cache_dir to another folder"
             ) from error
-    return open_cache(folder)
+    cache = open_cache(folder)
+    cache.check_and_remember()
+    return cache
 
 
 def share_with_study(cache: TokenCache, study_dir: Path) -> None:
@@ -100,15 +176,11 @@ def share_with_study(cache: TokenCache, study_dir: Path) -> None:
             if not saved.is_file():
                 facts = cache.meta | {"path": str(cache.path)}
                 write_text(saved, json.dumps(facts, indent=1) + "\n")
-            there = json.loads(saved.read_text(encoding="utf8"))["key"]
+            there = study_facts(study_dir, f"delete {saved}, and it will be written again")["key"]
             if there == cache.meta["key"]:  # a study that was copied may lack the other files
                 if not copied.is_file() or copied.read_bytes() != content:
                     write_bytes(copied, content)
                 _keep_held_out(cache, study_dir / "tokens")
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{saved} is broken ({error}): delete {saved}, and it will be written again"
-        ) from error
     except OSError as error:
         raise UserError(
             f"cannot write {study_dir}: {error.strerror}; set runs_dir to another folder"
@@ -133,44 +205,41 @@ def of_study(study_dir: Path) -> TokenCache | None:
     return next((open_cache(path) for path in places if path.is_dir()), None)
 
 
-def study_facts(study_dir: Path) -> dict[str, Any]:
+def study_facts(study_dir: Path, remedy: str = _RESTORE) -> dict[str, Any]:
     """Return the content of a study's data.json: the facts about its tokens, and the path of their cache.
 
     Raises:
-        UserError: if data.json is missing or broken.
+        UserError: if data.json is missing or broken; `remedy` is the end of the line.
     """
     path = study_dir / "data.json"
     if not path.is_file():
         raise UserError(f"no {path}: move the run folder back into its study's folder")
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        missing = {"key", "path", "tokenizer_hash"} - facts.keys()
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is broken ({error}): {_RESTORE}") from error
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: {_RESTORE}")
+    facts = read_json(path, dict[str, Any], remedy)
+    names = ("key", "path", "tokenizer_hash")
+    if missing := [name for name in names if name not in facts]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: {remedy}")
+    if wrong := [name for name in names if not isinstance(facts[name], str)]:
+        raise UserError(f"{path} has {wrong[0]}={facts[wrong[0]]!r:.80}, wanted a text: {remedy}")
     return facts
 
 
 def _keep_held_out(cache: TokenCache, folder: Path) -> None:
     """Copy the held-out splits of a cache to `folder`, unless a complete copy is there."""
     try:
-        if open_cache(folder).meta["key"] == cache.meta["key"]:
+        copy = open_cache(folder)
+        for split in copy.kept:
+            copy.check(split)
+        if copy.meta["key"] == cache.meta["key"]:
             return
     except UserError:
         pass  # no copy, or an incomplete one
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    names = [
-        f"{split}.{end}" for split in HELD_OUT for end in ("tokens", "offsets.npy", "names.jsonl")
-    ]
-    for name in ("tokenizer.json", *names):
-        shutil.copyfile(cache.path / name, partial / name)
-    meta = cache.meta | {"kept": list(HELD_OUT)}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    remove_litter(folder.parent, name=folder.name)
+    with replacing_folder(folder) as partial:
+        for name in ("tokenizer.json", *(f"{split}.{end}" for split in HELD_OUT for end in ENDS)):
+            shutil.copyfile(cache.path / name, partial / name)
+        meta = cache.meta | {"kept": list(HELD_OUT)}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
@@ -178,10 +247,10 @@ def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:
     tokens, asked = config.tokens, cache.meta["asked"]
     here = _asked(config)
     for key, there in asked.items():
-        if here[key] != there and not (key == "tokens.d_vocab" and tokens.tokenizer != "bpe"):
+        if here.get(key) != there and not (key == "tokens.d_vocab" and tokens.tokenizer != "bpe"):
             raise UserError(
                 f"tokens.prepared={cache.path} was made with {key}={there}, but this configuration "
-                f"has {key}={here[key]}: set {key}={there}"
+                f"has {key}={here.get(key)}: set {key}={there}"
             )
     return cache
 
@@ -248,28 +317,42 @@ def open_cache(path: Path) -> TokenCache:
                 "prepare the tokens again with this version"
             )
         problem = cache._problem()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError) as error:
+        problem = reason(error)
     if problem:
-        raise UserError(
-            f"token cache {path} is incomplete ({problem}): delete it, and it will be prepared again"
-        )
+        raise UserError(_incomplete(path, problem))
     return cache
+
+
+def _incomplete(path: Path, problem: str) -> str:
+    return f"token cache {path} is incomplete ({problem}): delete it, and it will be prepared again"
 
 
 class TokenCache:
     """A corpus as tokens, in three splits that have no document in common."""
 
     path: Path
-    meta: dict[str, Any]
-    """format, key, asked (the settings of the configuration), d_vocab, bos, eos, pad, dtype, tokenizer,
-    tokenizer_hash, source, corpus, shares, splits (n_documents, n_tokens and n_bytes of each),
-    dropped_duplicates, skipped (their count, and the reasons by name for the first few), versions; in a
-    study's copy also kept, the splits that are there."""
+    meta: Meta
 
     def __init__(self, path: Path) -> None:
+        """Read the meta.json of the cache in the folder `path`.
+
+        Raises:
+            OSError: if it cannot be read.
+            ValueError: if it is not the meta.json of a cache.
+        """
         self.path = path
-        self.meta = json.loads((path / "meta.json").read_text(encoding="utf8"))
+        try:
+            self.meta = from_json((path / "meta.json").read_bytes(), Meta)
+        except ValueError as error:
+            raise ValueError(f"meta.json: {error}") from error
+        least = [self.meta["bos"], self.meta["eos"], self.meta["pad"]]
+        if not 0 <= min(least) <= max(least) < self.meta["d_vocab"] <= 2**32:
+            raise ValueError(
+                f"meta.json: BOS, EOS and PAD are not tokens below d_vocab={self.meta['d_vocab']}"
+            )
+        if missing := {"data", "tokens.d_vocab", "tokens.tokenizer"} - self.meta["asked"].keys():
+            raise ValueError(f"meta.json: `asked` lacks {', '.join(sorted(missing))}")
 
     @property
     def kept(self) -> Sequence[Split]:
@@ -292,6 +375,7 @@ class TokenCache:
                 f"{self.path} holds only the splits {', '.join(self.kept)}: set tokens.prepared to a whole token "
                 "cache"
             )
+        self.check(split)
         n_tokens = self.meta["splits"][split]["n_tokens"]
         if n_tokens < ctx - 1:
             raise UserError(
@@ -302,30 +386,87 @@ class TokenCache:
 
     def stream(self, split: Split) -> npt.NDArray[np.unsignedinteger[Any]]:
         """Return all tokens of a split as an array that stays on disk until it is read."""
+        self.check(split)
         # A plain array over the map, because indexing np.memmap itself is several times slower.
         return np.asarray(np.memmap(self.path / f"{split}.tokens", self.meta["dtype"], mode="r"))
 
     def offsets(self, split: Split) -> npt.NDArray[np.int64]:
         """Return the positions of the documents' first tokens and the number of tokens, [n_documents + 1]."""
-        offsets: npt.NDArray[np.int64] = np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
+        self.check(split)
+        return self._offsets(split)
+
+    def _offsets(self, split: Split) -> npt.NDArray[np.int64]:
+        try:
+            offsets: npt.NDArray[np.int64] = np.lib.format.open_memmap(
+                self.path / f"{split}.offsets.npy", mode="r"
+            )
+        except Exception as error:  # the header is a Python expression, with all of its errors
+            raise ValueError(f"{split}.offsets.npy: {reason(error)}") from error
         return offsets
+
+    def check(self, split: Split) -> None:
+        """Compare a split's files with their checksums, unless that was done since they last changed.
+
+        Raises:
+            UserError: if a file differs.
+        """
+        for end in ENDS:
+            name = f"{split}.{end}"
+            wanted = self.meta.get("sha256", {}).get(name)
+            path = self.path / name
+            try:
+                known = wanted is None or self._remembered.get(name) == stamp(path)
+                if not known and not has_checksum(path, str(wanted)):
+                    raise UserError(_incomplete(self.path, f"the sha256 of {name} is wrong"))
+            except OSError as error:
+                raise UserError(_incomplete(self.path, f"{name}: {reason(error)}")) from error
+
+    def check_and_remember(self) -> None:
+        """Compare all splits with their checksums, and write down the state of the files for other processes.
+
+        Raises:
+            UserError: if a file differs.
+        """
+        for split in self.kept:
+            self.check(split)
+        self.remember()
+
+    def remember(self) -> None:
+        """Write down the state of files that have the right checksums, if the folder can be written."""
+        stamps = {name: stamp(self.path / name) for name in self.meta.get("sha256", {})}
+        if stamps != self._remembered:
+            with contextlib.suppress(OSError, UserError):
+                write_text(self.path / _CHECKED, json.dumps(stamps) + "\n")
+
+    @cached_property
+    def _remembered(self) -> dict[str, Stamp]:
+        # Nobody can forge the file in a copy, because a copy's inodes and times of change are its own.
+        try:
+            return read_json(self.path / _CHECKED, dict[str, Stamp], "")
+        except UserError:
+            return {}
 
     def _problem(self) -> str | None:
         """Return the first difference between the files and meta.json, or None without a difference."""
-        tokenizer_hash = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+        if not self.tokenizer_path.is_file():
+            return "tokenizer.json is missing"
+        tokenizer_hash = checksum(self.tokenizer_path)
         if tokenizer_hash != self.meta["tokenizer_hash"]:
             return "tokenizer.json is not the tokenizer that produced the tokens"
         for split in self.kept:
             counts = self.meta["splits"][split]
+            for end in ENDS:
+                if not (self.path / f"{split}.{end}").is_file():
+                    return f"{split}.{end} is missing"
             n_bytes = (self.path / f"{split}.tokens").stat().st_size
             wanted = counts["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
             if n_bytes != wanted:
-                return f"{split}.tokens has {n_bytes} bytes instead of {wanted}"
-            offsets = self.offsets(split)
-            if len(offsets) != counts["n_documents"] + 1 or offsets[-1] != counts["n_tokens"]:
-                return f"{split}.offsets.npy belongs to other documents"
-            if not (self.path / f"{split}.names.jsonl").is_file():
-                return f"{split}.names.jsonl is missing"
+                return f"{split}.tokens has {n_bytes} bytes instead of {wanted}, as meta.json gives"
+            offsets = self._offsets(split)
+            if offsets.dtype != np.int64 or offsets.shape != (counts["n_documents"] + 1,):
+                return f"{split}.offsets.npy belongs to other documents than meta.json"
+            if offsets[0] != 0 or offsets[-1] != counts["n_tokens"] or (np.diff(offsets) < 0).any():
+                return f"{split}.offsets.npy belongs to other documents than meta.json"
         return None
 
 
@@ -339,7 +480,7 @@ class Rows:
         self._names_path = cache.path / f"{split}.names.jsonl"
         self._stream = cache.stream(split)
         self._ends = cache.offsets(split)[1:]
-        self._bos = cache.meta["bos"]
+        self._bos, self._d_vocab = cache.meta["bos"], cache.meta["d_vocab"]
         self._ctx = ctx
 
     def __len__(self) -> int:
@@ -350,9 +491,15 @@ class Rows:
 
         Raises:
             IndexError: if an index is outside the split.
+            UserError: if a token is not in the vocabulary.
         """
         rows = np.full((len(indices), self._ctx), self._bos, dtype=np.int64)
         rows[:, 1:] = self._stream[self._places(indices)]
+        if (
+            rows.size and rows.max() >= self._d_vocab
+        ):  # only a cache without checksums gets this far
+            problem = f"it contains the token {rows.max()}, but has d_vocab={self._d_vocab}"
+            raise UserError(_incomplete(self._names_path.parent, problem))
         return rows
 
     def documents(self, indices: Indices) -> npt.NDArray[np.int64]:
@@ -369,8 +516,12 @@ class Rows:
 
     @cached_property
     def document_names(self) -> list[str]:
-        with self._names_path.open(encoding="utf8") as file:
-            return [json.loads(line) for line in file]
+        try:
+            with self._names_path.open("rb") as file:
+                return [from_json(line, str) for line in file]
+        except (OSError, ValueError) as error:
+            problem = f"{self._names_path.name}: {reason(error)}"
+            raise UserError(_incomplete(self._names_path.parent, problem)) from error
 
     def _places(self, indices: Indices) -> npt.NDArray[np.int64]:
         """Return positions in the stream, [row ctx-1]."""
@@ -454,7 +605,6 @@ def _progress(doing: str) -> Iterator[Callable[[_Placed], None]]:
     if not sys.stderr.isatty():
         yield lambda document: None
         return
-    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
     columns = (
@@ -462,7 +612,7 @@ def _progress(doing: str) -> Iterator[Callable[[_Placed], None]]:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console(stderr=True)) as progress:
         task = progress.add_task(doing, total=None, n_documents=0)
         numbers = itertools.count(1)
         yield lambda document: progress.update(
@@ -479,16 +629,10 @@ def _make(config: Config, key: str, folder: Path) -> None:
         UserError: for the reasons that `prepare` lists.
         OSError: if the cache cannot be written.
     """
-    partial = folder.with_name(f".{key}.partial")
-    # While this process holds the lock, an existing partial folder was left by a process that was killed.
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    remove_litter(folder.parent, name=folder.name)
+    with replacing_folder(folder) as partial:
         _write(config, key, partial)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    TokenCache(folder).remember()
 
 
 def _write(config: Config, key: str, folder: Path) -> None:
@@ -540,6 +684,11 @@ def _write(config: Config, key: str, folder: Path) -> None:
         "dropped_duplicates": corpus.n_duplicates,
         "skipped": {"count": corpus.n_skipped, "why": corpus.skipped},
         "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
+        "sha256": {
+            name: checksum(folder / name)
+            for split in SPLITS
+            for name in (f"{split}.{end}" for end in ENDS)
+        },
     }
     (folder / "tokenizer.json").write_bytes(tokenizer_json)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
@@ -557,14 +706,13 @@ def _texts_to_learn(documents: Iterator[_Placed], tokens: TokensConfig) -> Itera
         if length := tokenizer.long_word(document.text):
             n_long += 1
             if n_long <= _MOST_NAMED:
-                print(
+                say(
                     f"{document.name}: a word of {length:,} bytes is cut into parts of "
-                    f"{tokenizer.LONGEST_WORD} to learn the tokenizer",
-                    file=sys.stderr,
+                    f"{tokenizer.LONGEST_WORD} to learn the tokenizer"
                 )
         yield document.text
     if n_long > _MOST_NAMED:
-        print(f"{n_long - _MOST_NAMED} more documents have such words", file=sys.stderr)
+        say(f"{n_long - _MOST_NAMED} more documents have such words")
 
 
 def _batches(documents: Iterator[_Placed]) -> Iterator[list[_Placed]]:
@@ -640,11 +788,11 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
 @contextlib.contextmanager
 def _lock(path: Path, doing: str) -> Iterator[None]:
     """Hold the lock file `path`, after waiting for another process that holds it."""
-    file = FileLock(path)
+    file = file_lock(path)
     try:
         held = file.acquire(timeout=0)
     except Timeout:
-        print(f"waiting: another process {doing}", file=sys.stderr)
+        say(f"waiting: another process {doing}")
         held = file.acquire()
     with held:
         yield

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from soluscope.data.tokenizer import SPACES
+from soluscope.data.tokenizer import SPACES, encode
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -207,8 +207,7 @@ def _fixed(tokenizer: Tokenizer) -> set[int]:
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
+    return encode(tokenizer, text)
 
 
 def one_token(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:

@@ -28,7 +28,7 @@ import numpy as np
 from soluscope import plugins
 from soluscope.data import pairs
 from soluscope.data.cache import Split, TokenCache, split_of
-from soluscope.data.tokenizer import SPACES, texts_of
+from soluscope.data.tokenizer import SPACES, encode, texts_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def from_texts(
     tokenizer.encode_special_tokens = True  # a <|BOS|> spelt out in a text is plain text
     parts = []
     for number, text in enumerate(texts):
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        ids = encode(tokenizer, text)
         cuts = range(0, len(ids), ctx - 1)
         parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
     # The first row of every text, then every second row: even few tokens come from many texts.
@@ -225,7 +225,7 @@ def prompts(name: str) -> list[str]:
 def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int, list[int]]]:
     """Return sentences of all lengths as (index, tokens): about `n_tokens` in all, but at least 20 sentences."""
     texts = prompts("sentences")
-    ids = [tokenizer.encode(text, add_special_tokens=False).ids[: ctx - 1] for text in texts]
+    ids = [encode(tokenizer, text)[: ctx - 1] for text in texts]
     mean = sum(1 + len(each) for each in ids) / len(ids)
     return [
         (int(index), ids[index]) for index in evenly_spaced(len(ids), max(20, int(n_tokens / mean)))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soluscope.errors import UserError
+from soluscope.files import from_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,8 +34,10 @@ _USUAL = {
     "eos_token": (EOS, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|endoftext|>"),
     "pad_token": (PAD, "<pad>", "[PAD]", "<|padding|>"),
 }
-# Files beside tokenizer.json that may name the special tokens; transformers writes them.
-_SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files beside tokenizer.json that may name the special tokens; transformers writes them."""
+MOST_ROWS = 2**24
+"""Largest vocabulary. A number of tokens is an allocation, and a file may name any number as an id."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,20 @@ class Vocabulary:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text without BOS and EOS. A special token spelt out in a text is plain text."""
         self.tokenizer.encode_special_tokens = True
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with one_line("the tokenizer fails on a text"):
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text without BOS and EOS.
+
+    Raises:
+        UserError: if the tokenizer fails.
+    """
+    with one_line("the tokenizer fails on a text"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def n_rows(tokenizer: Tokenizer) -> int:
@@ -159,15 +177,8 @@ def load(name: str) -> Vocabulary:
     Raises:
         UserError: if the tokenizer does not exist, cannot be read, or has no BOS or no EOS.
     """
-    from tokenizers import Tokenizer
-
     path = local_file(name) or _download(name)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises only the base class
-        raise UserError(f"tokens.tokenizer={name}: cannot read {path}: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = from_bytes(path.read_bytes(), f"tokens.tokenizer={name}: cannot read {path}")
     ids = {token: _special(token, tokenizer, path.parent) for token in _USUAL}
     for token in ("bos_token", "eos_token"):
         if ids[token] is None:
@@ -181,6 +192,73 @@ def load(name: str) -> Vocabulary:
     return Vocabulary(tokenizer, bos=bos, eos=eos, pad=eos if pad is None else pad)
 
 
+def from_bytes(content: bytes, problem: str) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json, without truncation and padding, after a trial.
+
+    Args:
+        content: the file.
+        problem: the beginning of an error's message.
+
+    Raises:
+        UserError: if the content is not a tokenizer, an id is too large, or the tokenizer fails in the trial.
+    """
+    from tokenizers import Tokenizer
+
+    with one_line(problem), _stderr_closed():
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = range(n_rows(tokenizer))
+        if len(ids) > MOST_ROWS:
+            raise UserError(f"{problem}: its largest id is {ids[-1]}, wanted less than {MOST_ROWS}")
+        for text, special in product(_TRIAL, (True, False)):
+            try:
+                found = max(tokenizer.encode(text, add_special_tokens=special).ids, default=0)
+            except Exception:  # no token for a character, which the user's texts need not contain
+                continue
+            if found not in ids:
+                raise UserError(f"{problem}: it makes the id {found}, which no token has")
+        tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
+    return tokenizer
+
+
+_TRIAL = ("", "a é\u3000\n1", " ".join(64 * chr(code) for code in range(33, 127)))
+"""Texts on which a tokenizer is tried. Some regular expressions need exponential time for the repetitions."""
+
+
+@contextmanager
+def one_line(problem: str) -> Iterator[None]:
+    """Turn the errors of the tokenizers package, panics included, into a UserError.
+
+    A panic is no Exception, because it is meant to end the program.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{problem}: {reason}; use another tokenizer") from error
+
+
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Discard what the process writes to its stderr, because a panic writes a stack trace there by itself."""
+    try:
+        sys.stderr.flush()
+        kept = os.dup(2)
+    except (OSError, AttributeError, ValueError):  # there is no stderr
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def fingerprint(name: str) -> Any:
     """Return a JSON value that identifies the tokenizer: hashes of local files, or a name on the hub.
 
@@ -190,7 +268,7 @@ def fingerprint(name: str) -> Any:
     path = local_file(name)
     if path is None:
         return name
-    files = [path, *(path.parent / file for file in _SPECIAL_FILES)]
+    files = [path, *(path.parent / file for file in SPECIAL_FILES)]
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
 
 
@@ -220,7 +298,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, allow_patterns=["tokenizer.json", *_SPECIAL_FILES])
+        folder = snapshot_download(name, allow_patterns=["tokenizer.json", *SPECIAL_FILES])
     except Exception as error:  # the client and its HTTP library raise many kinds
         raise UserError(
             f"tokens.tokenizer={name} is not a file here and cannot be downloaded from the hub: "
@@ -234,19 +312,46 @@ def _download(name: str) -> Path:
 
 def _special(token: str, tokenizer: Tokenizer, folder: Path) -> int | None:
     """Return the id of `bos_token`, `eos_token` or `pad_token`: from files in `folder`, else by usual names."""
-    contents = [_named_in(folder / file, token) for file in _SPECIAL_FILES]
-    for content in (*contents, *_USUAL[token]):
-        token_id = None if content is None else tokenizer.token_to_id(content)
+    named = (names[token] for names in named_special(folder) if token in names)
+    for content in (*named, *_USUAL[token]):
+        token_id = tokenizer.token_to_id(content)
         if token_id is not None:
             return token_id
     return None
 
 
-def _named_in(path: Path, token: str) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf8")).get(token)
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a JSON object: {error}") from error
-    return value.get("content") if isinstance(value, dict) else value
+@dataclass(frozen=True)
+class _Token:
+    content: str
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The special tokens in a file that transformers has written, each as its text or as an object."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+
+
+def named_special(folder: Path) -> list[dict[str, str]]:
+    """Return the texts of the special tokens that the files in `folder` name, for each file in `SPECIAL_FILES`.
+
+    Raises:
+        UserError: if a file is not JSON, or a token in it has no text.
+    """
+    result = []
+    for path in (folder / file for file in SPECIAL_FILES):
+        try:
+            found = from_json(path.read_bytes(), _Named) if path.is_file() else _Named()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot read {path} ({error}): name a token by its text, as in {{'bos_token': '<s>'}}"
+            ) from error
+        tokens = {key: getattr(found, key) for key in _USUAL}
+        texts = {
+            key: token.content if isinstance(token, _Token) else token
+            for key, token in tokens.items()
+        }
+        result.append({key: text for key, text in texts.items() if text})
+    return result

@@ -16,7 +16,10 @@ from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):
-    """The work after the last job, probes and report: a picklable function, called once without arguments."""
+    """The work after the last job, probes and report: a function, called once without arguments."""
+
+    def to_json(self) -> str:
+        """Return the work as one line of JSON, which `launch.Evaluate.from_json` reads on another machine."""
 
     def __call__(self) -> None:
         """Probe and report the study.

@@ -11,6 +11,7 @@ from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
+from soluscope.memory import check_training
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Params:
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """Refuse jobs that need several machines, and train.device=cuda with too few GPUs here.
+    """Refuse jobs that need several machines or too much memory, and train.device=cuda with too few GPUs here.
 
     Raises:
         UserError: naming the setting to change.
@@ -30,6 +31,8 @@ def check(params: Params, sweep: Sweep) -> None:
         "engine=inline cannot train with train.nodes above 1: start train/run.py under torchrun on each node, "
         "or choose engine=slurm",
     )
+    for config in sweep.configs:
+        check_training(config)
     wanted = max((train.devices for train in trains if train.device == "cuda"), default=0)
     if wanted:
         import torch

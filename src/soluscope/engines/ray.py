@@ -30,6 +30,7 @@ from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
 from soluscope.runs.folder import Run
+from soluscope.terminal import say
 
 ANSWER_S = 9.0
 """Seconds within which a cluster must answer."""
@@ -143,7 +144,7 @@ def _report_if_lost(ray: Any, task: Any, config: Config) -> None:
         run = Run(config.run_dir)
         if not run.at_work():
             run.record_failure(UserError(lost))
-        jobs.say(f"{config.run_name}: {lost}")
+        say(f"{config.run_name}: {lost}")
 
 
 # --- resources of jobs and nodes ------------------------------------------------------------------

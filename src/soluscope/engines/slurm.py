@@ -3,12 +3,16 @@
 The launcher returns as soon as the jobs are in the queue. A job near its time limit saves its checkpoint and
 returns to the queue, and so does a job that loses its node. After a job was cancelled, the same command
 finishes it.
+
+The work of the jobs travels as JSON in the script that sbatch copies, and jobs.json in the study's folder slurm/
+keeps their ids. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import json
+import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,22 +21,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from soluscope import plugins
-from soluscope.config import Config
+from soluscope.config import Config, from_json, to_json
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
+from soluscope.files import read_json, write_text
 from soluscope.launching import jobs
+from soluscope.launching.launch import Evaluate
 from soluscope.launching.sweep import Sweep
+from soluscope.terminal import say
 
 SIGNAL_BEFORE_S = 90
 """Seconds before the time limit at which a job receives the signal to save and stop."""
+NEAR_LIMIT = "USR2"
+"""Name of that signal."""
 ANSWER_WITHIN_S = 30
 """Seconds within which a command of SLURM must answer."""
 AFTER = "after"
 """Name of the last job, which probes and reports. Other jobs have their run's name, which ends in a seed or tag."""
+IDS = "jobs.json"
+"""File with SLURM's id of each job, by the job's name."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +75,11 @@ class Params:
 
 
 def check(params: Params, sweep: Sweep) -> None:
-    """Refuse the sweep if submitit, SLURM or the partition is missing, or the jobs need different resources.
+    """Refuse the sweep if SLURM or the partition is missing, or the jobs need different resources.
 
     Raises:
         UserError: naming the setting to change.
     """
-    try:
-        import submitit  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "engine=slurm needs submitit: run \"pip install -c constraints.txt -e '.[slurm]'\" in the clone"
-        ) from error
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         raise UserError(
             "engine=slurm needs sbatch and srun on the PATH: launch from a node of the cluster, or "
@@ -108,109 +112,82 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
         UserError: if sbatch refuses the jobs; the message contains sbatch's message.
     """
     folder = sweep.study_dir / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
     queued = _queued(folder)
-    new = [
-        Work(config.run_name, partial(jobs.execute, _placed(config, params)))
-        for config in todo
-        if config.run_name not in queued
-    ]
-    executor = _executor(folder, params, sweep)
+    new = [_placed(config, params) for config in todo if config.run_name not in queued]
     if new:
-        submitted = _submit(partial(executor.submit_array, new))
-        queued |= {work.name: job.job_id for work, job in zip(new, submitted, strict=True)}
+        train = new[0].train
+        array = f"--array=0-{len(new) - 1}%{params.max_running or len(sweep.configs)}"
+        # One process per GPU, as Lightning requires under SLURM.
+        sizes = [f"--nodes={train.nodes}", f"--ntasks-per-node={train.devices}"]
+        work = [json.dumps({"train": to_json(config)}) for config in new]
+        job_id = _submit(folder, params, work, [array, *sizes])
+        queued |= {config.run_name: f"{job_id}_{index}" for index, config in enumerate(new)}
+        _keep(folder, queued)
     if new or AFTER not in queued:
         arrays = sorted({ids.partition("_")[0] for name, ids in queued.items() if name != AFTER})
-        executor.update_parameters(
-            nodes=1,
-            ntasks_per_node=1,
-            srun_args=_srun_args(params),
-            dependency="afterany:" + ":".join(arrays) if arrays else None,
-        )
-        work = Work(AFTER, after)
-        queued[AFTER] = _submit(partial(executor.submit, work)).job_id
-    jobs.say(
+        sizes = ["--nodes=1", "--ntasks-per-node=1"]
+        if arrays:
+            sizes.append(f"--dependency=afterany:{':'.join(arrays)}")
+        queued[AFTER] = _submit(folder, params, [json.dumps({AFTER: after.to_json()})], sizes)
+        _keep(folder, queued)
+    say(
         f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; job {queued[AFTER]} then probes and "
-        f"reports. The jobs' output is in {folder}\n"
-        f"To see their states: soluscope sweep --status {sweep.study_dir}"
+        f"reports. The jobs' output is in {folder}",
+        f"To see their states: soluscope sweep --status {sweep.study_dir}",
     )
 
 
-@dataclass(frozen=True)
-class Work:
-    """The work of a SLURM job. submitit pickles the object and calls it on the node.
+# --- in the queue ---------------------------------------------------------------------------------
 
-    Near the time limit, submitit alone would stop in the middle of a step, without a usable checkpoint. Here
-    the signal only requests a stop: the step ends, the checkpoint is saved in the run folder, and then submitit
-    puts the job back into the queue.
+
+def _submit(folder: Path, params: Params, work: Sequence[str], options: Sequence[str]) -> str:
+    """Submit one script, and return SLURM's id of it. Each line of `work` is the work of one job of an array.
+
+    Raises:
+        UserError: if sbatch refuses the script or does not answer in time.
     """
-
-    name: str
-    call: Callable[[], object]
-
-    def __call__(self) -> None:
-        from submitit import JobEnvironment
-
-        environment = JobEnvironment()
-        near_limit = getattr(signal, f"SIG{environment.USR_SIG}")
-        requeue: Any = signal.getsignal(near_limit)
-        outside = signal.getsignal(signal.SIGTERM)
-        asked = False
-
-        def ask(*_: object) -> None:
-            nonlocal asked
-            if asked:
-                return
-            asked = True
-            if signal.getsignal(signal.SIGTERM) is outside:  # training has not set its handler here
-                raise KeyboardInterrupt
-            signal.raise_signal(signal.SIGTERM)
-
-        if environment.global_rank == 0:  # the first process stops the other processes
-            signal.signal(near_limit, ask)
-        try:
-            self.call()
-        except KeyboardInterrupt:
-            if not asked:
-                raise
-            requeue(near_limit, None)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-
-    def checkpoint(self) -> Any:
-        """Return this work unchanged for resubmission, because the run folder contains the checkpoint."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+    given = {
+        "job-name": f"soluscope-{folder.parent.name}",
+        "partition": params.partition,
+        "account": params.account,
+        "time": params.minutes,
+        "cpus-per-task": params.cpus,
+        "gpus-per-node": params.gpus or None,
+        "signal": f"{NEAR_LIMIT}@{SIGNAL_BEFORE_S}",
+        "output": folder.resolve() / ("%A_%a.out" if len(work) > 1 else "%j.out"),
+        "open-mode": "append",
+        **params.options,
+    }
+    # Some clusters do not requeue by default.
+    words = ["sbatch", "--parsable", "--requeue", *options]
+    words += [
+        f"--{key.replace('_', '-')}={value}" for key, value in given.items() if value is not None
+    ]
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task. If one process fails, all must end.
+    srun = ["srun", f"--cpus-per-task={params.cpus}", "--kill-on-bad-exit", "--unbuffered"]
+    command = [*srun, sys.executable, "-u", "-m", __name__, str(params.requeues)]
+    script = ["#!/bin/bash", *params.setup, f"{shlex.join(command)} <<'END'", *work, "END", ""]
+    return _ask(*words, script="\n".join(script)).partition(";")[0].strip()
 
 
-def _executor(folder: Path, params: Params, sweep: Sweep) -> Any:
-    from submitit import SlurmExecutor
-
-    train = sweep.configs[0].train
-    executor = SlurmExecutor(folder, max_num_timeout=params.requeues)
-    executor.update_parameters(
-        job_name=f"soluscope-{sweep.study_dir.name}",
-        partition=params.partition,
-        account=params.account,
-        time=params.minutes,
-        nodes=train.nodes,
-        ntasks_per_node=train.devices,  # one process per GPU, as Lightning requires under SLURM
-        cpus_per_task=params.cpus,
-        gpus_per_node=params.gpus or None,
-        array_parallelism=params.max_running or len(sweep.configs),
-        signal_delay_s=SIGNAL_BEFORE_S,
-        stderr_to_stdout=True,
-        setup=params.setup,
-        srun_args=_srun_args(params),
-        # Some clusters do not requeue by default.
-        additional_parameters={"requeue": True, **params.options},
-    )
-    return executor
+def _keep(folder: Path, queued: dict[str, str]) -> None:
+    write_text(folder / IDS, json.dumps(queued, indent=1) + "\n")
 
 
-def _srun_args(params: Params) -> list[str]:
-    # Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch. If one process fails, all must end.
-    return [f"--cpus-per-task={params.cpus}", "--kill-on-bad-exit"]
+def _queued(folder: Path) -> dict[str, str]:
+    """Return SLURM's ids of this study's waiting and running jobs, by name.
+
+    The names come from jobs.json, and only ids in SLURM's queue count. A job that is submitted twice does no harm:
+    the second one waits for the first and then finds the run done. So a broken jobs.json counts as empty.
+    """
+    try:
+        kept = read_json(folder / IDS, dict[str, str], "")
+    except UserError:
+        return {}
+    states = "--states=PENDING,RUNNING,SUSPENDED"
+    ids = set(_ask("squeue", "--me", "--noheader", "--array", "--format=%i", states).split())
+    return {name: job_id for name, job_id in kept.items() if job_id in ids}
 
 
 def _placed(config: Config, params: Params) -> Config:
@@ -223,32 +200,15 @@ def _placed(config: Config, params: Params) -> Config:
     return replace(config, train=replace(config.train, threads=threads, device=device))
 
 
-def _queued(folder: Path) -> dict[str, str]:
-    """Return SLURM's ids of this study's waiting and running jobs, by the name of their work.
-
-    The ids come from SLURM's queue, and the names from the files that submitit keeps for each job. A job that
-    is submitted twice does no harm: the second one waits for the first and then finds the run done.
-    """
-    from submitit.helpers import DelayedSubmission
-
-    states = "--states=PENDING,RUNNING,SUSPENDED"
-    job_ids = {}
-    for job_id in _ask("squeue", "--me", "--noheader", "--array", "--format=%i", states).split():
-        kept = folder / f"{job_id}_submitted.pkl"
-        if kept.is_file():
-            job_ids[DelayedSubmission.load(kept).function.name] = job_id
-    return job_ids
-
-
-def _ask(*words: str) -> str:
-    """Return the output of a SLURM command.
+def _ask(*words: str, script: str | None = None) -> str:
+    """Return the output of a SLURM command, which reads `script` on stdin.
 
     Raises:
         UserError: if the command fails or does not answer in time.
     """
     try:
         answer = subprocess.run(
-            words, capture_output=True, text=True, check=True, timeout=ANSWER_WITHIN_S
+            words, capture_output=True, text=True, check=True, timeout=ANSWER_WITHIN_S, input=script
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
@@ -256,24 +216,73 @@ def _ask(*words: str) -> str:
             "another engine="
         ) from error
     except subprocess.CalledProcessError as error:
-        raise UserError(f"SLURM does not answer: {_last_line(error.stderr)}") from error
+        message = (error.stderr.strip().splitlines() or ["no message"])[-1]
+        if script is None:
+            raise UserError(f"SLURM does not answer: {message}") from error
+        raise UserError(
+            f"SLURM refused the jobs: {message}; change the slurm.* settings"
+        ) from error
     return answer.stdout
 
 
-def _submit(submit: Callable[[], Any]) -> Any:
-    from submitit.core.utils import FailedJobError
+# --- on the node ----------------------------------------------------------------------------------
 
+
+def work_of(line: str) -> Callable[[], object]:
+    """Return the work that a line of a script describes: the training of a run, or the evaluation of the study."""
+    described = json.loads(line)
+    if AFTER in described:
+        return Evaluate.from_json(described[AFTER])
+    return partial(jobs.execute, from_json(described["train"]))
+
+
+def main(requeues: int) -> None:
+    """Call the work of this job, which is described in the line of stdin with the job's number in its array.
+
+    Near the time limit, SLURM's signal requests a stop: the step ends, the checkpoint is saved in the run folder,
+    and the job returns to the queue, at most `requeues` times.
+    """
+    lines = sys.stdin.read().splitlines()
+    work = work_of(lines[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
+    near_limit = getattr(signal, f"SIG{NEAR_LIMIT}")
+    outside = signal.getsignal(signal.SIGTERM)
+    is_first = os.environ.get("SLURM_PROCID", "0") == "0"  # it stops the other processes
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            return
+        asked = True
+        if signal.getsignal(signal.SIGTERM) is outside:  # training has not set its handler here
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(near_limit, ask if is_first else signal.SIG_IGN)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints sbatch's message
-            return submit()
-    except FailedJobError as error:
-        raise UserError(
-            f"SLURM refused the jobs: {_last_line(str(error))}; change the slurm.* settings"
-        ) from error
+        work()
+    except KeyboardInterrupt:
+        if not asked:
+            raise
+        _requeue(requeues)
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(1)
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]
+def _requeue(requeues: int) -> None:
+    """Return this job to the queue, unless it has returned as often as it may."""
+    begun, job_id = int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["SLURM_JOB_ID"]
+    if begun >= requeues:
+        say(
+            f"job {job_id} has returned to the queue {begun} times: raise slurm.requeues or slurm.minutes"
+        )
+        sys.exit(1)
+    say(f"job {job_id} returns to the queue at its time limit")
+    _ask("scontrol", "requeue", job_id)
 
 
 ENGINE = Engine(params=Params, check=check, run=run)
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -18,8 +18,9 @@ from soluscope.engines import After, Engine
 from soluscope.errors import UserError
 from soluscope.launching.sweep import Sweep
 from soluscope.reading import as_word, read_yaml
+from soluscope.terminal import answer
 from soluscope.training.processes import torchrun
-from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
+from soluscope.wandb_client import PROJECT, one_line, package, sign_in
 
 _WORDS = "${args_no_hyphens}"
 """Placeholder in a sweep's command that wandb replaces by a job's `key=value` words."""
@@ -63,15 +64,6 @@ def check(params: Params, sweep: Sweep) -> None:
             raise UserError(
                 f"wandb={config.wandb}, but with engine=wandb the runs report to the server: remove wandb="
             )
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        raise UserError(
-            f"WANDB_MODE={os.environ['WANDB_MODE']}, but with engine=wandb the runs report to the server: unset "
-            "WANDB_MODE"
-        )
-    require(
-        not is_disabled(),
-        "WANDB_DISABLED is set, but with engine=wandb the runs report to the server: unset WANDB_DISABLED",
-    )
     sign_in("engine=wandb", "choose another engine=")
 
 
@@ -95,14 +87,14 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None
     except Exception as error:  # wandb raises many kinds
         raise UserError(f"wandb: {one_line(error)}; set wandb.project= or wandb.entity=") from error
     # `after` is not called, because this process cannot know when the last agent on any machine has ended.
-    print(
-        f"Start any number of agents, each in a clone that shares {sweep.study_dir}:\n"
-        f"    wandb agent {entity}/{project}/{name}\n"
-        "After the last agent has ended:\n"
-        f"    soluscope probe {sweep.study_dir}\n"
-        f"    soluscope report {sweep.study_dir}\n"
+    answer(
+        f"Start any number of agents, each in a clone that shares {sweep.study_dir}:",
+        f"    wandb agent {entity}/{project}/{name}",
+        "After the last agent has ended:",
+        f"    soluscope probe {sweep.study_dir}",
+        f"    soluscope report {sweep.study_dir}",
         "Instead of these two commands, you can run the present command again. If jobs are not done, it registers "
-        "the sweep again."
+        "the sweep again.",
     )
 
 

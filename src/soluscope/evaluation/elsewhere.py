@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from soluscope.errors import UserError
-from soluscope.runs.folder import Run
+from soluscope.files import MARK, write_text
+from soluscope.runs.folder import Run, check_study_links
 
 WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "failed.json"}
 """Names of files and folders that are not linked, because evaluation writes them or does not need them."""
@@ -15,6 +16,8 @@ WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "fai
 
 def linked(runs: Sequence[Run], out: Path) -> list[Run]:
     """Return the runs as folders in `out`, with links to their files and to those of their study.
+
+    A link leads out of `out` to its own place in the study, which the file `MARK` names; nothing else may.
 
     Raises:
         UserError: if `out` cannot be written, or has files of another study.
@@ -24,13 +27,16 @@ def linked(runs: Sequence[Run], out: Path) -> list[Run]:
         return list(runs)
     try:
         _link([path for path in study_dir.iterdir() if not _is_run(path)], out)
+        write_text(out / MARK, f"{study_dir}\n")
         for run in runs:
             _link(list(run.dir.resolve().iterdir()), out / run.dir.name)
     except OSError as error:
         raise UserError(
             f"cannot write {out}: {error.strerror}; set out= to another folder"
         ) from error
-    return [Run(out / run.dir.name) for run in runs]
+    found = [Run(out / run.dir.name) for run in runs]
+    check_study_links(out, *found)
+    return found
 
 
 def check_writable(runs: Sequence[Run]) -> None:

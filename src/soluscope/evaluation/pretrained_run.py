@@ -30,13 +30,14 @@ from soluscope.data.cache import (
 )
 from soluscope.errors import UserError
 from soluscope.evaluation.summaries import about_run
-from soluscope.files import write_bytes, write_text
+from soluscope.files import read_json, write_bytes, write_text
 from soluscope.hooked.activations import HookedRun, check_model
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained, repository_of
 from soluscope.results import Measurement
-from soluscope.runs.folder import Run, lock
+from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts
+from soluscope.terminal import answer
 
 ORIGIN = "pretrained.json"
 
@@ -75,15 +76,10 @@ def read_origin(run_dir: Path) -> Origin | None:
     path = run_dir / ORIGIN
     if not path.is_file():
         return None
-    try:
-        return Origin(**json.loads(path.read_text(encoding="utf8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is broken ({error}): delete {run_dir} to create it again"
-        ) from error
+    return read_json(path, Origin, f"delete {run_dir} to create it again")
 
 
-def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = print) -> Path:
+def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = answer) -> Path:
     """Create or update the run folder of a pretrained model: its facts, tokenizer and text.
 
     Args:
@@ -103,7 +99,7 @@ def make_run(name: str, config: PretrainedConfig, say: Callable[[str], None] = p
     run_dir = study_dir / model.facts.run
     before = read_origin(run_dir)
     _check_place(study_dir, before, name, repository)
-    with lock(run_dir):
+    with Run(run_dir).lock():
         folder = run_dir / "tokenizer"
         _write_tokenizer(model, folder)
         cache, data, corpus = _text(config, before, study_dir, folder, say)

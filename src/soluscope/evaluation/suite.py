@@ -7,6 +7,7 @@ runs/<study>/<run>/probes/<probe>-neurons.parquet  one row per neuron, for probe
 runs/<study>/<run>/probes/<probe>.jsonl            the probe's description, then its measurements; written
                                                    last, so its presence means that the probe is done
 runs/<study>/<run>/probes/loss.parquet             one row per document, which comparisons resample
+runs/<study>/<run>/.probes.new/                    results with other settings or code, until they are complete
 runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
 runs/<study>/results.jsonl                         all records of the study, comparisons included
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +26,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import Tokenizer
 
 from soluscope import plugins, results
 from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
+from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.calibration import check_gates, false_positives
@@ -39,10 +41,11 @@ from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.evaluation.wandb_probes import send_probes
-from soluscope.files import digest, replacing, write_text
+from soluscope.files import digest, read_json, reason, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run
+from soluscope.memory import check_draws
 from soluscope.probes import Probe
 from soluscope.results import (
     FalsePositives,
@@ -54,12 +57,17 @@ from soluscope.results import (
     TokenValue,
     of_kind,
 )
-from soluscope.runs.folder import Run
+from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
+from soluscope.terminal import answer, console
 from soluscope.text import readable
+from soluscope.training.wandb_run import check_login
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
+MADE_WITH = "made_with.json"
+NO_EFFECT = ("probes", "prepared", "device", "out", "wait", "wandb")
+"""Settings of an evaluation that do not change its results."""
 TRAINING_POINTS = 60
 COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
@@ -71,7 +79,7 @@ probe's own file affects only the results of that probe."""
 Say = Callable[[str], None]
 
 
-def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
+def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
     """Probe every finished run below `folder` (or the run `folder` itself), then compare the study's runs.
 
     A probe is skipped if its results on a run exist and were made with the same configuration, so an
@@ -81,20 +89,22 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = print) -> Path:
         The study's results.jsonl, or with out= that of the folder `out`.
 
     Raises:
-        UserError: if there is no finished run, a run cannot be read, its tokens are gone, or the results
-            cannot be written.
+        Busy: if another process evaluates the study, unless config.wait is true.
+        UserError: if there is no finished run, a run cannot be read, its tokens are gone, it cannot be evaluated
+            here with these settings, or the results cannot be written. Stored results are then unchanged.
     """
-    runs = _writable_runs(folder, config)
+    runs = _writable_runs(folder, config, say)
     study_dir = runs[0].dir.parent
-    for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
-        _calibrated("controls", name, study_dir, say)
-    for number, run in enumerate(runs, start=1):
-        prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
-        _evaluate_run(run, config, partial(_say_after, say, prefix))
-    return write_results(study_dir)
+    with lock(study_dir, wait=config.wait, knob="give wait=yes to wait for it"):
+        _check(runs, config)
+        _calibrated("controls", _asked(config), study_dir, say)
+        for number, run in enumerate(runs, start=1):
+            prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
+            _evaluate_run(run, config, partial(_say_after, say, prefix))
+        return write_results(study_dir)
 
 
-def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = print) -> Path:
+def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) -> Path:
     """Probe a pretrained model in its own study, and write the study's report.
 
     An interrupted evaluation resumes where it stopped.
@@ -121,32 +131,46 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
     say(f"{prefix} {text}")
 
 
-def finished_runs(folder: Path) -> list[Run]:
+def finished_runs(folder: Path, say: Say | None = None) -> list[Run]:
     """Return the finished runs and pretrained models: `folder` itself, or the folders directly in it.
 
+    Args:
+        folder: a run, a study, or the run folder of a pretrained model.
+        say: function called with a line about each run that is left out, because it is not finished or broken.
+
     Raises:
-        UserError: if there is no finished run.
+        UserError: if there is no finished run, or one has a link that leads out of the study.
     """
-    folder = folder if folder.name else folder.resolve()  # "." has no parent
+    if folder.is_symlink() or not folder.name:  # "." has no parent
+        folder = folder.resolve()
     if Run(folder).is_done() or (folder / ORIGIN).is_file():
-        return [Run(folder)]
-    trained = {path.parent for path in folder.glob("*/done.json") if Run(path.parent).is_done()}
-    pretrained = {path.parent for path in folder.glob(f"*/{ORIGIN}")}
-    if not trained | pretrained:
+        runs = [Run(folder)]
+    else:
+        runs = []
+        for run in map(Run, sorted(path for path in folder.glob("*") if path.is_dir())):
+            try:
+                if not (run.dir / ORIGIN).is_file():
+                    run.check_done()
+                runs.append(run)
+            except UserError as error:
+                if say and run.config_file.is_file():
+                    say(f"{run.dir.name} is left out: {error}")
+    if not runs:
         raise UserError(f"no finished run in {folder}: train some with 'soluscope train' first")
-    return [Run(path) for path in sorted(trained | pretrained)]
+    check_study_links(runs[0].dir.parent, *runs)
+    return runs
 
 
-def _writable_runs(folder: Path, config: EvalConfig) -> list[Run]:
+def _writable_runs(folder: Path, config: EvalConfig, say: Say) -> list[Run]:
     """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
-    runs = finished_runs(folder)
+    runs = finished_runs(folder, say)
     if config.out is not None:
         runs = linked(runs, Path(config.out))
     check_writable(runs)
     return runs
 
 
-def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = print) -> None:
+def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = answer) -> None:
     """Print the calibration of the probes; with a study, store it for the study's report.
 
     The calibration `what` is `controls` or `false-positives`.
@@ -160,15 +184,11 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
         UserError: if there is no finished run in `folder`; or if a control fails, after all results are
             printed.
     """
-    from rich.console import Console
-
     from soluscope.report import matrix
 
-    study_dir = _writable_runs(folder, config)[0].dir.parent if folder else None
-    records: list[Record] = []
-    for name in config.probes if config.probes is not None else plugins.names(PACKAGE):
-        records += _calibrated(what, name, study_dir, say)
-    Console().print(matrix(records))
+    study_dir = _writable_runs(folder, config, say)[0].dir.parent if folder else None
+    records = _calibrated(what, _asked(config), study_dir, say)
+    console().print(matrix(records))
     if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
         write_results(study_dir)
     failed = sorted({gate.probe for gate in of_kind(records, GateResult) if not gate.passed})
@@ -178,24 +198,35 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = pri
         )
 
 
-def _calibrated(what: str, name: str, study_dir: Path | None, say: Say) -> list[Record]:
-    """Return a probe's description, and its results on the controls or its false positives.
+def _asked(config: EvalConfig) -> Sequence[str]:
+    """Return the names of the probes that a configuration asks for."""
+    return config.probes if config.probes is not None else plugins.names(PACKAGE)
+
+
+def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Say) -> list[Record]:
+    """Return the probes' descriptions, and their results on the controls or their false positives.
 
     The records are read from the study if the same code has stored them there.
     """
     ask = check_gates if what == "controls" else false_positives
     study = study_dir.name if study_dir else ""
-    path = None
-    if study_dir:
-        folder = study_dir / CONTROLS
-        _discard_stale(folder, code_hash(*COMPUTES, "controls/", but=_probe_files()), say)
-        path = folder / f"{what}-{name}.jsonl"
-        if path.is_file():
-            return results.read(path, study_dir)
-    say(f"{what} of {name}")
-    records = [stored_words(name, plugins.pick(PACKAGE, name), study), *ask(name, study=study)]
-    if path:
-        results.write(path, records)
+    records: list[Record] = []
+    code = code_hash(*COMPUTES, "controls/", but=_probe_files())
+    with _current(study_dir / CONTROLS, code, say) if study_dir else nullcontext() as folder:
+        for name in names:
+            path = folder / f"{what}-{name}.jsonl" if folder else None
+            if path and path.is_file():
+                try:
+                    records += results.read(path, study_dir, whole=True)
+                    continue
+                except UserError as error:
+                    say(f"{path.name} is computed again: {error}")
+            say(f"{what} of {name}")
+            probe = plugins.pick(PACKAGE, name)
+            made = [stored_words(name, probe, study), *ask(name, study=study)]
+            if path:
+                results.write(path, made)
+            records += made
     return records
 
 
@@ -217,7 +248,7 @@ def write_results(study_dir: Path) -> Path:
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run.facts)
-            losses.append(pd.read_parquet(folder / "loss.parquet").assign(**_settings(run)))
+            losses.append(_read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
         records += compare(study_dir.name, table, commit(), _lineages(compared))
@@ -293,19 +324,41 @@ def _settings(run: Run) -> dict[str, float | str]:
 def _evaluate_run(run: Run, config: EvalConfig, say: Say) -> None:
     with run.lock():
         _probe_run(run, config, say)
-        send_probes(run)
+        send_probes(run, config.wandb)
+
+
+def _check(runs: Sequence[Run], config: EvalConfig) -> None:
+    """Refuse an evaluation that cannot be made, before anything is computed or replaced.
+
+    Raises:
+        UserError: if a run or its tokens cannot be read, there is no such device, or the resamples do not fit into
+            memory.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
+    check_login(config.wandb)
+    for run in runs:
+        if read_origin(run.dir) is None:
+            run.config  # noqa: B018 (its error names the file)
+        n_documents = _tokens_of(run, config).meta["splits"]["report"]["n_documents"]
+        n_rows = max(config.n_tokens, config.n_loss_tokens) // run.facts.ctx
+        check_draws(config.n_draws, min(n_documents, n_rows))
 
 
 def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
-    folder = run.dir / "probes"
-    _discard_stale(folder, _rests_on(run, config), say)
-    names = config.probes if config.probes is not None else plugins.names(PACKAGE)
+    with _current(run.dir / "probes", _rests_on(run, config), say) as folder:
+        _probe_into(folder, run, config, say)
+
+
+def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
+    """Write the results of a run that `folder` lacks."""
+    names = _asked(config)
     origin = read_origin(run.dir)
     course = () if origin else ("training",)
     waiting = [
         name
         for name in (*course, "loss", "tokens", *names)
-        if not (folder / f"{name}.jsonl").is_file()
+        if not _is_measured(folder, run, name, say)
     ]
     if not waiting:
         say("probed already")
@@ -330,32 +383,111 @@ def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
         results.write(folder / f"{name}.jsonl", records)
 
 
-def _discard_stale(folder: Path, shared: str, say: Say) -> None:
-    """Delete results that were made from other inputs or by other code.
+def _is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
+    """Return whether the results of the probe `name` on a run are in `folder` and can be read."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return False
+    try:
+        results.read(path, run.dir.parent, whole=True)
+        if name == "loss" and not (run.dir / ORIGIN).is_file():
+            _read_losses(folder, run)
+    except UserError as error:
+        say(f"{name} is recomputed: {error}")
+        return False
+    return True
+
+
+def _read_losses(folder: Path, run: Run) -> pd.DataFrame:
+    """Return a trained run's losses by document, as `_loss` has saved them in `folder`.
+
+    Raises:
+        UserError: if the file is missing or broken, or belongs to another run.
+    """
+    path, facts = folder / "loss.parquet", run.facts
+    about = {
+        "run": facts.run, "arm": facts.arm, "variant": facts.variant, "seed": facts.seed,
+        "config": facts.config,
+    }  # fmt: skip
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        table = pd.read_parquet(path)
+        numbers = table[["loss_sum", "n_tokens"]].to_numpy(float)
+        if not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
+            raise ValueError("its losses are not finite, or of no tokens")
+        if set(table["split"]) != {"select", "report"}:
+            raise ValueError("it does not hold the splits select and report")
+        if not all(isinstance(document, str) for document in table["document"]):
+            raise ValueError("its documents are not named")
+        for name, value in about.items():
+            if not (table[name] == value).all():
+                raise ValueError(f"its {name} is not {value}")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table
+
+
+@contextmanager
+def _current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
+    """Yield a folder for results that holds only current results; at the end it is, or replaces, `folder`.
+
+    Results that were made from other inputs or by other code stay in `folder` until the block has ended without
+    an error. Until then, the new results lie beside it, where the next call continues.
 
     Args:
         folder: folder of files named after probes.
         shared: hash of the inputs and code of all results; a probe's own file affects only its own results.
-        say: function called with a line about each deletion.
+        say: function called with a line about the results that are not current.
     """
-    mark = folder / "made_with.json"
     now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
-    before = json.loads(mark.read_text(encoding="utf8")) if mark.is_file() else {}
-    if before == now:
+    old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
+    if old.is_dir() and not folder.is_dir():  # a killed process was exchanging the two
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    before = _made_with(folder)
+    if before in (None, now):
+        write_text(folder / MADE_WITH, json.dumps(now) + "\n")
+        shutil.rmtree(new, ignore_errors=True)
+        yield folder
         return
-    if before.get("shared") != shared:
-        if before:
-            say("inputs or code have changed since last time: all results are recomputed")
-        shutil.rmtree(folder, ignore_errors=True)
-        before = {}
-    for path in _probe_files():
-        if path in before and before[path] != now[path]:
-            name = Path(path).stem
-            say(f"{name} has changed and is recomputed")
-            for stale in (f"{name}.jsonl", f"{name}.parquet", f"{name}-neurons.parquet",
-                          f"controls-{name}.jsonl", f"false-positives-{name}.jsonl"):  # fmt: skip
-                (folder / stale).unlink(missing_ok=True)
-    write_text(mark, json.dumps(now) + "\n")
+    stale = {Path(path).stem for path in _probe_files() if before.get(path, now[path]) != now[path]}
+    if not before:
+        say(f"{folder / MADE_WITH} is missing or broken: all results are recomputed")
+    elif before.get("shared") != shared:
+        say("inputs or code have changed since last time: all results are recomputed")
+    for name in sorted(stale) if before.get("shared") == shared else ():
+        say(f"{name} has changed and is recomputed")
+    if _made_with(new) != now:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        for path in folder.iterdir() if before.get("shared") == shared else ():
+            if path.is_file() and _probe_of(path) not in stale and path.name != MADE_WITH:
+                shutil.copy2(path, new)
+        write_text(new / MADE_WITH, json.dumps(now) + "\n")
+    yield new
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _made_with(folder: Path) -> dict[str, str] | None:
+    """Return the hashes of the inputs and code of a folder's results, or None for a folder without results.
+
+    Results without readable hashes are not current.
+    """
+    try:
+        return read_json(folder / MADE_WITH, dict[str, str], "its results are recomputed")
+    except UserError:
+        return {} if any(folder.glob("*.jsonl")) else None
+
+
+def _probe_of(path: Path) -> str:
+    """Return the name of the probe whose results a file holds."""
+    name = path.stem.removeprefix("controls-").removeprefix("false-positives-")
+    return name.removesuffix("-neurons")
 
 
 def _probe_files() -> tuple[str, ...]:
@@ -364,14 +496,12 @@ def _probe_files() -> tuple[str, ...]:
 
 def _rests_on(run: Run, config: EvalConfig) -> str:
     """Return a hash of the inputs and code of all summaries of a run, without the probes' own files."""
-    settings = {
-        k: v for k, v in asdict(config).items() if k not in ("probes", "prepared", "device", "out")
-    }
+    settings = {k: v for k, v in asdict(config).items() if k not in NO_EFFECT}
     made_from = "done.json"
     if (run.dir / ORIGIN).is_file():
         made_from = "model.json"
         settings["tokens"] = study_facts(run.dir.parent)["key"]
-    trained = digest((run.dir / made_from).read_text(encoding="utf8"))
+    trained = digest((run.dir / made_from).read_text(encoding="utf8", errors="replace"))
     prompts = [streams.prompts(name) for name in streams.PROMPTS]
     code = code_hash(*COMPUTES, but=_probe_files())
     return digest([settings, trained, prompts, code])
@@ -403,6 +533,11 @@ def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
             f"{run.dir} was trained on the tokens {trained_on['key']}, but {cache.path} has other tokens: "
             "set prepared= to the folder of the right tokens"
         )
+    for name in ("bos", "eos", "pad", "d_vocab", "shares", "splits"):
+        if cache.meta.get(name) != trained_on.get(name, cache.meta.get(name)):
+            raise UserError(
+                f"{cache.path / 'meta.json'} and {study_dir / 'data.json'} differ in {name!r}: copy both again"
+            )
     return cache
 
 
@@ -411,7 +546,9 @@ class _Observed:
 
     def __init__(self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig) -> None:
         self.model, self.cache, self.config = model, cache, config
-        self.tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
+        self.tokenizer = from_bytes(
+            cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
+        )
         self._runs: dict[str, HookedRun] = {}
 
     def __call__(self, name: str) -> HookedRun:
@@ -509,12 +646,18 @@ def _pretrained(
     return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
 
 
-def training_points(run: Run, about: dict[str, Any]) -> list[Measurement]:
-    """Return the training curves: means over at most 60 stretches of metrics.jsonl."""
-    lines = [json.loads(line) for line in run.metrics.read_text(encoding="utf8").splitlines()]
-    metrics = pd.DataFrame(lines)
+def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:
+    """Return the training curves: means over at most 60 stretches of metrics.jsonl.
+
+    Without a row that can be read, a record gives the reason.
+    """
+    rows = run.rows()
+    if not rows:
+        note = f"{run.metrics.name} has no rows: it is missing or broken"
+        return [LeftOut(**about, probe="training", note=note)]
+    metrics = pd.DataFrame(rows)
     units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
-    points = []
+    points: list[Measurement | LeftOut] = []
     for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
         stretch = metrics.iloc[part]
         points += [

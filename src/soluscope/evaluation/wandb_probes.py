@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from soluscope import results
-from soluscope.files import digest, write_text
+from soluscope.files import digest
 from soluscope.report.figures import draw
 from soluscope.results import Measurement, OfRun, ProbeWords, Record, of_kind
 from soluscope.runs.folder import Run
-from soluscope.training.wandb_run import IDENTITY, identity, start
-from soluscope.wandb_client import package
+from soluscope.training.wandb_run import identity, start, write_identity
+from soluscope.wandb_client import Mode, package
 
 CURVES = {"training"}
 """Files of probes/ that are not sent, because the training curves are in wandb already."""
 
 
-def send_probes(run: Run) -> None:
+def send_probes(run: Run, asked: Mode | None = None) -> None:
     """Send a run's probe results to the wandb run of its training: a table and figures per probe.
 
-    Results that were sent before and have not changed are skipped. Nothing is sent if the run was trained
-    without wandb.
+    Results that were sent before and have not changed are skipped. Without `asked`, nothing is sent unless this
+    user trained the run here with wandb. With it, a run of another person gets a new wandb run of this user.
+
+    Args:
+        run: the run.
+        asked: the setting `wandb=` of the evaluation.
     """
     known = identity(run.dir)
-    if not known:
+    if asked == "off" or not (asked or known):
         return
     paths = {path.stem: path for path in sorted((run.dir / "probes").glob("*.jsonl"))}
     now = {name: digest(paths[name].read_text(encoding="utf8")) for name in paths.keys() - CURVES}
@@ -37,13 +40,11 @@ def send_probes(run: Run) -> None:
     waiting = [name for name in sorted(now) if now[name] != sent.get(name)]
     if not waiting:
         return
-    tracker = start(run.config, run.dir)
+    tracker = start(replace(run.config, wandb=asked or known.get("wandb")), run.dir)
     taken = {n: now[n] for n in waiting if tracker.send(partial(_logged, n, paths[n]))}
     tracker.close()
     if taken:
-        write_text(
-            run.dir / IDENTITY, json.dumps(identity(run.dir) | {"probes": sent | taken}) + "\n"
-        )
+        write_identity(run.dir, identity(run.dir) | {"probes": sent | taken})
 
 
 def _logged(name: str, path: Path) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
+from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm, check_norm
@@ -195,6 +195,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
 
 def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
     """Load the model of a `Run`, as `load` does from its folder."""
+    run.check_links()
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
@@ -318,7 +319,7 @@ def load_tokenizer(path: Path, facts: Facts) -> PreTrainedTokenizerFast:
             f"{path} (sha256 {digest[:12]}…) is not the tokenizer that {facts.run} was trained with "
             f"({facts.tokenizer_hash[:12]}…): move the run folder back into its study's folder"
         )
-    tokenizer = Tokenizer.from_buffer(content)
+    tokenizer = from_bytes(content, f"cannot read {path}")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokenizer.id_to_token(facts.bos),

@@ -15,11 +15,17 @@ import difflib
 import hashlib
 import json
 import os
+import re
+import reprlib
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
+import msgspec
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -30,7 +36,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_neel_solu_old_weights
@@ -38,7 +43,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 
 from soluscope import plugins
-from soluscope.data.tokenizer import n_rows
+from soluscope.data.tokenizer import SPECIAL_FILES, from_bytes, n_rows, named_special
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
@@ -47,7 +52,7 @@ from soluscope.variants import Variant
 
 FAMILY = "NeelNanda/"
 """Owner of the repositories with this layout."""
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = ("tokenizer.json", *SPECIAL_FILES)
 WEIGHTS = ("model.safetensors", "*final.pth")
 """File patterns in order of preference."""
 SIZES = ("n_layers", "d_model", "n_heads", "d_head", "d_mlp", "n_ctx", "d_vocab")
@@ -56,6 +61,46 @@ ATTN_ONLY = "attn_only"
 """Placeholder for the variant of a model without an MLP."""
 MOST_SPARE_ROWS = 127
 """Largest number of embedding rows without a token: SoLU-1L-old has one, other models pad to 128."""
+Size = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+Rate = Annotated[float, msgspec.Meta(ge=0, lt=1e30)]
+"""Also excludes NaN and infinity, which JSON does not have and Python reads."""
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """The keys of config.json that are used."""
+
+    n_layers: Size
+    d_model: Size
+    n_heads: Size
+    d_head: Size
+    n_ctx: Size
+    d_vocab: Size
+    act_fn: str
+    attn_only: bool
+    normalization_type: str | None
+    d_mlp: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
+    """0 for a model without an MLP."""
+    architecture: str | None = None
+    neuron_temp: float = 1
+    neuron_scale: float = 1
+    final_rms: bool = False
+    shortformer_pos: bool = False
+    ln_eps: Annotated[float, msgspec.Meta(gt=0, lt=1e30)] = 1e-5
+    tokenizer_name: str | None = None
+    lr: Rate | None = None
+    lr_hidden: Rate | None = None
+    max_steps: Rate | None = None
+    max_tokens: Rate | None = None
+    use_bfloat16_matmul: bool | None = None
+
+    @property
+    def n_parameters(self) -> int:
+        """Return the number of weights in matrices, without biases and norms."""
+        attention = 4 * self.d_model * self.n_heads * self.d_head
+        ends = (2 * self.d_vocab + self.n_ctx) * self.d_model
+        mlp = 0 if self.attn_only else 2 * self.d_model * self.d_mlp
+        return ends + self.n_layers * (attention + mlp)
 
 
 def load_pretrained(
@@ -93,20 +138,23 @@ def load_pretrained(
     if repo is not None:  # fetched by commit, because the branch may have moved since
         folder = _fetch(repo, folder.name, WEIGHTS)
     weights = _weights_file(folder, name)
+    state = _read_weights(weights, config, name)
     model = SoluscopeTransformer(hooked_config, move_to_device=False)
-    _load_weights(model, weights, config, repo or folder.name)
-    run = Path(name).resolve().name  # the last part of a name or path
+    _load_weights(model, state, weights, config, repo or folder.name)
+    # The last part of a name or path, with the letters that a folder's name may have.
+    run = re.sub(r"[^\w.+-]+", "-", Path(name).resolve().name)
     # A folder has no commit, so the hash of its weights identifies its content.
     commit = folder.name if repo is not None else _hash(weights, "sha256")
     variant = _variant(config, name)
     model.facts = Facts(
         run=run, arm=run, variant=variant, **_lineage(variant),
-        study="pretrained", seed=0, d_model=config["d_model"], n_heads=config["n_heads"],
-        d_mlp=config["d_mlp"], n_layers=config["n_layers"], ctx=config["n_ctx"], d_vocab=config["d_vocab"],
-        hooked_act_fn=config["act_fn"], ln_eps=model.cfg.eps, gain=None,
+        study="pretrained", seed=0, d_model=config.d_model, n_heads=config.n_heads,
+        d_mlp=config.d_mlp, n_layers=config.n_layers, ctx=config.n_ctx, d_vocab=config.d_vocab,
+        hooked_act_fn=config.act_fn, ln_eps=model.cfg.eps, gain=None,
         mid_norm="LayerNorm" if _has_mid_norm(model) else None,
         eps=model.cfg.eps if _has_mid_norm(model) else None,
-        **special, tokenizer_hash=_hash(tokenizer, "sha256"), **_training(config),
+        bos=special["bos"], eos=special["eos"], pad=special["pad"],
+        tokenizer_hash=_hash(tokenizer, "sha256"), **_training(config),
         config=digest([repo or "", commit]), commit=commit, versions=versions(),
     )  # fmt: skip
     model.set_tokenizer(load_tokenizer(tokenizer, model.facts))
@@ -227,53 +275,56 @@ def _hash(path: Path, kind: str) -> str:
     return state.hexdigest()
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{name} has no {path.name}: wanted the name or folder of a model of the SoLU family"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path.name} of {name}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path.name} of {name} holds {type(content).__name__}, wanted keys and values"
-        )
-    return content
-
-
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> FamilyConfig:
     """Return the content of config.json, after checking that the model is of this family.
 
     Raises:
-        UserError: if keys are missing, a size is not a count, or a setting is not supported.
+        UserError: if the file is missing or broken, keys are missing, a value has another type or is out of
+            range, or a setting is not supported.
     """
-    config = _read_json(folder / "config.json", name)
-    if "normalization" in config:  # the older key wins, as in TransformerLens
-        config["normalization_type"] = config["normalization"]
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{name} has no config.json: wanted the name or folder of a model of the SoLU family"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read config.json of {name}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"config.json of {name} holds {type(content).__name__}, wanted keys and values"
+        )
+    if "normalization" in content:  # the older key wins, as in TransformerLens
+        content["normalization_type"] = content["normalization"]
     missing = [
         key
         for key in (*SIZES, "act_fn", "attn_only", "normalization_type")
-        if key not in config and not (key == "d_mlp" and config.get("attn_only"))
+        if key not in content and not (key == "d_mlp" and content.get("attn_only"))
     ]
     if missing:
         raise UserError(
             f"the layout of {name} is not known: its config.json has no {', '.join(missing)}; it has "
-            f"{', '.join(sorted(config)[:8]) or 'nothing'}"
+            f"{', '.join(sorted(content)[:8]) or 'nothing'}"
         )
-    config.setdefault("d_mlp", 0)
-    for key in SIZES:
-        if not isinstance(config[key], int) or config[key] < (key != "d_mlp"):
-            raise UserError(f"config.json of {name} has {key}={config[key]!r}, wanted a count")
+    try:
+        config = msgspec.convert(content, FamilyConfig)
+    except msgspec.ValidationError as error:
+        problem, _, key = str(error).rstrip("`").partition(" - at `$.")
+        wanted = "wanted a count" if key in SIZES else f"wrong: {problem}"
+        raise UserError(
+            f"config.json of {name} has {key}={reprlib.repr(content.get(key))}, {wanted}"
+        ) from error
+    if not (config.d_mlp or config.attn_only):
+        raise UserError(f"config.json of {name} has d_mlp=0 and attn_only=false, wanted a count")
     settings = {
-        "architecture": (config.get("architecture"), (None, "neel", "neel-solu-old")),
-        "normalization": (config["normalization_type"], NORMS),
-        "neuron_temp": (config.get("neuron_temp", 1), (1,)),
-        "neuron_scale": (config.get("neuron_scale", 1), (1,)),
+        "architecture": (config.architecture, (None, "neel", "neel-solu-old")),
+        "normalization": (config.normalization_type, NORMS),
+        "neuron_temp": (content.get("neuron_temp", 1), (1,)),
+        "neuron_scale": (content.get("neuron_scale", 1), (1,)),
     }
     for key, (value, known) in settings.items():
         if value not in known:
@@ -285,36 +336,36 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _hooked_config(
-    config: dict[str, Any], name: str, device: str, dtype: torch.dtype
+    config: FamilyConfig, name: str, device: str, dtype: torch.dtype
 ) -> HookedTransformerConfig:
     _variant(config, name)
     return HookedTransformerConfig(
-        n_layers=config["n_layers"], d_model=config["d_model"], n_ctx=config["n_ctx"],
-        d_head=config["d_head"], n_heads=config["n_heads"], d_mlp=config["d_mlp"] or None,
-        d_vocab=config["d_vocab"], act_fn=config["act_fn"], attn_only=config["attn_only"],
-        normalization_type=config["normalization_type"], final_rms=config.get("final_rms", False),
-        positional_embedding_type="shortformer" if config.get("shortformer_pos") else "standard",
-        eps=config.get("ln_eps", 1e-5), dtype=dtype, device=device, init_weights=False,
+        n_layers=config.n_layers, d_model=config.d_model, n_ctx=config.n_ctx, d_head=config.d_head,
+        n_heads=config.n_heads, d_mlp=config.d_mlp or None, d_vocab=config.d_vocab, act_fn=config.act_fn,
+        attn_only=config.attn_only, normalization_type=config.normalization_type,
+        final_rms=config.final_rms,
+        positional_embedding_type="shortformer" if config.shortformer_pos else "standard",
+        eps=config.ln_eps, dtype=dtype, device=device, init_weights=False,
         default_prepend_bos=True, original_architecture="neel", model_name=name,
     )  # fmt: skip
 
 
-def _variant(config: dict[str, Any], name: str) -> str:
+def _variant(config: FamilyConfig, name: str) -> str:
     """Return the variant with the model's nonlinearity and mid norm; ATTN_ONLY for a model without an MLP."""
-    if config["attn_only"]:
+    if config.attn_only:
         return ATTN_ONLY
     known = _variants_by_act_fn()
-    if str(config["act_fn"]).startswith("soluscope:"):
+    if config.act_fn.startswith("soluscope:"):
         raise UserError(
-            f"{name} is an exported run of a variant that this layout cannot express ({config['act_fn']}): "
+            f"{name} is an exported run of a variant that this layout cannot express ({config.act_fn}): "
             "load its folder with soluscope.export.load"
         )
-    if config["act_fn"] not in known:
+    if config.act_fn not in known:
         raise UserError(
-            f"the layout of {name} is not known: its config.json has act_fn={config['act_fn']!r}, wanted "
+            f"the layout of {name} is not known: its config.json has act_fn={config.act_fn!r}, wanted "
             f"{' or '.join(map(repr, known))}"
         )
-    return known[config["act_fn"]]
+    return known[config.act_fn]
 
 
 def _variants_by_act_fn() -> dict[str, str]:
@@ -347,15 +398,15 @@ def _has_mid_norm(model: SoluscopeTransformer) -> bool:
     return not model.cfg.attn_only and getattr(model.blocks[0].mlp, "ln", None) is not None
 
 
-def _training(config: dict[str, Any]) -> dict[str, Any]:
+def _training(config: FamilyConfig) -> dict[str, Any]:
     """Return the training settings in config.json; a missing setting is 0 or `unknown`."""
     # In the newer models, lr_hidden is the matrices' learning rate at d_model 256 (protocol.md section 3.2).
-    rate = config["lr_hidden"] * 256 / config["d_model"] if "lr_hidden" in config else 0.0
-    bf16 = config.get("use_bfloat16_matmul")
+    rate = (config.lr_hidden or 0.0) * 256 / config.d_model
+    bf16 = config.use_bfloat16_matmul
     return {
-        "lr": config.get("lr", rate),
-        "steps": config.get("max_steps", 0),
-        "tokens": config.get("max_tokens", 0),
+        "lr": rate if config.lr is None else config.lr,
+        "steps": int(config.max_steps or 0),
+        "tokens": int(config.max_tokens or 0),
         "precision": "unknown" if bf16 is None else "bf16" if bf16 else "fp32",
         "device": "unknown",
     }
@@ -364,7 +415,7 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
 # --- tokenizer ------------------------------------------------------------------------------------
 
 
-def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Path, dict[str, Any]]:
+def _find_tokenizer(folder: Path, config: FamilyConfig, name: str) -> tuple[Path, dict[str, int]]:
     """Return the path of the model's tokenizer.json, and the ids of `bos`, `eos` and `pad` in it.
 
     tokenizer.json is read itself, without the class that its config names: transformers rebuilds some of
@@ -374,49 +425,35 @@ def _find_tokenizer(folder: Path, config: dict[str, Any], name: str) -> tuple[Pa
         UserError: if there is no tokenizer, or it does not fit the embedding.
     """
     if not (folder / TOKENIZER[0]).is_file():
-        source = config.get("tokenizer_name")
-        if not isinstance(source, str):
+        source = config.tokenizer_name
+        if source is None:
             raise UserError(
                 f"{name} has no {TOKENIZER[0]}, and its config.json has no tokenizer_name: add one of the two"
             )
         folder, name = _fetch(source, None, TOKENIZER), source
+        if not (folder / TOKENIZER[0]).is_file():
+            raise UserError(f"{name} has no {TOKENIZER[0]}: set tokenizer_name in config.json")
     path = folder / TOKENIZER[0]
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"cannot read {path.name} of {name}: {error}") from error
+    tokenizer = from_bytes(path.read_bytes(), f"cannot read {path.name} of {name}")
     size = n_rows(tokenizer)
-    if not 0 <= config["d_vocab"] - size <= MOST_SPARE_ROWS:
+    if not 0 <= config.d_vocab - size <= MOST_SPARE_ROWS:
         raise UserError(
-            f"the tokenizer of {name} has {size} tokens and the embedding d_vocab={config['d_vocab']} rows: "
+            f"the tokenizer of {name} has {size} tokens and the embedding d_vocab={config.d_vocab} rows: "
             "use the tokenizer of this model"
         )
-    return path, _special_tokens(folder, tokenizer, name)
-
-
-def _special_tokens(folder: Path, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    """Return the ids of `bos`, `eos` and `pad`; a token that is not named is chosen as in TransformerLens."""
-    settings: dict[str, Any] = {}
-    for file in reversed(TOKENIZER[1:]):
-        if (folder / file).is_file():
-            settings |= {
-                key: value for key, value in _read_json(folder / file, name).items() if value
-            }
-    texts = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key in ("bos_token", "eos_token", "pad_token")
-    }
+    # The first file names the tokens; a token that neither names is chosen as in TransformerLens.
+    first, second = named_special(folder)
+    texts = second | first
     eos = texts.get("eos_token", "<|endoftext|>")
-    ids = {
-        key: tokenizer.token_to_id(texts.get(f"{key}_token", eos)) for key in ("bos", "eos", "pad")
-    }
-    for key, token in ids.items():
+    ids = {}
+    for key in ("bos", "eos", "pad"):
+        token = tokenizer.token_to_id(texts.get(f"{key}_token", eos))
         if token is None:
             raise UserError(
                 f"the tokenizer of {name} has no token for {key}: use the tokenizer of this model"
             )
-    return ids
+        ids[key] = token
+    return path, ids
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -425,28 +462,91 @@ def _special_tokens(folder: Path, tokenizer: Tokenizer, name: str) -> dict[str, 
 def _weights_file(folder: Path, name: str) -> Path:
     for pattern in WEIGHTS:
         for path in sorted(folder.rglob(pattern)):
-            return path
+            if path.is_file():
+                return path
     files = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     raise UserError(f"{name} has no weights: wanted {' or '.join(WEIGHTS)}, there is {files}")
 
 
-def _load_weights(
-    model: SoluscopeTransformer, path: Path, config: dict[str, Any], name: str
-) -> None:
-    """Fill `model`: each tensor must match a parameter in name and shape, and none may be left over.
+def _read_weights(path: Path, config: FamilyConfig, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file, after checking that the model of config.json is not larger than the file.
+
+    So no memory is needed beyond the file's size, whatever numbers config.json contains.
 
     Raises:
-        UserError: if the file is broken, holds more than tensors, or does not fit the model.
+        UserError: if the file is broken, holds more than tensors, or is too small for the model.
     """
-    state = _read_weights(path, name)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            if path.suffix == ".safetensors":
+                state: Any = load_file(path)
+            else:
+                _check_stored(path)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # from pickle, zip or safetensors; pickle's own text suggests unpickling
+        raise UserError(
+            f"{path.name} of {name} is broken or holds more than tensors ({type(error).__name__}): nothing is "
+            "unpickled here, wanted a plain dictionary of tensors"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise UserError(f"{path.name} of {name} is not a plain dictionary of tensors")
     if not {"embed.W_E", "pos_embed.W_pos"} <= state.keys():
         raise UserError(
             f"the layout of {name} is not known: {path.name} has {', '.join(sorted(state)[:3])}…, wanted "
             "embed.W_E, pos_embed.W_pos, blocks.0.…"
         )
-    architecture = config.get("architecture", "neel-solu-old" if "_old" in name else "")
+    n_blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    n_bytes = path.stat().st_size
+    # A tensor's shape proves nothing, because its rows may share their memory. No format has less than a byte
+    # per weight.
+    if n_blocks != config.n_layers or n_bytes < config.n_parameters:
+        raise UserError(
+            f"{path.name} of {name} does not fit its config.json: it has {n_blocks} blocks and {n_bytes:,} "
+            f"bytes, wanted n_layers={config.n_layers} and {config.n_parameters:,} weights"
+        )
+    return dict(state)
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse an archive that may be far larger in memory than on the disk.
+
+    Raises:
+        ValueError: if a part is compressed, or parts share their bytes; torch stores each part by itself.
+    """
+    try:
+        with ZipFile(path) as archive:
+            parts = archive.infolist()
+    except BadZipFile:  # a file of torch before 1.6
+        return
+    is_small = sum(part.file_size for part in parts) <= path.stat().st_size
+    if not is_small or any(part.compress_type != ZIP_STORED for part in parts):
+        raise ValueError("the archive is compressed")
+
+
+def _load_weights(
+    model: SoluscopeTransformer,
+    state: dict[str, Tensor],
+    path: Path,
+    config: FamilyConfig,
+    name: str,
+) -> None:
+    """Fill `model`: each tensor must match a parameter in name and shape, and none may be left over.
+
+    Raises:
+        UserError: if a tensor does not fit the model.
+    """
+    architecture = config.architecture or ("neel-solu-old" if "_old" in name else "")
     if architecture == "neel-solu-old" or any("norm" in key for key in state):
-        state = convert_neel_solu_old_weights(state, model.cfg)
+        try:
+            state = convert_neel_solu_old_weights(state, model.cfg)
+        except (IndexError, RuntimeError) as error:  # a vector in place of a matrix
+            raise UserError(
+                f"{path.name} of {name} does not fit its config.json: {str(error).splitlines()[0]}"
+            ) from error
     for buffer, _ in model.named_buffers():  # attention masks, which TransformerLens builds itself
         state.pop(buffer, None)
     # The family was trained without a bias at the unembedding.
@@ -454,11 +554,11 @@ def _load_weights(
     wanted = {key: parameter.shape for key, parameter in model.named_parameters()}
     problems = [f"no {key}" for key in sorted(wanted.keys() - state.keys())]
     problems += [f"unexpected {key}" for key in sorted(state.keys() - wanted.keys())]
-    problems += [
-        f"{key} {tuple(state[key].shape)} where the model has {tuple(shape)}"
-        for key, shape in wanted.items()
-        if key in state and state[key].shape != shape
-    ]
+    for key, shape in wanted.items():
+        if key in state and state[key].shape != shape:
+            problems.append(f"{key} {tuple(state[key].shape)} where the model has {tuple(shape)}")
+        elif key in state and (what := _lacks(state[key])):
+            problems.append(f"{key} is not {what}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
@@ -467,18 +567,10 @@ def _load_weights(
     model.load_state_dict(state, strict=False)
 
 
-def _read_weights(path: Path, name: str) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # from pickle, zip or safetensors
-        # Pickle's own message is left out, because it suggests unpickling the file.
-        raise UserError(
-            f"{path.name} of {name} is broken or holds more than tensors ({type(error).__name__}): nothing is "
-            "unpickled here, wanted a plain dictionary of tensors"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path.name} of {name} is not a plain dictionary of tensors")
-    return dict(state)
+def _lacks(tensor: Tensor) -> str:
+    """Return the property that a tensor needs to be a parameter and does not have; empty if it has all."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "a plain tensor"
+    if not tensor.is_floating_point():
+        return "of real numbers"
+    return "" if tensor.float().isfinite().all() else "finite"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from soluscope import terminal
 from soluscope.config import Config, to_yaml
 from soluscope.errors import Stopped, UserError
-from soluscope.files import write_text
-from soluscope.runs.folder import Busy, Run, lock
+from soluscope.files import Whole, check_names, read_json, write_text
+from soluscope.runs.folder import Busy, Run, check_study_links, holder
+from soluscope.terminal import say
 from soluscope.text import plural
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
@@ -43,8 +46,18 @@ class Job:
     """Hash of the requested configuration: train.precision=auto stays auto."""
     run: str
     """Name of the run folder in the study's folder."""
-    steps: int
-    tokens_a_step: int
+    steps: Whole
+    tokens_a_step: Whole
+
+
+@dataclass(frozen=True)
+class JobList:
+    """Content of sweep.json."""
+
+    sweep: str
+    """Name of the sweep that was launched last."""
+    jobs: list[Job]
+    """Jobs of this sweep and of earlier sweeps in the study."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def _train_when_free(config: Config, run: Run) -> None:
 
 def _wait_while_at_work(run: Run) -> None:
     if run.at_work():
-        say(f"{run.dir.name}: waiting, because another process is at work on it")
+        say(f"{run.dir.name}: waiting, because another process is at work on it{holder(run.dir)}")
         while run.at_work():
             time.sleep(POLL_S)
 
@@ -166,7 +179,7 @@ def standing(study_dir: Path, job: Job) -> Standing:
     """Return the present state and progress of a job, without creating a file."""
     run = Run(study_dir / job.run)
     row = run.last_row()
-    step, loss = row.get("step", 0), row.get("loss")
+    step, loss = int(row.get("step", 0)), row.get("loss")
     done = run.done()
     if done is not None:
         return Standing("done", job.steps, done.get("report_loss"), None, None)
@@ -182,11 +195,13 @@ def standing(study_dir: Path, job: Job) -> Standing:
 
 
 def write_list(study_dir: Path, sweep: str, jobs: Sequence[Job]) -> None:
-    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there."""
-    with lock(study_dir / ".sweep"):
-        listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
-        record = {"sweep": sweep, "jobs": [asdict(job) for job in listed.values()]}
-        write_text(study_dir / "sweep.json", json.dumps(record, indent=1) + "\n")
+    """Write a sweep's jobs to the study's sweep.json, and keep the jobs that earlier launches listed there.
+
+    The caller holds the study for its launch.
+    """
+    listed = {job.run: job for job in [*read_list(study_dir)[1], *jobs]}
+    record = JobList(sweep, [*listed.values()])
+    write_text(study_dir / "sweep.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
@@ -198,13 +213,13 @@ def read_list(study_dir: Path) -> tuple[str | None, list[Job]]:
     path = study_dir / "sweep.json"
     if not path.is_file():
         return None, []
+    remedy = "delete it and launch the sweep again"
+    record = read_json(path, JobList, remedy)
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
-        return record["sweep"], [Job(**job) for job in record["jobs"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is broken ({error}): delete it and launch the sweep again"
-        ) from error
+        check_names(*(job.run for job in record.jobs))
+    except ValueError as error:
+        raise UserError(f"{path} is broken ({error}): {remedy}") from error
+    return record.sweep, record.jobs
 
 
 def listed(study_dir: Path) -> list[Job]:
@@ -224,6 +239,7 @@ def listed(study_dir: Path) -> list[Job]:
                 jobs.append(job_of(run.config))
             except UserError:  # a truncated config.yaml must not hide the other runs
                 jobs.append(Job("", run.dir.name, 0, 0))
+    check_study_links(study_dir, *(Run(study_dir / job.run) for job in jobs))
     if not jobs:
         raise UserError(f"no runs in {study_dir}: launch a sweep into it, or name another study")
     return jobs
@@ -254,7 +270,7 @@ def table(study_dir: Path, jobs: Sequence[Job], most: int | None = None) -> Tabl
             "" if now.seconds_left is None else _duration(now.seconds_left),
             now.error or "",
         )
-        result.add_row(*(Text(cell) for cell in cells))
+        result.add_row(*(Text(terminal.shown(cell)) for cell in cells))
     if len(lines) > len(result.rows):
         result.caption = f"and {len(lines) - len(result.rows)} more, counted above"
     return result
@@ -280,9 +296,7 @@ def fitted(table: Table, width: int) -> Table:
 
 def console() -> Console:
     """Return a console for stdout; in a file or a pipe, its width is enough for the names of runs."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return terminal.console(width=None if sys.stdout.isatty() else 120)
 
 
 def counted(states: Sequence[State]) -> str:
@@ -299,17 +313,16 @@ def live(study_dir: Path, jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
     On a terminal, each call updates a table. Otherwise, each call prints one line per changed state. stdout is
     left for the results of the command.
     """
-    from rich.console import Console
     from rich.live import Live
 
-    terminal = Console(stderr=True)
-    if terminal.is_terminal:
+    screen = terminal.console(stderr=True)
+    if screen.is_terminal:
 
         def drawn() -> Table:
-            rows = max(1, terminal.height - 7)
-            return fitted(table(study_dir, jobs, most=rows), terminal.width)
+            rows = max(1, screen.height - 7)
+            return fitted(table(study_dir, jobs, most=rows), screen.width)
 
-        with Live(drawn(), console=terminal, auto_refresh=False) as shown:
+        with Live(drawn(), console=screen, auto_refresh=False) as shown:
             yield lambda: shown.update(drawn(), refresh=True)
         return
     before: dict[str, State] = {}
@@ -340,11 +353,8 @@ def follow(study_dir: Path) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def say(text: str) -> None:
-    """Print a message for the user on stderr."""
-    print(text, file=sys.stderr, flush=True)

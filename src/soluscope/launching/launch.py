@@ -5,20 +5,25 @@ Finished runs are not repeated, and interrupted runs resume. The run folders sho
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from soluscope import plugins
-from soluscope.config import Config, EvalConfig, differences, load_typed
+from soluscope.config import Config, EvalConfig, differences, load_evaluation, load_typed
 from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
-from soluscope.runs.folder import Run
+from soluscope.runs.folder import Run, check_study_links, lock
+from soluscope.terminal import answer, say
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
+
+HELD = ".sweep"
+"""Folder in a study whose lock a launch holds until its engine has run the jobs or handed them over."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class LaunchConfig:
     """Engine that runs the jobs: name of a file in engines/. The keys of each engine are listed below."""
     report: bool = True
     """true: probe the study and write its report after the last job. `eval.*` are the keys of `soluscope probe`."""
+    wait: bool = False
+    """true: wait while another launch or evaluation of the study is at work. false: refuse."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,21 @@ class Evaluate:
     jobs: tuple[jobs.Job, ...]
     evaluation: EvalConfig
     report: bool
+
+    def to_json(self) -> str:
+        """Return this work as one line of JSON, which `from_json` reads."""
+        return json.dumps(asdict(self) | {"study_dir": str(self.study_dir)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluate:
+        """Return the work that `to_json` has described."""
+        values = json.loads(text)
+        return cls(
+            Path(values["study_dir"]),
+            tuple(jobs.Job(**job) for job in values["jobs"]),
+            EvalConfig(**values["evaluation"]),
+            values["report"],
+        )
 
     def __call__(self) -> None:
         """Probe and report the study if all jobs are done.
@@ -58,13 +80,13 @@ class Evaluate:
                 f"'soluscope probe {self.study_dir}' to probe the finished runs"
             )
         if not self.report:
-            print(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
+            answer(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
             return
         from soluscope import report
         from soluscope.evaluation import suite
 
-        written = suite.evaluate(self.study_dir, self.evaluation, jobs.say)
-        print(f"report: {report.publish(written.parent)}")
+        written = suite.evaluate(self.study_dir, self.evaluation, say)
+        answer(f"report: {report.publish(written.parent)}")
 
 
 def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:
@@ -78,6 +100,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
         retry: run failed jobs again; otherwise they stay failed.
 
     Raises:
+        Busy: if another launch of the study is at work, unless the words have wait=yes.
         UserError: for bad input, before any job starts; or for failed jobs, after the last job.
     """
     if launcher() == "torchrun":
@@ -85,10 +108,12 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
             "a sweep must be launched once, but torchrun starts it several times: launch it without torchrun; "
             "the sweep starts torchrun for each job with several train.devices"
         )
-    launch_words, others = _pick_out(words, tuple(f"{name}=" for name in ("engine", "report")))
+    launch_words, others = _pick_out(
+        words, tuple(f"{name}=" for name in ("engine", "report", "wait"))
+    )
     config = load_typed(LaunchConfig, launch_words)
     evaluating, others = _pick_out(others, ("eval.",))
-    evaluation = load_typed(EvalConfig, [w.removeprefix("eval.") for w in evaluating], "eval.yaml")
+    evaluation = load_evaluation(EvalConfig, [w.removeprefix("eval.") for w in evaluating])
     engine = plugins.pick("soluscope.engines", config.engine)
     keys, others = _pick_out(
         others, tuple(f"{name}." for name in plugins.names("soluscope.engines"))
@@ -109,20 +134,23 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     for mode in {run_config.wandb for run_config in sweep.configs}:
         check_login(mode)
     engine.check(params, sweep)
-    _prepare(sweep)
-    jobs.write_list(sweep.study_dir, sweep.name, listed)
-    standings = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
-    jobs.say(f"{sweep.name}: {jobs.counted([now.state for now in standings.values()])}")
-    todo = []
-    for run_config in sweep.configs:
-        state = standings[run_config.run_name].state
-        if state == "failed" and retry:
-            Run(run_config.run_dir).forget_failure()
-        if state != "done" and (state != "failed" or retry):
-            todo.append(run_config)
-    engine.run(
-        sweep, todo, params, Evaluate(sweep.study_dir, tuple(listed), evaluation, config.report)
-    )
+    _check_tokens(sweep)
+    check_study_links(sweep.study_dir)
+    with lock(sweep.study_dir / HELD, config.wait, "give wait=yes to wait for it, or set study="):
+        _prepare(sweep)
+        jobs.write_list(sweep.study_dir, sweep.name, listed)
+        standings = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
+        say(f"{sweep.name}: {jobs.counted([now.state for now in standings.values()])}")
+        todo = []
+        for run_config in sweep.configs:
+            state = standings[run_config.run_name].state
+            if state == "failed" and retry:
+                Run(run_config.run_dir).forget_failure()
+            if state != "done" and (state != "failed" or retry):
+                todo.append(run_config)
+        evaluation = replace(evaluation, wait=config.wait or evaluation.wait)
+        after = Evaluate(sweep.study_dir, tuple(listed), evaluation, config.report)
+        engine.run(sweep, todo, params, after)
 
 
 def launch_help() -> str:
@@ -161,13 +189,9 @@ def _check_study(sweep: Sweep) -> None:
             )
 
 
-def _prepare(sweep: Sweep) -> None:
-    """Prepare the study's tokens and tokenizer, once for all jobs.
-
-    Raises:
-        UserError: if the jobs have different corpora or vocabularies, or a row is longer than a split.
-    """
-    from soluscope.data.cache import SPLITS, cache_key, prepare, share_with_study
+def _check_tokens(sweep: Sweep) -> None:
+    """Refuse jobs with different corpora or vocabularies."""
+    from soluscope.data.cache import cache_key
 
     first = sweep.configs[0]
     for config in sweep.configs:
@@ -178,7 +202,17 @@ def _prepare(sweep: Sweep) -> None:
                 f"{first.run_name} and {config.run_name} have different tokens, but runs of one study must "
                 "share data=, corpus.* and tokens.*: use a separate study for each"
             )
-    cache = prepare(first)
+
+
+def _prepare(sweep: Sweep) -> None:
+    """Prepare the study's tokens and tokenizer, once for all jobs.
+
+    Raises:
+        UserError: if a row is longer than a split.
+    """
+    from soluscope.data.cache import SPLITS, prepare, share_with_study
+
+    cache = prepare(sweep.configs[0])
     for ctx in sorted({config.model.ctx for config in sweep.configs}):
         for split in SPLITS:
             cache.rows(split, ctx)

@@ -7,6 +7,7 @@ that wandb's own agents can use the same file.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from soluscope.config import Config, check, load_config, shipped_dir, short_name
 from soluscope.errors import UserError
 from soluscope.reading import AsWritten, as_word, read_yaml
 
+MOST_JOBS = 10_000
 _NAMED = ("variant", "arm", "seed", "study", "tag")
 """Parameters that a run's path already contains."""
 
@@ -87,6 +89,11 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
     check(
         bool(axes),
         f"{path} is an empty grid: it needs a parameter that no word of the command sets",
+    )
+    n_jobs = math.prod(len(values) for values in axes.values())
+    check(
+        n_jobs <= MOST_JOBS,
+        f"{path} has {n_jobs:,} jobs, but at most {MOST_JOBS:,} are possible: give its parameters fewer values",
     )
     tag_keys = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
     if tag_keys and not {"tag"} & (axes.keys() | overridden):

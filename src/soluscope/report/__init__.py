@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soluscope import results
-from soluscope.files import write_text
+from soluscope.files import check_links, write_text
 from soluscope.report import controls, page, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
@@ -26,6 +26,7 @@ from soluscope.report.findings import (
     tuned,
 )
 from soluscope.results import Grid, Record, Term
+from soluscope.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -49,11 +50,9 @@ def publish(study_dir: Path, out: Path | None = None) -> Path:
         study_dir: folder with results.jsonl.
         out: folder of the report, if not the study's.
     """
-    from rich.console import Console
-
-    records = results.read(study_dir / "results.jsonl")
+    records = _read(study_dir)
     path = _write(out or study_dir, records)
-    Console().print(table(records))
+    console().print(table(records))
     return path
 
 
@@ -63,7 +62,13 @@ def build(study_dir: Path) -> Path:
     Raises:
         UserError: if there are no results, or the page cannot be written.
     """
-    return _write(study_dir, results.read(study_dir / "results.jsonl"))
+    return _write(study_dir, _read(study_dir))
+
+
+def _read(study_dir: Path) -> list[Record]:
+    path = study_dir / "results.jsonl"
+    check_links(path, study_dir)
+    return results.read(path)
 
 
 def _write(folder: Path, records: list[Record]) -> Path:

@@ -112,9 +112,7 @@ class Scale:
     text: str
     """Name, unit and lowest value; the whole text if the quantity is constant and has no colours."""
     high: str = ""
-    """Highest value."""
-    gradient: Sequence[str] = ()
-    """Colours from the lowest to the highest value."""
+    """Highest value, with the colours before it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class Section:
     @property
     def plots(self) -> list[Plot]:
         """List all figures of the section, folded ones included."""
-        return list(_plots(self.blocks))
+        return [block for block in flat(self.blocks) if isinstance(block, Plot)]
 
 
 def fold(summary: str, blocks: Sequence[Block]) -> list[Block]:
@@ -172,9 +170,9 @@ def plot(figure: go.Figure, caption: str = "", remark: str = "") -> list[Block]:
     return [Plot(figure.update_layout(title=None), caption, remark)] if figure.data else []
 
 
-def _plots(blocks: Iterable[Block]) -> Iterator[Plot]:
+def flat(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield the blocks, and after each fold the blocks in it."""
     for block in blocks:
-        if isinstance(block, Plot):
-            yield block
-        elif isinstance(block, Fold):
-            yield from _plots(block.blocks)
+        yield block
+        if isinstance(block, Fold):
+            yield from flat(block.blocks)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -105,11 +104,6 @@ def sign_in() -> None:
             reached.
     """
     _installed()
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":
-        raise UserError(
-            f"WANDB_MODE={mode}, but --wandb needs WANDB_MODE=online: unset WANDB_MODE, or add --dry-run"
-        )
     wandb_client.sign_in("--wandb", "add --dry-run, which needs none")
 
 
@@ -173,6 +167,7 @@ def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -
                 init_timeout=START_SECONDS,
                 finish_timeout=FINISH_SECONDS,
                 finish_timeout_raises=True,
+                **wandb_client.ANONYMOUS,
             ),
         ) as run,
     ):

@@ -5,16 +5,18 @@ The templates escape all text that comes from data. The same records give the sa
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from functools import cache
 from itertools import count
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from soluscope.report import sections, words
-from soluscope.report.blocks import MARKS, Block, Bullets, Paragraph, fold
+from soluscope.report import sections, tokens, words
+from soluscope.report.blocks import MARKS, Block, Bullets, Paragraph, flat, fold
 from soluscope.report.figures import min_width
-from soluscope.report.tokens import QUANTITIES
 from soluscope.results import Record
 
 N_SENTENCES = 10
@@ -40,21 +42,34 @@ TERMS = {
 
 def render(records: list[Record]) -> str:
     """Render the whole page for a study's records."""
-    return _template().render(
+    parts = sections.build(records)
+    blocks = flat(block for section in parts for block in section.blocks)
+    template = _environment().get_template
+    return template("page.html.j2").render(
         study=", ".join(sorted({record.study for record in records})),
         headline=_headline(records),
-        sections=sections.build(records),
+        sections=parts,
         figure_number=count(1).__next__,
         min_width=min_width,
         plotly=get_plotlyjs(),
+        map_styles=sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', get_plotlyjs()))),
+        draw=template("draw.js").render(),
+        style=template("style.css").render() + tokens.style(blocks),
+        hashes=_hashes,
+        colour_class=tokens.colour_class,
         marks=MARKS,
-        token_quantities=QUANTITIES,
     )
 
 
+def _hashes(*contents: str) -> str:
+    """Return the sources of a content security policy that allow elements with exactly these contents."""
+    sums = (base64.b64encode(hashlib.sha256(each.encode()).digest()) for each in contents)
+    return " ".join(f"'sha256-{each.decode()}'" for each in sums)
+
+
 @cache
-def _template() -> Template:
-    environment = Environment(
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("soluscope.report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -62,7 +77,6 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html.j2")
 
 
 def _headline(records: list[Record]) -> list[Block]:

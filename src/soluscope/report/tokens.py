@@ -137,6 +137,36 @@ def _mix(end: tuple[int, int, int], share: float) -> str:
 def _scale(name: str, quantity: str, unit: str, low: float, high: float) -> Scale:
     if math.isclose(low, high, rel_tol=1e-6):
         return Scale(name, f"{quantity}: {number(low)} {unit} at every token after BOS")
-    start = [_mix(LOW, 1), _mix(HIGH, 0)] if name == AROUND_ZERO else [_mix(HIGH, 0)]
-    text = f"{quantity}, {unit}: {number(low)}"
-    return Scale(name, text, number(high), [*start, _mix(HIGH, 1)])
+    return Scale(name, f"{quantity}, {unit}: {number(low)}", number(high))
+
+
+def colour_class(name: str, colour: str) -> str:
+    """Return the class of tokens that have this colour for this quantity."""
+    return f"{name}-{colour.removeprefix('#')}"
+
+
+def style(blocks: Iterable[Block]) -> str:
+    """Return the style sheet's rules for the colours: the checked button selects the visible colours."""
+    colours = {
+        pair
+        for block in blocks
+        if isinstance(block, Tokens)
+        for text in block.texts
+        for token in text.tokens
+        for pair in token.colours.items()
+    }
+    rules = []
+    for name in QUANTITIES:
+        chosen = f"#by-{name}:checked ~ details"
+        middle = [_mix(LOW, 1), _mix(HIGH, 0)] if name == AROUND_ZERO else [_mix(HIGH, 0)]
+        gradient = ",".join([*middle, _mix(HIGH, 1)])
+        rules += [
+            f"{chosen} .scale.{name} {{ display: flex; }}",
+            f".scale.{name} i {{ background: linear-gradient(90deg,{gradient}); }}",
+            *(
+                f"{chosen} .words .{colour_class(name, colour)} {{ background: {colour}; }}"
+                for of, colour in sorted(colours)
+                if of == name
+            ),
+        ]
+    return "\n".join(rules) + "\n"

@@ -15,19 +15,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from soluscope import plugins
 from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import write_text
+from soluscope.files import (
+    Whole,
+    check_links,
+    file_lock,
+    from_json,
+    read_json,
+    reason,
+    remove_litter,
+    write_text,
+)
+from soluscope.terminal import say
 
 if TYPE_CHECKING:
     from soluscope.model import LanguageModel
@@ -36,8 +49,43 @@ if TYPE_CHECKING:
 
 LOCK_PATIENCE_S = 1.0
 """Seconds for which `lock` tries, because a process that only tests the lock holds it for an instant."""
+HOLDER = ".held_by.json"
+"""File beside the lock with the process that holds it."""
 ASK_PATIENCE_S = 0.05
 """Seconds for which `Run.at_work` tries, because another process may test the lock at the same moment."""
+
+
+OF_STUDY = (
+    "sweep.json", "tokenizer.json", "data.json", "tokens", "results.jsonl", "report.html", "slurm",
+    ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
+)  # fmt: skip
+"""Names of a study's own files and folders, beside its runs."""
+OF_RUN = ("checkpoints", "probes", ".probes.new", "tokenizer")
+"""Names of a run's own folders."""
+MetricsRow = dict[str, int | float]
+"""Row of metrics.jsonl: `step`, `tokens`, `loss`, and other numbers of that step."""
+
+
+class Done(TypedDict, total=False):
+    """Content of done.json; files of older versions lack the checksum and the size of the weights."""
+
+    select_loss: Required[float]
+    report_loss: Required[float]
+    steps: Whole
+    tokens: Whole
+    seconds: float
+    epochs: float
+    weights_bytes: Whole
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Content of the file `HOLDER`: a process that holds a folder."""
+
+    pid: Whole
+    host: str
+    since: str
 
 
 class Busy(UserError):
@@ -68,11 +116,15 @@ class Run:
         """Return the facts of a finished run.
 
         Raises:
-            UserError: if the run does not exist, is not finished, or has a broken model.json.
+            UserError: if the run does not exist, is not finished, has a broken model.json, or has one that
+                contradicts its config.yaml.
         """
-        from soluscope.runs.weights import load_facts
+        from soluscope.runs.weights import check_facts, load_facts
 
-        return load_facts(self.dir)
+        facts = load_facts(self.dir)
+        if self.config_file.is_file():  # a pretrained model has none
+            check_facts(self.dir, self.config, facts)
+        return facts
 
     @property
     def variant(self) -> Variant:
@@ -113,20 +165,34 @@ class Run:
         from soluscope.runs.weights import load_weights
 
         facts = self.facts  # first, because its error explains that there is no finished run
-        return load_weights(self.dir, self.config, facts)
+        done = self.done()
+        return load_weights(self.dir, self.config, facts, done and done.get("weights_sha256"))
 
-    def done(self) -> dict[str, Any] | None:
-        """Return the content of done.json if the run is finished and all its files are complete, else None.
+    def done(self) -> Done | None:
+        """Return the content of done.json if the run is finished and all its files are complete, else None."""
+        try:
+            return self.check_done()
+        except UserError:
+            return None
+
+    def check_done(self) -> Done:
+        """Return the content of done.json of a finished run whose files are complete.
 
         A folder that was copied incompletely may have done.json without the weights that belong to it.
+
+        Raises:
+            UserError: if the run is not finished, or one of its files is missing, truncated or broken.
         """
-        try:
-            content = json.loads((self.dir / "done.json").read_text(encoding="utf8"))
-            n_bytes = self.weights.stat().st_size
-            complete = content.get("weights_bytes", n_bytes) == n_bytes
-        except (OSError, ValueError, AttributeError):  # missing, cut, or not an object
-            return None
-        return content if complete and (self.dir / "model.json").is_file() else None
+        remedy = "copy the run's folder again, or give its training command again"
+        content = read_json(self.dir / "done.json", Done, remedy)
+        for path in (self.weights, self.dir / "model.json"):
+            if not path.is_file():
+                raise UserError(f"no file {path}: {remedy}")
+        n_bytes = self.weights.stat().st_size
+        wanted = content.get("weights_bytes", n_bytes)
+        if n_bytes != wanted:
+            raise UserError(f"{self.weights} has {n_bytes} bytes instead of {wanted}: {remedy}")
+        return content
 
     def is_done(self) -> bool:
         """Return whether the run is finished and all its files are complete."""
@@ -138,16 +204,33 @@ class Run:
         if not path.is_file():
             return False
         try:
-            with FileLock(path).acquire(timeout=ASK_PATIENCE_S, poll_interval=0.01):
+            with file_lock(path).acquire(timeout=ASK_PATIENCE_S, poll_interval=0.01):
                 return False
         except Timeout:
             return True
-        except OSError:  # this user may only read the folder
+        except (OSError, UserError):  # this user may only read the folder; or the lock is a link
             return False
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the folder for this process; see `lock`."""
-        return lock(self.dir)
+    def check_links(self) -> None:
+        """Refuse a run with a link that leads out of its study; see `files.check_links`.
+
+        Raises:
+            UserError: naming the link.
+        """
+        check_study_links(self.dir.parent, self)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process, and remove the temporary files that killed processes left in it.
+
+        Raises:
+            Busy: if another process holds the folder; the message names the process.
+            UserError: if the folder cannot be written, or has a link that leads out of its study.
+        """
+        self.check_links()
+        with lock(self.dir):
+            remove_litter(self.dir, *(self.dir / name for name in OF_RUN), name="*")
+            yield
 
     def claim(self, config: Config) -> Literal["done", "resume", "start"]:
         """Create the folder for `config`, or check that the existing folder has this configuration.
@@ -201,46 +284,126 @@ class Run:
     def failure(self) -> str | None:
         """Return the last line of the error that ended the run's last try, or None without such an error."""
         try:
-            reason = json.loads((self.dir / "failed.json").read_text(encoding="utf8"))["error"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(self.dir / "failed.json", dict[str, str], "")["error"]
+        except (UserError, KeyError):
             return None
-        return str(reason)
 
     def forget_failure(self) -> None:
         """Delete failed.json, because a new try begins."""
         with contextlib.suppress(OSError):
             (self.dir / "failed.json").unlink(missing_ok=True)
 
-    def last_row(self) -> dict[str, Any]:
-        """Return the last complete row of metrics.jsonl; empty if the file has no complete row."""
+    def last_row(self) -> MetricsRow:
+        """Return the last complete row of metrics.jsonl; empty if it cannot be read."""
         try:
+            if not self.metrics.is_file():
+                return {}
             with self.metrics.open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 4096))
-                lines = file.read().decode("utf8", "replace").split("\n")[:-1]
-            row = json.loads(lines[-1])
+                lines = file.read().split(b"\n")[:-1]
+            return _metrics_row(lines[-1])
         except (OSError, ValueError, IndexError):
             return {}
-        return row if isinstance(row, dict) else {}
+
+    def rows(self) -> list[MetricsRow]:
+        """Return the rows of metrics.jsonl. A row that cannot be read is skipped with a warning on stderr.
+
+        A line that a killed process has left unfinished is skipped without a warning.
+        """
+        if not self.metrics.is_file():
+            return []
+        rows = []
+        for number, line in enumerate(self.metrics.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                rows.append(_metrics_row(line))
+            except ValueError as error:
+                say(f"warning: {self.metrics} line {number} is skipped ({reason(error)})")
+        return rows
+
+
+def _metrics_row(line: bytes) -> MetricsRow:
+    """Return a row of metrics.jsonl.
+
+    Raises:
+        ValueError: if the line is not an object of numbers with a step, tokens and a loss.
+    """
+    row = from_json(line, dict[str, Whole | float])
+    missing = {"step", "tokens", "loss"} - row.keys()
+    if missing or not isinstance(row["step"], int):
+        raise ValueError(f"no {' and '.join(sorted(missing or {'whole step'}))}")
+    return row
+
+
+def check_study_links(study_dir: Path, *runs: Run) -> None:
+    """Refuse a study whose own files, or whose `runs`, contain a link that leads out of it.
+
+    Raises:
+        UserError: naming the link.
+    """
+    for path in (*(study_dir / name for name in OF_STUDY), *(run.dir for run in runs)):
+        if path.is_symlink() or path.exists():
+            check_links(path, study_dir)
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(
+    folder: Path,
+    wait: bool = False,
+    knob: str = "set tag= or study=",
+) -> Iterator[None]:
     """Hold `folder` for this process. If the process is killed, the kernel releases the lock.
 
+    Args:
+        folder: the folder, which is created if it does not exist. The caller has checked its links.
+        wait: True to wait while another process holds the folder.
+        knob: advice for a user who cannot wait.
+
     Raises:
-        Busy: if another process holds the folder.
-        UserError: if the folder cannot be written.
+        Busy: if another process holds the folder; the message names the process.
+        UserError: if the folder cannot be written, or its lock is a link.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock").acquire(timeout=LOCK_PATIENCE_S)
-    except Timeout as error:
-        raise Busy(
-            f"another process is at work in {folder}: wait until it ends, or set tag= or study="
-        ) from error
+        held = _acquired(folder, wait, knob)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}; set runs_dir to another folder"
         ) from error
     with held:
-        yield
+        try:
+            write_text(folder / HOLDER, json.dumps(asdict(_this_process())) + "\n")
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / HOLDER).unlink(missing_ok=True)
+
+
+def _acquired(folder: Path, wait: bool, knob: str) -> contextlib.AbstractContextManager[Any]:
+    file = file_lock(folder / ".lock")
+    try:
+        return file.acquire(timeout=LOCK_PATIENCE_S)
+    except Timeout as error:
+        if not wait:
+            raise Busy(
+                f"another process is at work in {folder}{holder(folder)}: wait until it ends, or {knob}"
+            ) from error
+    say(f"waiting, because another process is at work in {folder}{holder(folder)}")
+    return file.acquire()
+
+
+def holder(folder: Path) -> str:
+    """Return the process that holds a folder, with a space before it, or nothing if it is unknown."""
+    try:
+        known = read_json(folder / HOLDER, Holder, "")
+    except UserError:
+        return ""
+    return f" (process {known.pid} on {known.host[:100]} since {known.since[:30]})"
+
+
+def _this_process() -> Holder:
+    now = datetime.now().astimezone()
+    return Holder(
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        since=now.isoformat(sep=" ", timespec="seconds"),
+    )

@@ -6,12 +6,13 @@ import ast
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -20,7 +21,16 @@ from torch import Tensor
 from soluscope import plugins
 from soluscope.config import Config
 from soluscope.errors import UserError
-from soluscope.files import digest, write_bytes, write_text
+from soluscope.files import (
+    Whole,
+    check_names,
+    digest,
+    from_json,
+    has_checksum,
+    reason,
+    write_bytes,
+    write_text,
+)
 from soluscope.model import LanguageModel
 from soluscope.results import Step
 from soluscope.variants import chain_of, twin_of
@@ -37,9 +47,9 @@ class Origin:
     """Name of the run, with its study: study/run."""
     config: str
     """Hash of its configuration."""
-    steps: int
+    steps: Whole
     """Optimizer steps behind its weights, including the steps of an earlier origin."""
-    tokens: int
+    tokens: Whole
     """Tokens seen in these steps, BOS included."""
 
 
@@ -51,13 +61,13 @@ class Facts:
     arm: str
     variant: str
     study: str
-    seed: int
-    d_model: int
-    n_heads: int
-    d_mlp: int
-    n_layers: int
-    ctx: int
-    d_vocab: int
+    seed: Whole
+    d_model: Whole
+    n_heads: Whole
+    d_mlp: Whole
+    n_layers: Whole
+    ctx: Whole
+    d_vocab: Whole
     hooked_act_fn: str
     ln_eps: float
     mid_norm: str | None
@@ -66,13 +76,13 @@ class Facts:
     """Epsilon of a per-token mid norm, or None."""
     gain: float | None
     """Constant gain of a static mid norm, or None."""
-    bos: int
-    eos: int
-    pad: int
+    bos: Whole
+    eos: Whole
+    pad: Whole
     tokenizer_hash: str
     lr: float
-    steps: int
-    tokens: int
+    steps: Whole
+    tokens: Whole
     """Tokens seen in training, BOS included."""
     precision: str
     """Precision of training: fp32 or bf16."""
@@ -128,35 +138,77 @@ def load_facts(run_dir: Path) -> Facts:
         state = "has not finished: finish training it" if run_dir.is_dir() else "does not exist"
         raise UserError(f"no model at {run_dir}: the run {state}")
     try:
-        record = json.loads(path.read_text(encoding="utf8"))
+        record = from_json(path.read_bytes(), dict[str, Any])
         if "role" not in record:
-            record |= lineage(record["variant"])
-        else:
-            record["chain"] = tuple(Step(**step) for step in record["chain"])
-        origin = record.get("init_from")  # missing in files of older versions
-        record["init_from"] = None if origin is None else Origin(**origin)
-        return Facts(**{field.name: record[field.name] for field in fields(Facts)})
-    except (ValueError, KeyError, TypeError) as error:
+            record |= lineage(str(record.get("variant")))
+        facts = msgspec.convert(record, Facts)
+        origin = facts.init_from.run.split("/", 1) if facts.init_from else []
+        check_names(facts.run, facts.arm, facts.variant, facts.study, *origin)
+        return facts
+    except (ValueError, OSError) as error:
         raise UserError(
             f"{path} is broken ({error}): delete {run_dir} and train the run again"
         ) from error
 
 
-def load_weights(run_dir: Path, config: Config, facts: Facts) -> LanguageModel:
-    """Return the trained model of a finished run, after checking every tensor's name and shape.
+def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
+    """Refuse facts that contradict each other or the configuration, because one of the two files was changed.
 
     Raises:
-        UserError: if the weights are truncated or not finite, or their shapes do not fit the run's
+        UserError: naming the value that is wrong.
+    """
+    model, train = config.model, config.train
+    wanted = {
+        "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
+        "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
+        "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
+        "tokens": train.steps * train.batch_size * model.ctx,
+    }  # fmt: skip
+    for name in ("bos", "eos", "pad"):
+        if not 0 <= getattr(facts, name) < facts.d_vocab:
+            raise UserError(
+                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but a token below "
+                f"d_vocab={facts.d_vocab} was wanted: copy the file again, or train the run again"
+            )
+    for name, there in wanted.items():
+        if getattr(facts, name) != there:
+            raise UserError(
+                f"{run_dir / 'model.json'} has {name}={getattr(facts, name)}, but config.yaml beside it has "
+                f"{name}={there}: copy both files again, or train the run again"
+            )
+
+
+def load_weights(
+    run_dir: Path, config: Config, facts: Facts, sha256: str | None = None
+) -> LanguageModel:
+    """Return the trained model of a finished run, after checking every tensor's name and shape.
+
+    Args:
+        run_dir: the run's folder.
+        config: the run's configuration.
+        facts: the facts of model.json.
+        sha256: checksum of the weights in done.json; None for a run of an older version, which has none.
+
+    Raises:
+        UserError: if the weights are truncated, changed or not finite, or their shapes do not fit the run's
             configuration.
     """
     path = run_dir / "model.safetensors"
+    again = f"delete {run_dir / 'done.json'} and run the training command again"
     try:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
         state = load_file(path)
     except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path} ({reason(error)}): {again}") from error
+    n_needed = config.model.n_matrix_weights(facts.d_vocab)
+    n_there = sum(tensor.numel() for tensor in state.values())
+    # This check comes before memory is taken. Below, a smaller difference is named by its tensor.
+    if n_needed > 2 * n_there:
         raise UserError(
-            f"cannot read {path} ({_first_line(error)}): delete {run_dir / 'done.json'} and run the training "
-            "command again"
-        ) from error
+            f"{path} does not fit {run_dir / 'config.yaml'}: it has {n_there:,} numbers, but the configuration "
+            f"needs more than {n_needed:,}"
+        )
     model = build_model(config, facts.d_vocab)
     try:
         model.load_state_dict(state)
@@ -168,6 +220,11 @@ def load_weights(run_dir: Path, config: Config, facts: Facts) -> LanguageModel:
             raise UserError(
                 f"{path}: {name} contains values that are not finite; train the run again"
             )
+    if sha256 is not None and not has_checksum(path, sha256):
+        raise UserError(
+            f"{path} is not the file that was written at the end of training (its sha256 differs from the one "
+            f"in done.json): copy it again, or {again}"
+        )
     return model.eval()
 
 
@@ -187,7 +244,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"cannot read the checkpoint {path} ({_first_line(error)}): delete it to train the run from step 0"
+            f"cannot read the checkpoint {path} ({reason(error)}): delete it to train the run from step 0"
         ) from error
     return loaded
 
@@ -207,10 +264,6 @@ def first_misfit(
         if left != right:
             return name, left, right
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
 @cache

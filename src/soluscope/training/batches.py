@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # needed by annotations only
 
 STEPS_AHEAD = 64
 """Number of steps whose rows are drawn at once, since one call costs about the same for many rows as for few."""
+ROWS_AHEAD = 2**20
+"""Number of rows above which fewer steps are drawn at once, to limit memory."""
 
 
 def batch_rows(seed: int, step: int, batch_size: int, n_rows: int) -> NDArray[np.int64]:
@@ -103,7 +105,8 @@ class _FromGlobalStep:
         config, n_rows = self.batches.config, len(self.batches.rows)
         assert self.batches.trainer is not None
         size = config.train.batch_size // config.train.micro_batches
-        ahead = config.train.batch_size * STEPS_AHEAD
+        n_steps = max(1, min(STEPS_AHEAD, ROWS_AHEAD // config.train.batch_size))
+        ahead = config.train.batch_size * n_steps
         first = self.batches.trainer.global_step * config.train.batch_size
         first += self.batches.rows_before
         for start in itertools.count(first, ahead):

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -72,6 +71,8 @@ class TrainingCallback(lightning.Callback):
         """(step, [loss, gradient norm]) for each step since the last check."""
         self.saved_step = -1
         self.seconds = 0.0
+        self.has_begun = False
+        """True once the checkpoint, if any, is loaded."""
         self.asked_to_stop = False
         """True once this process has received SIGTERM or Ctrl-C."""
         self.stopped = False
@@ -83,16 +84,16 @@ class TrainingCallback(lightning.Callback):
         self.rows_before = trainer.datamodule.rows_before
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.has_begun = True
         self.began = self.logged = time.perf_counter()
         self.logged_step = trainer.global_step
         self.saved_step = trainer.global_step if trainer.global_step else -1
         self._listen()
         set_threads(self.config)  # Lightning may have changed the number of threads
         if trainer.is_global_zero:
-            rows = _complete_lines(self.run.metrics)
-            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
-            write_text(self.run.metrics, "".join(line + "\n" for line in kept))
-            self.tracker.catch_up([json.loads(line) for line in kept])
+            kept = [row for row in self.run.rows() if row["step"] <= trainer.global_step]
+            write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            self.tracker.catch_up(kept)
         self.progress.update(self.bar, completed=trainer.global_step)
 
     def _listen(self) -> None:
@@ -234,8 +235,3 @@ def gain_medians(model: LanguageModel, tokens: Int[Tensor, "row pos"]) -> dict[s
         "r": float((1 - norm.eps / square).median()),
         "gain": float(square.rsqrt().median()),
     }
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """Return the complete lines of a file; a killed process may have left the last one unfinished."""
-    return path.read_text(encoding="utf8").split("\n")[:-1] if path.is_file() else []

@@ -12,6 +12,7 @@ import torch
 
 from soluscope.config import Config
 from soluscope.errors import UserError
+from soluscope.memory import check_training, of_machine
 from soluscope.runs.folder import Run
 from soluscope.training.processes import launcher
 
@@ -34,6 +35,16 @@ def with_precision(config: Config) -> Config:
             return replace(config, train=replace(config.train, precision=precision))
     precision = "bf16" if on_cuda(config) else "fp32"
     return replace(config, train=replace(config.train, precision=precision))
+
+
+def check_memory(config: Config) -> None:
+    """Refuse a configuration that does not fit into the memory of the device on which it will be trained.
+
+    Raises:
+        UserError: naming the settings to lower.
+    """
+    gpu = torch.cuda.get_device_properties(0).total_memory if on_cuda(config) else None
+    check_training(config, gpu or of_machine())
 
 
 def set_threads(config: Config) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from soluscope.terminal import console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,17 +28,15 @@ class NoProgress:
 def progress_bars() -> Iterator[Progress | NoProgress]:
     """Show one line per run on stderr: its name, bar, steps, loss, tokens per second and time left."""
     try:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
     except ModuleNotFoundError:
         yield NoProgress()
         return
-    # In a notebook, as in a file: one line per finished run, since bars would need ipywidgets.
-    console = Console(stderr=True, force_jupyter=False, force_terminal=sys.stderr.isatty())
+    terminal = console(stderr=True)
     steps = (TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[loss]}"))
     wide = (TextColumn("{task.description:<20}"), BarColumn(bar_width=24), *steps,
             TextColumn("{task.fields[speed]}"), TimeRemainingColumn())  # fmt: skip
     narrow = (TextColumn("{task.description}", table_column=Column(overflow="fold")), *steps)
-    with Progress(*(wide if console.width >= WIDE else narrow), console=console) as progress:
+    with Progress(*(wide if terminal.width >= WIDE else narrow), console=terminal) as progress:
         yield progress

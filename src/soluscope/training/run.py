@@ -28,7 +28,7 @@ from soluscope.config import Config, differences
 from soluscope.data.cache import SPLITS, Split, TokenCache, prepare, share_with_study
 from soluscope.data.streams import evenly_spaced
 from soluscope.errors import Stopped, UserError
-from soluscope.files import write_text
+from soluscope.files import checksum, reason, write_text
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm
 from soluscope.runs.folder import Run
@@ -43,7 +43,7 @@ from soluscope.runs.weights import (
 )
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
-from soluscope.training.device import on_cuda, set_threads, with_precision
+from soluscope.training.device import check_memory, on_cuda, set_threads, with_precision
 from soluscope.training.init_from import origin_of
 from soluscope.training.module import TrainingModule
 from soluscope.training.processes import (
@@ -74,6 +74,7 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
             diverges.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
+    check_memory(config)
     config = with_precision(config)
     set_threads(config)
     run = Run(config.run_dir)
@@ -123,12 +124,20 @@ def _train_claimed(
         callback = TrainingCallback(config, shown, tracker)
         trainer.callbacks.append(callback)
         with quiet_lightning(), stops_held_back():
-            trainer.fit(
-                module,
-                datamodule=Batches(config, cache, trainer.global_rank),
-                ckpt_path=run.checkpoint if state == "resume" else None,
-                weights_only=True,
-            )
+            try:
+                trainer.fit(
+                    module,
+                    datamodule=Batches(config, cache, trainer.global_rank),
+                    ckpt_path=run.checkpoint if state == "resume" else None,
+                    weights_only=True,
+                )
+            except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+                if state != "resume" or callback.has_begun:
+                    raise
+                raise UserError(
+                    f"cannot resume from the checkpoint {run.checkpoint} ({reason(error)}): delete it to train "
+                    "the run from step 0"
+                ) from error
         if not trainer.is_global_zero:
             return
         if callback.stopped:
@@ -206,7 +215,7 @@ def _finish(
     n_rows = len(cache.rows("train", config.model.ctx))
     done = losses | {
         "steps": facts.steps, "tokens": facts.tokens, "seconds": round(seconds, 1),
-        "weights_bytes": run.weights.stat().st_size,
+        "weights_bytes": run.weights.stat().st_size, "weights_sha256": checksum(run.weights),
         "epochs": round(config.train.steps * config.train.batch_size / n_rows, 3),
     }  # fmt: skip
     tracker.finish(done, asdict(facts))

@@ -12,6 +12,7 @@ from soluscope.data.streams import evenly_spaced
 from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_rms
+from soluscope.reading import for_seed
 from soluscope.runs.folder import Run
 from soluscope.training.batches import batch_rows
 
@@ -40,7 +41,7 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
             content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
             gain = gain_matching_rms(norm, content, config.mid.epsilon(config.model.d_mlp))
         elif isinstance(gain, str):
-            gain = mean_gain(Path(gain.format(seed=config.seed)), index, cache)
+            gain = mean_gain(Path(for_seed(gain, config.seed)), index, cache)
         norm.gain.fill_(gain)
 
 

@@ -1,6 +1,7 @@
 """A run in wandb: its curves and its model, tracked online, offline or not at all.
 
-runs/<study>/<run>/wandb.json  id of the wandb run, so that a resumed run and its probes continue it
+runs/<study>/<run>/wandb.json  id of the wandb run, so that a resumed run and its probes continue it; signed with
+                               a key of this user that lies outside the study
 runs/<study>/<run>/wandb/      wandb's own files; `wandb sync` uploads the files of an offline run
 
 wandb never affects training: if wandb fails, one warning appears on stderr and the run continues. The
@@ -9,23 +10,32 @@ package is imported only when it is needed, and never with wandb=off.
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 import re
 import secrets
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from soluscope.config import Config
+from soluscope.config import Config, for_others, read_config, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import digest, write_text
-from soluscope.wandb_client import PROJECT, is_disabled, one_line, package, sign_in
-
-Mode = Literal["online", "offline", "off"]
+from soluscope.files import digest, read_json, write_text
+from soluscope.terminal import say
+from soluscope.wandb_client import (
+    ANONYMOUS,
+    PROJECT,
+    Mode,
+    allowed,
+    limited,
+    one_line,
+    package,
+    sign_in,
+)
 
 FLUSH_SECONDS = 0.1
 """Seconds between flushes of an offline run. With wandb's default, 15, a SIGKILL would lose 15 seconds."""
@@ -42,11 +52,12 @@ IDENTITY = "wandb.json"
 
 
 def check_login(chosen: Mode | None) -> None:
-    """Refuse an explicit `wandb=online` or `wandb=offline` that cannot work here.
+    """Refuse an explicit `wandb=online` or `wandb=offline` that cannot work here, unless the environment limits it.
 
     Raises:
         UserError: if wandb is not installed; or, with `online`, if there is no key or the server refuses it.
     """
+    chosen = chosen and limited(chosen)
     if chosen == "online":
         sign_in("wandb=online", "set wandb=offline")
     elif chosen == "offline":
@@ -61,13 +72,11 @@ def check_login(chosen: Mode | None) -> None:
 def mode_of(chosen: Mode | None) -> Mode:
     """Return the mode that `wandb=` means on this machine, without any request to a server.
 
-    If `wandb` is unset, wandb's own settings determine the mode. A problem with them prints a warning and
-    raises no error.
+    The environment and the command `wandb offline` limit it. If `wandb` is unset, wandb's own settings determine
+    the mode. A problem with them prints a warning and raises no error.
     """
-    if chosen is not None:
-        return chosen
-    if os.environ.get("WANDB_MODE") == "disabled" or is_disabled():
-        return "off"
+    if chosen is not None or allowed() == "off":
+        return limited(chosen or "off")
     try:
         package()
         from wandb.sdk import wandb_setup
@@ -76,7 +85,7 @@ def mode_of(chosen: Mode | None) -> Mode:
         mode = wandb_setup.singleton().settings.mode
         if mode == "disabled":
             return "off"
-        return "online" if mode == "online" and _credentials() else "offline"
+        return limited("online" if mode == "online" and _credentials() else "offline")
     except ImportError:
         return "off"
     except Exception as error:  # for example, a key of the wrong length
@@ -202,9 +211,9 @@ def start(config: Config, run_dir: Path, tell: bool = False) -> Tracker:
         now = {"id": run.id, "project": run.project, "entity": run.entity or known.get("entity")}
         is_new = known.get("id") != run.id
         if is_new:
-            write_text(run_dir / IDENTITY, json.dumps(now | {"config": config.hash}) + "\n")
+            write_identity(run_dir, now | {"config": config.hash, "wandb": config.wandb})
         if tell and run.url:
-            print(f"wandb: {run_dir.name} is at {run.url}", file=sys.stderr)
+            say(f"wandb: {run_dir.name} is at {run.url}")
         return Tracker(run, run_dir, is_new)
     except Exception as error:
         _warn(f"{run_dir.name} is not tracked: {one_line(error)}")
@@ -235,17 +244,58 @@ def _init(config: Config, run_dir: Path, known: Mapping[str, Any], mode: Mode) -
             finish_timeout=FINISH_SECONDS,
             finish_timeout_raises=True,
             x_transaction_log_flush_interval=FLUSH_SECONDS,
+            **ANONYMOUS,
         ),
     )
 
 
 def identity(run_dir: Path) -> dict[str, Any]:
-    """Return the content of wandb.json; empty if the file is missing or broken."""
+    """Return the content of wandb.json if this user has written it here; empty for any other file, or none.
+
+    A run that was received from another person thus has no identity: its wandb.json could name any project.
+    """
     try:
-        known = json.loads((run_dir / IDENTITY).read_text(encoding="utf8"))
-    except (OSError, ValueError):
+        known = read_json(run_dir / IDENTITY, dict[str, Any], "")
+        signature = str(known.pop("signature", ""))
+        is_own = hmac.compare_digest(signature.encode(), _signature(known).encode())
+    except (OSError, UserError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return known if is_own else {}
+
+
+def write_identity(run_dir: Path, known: Mapping[str, Any]) -> None:
+    """Write wandb.json, signed. Without a folder for the key it has no signature, so that nothing continues it.
+
+    Raises:
+        UserError: if the run's folder cannot be written.
+    """
+    content = dict(known)
+    with suppress(OSError):
+        content["signature"] = _signature(known)
+    write_text(run_dir / IDENTITY, json.dumps(content) + "\n")
+
+
+def _signature(known: Mapping[str, Any]) -> str:
+    message = json.dumps(known, sort_keys=True).encode()
+    return hmac.new(_key(), message, "sha256").hexdigest()
+
+
+def _key() -> bytes:
+    """Return the random key of this user on this machine, created at the first use.
+
+    Raises:
+        OSError: if the user has no such folder.
+    """
+    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "soluscope"
+    path = folder / "key"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=folder) as made:  # only its owner may read it
+            made.write(secrets.token_bytes(32))
+            made.flush()
+            with suppress(FileExistsError):  # another process was faster
+                os.link(made.name, path)
+    return path.read_bytes()
 
 
 def _config(config: Config) -> dict[str, Any]:
@@ -264,14 +314,17 @@ def _config(config: Config) -> dict[str, Any]:
         "lr": train.lr, "kappa": mid.epsilon(model.d_mlp) * model.d_mlp**2 if dosed else None,
         "gain": gain, "d_model": model.d_model, "d_mlp": model.d_mlp, "n_layers": model.n_layers,
         "ctx": model.ctx, "steps": train.steps, "batch_size": train.batch_size,
-        "tokens": train.steps * train.batch_size * model.ctx, "resolved": asdict(config),
+        "tokens": train.steps * train.batch_size * model.ctx, "resolved": for_others(asdict(config)),
     }  # fmt: skip
 
 
 def _model_artifact(run_dir: Path, facts: Mapping[str, Any]) -> Any:
     name = _shortened(re.sub(r"[^A-Za-z0-9_.-]", "-", f"{facts['study']}-{facts['run']}"))
     artifact = package().Artifact(name, type="model", metadata=dict(facts))
-    paths = [run_dir / file for file in ("model.safetensors", "model.json", "config.yaml")]
+    config = read_config(run_dir / "config.yaml")
+    with artifact.new_file("config.yaml", encoding="utf8") as file:
+        file.write(to_yaml(for_others(asdict(config))))
+    paths = [run_dir / file for file in ("model.safetensors", "model.json")]
     for path in (*paths, run_dir.parent / "tokenizer.json"):
         # skip_cache=True, because by default wandb first copies every model into the home folder.
         artifact.add_file(str(path.resolve()), policy="immutable", skip_cache=True)
@@ -305,4 +358,4 @@ def _abandon(run: Any) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: wandb: {message}", file=sys.stderr)
+    say(f"warning: wandb: {message}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from soluscope.errors import UserError
-from soluscope.reading import FilePath
+from soluscope.reading import FilePath, only_seed_in_braces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,12 +69,7 @@ class StaticParams(LayerNormParams):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.gain, str):
-            try:
-                self.gain.format(seed=0)
-            except (KeyError, IndexError, ValueError) as error:
-                raise UserError(
-                    f"mid.gain={self.gain}: remove all braces except {{seed}}, the only placeholder"
-                ) from error
+            only_seed_in_braces("mid.gain", self.gain)
         elif not self.gain > 0:
             raise UserError(
                 f"mid.gain={self.gain} must be above 0, 'init', or a finished run's folder"

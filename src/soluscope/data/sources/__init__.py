@@ -6,10 +6,11 @@ is imported before `documents` is called, so that `--help` can list every source
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from soluscope.terminal import say
 
 Skip = Callable[[str, str], None]
 """A function that receives the name of a skipped item (a file, or a line of a file) and the reason."""
@@ -25,7 +26,7 @@ class Document:
 
 def warn(what: str, why: str) -> None:
     """Print the name of a skipped item and the reason on stderr."""
-    print(f"skipped {what}: {why}", file=sys.stderr)
+    say(f"skipped {what}: {why}")
 
 
 def text_at(record: Any, field: str) -> str | None:

@@ -3,6 +3,10 @@
 // no width.
 (() => {
   const waiting = new Set(document.querySelectorAll(".plot"));
+  for (const box of waiting) {
+    box.style.minWidth = box.dataset.width + "px";
+    box.style.height = box.dataset.height + "px";
+  }
   const draw = box => {
     if (!waiting.delete(box)) return;
     const figure = JSON.parse(box.nextElementSibling.textContent);

@@ -1,0 +1,399 @@
+"""Every file of a finished study, damaged in every way: no traceback, no hang, nothing written elsewhere.
+
+The study is trained, probed and reported. In each case one of its files is damaged, and the commands that read
+the file run again. They must give the same results, or name the file or its run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import struct
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import tiny_config, train_silently
+
+from soluscope.commands import run
+
+pytestmark = pytest.mark.slow
+
+SEED = 13
+N_PARTS = 8
+"""Parts into which the cases are divided, so that several processes can share them."""
+HANGS_AFTER_CPU_S = 30
+HANGS_AFTER_S = 300
+"""Limits of one command. Both are far above its usual few seconds, because a machine may be busy."""
+RUN = "solu_ln-s0"
+PROBE = ("probes=[engagement,gain_variation]", "n_tokens=600", "n_loss_tokens=1000", "n_draws=100")
+HOSTILE = "../../x\x1b]0;title\x07\x1b[31m<script>alert(1)</script>${oc.env:HOME}{seed}'\"\\\u202e"
+VALUES: dict[str, Any] = {
+    "null": None, "true": True, "negative": -1, "huge": 10**400, "large": 10**30, "float": 1e308,
+    "hostile": HOSTILE, "surrogate": "\ud800", "list": [1], "object": {"a": {"b": []}},
+}  # fmt: skip
+"""Values that are put in the place of a value of a file."""
+FREE = {"commit", "versions", "device", "role", "twin", "chain", "hooked_act_fn"}
+"""Keys of model.json that state the origin of a run; another plausible value cannot be recognised."""
+
+
+@dataclass(frozen=True)
+class Case:
+    file: str
+    """Path in the study."""
+    damage: str
+    apply: Callable[[Path], None]
+
+
+# --- damages --------------------------------------------------------------------------------------
+
+
+def whole_file(content: bytes, rng: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Yield what a file may contain instead of `content`."""
+    half = rng.randrange(1, max(2, len(content)))
+    flipped = bytearray(content)
+    flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+    yield "empty", b""
+    yield "cut", content[:half]
+    yield "cut by a byte", content[:-1]
+    yield "longer", content + b"\0"
+    yield "zeros", bytes(len(content))
+    yield "noise", rng.randbytes(len(content))
+    yield "a flipped bit", bytes(flipped)
+    yield "no UTF-8", b"\xff\xfe" + content
+    yield "another type", b"[3]\n"
+    yield "an empty object", b"{}\n"
+    yield "a text", json.dumps(HOSTILE).encode()
+    yield "a huge number", b"1" + b"0" * 400 + b"\n"
+    yield "deep nesting", b"[" * 100_000
+    yield "deep objects", b'{"kind":' * 50_000 + b"1" + b"}" * 50_000 + b"\n"
+
+
+def written(content: bytes) -> Callable[[Path], None]:
+    return lambda path: void(path.write_bytes(content))
+
+
+def void(_: object) -> None:
+    """Make an expression of a call whose value is not needed."""
+
+
+def linked_outside(path: Path) -> None:
+    """Move a file out of the study, and leave a link to it."""
+    target = _outside(path) / path.name
+    shutil.move(path, target)
+    path.symlink_to(target)
+
+
+def _outside(path: Path) -> Path:
+    root = next(each for each in path.parents if each.name == "runs").parent
+    return root / "outside"
+
+
+def linked_to_secret(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(_outside(path) / "secret.txt")
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(_outside(path) / "not there")
+
+
+def made_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def made_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+PLACES = {
+    "link to a copy": linked_outside, "link to a secret": linked_to_secret, "dangling link": dangling,
+    "folder": made_a_folder, "pipe": made_a_pipe, "removed": Path.unlink,
+}  # fmt: skip
+
+
+def with_value(content: Any, keys: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy of nested dicts and lists with another value at the place `keys`."""
+    if not keys:
+        return value
+    changed = dict(content) if isinstance(content, dict) else list(content)
+    changed[keys[0]] = with_value(content[keys[0]], keys[1:], value)
+    return changed
+
+
+def leaves(content: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the places of all values in nested dicts, and in the first item of lists."""
+    items = content.items() if isinstance(content, dict) else list(enumerate(content))[:1]
+    for key, value in items:
+        yield (*above, key)
+        if isinstance(value, dict | list) and value:
+            yield from leaves(value, (*above, key))
+
+
+def dumped(content: Any) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def values_of(path: Path, rng: random.Random, n: int) -> Iterator[tuple[str, bytes]]:
+    """Yield `n` versions of a JSON, JSONL or YAML file with one other value each."""
+    text = path.read_text()
+    for _ in range(n):
+        name = rng.choice([*VALUES])
+        if path.suffix == ".jsonl":
+            lines = text.splitlines()
+            number = rng.randrange(len(lines))
+            row = json.loads(lines[number])
+            keys = rng.choice([*leaves(row)]) if isinstance(row, dict) else ()
+            lines[number] = json.dumps(with_value(row, keys, VALUES[name]))
+            yield f"{number}/{keys} {name}", "\n".join(lines).encode() + b"\n"
+            continue
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        places = [keys for keys in leaves(content) if not {*keys} & FREE]
+        keys = rng.choice(places)
+        changed = with_value(content, keys, VALUES[name])
+        if path.suffix == ".yaml":
+            yield f"{keys} {name}", yaml.safe_dump(changed, allow_unicode=False).encode()
+        else:
+            yield f"{keys} {name}", dumped(changed)
+
+
+class Command:
+    """An object whose unpickling runs a command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ('touch "$TAMPERED"',)
+
+
+def of_format(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield damages that keep a binary file's format."""
+    if path.name.endswith(".tokens"):
+        tokens = np.fromfile(path, np.uint16)
+        yield "shuffled", written(np.random.default_rng(SEED).permutation(tokens).tobytes())
+        yield "tokens beyond the vocabulary", written(np.full_like(tokens, 65_535).tobytes())
+    if path.suffix == ".npy":
+        offsets = np.load(path)
+        yield "objects", lambda at: np.save(at, np.array([{}] * len(offsets), dtype=object))
+        yield "decreasing", lambda at: np.save(at, np.r_[offsets[:1], -offsets[1:-1], offsets[-1:]])
+        yield "floats", lambda at: np.save(at, offsets.astype(float))
+        yield "wide", lambda at: np.save(at, np.stack([offsets, offsets]))
+        head = b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999,), }"
+        yield "huge shape", written(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head)
+        yield "pickle", written(pickle.dumps(Command()))
+    if path.suffix == ".safetensors":
+        content = path.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        head = json.loads(content[8 : 8 + size])
+        name = next(key for key in head if key != "__metadata__")
+        for what, value in (
+            ("shape", [2**40, 2**40]),
+            ("dtype", "U8"),
+            ("data_offsets", [0, 2**62]),
+        ):
+            changed = json.dumps(with_value(head, (name, what), value)).encode().ljust(size)
+            yield (
+                f"other {what}",
+                written(struct.pack("<Q", len(changed)) + changed + content[8 + size :]),
+            )
+        yield "huge header", written(struct.pack("<Q", 2**63) + content[8:])
+        nan = np.full((len(content) - 8 - size) // 4, np.nan, np.float32).tobytes()
+        yield "nan", written(content[: 8 + size] + nan)
+        yield (
+            "negated",
+            written(
+                content[: 8 + size] + (-np.frombuffer(content[8 + size :], np.float32)).tobytes()
+            ),
+        )
+        yield "pickle", written(pickle.dumps(Command()))
+    if path.name == "loss.parquet":
+        table = pd.read_parquet(path)
+        for column, value in (
+            ("loss_sum", np.nan), ("loss_sum", "x"), ("loss_sum", np.inf), ("n_tokens", 0), ("n_tokens", -5),
+            ("split", HOSTILE), ("arm", HOSTILE), ("seed", 10**9), ("document", 3), ("variant", None),
+            ("run", "other"),
+        ):  # fmt: skip
+            changed = table.assign(**{column: value})
+            yield f"{column}={value!r:.20}", changed.to_parquet
+        yield "no column", table.drop(columns="n_tokens").to_parquet
+        yield "no rows", table.iloc[:0].to_parquet
+        yield "half the rows", table[table["split"] == "select"].to_parquet
+    if path.suffix == ".ckpt":
+        yield "pickle", written(pickle.dumps(Command()))
+        yield "pickled object", written(pickle.dumps({"state_dict": Command()}))
+
+
+N_VALUES = {
+    "model.json": 14, "results.jsonl": 14, "config.yaml": 10, "meta.json": 10, "done.json": 8, "data.json": 6,
+}  # fmt: skip
+"""Number of single values that are replaced in a file of this name; 4 in any other."""
+
+
+def cases(study: Path, every: bool = False) -> list[Case]:
+    """Return the cases, the same ones every time: of each file some damages, or with `every` all of them."""
+    rng = random.Random(SEED)
+    found: list[Case] = []
+    for path in sorted(path for path in study.rglob("*") if path.is_file()):
+        name = path.relative_to(study).as_posix()
+        if name.startswith("solu-s0/") or path.name.endswith("lock"):
+            continue  # the other run stays whole
+        damages = [(what, written(content)) for what, content in whole_file(path.read_bytes(), rng)]
+        damages = damages if every else rng.sample(damages, 5)
+        damages += PLACES.items() if every else rng.sample([*PLACES.items()], 2)
+        damages += of_format(path)
+        if path.suffix in {".json", ".jsonl", ".yaml"} and path.name != "tokenizer.json":
+            n_values = N_VALUES.get(path.name, 4) * (4 if every else 1)
+            damages += [(what, written(new)) for what, new in values_of(path, rng, n_values)]
+        found += [Case(name, what, apply) for what, apply in damages]
+    return found
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+class Hangs(BaseException):
+    """The error of a command that does not end."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise Hangs
+
+    before = [signal.signal(each, stop) for each in (signal.SIGPROF, signal.SIGALRM)]
+    signal.setitimer(signal.ITIMER_PROF, HANGS_AFTER_CPU_S)
+    signal.alarm(HANGS_AFTER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        signal.signal(signal.SIGPROF, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+
+
+def answer(name: str, *words: str | Path) -> int:
+    """Run a command in this process and return its exit status."""
+    try:
+        with limited():
+            run(name, [str(word) for word in words])
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+def commands_for(case: Case, study: Path, out: Path) -> list[tuple[str | Path, ...]]:
+    """Return the commands that read the damaged file."""
+    name, run_dir = Path(case.file).name, study / RUN
+    probe = ("probe", study, *PROBE)
+    if name in {"results.jsonl", "report.html"}:
+        return [("report", study)]
+    if name == "last.ckpt":
+        (run_dir / "done.json").unlink()
+        return [("train", run_dir / "config.yaml", f"runs_dir={study.parent}")]
+    if name == "metrics.jsonl":
+        (run_dir / "probes" / "training.jsonl").unlink()
+        return [("sweep", "--status", study), probe, ("report", study)]
+    if "probes" in case.file or ".controls" in case.file:
+        return [probe]
+    (run_dir / "probes" / "loss.jsonl").unlink()  # so that the model and the tokens are read
+    if name in {"done.json", "config.yaml"}:
+        return [probe, ("export", run_dir, out), ("sweep", "--status", study)]
+    if name in {"model.json", "model.safetensors", "tokenizer.json"}:
+        return [probe, ("export", run_dir, out)]
+    return [probe]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a study of two runs, trained, probed with two probes, and reported."""
+    runs = tmp_path_factory.mktemp("tampering") / "runs"
+    for variant in ("solu", "solu_ln"):
+        train_silently(tiny_config(runs, "study=small", f"variant={variant}"))
+    assert answer("probe", runs / "small", *PROBE) == 0
+    assert answer("report", runs / "small") == 0
+    return runs / "small"
+
+
+def test_there_are_enough_cases(study: Path) -> None:
+    assert len(cases(study)) >= 300
+    assert [(case.file, case.damage) for case in cases(study)] == [
+        (case.file, case.damage) for case in cases(study)
+    ]
+
+
+def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
+    """Yield the problems of the commands after a copy of the study in the new folder `root` was damaged."""
+    expected = (study / "results.jsonl").read_bytes()
+    copy, outside = root / "runs" / study.name, root / "outside"
+    results = copy / "results.jsonl"
+    shutil.copytree(study, copy)
+    outside.mkdir()
+    (outside / "secret.txt").write_text("aws_secret_access_key = hunter2\n")
+    case.apply(copy / case.file)
+    before = snapshot(outside)
+    for command in commands_for(case, copy, root / "exported"):
+        told = f"{case.file}, {case.damage}, {command[0]}"
+        errors = io.StringIO()
+        try:
+            with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+                status = answer(*command)  # type: ignore[arg-type]
+        except Hangs:
+            yield f"{told}: hangs"
+            return
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            yield f"{told}: {type(error).__name__}: {str(error)[:200]} at {place}"
+            continue
+        text = errors.getvalue()
+        refusals = [line for line in text.splitlines() if line.startswith("error: ")]
+        if status not in (0, 2):
+            yield f"{told}: status {status}"
+        if status == 2 and (len(refusals) != 1 or not text.endswith(refusals[0] + "\n")):
+            yield f"{told}: the error is not one line: {text[-300:]!r}"
+        is_named = Path(case.file).name in text or RUN in text
+        if status == 2 and not is_named:
+            yield f"{told}: does not name the file: {text[-300:]!r}"
+        if command[0] == "probe" and not is_named and results.read_bytes() != expected:
+            yield f"{told}: silently other results"
+    if snapshot(outside) != before:
+        yield f"{case.file}, {case.damage}: wrote outside"
+    if Path(os.environ["TAMPERED"]).exists():
+        yield f"{case.file}, {case.damage}: executed"
+    exported = snapshot(root / "exported") if (root / "exported").is_dir() else {}
+    if any(b"hunter2" in content for content in exported.values()):
+        yield f"{case.file}, {case.damage}: the secret was exported"
+    if left := [path.name for path in copy.rglob("*.part")]:
+        yield f"{case.file}, {case.damage}: litter {left}"
+
+
+@pytest.mark.parametrize("part", range(N_PARTS))
+def test_a_damaged_file_is_named_and_changes_no_number(
+    part: int, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAMPERED", str(tmp_path / "executed"))
+    problems: list[str] = []
+    for case in cases(study)[part::N_PARTS]:
+        problems += problems_of(case, study, tmp_path / "case")
+        shutil.rmtree(tmp_path / "case")
+    assert not problems, "\n".join(problems)
