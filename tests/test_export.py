@@ -451,13 +451,13 @@ def test_no_file_of_an_export_names_a_folder_of_this_machine(study, pushed):
 
 
 def test_an_environment_variable_that_a_received_run_names_is_not_exported(received, monkeypatch):
-    monkeypatch.setenv("SECRET", "hf_secret")
-    text = (received / "config.yaml").read_text().replace("init_from: null", "init_from: ${SECRET}")
+    monkeypatch.setenv("PLACE", "hf_secret")
+    text = (received / "config.yaml").read_text().replace("init_from: null", "init_from: ${PLACE}")
     (received / "config.yaml").write_text(text)
     export(received, received.parents[1] / "out")
     exported = tree(received.parents[1] / "out")
     assert not [name for name, content in exported.items() if b"hf_secret" in content]
-    assert b"init_from: ${SECRET}" in exported["config.yaml"]
+    assert b"init_from: ${PLACE}" in exported["config.yaml"]
 
 
 # --- the card -------------------------------------------------------------------------------------
