@@ -28,6 +28,7 @@ from soluscope.results import (
     Setting,
     Step,
     Term,
+    Untrained,
     Verdict,
     of_kind,
 )
@@ -374,9 +375,9 @@ def test_a_second_per_token_variant_has_its_own_gain_static_arm_and_chain():
     primary = [row for row in terms(rows, Term.STATIC) if row.p_adj is not None]
     assert {row.arm for row in primary} == {"solu_ln", "solu_rms"}
 
-    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
-    pairs = {(row.arm, row.against) for row in confirm([*probed, *rows], {"specificity": "A"})}
-    assert pairs == {("solu_ln", "solu_frozen_ln"), ("solu_rms", "solu_frozen_rms")}
+    probed = [row for arm in arms for row in trained(arm, [1.0] * 3)]
+    found = {row.arm for row in confirm([*probed, *rows], {"specificity": "A"})}
+    assert found == {"solu_ln", "solu_rms"}
 
 
 def test_the_reference_is_the_best_baseline_that_has_none_before_it():
@@ -434,15 +435,17 @@ def test_too_few_documents_give_no_interval_and_no_phi():
     assert "19 documents are too few for an interval" in find(rows, Term.SHARE).note
 
 
-def measurements(arm, values, quantity="A", probe="specificity"):
-    return [
-        Measurement(
-            study="s", probe=probe, quantity=quantity, value=value, unit="share", commit="c",
-            run=f"{arm}-s{seed}", arm=arm, variant=arm.split("-")[0], seed=seed, stream=stream,
-        )
-        for seed, by_stream in enumerate(values)
-        for stream, value in by_stream.items()
-    ]  # fmt: skip
+def trained(arm, changes, quantity="A", probe="specificity"):
+    """Return a probe's numbers in an arm's runs, and the changes by training, one per seed; None: undefined."""
+    made = []
+    for seed, change in enumerate(changes):
+        about = {
+            "study": "s", "probe": probe, "quantity": quantity, "unit": "share", "commit": "c",
+            "run": f"{arm}-s{seed}", "arm": arm, "variant": arm.split("-")[0], "seed": seed,
+            "stream": "natural",
+        }  # fmt: skip
+        made += [Measurement(**about, value=1.0), Untrained(**about, value=0.5, difference=change)]
+    return made
 
 
 def settings_of(*arms, **lineages):
@@ -451,72 +454,41 @@ def settings_of(*arms, **lineages):
     return of_kind(made, Setting)
 
 
-def test_a_probe_is_confirmed_by_pairs_of_seeds_with_the_static_twin():
-    """Differences .1, .2, .3, .4, .5, .6 at six seeds: p = 2 / 2^6, which Holm doubles for two tests."""
-    ln = [{"natural": 0.2 + 0.1 * s, "code": 0.0 + 0.1 * s} for s in range(6)]
-    static = [{"natural": 0.0, "code": 0.0} for _ in range(6)]
+def test_a_probe_is_confirmed_by_what_training_changed():
+    """Changes .1, .2, .3, .4, .5, .6 at six seeds: p = 2 / 2^6, which Holm multiplies by the three tests."""
     rows = [
-        *measurements("solu_ln", ln), *measurements("solu_frozen_ln", static),
-        *measurements("solu_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
-        *measurements("solu_frozen_ln", [{"natural": 1.0}] * 6, "B", "scale_patching"),
+        *trained("solu_ln", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        *trained("solu_ln", [0.0] * 6, "B", "scale_causes"),
+        *trained("solu_ln", [None] * 6, "C", "gain_variation"),
+        *trained("solu_frozen_ln", [1.0] * 6),
         *settings_of("solu_ln", "solu_frozen_ln"),
-    ]  # fmt: skip
-    first, second = confirm(rows, {"specificity": "A", "scale_patching": "B"})
+    ]
+    asked = {"specificity": "A", "scale_causes": "B", "gain_variation": "C", "rotation": "D"}
+    first, second, third = confirm(rows, asked)
     assert (first.term, first.probe, first.quantity) == (Term.PROBE, "specificity", "A")
-    assert first.value == pytest.approx(np.mean([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]))
-    assert (first.p, first.p_adj) == pytest.approx((2 / 64, 4 / 64))
+    assert (first.arm, first.value) == ("solu_ln", pytest.approx(0.35))
+    assert (first.p, first.p_adj) == pytest.approx((2 / 64, 6 / 64))
+    assert (first.cluster, first.n) == ("seed", 6)
     assert (second.value, second.p, second.p_adj) == (0, 1, 1)
-    assert (first.cluster, first.n, first.against) == ("seed", 6, "solu_frozen_ln")
+    # An undefined number stays in the family, which must not depend on the results.
+    assert (third.value, third.p, third.p_adj) == (None, None, 1)
+    assert "undefined" in third.note
 
 
-def test_what_the_static_twin_does_not_have_is_not_confirmed():
-    rows = measurements("solu_ln", [{"natural": 1.0}] * 3)
-    rows += measurements("solu_frozen_ln", [{"natural": None}] * 3)
-    rows += settings_of("solu_ln", "solu_frozen_ln")
-    assert confirm(rows, {"specificity": "A"}) == []
+def test_a_study_without_numbers_before_training_confirms_nothing():
+    rows = [row for row in trained("solu_ln", [0.1] * 3) if isinstance(row, Measurement)]
+    assert confirm([*rows, *settings_of("solu_ln")], {"specificity": "A"}) == []
 
 
-def test_a_probe_is_not_confirmed_across_sizes_nor_at_a_rate_that_was_not_chosen():
-    arms = {"solu_ln-d64": 3.02, "solu_ln-d128": 2.52, "solu_frozen_ln-d64": 3.04}
-    arms |= {"solu_frozen_ln-d128-lr1": 2.54, "solu_frozen_ln-d128-lr2": 2.60}
+def test_a_probe_is_confirmed_in_each_arm_at_its_chosen_rate():
+    arms = {"solu_ln-d64": 3.02, "solu_ln-d128-lr1": 2.52, "solu_ln-d128-lr2": 2.58}
     told = {arm: LARGE if "d128" in arm else {} for arm in arms}
-    for arm, lr in (("solu_frozen_ln-d128-lr1", 0.001), ("solu_frozen_ln-d128-lr2", 0.002)):
-        told[arm] = LARGE | {"lr": lr, "family": "solu_frozen_ln-d128"}
+    for arm, lr in (("solu_ln-d128-lr1", 0.001), ("solu_ln-d128-lr2", 0.002)):
+        told[arm] = LARGE | {"lr": lr, "family": "solu_ln-d128"}
     compared = compare("s", make_losses(arms, 3, settings=told), "c")
-    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
-    assert {
-        (row.arm, row.against) for row in confirm([*probed, *compared], {"specificity": "A"})
-    } == {
-        ("solu_ln-d64", "solu_frozen_ln-d64"),
-        ("solu_ln-d128", "solu_frozen_ln-d128-lr1"),
-    }
-
-
-def two_kappas(told: dict[str, dict[str, float]]) -> set[tuple[str, str]]:
-    """Return the confirmed pairs of LayerNorm at two kappas and static arms with these settings."""
-    told = {"solu_ln-a": {"kappa": 4e-5}, "solu_ln-b": {"kappa": 41.94}} | told
-    arms = {arm: 3.0 + 0.01 * i for i, arm in enumerate(told)}
-    compared = compare("s", make_losses(arms, 3, settings=told), "c")
-    probed = [row for arm in arms for row in measurements(arm, [{"natural": 1.0}] * 3)]
-    return {(row.arm, row.against) for row in confirm([*probed, *compared], {"specificity": "A"})}
-
-
-def test_a_probe_is_confirmed_against_the_twin_of_the_same_kappa():
-    """The gain of the third static arm was set as a number, so this arm is not a twin."""
-    static = {
-        "solu_frozen_ln-a": {"gain": 310.0, "gain_of_kappa": 4e-5},
-        "solu_frozen_ln-b": {"gain": 39.0, "gain_of_kappa": 41.94},
-        "solu_frozen_ln-gain4": {"gain": 4.0},
-    }
-    assert two_kappas(static) == {
-        ("solu_ln-a", "solu_frozen_ln-a"),
-        ("solu_ln-b", "solu_frozen_ln-b"),
-    }
-
-
-def test_where_the_kappa_of_a_static_arm_is_not_known_each_is_a_twin():
-    static = {"solu_frozen_ln-a": {"gain": 310.0}, "solu_frozen_ln-b": {"gain": 39.0}}
-    assert len(two_kappas(static)) == 4
+    probed = [row for arm in arms for row in trained(arm, [1.0] * 3)]
+    found = confirm([*probed, *compared], {"specificity": "A"})
+    assert {row.arm for row in found} == {"solu_ln-d64", "solu_ln-d128-lr1"}
 
 
 # ---------------------------------------------------------------- sizes
@@ -866,13 +838,15 @@ def test_an_arm_of_two_settings_is_refused(name):
         compare("study", losses, "abc")
 
 
-def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tmp_path):
+def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tiny_study, tmp_path):
+    trained = tiny_study / "solu_ln-s0"
+
     def settings(**changes):
         """Return the settings that the suite reads from the folder of a run with these words."""
         words = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
         config = tiny_config(tmp_path, "variant=solu_ln", *words)
-        facts = {field.name: None for field in fields(Facts)}
-        facts |= {"chain": [], "eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
+        facts = json.loads((trained / "model.json").read_text())
+        facts |= {"eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))

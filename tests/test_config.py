@@ -25,6 +25,7 @@ from soluscope.config import (
     for_others,
     load_config,
     load_typed,
+    rate_origin,
     read_config,
     to_yaml,
 )  # fmt: skip
@@ -654,3 +655,28 @@ def test_settings_for_others_keep_the_last_part_of_a_path_and_lose_the_folders_o
 def test_a_windows_path_is_a_path_too():
     words = ["variant=solu_ln", "size=tiny", "data=files", r"corpus.paths=['C:\Users\me\a.txt']"]
     assert for_others(asdict(load_config(words)))["corpus"]["paths"] == ["a.txt"]
+
+
+# --- how a learning rate was chosen ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("variant=solu_ln", ""),
+        ("variant=solu_ln seed=7 study=x train.threads=1 wandb=off", ""),
+        ("variant=solu_ln train.lr=3e-3", "was set by hand"),
+        ("variant=solu_rms", "is that of size=demo, where solu_rms was not tuned"),
+        ("variant=solu_ln mid.kappa=4e-5", "was tuned with mid.kappa=41.94, here 4e-05"),
+        ("variant=solu_ln mid.kappa=41.94", ""),
+        ("variant=solu_gain mid.gain=8", "was tuned with mid.gain=init, here 8"),
+        ("variant=solu train.steps=1800", "was tuned with train.steps=900, here 1800"),
+        ("variant=solu model.d_mlp=512", "was tuned with model.d_mlp=256, here 512"),
+        ("variant=solu size=d128", "is that of size=d128, where solu was not tuned"),
+        ("variant=solu size=tiny", "was set by hand"),
+    ],
+)
+def test_a_rate_counts_as_tuned_only_for_the_settings_it_was_tuned_with(
+    words: str, why: str
+) -> None:
+    assert rate_origin(load_config(words.split())) == why

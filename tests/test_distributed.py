@@ -66,7 +66,9 @@ def together(alone: Run, runs_dir: Path) -> Run:
     assert first[0] == f"{run.dir} is finished\n"
     # Only the first process prints. torchrun of the second node may log that the first node's has left before it.
     assert second[0] == ""
-    assert [line for line in second[1].splitlines() if "torch/distributed/elastic" not in line] == []
+    assert [
+        line for line in second[1].splitlines() if "torch/distributed/elastic" not in line
+    ] == []
     return run
 
 

@@ -737,3 +737,81 @@ def test_c10_rotated_computes_what_its_classes_do_and_no_neuron_is_one_of_them()
     assert mid.abs().max() < 5
     # The rms is 6 / sqrt(32) = 1.06, and the values are spread like a Gaussian's.
     assert (mid.abs() > 0.6).double().mean() > 0.4
+
+
+# --- C14, C15 and C16 -----------------------------------------------------------------------------
+
+
+def least_static_kl(name: str) -> tuple[float, float]:
+    """Return the mean KL over the text of the best readout of mid at one gain, and of the best single distribution.
+
+    The readout is linear in mid with a bias, as every readout at one gain is. The problem is convex; at the
+    minimum that is found the gradient is below 5e-4.
+    """
+    model = built(name).model
+    log_p = _shell.logits(model)[1:, 1:].log_softmax(-1).numpy()
+    p, n = np.exp(log_p), len(log_p)
+    share = np.ones(n) / n
+    for _ in range(300):
+        share = share @ p  # to the stationary distribution
+    mid = by_token(name, MID)[1:].numpy()
+    u, sizes, _ = np.linalg.svd(np.hstack([mid / mid.max(), np.ones((n, 1))]), full_matrices=False)
+    features = u[:, sizes > 1e-12 * sizes[0]] * math.sqrt(n)
+
+    def value_and_slope(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        log_q = scipy.special.log_softmax(features @ flat.reshape(-1, n), axis=1)
+        slope = features.T @ (share[:, None] * (np.exp(log_q) - p))
+        return float((share[:, None] * p * (log_p - log_q)).sum()), slope.ravel()
+
+    found = minimize(value_and_slope, np.zeros(features.shape[1] * n), jac=True, method="L-BFGS-B",
+                     options={"maxiter": 2000, "maxfun": 4000})  # fmt: skip
+    assert abs(found.jac).max() < 5e-4
+    alike = share @ p
+    return found.fun, float((share[:, None] * p * (log_p - np.log(alike))).sum())
+
+
+def test_c14_has_a_low_r_at_most_tokens_and_a_gain_that_varies() -> None:
+    gain, r, is_b = (
+        content("ceiling", "gain"),
+        content("ceiling", "engagement"),
+        of_class("ceiling", "b"),
+    )
+    assert 0.65 < is_b.double().mean() < 0.8
+    assert torch.allclose(r[is_b], r.new_tensor(1 / 26), rtol=1e-9)
+    assert torch.allclose(r[~is_b], r.new_tensor(0.998492), rtol=1e-5)
+    assert gain[is_b].min() / gain[~is_b].max() == pytest.approx(25.25, abs=0.005)
+    mid = by_token("ceiling", MID)[1:]
+    assert ((mid[32:] > 0.01).sum(-1) == 8).all()
+    assert (mid[:32, :32] > 0.01).sum() == 32  # the same neurons
+
+
+def test_c14_needs_a_gain_for_each_token() -> None:
+    least, alike = least_static_kl("ceiling")
+    assert least == pytest.approx(0.107, abs=0.003)
+    assert alike == pytest.approx(0.326, abs=0.003)
+
+
+def test_c15_erases_the_height_of_a_code_of_one_neuron() -> None:
+    post = by_token("magnitude", POST)[1:]
+    assert torch.allclose(post[:32], post[32:], rtol=1e-6)
+    table = _shell.logits(built("magnitude").model)[1:, 1:]
+    assert torch.allclose(table[:32], table[32:], atol=1e-5)
+    mid = by_token("magnitude", MID)[1:]
+    assert ((mid > 1e-12).sum(-1) == 1).all()
+    gain, is_a = content("magnitude", "gain"), of_class("magnitude", "A")
+    assert gain[~is_a].min() / gain[is_a].max() == pytest.approx(148.83, abs=0.05)
+
+
+def test_c15_needs_a_gain_for_each_token() -> None:
+    least, alike = least_static_kl("magnitude")
+    assert least == pytest.approx(0.680, abs=0.003)
+    assert alike == pytest.approx(1.529, abs=0.003)
+    assert least_static_kl("smear_shared")[0] > 0.3
+
+
+def test_c16_depends_on_the_gain_only_with_the_final_scale_frozen() -> None:
+    assert cost("swallowed", frozen("swallowed")) < 1e-6
+    tokens = built("swallowed").streams["natural"].tokens
+    _, kept = built("swallowed").model.run_with_cache(tokens, names_filter=FINAL)
+    held: dict[str, Edit] = {**frozen("swallowed"), FINAL: lambda scale: kept[FINAL]}
+    assert cost("swallowed", held) > 1

@@ -640,6 +640,14 @@ def test_a_hostile_value_in_config_json_is_refused_in_one_line(key, value, tmp_p
 
 
 @pytest.mark.parametrize(
+    "source", ["../../etc", "a\nb", "a/b/c", "", "\x1b]0;x", "/etc", "x" * 10_000, "a/" + "b" * 200]
+)
+def test_a_tokenizer_name_that_is_no_repository_is_refused_in_one_line(source, tmp_path):
+    files = repository(config_of(tokenizer_name=source), weights_of(NEW))
+    assert_refused(write(tmp_path / "m", files), "tokenizer_name=")
+
+
+@pytest.mark.parametrize(
     "content",
     [b"", b"null", b"5", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"x":' * 100_000, b'{"n_layers": 1' + b"0" * 5000],
 )  # fmt: skip

@@ -195,7 +195,7 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     wanted = [*alone, other_words, other_gate, *ours, compared]
     assert Counter(map(results.line, merged)) == Counter(map(results.line, wanted))
     lines = headline(merged)
-    assert any(text.startswith("solu-tiny: the norm is engaged") for text in lines)
+    assert any(text.startswith("solu-tiny: the gain varies between tokens") for text in lines)
     assert any(text.startswith("Compared here: 1 run of 1 arm (solu_ln)") for text in lines)
     assert any("No loss of solu-tiny is compared" in text for text in lines)
     shown = page.render(merged)

@@ -56,6 +56,33 @@ def test_the_words_of_other_commands_are_accepted_by_their_parsers(command):
     plugins.pick("soluscope.commands", name).build_parser().parse_intermixed_args(words)
 
 
+@pytest.mark.slow
+def test_the_readmes_commands_run_as_they_stand(tmp_path):
+    """The block under "Use it" runs line by line in an empty folder, and the Python example after it."""
+    block = README.split("## Use it")[1].split("## Read on")[0]
+    lines = re.findall(r"^    soluscope (.+)$", block, flags=re.MULTILINE)
+    ours = [line for line in lines if "solu-1l" not in line]  # the pretrained model needs the hub
+    assert [line.split()[0] for line in ours] == [
+        "train",
+        "sweep",
+        "probe",
+        "report",
+        "plan",
+        "export",
+    ]
+    for line in ours:
+        command = [sys.executable, "-m", "soluscope", *shlex.split(line)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr)
+    assert (tmp_path / "runs/first/report.html").is_file()
+    assert (tmp_path / "out/README.md").is_file()
+    (code,) = re.findall(r"^```python\n(.*?)```", README, flags=re.DOTALL | re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_command_is_shown_in_the_readme():
     assert all(f"    soluscope {name} " in README for name in plugins.names("soluscope.commands"))
 

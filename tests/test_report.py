@@ -36,6 +36,7 @@ from soluscope.results import (
     Comparison,
     FalsePositives,
     Figure,
+    Grid,
     LeftOut,
     Measurement,
     NoChoice,
@@ -43,6 +44,7 @@ from soluscope.results import (
     Setting,
     Term,
     TokenValue,
+    Untrained,
     Verdict,
     of_kind,
 )
@@ -177,13 +179,18 @@ def text(html: str) -> str:
     return re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
 
 
+GELU = replace(LN, arm="gelu", variant="gelu", role="baseline", twin="")
+"""The settings of an arm without a norm."""
+
+
 # ---------------------------------------------------------------- sentences
 
 
-def test_a_gain_that_takes_a_scale_of_each_token_is_said_to_be_found():
+def test_what_static_arms_do_not_reach_is_not_called_a_need():
     sentences = words.headline(make_rows(n_seeds=8, seed_noise=0.0005))
     assert sentences[0].startswith(
-        "The norm of solu_ln lowers the loss (8 seeds), and part of this needs"
+        "The norm of solu_ln lowers the loss (8 seeds), and the static arms trained here do not reach all of this "
+        "(corrected p = 0.0078). That does not yet show that a scale for each token is needed"
     )
     joined = " ".join(sentences)
     assert "solu_ln had a loss 0.080" in joined
@@ -194,13 +201,13 @@ def test_a_gain_that_takes_a_scale_of_each_token_is_said_to_be_found():
 def test_a_need_too_small_to_matter_is_called_so():
     arms = SIX | {"solu_gain": 3.021}
     sentences = words.headline(make_rows(arms, n_seeds=8, seed_noise=0.0005))
-    assert "but by too little to matter" in sentences[0]
+    assert "misses some of it, but too little to matter" in sentences[0]
 
 
 def test_a_gain_that_a_static_arm_reaches_is_not_called_a_need():
     arms = SIX | {"solu_gain": 3.0196}
     sentences = words.headline(make_rows(arms, n_seeds=8, seed_noise=0.0005))
-    assert "It is not shown that any part of this needs a per-token scale" in sentences[0]
+    assert "It is not shown that the static arms miss any part of this" in sentences[0]
     assert "equivalent: closer than 0.005 nats" in " ".join(sentences)
 
 
@@ -246,7 +253,9 @@ def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
         "It is not settled whether the norm of solu_ln lowers the loss (2 seeds)"
     )
     joined = " ".join(sentences)
-    assert "Two seeds are weak evidence about other seeds." in joined
+    assert (
+        "With 2 seeds no test over seeds can reach p < 0.05: the least possible p is 0.5." in joined
+    )
     assert "so the sign is not settled" in joined
 
 
@@ -277,16 +286,18 @@ def test_the_first_lines_count_runs_seeds_documents_and_tokens(rows):
 
 
 @pytest.mark.parametrize(
-    ("r", "verdict"),
+    ("spread", "top", "verdict"),
     [
-        (0.9, "the norm is engaged at the typical token"),
-        (0.01, "close to one static gain at the typical token, pinned by its epsilon"),
-        (0.2, "the norm is partly engaged"),
-        (0.505, "the norm is partly engaged"),  # the interval reaches below .5
+        (0.9, 0.02, "the gain varies between tokens (sd of log gain 0.9 over 1 seed"),
+        (0.005, 0.9, "the gain is one constant in effect, pinned by the norm's epsilon"),
+        (0.02, 0.02, "the gain is one constant in effect, pinned by the norm's epsilon"),
+        (0.1, 0.9, "it is not settled whether the gain varies between tokens"),  # .1 lies inside
     ],
 )
-def test_engagement_is_judged_by_the_ends_of_its_interval(r, verdict):
-    sentence = next(s for s in words.headline([*make_rows(r=r), *CITED]) if "median r" in s)
+def test_a_norm_is_judged_by_the_spread_of_its_gain(spread, top, verdict):
+    median = number("engagement", "r", 0.01, 0.001, statistic="median")
+    found = [*gain_of(spread, top, 0.0), replace(median, positions="2-15")]
+    sentence = next(s for s in words.headline([LN, *found, *CITED]) if "median r" in s)
     assert verdict in sentence
     assert "positions 2-15" in sentence
 
@@ -515,7 +526,8 @@ def test_a_probe_is_shown_with_the_words_it_was_measured_with():
         gates=(results.Gate("pinned", "smear", above=0.05),),
         tested="smear",
     )
-    found = [number("long_gone", "smear", 0.1), *passed("long_gone")]
+    row = number("long_gone", "smear", 0.1)
+    found = [row, before_training(row, 0.0), *passed("long_gone")]
     html = rendered([LN, old, *found])
     body = html.split("<h2>P99 An old name</h2>")[1].split("</section>")[0]
     for wanted in ("question", "reading", "pitfalls", "formula", "source", "meaning", "figure"):
@@ -705,8 +717,8 @@ def test_the_terminal_table_has_a_line_on_the_controls(rows):
 @pytest.mark.parametrize(
     ("value", "half", "said"),
     [
-        (0.02, 0.005, "above 0, the side that smearing predicts"),
-        (-0.02, 0.005, "below 0, the side that smearing does not predict"),
+        (0.02, 0.005, "above 0"),
+        (-0.02, 0.005, "below 0"),
         (0.0002, 0.0005, "within 0.001 of 0, as on a control without an effect"),
         (0.001, 0.005, "the sign is not settled"),
         (0.0012, 0.0005, "above 0, but possibly by less than 0.001, which would not matter"),
@@ -721,6 +733,50 @@ def test_a_difference_means_no_more_than_its_interval(value, half, said):
     assert sentence.endswith(f"): {said}.")
 
 
+def before_training(row: Measurement, value: float, half: float = 0.001) -> Untrained:
+    """Return the record of the same number before training."""
+    change = (row.value or 0.0) - value
+    keys = (
+        "study",
+        "run",
+        "arm",
+        "variant",
+        "seed",
+        "probe",
+        "quantity",
+        "statistic",
+        "unit",
+        "stream",
+    )
+    return Untrained(
+        **{key: getattr(row, key) for key in keys},
+        value=value, difference=change, low=change - half, high=change + half,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("untrained", "said"),
+    [
+        (
+            0.0,
+            "untrained 0, a change of 0.66 (0.659 to 0.661): above 0, the side that smearing predicts.",
+        ),
+        (
+            0.72,
+            "a change of -0.06 (-0.061 to -0.059): below 0, the side that smearing does not predict.",
+        ),
+        (0.66, "a change of 0 (-0.001 to 0.001): closer to 0 than 0.01, which counts as 0."),
+    ],
+)
+def test_a_direction_is_that_of_the_change_by_training(untrained, said):
+    one = words_of("scale_causes")
+    row = number("scale_causes", one.tested, 0.66, 0.001, unit="correlation", statistic="")
+    (alone,) = meaning.sentences(one, [row], [row.arm])
+    assert "smearing" not in alone
+    (sentence,) = meaning.sentences(one, [row], [row.arm], [before_training(row, untrained)])
+    assert sentence.endswith(said)
+
+
 def test_the_seeds_are_judged_together_and_the_twin_by_itself():
     one = words_of("scale_freeze")
     up, down = (number("scale_freeze", "frozen at best constant", v, 0.001) for v in (0.01, -0.01))
@@ -732,7 +788,7 @@ def test_the_seeds_are_judged_together_and_the_twin_by_itself():
     )
     assert first.endswith("the sign is not settled.")
     assert second.startswith("solu_frozen_ln")
-    assert "the side that smearing predicts" in second
+    assert second.endswith("above 0.")
 
 
 def test_a_share_that_cannot_be_below_0_is_not_called_above_0():
@@ -794,11 +850,26 @@ def test_without_an_interval_nothing_is_judged():
     )
 
 
+def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():
+    told = [
+        replace(LN, rate="was set by hand"),
+        replace(GELU, rate="was tuned with train.steps=900, here 60"),
+    ]
+    (warning,) = words.untuned(told)
+    assert "solu_ln: the rate was set by hand" in warning
+    assert "gelu: the rate was tuned with train.steps=900, here 60" in warning
+    assert words.untuned([LN, GELU]) == []
+    point = ChoicePoint(study="synthetic", arm="solu_ln", setting="lr", x=1e-3, chosen_arm="solu_ln", value=3.0,
+                        unit="nats / token", grid=Grid.INSIDE)  # fmt: skip
+    (warning,) = words.untuned([*told, point])
+    assert "solu_ln" not in warning
+
+
 # ---------------------------------------------------------------- hypotheses and evidence
 
 
 def verdicts(records: list[Record], line: str) -> tuple[str, ...]:
-    """Return the verdicts on H0, static smuggling and smearing; empty if the report may not give any."""
+    """Return the verdicts on each of the hypotheses; empty if the report may not give any."""
     asked = {each.probe for each in records if isinstance(each, results.GateResult)}
     believed = passed(*({each.probe for each in of_kind(records, Measurement)} - asked))
     found = {one.section: seen for one, seen in evidence.matrix([LN, *believed, *records])}
@@ -807,99 +878,147 @@ def verdicts(records: list[Record], line: str) -> tuple[str, ...]:
 
 
 YES, NO, OPEN = "consistent", "inconsistent", "not settled"
+NO_GAIN_NEEDED = (YES, YES, YES, NO, NO)
 
 
-@pytest.mark.parametrize(
-    ("r", "half", "smear"),
-    [(0.9, 0.01, YES), (0.02, 0.01, NO), (0.5, 0.01, OPEN), (0.2, 0.01, OPEN), (0.05, 0.01, OPEN)],
-)
-def test_only_smearing_asks_for_a_high_engagement(r, half, smear):
-    found = number("engagement", "r", r, half, statistic="median")
-    assert verdicts([found], "P1") == (YES, YES, smear)
-
-
-@pytest.mark.parametrize(
-    ("overall", "at_high_gain", "said"),
-    [
-        (0.0002, 0.0003, (YES, YES, NO)),
-        (0.0002, 0.02, (YES, YES, YES)),
-        (0.02, 0.05, (OPEN, OPEN, YES)),  # a refit may remove the cost, as on `disjoint`
-        (-0.02, -0.05, (OPEN, OPEN, NO)),
-    ],
-)
-def test_a_cost_of_freezing_speaks_for_smearing_but_against_nothing(overall, at_high_gain, said):
-    rows = [
-        number("scale_freeze", f"frozen at {constant}", value, group=group)
-        for constant in ("geometric mean", "best constant")
-        for group, value in (("", overall), ("gain Q4", at_high_gain))
+def gain_of(spread: float, top: float, share: float, half: float = 0.001) -> list[Measurement]:
+    """Return the numbers of P1: sd of log gain, r at 99% of the tokens, share of the loss at r above .05."""
+    return [
+        number("engagement", "log gain", spread, half, statistic="sd"),
+        number("engagement", "r", top, half, statistic="q99"),
+        number("engagement", findings.SHARE_OF_LOSS, share, half, statistic=""),
+        number("engagement", "r", 0.01, half, statistic="median"),
     ]
-    assert verdicts(rows, "P4") == said
-    assert verdicts([number("scale_swap", "swap, signed", at_high_gain)], "P5")[2] == said[2]
 
 
 @pytest.mark.parametrize(
-    ("geometric", "best", "said"),
+    ("numbers", "said"),
     [
-        (0.00001, 0.005, (YES, YES, NO)),  # other documents' best constant is not best here
-        (0.050, 0.00001, (YES, YES, NO)),  # the geometric mean is not the constant of least loss
-        (0.050, 0.005, (OPEN, OPEN, YES)),
-        (0.050, 0.001, (OPEN, OPEN, OPEN)),  # the interval crosses the margin
+        ((1.4, 0.99, 0.24), YES),  # the typical token's r is low, and the gain varies
+        ((0.005, 0.9, 0.5), NO),  # no token's gain differs
+        ((0.03, 0.03, 0.005), NO),  # at its ceiling at 99% of the tokens and of the loss
+        ((0.03, 0.03, 0.05), OPEN),  # the other tokens have 5% of the loss
+        ((0.03, 0.3, 0.005), OPEN),
+        ((0.1, 0.3, 0.3), OPEN),
     ],
 )
-def test_the_freeze_is_judged_at_the_constant_that_costs_less(geometric, best, said):
-    costs = {"geometric mean": geometric, "best constant": best}
-    rows = [number("scale_freeze", f"frozen at {k}", value) for k, value in costs.items()]
-    assert verdicts(rows, "P4") == said
+def test_a_gain_is_judged_by_its_spread_and_not_by_the_typical_token(numbers, said):
+    assert verdicts(gain_of(*numbers), "P1") == (YES, YES, YES, said, said)
+
+
+def freezes(
+    geometric: float, best: float, neuron: float | None = None, diffuse: float | None = None
+):
+    """Return the numbers of P4: two constants, one gain for each neuron, diffuse codes at the others' gain."""
+    costs = {
+        "frozen at geometric mean": geometric, "frozen at best constant": best,
+        evidence.PER_NEURON: neuron, evidence.DIFFUSE_CODES: diffuse,
+    }  # fmt: skip
+    return [number("scale_freeze", k, value) for k, value in costs.items() if value is not None]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict", "phi", "said"),
+    ("costs", "said"),
     [
-        (0.010, 0.020, Verdict.DIFFERENT, (0.1, 0.4), (NO, NO, YES)),
-        (0.010, 0.020, Verdict.DIFFERENT, (-0.1, 0.4), (OPEN, OPEN, OPEN)),
-        (-0.002, 0.002, Verdict.EQUIVALENT, None, (YES, YES, NO)),
-        (0.001, 0.003, Verdict.EQUIVALENT, (-0.1, 0.2), (YES, YES, NO)),
-        (0.001, 0.003, Verdict.EQUIVALENT, (0.1, 0.2), (OPEN, OPEN, OPEN)),
-        (-0.020, -0.010, Verdict.DIFFERENT, None, (YES, YES, NO)),
-        (-0.010, 0.010, Verdict.INCONCLUSIVE, None, (OPEN, OPEN, OPEN)),
+        ((0.0002, 0.0002), NO_GAIN_NEEDED),
+        ((0.00001, 0.005), NO_GAIN_NEEDED),  # other documents' best constant is not best here
+        ((0.050, 0.00001), NO_GAIN_NEEDED),  # the geometric mean is not the constant of least loss
+        ((0.050, 0.001, 0.050), (OPEN, OPEN, OPEN, OPEN, OPEN)),  # the interval crosses the margin
+        ((0.050, 0.005, 0.050, 0.020), (OPEN, OPEN, OPEN, YES, YES)),
+        ((0.050, 0.005, 0.050, 0.0001), (OPEN, OPEN, OPEN, YES, NO)),  # as on `magnitude`
+        (
+            (0.050, 0.005, 0.0001, 0.020),
+            (OPEN, YES, YES, NO, NO),
+        ),  # gamma suffices, as on `disjoint`
+        ((0.050, 0.005, 0.050), (OPEN, OPEN, OPEN, YES, OPEN)),  # all codes are alike
+        ((-0.02, -0.05, 0.1, 0.1), (OPEN, OPEN, OPEN, NO, NO)),
     ],
 )
-def test_phi_dyn_separates_static_accounts_from_smearing(low, high, verdict, phi, said):
+def test_the_freeze_is_judged_at_the_static_gains_that_cost_least(costs, said):
+    assert verdicts(freezes(*costs), "P4") == said
+
+
+@pytest.mark.parametrize(("size", "said"), [(1.0, NO_GAIN_NEEDED), (20.0, (OPEN,) * 5)])
+def test_a_zero_says_nothing_where_ln_final_swallows_the_gain(size, said):
+    share = number("scale_freeze", evidence.SCALED_SIZE, size, statistic="median")
+    rows = [*freezes(0.0, 0.0, 0.0, 0.0), share]
+    assert verdicts(rows, "P4") == said
+    cells = [number("lateral_inhibition", k, 0.0) for k in ("g const", "Z and g const")]
+    assert verdicts([*cells, share], "P20") == said
+    costly = [*freezes(0.1, 0.1, 0.1, 0.1), share]
+    assert verdicts(costly, "P4") == (OPEN, OPEN, OPEN, YES, YES)
+
+
+@pytest.mark.parametrize(
+    ("swap", "diffuse", "spread", "said"),
+    [
+        (0.05, 0.03, 0.5, (OPEN, OPEN, OPEN, YES, YES)),
+        (0.05, 0.0, 0.5, (OPEN, OPEN, OPEN, YES, NO)),
+        (0.0, 0.0, 0.5, NO_GAIN_NEEDED),
+        (0.0, 0.0, 0.05, (OPEN,) * 5),  # similar tokens have similar gains
+    ],
+)
+def test_a_swap_that_costs_nothing_counts_only_between_different_gains(swap, diffuse, spread, said):
+    rows = [
+        number("scale_swap", "swap, signed", swap),
+        number("scale_swap", "swap, signed, diffuse codes", diffuse),
+        number("scale_swap", "log(g_u / g_t)", spread, statistic="sd"),
+    ]
+    assert verdicts(rows, "P5") == said
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict", "phi", "p_adj", "said"),
+    [
+        (0.010, 0.020, Verdict.DIFFERENT, (0.1, 0.4), 0.01, YES),
+        (0.010, 0.020, Verdict.DIFFERENT, (0.1, 0.4), 0.6, OPEN),
+        (0.010, 0.020, Verdict.DIFFERENT, (0.1, 0.4), None, OPEN),
+        (0.010, 0.020, Verdict.DIFFERENT, (-0.1, 0.4), 0.01, OPEN),
+        (-0.002, 0.002, Verdict.EQUIVALENT, None, 0.5, NO),
+        (0.001, 0.003, Verdict.EQUIVALENT, (-0.1, 0.2), 0.01, NO),
+        (0.001, 0.003, Verdict.EQUIVALENT, (0.1, 0.2), 0.01, OPEN),
+        (-0.020, -0.010, Verdict.DIFFERENT, None, 0.01, NO),
+        (-0.010, 0.010, Verdict.INCONCLUSIVE, None, 0.9, OPEN),
+    ],
+)
+def test_phi_dyn_separates_static_hypotheses_from_a_gain_per_token(
+    low, high, verdict, phi, p_adj, said
+):
     static = Comparison(
         study="synthetic", term=Term.STATIC, arm="solu_ln", variant="solu_ln", cluster="seed", n=8,
-        value=(low + high) / 2, low=low, high=high, unit="nats / token", verdict=verdict,
+        value=(low + high) / 2, low=low, high=high, unit="nats / token", verdict=verdict, p_adj=p_adj,
     )  # fmt: skip
     rows = [static]
     if phi:
         ends = {"value": sum(phi) / 2, "low": phi[0], "high": phi[1]}
         rows.append(replace(static, term=Term.SHARE, unit="share", verdict=None, **ends))
-    assert verdicts(rows, "P8") == said
+    against = {YES: NO, NO: YES, OPEN: OPEN}[said]
+    assert verdicts(rows, "P8") == (against,) * 3 + (said,) * 2
 
 
 def test_a_verdict_is_not_read_from_the_note():
     static = Comparison(
         study="synthetic", term=Term.STATIC, arm="solu_ln", cluster="seed", n=8, value=0.002, low=0.001,
         high=0.003, unit="nats / token", verdict=Verdict.DIFFERENT, note="equivalent; best static",
+        p_adj=0.01,
     )  # fmt: skip
     share = replace(static, term=Term.SHARE, value=0.2, low=0.1, high=0.3)
-    assert verdicts([static, share], "P8") == (NO, NO, YES)
+    assert verdicts([static, share], "P8") == (NO, NO, NO, YES, YES)
 
 
 @pytest.mark.parametrize(
     ("lowest", "residual", "at_high_gain", "said"),
     [
-        (0.0, 0.0, 0.0, (YES, OPEN, OPEN)),  # a code may lie outside the set
-        (0.0, 0.05, 0.1, (OPEN, OPEN, OPEN)),
-        (0.200, 0.0, 0.0, (OPEN, YES, NO)),
-        (0.200, 0.05, 0.1, (OPEN, OPEN, YES)),
-        (0.001, 0.0, 0.0, (OPEN, OPEN, OPEN)),  # the interval crosses the margin
-        (-0.200, 0.0, 0.1, (OPEN, OPEN, OPEN)),
+        (0.0, 0.0, 0.0, (YES, YES, OPEN, OPEN, OPEN)),  # a code may lie outside the set
+        (0.0, 0.05, 0.1, (OPEN,) * 5),
+        (0.200, 0.0, 0.0, (OPEN, OPEN, YES, OPEN, OPEN)),
+        (0.200, 0.05, 0.1, (OPEN, OPEN, OPEN, YES, YES)),
+        (0.001, 0.0, 0.0, (OPEN,) * 5),  # the interval crosses the margin
+        (-0.200, 0.0, 0.1, (OPEN,) * 5),
     ],
 )
 @pytest.mark.parametrize("same_mass", [0.0, 1.0])
-def test_the_low_set_tells_three_accounts_apart_whatever_others_of_its_mass_do(
-    lowest, residual, at_high_gain, said, same_mass
-):
+def test_the_low_set_rules_no_smearing_out(lowest, residual, at_high_gain, said, same_mass):
     name, removed = "low_activation_impact", "lowest 90% removed"
     rows = [
         number(name, removed, lowest),
@@ -907,28 +1026,42 @@ def test_the_low_set_tells_three_accounts_apart_whatever_others_of_its_mass_do(
         number(name, f"{removed}, D where the gain is high", at_high_gain),
         number(name, "set: same |n|", same_mass, x=0.9, statistic=""),
     ]
-    assert verdicts(rows, "P9") == said
+    without_norm = replace(number(name, removed, 0.1), arm="gelu", variant="gelu")
+    assert verdicts([GELU, without_norm, *rows], "P9") == said
+
+
+@pytest.mark.parametrize(("of_gelu", "said"), [(None, OPEN), (0.1, YES), (0.2, OPEN), (0.3, OPEN)])
+def test_static_smuggling_must_exceed_what_small_activations_carry_without_a_norm(of_gelu, said):
+    name, removed = "low_activation_impact", "lowest 90% removed"
+    rows = [number(name, removed, 0.2), number(name, f"{removed}, D", 0.0)]
+    if of_gelu is not None:
+        rows.append(replace(number(name, removed, of_gelu), arm="gelu", variant="gelu"))
+    assert verdicts([GELU, *rows], "P9")[2] == said
 
 
 @pytest.mark.parametrize(
     ("A", "said"),
     [
-        (0.05, (OPEN, OPEN, YES)),  # the gain may change an order that nothing reads
-        (0.0, (YES, YES, OPEN)),  # the gain may matter without changing any order
-        (0.01, (OPEN, OPEN, OPEN)),
-        (-0.05, (OPEN, OPEN, OPEN)),
+        (0.05, (OPEN, OPEN, OPEN, YES, YES)),  # the gain may change an order that nothing reads
+        (0.0, (YES, YES, YES, OPEN, OPEN)),  # the gain may matter without changing any order
+        (0.01, (OPEN,) * 5),
+        (-0.05, (OPEN,) * 5),
     ],
 )
-def test_specificity_lost_by_the_gain_alone_speaks_for_smearing_and_against_nothing(A, said):
+def test_specificity_lost_by_the_gain_alone_speaks_against_nothing(A, said):
     assert verdicts([number("specificity", "A (gain only)", A, statistic="")], "P11") == said
 
 
 @pytest.mark.parametrize(
-    ("gain", "softmax", "said"),
-    [(0.0, 0.0, (YES, YES, NO)), (0.1, 0.0, (OPEN, OPEN, YES)), (0.0, 0.1, (OPEN, OPEN, NO))],
+    ("gain", "both", "said"),
+    [
+        (0.0, 0.0, NO_GAIN_NEEDED),
+        (0.1, 0.1, (OPEN, OPEN, OPEN, YES, OPEN)),
+        (0.0, 0.29, (OPEN, OPEN, OPEN, NO, NO)),  # each of Z and g takes the other's place
+    ],
 )
-def test_the_two_by_two_asks_for_an_effect_of_the_gain(gain, softmax, said):
-    cells = {"g const": gain, "Z const": softmax}
+def test_only_the_cell_with_both_constant_shows_that_both_are_idle(gain, both, said):
+    cells = {"g const": gain, "Z and g const": both, "Z const": 0.0}
     rows = [number("lateral_inhibition", name, value) for name, value in cells.items()]
     assert verdicts(rows, "P20") == said
 
@@ -936,9 +1069,16 @@ def test_the_two_by_two_asks_for_an_effect_of_the_gain(gain, softmax, said):
 def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
     """Otherwise the report would show a renamed quantity as `not measured` for ever."""
     for name, quantities in {
-        "engagement": ["r"],
-        "scale_freeze": ["frozen at geometric mean", "frozen at best constant"],
-        "scale_swap": ["swap, signed"],
+        "engagement": ["r", "log gain", findings.SHARE_OF_LOSS],
+        "scale_freeze": [
+            "frozen at geometric mean",
+            "frozen at best constant",
+            "frozen at best constant, final norm frozen",
+            evidence.PER_NEURON,
+            evidence.DIFFUSE_CODES,
+            evidence.SCALED_SIZE,
+        ],
+        "scale_swap": ["swap, signed", "swap, signed, diffuse codes", "log(g_u / g_t)"],
         "low_activation_impact": [
             "lowest 90% removed",
             "lowest 90% removed, D",
@@ -946,20 +1086,20 @@ def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
             "set: same |n|",
         ],
         "specificity": ["A (gain only)"],
-        "lateral_inhibition": ["g const", "Z const"],
+        "lateral_inhibition": ["g const", "Z and g const"],
     }.items():
         assert set(quantities) <= words_of(name).quantities.keys()
 
 
 def test_evidence_needs_a_passed_gate():
-    found = number("engagement", "r", 0.9, statistic="median")
+    found = gain_of(0.9, 0.9, 0.9)
     failed = gate("engagement", "pinned", "within 0.01 of 0", passed=False)
-    assert verdicts([found, failed], "P1") == ()
-    shown = evidence_of([found, failed])
+    assert verdicts([*found, failed], "P1") == ()
+    shown = evidence_of([*found, failed])
     assert "not citable (control failed)" in shown
     assert "0.9" not in shown
-    unasked = {one.section: seen for one, seen in evidence.matrix([LN, found])}["P1"]
-    assert unasked[0].verdicts == (OPEN, OPEN, OPEN)
+    unasked = {one.section: seen for one, seen in evidence.matrix([LN, *found])}["P1"]
+    assert unasked[0].verdicts == (OPEN,) * 5
     assert "no control run" in unasked[0].observed
 
 
@@ -969,7 +1109,7 @@ def evidence_of(records: list[Record]) -> str:
 
 
 def test_what_is_missing_is_not_measured():
-    shown = evidence_of([number("engagement", "r", 0.9, statistic="median")])
+    shown = evidence_of(gain_of(0.9, 0.9, 0.9))
     n_lines = shown.count("<tr>") - 1
     assert shown.count("not measured</td>") == n_lines - 1
     assert "P23 gap at convergence" in shown
@@ -1121,7 +1261,7 @@ def test_figures_are_drawn_from_their_own_data_and_those_after_the_first_are_fol
     assert all(json.loads(one)["data"] for one in data)
     engagement = html[html.index("<h2>P1 ") :].split("</section>")[0]
     assert engagement.index('class="plot"') < engagement.index("<summary>More figures")
-    assert engagement.count('class="plot"') == 3
+    assert engagement.count('class="plot"') == 4
 
 
 def test_estimates_are_drawn_though_they_have_no_statistic():
@@ -1212,12 +1352,12 @@ def test_confirmatory_tests_have_their_own_table():
     made = sweep(SIX, {})
     confirmed = Comparison(
         study="synthetic", term=Term.PROBE, probe="specificity", quantity="A (gain only)",
-        arm="solu_ln", variant="solu_ln", against="solu_frozen_ln", value=0.02, low=-0.1, high=0.14,
+        arm="solu_ln", variant="solu_ln", value=0.02, low=-0.1, high=0.14,
         n=2, unit="share", cluster="seed", note="sign-flip p = 0.5; Holm-adjusted p = 1 over 3 tests",
     )  # fmt: skip
-    assert "Probes against the static twin" not in text(rendered(made))
+    assert "Probes before and after training" not in text(rendered(made))
     body = text(rendered([*made, confirmed]))
-    assert "solu_ln minus solu_frozen_ln: specificity: A (gain only)" in body
+    assert "solu_ln, trained minus untrained: specificity: A (gain only)" in body
     assert "0.02 [-0.1, 0.14]" in body
     assert "Holm-adjusted p = 1 over 3 tests" in body
 

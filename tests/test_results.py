@@ -45,6 +45,7 @@ from soluscope.results import (
     Step,
     Term,
     TokenValue,
+    Untrained,
     Verdict,
 )
 
@@ -75,6 +76,10 @@ FULL: list[Record] = [
         **ALL, **NUMBER, **RUN, probe="engagement", quantity="r", statistic="q05", stream="natural",
         positions="2-15", group="gain Q1", x=3.5, constant=True,
     ),
+    Untrained(
+        **ALL, **NUMBER, **RUN, probe="engagement", quantity="r", statistic="q05", stream="natural",
+        positions="2-15", group="gain Q1", difference=-0.5,
+    ),
     LeftOut(**ALL, **RUN, probe="scale_freeze", stream="code"),
     TokenValue(**ALL, **RUN, quantity="r", value=0.5, unit="share", place=3, text="\n", stream="natural"),
     Comparison(
@@ -90,6 +95,7 @@ FULL: list[Record] = [
     Setting(
         **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
+        rate="was set by hand",
     ),
     GateResult(
         **ALL, **NUMBER, probe="engagement", control="pinned", section="C3", passed=True,

@@ -781,3 +781,52 @@ def test_fit_refuses_what_it_cannot_judge():
         stats.fit_aicc([1, 2, 3, 4, 5], [1, 2, 3, 4, float("nan")])
     with pytest.raises(ValueError, match="above 0"):
         stats.fit_aicc([0, 1, 2, 3, 4], [1, 2, 3, 4, 5])
+
+
+# ---------------------------------------------------------------- two models at the same tokens
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median", "q95", "sd", "share above 0.5"])
+def test_a_difference_of_statistics_resamples_both_models_together(statistic: str) -> None:
+    """The same documents are drawn for both, so their common effect cancels; compared with resampling by hand."""
+    generator = np.random.default_rng(0)
+    document = np.repeat(np.arange(30), 20)
+    shared = generator.normal(size=30)[document]
+    left = shared + generator.normal(size=600)
+    right = shared + generator.normal(size=600)
+    right[::7] = np.nan  # each statistic is of the tokens that have a value
+    found = stats.statistic_difference(left, right, document, statistic, n_draws=400)
+
+    def value(values: np.ndarray) -> float:
+        known = values[~np.isnan(values)]
+        if statistic == "sd":
+            return float(known.std())
+        if statistic.startswith("share"):
+            return float((known > 0.5).mean())
+        return float(
+            {"mean": np.mean, "median": np.median, "q95": lambda v: np.quantile(v, 0.95)}[
+                statistic
+            ](known)
+        )
+
+    assert found.value == pytest.approx(value(left) - value(right), abs=1e-12)
+    assert (found.n, found.n_clusters) == (600, 30)
+    draws = []
+    for _ in range(400):
+        rows = (document == generator.integers(30, size=30)[:, None]).nonzero()[1]
+        draws.append(value(left[rows]) - value(right[rows]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.35 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.35 * (high - low))
+    apart = stats.cluster_bootstrap(left, document, statistic)
+    assert found.high - found.low < 1.5 * (apart.high - apart.low)
+
+
+def test_a_model_minus_itself_is_0() -> None:
+    values, document = np.random.default_rng(1).normal(size=400), np.repeat(np.arange(40), 10)
+    for statistic in ("mean", "q05", "sd"):
+        found = stats.statistic_difference(values, values, document, statistic)
+        assert (found.value, found.low, found.high) == (0, 0, 0)
+    nothing = stats.statistic_difference(values, np.full(400, np.nan), document)
+    assert np.isnan(nothing.value)
+    assert nothing.low is None

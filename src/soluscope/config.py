@@ -157,6 +157,8 @@ class TrainConfig:
     """Peak learning rate of embeddings, the unembedding, the norms' weights and biases."""
     rates: dict[str, float] = field(default_factory=dict)
     """Tuned learning rate of each variant at this size. Used if train.lr is null."""
+    tuned: list[str] = field(default_factory=list)
+    """Variants whose rate in train.rates was tuned with the other settings of this preset."""
     warmup_steps: int = 50
     """Optimizer steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -419,7 +421,7 @@ class ReportConfig:
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
 # them set the path of the tokens; the study's data.json makes sure that its runs share their tokens.
-_PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates",
+_PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates", "train.tuned",
            "train.log_every", "train.checkpoint_every", "train.device", "train.threads",
            "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
@@ -439,6 +441,34 @@ def differences(a: Config, b: Config) -> list[str]:
         for key in sorted(left.keys() | right.keys())
         if left.get(key) != right.get(key)
     ]
+
+
+def rate_origin(config: Config) -> str:
+    """Return why a run's learning rate cannot be taken for tuned; empty if it was tuned for these settings.
+
+    The seed does not count. The text completes "The rate of this arm ...".
+    """
+    train = config.train
+    if train.rates.get(config.variant) != train.lr:
+        return "was set by hand"
+    if config.variant not in train.tuned:
+        return f"is that of size={config.size}, where {config.variant} was not tuned"
+    preset = load_config(
+        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}"]
+    )
+    here, there = (_determining(asdict(each)) for each in (config, preset))
+    for values, each in ((here, config), (there, preset)):
+        if hasattr(each.mid, "epsilon"):  # a default, an epsilon and a kappa may mean the same
+            del values["mid.eps"]
+            values["mid.kappa"] = float(
+                f"{each.mid.epsilon(each.model.d_mlp) * each.model.d_mlp**2:.4g}"
+            )
+    differing = [
+        f"{key}={there.get(key)}, here {here.get(key)}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key) and key not in ("size", "train.precision")
+    ]
+    return f"was tuned with {'; '.join(differing)}" if differing else ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

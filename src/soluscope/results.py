@@ -56,7 +56,7 @@ class Term(StrEnum):
     STEP = "step"
     """One step of the telescoping sum from the plain arm to `arm`: the loss before it minus the loss after it."""
     PROBE = "probe"
-    """A probe's number in `arm` minus its number in the static twin `against`."""
+    """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
 
 
 class Grid(StrEnum):
@@ -216,6 +216,25 @@ class Measurement(OfRun, Number):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Untrained(OfRun, Number):
+    """A probe's number in the run's own initialisation (`value`), and its difference from the trained model.
+
+    The bounds are those of the difference. `Measurement` describes the other fields.
+    """
+
+    kind: ClassVar[str] = "untrained"
+
+    probe: str
+    quantity: str
+    statistic: str = "mean"
+    stream: str = ""
+    positions: str = "not BOS"
+    group: str = ""
+    difference: float | None = None
+    """The trained model's number minus `value`, on the same tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeftOut(OfRun, Record):
     """A probe that has no numbers for a run, or on one stream; `note` gives the reason."""
 
@@ -327,6 +346,8 @@ class Setting(Record):
     size: str = ""
     n: Whole = 0
     """Number of seeds."""
+    rate: str = ""
+    """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +411,7 @@ class ProbeWords(Record):
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
-        Measurement, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
+        Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
         FalsePositives, ProbeWords,
     )
 }  # fmt: skip

@@ -80,15 +80,13 @@ def sign_in(asked: str, instead: str) -> None:
             f"{asked}, but WANDB_MODE, WANDB_DISABLED or 'wandb offline' limits wandb to {allowed()}: unset it, "
             f"or {instead}"
         )
+    service = os.environ.get("WANDB_SERVICE")
     try:
-        wandb = package()
+        known = package().login(prompt=False, verify=True)
     except ImportError as error:
         raise UserError(
             f"{asked} needs the wandb package ({error}): run 'pip install wandb', or {instead}"
         ) from error
-    service = os.environ.get("WANDB_SERVICE")
-    try:
-        known = wandb.login(prompt=False, verify=True)
     except Exception as error:  # of wandb, of its service, or of pydantic for a bad setting
         raise UserError(
             f"{asked}, but the login to wandb fails: {one_line(error)}; run 'wandb login', set WANDB_API_KEY "

@@ -38,6 +38,7 @@ from soluscope.results import (
     Setting,
     Step,
     Term,
+    Untrained,
     Verdict,
     of_kind,
 )
@@ -54,8 +55,6 @@ SETTINGS = (*SIZE, "lr", "kappa", "gain")
 """Settings stored for each arm; `kappa` and `gain` only where its mid norm has them."""
 GRID_FROM = 3
 """Least number of points for a curve with an inside. With two points the best one is at an edge."""
-GAIN_OF_KAPPA = "gain_of_kappa"
-"""The kappa of the LayerNorm that a static arm's gain was matched to at the start; nan if it was set directly."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class _Arm:
     """Loss on the select split by seed, nats per token; used to choose arms."""
     report: dict[int, Floats]
     """Loss sums on the report split by seed, [document]; used for all reported numbers."""
+    rate: str = ""
+    """Why the learning rate cannot be taken for tuned; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -300,8 +301,8 @@ def compare(
         losses: one row per run, split and document, with columns run, arm, variant, seed, split
             (`select` or `report`), document, loss_sum (nats, over targets that are not BOS),
             n_tokens (number of those targets), config, family (equal for runs that differ only in
-            seed and learning rate), `SETTINGS` (nan for a setting that a run lacks), and optionally
-            `GAIN_OF_KAPPA`.
+            seed and learning rate), `SETTINGS` (nan for a setting that a run lacks), and optionally rate (why
+            the learning rate cannot be taken for tuned; empty if it can).
         commit: commit of the code that measured.
         lineages: role of each variant in the comparison, by the variant's name.
 
@@ -445,6 +446,7 @@ def _settings(arms: _Arms) -> list[Setting]:
         Setting(
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
+            rate=arm.rate,
             n=len(arm.report), commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms
@@ -477,101 +479,70 @@ def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
 
 
 def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Comparison]:
-    """Test, seed by seed, whether probes find more in a per-token norm than in its static twin.
+    """Test, seed by seed, whether training changed a probe's number in arms with a per-token norm.
 
-    These tests are the confirmatory family. For each arm with a per-token norm and each probe, the test
-    is the difference of the probe's tested quantity between the arm and its twin, paired by seed. With
-    several kappas, each arm is paired with the twin of the same kappa. The p is the exact sign-flip p,
-    corrected over all tests by Holm's method.
+    These tests are the confirmatory family. For each such arm and each probe, the test is the difference of the
+    probe's tested quantity between each trained run and its own initialisation. The differences of models that
+    training did not change in this respect are as often above 0 as below. The p is the exact sign-flip p,
+    corrected over all tests by Holm's method. A quantity that is undefined in every run counts as a test
+    with p = 1, so that the size of the family does not depend on the results.
 
     Args:
-        records: records of the study's runs and those of `compare`. Arms are paired within a size;
-            arms whose rate was not chosen are left out.
+        records: records of the study's runs and those of `compare`. Arms whose rate was not chosen are left out.
         tested: the tested quantity, by probe.
 
     Returns:
-        Comparisons with the term `PROBE`. A pair is left out if the twin has no number: a quantity that is
-        undefined under one gain for all tokens cannot be compared.
+        Comparisons with the term `PROBE`, for the probes that were measured.
 
     Source: protocol.md section 5, "Families".
     """
     points = [each for each in of_kind(records, ChoicePoint) if each.setting == "lr"]
     passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
-    settings = [each for each in of_kind(records, Setting) if each.arm not in passed_over]
-    measured = of_kind(records, Measurement)
-    probed = {each.arm for each in measured}
-    normed = [each for each in settings if each.role == "per_token" and each.arm in probed]
+    measured = {(each.arm, each.probe) for each in of_kind(records, Measurement)}
+    before = of_kind(records, Untrained)
     tests = [
-        test
-        for arm in sorted(normed, key=lambda each: each.arm)
-        for twin in _twins_of(arm, settings, normed)
+        _trained_minus_untrained(before, probe, quantity, arm)
+        for arm in sorted(of_kind(records, Setting), key=lambda each: each.arm)
+        if arm.role == "per_token" and arm.arm not in passed_over
         for probe, quantity in tested.items()
-        for test in _paired_probe(measured, probe, quantity, arm, twin)
+        if (arm.arm, probe) in measured and any(each.arm == arm.arm for each in before)
     ]
-    family = {str(i): test.p for i, test in enumerate(tests) if test.p is not None}
+    family = {str(i): 1.0 if test.p is None else test.p for i, test in enumerate(tests)}
     adjusted = stats.holm(family)
     return [
         replace(
             test, p_adj=adjusted[str(i)],
             note=_also(test.note, f"Holm-adjusted p = {adjusted[str(i)]:.3g} over {len(adjusted)} tests"),
-        ) if str(i) in adjusted else test
+        )
         for i, test in enumerate(tests)
     ]  # fmt: skip
 
 
-def _twins_of(arm: Setting, settings: Sequence[Setting], normed: Sequence[Setting]) -> list[str]:
-    """Return the static twins of `arm`; with several kappas, the twins whose gain was matched to its kappa.
-
-    If no twin records the kappa that its gain was matched to, all twins are returned.
-    """
-    twins = [each for each in settings if (each.variant, each.size) == (arm.twin, arm.size)]
-    alike = [each for each in normed if (each.twin, each.size) == (arm.twin, arm.size)]
-    kappas = {each.values.get("kappa") for each in alike}
-    set_to = {each.arm: each.values.get(GAIN_OF_KAPPA) for each in twins}
-    if len(kappas) < 2 or not any(set_to.values()):
-        return sorted(set_to)
-    kappa = arm.values.get("kappa", 0.0)
-    same = (twin for twin, of in set_to.items() if of and math.isclose(of, kappa, rel_tol=1e-6))
-    return sorted(same)
-
-
-def _paired_probe(
-    measured: Sequence[Measurement], probe: str, quantity: str, arm: Setting, twin: str
-) -> list[Comparison]:
-    """Make one confirmatory test. A run's number is the mean over the streams that both arms have."""
-    numbers: dict[str, dict[int, dict[str, float]]] = {arm.arm: {}, twin: {}}
-    unit = commit = ""
-    for each in measured:
-        asked = (each.probe, each.quantity, each.group, each.x) == (probe, quantity, "", None)
-        headline = each.positions == "not BOS" and each.statistic in ("", "mean")
-        if not (asked and headline and each.arm in numbers):
-            continue
-        if each.value is not None and each.seed is not None:
-            numbers[each.arm].setdefault(each.seed, {})[each.stream] = each.value
-            unit, commit = each.unit, each.commit
-    seeds = sorted(numbers[arm.arm].keys() & numbers[twin].keys())
-    differences = []
-    for seed in seeds:
-        here, there = numbers[arm.arm][seed], numbers[twin][seed]
-        shared = here.keys() & there.keys()
-        if shared:
-            differences.append(
-                float(
-                    np.mean([stats.difference(here[name], there[name]) for name in sorted(shared)])
-                )
-            )
-    if not differences:
-        return []
-    interval = stats.paired_seeds(differences)
-    return [
-        Comparison(
-            study=arm.study, term=Term.PROBE, probe=probe, quantity=quantity, arm=arm.arm,
-            variant=arm.variant, against=twin, value=interval.value, unit=unit, low=interval.low,
-            high=interval.high, p=interval.p if len(differences) > 1 else None, n=interval.n,
-            n_clusters=interval.n_clusters, cluster="seed", commit=commit, config=arm.config,
-            size=arm.size, note=f"sign-flip p = {interval.p:.3g}" if len(differences) > 1 else "",
-        )
-    ]  # fmt: skip
+def _trained_minus_untrained(
+    before: Sequence[Untrained], probe: str, quantity: str, arm: Setting
+) -> Comparison:
+    """Make one confirmatory test, over the seeds at which the quantity is defined before and after training."""
+    found = {
+        each.seed: each.difference
+        for each in before
+        if (each.arm, each.probe, each.quantity, each.group) == (arm.arm, probe, quantity, "")
+        and each.statistic in ("", "mean") and each.difference is not None
+    }  # fmt: skip
+    unit = next(
+        (each.unit for each in before if (each.probe, each.quantity) == (probe, quantity)), ""
+    )
+    base = Comparison(
+        study=arm.study, term=Term.PROBE, probe=probe, quantity=quantity, arm=arm.arm, variant=arm.variant,
+        value=None, unit=unit, cluster="seed", commit=arm.commit, config=arm.config, size=arm.size,
+    )  # fmt: skip
+    if not found:
+        return replace(base, note="undefined before or after training, so p = 1")
+    interval = stats.paired_seeds([found[seed] for seed in sorted(found, key=lambda s: s or 0)])
+    p = interval.p if interval.n > 1 else None
+    return replace(
+        base, value=interval.value, low=interval.low, high=interval.high, p=p, n=interval.n,
+        n_clusters=interval.n_clusters, note="" if p is None else f"sign-flip p = {p:.3g}",
+    )  # fmt: skip
 
 
 def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
@@ -689,7 +660,7 @@ def _check_settings(losses: pd.DataFrame) -> None:
 
 def _settings_in(losses: pd.DataFrame) -> list[str]:
     """Return the names of the columns that are settings."""
-    return [name for name in (*SETTINGS, GAIN_OF_KAPPA) if name in losses]
+    return [name for name in SETTINGS if name in losses]
 
 
 def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -751,4 +722,5 @@ def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     return _Arm(
         str(first["arm"]), variant, lineages[variant], str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},
+        str(first.get("rate", "")),
     )  # fmt: skip

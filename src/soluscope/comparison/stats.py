@@ -217,6 +217,71 @@ def cluster_bootstrap(
     return Interval(float(draws[0]), *_ends(draws, n_clusters, level), len(numbers), n_clusters)
 
 
+def statistic_difference(
+    left: ArrayLike,
+    right: ArrayLike,
+    clusters: ArrayLike,
+    statistic: str = "mean",
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return a statistic of `left` minus that of `right`, two models' values at the same tokens.
+
+    Both are resampled together. Each statistic is of the tokens at which its own model has a value.
+
+    Args:
+        left: one number per token; nan means that the token has no value.
+        right: the other model's numbers, at the same tokens.
+        clusters: the document or string of each token.
+        statistic: as for `cluster_bootstrap`.
+        n_draws: number of resamples.
+        seed: seed of the resampling.
+        level: level of the interval.
+
+    Raises:
+        ValueError: if the statistic is unknown.
+    """
+    columns = [np.asarray(values, dtype=np.float64) for values in (left, right)]
+    kept = [~np.isnan(values) for values in columns]
+    names = np.asarray(clusters)
+    used, owner = np.unique(names[kept[0] | kept[1]], return_inverse=True)
+    owners = np.zeros(len(names), dtype=np.intp)
+    owners[kept[0] | kept[1]] = owner
+    n, n_clusters = int(kept[0].sum()), len(used)
+    if not (kept[0].any() and kept[1].any()):
+        return Interval(float("nan"), None, None, n, n_clusters)
+    parts = [(values[ok], owners[ok]) for values, ok in zip(columns, kept, strict=True)]
+    q = _quantile_named(statistic)
+    if q is None:
+        (a, value), (b, _) = (_sums(*part, n_clusters, statistic) for part in parts)
+        return difference_of_sums(a, value, b, value, n, n_draws, seed, level)
+    weights = _weights(n_clusters, n_draws, seed)
+    first, second = (_quantile(*part, weights, q) for part in parts)
+    draws = first - second
+    return Interval(float(draws[0]), *_ends(draws, n_clusters, level), n, n_clusters)
+
+
+def difference_of_sums(
+    left: Floats,
+    left_value: Callable[[Floats], Floats],
+    right: Floats,
+    right_value: Callable[[Floats], Floats],
+    n: int,
+    n_draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return a number of `left` minus a number of `right`, each from sums over the same clusters [cluster part]."""
+    n_parts = left.shape[1]
+
+    def value(sums: Floats) -> Floats:
+        return left_value(sums[:, :n_parts]) - right_value(sums[:, n_parts:])
+
+    both = np.concatenate([left, right], axis=1)
+    return bootstrap_sums(both, value, n, n_draws, seed, level)
+
+
 def document_bootstrap(
     sums: ArrayLike,
     counts: ArrayLike,

@@ -28,8 +28,8 @@ import pandas as pd
 import torch
 
 from soluscope import plugins, results
-from soluscope.comparison.compare import GAIN_OF_KAPPA, SETTINGS, Lineage, compare, confirm
-from soluscope.config import EvalConfig, PretrainedConfig
+from soluscope.comparison.compare import SETTINGS, Lineage, compare, confirm
+from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
 from soluscope.data.tokenizer import from_bytes
@@ -39,12 +39,18 @@ from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.elsewhere import check_writable, linked
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
-from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
+from soluscope.evaluation.summaries import (
+    about_run,
+    against_untrained,
+    stored_words,
+    summarise,
+    token_table,
+)
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import digest, read_json, reason, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
-from soluscope.hooked.convert import SoluscopeTransformer, load_run
+from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.memory import check_draws
 from soluscope.probes import Probe
 from soluscope.results import (
@@ -55,6 +61,7 @@ from soluscope.results import (
     ProbeWords,
     Record,
     TokenValue,
+    Untrained,
     of_kind,
 )
 from soluscope.runs.folder import Run, check_study_links, lock
@@ -312,9 +319,7 @@ def _settings(run: Run) -> dict[str, float | str]:
     facts, config = run.facts, run.config
     family = replace(config, seed=0, train=replace(config.train, lr=None))
     settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
-    matched = getattr(config.mid, "gain", None) == "init"  # matched to the LayerNorm of a kappa
-    kappa = config.mid.epsilon(facts.d_mlp) * facts.d_mlp**2 if matched else None
-    settings |= {GAIN_OF_KAPPA: kappa, "family": family.hash}
+    settings |= {"family": family.hash, "rate": rate_origin(config)}
     return {name: np.nan if value is None else value for name, value in settings.items()}
 
 
@@ -366,7 +371,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
     about = about_run(run.facts, pretrained=origin is not None)
     model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
     check_model(model)
-    observed = _Observed(model, _tokens_of(run, config), config)
+    observed = _Observed(model, _tokens_of(run, config), config, run)
     for number, name in enumerate(waiting, start=1):
         say(f"{name} ({number} of {len(waiting)})")
         records: Sequence[Record]
@@ -544,19 +549,36 @@ def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
 class _Observed:
     """The model's activations on each stream, computed on first use."""
 
-    def __init__(self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig) -> None:
+    def __init__(
+        self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig, run: Run
+    ) -> None:
         self.model, self.cache, self.config = model, cache, config
         self.tokenizer = from_bytes(
             cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
         )
+        self._initial = None if read_origin(run.dir) else load_untrained(run, config.device)
         self._runs: dict[str, HookedRun] = {}
+        self._before: dict[str, HookedRun] = {}
 
     def __call__(self, name: str) -> HookedRun:
         if name not in self._runs:
-            ctx, c = self.model.facts.ctx, self.config
-            stream = streams.make(name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed)
-            self._runs[name] = observe(self.model, stream)
+            self._runs[name] = observe(self.model, self._stream(name))
         return self._runs[name]
+
+    def untrained(self, name: str) -> HookedRun | None:
+        """Return the activations of the run's own initialisation; None without one.
+
+        A model that others have trained has none, and neither has a run that began with another run's weights.
+        """
+        if self._initial is None:
+            return None
+        if name not in self._before:
+            self._before[name] = observe(self._initial, self._stream(name))
+        return self._before[name]
+
+    def _stream(self, name: str) -> streams.Stream:
+        ctx, c = self.model.facts.ctx, self.config
+        return streams.make(name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed)
 
 
 def _probe_records(
@@ -571,6 +593,7 @@ def _probe_records(
         return [words, left_out(note=f"exact for one layer only, and the model has {n_layers}")]
     records: list[Record] = []
     tables = {}
+    twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=probe.streams[0])
     for stream in probe.streams:
         try:
             run = observed(stream)
@@ -583,6 +606,11 @@ def _probe_records(
         records += summarise(
             probe, tables[stream], measured.estimates, base, config.n_draws, config.seed
         )
+        if stream == probe.streams[0] and (initial := observed.untrained(stream)):
+            before = probe.measure(initial)
+            here = tables[stream], measured.estimates
+            there = token_table(initial, before), before.estimates
+            records += against_untrained(probe, here, there, twin, config.n_draws, config.seed)
         if measured.neurons and stream == probe.streams[0]:
             columns = {key: values.numpy() for key, values in measured.neurons.items()}
             _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))

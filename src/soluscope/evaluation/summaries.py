@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from soluscope.comparison.stats import (
     Interval,
     bootstrap_sums,
     cluster_bootstrap,
+    difference_of_sums,
     n_distinct,
+    statistic_difference,
 )
 from soluscope.data import streams
 from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Measured, Probe, Quantity
-from soluscope.results import Measurement, ProbeWords
+from soluscope.results import Measurement, ProbeWords, Untrained
 from soluscope.runs.weights import Facts, commit
 from soluscope.text import plural
 
@@ -87,6 +89,64 @@ def summarise(
         unit = probe.estimates[estimate.quantity].unit
         row = replace(base, quantity=estimate.quantity, unit=unit, statistic="")
         yield make.of_sums(estimate, row)
+
+
+def against_untrained(
+    probe: Probe,
+    trained: tuple[pd.DataFrame, Sequence[Estimate]],
+    untrained: tuple[pd.DataFrame, Sequence[Estimate]],
+    base: Untrained,
+    n_draws: int,
+    seed: int,
+) -> Iterator[Untrained]:
+    """Yield each number of the run's own initialisation, and the trained number minus it, without BOS.
+
+    Curves and splits are left out.
+
+    Args:
+        probe: the probe.
+        trained: `token_table` and estimates of the trained model.
+        untrained: the same of its initialisation, on the same tokens.
+        base: fields shared by all records.
+        n_draws: number of resamples.
+        seed: seed of the resampling.
+    """
+    (here, estimates), (there, others) = trained, untrained
+    content = POSITIONS["not BOS"](here["pos"])
+    for name, quantity in probe.quantities.items():
+        if quantity.curve or not there.loc[content, name].notna().any():
+            continue
+        row = replace(base, quantity=name, unit=quantity.unit)
+        string = here.loc[content, "string"]
+        now, before = here.loc[content, name], there.loc[content, name]
+        for statistic in quantity.statistics:
+            alone = cluster_bootstrap(before, string, statistic, n_draws=1)
+            found = statistic_difference(now, before, string, statistic, n_draws, seed)
+            yield _twin(replace(row, statistic=statistic), alone.value, found)
+    by_name = {(each.quantity, each.group): each for each in others if each.x is None}
+    for each in estimates:
+        other = by_name.get((each.quantity, each.group))
+        if each.x is not None or other is None:
+            continue
+        row = replace(base, quantity=each.quantity, group=each.group, statistic="")
+        row = replace(row, unit=probe.estimates[each.quantity].unit)
+        alone = bootstrap_sums(other.sums, other.value, other.n, n_draws=1)
+        if len(each.sums) == len(other.sums):  # the same strings
+            found = difference_of_sums(
+                each.sums, each.value, other.sums, other.value, each.n, n_draws, seed
+            )
+        else:
+            now = bootstrap_sums(each.sums, each.value, each.n, n_draws=1)
+            found = replace(now, value=now.value - alone.value, low=None, high=None)
+        yield _twin(row, alone.value, found)
+
+
+def _twin(base: Untrained, value: float, found: Interval) -> Untrained:
+    difference = None if np.isnan(found.value) else found.value
+    return replace(
+        base, value=None if np.isnan(value) else value, difference=difference, low=found.low,
+        high=found.high, n=found.n, n_clusters=found.n_clusters, cluster=streams.unit_of(base.stream),
+    )  # fmt: skip
 
 
 def _quantity_rows(

@@ -147,6 +147,12 @@ class HookedRun:
         return mid - mid.mean(-1, keepdim=True) if self.centres else mid
 
     @property
+    def k_eff(self) -> Float[Tensor, " token"]:
+        """Return K = |a|^2 / max(a)^2, the effective number of neurons that share a token's code; fp64."""
+        square = self.mid.double().square()
+        return square.sum(-1) / square.amax(-1)
+
+    @property
     def scored(self) -> Bool[Tensor, " token"]:
         """Return a mask of the tokens that are not BOS and have a target."""
         return ~self.is_bos & (self.target >= 0)

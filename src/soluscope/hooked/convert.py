@@ -27,7 +27,7 @@ from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm, check_norm
 from soluscope.runs.folder import Run
-from soluscope.runs.weights import Facts
+from soluscope.runs.weights import Facts, initial_model
 from soluscope.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -199,6 +199,14 @@ def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     return hooked
+
+
+def load_untrained(run: Run, device: str = "cpu") -> SoluscopeTransformer | None:
+    """Load a run's own initialisation; None for a run that began with the weights of another."""
+    if run.config.init_dir is not None:
+        return None
+    initial = initial_model(run.config, run.load_model(), run.facts.d_vocab)
+    return to_hooked(initial, run.facts, run.variant, device)
 
 
 def to_hooked(

@@ -29,11 +29,13 @@ import msgspec
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -430,6 +432,12 @@ def _find_tokenizer(folder: Path, config: FamilyConfig, name: str) -> tuple[Path
             raise UserError(
                 f"{name} has no {TOKENIZER[0]}, and its config.json has no tokenizer_name: add one of the two"
             )
+        try:
+            validate_repo_id(source)
+        except HFValidationError as error:
+            raise UserError(
+                f"config.json of {name} has tokenizer_name={reprlib.repr(source)}, wanted a repository on the hub"
+            ) from error
         folder, name = _fetch(source, None, TOKENIZER), source
         if not (folder / TOKENIZER[0]).is_file():
             raise UserError(f"{name} has no {TOKENIZER[0]}: set tokenizer_name in config.json")

@@ -17,6 +17,7 @@ from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep, read_sweep
+from soluscope.report.plan import cannot_reject
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
 from soluscope.training.processes import launcher
@@ -242,6 +243,16 @@ def _print_plan(sweep: Sweep) -> None:
         f"{jobs.counted(states)}; to go: {left_tokens:,.0f} tokens, {left_flops:.2e} FLOPs",
         highlight=False,
     )
+    arms: dict[str, set[int]] = {}
+    for config in sweep.configs:
+        arms.setdefault(config.arm, set()).add(config.seed)
+    tested = {
+        config.arm
+        for config in sweep.configs
+        if plugins.pick("soluscope.variants", config.variant).role == "per_token"
+    }
+    if tested and (few := cannot_reject(min(map(len, arms.values())), len(tested))):
+        console.print(few, highlight=False)
 
 
 def _d_vocab(config: Config) -> int:

@@ -90,7 +90,7 @@ class Probe:
     with a record of its name; the other probes read a deeper model's last layer."""
     tested: str = ""
     """Name of the quantity or estimate whose rate of false positives is measured. If the probe is
-    confirmatory, it is also compared with the static twin."""
+    confirmatory, its change by training is tested."""
     shuffle: str = ""
     """Field of the run to permute over tokens for the rate of false positives: the true value of `tested`
     is then 0. If empty, random halves of the documents are compared instead."""

@@ -6,11 +6,21 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun
+
+DIFFUSE = 4.0
+"""Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
+
+
+def diffuse(run: HookedRun) -> Bool[Tensor, " token"]:
+    """Return the tokens of diffuse code: those after BOS whose K is at least the median and at least `DIFFUSE`."""
+    k, content = run.k_eff, ~run.is_bos
+    least = max(DIFFUSE, float(k[content].median())) if content.any() else DIFFUSE
+    return content & (k >= least * (1 - 1e-6))  # equal K differ by rounding
 
 
 def every_nth(run: HookedRun, n: int) -> Int[Tensor, " t"]:

@@ -15,11 +15,11 @@ Formula:
 
 Reading:
     With a joint gain, the activations of other blocks amplify or attenuate a block that is silent at a token:
-    smearing across blocks. Then gains differ between the blocks of a token, and the loss rises when each
-    block uses its own gain. A change within .001 nats means that separate gains serve the loss as well as one
-    gain for all neurons. A norm that epsilon pins has the same gain in every block. The loss also rises where
-    other values of gamma could replace the joint gain (C2, `disjoint`): P7 and P8 test whether a per-token
-    gain is needed.
+    smearing across blocks. Then gains differ between the blocks of a token, and the loss rises when each block
+    uses its own gain. A change within .001 nats means that separate gains serve the loss as well as one gain
+    for all neurons. A norm that epsilon pins has the same gain in every block. The loss also rises where other
+    values of gamma could replace the joint gain (C2, `disjoint`). Only training a static arm shows whether a
+    per-token gain is needed.
 
 Pitfalls:
     The softmax stays joint. Blocks are cut in the order of the neurons: in a model that was trained without

@@ -17,12 +17,12 @@ Formula:
     partial Spearman(score, log g | surprisal, position, log token count, |resid_mid|)
 
 Reading:
-    Smearing predicts a partial correlation above 0 and above the correlation with W_out permuted, and a gain
-    at the top positions well above the mean gain of all tokens. Where the gain is one constant (sd of log
-    gain below .01) there is nothing to rank, and no correlation is reported. A correlation above 0 does not
-    prove smearing. It shows that the gain is high where many neurons share an attribution that matters for
-    the loss; this also happens where other values of gamma would suffice (`disjoint`: .69). P7 and P8
-    test whether a per-token gain is needed. Results marked "as published" come from the study's own test on
+    Smearing predicts a partial correlation above 0 and above the correlation with W_out permuted, and a gain at
+    the top positions well above the mean gain of all tokens. Where the gain is one constant (sd of log gain
+    below .01) there is nothing to rank, and no correlation is reported. A correlation above 0 does not prove
+    smearing. It shows that the gain is high where many neurons share an attribution that matters for the loss;
+    this also happens where other values of gamma would suffice (`disjoint`: .69). Only training a static arm
+    shows whether a per-token gain is needed. Results marked "as published" come from the study's own test on
     the same tokens and do not distinguish smearing from its absence.
 
 Pitfalls:

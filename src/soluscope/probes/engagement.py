@@ -7,13 +7,20 @@ Formula:
     r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = s2
     d_mlp^2;
     elasticity of g to s is -r;
+    sd of log g over tokens;
+    share of loss at r above .05 = sum of l where r > .05 / sum of l;
     residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted
 
 Reading:
-    r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true
-    LayerNorm. Smearing by LayerNorm needs r above .5 at most tokens; r below .05 at a token rules smearing
-    out there. A model whose gain is one constant has r = 0 by construction. The residual of the affine fit
-    tests the probe itself: if it exceeds rounding error, hook_post is not a norm of hook_mid.
+    r is the share of LayerNorm's log-scale action that epsilon leaves: 0 is a static gain, 1 a true LayerNorm.
+    A per-token gain can matter only if it varies. Where r is low the gain is at its ceiling, 1 / sqrt(eps).
+    Amplification is relative to other tokens, so a low r at most tokens rules nothing out if some tokens have a
+    high one (`ceiling`: r is .04 at three quarters of the tokens and the gain varies 25-fold). The gain counts
+    as one constant if the sd of log g is below .01, or if r is below .05 at 99% of the tokens and the others
+    have less than 1% of the loss. It varies if the sd of log g is above .1. A gain that varies does not show
+    that it matters, or where: `magnitude` has no diffuse code. A model whose gain is one constant has r = 0 by
+    construction. The residual of the affine fit tests the probe itself: if it exceeds rounding error, hook_post
+    is not a norm of hook_mid.
 
 Pitfalls:
     Compare kappa = eps * d_mlp^2 across sizes, never eps alone. Read BOS separately from all other tokens.
@@ -35,7 +42,12 @@ import torch
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes._estimates import ratio
+
+LOW = 0.05
+"""r up to which a token's gain counts as being at its ceiling, 1 / sqrt(eps)."""
+SHARE_OF_LOSS = f"share of loss where r is above {LOW}"
 
 
 def measure(run: HookedRun) -> Measured:
@@ -50,23 +62,30 @@ def measure(run: HookedRun) -> Measured:
         of post - beta; m is 0 where the norm does not centre, and the residual is nan where post =
         beta.
     """
-    mid, centred, variance = run.mid.double(), run.centred, run.s2
+    centred, variance, d_mlp = run.centred, run.s2, run.mid.shape[-1]
     nothing = torch.full_like(variance, torch.nan)
     pre = run.pre.double()
     return Measured(
         {
             "r": run.engagement,
             "gain": run.gain.double(),
-            "kappa": nothing
-            if run.eps is None
-            else torch.full_like(variance, run.eps * mid.shape[-1] ** 2),
-            "vq": variance * mid.shape[-1] ** 2,
+            "log gain": run.gain.double().log(),
+            "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * d_mlp**2),
+            "vq": variance * d_mlp**2,
             "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
             "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
-            "k_eff": mid.square().sum(-1) / mid.square().amax(-1),
+            "k_eff": run.k_eff,
             "residual": _residual(run, centred),
-        }
+        },
+        (_share_of_loss(run),),
     )
+
+
+def _share_of_loss(run: HookedRun) -> Estimate:
+    """Return the share of the loss of the tokens whose gain is below its ceiling, without BOS."""
+    loss = run.loss.double().where(run.scored, torch.nan)
+    above = loss.where(run.engagement > LOW, 0.0 * loss)
+    return ratio(SHARE_OF_LOSS, above.numpy(), loss.numpy(), run.string.numpy())
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:
@@ -112,7 +131,18 @@ PROBE = Probe(
     gates=(
         Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),
         Gate("uniform", "r", above=0.5, statistic="median", truth=1.0),
+        Gate("ceiling", "r", above=0.5, statistic="q99"),
+        Gate("ceiling", SHARE_OF_LOSS, above=0.05),
+        *(
+            Gate(varied, "log gain", above=0.5, statistic="sd")
+            for varied in ("smear_shared", "ceiling", "magnitude")
+        ),
+        *(
+            Gate(constant, "log gain", within=0.01, statistic="sd")
+            for constant in ("pinned", "uniform", "bos_gain")
+        ),
         Gate("pinned", "r", within=0.01),
+        Gate("pinned", SHARE_OF_LOSS, within=0.01),
         *(Gate(control, "residual", within=1e-5) for control in ("smear_shared", "pinned")),
     ),
     measure=measure,
@@ -129,6 +159,7 @@ PROBE = Probe(
             more_smeared_when="higher",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
+        "log gain": Quantity("log gain", "spread of the log of the gain over tokens", ("sd",)),
         "kappa": Quantity("eps * d_mlp^2", "the dose of epsilon", ("median",)),
         "vq": Quantity(
             "var * d_mlp^2",
@@ -148,9 +179,15 @@ PROBE = Probe(
             ("median", "q99"),
         ),
     },
+    estimates={
+        SHARE_OF_LOSS: Quantity(
+            "share", "loss of the tokens whose gain is below its ceiling, over all loss"
+        )
+    },
     streams=("natural", "prose", "code", "sentences", "repeated", "random"),
     figures=(
         Figure("Engagement r, median token", ("r",), statistic="median"),
+        Figure("Spread of log gain over tokens", ("log gain",), statistic="sd"),
         Figure("Gain, median token", ("gain",), statistic="median", log_y=True),
         Figure("Largest softmax weight, median token", ("max_p",), statistic="median", log_y=True),
     ),

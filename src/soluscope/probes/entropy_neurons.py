@@ -12,7 +12,8 @@ Formula:
     TE - DE: change of entropy at post_j = 0 with ln_final live, minus the change with its scale frozen;
     LogitVar_j = Var_v cos(w_j, u_v);
     null share = |w_j on W_U's lowest singular directions|^2 / |w_j|^2;
-    log gain moved = |a_j (a_j - m)| g^2 / N;
+    log gain moved = |a_j (a_j - m)| g^2 / N, summed over neurons;
+    steering = N times that of the largest neuron over that sum;
     loss through the mid norm = change of loss at mid_j = 0 with the mid norm live (8.5), minus the change
     with it held (8.2)
 
@@ -20,8 +21,10 @@ Reading:
     Removing an entropy neuron changes the entropy with ln_final live, but not with its scale frozen: TE - DE
     is nonzero, and most of the neuron's row of W_out lies where W_U hardly reads. This effect is ln_final's,
     not the mid norm's, and must vanish where ln_final's scale is constant. Gain neurons act through the mid
-    norm. Smearing needs some of them, because neurons have to move the gain; without them (log gain moved
-    near 0) no neuron affects the other neurons through the gain.
+    norm. The log gain that all neurons of a token move together is r, apart from signs, whatever their number;
+    where it is near 0 no neuron affects the others through the gain. Steering compares the largest neuron with
+    the mean one: near 1, no neuron moves the gain more than others do. Compare the weights' facts with the
+    untrained model, whose random rows of W_out have correlations with the log unigram of .6 too.
 
 Pitfalls:
     A one-layer model has few such neurons. Post is set to 0, LayerNorm's mean; Stolfo et al. use the mean
@@ -56,6 +59,7 @@ from soluscope.probes._tokens import arrays, every_nth, scattered
 
 EVERY = 11
 """Stride: all neurons are ablated at every 11th token that is not BOS and has a target."""
+STEERING = "steering: largest gain neuron over the mean"
 TOLERANCE = 1e-6
 """Nats: the precision of a change of loss, and the largest excess that counts as rounding error."""
 NULL_SHARE = 0.01
@@ -126,7 +130,7 @@ def _sizes(run: HookedRun, at: Effects) -> dict[str, Tensor]:
         "loss: through the mid norm": at.loss_through.abs().mean(-1),
     }
     columns = {name: scattered(run, at.tokens, column) for name, column in values.items()}
-    return columns | {"log gain moved": gain_elasticity(run).mean(-1)}
+    return columns | {"log gain moved": gain_elasticity(run).sum(-1)}
 
 
 def _estimates(
@@ -142,10 +146,9 @@ def _estimates(
     yield ratio("mean TE - DE", through.mean(-1), np.ones(len(through)), string)
     yield from _of_the_discovered(at, run)
     content = (~run.is_bos).nonzero().squeeze(-1)
-    yield _of_the_largest(
-        "log gain moved by the largest gain neuron",
-        gain_elasticity(run)[content].numpy(), content.numpy(), run,
-    )  # fmt: skip
+    moved = gain_elasticity(run)[content].numpy()
+    if moved.any():
+        yield _of_the_largest(STEERING, moved, content.numpy(), run, over=moved.mean(-1))
     for name, through_norm, otherwise in (
         ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
         ("loss effect through the mid norm", "loss: through the mid norm", "loss: mid norm held"),
@@ -177,9 +180,13 @@ def _halves(
 
 
 def _of_the_largest(
-    quantity: str, values: NDArray[np.float64], tokens: NDArray[np.intp], run: HookedRun
+    quantity: str,
+    values: NDArray[np.float64],
+    tokens: NDArray[np.intp],
+    run: HookedRun,
+    over: NDArray[np.float64] | float = 1.0,
 ) -> Estimate:
-    """Return the mean over tokens of the neuron with the largest |mean|, signed by that mean.
+    """Return the mean over tokens of the neuron with the largest |mean|, signed by that mean, over that of `over`.
 
     The neuron and the sign are chosen on the other half of the documents, so the expected value without
     any effect is 0.
@@ -194,7 +201,7 @@ def _of_the_largest(
             mean = values[chosen].mean(0)
             largest = abs(mean).argmax()
             result[measured] = np.sign(mean[largest]) * values[measured, largest]
-    return ratio(quantity, result, result * 0 + 1, run.string.numpy()[tokens])
+    return ratio(quantity, result, result * 0 + over, run.string.numpy()[tokens])
 
 
 def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
@@ -402,11 +409,11 @@ def _in_a_layer_norm() -> tuple[HookedRun, dict[str, Any]]:
         W_U=_UNEMBED * 1e12,
     )
     return run, {
-        "log gain moved": [1] * 3 * _N_PLANTED,
+        "log gain moved": [2] * 3 * _N_PLANTED,
         "loss: mid norm held": _sampled((loss(-2) - loss(1)) / 2),
         "loss: through the mid norm": _sampled((loss(-2) - loss(-1)) / 2),
         "entropy: through ln_final": _sampled(0),
-        "log gain moved by the largest gain neuron": 1.5,
+        STEERING: 1.5,
     }
 
 
@@ -448,8 +455,7 @@ PROBE = Probe(
         ),
         "log gain moved": Quantity(
             "log gain",
-            "|a_j (a_j - m)| g^2 / N: first-order effect of removing a neuron on log gain; mean over neurons",
-            more_smeared_when="higher",
+            "|a_j (a_j - m)| g^2 / N: first-order effect of removing a neuron on log gain; sum over neurons",
         ),
     },
     estimates={
@@ -475,10 +481,10 @@ PROBE = Probe(
             "share", "sum of |through the norm| over sum of (|through the norm| + |norm held|)",
             more_smeared_when="higher",
         ),
-        "log gain moved by the largest gain neuron": Quantity(
-            "log gain",
-            "mean over tokens of the neuron with the largest mean, chosen on the other half of documents",
-            more_smeared_when="higher",
+        STEERING: Quantity(
+            "ratio",
+            "log gain moved by the neuron with the largest mean, chosen on the other half of documents, over the "
+            "mean over neurons; 1 if all neurons move it alike, d_mlp if one alone does",
         ),
         "largest share in W_U's null space": Quantity(
             "share", "largest share of a neuron's squared norm in the lowest 1% of W_U's singular directions"
@@ -496,7 +502,7 @@ PROBE = Probe(
         ),
         Figure("Excess of the discovered entropy neurons", ("excess of discovered entropy neurons",)),
         Figure("Share of neurons confirmed as entropy neurons", ("share of neurons confirmed as entropy neurons",)),
-        Figure("Log gain moved by the largest gain neuron", ("log gain moved by the largest gain neuron",)),
+        Figure("Log gain moved by the largest neuron over that of the mean neuron", (STEERING,)),
         Figure(
             "Facts about the weights",
             ("largest share in W_U's null space", "largest |correlation| with log unigram"),

@@ -15,7 +15,8 @@ Formula:
     sd of log g within a string.
 
 Reading:
-    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. If only the
+    Smearing predicts that the gain of ordinary tokens varies by more than 10% with context. The gain of an
+    untrained model varies too, so compare with it; and a gain that varies need not matter. If only the
     published aggregations change with n and the last token's gain is flat, the change comes from BOS's share
     in an average.
 

@@ -21,11 +21,12 @@ Formula:
 
 Reading:
     If the loss rises with a constant Z, the softmax's denominator carries information: lateral
-    inhibition. Smearing predicts that the loss rises with a constant gain and not with a constant Z.
-    That pattern also appears where other values of gamma would suffice (C2, `disjoint`); P7 and P8 test
-    whether a per-token gain is needed. If both changes are within .001 nats, the MLP is equivalent
-    to x e^x times one number. The interaction measures how much the effect of one coupling depends
-    on the other.
+    inhibition. If it rises with a constant gain, the per-token gain matters at inference; this probe does not
+    ask at which tokens, so it cannot distinguish smearing from a gain that matters at any code (`magnitude`:
+    7.3 nats). The rise also appears where other values of gamma would suffice (C2, `disjoint`). Only the cell
+    with both constant decides whether the MLP is pointwise: if it is within .001 nats, the MLP is equivalent to
+    x e^x times one number. Each of Z and g can cost nothing alone while the two together do, because each can
+    take the other's place; the interaction measures that.
 
 Pitfalls:
     Under a live LayerNorm with a tiny epsilon Z cancels, so a constant Z costs nothing there by
@@ -180,7 +181,6 @@ PROBE = Probe(
             f"{cell}{how}": Quantity(
                 "nats",
                 f"change of loss with {meaning}{how}",
-                more_smeared_when="higher" if cell == "g const" else "neither",
             )
             for how in FINAL_NORMS.values()
             for cell, meaning in CELLS.items()

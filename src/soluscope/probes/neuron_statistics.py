@@ -17,11 +17,13 @@ Formula:
     per token (sum a^2)^2 / sum a^4, |a|^2 / max a^2, share of |a| > max |a| / 10
 
 Reading:
-    With smearing the neurons are a privileged basis before the norm and less so after it: kurtosis,
-    and its excess over a rotated basis, fall from mid to post, and the density rises, because
-    distributed activations are amplified. A norm with one constant gain leaves every neuron's shape
-    unchanged, up to centring: post minus mid is 0. If the kurtosis of mid is no higher than that of
-    Gaussian pre-activations, the nonlinearity made it, not the trained weights.
+    With smearing the neurons are a privileged basis before the norm and less so after it: kurtosis, and its
+    excess over a rotated basis, fall from mid to post, and the density rises, because distributed activations
+    are amplified. Centring alone changes a neuron's shape too (post minus mid is -.51 in the demo's static
+    twin), so compare with the static twin and not with 0: only without centring does one constant gain leave
+    every shape as it is. Other values of gamma do not show in a neuron's shape, so a change of shape by the
+    gain does not show that a per-token gain is needed (`disjoint`). If the kurtosis of mid is no higher than
+    that of Gaussian pre-activations, the nonlinearity made it, not the trained weights.
 
 Pitfalls:
     x softmax(x) gives heavy tails to any input: read a kurtosis only together with that of Gaussian

@@ -22,13 +22,12 @@ Formula:
     feature direction: d x_j / d resid, j = argmax x of the other token
 
 Reading:
-    A smooth MLP gives a length near 1.11, a longest step near 1/128 and half of the distance at .46
-    of pi/2, as if O were the path itself. Steps and plateaus show that directions fall into regions,
-    each with one meaning. A norm that smears adds steps: on the way from one neuron's region to the
-    next it amplifies the small activations in between to full size, so the longest step grows. If
-    holding the gain changes nothing, all steps come from the nonlinearity. The gain also adds steps
-    where other values of gamma would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is
-    needed.
+    A smooth MLP gives a length near 1.11, a longest step near 1/128 and half of the distance at .46 of pi/2, as
+    if O were the path itself. Steps and plateaus show that directions fall into regions, each with one meaning.
+    A norm that smears adds steps: on the way from one neuron's region to the next it amplifies the small
+    activations in between to full size, so the longest step grows. If holding the gain changes nothing, all
+    steps come from the nonlinearity. The gain also adds steps where other values of gamma would suffice (C2,
+    `disjoint`). Only training a static arm shows whether a per-token gain is needed.
 
 Pitfalls:
     A random direction leaves the region where text lies; another token's direction does not. Without

@@ -16,7 +16,10 @@ Reading:
     carry the variance of log g, and that g is high where K is high (correlation above 0) and xmax
     low. If xmax alone carries the variance, the gain follows how strongly neurons fire and not how
     many fire. Read the amplitude first: with r near 0 the shares of log g divide up almost no
-    variance (SoLU-1L: correlation .66, amplitude .4%).
+    variance (SoLU-1L: correlation .66, amplitude .4%), and below an sd of log g of .01 no share of log g and no
+    correlation is given. Compare with the untrained model: its correlation is already far above 0, because a
+    flat softmax makes small activations. A high gain at diffuse codes does not show that it matters there: in
+    `disjoint`, where gamma suffices, the gain is high there too.
 
 Pitfalls:
     Shares can be negative or above 1, since terms cancel; the covariances are therefore reported
@@ -68,6 +71,8 @@ CHANGES = {
 }
 FLAT = 1e-9
 """Smallest spread of logs that is more than rounding; below it there is no variance to divide into shares."""
+STILL = 0.01
+"""Standard deviation of log gain below which its causes are not divided: the gain is one constant in effect."""
 
 
 def measure(run: HookedRun) -> Measured:
@@ -182,6 +187,8 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     if run.eps is None or not varies:
         return
     log_g = -0.5 * np.logaddexp(2 * log_s, np.log(run.eps))
+    if log_g.std() < STILL:
+        return
     if np.ptp(log_g) > FLAT:
         elasticity = _mean_elasticity(log_s, run.eps)
         for name in names:

@@ -23,21 +23,23 @@ Formula:
     2x2 contrast m(g', c') - m(g', c) - m(g, c') + m(g, c), c = L u
 
 Reading:
-    Smearing predicts that the gain alone moves the logit difference in at least one way: denoising if
-    the gain is sufficient, noising if it is necessary, both if it is both. The sign is not part of the
-    prediction: a higher gain amplifies the receiver's answer even if that answer is wrong, so in C1
-    (`smear_shared`) the shares are far below 0. Without smearing the gain moves nothing either way
-    (within .01), and content and direction move the whole difference. An interaction above 0 means
-    that gain and content act together. Where the gain is one constant its shares are exactly 0.
+    A per-token gain that matters (H-dyn) predicts that the gain alone moves the logit difference in at least
+    one way: denoising if the gain is sufficient, noising if it is necessary, both if it is both. The sign is
+    not part of the prediction: a higher gain amplifies the receiver's answer even if that answer is wrong, so
+    in C1 (`smear_shared`) the shares are far below 0. The probe cannot distinguish smearing from a gain that
+    matters at any code (`magnitude`: -23), or from one that gamma could replace (`disjoint`: -20 and -46). If
+    the gain moves nothing either way (within .01), content and direction move the whole difference. An
+    interaction above 0 means that gain and content act together. Where the gain is one constant its shares are
+    exactly 0.
 
 Pitfalls:
-    Shares need not lie in [0, 1]: a gain multiplies the receiver's answer, so patching it may
-    overshoot. A pair is left out if the model does not distinguish its answers
-    (|m_clean - m_corrupt| < .5): check how many pairs are left. The effect depends on the corrupting
-    word, so there are five per pair. The residual stream before the MLP, attention included, stays the
-    receiver's, so even the whole content need not move the whole difference. L stays the receiver's
-    too: under a true LayerNorm a patched gain changes the norm of n, which no prompt would do. In a
-    tokenizer of code, names are whole words. Prefixes of one document count as separate pairs.
+    Shares need not lie in [0, 1]: a gain multiplies the receiver's answer, so patching it may overshoot. A pair
+    is left out if the model does not distinguish its answers (|m_clean - m_corrupt| < .5): check how many pairs
+    are left. The effect depends on the corrupting word, so there are five per pair. The residual stream before
+    the MLP, attention included, stays the receiver's, so even the whole content need not move the whole
+    difference. L stays the receiver's too: under a true LayerNorm a patched gain changes the norm of n, which
+    no prompt would do. In a tokenizer of code no name is one token, and the family "names" then swaps random
+    words. Prefixes of one document count as separate pairs.
 
 Source:
     protocol.md section 7 P6; Heimersheim 2023, comments on docstring circuits, for both directions;
@@ -288,7 +290,6 @@ PROBE = Probe(
     ),
     one_layer=True,
     tested="denoise: gain",
-    confirmatory=True,
     measure=measure,
     known=known,
     quantities={

@@ -15,12 +15,14 @@ Formula:
     l(alpha g_t) - l(g_t), alpha = 2^-2 ... 2^2 in 17 steps
 
 Reading:
-    Smearing predicts that a swap costs loss in either direction (a positive slope for swaps to a
-    higher gain, a negative slope for swaps to a lower one) and that the mean dose curve is sharp with
-    its minimum at 1. Without smearing the swap changes nothing: exactly nothing where the gain is one
-    constant, and within .001 nats where it varies without effect. A steep dose curve alone shows only
-    that the output scale matters, as it also does under a static gain. Swaps also cost loss where
-    other values of gamma would suffice (C2, `disjoint`); P7 and P8 test whether a per-token gain is needed.
+    A per-token gain that matters (H-dyn) predicts that a swap costs loss in either direction (a positive slope
+    for swaps to a higher gain, a negative slope for swaps to a lower one) and that the mean dose curve is sharp
+    with its minimum at 1. Smearing predicts that diffuse codes pay a part of it; in `magnitude` no code is
+    diffuse. A swap changes nothing where the gain is one constant, and within .001 nats where it varies without
+    effect; but the donors of a token are of its class, so nothing follows where gains hardly differ within
+    classes (sd of log(g_u / g_t)). A steep dose curve alone shows only that the output scale matters, as it
+    also does under a static gain. Swaps also cost loss where other values of gamma would suffice (C2,
+    `disjoint`). Only training a static arm shows whether a per-token gain is needed.
 
 Pitfalls:
     Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that swaps up
@@ -50,7 +52,7 @@ from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
-from soluscope.probes._tokens import arrays
+from soluscope.probes._tokens import arrays, diffuse
 
 POSITION_GROUPS = (2, 16)
 """Positions at which the second and the third group begin; protocol.md section 5."""
@@ -63,6 +65,7 @@ DOUBLINGS = tuple(i / 4 for i in range(-8, 9))
 DOSES = tuple(2**x for x in DOUBLINGS)
 N_DOSED = 2048
 """Maximum number of tokens with a dose curve, evenly spaced."""
+BY_DIFFUSE = "swap, signed, diffuse codes"
 FLAT = 1e-6
 """Smallest range of a dose curve, in nats, that is more than rounding; a flatter curve has no minimum."""
 
@@ -78,8 +81,9 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
 
     Returns:
         Each with ln_final live and with its scale frozen:
-        the change of loss under a swap, as an absolute value, with its sign, and with its sign only where
-        the gain rose or only where it fell; nan where no other token matches;
+        the change of loss under a swap, as an absolute value, with its sign, with its sign only where
+        the gain rose or only where it fell, and with its sign where the code is diffuse and 0 elsewhere; nan where
+        no other token matches;
         the dose curve l(alpha g) - l(g) at `DOSES`; log2 of the alpha where it is lowest (by the parabola
         through the lowest three; nan where it is flat); and its second derivative in log alpha at 1, by
         differences: all nan except at `N_DOSED` evenly spaced tokens.
@@ -93,6 +97,7 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
     doses = run.gain[:, None] * torch.tensor(DOSES, dtype=run.gain.dtype)
     step = (DOUBLINGS[1] - DOUBLINGS[0]) * torch.tensor(2.0).log()
     middle = DOSES.index(1.0)
+    spread = diffuse(run)
     columns = {"log(g_u / g_t)": log_ratio}
     for final_norm, how in FINAL_NORMS.items():
         change = _changes(run, swapped, run.gain[donor, None], final_norm).squeeze(-1)
@@ -103,6 +108,7 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
             f"swap, signed{how}": change,
             f"swap up, signed{how}": change.where(log_ratio > SAME, torch.nan),
             f"swap down, signed{how}": change.where(log_ratio < -SAME, torch.nan),
+            f"{BY_DIFFUSE}{how}": change.where(spread | change.isnan(), 0.0),
             f"log2 of the best dose{how}": torch.from_numpy(lowest(curve.numpy())),
             f"curvature at the own gain{how}": bend / step.square(),
         }
@@ -250,6 +256,11 @@ PROBE = Probe(
         Gate("smear_shared", "slope, down", below=-0.1),
         Gate("smear_shared", "log2 of the best dose for all", within=0.25),
         Gate("disjoint", "swap, absolute", above=0.1),  # although no per-token gain is needed
+        Gate("magnitude", "swap, signed", above=0.1),
+        Gate("magnitude", BY_DIFFUSE, within=0.001),
+        *(Gate(positive, BY_DIFFUSE, above=0.03) for positive in ("smear_shared", "ceiling")),
+        Gate("swallowed", "swap, absolute", within=0.001),
+        Gate("swallowed", "swap, absolute, final norm frozen", above=0.1),
         *(
             Gate(negative, f"swap, absolute{how}", within=0.001)
             for negative in ("absorbed", "uniform", "pinned")
@@ -268,11 +279,14 @@ PROBE = Probe(
                     "nats",
                     "size of the change of loss with the gain of a similar token",
                     ("mean", "median"),
-                    more_smeared_when="higher",
                 ),
                 "swap, signed": Quantity(
                     "nats",
                     "change of loss with the gain of a similar token",
+                ),
+                BY_DIFFUSE: Quantity(
+                    "nats",
+                    "the part of that mean that tokens of diffuse code pay",
                     more_smeared_when="higher",
                 ),
                 "swap up, signed": Quantity(
@@ -304,12 +318,10 @@ PROBE = Probe(
             "slope, up": Quantity(
                 "nats / log gain",
                 "the same over swaps to a gain as high or higher",
-                more_smeared_when="higher",
             ),
             "slope, down": Quantity(
                 "nats / log gain",
                 "the same over swaps to a gain as low or lower",
-                more_smeared_when="lower",
             ),
             "dose curve": Quantity("nats", "mean change of loss at x times the token's gain"),
             "log2 of the best dose for all": Quantity(

@@ -25,9 +25,11 @@ Formula:
     the neurons of both halves are pooled
 
 Reading:
-    Smearing predicts A above 0 for the gain alone: tokens without the feature, amplified, overtake
-    tokens that have the feature weakly beside something stronger. If A is 0 for the gain and above 0
-    for centring alone, this is not smearing: subtracting the mean changes the sign of small
+    Smearing can give A above 0 for the gain alone (`smear_graded`): tokens without the
+    feature, amplified, overtake tokens that have the feature weakly beside something stronger. It need not:
+    smearing that re-orders no tokens on a neuron has A = 0 (`smear_shared`, `ceiling`), and a gain that
+    re-orders some has A above 0 whether or not their codes are diffuse (`magnitude`). If A is 0 for the gain
+    and above 0 for centring alone, this is not smearing: subtracting the mean changes the sign of small
     activations. If every A is 0, the norm changes no order of activations.
 
 Pitfalls:
@@ -350,7 +352,6 @@ PROBE = Probe(
         name: Quantity(
             "share",
             f"share of the neurons that a token activates weakly ({stage}) whose feature the token has",
-            more_smeared_when="neither" if stage == "before" else "lower",
         )
         for stage, name in SHARES.items()
     },
@@ -360,7 +361,6 @@ PROBE = Probe(
             f"A ({part})": Quantity(
                 "difference of P(feature)",
                 f"specificity of weak activations before the norm minus after it: {part}",
-                more_smeared_when="neither" if part == "centring only" else "higher",
             )
             for part in PARTS
         },

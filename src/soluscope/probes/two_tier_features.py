@@ -28,7 +28,9 @@ Reading:
     be decoded from all of them, that occur on tokens with a high gain (log gain above 0), need fewer
     neurons after the norm than before it, and cost loss when removed. Without smearing the tiers have
     the same gain, and the index is the same in mid and post. A second tier whose removal costs 0 is
-    decoded by the probe but not used by the model.
+    decoded by the probe but not used by the model. A feature of many neurons need not have a diffuse code: a
+    class of tokens with one neuron each needs as many (`magnitude`). And a high gain at the second tier does not
+    show that a per-token gain is needed, since other values of gamma may suffice (`disjoint`).
 
 Pitfalls:
     A probe reads directions that the model does not use. The removal tests use, next to the removal

@@ -12,7 +12,7 @@ Source: protocol.md section 9.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,16 @@ from soluscope.report.blocks import (
     fold,
 )
 from soluscope.report.findings import (
-    ENGAGED,
-    IDLE,
     NO_COST,
+    SHARE_OF_LOSS,
+    SIGNIFICANT,
+    VARIES,
+    Gain,
     Side,
+    before_norm,
     comparisons,
     envelope,
+    gain_varies,
     measured,
     number,
     per_token,
@@ -43,25 +47,32 @@ from soluscope.report.findings import (
 from soluscope.results import Comparison, Number, Record, Term
 from soluscope.results import Verdict as Settled
 
-HYPOTHESES = ("H0-opt, H-aff", "H-static-smuggle", "H-smear")
+HYPOTHESES = ("H0-opt", "H-aff", "H-static-smuggle", "H-dyn", "H-smear")
 MEANINGS = (
     "H0-opt: LayerNorm helps because it sets the output scale at the start of training. H-aff: it helps "
-    "through centring and its affine part (gamma and beta).",
+    "through its affine part (gamma and beta) and centring.",
     "H-static-smuggle: small activations carry information, and one constant gain amplifies them.",
-    "H-smear: small activations carry information, and a per-token gain amplifies them.",
+    "H-dyn: the loss needs a gain for each token. H-smear: H-dyn, and the tokens that need it have diffuse codes, "
+    "which many neurons share.",
 )
+PER_NEURON, DIFFUSE_CODES = "one gain for each neuron", "diffuse codes at the others' gain"
+SCALED_SIZE = "|o| / |r0|"
 NO_SHARE = 0.01
 """Threshold below which a share or a correlation counts as 0, as `NO_COST` for the loss."""
 CONSTANTS = ("geometric mean", "best constant")
 """Constants that a freeze puts in the gain's place."""
+DOMINATES = 5.0
+"""Least |o| / |r0| at which ln_final swallows a change of the gain.
+
+The stream after the MLP is r0 + o, and g multiplies o. ln_final keeps its direction only, which turns by at most
+|r0| / |o| (in radians) for each unit of log gain, where o is the longer: less than .2 from here on. A change
+of the gain that costs nothing then shows only that ln_final rescales each token anyway."""
 
 Verdict = Literal["consistent", "inconsistent", "not settled"]
 MARKS: dict[Verdict, str] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
-OPEN: tuple[Verdict, ...] = ("not settled",) * 3
+OPEN: tuple[Verdict, ...] = tuple(["not settled"] * len(HYPOTHESES))
 STYLES = ("text", "wide", *["verdict"] * len(HYPOTHESES))
 """Classes of the matrix's columns in the style sheet."""
-HIGH_GAIN = "gain Q4"
-"""The split in which H-smear expects its effects: the quartile of tokens with the highest gain."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Evidence:
 
     section: str
     name: str
-    expected: tuple[str, str, str]
+    expected: tuple[str, ...]
     """Expectations in the order of `HYPOTHESES`."""
     rule: str
     """Rule from which the verdicts follow."""
@@ -158,49 +169,77 @@ def _line(evidence: Evidence, seen: Sequence[Seen], named: bool) -> list[Cell]:
 
 
 def _engagement(records: Sequence[Record], arm: str) -> Seen | None:
-    rows = measured(records, "engagement", "r", arm, "median")
+    rows = measured(records, "engagement", "log gain", arm, "sd")
     if not rows:
         return None
-    bounds = envelope(rows)
-    smear: Verdict = "not settled"
-    if bounds is not None and bounds[0] > ENGAGED:
-        smear = "consistent"
-    elif bounds is not None and bounds[1] < IDLE:
-        smear = "inconsistent"
-    return Seen((_observed(rows),), ("consistent", "consistent", smear))
+    observed = [f"sd of log g {_observed(rows)}"]
+    for name, quantity, statistic in (
+        ("r at 99% of the tokens", "r", "q99"),
+        (SHARE_OF_LOSS, SHARE_OF_LOSS, ""),
+    ):
+        if more := measured(records, "engagement", quantity, arm, statistic):
+            observed.append(f"{name} {_observed(more)}")
+    dyn = _IF_VARIES[gain_varies(records, arm)]
+    return Seen(tuple(observed), ("consistent",) * 3 + (dyn, dyn))
 
 
 def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
-    """Judge the cost of one gain for all tokens in a trained model, at the constant that costs less.
+    """Judge the cost of one gain for all tokens, or for all tokens of a neuron, in a trained model.
 
-    Either constant is a static gain. The constant with the least loss on other documents may be wrong for
-    these documents, and the geometric mean may be far from the least loss. One constant without a cost is
-    sufficient.
+    Each constant is a static gain, and so are one gain and a gamma for each neuron. The constant with the least
+    loss on other documents may be wrong for these documents, and the geometric mean may be far from the least
+    loss. One static readout without a cost is sufficient.
     """
-    observed, overall, at_high_gain = [], [], []
-    for constant in CONSTANTS:
-        rows = measured(records, "scale_freeze", f"frozen at {constant}", arm)
-        if not rows:
-            continue
-        highest = measured(records, "scale_freeze", f"frozen at {constant}", arm, group=HIGH_GAIN)
-        observed.append(f"{constant} {_observed(rows)}")
-        if highest:
-            observed.append(f"{constant}, at the quartile of highest gain {_observed(highest)}")
-        overall.append(side_of_zero(rows, NO_COST))
-        at_high_gain.append(side_of_zero(highest or rows, NO_COST))
-    if not observed:
+    probe = "scale_freeze"
+    edits = {f"frozen at {constant}": constant for constant in CONSTANTS}
+    rows = {
+        name: measured(records, probe, name, arm) for name in (*edits, PER_NEURON, DIFFUSE_CODES)
+    }
+    if not any(rows[name] for name in edits):
         return None
-    none = _if_zero(_least(overall))
-    return Seen(tuple(observed), (none, none, _if_above(_least(at_high_gain))))
+    held = {name: measured(records, probe, f"{name}, final norm frozen", arm) for name in edits}
+    observed = [f"{what} {_observed(rows[name])}" for name, what in edits.items() if rows[name]]
+    observed += [
+        f"{name} {_observed(rows[name])}" for name in (PER_NEURON, DIFFUSE_CODES) if rows[name]
+    ]
+    observed += [
+        f"{what}, final norm frozen {_observed(held[name])}"
+        for name, what in edits.items()
+        if held[name]
+    ]
+    swallowed = _swallowed(records, arm, observed)
+    one_gain = _least([side_of_zero(rows[name], NO_COST) for name in edits if rows[name]])
+    any_gamma = _least([one_gain, side_of_zero(rows[PER_NEURON], NO_COST)])
+    diffuse = side_of_zero(rows[DIFFUSE_CODES], NO_COST)
+    if any_gamma in ("zero", "below"):
+        diffuse = any_gamma  # a static readout does as well, wherever the codes are diffuse
+    if swallowed:
+        one_gain, any_gamma, diffuse = map(_unless_zero, (one_gain, any_gamma, diffuse))
+    static = _if_zero(any_gamma)
+    return Seen(
+        tuple(observed),
+        (_if_zero(one_gain), static, static, _if_above(any_gamma), _if_above(diffuse)),
+    )
 
 
 def _swap(records: Sequence[Record], arm: str) -> Seen | None:
+    """Judge the gain of a similar token. Where similar tokens have similar gains, a zero is no evidence."""
     rows = measured(records, "scale_swap", "swap, signed", arm)
     if not rows:
         return None
-    where = side_of_zero(rows, NO_COST)
+    by_diffuse = measured(records, "scale_swap", "swap, signed, diffuse codes", arm)
+    ratios = measured(records, "scale_swap", "log(g_u / g_t)", arm, "sd")
+    observed = [_observed(rows)]
+    if by_diffuse:
+        observed.append(f"of which diffuse codes {_observed(by_diffuse)}")
+    if ratios:
+        observed.append(f"sd of log(g_u / g_t) {_observed(ratios)}")
+    where, diffuse = side_of_zero(rows, NO_COST), side_of_zero(by_diffuse, NO_COST)
+    moved = envelope(ratios)
+    if moved is None or moved[0] <= VARIES or _swallowed(records, arm, observed):
+        where, diffuse = _unless_zero(where), _unless_zero(diffuse)
     none = _if_zero(where)
-    return Seen((_observed(rows),), (none, none, _if_above(where)))
+    return Seen(tuple(observed), (none, none, none, _if_above(where), _if_above(diffuse)))
 
 
 def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
@@ -210,23 +249,24 @@ def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
     phi = next(iter(comparisons(records, Term.SHARE, arm)), None)
     off_zero = phi is not None and phi.low is not None and phi.low > 0
     where = side_of_zero(static, 0.0)
-    if where == "above" and not off_zero:
-        where = "open"  # few seeds make the ratio's resampled interval a little too narrow
+    if where == "above" and not (off_zero and (static[0].p_adj or 1.0) < SIGNIFICANT):
+        where = "open"
     if static[0].verdict is Settled.EQUIVALENT:
         # A difference that exists but is too small to matter supports neither hypothesis.
         where = "open" if where == "above" else "zero"
     observed = [f"best static arm minus this arm {_observed(static)}"]
     if phi is not None:
         observed.insert(0, "undefined" if phi.value is None else _observed([phi]))
-    smear = _if_above(where)
-    verdict = _OPPOSITE[smear]  # below 0: the static arm is even better
-    return Seen(tuple(observed), (verdict, verdict, smear))
+    dyn = _if_above(where)
+    none = _OPPOSITE[dyn]  # below 0: the static arm is even better
+    return Seen(tuple(observed), (none, none, none, dyn, dyn))
 
 
 def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
-    """Judge the loss that the lowest activations carry, without comparing it to random neurons of the same |n|.
+    """Judge the loss that the lowest activations carry, and the part that one gain for all would not have.
 
-    If the set carries no loss, this does not rule out a code of small activations outside the set.
+    A set that carries no loss, or none through the gain, does not rule out a code outside the set. Static
+    smuggling is compared with the arms without a norm: any model's small activations carry some loss.
     """
     probe, removed = "low_activation_impact", "lowest 90% removed"
     lowest = measured(records, probe, removed, arm)
@@ -240,11 +280,34 @@ def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
         observed.append(f"D where the gain is high {_observed(at_high_gain)}")
     if same_mass:
         observed.append(f"random neurons of the same |n| at 0 {_observed(same_mass)}")
+    others = {
+        other: measured(records, probe, removed, other) for other in before_norm(records, arm)
+    }
+    others = {other: rows for other, rows in others.items() if rows}
+    observed += [f"{removed} in {other} {_observed(rows)}" for other, rows in others.items()]
     size = side_of_zero(lowest, NO_COST)
     D_is_zero = _if_zero(side_of_zero(residual, NO_COST))
-    none, static = (D_is_zero if size == wanted else "not settled" for wanted in ("zero", "above"))
-    by_gain = _if_above(side_of_zero(at_high_gain or residual, NO_COST))
-    return Seen(tuple(observed), (none, static, by_gain if size == "above" else "not settled"))
+    by_gain = side_of_zero(at_high_gain or residual, NO_COST)
+    amplified: Verdict = "consistent" if size == by_gain == "above" else "not settled"
+    return Seen(
+        tuple(observed),
+        (
+            D_is_zero if size == "zero" else "not settled",
+            D_is_zero if size == "zero" else "not settled",
+            D_is_zero if size == "above" and _above_all(lowest, others.values()) else "not settled",
+            amplified,
+            amplified,
+        ),
+    )
+
+
+def _above_all(rows: Sequence[Number], others: Collection[Sequence[Number]]) -> bool:
+    """Return whether the rows' intervals lie above those of every other arm; False if there is no other arm."""
+    here, there = envelope(rows), [envelope(each) for each in others]
+    known = [each for each in there if each is not None]
+    if here is None or not known or len(known) < len(there):
+        return False
+    return here[0] > max(high for _, high in known)
 
 
 def _specificity(records: Sequence[Record], arm: str) -> Seen | None:
@@ -258,19 +321,50 @@ def _specificity(records: Sequence[Record], arm: str) -> Seen | None:
         return None
     where = side_of_zero(rows, NO_SHARE)
     none = _if_zero(where)
-    return Seen(
-        (_observed(rows),), (none, none, "consistent" if where == "above" else "not settled")
-    )
+    gain: Verdict = "consistent" if where == "above" else "not settled"
+    return Seen((_observed(rows),), (none, none, none, gain, gain))
 
 
 def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
-    cells = [measured(records, "lateral_inhibition", name, arm) for name in ("g const", "Z const")]
+    """Judge the cells of the 2x2. Only the cell with both constant shows a pointwise unit.
+
+    Either alone may cost nothing because the other takes its place.
+    """
+    names = ("g const", "Z and g const")
+    cells = [measured(records, "lateral_inhibition", name, arm) for name in names]
     if not all(cells):
         return None
-    gain, softmax = (side_of_zero(rows, NO_COST) for rows in cells)
-    idle = _if_zero("zero" if gain == softmax == "zero" else "open")
-    observed = (f"g const {_observed(cells[0])}", f"Z const {_observed(cells[1])}")
-    return Seen(observed, (idle, idle, _if_above(gain)))
+    observed = [f"{name} {_observed(rows)}" for name, rows in zip(names, cells, strict=True)]
+    gain, both = (side_of_zero(rows, NO_COST) for rows in cells)
+    if _swallowed(records, arm, observed):
+        gain, both = _unless_zero(gain), _unless_zero(both)
+    idle, dyn = _if_zero(both), _if_above(gain)
+    return Seen(
+        tuple(observed),
+        (idle, idle, idle, dyn, "inconsistent" if dyn == "inconsistent" else "not settled"),
+    )
+
+
+def _swallowed(records: Sequence[Record], arm: str, observed: list[str]) -> bool:
+    """Return whether ln_final swallows changes of the gain in this arm, and add that to the observations."""
+    rows = measured(records, "scale_freeze", SCALED_SIZE, arm, "median")
+    bounds = envelope(rows)
+    if bounds is None or bounds[1] < DOMINATES:
+        return False
+    observed.append(
+        f"{SCALED_SIZE} {_observed(rows)}: ln_final swallows changes of the gain, so a zero is open"
+    )
+    return True
+
+
+def _unless_zero(where: Side) -> Side:
+    """Return the side of 0 of an edit that would cost nothing in any case: only a cost says something."""
+    return where if where == "above" else "open"
+
+
+_IF_VARIES: dict[Gain, Verdict] = {
+    "varies": "consistent", "one constant": "inconsistent", "open": "not settled",
+}  # fmt: skip
 
 
 def _if_zero(where: Side) -> Verdict:
@@ -311,76 +405,90 @@ def _observed(rows: Sequence[Number]) -> str:
 EVIDENCE = (
     Evidence(
         "P1",
-        "engagement: r at the typical token",
-        ("any", "any, low", "high (above .5)"),
-        "any r is consistent with a hypothesis that expects any r. H-smear is consistent if all intervals lie "
-        "above .5, and inconsistent if all lie below .05.",
+        "engagement: does the gain vary?",
+        ("any", "any", "any", "varies", "varies"),
+        "the gain varies if the sd of log g is above .1. It is one constant if that sd is below .01, or if r is "
+        "below .05 at 99% of the tokens and the other tokens have less than 1% of the loss. A low r at the "
+        "typical token alone rules nothing out. A gain that varies need not matter: this row cannot distinguish "
+        "H-smear from H-dyn.",
         "engagement",
         _engagement,
     ),
     Evidence(
         "P4",
-        "freeze: loss with one gain for all tokens minus unchanged loss",
-        ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "about 0 means closer to 0 than .001 nats; above 0 means by more than that. The constant that costs less "
-        "counts. A cost without a refit does not rule out a static hypothesis. H-smear is judged at the quartile "
-        "of highest gain.",
+        "freeze: loss with static gains minus unchanged loss",
+        (
+            "about 0 at one gain", "about 0 with a gain for each neuron", "about 0 with a gain for each neuron",
+            "above 0", "above 0 for diffuse codes at the others' gain",
+        ),
+        "about 0 means closer to 0 than .001 nats; above 0 means by more than that. The edit that costs less "
+        "counts. A cost does not rule out a static hypothesis, because a refit may remove it. If a gain for each "
+        "neuron costs nothing, no token needs a separate gain. H-smear is judged where tokens of diffuse code "
+        "get the gain of the other tokens. Where |o| / |r0| is above 5, ln_final swallows changes of the gain "
+        "and a zero is not settled; the change with ln_final's scale frozen then shows what the mid norm does "
+        "before ln_final.",
         "scale_freeze",
         _freeze,
     ),
     Evidence(
         "P5",
         "swap: loss with the gain of another, similar token minus unchanged loss",
-        ("about 0 after a refit", "about 0", "above 0 at tokens of high gain"),
-        "as for the freeze. The swap is not split by gain, so H-smear is judged over all tokens.",
+        ("about 0 after a refit",) * 2 + ("about 0", "above 0", "above 0 at diffuse codes"),
+        "as for the freeze. A zero counts only if similar tokens have different gains: the sd of log(g_u / g_t) "
+        "must be above .1.",
         "scale_swap",
         _swap,
     ),
     Evidence(
         "P8",
         "Phi_dyn: share of the benefit of LN that the best static arm does not reach",
-        ("about 0", "about 0", "interval above 0"),
+        ("about 0",) * 3 + ("interval above 0",) * 2,
         "about 0: the best static arm is equivalent (closer than .005 nats) or better. Above 0: the intervals of "
-        "Phi_dyn and of its numerator both lie above 0. If both hold, the difference is too small to matter, and "
-        "the verdict is not settled. There is no gate, because planted models are not trained.",
+        "Phi_dyn and of its numerator both lie above 0, and the corrected p is below .05. If both hold, the "
+        "difference is too small to matter, and the verdict is not settled. It compares with the static arms "
+        "that were trained. There is no gate, because planted models are not trained.",
         see=_phi_dyn,
     ),
     Evidence(
         "P9",
         "lowest 90% of a token's activations removed together: the cost, and D, the part of the cost that a "
         "model with one gain for all tokens would not have",
-        ("small; D 0", "large; D 0", "large; D above 0"),
-        "a large cost is above .001 nats; a small cost is closer to 0. D is 0 if it is closer to 0 than .001 nats, "
-        "and above 0 if it is above .001 nats. H-smear is judged by D at tokens whose gain is above the geometric "
-        "mean. A small cost does not rule H-smear out, because a code may lie outside the set; only a large cost "
-        "without a D above 0 there speaks against H-smear. The cost of random neurons of the same |n| is shown for "
-        "comparison and does not affect the verdicts.",
+        ("small; D 0",) * 2 + ("larger than without a norm; D 0",) + ("large; D above 0",) * 2,
+        "a large cost is above .001 nats; a small cost is closer to 0. D is 0 if it is closer to 0 than .001 "
+        "nats, and above 0 if it is above .001 nats; it is judged at tokens whose gain is above the geometric "
+        "mean. Small activations carry some loss in any model, so static smuggling is consistent only if the "
+        "cost exceeds that of each arm of the chain before the norm and of each baseline. Neither a small cost "
+        "nor a D of 0 rules out H-smear, because a code may lie outside the set. The cost of random neurons of "
+        "the same |n| is shown for comparison and does not affect the verdicts.",
         "low_activation_impact",
         _low_set,
     ),
     Evidence(
         "P11",
         "A, gain only: specificity of weak activations before minus after a per-token gain",
-        ("0", "0", "above 0"),
+        ("0",) * 3 + ("0 or above",) * 2,
         "A is 0 if it is closer to 0 than .01, and above 0 if it is above .01. A = 0 does not rule out smearing: a "
         "gain can carry information without changing the order of activations. A nonzero A does not rule out a "
-        "static hypothesis: a gain can change an order that the model does not use.",
+        "static hypothesis: a gain can change an order that the model does not use. This row cannot distinguish "
+        "H-smear from H-dyn.",
         "specificity",
         _specificity,
     ),
     Evidence(
         "P20",
-        "2x2: loss with a constant gain g, or with a constant Z, minus unchanged loss",
-        ("Z and g idle", "Z and g idle", "g main effect"),
-        "idle: both changes are closer to 0 than .001 nats. g has a main effect if a constant g costs more than "
-        "that. A cost without a refit does not rule out a static hypothesis.",
+        "2x2: loss with a constant gain g, or with a constant Z and g, minus unchanged loss",
+        ("Z and g idle",) * 3 + ("g main effect", "g main effect at diffuse codes"),
+        "Z and g are idle if the change with both constant is closer to 0 than .001 nats; each alone can cost "
+        "nothing because the other takes its place. g has a main effect if a constant g costs more than that. A "
+        "cost without a refit does not rule out a static hypothesis. The cells do not say at which tokens, so "
+        "they can rule out H-smear and not support it.",
         "lateral_inhibition",
         _two_by_two,
     ),
     Evidence(
         "P23",
         "gap at convergence (a study of training: not measured yet)",
-        ("vanishes with tuning of lr and gain", "vanishes with tuning of lr and gain", "persists"),
+        ("vanishes with tuning of lr and gain",) * 3 + ("persists",) * 2,
         "",
     ),
-)
+)  # fmt: skip

@@ -15,16 +15,24 @@ from soluscope.results import (
     Record,
     Setting,
     Term,
+    Untrained,
     of_kind,
 )
 from soluscope.text import plural
 
-ENGAGED, IDLE = 0.5, 0.05
-"""Median r above which a mid norm counts as active, and median r below which it counts as a static gain."""
+VARIES, CONSTANT = 0.1, 0.01
+"""Standard deviation of log gain above which a gain varies, and below which it is one constant."""
+IDLE, FEW = 0.05, 0.01
+"""r below which a token's gain is at its ceiling, and the share of the loss that may lie at other tokens."""
+SHARE_OF_LOSS = f"share of loss where r is above {IDLE}"
+"""Estimate of the probe `engagement`."""
+SIGNIFICANT = 0.05
+"""Largest corrected p of a difference that counts as shown."""
 NO_COST = 0.001
 """Threshold below which a change of the loss counts as none, in nats per token (protocol.md section 7, P4)."""
 
 Side = Literal["zero", "above", "below", "open"]
+Gain = Literal["varies", "one constant", "open"]
 
 
 @dataclass(frozen=True)
@@ -229,9 +237,46 @@ def measured(
     return sorted(result, key=lambda row: row.seed or 0)
 
 
+def number_key(row: Measurement | Untrained) -> tuple[object, ...]:
+    """Return the key that a number of a run and the same number before training share."""
+    fields = (row.probe, row.quantity, row.statistic, row.stream, row.positions, row.group)
+    return row.arm, row.seed, *fields
+
+
 def engagement(records: Iterable[Record], arm: str, positions: str) -> list[Measurement]:
     """Return an arm's median r on natural text, one row per seed."""
     return measured(records, "engagement", "r", arm, statistic="median", positions=positions)
+
+
+def gain_varies(records: Sequence[Record], arm: str) -> Gain:
+    """Return whether an arm's gain varies between tokens, judged by the seeds' interval bounds.
+
+    The typical token's r does not decide it: most tokens may have their gain at its ceiling while the gain of
+    others is far lower.
+
+    Source: protocol.md section 1.3.
+    """
+    spread = envelope(measured(records, "engagement", "log gain", arm, "sd"))
+    top = envelope(measured(records, "engagement", "r", arm, "q99"))
+    share = envelope(measured(records, "engagement", SHARE_OF_LOSS, arm, ""))
+    if spread is None:
+        return "open"
+    if spread[0] > VARIES:
+        return "varies"
+    at_ceiling = top is not None and share is not None and top[1] < IDLE and share[1] < FEW
+    return "one constant" if spread[1] < CONSTANT or at_ceiling else "open"
+
+
+def before_norm(records: Sequence[Record], arm: str) -> list[str]:
+    """Return the arms without a norm to compare an arm with: baselines, and its chain before its static twin."""
+    known = settings(records)
+    of = known[arm]
+    chain = {step.variant for step in of.chain} - {of.variant, of.twin}
+    return sorted(
+        name
+        for name, each in known.items()
+        if each.size == of.size and (each.role == "baseline" or each.variant in chain)
+    )
 
 
 def is_constant(row: Number) -> bool:

@@ -7,9 +7,19 @@ Claims about a variant need the paired differences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from soluscope.report.findings import NO_COST, by_stream, envelope, number, seeds, side, span
-from soluscope.results import Gate, Measurement, ProbeWords, Quantity
+from soluscope.report.findings import (
+    NO_COST,
+    by_stream,
+    envelope,
+    number,
+    number_key,
+    seeds,
+    side,
+    span,
+)
+from soluscope.results import Direction, Gate, Measurement, ProbeWords, Quantity, Untrained
 
 NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
 """Thresholds below which a signed number counts as 0, by a word that its unit contains.
@@ -17,7 +27,12 @@ NEGLIGIBLE = {"nats": NO_COST, "correlation": 0.01, "difference": 0.01}
 Source: protocol.md section 6, "Gate rule"."""
 
 
-def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str]) -> list[str]:
+def sentences(
+    words: ProbeWords,
+    rows: Sequence[Measurement],
+    arms: Sequence[str],
+    before: Sequence[Untrained] = (),
+) -> list[str]:
     """Return a sentence for each arm and stream that has numbers.
 
     The sentences are about the probe's tested quantity. If it has no rows, they are about the first quantity
@@ -28,6 +43,8 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
         words: description of the probe.
         rows: measurements of the probe.
         arms: arms with a per-token norm, their static twins, and pretrained models.
+        before: the probe's numbers before training. Without them no sentence names the side that smearing
+            predicts.
     """
     known = words.quantities
     leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
@@ -39,7 +56,7 @@ def sentences(words: ProbeWords, rows: Sequence[Measurement], arms: Sequence[str
             for arm in arms
             for stream in streams
         )
-        if result := [_sentence(words, of_arm) for of_arm in each if of_arm]:
+        if result := [_sentence(words, of_arm, before) for of_arm in each if of_arm]:
             return result
     return []
 
@@ -55,7 +72,7 @@ def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Me
     return [row for row in selected if row.stream == "natural"] or selected
 
 
-def _sentence(words: ProbeWords, rows: Sequence[Measurement]) -> str:
+def _sentence(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
     first = rows[0]
     name = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
     text = f"{first.arm}, {first.stream}: {name} is {span(r.value for r in rows)} {first.unit}"
@@ -66,8 +83,29 @@ def _sentence(words: ProbeWords, rows: Sequence[Measurement]) -> str:
         "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach from"
     )
     text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
-    judged = _judged(words, first, bounds)
-    return f"{text}: {judged}." if judged else f"{text}."
+    if judged := _judged(words, first, bounds):
+        text += f": {judged}"
+    return f"{text}{_change(words, rows, before)}."
+
+
+def _change(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
+    """Return the change by training and its direction, as a clause; empty if a seed has no number before it."""
+    known = {number_key(each): each for each in before}
+    twins = [known.get(number_key(row)) for row in rows]
+    found = [replace(each, value=each.difference) for each in twins if each is not None]
+    bounds = envelope(found)
+    if len(found) < len(rows) or bounds is None:
+        return ""
+    untrained = span(each.value for each in twins if each is not None)
+    text = (
+        f"; untrained {untrained}, a change of {span(each.value for each in found)} ({number(bounds[0])} to "
+        f"{number(bounds[1])})"
+    )
+    margins = [margin for word, margin in NEGLIGIBLE.items() if word in rows[0].unit]
+    quantity = words.quantities[rows[0].quantity]
+    if not margins or quantity.more_smeared_when == "neither":
+        return text
+    return f"{text}: {_sign(bounds, margins[0], quantity.more_smeared_when)}"
 
 
 def _judged(words: ProbeWords, row: Measurement, bounds: tuple[float, float]) -> str:
@@ -82,7 +120,7 @@ def _judged(words: ProbeWords, row: Measurement, bounds: tuple[float, float]) ->
             return f"within {gate.within:g} of {gate.around:g}, as on a control without an effect"
     margins = [margin for word, margin in NEGLIGIBLE.items() if word in row.unit]
     if margins:
-        return _sign(bounds, margins[0], words.quantities[row.quantity])
+        return _sign(bounds, margins[0])
     for gate in gates:
         if gate.above is not None and low > gate.above:
             return f"above {gate.above:g}, as on the control {gate.control}"
@@ -99,7 +137,7 @@ def _is_about(gate: Gate, row: Measurement) -> bool:
     )
 
 
-def _sign(bounds: tuple[float, float], margin: float, quantity: Quantity) -> str:
+def _sign(bounds: tuple[float, float], margin: float, predicted_side: Direction = "neither") -> str:
     low, high = bounds
     where = side(bounds, margin)
     if where == "zero":
@@ -108,7 +146,7 @@ def _sign(bounds: tuple[float, float], margin: float, quantity: Quantity) -> str
         return "the sign is not settled"
     if where == "open":
         return f"{'above' if low > 0 else 'below'} 0, but possibly by less than {margin:g}, which would not matter"
-    if quantity.more_smeared_when == "neither":
+    if predicted_side == "neither":
         return f"{where} 0"
-    predicted = (where == "above") == (quantity.more_smeared_when == "higher")
+    predicted = (where == "above") == (predicted_side == "higher")
     return f"{where} 0, the side that smearing {'predicts' if predicted else 'does not predict'}"

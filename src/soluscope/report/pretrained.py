@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from soluscope.report import controls
 from soluscope.report.blocks import Block, Paragraph, Table
 from soluscope.report.findings import (
-    ENGAGED,
     IDLE,
+    Gain,
     engagement,
-    envelope,
     estimate,
+    gain_varies,
     measured,
     number,
 )
@@ -25,6 +25,12 @@ PROBE = "pretrained"
 """Probe name of the measurements with facts about a model that no probe measures."""
 SAME = 1e-5
 """Relative difference up to which a gain computed in fp32 agrees with the formula."""
+
+VERDICTS: dict[Gain, str] = {
+    "varies": "the gain varies between tokens",
+    "one constant": "the gain is one constant in effect, pinned by the norm's epsilon",
+    "open": "it is not settled whether the gain varies between tokens",
+}
 
 
 def arms(records: Iterable[Record]) -> list[str]:
@@ -57,17 +63,6 @@ def sentences(records: Sequence[Record]) -> list[str]:
             "removing it. That needs models that were trained to differ in the LayerNorm alone."
         )
     return result
-
-
-def verdict(bounds: tuple[float, float] | None) -> str:
-    """Return a text on whether a norm is active, judged by the interval bounds of r, not by its estimates."""
-    if bounds is None:
-        return "the engagement of the norm (r) has no interval"
-    if bounds[0] > ENGAGED:
-        return "the norm is engaged at the typical token"
-    if bounds[1] < IDLE:
-        return "the norm is close to one static gain at the typical token, pinned by its epsilon"
-    return "the norm is partly engaged"
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:
@@ -105,7 +100,7 @@ def _engaged(records: Sequence[Record], arm: str) -> list[str]:
         return []
     if not _facts(records, "eps"):
         return [f"{arm} has no norm in its MLP, so its gain is 1 and r is 0 by construction."]
-    text = f"{arm}: {verdict(envelope(content))}; median r {estimate(content[0])}"
+    text = f"{arm}: {VERDICTS[gain_varies(records, arm)]}; median r {estimate(content[0])}"
     shares = measured(records, "engagement", "r", arm, statistic=f"share above {IDLE}")
     if shares:
         text += f"; share of tokens after BOS with r above {IDLE}: {estimate(shares[0])}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from soluscope.report import controls, evidence, figures, meaning, pretrained, tokens, tuning
 from soluscope.report.blocks import (
@@ -23,6 +24,8 @@ from soluscope.report.findings import (
     comparisons,
     estimate,
     for_these_models,
+    number,
+    number_key,
     of_size,
     per_token,
     remarks,
@@ -39,6 +42,7 @@ from soluscope.results import (
     Quantity,
     Record,
     Term,
+    Untrained,
     of_kind,
 )
 from soluscope.text import plural
@@ -60,7 +64,7 @@ def build(records: list[Record]) -> list[Section]:
         Section("differences", "Paired differences", arms.differences()),
         Section("terms", "Phi_dyn and its terms", arms.terms()),
         Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look)),
-        Section("confirmed", "Probes against the static twin", arms.confirmed()),
+        Section("confirmed", "Probes before and after training", arms.confirmed()),
         Section("training", "Training", arms.training()),
         Section("tokens", "Token view", tokens.blocks(arms.records)),
     ]
@@ -140,8 +144,8 @@ class _Arms:
         lead = (
             "Benefit of LN: loss of plain SoLU minus loss of SoLU with LayerNorm. static - LN: loss of the "
             "best static arm (one gain for all tokens, retrained) minus loss of SoLU with LayerNorm. Phi_dyn: "
-            "static - LN as a share of the benefit of LN. 0: no per-token scale is needed; 1: all of the "
-            "benefit needs it; below 0: the static arm is better. The steps from plain SoLU to LayerNorm "
+            "static - LN as a share of the benefit of LN. 0: the static arms reach all of it; 1: they reach "
+            "none; below 0: the static arm is better. The steps from plain SoLU to LayerNorm "
             "add one part each, and sum to the benefit of LN. Bars as above."
         )
         labels = [
@@ -155,19 +159,19 @@ class _Arms:
         ]
 
     def confirmed(self) -> list[Block]:
-        """Show the confirmatory tests: a probe's number minus the static twin's number, paired by seed."""
+        """Show the confirmatory tests: a probe's number minus that of the run's own initialisation."""
         rows = comparisons(self.records, Term.PROBE)
         if not rows:
             return []
         lead = (
-            "A probe's number in an arm minus its number in the static twin, at the same seeds; mean over the "
-            "probe's streams (kinds of text). The static twin differs from the arm only in having one gain for "
-            "all tokens. The p-values are corrected for the number of these tests. All other tests on this "
-            "page, except those of Phi_dyn and its numerator, are exploratory."
+            "A probe's number in a trained run minus its number in the same run before training, on the same "
+            "text. If training did not change it, the difference is as often above 0 as below. The p-values are "
+            "corrected for the number of these tests. All other tests on this page, except those of Phi_dyn and "
+            "its numerator, are exploratory."
         )
         lines = [
             [
-                f"{row.arm} minus {row.against}: {row.probe}: {row.quantity}, {row.unit}",
+                f"{row.arm}, trained minus untrained: {row.probe}: {row.quantity}, {row.unit}",
                 estimate(row),
                 str(row.n),
                 remarks(row),
@@ -215,13 +219,14 @@ class _Arms:
     def probe(self, name: str) -> Section:
         """Return a probe's section: its numbers, figures and stored description, or the numbers alone."""
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == name]
+        before = [row for row in of_kind(self.records, Untrained) if row.probe == name]
         wrong = controls.failures(self.all, name)
         standing = [*self._standing(name, wrong), *self._left_out(name)]
         failed = " (control failed)" if wrong else ""
         words = controls.words_of(self.all, name)
         if words is None:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
-            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {})]
+            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
             return Section(name, name + failed, blocks, bool(wrong))
         first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
         blocks = [
@@ -229,11 +234,11 @@ class _Arms:
             *standing,
             *first,
             *fold("More figures", [each for drawn in others for each in drawn]),
-            *_probe_tables(rows, words.quantities),
+            *_probe_tables(rows, words.quantities, before),
         ]
         if controls.standing(self.all, name) == "passed":
             arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
-            if sentences := meaning.sentences(words, rows, arms):
+            if sentences := meaning.sentences(words, rows, arms, before):
                 text = "About these trained models, without BOS."
                 blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
         blocks += [
@@ -320,7 +325,9 @@ class _Arms:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity]) -> list[Block]:
+def _probe_tables(
+    rows: Sequence[Measurement], quantities: Mapping[str, Quantity], before: Sequence[Untrained]
+) -> list[Block]:
     """Return a probe's numbers in folded tables: the main stream without BOS; then other streams and splits."""
     points = [row for row in rows if row.x is None]
     order = {name: i for i, name in enumerate(quantities)}
@@ -339,14 +346,20 @@ def _probe_tables(rows: Sequence[Measurement], quantities: Mapping[str, Quantity
         stream = main[0].stream
         caption = f"{stream} text, without BOS" if stream else "without BOS"
         summary = f"Table: {caption}; one line per seed, [95% interval]"
-        result += fold(summary, [_by_arm(main, quantities)])
+        result += fold(summary, [_by_arm(main, quantities, before)])
     if rest:
-        result += fold("Table: other streams, positions and splits", [_by_arm(rest, {})])
+        result += fold("Table: other streams, positions and splits", [_by_arm(rest, {}, before)])
     return result
 
 
-def _by_arm(rows: Sequence[Measurement], meanings: Mapping[str, Quantity]) -> Table:
-    """Return a table with one row per number and one column per arm; a cell has one line per seed."""
+def _by_arm(
+    rows: Sequence[Measurement], meanings: Mapping[str, Quantity], before: Sequence[Untrained]
+) -> Table:
+    """Return a table with one row per number and one column per arm.
+
+    A cell has a line for each seed, and one for the same number before training.
+    """
+    untrained = {number_key(each): each for each in before}
     arms = sorted({row.arm for row in rows})
     keys = ("stream", "positions", "group")
     shown = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
@@ -364,12 +377,25 @@ def _by_arm(rows: Sequence[Measurement], meanings: Mapping[str, Quantity]) -> Ta
             if meanings[quantity].more_smeared_when != "neither":
                 label.append(f"more smeared when {meanings[quantity].more_smeared_when}")
         label += sorted({row.note for of_arm in by_arm.values() for row in of_arm} - {""})
-        numbers = [
-            [estimate(row) for row in sorted(by_arm.get(arm, []), key=lambda r: r.seed or 0)]
-            for arm in arms
-        ]
+        numbers: list[Cell] = []
+        for arm in arms:
+            of_arm = sorted(by_arm.get(arm, []), key=lambda r: r.seed or 0)
+            numbers.append(
+                [
+                    line
+                    for row in of_arm
+                    for line in (estimate(row), *_before(untrained.get(number_key(row))))
+                ]
+            )
         lines.append([label, *places, *numbers])
     return Table(["quantity", *shown, *arms], lines, n_text=1 + len(shown))
+
+
+def _before(untrained: Untrained | None) -> list[str]:
+    if untrained is None or untrained.value is None:
+        return []
+    change = replace(untrained, value=untrained.difference)
+    return [f"untrained {number(untrained.value)}; change {estimate(change)}"]
 
 
 def _provenance(records: list[Record]) -> list[Block]:

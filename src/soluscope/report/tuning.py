@@ -33,7 +33,7 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     made = choices(records)
     if not made:
         return []
-    warnings = [*words.edges(records), *words.unchosen(records)]
+    warnings = [*words.edges(records), *words.untuned(records), *words.unchosen(records)]
     result: list[Block] = [Paragraph(text, style="warn") for text in warnings]
     result.append(
         Paragraph(

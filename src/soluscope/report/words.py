@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls, pretrained
+from soluscope.report import controls, plan, pretrained
 from soluscope.report.findings import (
     NO_COST,
+    SIGNIFICANT,
     Choice,
     at_one_rate,
     by_kappa,
@@ -19,8 +20,10 @@ from soluscope.report.findings import (
     engagement,
     envelope,
     for_these_models,
+    gain_varies,
     measured,
     number,
+    per_token,
     per_token_by_kappa,
     remarks,
     runs_of,
@@ -59,7 +62,12 @@ FREEZES = (
 def headline(records: list[Record]) -> list[str]:
     """Return the headline's sentences, the most important one first, for the page and the terminal."""
     models, trained = pretrained.arms(records), pretrained.trained(tuned(records))
-    result = [*edges(records), *unchosen(records), *pretrained.sentences(records)]
+    result = [
+        *edges(records),
+        *untuned(records),
+        *unchosen(records),
+        *pretrained.sentences(records),
+    ]
     if controls.standing(records, "scale_freeze") == "passed":
         result += [sentence for arm in models for sentence in _freeze(records, arm)]
     if not models or any(isinstance(record, OfRun) for record in trained):
@@ -103,6 +111,28 @@ def edges(records: list[Record]) -> list[str]:
             f"the best gain lies at the edge of its grid for {at}. Widen these grids."
         )
     return sentences
+
+
+def untuned(records: list[Record]) -> list[str]:
+    """Return warnings about compared arms whose one learning rate was not tuned for them.
+
+    An arm with several rates in the study has its best rate of these; `edges` judges their grid.
+    """
+    several = {each.arm for each in of_kind(records, ChoicePoint) if each.setting == "lr"}
+    arms = _grouped(
+        (each.rate, each.arm)
+        for each in settings(tuned(records)).values()
+        if each.rate and each.arm not in several
+    )
+    if not arms:
+        return []
+    reasons = "; ".join(
+        f"{', '.join(of_reason)}: the rate {why}" for why, of_reason in arms.items()
+    )
+    return [
+        f"A learning rate that is not tuned can reverse the answer, and these arms have one: {reasons}. Tune "
+        "them with the sweep lr."
+    ]
 
 
 def _at_edges(made: Sequence[Choice]) -> str:
@@ -219,8 +249,8 @@ def _basis(records: list[Record]) -> str:
     text += "."
     if counts and counts[0] == 1:
         text += " With one seed, results describe these trained models, not their variants."
-    elif counts and counts[0] == 2:
-        text += " Two seeds are weak evidence about other seeds."
+    elif counts and (few := plan.cannot_reject(counts[0], len(per_token(records)))):
+        text += f" {few}"
     return text
 
 
@@ -254,20 +284,19 @@ def _verdict(records: list[Record], benefit: Comparison) -> str:
     if phi.low is None or phi.high is None:
         return f"{lowers}. No interval can be given for the share that needs a per-token scale."
     static = next(iter(comparisons(records, Term.STATIC, arm)), None)
-    # Both intervals must exclude 0: few seeds make the ratio's resampled interval a little too narrow.
-    if phi.low > 0 and static is not None and (static.low or 0.0) > 0:
+    shown = static is not None and (static.low or 0.0) > 0 and (static.p_adj or 1.0) < SIGNIFICANT
+    if phi.low > 0 and static is not None and shown:
         if static.verdict is Verdict.EQUIVALENT:
-            return (
-                f"{lowers}. A per-token scale lowers it further than a static gain does, but by too little"
-                " to matter."
-            )
+            return f"{lowers}. The best static arm trained here misses some of it, but too little to matter."
         return (
-            f"{lowers}, and part of this needs a per-token scale: the best static gain does not reach"
-            " it."
+            f"{lowers}, and the static arms trained here do not reach all of this (corrected p = "
+            f"{static.p_adj:.2g}). That does not yet show that a scale for each token is needed: it also takes "
+            "an arm whose scale is held out of the gradient, and a readout that is trained again with one gain. "
+            "soluscope does not have these yet."
         )
     if phi.high < 0:
         return f"{lowers}, but a static gain lowers it more: no per-token scale is needed."
-    return f"{lowers}. It is not shown that any part of this needs a per-token scale."
+    return f"{lowers}. It is not shown that the static arms miss any part of this."
 
 
 def _benefit(records: list[Record], benefit: Comparison) -> str:
@@ -335,18 +364,21 @@ def _twins(records: list[Record], arm: str) -> list[str]:
 
 
 def _engagement(records: list[Record], arm: str) -> list[str]:
-    """Return a sentence on whether the norm is active, judged by the seeds' interval bounds, not by estimates."""
+    """Return a sentence on whether the gain varies, judged by the seeds' interval bounds, not by estimates."""
     content = engagement(records, arm, "not BOS")
     if not content:
         return []
-    bounds = envelope(content)
-    values = [row.value for row in content]
-    text = (
-        f"{arm}: {pretrained.verdict(bounds)}; median r {span(values)} over {seeds(len(content))}"
-    )
-    if bounds is not None:
-        each = "95% interval" if len(content) == 1 else "their 95% intervals reach from"
-        text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
+    n = seeds(len(content))
+    text = f"{arm}: {pretrained.VERDICTS[gain_varies(records, arm)]}"
+    if spread := measured(records, "engagement", "log gain", arm, "sd"):
+        text += f" (sd of log gain {span(row.value for row in spread)} over {n}"
+        if bounds := envelope(spread):
+            each = "95% interval" if len(spread) == 1 else "their 95% intervals reach from"
+            text += f"; {each} {number(bounds[0])} to {number(bounds[1])}"
+        text += ")"
+    text += f"; median r {span(row.value for row in content)}"
+    if top := measured(records, "engagement", "r", arm, "q99"):
+        text += f", r at 99% of the tokens at most {span(row.value for row in top)}"
     text += ", where 0 means one gain for all tokens and 1 a true LayerNorm"
     groups = ("BOS", "1", "2-15", ">=16")
     labels = {

@@ -234,6 +234,16 @@ def build_model(config: Config, d_vocab: int) -> LanguageModel:
     return LanguageModel(config.model, variant, config.mid, d_vocab, config.seed)
 
 
+def initial_model(config: Config, trained: LanguageModel, d_vocab: int) -> LanguageModel:
+    """Return a run's model before its first step, which is a function of the configuration and its seed.
+
+    A constant gain is the trained model's: training does not change it.
+    """
+    model = build_model(config, d_vocab)
+    model.load_state_dict(dict(trained.named_buffers()), strict=False)
+    return model
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Return the content of Lightning's checkpoint, unpickling only tensors and plain values.
 
