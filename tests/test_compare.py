@@ -13,11 +13,13 @@ import scipy.stats
 from conftest import tiny_config
 
 from soluscope.comparison import stats
-from soluscope.comparison.compare import SETTINGS, Lineage, confirm
+from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, confirm
 from soluscope.comparison.compare import compare as compare_with
 from soluscope.config import to_yaml
 from soluscope.errors import UserError
 from soluscope.evaluation.suite import _lineages, _settings
+from soluscope.report import findings
+from soluscope.report.words import _optimism, unchosen
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -847,6 +849,7 @@ def test_runs_that_differ_in_seed_and_rate_alone_are_of_one_family(tiny_study, t
         config = tiny_config(tmp_path, "variant=solu_ln", *words)
         facts = json.loads((trained / "model.json").read_text())
         facts |= {"eps": 0.001, "d_mlp": 128, "lr": config.train.lr, "gain": None}
+        facts |= {"study": config.study, "seed": config.seed}
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
@@ -876,3 +879,96 @@ def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_
     ) as refused:
         _lineages([*two, other])
     assert "delete the line 'role' from both model.json files" in str(refused.value)
+
+
+# ---------------------------------------------------------------- select seeds
+
+
+GAINS = {"solu_gain-g1": 3.03, "solu_gain-g8": 3.06, "solu_gain-g64": 3.09}
+KNOWN = {"solu": 3.10, "solu_ln": 3.02, **GAINS}
+
+
+def with_select_seeds(losses, select_seeds=(5, 6, 7)):
+    return compare_with("study", losses, "abc", LINEAGES, select_seeds)
+
+
+def test_select_seeds_choose_and_are_never_reported():
+    # At the seeds 5 to 7 the largest gain is best, at the reported seeds the smallest.
+    worse = {
+        f"{arm}-s{seed}": 0.1 for arm in ("solu_gain-g1", "solu_gain-g8") for seed in (5, 6, 7)
+    }
+    losses = make_losses(KNOWN, n_seeds=8, worse=worse)
+    records = with_select_seeds(losses)
+    static = find(records, Term.STATIC)
+    assert static.against == "solu_gain-g64"
+    assert static.value == pytest.approx(0.07, abs=0.002)
+    assert (static.n, static.optimism, static.n_candidates) == (5, 0, 3)
+    assert find(records, Term.BENEFIT).n == 5
+    without = losses[losses.seed < 5]
+    assert find(compare("study", without, "abc"), Term.STATIC).against == "solu_gain-g1"
+    # The numbers of the reported seeds are those of a study without the other seeds.
+    same = find(compare("study", without, "abc"), Term.DIFFERENCE, arm="solu", against="solu_ln")
+    assert find(records, Term.DIFFERENCE, arm="solu", against="solu_ln").value == same.value
+
+
+def test_arms_that_were_only_tried_out_have_a_curve_and_no_loss():
+    losses = make_losses(
+        KNOWN, n_seeds=8,
+        settings={f"solu_gain-g{g}": {"gain": float(g), "family": f"gain {g}"} for g in (1, 8, 64)},
+    )  # fmt: skip
+    tried = losses.arm.isin(["solu_gain-g8", "solu_gain-g64"]) & (losses.seed < 5)
+    records = with_select_seeds(losses[~tried])
+    assert {row.arm for row in terms(records, Term.LOSS)} == {"solu", "solu_ln", "solu_gain-g1"}
+    assert [point.x for point in curve_points(records, "gain")] == [1, 8, 64]
+    assert {each.arm: each.n for each in of_kind(records, Setting)} == {
+        "solu": 5, "solu_ln": 5, "solu_gain-g1": 5, "solu_gain-g8": 0, "solu_gain-g64": 0
+    }  # fmt: skip
+    assert {each.arm for each in findings.tuned(records)} == {"solu", "solu_ln", "solu_gain-g1"}
+
+
+def test_a_chosen_arm_without_reported_seeds_is_named():
+    losses = make_losses(KNOWN, n_seeds=8)
+    missing = (losses.arm == "solu_gain-g1") & (losses.seed < 5)
+    records = with_select_seeds(losses[~missing])
+    (named,) = of_kind(records, NoChoice)
+    assert named.arms == ("solu_gain-g1",)
+    assert not terms(records, Term.STATIC)
+    (sentence,) = unchosen(records)
+    assert sentence.startswith("solu_gain-g1 is missing: it was chosen at the select seeds")
+
+
+def test_the_chosen_arms_are_the_best_rate_of_each_and_the_best_gain_of_each_static_variant():
+    arms = {"solu-a": 3.10, "solu-b": 3.20, "solu_ln-a": 3.3, "solu_ln-b": 3.02, **GAINS}
+    settings = {
+        arm: {"family": arm[:-2], "lr": {"a": 0.001, "b": 0.002}[arm[-1]]} for arm in list(arms)[:4]
+    }
+    losses = make_losses(arms, n_seeds=8, settings=settings)
+    losses = losses[losses.seed >= 5]
+    assert chosen_arms(losses, LINEAGES, {5, 6, 7}) == {"solu-a", "solu_ln-b", "solu_gain-g1"}
+    apart = losses[(losses.arm != "solu-a") | (losses.seed == 5)]
+    apart = apart[(apart.arm != "solu-b") | (apart.seed == 6)]
+    with pytest.raises(UserError, match="no choice is possible between solu-a, solu-b: they share"):
+        chosen_arms(apart, LINEAGES, {5, 6, 7})
+
+
+def test_the_advantage_of_the_luckiest_arm_is_that_of_a_simulation():
+    # Ten equal static arms whose losses differ by seed with an sd of .003.
+    random = np.random.default_rng(0)
+    luck = []
+    for _ in range(4000):
+        by_seed = 0.003 * random.normal(size=(10, 8))
+        luck.append(by_seed.mean(axis=1).min())
+    arms = {f"solu_gain-g{g}": 3.05 for g in range(10)} | {"solu": 3.10, "solu_ln": 3.02}
+    found = []
+    for seed in range(5):
+        losses = make_losses(arms, n_seeds=8, seed_noise=0.0, document_noise=0.0)
+        noise = {
+            run: 0.003 * np.random.default_rng([seed, i]).normal()
+            for i, run in enumerate(losses.run.unique())
+        }
+        losses["loss_sum"] += losses.run.map(noise) * losses.n_tokens
+        static = find(compare("study", losses, "abc"), Term.STATIC)
+        found.append(static.optimism)
+        assert static.n_candidates == 10
+    assert np.mean(found) == pytest.approx(-np.mean(luck), rel=0.15)
+    assert "was chosen among 10 arms at the seeds that are reported" in _optimism(static)

@@ -324,7 +324,7 @@ PLACES = ("study=x", "tag=x", "runs_dir=x", "tokens.cache_dir=x", "train.rates={
           "train.log_every=7", "train.checkpoint_every=7", "train.device=cpu",
           "train.compile=false")  # fmt: skip
 NUMBERS = ("seed=1", "variant=gelu_ln", "mid.kappa=1", "mid.eps=1", "corpus.max_mb=1", "model.ctx=16",
-           "model.n_heads=1", "tokens.d_vocab=300", "tokens.report_share=0.2", "train.steps=61",
+           "model.n_heads=1", "tokens.d_vocab=300", "tokens.report_share=0.3", "train.steps=61",
            "train.lr=1", "train.beta2=0.5", "train.schedule=constant", "train.precision=bf16",
            "data=hub")  # fmt: skip
 

@@ -285,7 +285,8 @@ def test_shares_in_solu_1l_are_section_7s():
     found = numbers("scale_causes", run)
     shares = [found[f"share of log s: {name}", None] for name in scale_causes.TERMS]
     np.testing.assert_allclose(shares, [0.80, 1.38, -1.16, -0.02], atol=0.006)
-    assert found["corr(log g, log K)", None] == pytest.approx(0.66, abs=0.005)
+    # The sd of log g is .0043, so g has no variation to explain, and its correlation is not given.
+    assert ("corr(log g, log K)", None) not in found
 
 
 # --- P15 ------------------------------------------------------------------------------------------

@@ -116,7 +116,16 @@ def test_no_interval_is_given_below_twenty_clusters():
     assert interval.low is None
     assert interval.high is None
     assert interval.value == pytest.approx(values.mean())
-    assert stats.document_bootstrap(np.ones(19), np.ones(19)).low is None
+    assert stats.bootstrap_mean(np.ones(19), np.ones(19)).low is None
+
+
+def test_no_interval_of_a_spread_is_given_below_sixty_clusters():
+    values, clusters = np.arange(590.0), np.arange(590) % 59
+    for statistic in ("sd", "q05", "q99"):
+        assert stats.cluster_bootstrap(values, clusters, statistic).low is None
+    assert stats.cluster_bootstrap(values, clusters, "median").low is not None
+    more = stats.cluster_bootstrap(np.arange(600.0), np.arange(600) % 60, "sd")
+    assert more.low is not None
 
 
 def test_all_nan_has_no_value_and_no_interval():
@@ -132,13 +141,13 @@ def test_an_unknown_statistic_is_refused():
 
 def test_a_constant_has_an_interval_of_no_width():
     for statistic in ("mean", "median", "q05"):
-        interval = stats.cluster_bootstrap(np.full(100, 7.0), np.arange(100) % 25, statistic)
+        interval = stats.cluster_bootstrap(np.full(180, 7.0), np.arange(180) % 60, statistic)
         assert (interval.low, interval.value, interval.high) == (7.0, 7.0, 7.0)
 
 
-def test_document_bootstrap_is_the_cluster_bootstrap_of_the_tokens():
+def test_the_mean_of_documents_is_the_cluster_bootstrap_of_the_tokens():
     values, clusters = tokens(40, seed=8)
-    from_sums = stats.document_bootstrap(np.bincount(clusters, values), np.bincount(clusters))
+    from_sums = stats.bootstrap_mean(np.bincount(clusters, values), np.bincount(clusters))
     from_tokens = stats.cluster_bootstrap(values, clusters)
     assert from_sums.low == pytest.approx(from_tokens.low, rel=1e-9)
     assert from_sums.high == pytest.approx(from_tokens.high, rel=1e-9)
@@ -168,7 +177,7 @@ def test_bca_of_single_values_is_scipys_of_the_same_draws(statistic, level):
     scipys = scipy.stats.bootstrap(
         (values,), function, n_resamples=0, bootstrap_result=drawn, confidence_level=widened
     ).confidence_interval
-    ours = stats.cluster_bootstrap(values, np.arange(25), statistic, level=level)
+    ours = stats.cluster_bootstrap(values, np.arange(25), statistic, level=level, method="bca")
     assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), rel=1e-9)
 
 
@@ -188,11 +197,86 @@ def test_bca_of_unequal_clusters_is_scipys_bootstrap_of_the_clusters():
         (np.arange(40),), mean, vectorized=False, n_resamples=20_000, rng=random,
         confidence_level=scipy.stats.norm.cdf(stats._z(0.95, 40)[1]) * 2 - 1,
     )  # fmt: skip
-    ours = stats.document_bootstrap(sums, counts, n_draws=20_000)
+    table = np.stack([sums, counts], axis=1)
+    ours = stats.bootstrap_sums(table, stats._quotient, counts.sum(), n_draws=20_000)
     off = np.subtract((ours.low, ours.high), scipys.confidence_interval) / scipys.standard_error
     np.testing.assert_allclose(off, 0, atol=0.1)  # Monte Carlo; percentile bounds are .2 away
-    percentile = stats.document_bootstrap(sums, counts, n_draws=20_000, method="percentile")
+    percentile = stats.bootstrap_sums(
+        table, stats._quotient, counts.sum(), n_draws=20_000, method="percentile"
+    )
     assert percentile.high < ours.high - 0.15 * scipys.standard_error
+
+
+# ---------------------------------------------------------------- studentised
+
+
+def test_the_studentised_interval_is_that_of_resamples_made_one_by_one():
+    random = np.random.default_rng(33)
+    counts = random.integers(5, 60, 40).astype(float)
+    sums = counts * random.lognormal(size=40)
+
+    def mean_and_error(chosen):
+        total, size = sums[chosen], counts[chosen]
+        mean = total.sum() / size.sum()
+        residuals = total - mean * size
+        return mean, np.sqrt((residuals**2).sum() * 40 / 39) / size.sum()
+
+    mean, error = mean_and_error(np.arange(40))
+    t = []
+    for weights in stats._weights(40, 2000, 0)[1:].astype(int):
+        again, its_error = mean_and_error(np.repeat(np.arange(40), weights))
+        t.append((again - mean) / its_error)
+    n_effective = counts.sum() ** 2 / (counts**2).sum()
+    low_t, high_t = np.quantile(t, scipy.stats.norm.cdf(stats._z(0.95, n_effective)))
+    ours = stats.bootstrap_mean(sums, counts)
+    assert ours.n_effective == pytest.approx(n_effective)
+    assert (ours.low, ours.high) == pytest.approx((mean - high_t * error, mean - low_t * error))
+
+
+def test_a_mean_of_skewed_documents_is_covered_where_bca_falls_short():
+    def drawn(random):
+        sizes = np.ceil(np.minimum(random.lognormal(7.5, 1.4, 30), 500))
+        effects = random.lognormal(0, 1, 30) - np.exp(0.5)
+        return sizes * effects, sizes
+
+    random = np.random.default_rng(34)
+    hits = np.zeros(2)
+    for _ in range(1000):
+        sums, sizes = drawn(random)
+        ours = stats.bootstrap_mean(sums, sizes, n_draws=1000)
+        table = np.stack([sums, sizes], axis=1)
+        bca = stats.bootstrap_sums(table, stats._quotient, 1, n_draws=1000)
+        hits += [each.low <= 0 <= each.high for each in (ours, bca)]
+    assert hits[0] / 1000 >= 0.91
+    assert hits[1] < hits[0] - 10
+
+
+def test_few_long_documents_count_as_few():
+    sizes = np.array([10_000.0] * 3 + [100.0] * 57)
+    found = stats.bootstrap_mean(sizes, sizes)
+    assert found.n_clusters == 60
+    assert found.n_effective == pytest.approx(35_700**2 / (3e8 + 57e4))
+    assert found.low is None
+    assert stats.effective_number(np.full(60, 7)) == pytest.approx(60)
+    assert stats.effective_number([]) == 0
+    three = np.stack([sizes, 2 * sizes])
+    assert stats.seeds_and_documents(three, sizes).low is None
+    assert stats.fieller(three, 2 * three, sizes).low is None
+
+
+def test_the_interval_of_a_mean_stays_among_the_values():
+    values = np.repeat([1.0] * 29 + [0.2], 5)
+    found = stats.cluster_bootstrap(values, np.repeat(np.arange(30), 5))
+    assert found.high == 1.0
+    assert found.low >= 0.2
+
+
+def test_the_expected_maximum_of_normal_numbers_is_known():
+    assert stats.expected_maximum(1) == pytest.approx(0, abs=1e-9)
+    assert stats.expected_maximum(2) == pytest.approx(1 / np.sqrt(np.pi))
+    assert stats.expected_maximum(3) == pytest.approx(1.5 / np.sqrt(np.pi))
+    drawn = np.random.default_rng(35).standard_normal((200_000, 10)).max(axis=1)
+    assert stats.expected_maximum(10) == pytest.approx(drawn.mean(), abs=0.01)
 
 
 def test_two_level_bca_is_scipys_bootstrap_of_seeds_and_documents():
@@ -375,7 +459,8 @@ def coverage(interval, truth: float, n_sets: int = N_SETS) -> float:
 @pytest.mark.parametrize(
     ("statistic", "truth", "n_clusters", "method"),
     [
-        ("mean", 0.0, stats.MIN_CLUSTERS, "bca"),
+        ("mean", 0.0, stats.MIN_CLUSTERS + 10, "studentised"),
+        ("mean", 0.0, 60, "studentised"),
         ("mean", 0.0, 60, "bca"),
         ("mean", 0.0, 60, "percentile"),
         ("sd", 1.0, 120, "bca"),
@@ -692,7 +777,7 @@ def test_fieller_ends_exist_exactly_where_the_denominator_is_separated_from_zero
 
 
 def test_two_level_bootstrap_of_a_constant_share_has_no_width():
-    den = np.random.default_rng(16).normal(1, 0.1, size=(6, 30))
+    den = np.random.default_rng(16).normal(1, 0.1, size=(8, 30))
     interval = stats.two_level_bootstrap_ratio(0.4 * den, den, np.full(30, 10.0))
     assert (interval.low, interval.value, interval.high) == pytest.approx((0.4, 0.4, 0.4))
 

@@ -250,6 +250,9 @@ class Config:
     """Folder below runs_dir. It contains runs that are compared with each other."""
     seed: int = 0
     """Seed of initial values and batches. Runs of several variants with equal seeds are paired."""
+    select_seeds: list[int] = field(default_factory=list)
+    """Seeds at which rates, gains and the best static arm are chosen. Their results are not reported. A sweep
+    trains all arms at these seeds, and then the chosen arms at its own seeds."""
     variant: str = MISSING
     """Name of a file in variants/. Required, so that no run uses a variant by accident."""
     size: str = "demo"
@@ -421,9 +424,9 @@ class ReportConfig:
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
 # them set the path of the tokens; the study's data.json makes sure that its runs share their tokens.
-_PLACES = ("study", "tag", "runs_dir", "wandb", "tokens.cache_dir", "tokens.prepared", "train.rates", "train.tuned",
-           "train.log_every", "train.checkpoint_every", "train.device", "train.threads",
-           "train.compile", "train.devices", "train.nodes")  # fmt: skip
+_PLACES = ("study", "tag", "runs_dir", "wandb", "select_seeds", "tokens.cache_dir", "tokens.prepared",
+           "train.rates", "train.tuned", "train.log_every", "train.checkpoint_every", "train.device",
+           "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
 def _determining(values: dict[str, Any]) -> dict[str, Any]:

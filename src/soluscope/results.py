@@ -178,6 +178,8 @@ class Number(Record):
     """Number of independent units that the values fall into; they are resampled for the interval."""
     cluster: str = ""
     """Unit that is resampled: `document`, `string`, `seed`."""
+    n_effective: float | None = None
+    """Number of units of equal size that would determine a mean as well; None where it was not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +276,11 @@ class Comparison(Number):
     choice: str = ""
     """Text on how the plain or static arm was chosen; `note` does not repeat it. For a `STEP`: how the
     arm was chosen where the step ends."""
+    n_candidates: Whole = 0
+    """For a `STATIC`: the number of static arms of which the best was chosen."""
+    optimism: float | None = 0.0
+    """For a `STATIC`: by how much the choice alone would favour the chosen one of equally good arms, in nats per
+    token. 0: it was chosen at seeds that are not reported. None: unknown, because there is one seed."""
     p: float | None = None
     """Two-sided p of "no difference", where it was tested."""
     p_adj: float | None = None
@@ -313,7 +320,7 @@ class ChoicePoint(Number):
 
 @dataclass(frozen=True, kw_only=True)
 class NoChoice(Record):
-    """Arms between which no choice was made, because they share no seed; `note` gives this reason."""
+    """Arms between which no choice was made, or a chosen arm without a reported seed; `note` gives the reason."""
 
     kind: ClassVar[str] = "no choice"
 
@@ -345,7 +352,7 @@ class Setting(Record):
     """The variant that differs only in having one gain for all tokens; empty if there is none."""
     size: str = ""
     n: Whole = 0
-    """Number of seeds."""
+    """Number of reported seeds. 0: the arm was only tried out at select seeds."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 

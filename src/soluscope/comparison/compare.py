@@ -6,7 +6,8 @@ new documents (`cluster="seed"`), which a claim about a variant needs, and with 
 these trained models on new documents (`cluster="document"`).
 
 Only models of the same size are compared. If a configuration was trained at several learning rates,
-only its best rate is compared.
+only its best rate is compared. Rates, gains and the static arm are chosen on the select split: at the study's
+select seeds, which are not reported, or without such seeds at the reported ones.
 
 Source: protocol.md sections 4, 5 and 10.2.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -80,9 +81,9 @@ class _Arm:
     settings: dict[str, float]
     """The arm's values of `SETTINGS`. If the gain differs by seed, the median over seeds."""
     select: dict[int, float]
-    """Loss on the select split by seed, nats per token; used to choose arms."""
+    """Loss on the select split by seed, nats per token, at the seeds at which arms are chosen."""
     report: dict[int, Floats]
-    """Loss sums on the report split by seed, [document]; used for all reported numbers."""
+    """Loss sums on the report split by seed, [document], at the reported seeds."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned; empty if it can."""
 
@@ -98,6 +99,8 @@ class _Arms:
     counts: Floats
     """Number of target tokens of the report split, [document]."""
     arms: tuple[_Arm, ...]
+    select_seeds: Collection[int]
+    """Seeds at which arms are chosen and that are not reported. Empty: choices are made at the reported seeds."""
 
     @cached_property
     def families(self) -> list[list[_Arm]]:
@@ -142,7 +145,7 @@ class _Arms:
             stages |= dict.fromkeys(step.variant for step in arm.lineage.chain[:-1])
         by_stage = [_of_variant(self.tuned, variant) for variant in stages]
         for arms in (_references(self.tuned), _static(self.tuned), *by_stage):
-            if arms and not _shared(*arms) and not any(set(arms) <= set(each) for each in missing):
+            if not _can_choose(arms) and not any(set(arms) <= set(each) for each in missing):
                 missing.append(arms)
         return missing
 
@@ -151,6 +154,15 @@ class _Arms:
         """Select the best rate's arm of each family; only these arms are compared."""
         chosen = {_choose(_eligible(family))[0].name for family in self.families}
         return [arm for arm in self.arms if arm.name in chosen]
+
+    @property
+    def to_report(self) -> list[_Arm]:
+        """Return the chosen arms: each configuration at its best rate, and each static variant at its best gain."""
+        static = {arm.variant for arm in _static(self.tuned)}
+        best = (self.best(_of_variant(self.tuned, variant)) for variant in sorted(static))
+        return [arm for arm in self.tuned if arm.variant not in static] + [
+            found[0] for found in best if found is not None
+        ]
 
     def at(self, lr: float | None) -> list[_Arm]:
         """Return the arms at the rate `lr`; without `lr`, each family's arm at its own best rate."""
@@ -162,14 +174,14 @@ class _Arms:
     def best(self, candidates: Sequence[_Arm], lr: float | None = None) -> tuple[_Arm, str] | None:
         """Return the best of the candidates, which are among `at(lr)`, and a text on how it was chosen.
 
-        Without candidates, or without a seed common to all candidates, the result is None.
+        Without candidates, or without a seed at which all candidates can be compared, the result is None.
         """
-        if not candidates or not _shared(*candidates):
+        if not candidates or not _can_choose(candidates):
             return None
         chosen, losses = _choose(candidates)
         rates = _eligible(self.family(chosen)) if lr is None else [chosen]
         if len(candidates) == 1 and len(rates) > 1:
-            over = _seeds(len(_shared(*rates)))
+            over = _seeds(len(_choosing(*rates)))
             return (
                 chosen,
                 f"{chosen.name}, the best of {len(rates)} rates on the select split over {over}",
@@ -180,6 +192,28 @@ class _Arms:
             f"{chosen.name}, chosen on the select split: "
             + ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items()))
         )
+
+    def optimism(self, candidates: Sequence[_Arm]) -> float | None:
+        """Return by how much the choice alone would favour the chosen one of equally good candidates, in nats.
+
+        This is the expected distance of the luckiest of k arms from their mean: the standard error of an arm's mean
+        over seeds, times the expected maximum of k standard normal numbers. It is 0 at select seeds, since the
+        luck of seeds that are not reported is not in the results.
+
+        Returns:
+            None with one seed, which does not show how much seeds differ.
+
+        Source: protocol.md section 5, "Choices".
+        """
+        if self.select_seeds or len(candidates) < 2:
+            return 0.0
+        losses = np.array([*_select(candidates).values()])  # [arm seed]
+        n_arms, n_seeds = losses.shape
+        if n_seeds < 2:
+            return None
+        luck = losses - losses.mean(axis=0) - losses.mean(axis=1, keepdims=True) + losses.mean()
+        variance = float((luck**2).sum()) / ((n_arms - 1) * (n_seeds - 1))
+        return math.sqrt(variance / n_seeds) * stats.expected_maximum(n_arms)
 
     def difference(self, a: _Arm, b: _Arm, seeds: Sequence[int]) -> Floats:
         """Return the loss sums of `a` minus those of `b`, [seed document], nats."""
@@ -193,6 +227,7 @@ class _Arms:
             "value": None if math.isnan(interval.value) else interval.value,
             "low": interval.low, "high": interval.high, "n": n_seeds,
             "n_clusters": n_seeds if cluster == "seed" else interval.n_clusters, "cluster": cluster,
+            "n_effective": interval.n_effective,
         }  # fmt: skip
 
     def comparison(
@@ -223,13 +258,18 @@ class _Arms:
             return []
         difference = self.difference(a, b, seeds)
         new_seeds = stats.seeds_and_documents(difference, self.counts)
-        new_documents = stats.document_bootstrap(difference.mean(axis=0), self.counts)
+        new_documents = stats.bootstrap_mean(difference.mean(axis=0), self.counts)
         n_seeds = len(seeds)
         p = new_seeds.p if n_seeds > 1 else None  # with one seed there is nothing to test
         more["against"] = (b if arm is a else a).name
         documents = self.comparison(term, arm, new_documents, "document", n_seeds, **more)
         more["note"] = _also(more.get("note", ""), "" if p is None else f"sign-flip p = {p:.3g}")
         return [self.comparison(term, arm, new_seeds, "seed", n_seeds, p=p, **more), documents]
+
+
+def _reported(arm: _Arm) -> bool:
+    """Return whether an arm has reported seeds; one that was only tried out on select seeds has none."""
+    return bool(arm.report)
 
 
 def _references(arms: Iterable[_Arm]) -> list[_Arm]:
@@ -259,9 +299,11 @@ def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
     """Return the arm with the lowest mean loss on the select split, and all candidates' losses by name.
 
-    The candidates must share a seed. The choice is made once for all seeds, on documents that are not
+    Several candidates must share a seed. The choice is made once for all seeds, on documents that are not
     reported: choosing on the report split would bias the winner's loss downwards.
     """
+    if len(candidates) == 1:
+        return candidates[0], {}
     losses = {name: float(np.mean(by_seed)) for name, by_seed in _select(candidates).items()}
     return min(candidates, key=lambda arm: (losses[arm.name], arm.name)), losses
 
@@ -271,8 +313,7 @@ def _select(candidates: Sequence[_Arm]) -> dict[str, list[float]]:
 
     Seeds that some candidate lacks are left out, so that no arm wins because its seeds are easier.
     """
-    shared = set.intersection(*(set(arm.select) for arm in candidates))
-    return {arm.name: [arm.select[seed] for seed in shared] for arm in candidates}
+    return {arm.name: [arm.select[seed] for seed in _choosing(*candidates)] for arm in candidates}
 
 
 def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
@@ -281,13 +322,19 @@ def _eligible(family: Sequence[_Arm]) -> list[_Arm]:
     If a rate with fewer seeds won, the family would be compared over fewer seeds. If no rate has all seeds,
     every rate is eligible, over the seeds common to all rates. If there are no common seeds, no rate is.
     """
+    if len(family) < 2:
+        return list(family)
     seeds = {seed for arm in family for seed in arm.select}
-    full = [arm for arm in family if seeds <= arm.select.keys()]
-    return full or (list(family) if _shared(*family) else [])
+    full = [arm for arm in family if seeds and seeds <= arm.select.keys()]
+    return full or (list(family) if _can_choose(family) else [])
 
 
 def compare(
-    study: str, losses: pd.DataFrame, commit: str, lineages: Mapping[str, Lineage]
+    study: str,
+    losses: pd.DataFrame,
+    commit: str,
+    lineages: Mapping[str, Lineage],
+    select_seeds: Collection[int] = (),
 ) -> list[Record]:
     """Make all comparisons that the arms of a study allow; skip comparisons that need a missing arm.
 
@@ -305,6 +352,8 @@ def compare(
             the learning rate cannot be taken for tuned; empty if it can).
         commit: commit of the code that measured.
         lineages: role of each variant in the comparison, by the variant's name.
+        select_seeds: seeds at which rates, gains and the static arm are chosen; their losses are not reported. If
+            there are none, the choices are made at the reported seeds, on the select split.
 
     Returns:
         Comparisons, by term:
@@ -331,7 +380,10 @@ def compare(
     if losses.empty:
         raise UserError("no losses to compare: measure them with 'soluscope probe'")
     _check_settings(losses)
-    sizes = [_read(study, table, commit, size, lineages) for size, table in _by_size(losses)]
+    sizes = [
+        _read(study, table, commit, size, lineages, select_seeds)
+        for size, table in _by_size(losses)
+    ]
     compared = [each for arms in sizes for each in _compared(arms)]
     records: list[Record] = [*_adjust_primary(compared)]
     for arms in sizes:
@@ -339,17 +391,41 @@ def compare(
     return records
 
 
+def chosen_arms(
+    losses: pd.DataFrame, lineages: Mapping[str, Lineage], select_seeds: Collection[int]
+) -> set[str]:
+    """Return the names of the arms that a study with select seeds trains at its report seeds.
+
+    These are each configuration at its best learning rate, and each static variant at its best gain. The
+    arguments are those of `compare`.
+
+    Raises:
+        UserError: if arms to choose from share no select seed, and for the reasons that `compare` gives.
+    """
+    _check_settings(losses)
+    chosen = set()
+    for size, table in _by_size(losses):
+        arms = _read("", table, "", size, lineages, select_seeds)
+        for alike in arms.not_chosen:
+            raise UserError(
+                f"no choice is possible between {', '.join(arm.name for arm in alike)}: they share no select seed; "
+                "give all arms the same select_seeds"
+            )
+        chosen |= {arm.name for arm in arms.to_report}
+    return chosen
+
+
 def _compared(arms: _Arms) -> list[Comparison]:
     """Make the comparisons within one size, each arm at its own best rate."""
     records = []
-    for arm in arms.arms:
+    for arm in filter(_reported, arms.arms):
         per_seed = [arm.report[seed].sum() / arms.counts.sum() for seed in sorted(arm.report)]
         interval = stats.paired_seeds(per_seed)
         note = "new seeds, these documents"
         records.append(arms.comparison(Term.LOSS, arm, interval, "seed", len(per_seed), note=note))
 
     baseline = arms.best(_references(arms.tuned))
-    normed = _per_token(arms.tuned)
+    normed = list(filter(_reported, _per_token(arms.tuned)))
     for reference in ([baseline[0]] if baseline else []) + normed:
         for arm in arms.tuned:
             if arm is not reference:
@@ -368,7 +444,7 @@ def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Comparison]:
     if plain is not None:
         records += arms.contrast(Term.BENEFIT, plain[0], ln, ln, choice=plain[1])
     if static is not None:
-        records += _static_minus_ln(arms, *static, ln)
+        records += _static_minus_ln(arms, *static, ln, _static(arms_at))
     if plain is not None and static is not None:
         records += _phi_dyn(arms, plain[0], *static, ln)
     return records
@@ -382,7 +458,7 @@ def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
             records += _curve(arms, "lr", family)
     for variant in sorted({arm.variant for arm in arms.tuned}):
         static = [arm for arm in _of_variant(arms.tuned, variant) if "gain" in arm.settings]
-        if len({arm.settings["gain"] for arm in static}) > 1 and _shared(*static):
+        if len({arm.settings["gain"] for arm in static}) > 1 and _choosing(*static):
             records += _curve(arms, "gain", static)
     for ln in _per_token(arms.tuned):
         family = arms.family(ln)
@@ -416,6 +492,8 @@ def _curve(
     points = []
     for arm in sorted(candidates, key=lambda arm: arm.settings[setting]):
         by_seed = losses.get(arm.name) or [arm.select[seed] for seed in sorted(arm.select)]
+        if not by_seed:
+            continue
         note = f"chosen over {_seeds(n_seeds)}, {where}" if arm is chosen else ""
         if arm not in eligible:
             note = f"not eligible: {len(by_seed)} of {_seeds(n_seeds)}"
@@ -431,13 +509,23 @@ def _curve(
 
 
 def _no_choices(arms: _Arms) -> list[NoChoice]:
-    """Record the groups of arms among which no choice was made: an arm could have won through easier seeds."""
+    """Record the groups of arms among which no choice was made: an arm could have won through easier seeds.
+
+    An arm that was chosen but has no reported seed is a separate group.
+    """
+    share = "select seed" if arms.select_seeds else "seed"
+    missing = [(alike, f"they share no {share}") for alike in arms.not_chosen]
+    missing += [
+        ([arm], "it was chosen at the select seeds, but has no reported seed")
+        for arm in arms.to_report
+        if not _reported(arm)
+    ]
     return [
         NoChoice(
-            study=arms.study, arms=tuple(arm.name for arm in alike), note="they share no seed",
-            size=arms.size, commit=arms.commit,
+            study=arms.study, arms=tuple(arm.name for arm in alike), note=note, size=arms.size,
+            commit=arms.commit,
         )
-        for alike in arms.not_chosen
+        for alike, note in missing
     ]  # fmt: skip
 
 
@@ -545,7 +633,9 @@ def _trained_minus_untrained(
     )  # fmt: skip
 
 
-def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
+def _static_minus_ln(
+    arms: _Arms, static: _Arm, choice: str, ln: _Arm, candidates: Sequence[_Arm]
+) -> list[Comparison]:
     seeds = _shared(static, ln)
     if not seeds:
         return []
@@ -558,7 +648,10 @@ def _static_minus_ln(arms: _Arms, static: _Arm, choice: str, ln: _Arm) -> list[C
         Verdict.DIFFERENT: f"different: farther than {MARGIN} nats from 0",
         Verdict.INCONCLUSIVE: f"inconclusive against a margin of {MARGIN} nats",
     }[verdict]
-    return arms.contrast(Term.STATIC, static, ln, ln, verdict=verdict, choice=choice, note=note)
+    return arms.contrast(
+        Term.STATIC, static, ln, ln, verdict=verdict, choice=choice, note=note,
+        n_candidates=len(candidates), optimism=arms.optimism(candidates),
+    )  # fmt: skip
 
 
 def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> list[Comparison]:
@@ -643,7 +736,17 @@ def _seeds(n: int) -> str:
 
 
 def _shared(*arms: _Arm) -> list[int]:
+    """Return the reported seeds that the arms share."""
     return sorted(set.intersection(*(set(arm.report) for arm in arms)))
+
+
+def _choosing(*arms: _Arm) -> list[int]:
+    """Return the shared seeds at which a choice between the arms is made."""
+    return sorted(set.intersection(*(set(arm.select) for arm in arms)))
+
+
+def _can_choose(arms: Sequence[_Arm]) -> bool:
+    return len(arms) < 2 or bool(_choosing(*arms))
 
 
 def _check_settings(losses: pd.DataFrame) -> None:
@@ -672,7 +775,12 @@ def _by_size(losses: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def _read(
-    study: str, losses: pd.DataFrame, commit: str, size: str, lineages: Mapping[str, Lineage]
+    study: str,
+    losses: pd.DataFrame,
+    commit: str,
+    size: str,
+    lineages: Mapping[str, Lineage],
+    select_seeds: Collection[int],
 ) -> _Arms:
     """Return the losses of one size as arrays over one order of documents.
 
@@ -704,14 +812,18 @@ def _read(
         arm = arms.setdefault(
             str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]], lineages)
         )
-        if seed in arm.report:
+        if seed in arm.report or seed in arm.select:
             raise UserError(
                 f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}: move it to another study"
             )
-        arm.select[seed] = float(select["loss_sum"].sum() / select["n_tokens"].sum())
-        arm.report[seed] = report["loss_sum"].to_numpy(dtype=np.float64)
+        if seed in select_seeds or not select_seeds:
+            arm.select[seed] = float(select["loss_sum"].sum() / select["n_tokens"].sum())
+        if seed not in select_seeds:
+            arm.report[seed] = report["loss_sum"].to_numpy(dtype=np.float64)
     counts = report["n_tokens"].to_numpy(dtype=np.float64)
-    return _Arms(study, commit, size, counts, tuple(arms[name] for name in sorted(arms)))
+    return _Arms(
+        study, commit, size, counts, tuple(arms[name] for name in sorted(arms)), select_seeds
+    )
 
 
 def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:

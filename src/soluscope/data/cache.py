@@ -40,6 +40,7 @@ from filelock import Timeout
 from soluscope import plugins
 from soluscope.config import Config, TokensConfig
 from soluscope.data import tokenizer
+from soluscope.data.passages import WORDS, Hasher, Passages
 from soluscope.data.sources import Source, warn
 from soluscope.errors import UserError
 from soluscope.files import (
@@ -70,7 +71,7 @@ HELD_OUT: tuple[Split, ...] = ("select", "report")
 ENDS = ("tokens", "offsets.npy", "names.jsonl")
 """Ends of the names of a split's files."""
 
-_FORMAT = 2  # increase it when the same corpus and settings would give different files
+_FORMAT = 3  # increase it when the same corpus and settings would give different files
 _CHECKED = ".checked.json"
 _RESTORE = "copy it again, or delete it and give the training command again"
 _LARGEST_UINT16_VOCAB = 65_535
@@ -120,6 +121,8 @@ class Meta(TypedDict):
     shares: Shares
     splits: dict[Split, Counts]
     dropped_duplicates: Whole
+    dropped_overlapping: dict[Split, Whole]
+    """Numbers of documents that were left out because a held-out document shares a passage with them."""
     skipped: Skipped
     versions: dict[str, str]
     sha256: NotRequired[dict[str, str]]
@@ -470,6 +473,14 @@ class TokenCache:
         return None
 
 
+def evenly_spaced(n_items: int, n_wanted: int) -> npt.NDArray[np.int64]:
+    """Return the indices of `n_wanted` items (at least one), evenly spaced from the first item to the last.
+
+    If there are fewer items, all indices are returned.
+    """
+    return np.linspace(0, n_items - 1, min(n_items, max(1, n_wanted))).astype(np.int64)
+
+
 class Rows:
     """A split packed into full rows: BOS, then ctx - 1 tokens of the stream, across document boundaries.
 
@@ -501,6 +512,24 @@ class Rows:
             problem = f"it contains the token {rows.max()}, but has d_vocab={self._d_vocab}"
             raise UserError(_incomplete(self._names_path.parent, problem))
         return rows
+
+    def spread(self, n_tokens: int, most: int) -> npt.NDArray[np.int64]:
+        """Return the indices of rows for a measurement: evenly spread over the split, and few of each document.
+
+        Args:
+            n_tokens: number of tokens of the rows, about.
+            most: number of tokens at the beginning of each document from which rows are taken. A row may continue
+                beyond them.
+        """
+        width = self._ctx - 1
+        first = np.arange(len(self), dtype=np.int64) * width
+        owner, last = (
+            np.searchsorted(self._ends, places, side="right")
+            for places in (first, first + width - 1)
+        )
+        starts = np.concatenate([[0], self._ends[:-1]])
+        chosen = np.flatnonzero((first - starts[owner] < most) | (owner != last))
+        return chosen[evenly_spaced(len(chosen), n_tokens // self._ctx)]
 
     def documents(self, indices: Indices) -> npt.NDArray[np.int64]:
         """Return the number of each token's document in the split, int64 [row ctx]; -1 at BOS.
@@ -546,25 +575,53 @@ class _Placed:
 class _Corpus:
     """The distinct documents of a source that have text, each with its split.
 
-    Both passes (learning the BPE, tokenising) use this class, so that they agree on the splits.
+    A document is left out if it shares a passage with a document of a later split: a train document with one of
+    select or report, and a select document with one of report. All passes (learning the BPE, tokenising) use this
+    class, so that they agree on the documents.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._source: Source = plugins.pick("soluscope.data.sources", config.data)
+        self._held_out: dict[Split, Passages] = {split: Passages() for split in HELD_OUT}
+        self._hasher = Hasher()
+        self._overlapping: dict[int, bool] = {}
         self.n_duplicates = 0
+        self.n_overlapping: Counter[Split] = Counter()
         self.n_skipped = 0
         self.skipped: dict[str, str] = {}
 
-    def documents(self, count: Callable[[_Placed], None]) -> Iterator[_Placed]:
-        """Yield the documents in one pass, and reset the counts. `count` is called after each document."""
-        self.n_duplicates = self.n_skipped = 0
-        for document in self._documents():
-            yield document
+    def read_held_out(self, count: Callable[[_Placed], None]) -> None:
+        """Read the corpus once, to learn the passages of its held-out documents."""
+        for _, document in self._documents():
+            if document.split != "train":
+                self._held_out[document.split].add(self._hasher.hashes_of(document.text))
             count(document)
 
-    def _documents(self) -> Iterator[_Placed]:
+    def documents(self, count: Callable[[_Placed], None]) -> Iterator[_Placed]:
+        """Yield the documents in one pass, and reset the counts. `count` is called after each document."""
+        self.n_overlapping.clear()
+        for identity, document in self._documents():
+            if self._is_overlapping(identity, document):
+                self.n_overlapping[document.split] += 1
+            else:
+                yield document
+            count(document)
+
+    def _is_overlapping(self, identity: int, document: _Placed) -> bool:
+        later = HELD_OUT if document.split == "train" else HELD_OUT[1:]
+        if document.split == "report":
+            return False
+        if identity not in self._overlapping:
+            hashes = self._hasher.hashes_of(document.text)
+            shared = any(self._held_out[split].any_of(hashes) for split in later)
+            self._overlapping[identity] = shared
+        return self._overlapping[identity]
+
+    def _documents(self) -> Iterator[tuple[int, _Placed]]:
+        """Yield each document's hash and the document, and reset the counts."""
         tokens = self._config.tokens
+        self.n_duplicates = self.n_skipped = 0
         seen: set[int] = set()
         for document in self._source.documents(self._config.corpus, self._skip):
             if not document.text.strip():
@@ -581,7 +638,7 @@ class _Corpus:
                 continue
             seen.add(identity)
             split = _split_of(text_hash, tokens.select_share, tokens.report_share)
-            yield _Placed(split, document.name, document.text, len(encoded))
+            yield identity, _Placed(split, document.name, document.text, len(encoded))
 
     def more(self) -> str:
         """Return the change of a setting that gives more documents, as a request."""
@@ -639,6 +696,8 @@ def _write(config: Config, key: str, folder: Path) -> None:
     from importlib.metadata import version
 
     corpus = _Corpus(config)
+    with _progress("comparing held-out documents") as count:
+        corpus.read_held_out(count)
     if config.tokens.tokenizer == "bpe":
         with _progress("learning the tokenizer") as count:
             texts = _texts_to_learn(corpus.documents(count), config.tokens)
@@ -657,6 +716,12 @@ def _write(config: Config, key: str, folder: Path) -> None:
                 writers[document.split].add(document.name, [*ids, vocabulary.eos])
                 n_bytes[document.split] += document.n_bytes
     _check_not_empty(config, corpus, {s: writer.n_documents for s, writer in writers.items()})
+    for split, n in corpus.n_overlapping.items():
+        n_all = n + writers[split].n_documents
+        say(
+            f"left out: {n:,} of {n_all:,} {split} documents, which share {WORDS} consecutive words with a "
+            "held-out document"
+        )
     if corpus.n_skipped > len(corpus.skipped):
         warn(f"{corpus.n_skipped - len(corpus.skipped)} more", "reasons like those above")
     meta = {
@@ -682,6 +747,7 @@ def _write(config: Config, key: str, folder: Path) -> None:
             for split, writer in writers.items()
         },
         "dropped_duplicates": corpus.n_duplicates,
+        "dropped_overlapping": {split: corpus.n_overlapping[split] for split in SPLITS[:-1]},
         "skipped": {"count": corpus.n_skipped, "why": corpus.skipped},
         "versions": {"python": platform.python_version(), "tokenizers": version("tokenizers")},
         "sha256": {
@@ -760,7 +826,7 @@ class _SplitWriter(contextlib.AbstractContextManager["_SplitWriter"]):
 
 def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, int]) -> None:
     """Refuse a corpus without documents, and a split without documents."""
-    n_all = sum(n_documents.values())
+    n_all = sum(n_documents.values()) + corpus.n_overlapping.total()
     if n_all == 0:
         knobs = ", ".join(f"corpus.{key}={value}" for key, value in asdict(config.corpus).items())
         raise UserError(
@@ -779,6 +845,11 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
             if n_all < len(SPLITS):  # then no shares help
                 knob = "give several hundred documents"
             copies = f" (copies left out: {corpus.n_duplicates})" if corpus.n_duplicates else ""
+            if overlapping := corpus.n_overlapping[split]:
+                copies += (
+                    f" ({overlapping} left out, which share {WORDS} consecutive words with a held-out "
+                    "document)"
+                )
             raise UserError(
                 f"the {split} split is empty: it received none of {n_all} documents{copies}; "
                 f"{corpus.more()}, or {knob}"

@@ -27,12 +27,11 @@ import numpy as np
 
 from soluscope import plugins
 from soluscope.data import pairs
-from soluscope.data.cache import Split, TokenCache, split_of
+from soluscope.data.cache import Split, TokenCache, evenly_spaced, split_of
 from soluscope.data.tokenizer import SPACES, encode, texts_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
     from torch import Tensor
 
@@ -44,6 +43,9 @@ N_ROWS = 32
 """Rows are shortened so that a stream has at least this many, because intervals resample documents and need 20."""
 FEWEST_TOKENS = 64
 """Length in tokens below which rows are not shortened."""
+DOCUMENT_TOKENS = 500
+"""Tokens at the beginning of each document from which rows are taken. If long documents counted in full, a few of
+them would decide a mean, and its interval would be too narrow (protocol.md section 5)."""
 MADE_UP = ("sentences", "repeated", "random")
 """Streams whose units are strings instead of documents."""
 PROMPTS = ("sentences", "repeatable", "words")
@@ -73,11 +75,11 @@ class Stream:
 
 
 def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: str) -> Stream:
-    """Return rows spread evenly over a split, so that even few tokens come from many documents."""
+    """Return rows spread evenly over a split, with few tokens of each document, so that documents count alike."""
     import torch
 
     rows = cache.rows(split, ctx)
-    chosen = evenly_spaced(len(rows), n_tokens // ctx)
+    chosen = rows.spread(n_tokens, DOCUMENT_TOKENS)
     string = rows.documents(chosen)
     string[:, 0] = string[:, 1]
     tokens = torch.from_numpy(rows[chosen])
@@ -88,14 +90,6 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
         torch.ones_like(tokens, dtype=torch.bool),
         cache.meta["bos"],
     )
-
-
-def evenly_spaced(n_items: int, n_wanted: int) -> NDArray[np.int64]:
-    """Return the indices of `n_wanted` items (at least one), evenly spaced from the first item to the last.
-
-    If there are fewer items, all indices are returned.
-    """
-    return np.linspace(0, n_items - 1, min(n_items, max(1, n_wanted))).astype(np.int64)
 
 
 def from_texts(

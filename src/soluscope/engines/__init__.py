@@ -9,20 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from soluscope.config import Config
 from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):
-    """The work after the last job, probes and report: a function, called once without arguments."""
+    """The work after the last job, such as probes and report: a function, called once without arguments."""
+
+    does: ClassVar[str]
+    """The work in words, after "then": `probes and reports`."""
 
     def to_json(self) -> str:
-        """Return the work as one line of JSON, which `launch.Evaluate.from_json` reads on another machine."""
+        """Return the work as one line of JSON, which `launch.after_from_json` reads on another machine."""
 
     def __call__(self) -> None:
-        """Probe and report the study.
+        """Probe and report the study, or start its second stage.
 
         Raises:
             UserError: if jobs have failed or are not finished; the message names them.

@@ -29,7 +29,7 @@ from soluscope.engines import After, Engine
 from soluscope.errors import UserError
 from soluscope.files import read_json, write_text
 from soluscope.launching import jobs
-from soluscope.launching.launch import Evaluate
+from soluscope.launching.launch import after_from_json
 from soluscope.launching.sweep import Sweep
 from soluscope.terminal import say
 
@@ -132,8 +132,8 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
         queued[AFTER] = _submit(folder, params, [json.dumps({AFTER: after.to_json()})], sizes)
         _keep(folder, queued)
     say(
-        f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; job {queued[AFTER]} then probes and "
-        f"reports. The jobs' output is in {folder}",
+        f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; job {queued[AFTER]} then {after.does}. "
+        f"The jobs' output is in {folder}",
         f"To see their states: soluscope sweep --status {sweep.study_dir}",
     )
 
@@ -229,10 +229,10 @@ def _ask(*words: str, script: str | None = None) -> str:
 
 
 def work_of(line: str) -> Callable[[], object]:
-    """Return the work that a line of a script describes: the training of a run, or the evaluation of the study."""
+    """Return the work that a line of a script describes: the training of a run, or the work after the last job."""
     described = json.loads(line)
     if AFTER in described:
-        return Evaluate.from_json(described[AFTER])
+        return after_from_json(described[AFTER])
     return partial(jobs.execute, from_json(described["train"]))
 
 

@@ -59,6 +59,11 @@ def check(params: Params, sweep: Sweep) -> None:
         all(config.train.nodes == 1 for config in sweep.configs),
         "train.nodes is above 1, but with engine=wandb each job runs on one machine: choose engine=slurm",
     )
+    require(
+        not sweep.select_seeds,
+        "select_seeds= trains some arms only, but engine=wandb registers a whole grid: choose another engine=, or "
+        "set select_seeds=[]",
+    )
     for config in sweep.configs:
         if config.wandb not in (None, "online"):
             raise UserError(

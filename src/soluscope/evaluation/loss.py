@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from soluscope.comparison.stats import document_bootstrap
+from soluscope.comparison.stats import bootstrap_mean
 from soluscope.config import EvalConfig
 from soluscope.data import streams
 from soluscope.data.cache import Split, TokenCache
@@ -49,11 +49,9 @@ def document_losses(
 
 def mean_loss(report: pd.DataFrame, base: Measurement, config: EvalConfig) -> Measurement:
     """Return the mean of `document_losses` of the report split, with its interval."""
-    interval = document_bootstrap(
-        report["loss_sum"], report["n_tokens"], config.n_draws, config.seed
-    )
+    interval = bootstrap_mean(report["loss_sum"], report["n_tokens"], config.n_draws, config.seed)
     return replace(
         base, quantity="loss", unit="nats / token", stream="natural", cluster="document",
         value=interval.value, low=interval.low, high=interval.high, n=interval.n,
-        n_clusters=interval.n_clusters,
+        n_clusters=interval.n_clusters, n_effective=interval.n_effective,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 
 from soluscope import plugins, results
-from soluscope.comparison.compare import SETTINGS, Lineage, compare, confirm
+from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
@@ -102,13 +102,38 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
     """
     runs = _writable_runs(folder, config, say)
     study_dir = runs[0].dir.parent
-    with lock(study_dir, wait=config.wait, knob="give wait=yes to wait for it"):
+    with _held(study_dir, config):
         _check(runs, config)
         _calibrated("controls", _asked(config), study_dir, say)
-        for number, run in enumerate(runs, start=1):
-            prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
-            _evaluate_run(run, config, partial(_say_after, say, prefix))
+        _evaluate_runs(runs, config, say)
         return write_results(study_dir)
+
+
+def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> set[str]:
+    """Measure the losses of a study's runs at its select seeds, and return the names of the chosen arms.
+
+    Raises:
+        Busy: if another process evaluates the study, unless config.wait is true.
+        UserError: for the reasons that `evaluate` and `comparison.compare.chosen_arms` give.
+    """
+    with _held(study_dir, config):
+        seeds = select_seeds(finished_runs(study_dir))
+        runs = [run for run in finished_runs(study_dir) if _is_for_choosing(run, seeds)]
+        _check(runs, config)
+        _evaluate_runs(runs, config, say)
+        losses = [_read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in runs]
+        lineages = _lineages(run.facts for run in runs)
+        return chosen_arms(pd.concat(losses, ignore_index=True), lineages, seeds)
+
+
+def select_seeds(runs: Iterable[Run]) -> frozenset[int]:
+    """Return the seeds that any of a study's runs names as select seeds. Pretrained models name none."""
+    trained = (run for run in runs if read_origin(run.dir) is None)
+    return frozenset(seed for run in trained for seed in run.config.select_seeds)
+
+
+def _is_for_choosing(run: Run, seeds: frozenset[int]) -> bool:
+    return read_origin(run.dir) is None and run.config.seed in seeds
 
 
 def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) -> Path:
@@ -129,6 +154,7 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) 
     """
     from soluscope.report import publish
 
+    _check_device(config)
     run_dir = make_run(name, config, say)
     probing = EvalConfig(**{each.name: getattr(config, each.name) for each in fields(EvalConfig)})
     return publish(evaluate(run_dir, probing, say).parent)
@@ -168,6 +194,11 @@ def finished_runs(folder: Path, say: Say | None = None) -> list[Run]:
     return runs
 
 
+def _held(study_dir: Path, config: EvalConfig) -> AbstractContextManager[None]:
+    """Hold a study while it is evaluated or its controls are stored in it."""
+    return lock(study_dir, wait=config.wait, knob="give wait=yes to wait for it")
+
+
 def _writable_runs(folder: Path, config: EvalConfig, say: Say) -> list[Run]:
     """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
     runs = finished_runs(folder, say)
@@ -188,16 +219,18 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = ans
         say: function called with each line of progress.
 
     Raises:
+        Busy: if another process evaluates the study, unless config.wait is true.
         UserError: if there is no finished run in `folder`; or if a control fails, after all results are
             printed.
     """
     from soluscope.report import matrix
 
     study_dir = _writable_runs(folder, config, say)[0].dir.parent if folder else None
-    records = _calibrated(what, _asked(config), study_dir, say)
-    console().print(matrix(records))
-    if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
-        write_results(study_dir)
+    with _held(study_dir, config) if study_dir else nullcontext():
+        records = _calibrated(what, _asked(config), study_dir, say)
+        console().print(matrix(records))
+        if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
+            write_results(study_dir)
     failed = sorted({gate.probe for gate in of_kind(records, GateResult) if not gate.passed})
     if failed:
         raise UserError(
@@ -245,12 +278,14 @@ def write_results(study_dir: Path) -> Path:
     losses = []
     compared: list[Facts] = []
     beside: dict[str, None] = {}
-    for run in finished_runs(study_dir):
+    runs = finished_runs(study_dir)
+    seeds = select_seeds(runs)
+    for run in runs:
         folder = run.dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
         for path in sorted(folder.glob("*.jsonl")):
-            records += results.read(path, study_dir)
+            records += [] if _is_for_choosing(run, seeds) else results.read(path, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
@@ -258,7 +293,7 @@ def write_results(study_dir: Path) -> Path:
             losses.append(_read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
-        records += compare(study_dir.name, table, commit(), _lineages(compared))
+        records += compare(study_dir.name, table, commit(), _lineages(compared), seeds)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
@@ -326,6 +361,19 @@ def _settings(run: Run) -> dict[str, float | str]:
 # --- one run --------------------------------------------------------------------------------------
 
 
+def _evaluate_runs(runs: Sequence[Run], config: EvalConfig, say: Say) -> None:
+    """Probe runs; of those at select seeds, measure only the losses."""
+    seeds = select_seeds(finished_runs(runs[0].dir.parent)) if runs else frozenset()
+    for number, run in enumerate(runs, start=1):
+        prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
+        only_loss = _is_for_choosing(run, seeds)
+        _evaluate_run(
+            run,
+            replace(config, probes=[]) if only_loss else config,
+            partial(_say_after, say, prefix),
+        )
+
+
 def _evaluate_run(run: Run, config: EvalConfig, say: Say) -> None:
     with run.lock():
         _probe_run(run, config, say)
@@ -339,8 +387,7 @@ def _check(runs: Sequence[Run], config: EvalConfig) -> None:
         UserError: if a run or its tokens cannot be read, there is no such device, or the resamples do not fit into
             memory.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
+    _check_device(config)
     check_login(config.wandb)
     for run in runs:
         if read_origin(run.dir) is None:
@@ -348,6 +395,11 @@ def _check(runs: Sequence[Run], config: EvalConfig) -> None:
         n_documents = _tokens_of(run, config).meta["splits"]["report"]["n_documents"]
         n_rows = max(config.n_tokens, config.n_loss_tokens) // run.facts.ctx
         check_draws(config.n_draws, min(n_documents, n_rows))
+
+
+def _check_device(config: EvalConfig) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
 
 
 def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:

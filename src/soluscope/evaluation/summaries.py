@@ -15,6 +15,7 @@ from soluscope.comparison.stats import (
     bootstrap_sums,
     cluster_bootstrap,
     difference_of_sums,
+    least_clusters,
     n_distinct,
     statistic_difference,
 )
@@ -188,7 +189,8 @@ class _Summary:
         table = table[table[name].notna()]
         values = table[name]
         interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
-        row = self._filled(replace(base, statistic=statistic), interval)
+        least = least_clusters(statistic)
+        row = self._filled(replace(base, statistic=statistic), interval, least)
         if n_distinct(values) == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context and a static norm has one gain, so there is no variation to resample.
             return replace(row, low=None, high=None, constant=True, note=base.note)
@@ -201,17 +203,21 @@ class _Summary:
         base = replace(base, x=estimate.x, group=estimate.group, note=estimate.note)
         return self._filled(base, interval)
 
-    def _filled(self, base: Measurement, interval: Interval) -> Measurement:
+    def _filled(
+        self, base: Measurement, interval: Interval, least: int = MIN_CLUSTERS
+    ) -> Measurement:
         why = ""
-        if 0 < interval.n_clusters < MIN_CLUSTERS:
+        units = interval.n_clusters if interval.n_effective is None else interval.n_effective
+        if 0 < units < least:
             noun = plural(interval.n_clusters, self.cluster)
+            alike = f" (as good as {units:.0f} of equal size)" * (units < interval.n_clusters)
             why = (
-                f"no interval from {interval.n_clusters} {noun}: at least {MIN_CLUSTERS} are needed"
+                f"no interval from {interval.n_clusters} {noun}{alike}: at least {least} are needed"
             )
         elif interval.low is None and not np.isnan(interval.value):
             why = f"no interval: values from resampled {self.cluster}s do not spread around this number"
         note = "; ".join(part for part in (base.note, why) if part)
         return replace(
             base, value=interval.value, low=interval.low, high=interval.high, n=interval.n,
-            n_clusters=interval.n_clusters, cluster=self.cluster, note=note,
+            n_clusters=interval.n_clusters, n_effective=interval.n_effective, cluster=self.cluster, note=note,
         )  # fmt: skip

@@ -9,17 +9,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from soluscope import plugins
 from soluscope.config import Config, EvalConfig, differences, load_evaluation, load_typed
 from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
-from soluscope.launching.sweep import Sweep, read_sweep
+from soluscope.launching.sweep import Sweep, choosing, read_sweep, reporting
 from soluscope.report.plan import cannot_reject
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
+from soluscope.text import plural
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
 
@@ -41,25 +42,16 @@ class LaunchConfig:
 class Evaluate:
     """Evaluation after the last job: probes and report. It reads the jobs' states from the run folders."""
 
+    does: ClassVar[str] = "probes and reports"
+
     study_dir: Path
     jobs: tuple[jobs.Job, ...]
     evaluation: EvalConfig
     report: bool
 
     def to_json(self) -> str:
-        """Return this work as one line of JSON, which `from_json` reads."""
+        """Return this work as one line of JSON, which `after_from_json` reads."""
         return json.dumps(asdict(self) | {"study_dir": str(self.study_dir)})
-
-    @classmethod
-    def from_json(cls, text: str) -> Evaluate:
-        """Return the work that `to_json` has described."""
-        values = json.loads(text)
-        return cls(
-            Path(values["study_dir"]),
-            tuple(jobs.Job(**job) for job in values["jobs"]),
-            EvalConfig(**values["evaluation"]),
-            values["report"],
-        )
 
     def __call__(self) -> None:
         """Probe and report the study if all jobs are done.
@@ -67,21 +59,9 @@ class Evaluate:
         Raises:
             UserError: if jobs have failed or are not finished; the message names them.
         """
-        standings = [jobs.standing(self.study_dir, job) for job in self.jobs]
-        behind = [
-            f"{job.run} ({now.error or now.state})"
-            for job, now in zip(self.jobs, standings, strict=True)
-            if now.state != "done"
-        ]
-        if behind:
-            failed = any(now.state == "failed" for now in standings)
-            raise UserError(
-                f"{jobs.counted([now.state for now in standings])}; not done: {'; '.join(behind)}. "
-                f"Run the same command again{' with --retry-failed' if failed else ''}, or "
-                f"'soluscope probe {self.study_dir}' to probe the finished runs"
-            )
+        _check_done(self.study_dir, self.jobs)
         if not self.report:
-            answer(f"{self.study_dir}: {jobs.counted([now.state for now in standings])}")
+            answer(f"{self.study_dir}: {jobs.counted(['done'] * len(self.jobs))}")
             return
         from soluscope import report
         from soluscope.evaluation import suite
@@ -90,8 +70,71 @@ class Evaluate:
         answer(f"report: {report.publish(written.parent)}")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Second stage of a sweep with select seeds: choose arms and train them at the sweep's own seeds."""
+
+    does: ClassVar[str] = "chooses arms and starts their jobs"
+
+    path: Path
+    words: tuple[str, ...]
+    retry: bool
+    plan: _Plan | None = None
+    """The plan of the launch in whose process this is called; it holds the study. None on another machine."""
+
+    def to_json(self) -> str:
+        """Return this work as one line of JSON, which `after_from_json` reads."""
+        return json.dumps({"path": str(self.path), "words": self.words, "retry": self.retry})
+
+    def __call__(self) -> None:
+        """Choose arms and train them, if all arms are trained at the select seeds.
+
+        Raises:
+            UserError: if jobs have failed or are not finished; the message names them.
+        """
+        if self.plan is None:
+            launch(self.path, self.words, retry=self.retry)
+        else:
+            _second_stage(self.plan, self.retry)
+
+
+def after_from_json(text: str) -> Evaluate | Report:
+    """Return the work that `Evaluate.to_json` or `Report.to_json` has described."""
+    values = json.loads(text)
+    if "path" in values:
+        return Report(Path(values["path"]), tuple(values["words"]), values["retry"])
+    return Evaluate(
+        Path(values["study_dir"]),
+        tuple(jobs.Job(**job) for job in values["jobs"]),
+        EvalConfig(**values["evaluation"]),
+        values["report"],
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch whose words have been read."""
+
+    config: LaunchConfig
+    engine: Any
+    """`engines.Engine`: engines may import this module, so it may not import them."""
+    params: Any
+    evaluation: EvalConfig
+    sweep: Sweep
+    """With select seeds: the arms at the seeds that are reported."""
+    first: Sweep | None
+    """The arms at the select seeds; None without such seeds."""
+
+    @property
+    def sweeps(self) -> list[Sweep]:
+        return [self.sweep] if self.first is None else [self.first, self.sweep]
+
+
 def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:
     """Run the jobs of a sweep that are not done, then probe and report the study.
+
+    With select seeds, the arms are first trained at these seeds. Then the arms with the least loss on the select
+    split are trained at the sweep's own seeds.
 
     Args:
         path: a sweep file.
@@ -104,6 +147,33 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
         Busy: if another launch of the study is at work, unless the words have wait=yes.
         UserError: for bad input, before any job starts; or for failed jobs, after the last job.
     """
+    plan = _read(path, words)
+    for sweep in plan.sweeps:
+        _check_study(sweep)
+    if dry_run:
+        _print_plan(plan)
+        return
+    for mode in {config.wandb for sweep in plan.sweeps for config in sweep.configs}:
+        check_login(mode)
+    for sweep in plan.sweeps:
+        plan.engine.check(plan.params, sweep)
+        _check_tokens(sweep)
+    study_dir, wait = plan.sweep.study_dir, plan.config.wait
+    check_study_links(study_dir)
+    with lock(study_dir / HELD, wait, "give wait=yes to wait for it, or set study="):
+        _prepare(plan.sweep)
+        if plan.first is None:
+            _run(plan, plan.sweep, retry, _evaluation(plan, plan.sweep))
+        else:
+            _run(plan, plan.first, retry, Report(path, tuple(words), retry, plan))
+
+
+def _read(path: Path, words: Sequence[str]) -> _Plan:
+    """Return the launch that the words describe.
+
+    Raises:
+        UserError: for bad words.
+    """
     if launcher() == "torchrun":
         raise UserError(
             "a sweep must be launched once, but torchrun starts it several times: launch it without torchrun; "
@@ -115,7 +185,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     config = load_typed(LaunchConfig, launch_words)
     evaluating, others = _pick_out(others, ("eval.",))
     evaluation = load_evaluation(EvalConfig, [w.removeprefix("eval.") for w in evaluating])
-    engine = plugins.pick("soluscope.engines", config.engine)
+    engine: Any = plugins.pick("soluscope.engines", config.engine)
     keys, others = _pick_out(
         others, tuple(f"{name}." for name in plugins.names("soluscope.engines"))
     )
@@ -125,33 +195,72 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
                 f"{word} applies only to engine={word.partition('.')[0]}, but engine={config.engine}: remove "
                 "the word or change engine="
             )
-    params = load_typed(engine.params, [word.removeprefix(f"{config.engine}.") for word in keys])
+    params: Any = load_typed(
+        engine.params, [word.removeprefix(f"{config.engine}.") for word in keys]
+    )
     sweep = read_sweep(path, others)
-    listed = [jobs.job_of(run_config) for run_config in sweep.configs]
-    _check_study(sweep)
-    if dry_run:
-        _print_plan(sweep)
-        return
-    for mode in {run_config.wandb for run_config in sweep.configs}:
-        check_login(mode)
-    engine.check(params, sweep)
-    _check_tokens(sweep)
-    check_study_links(sweep.study_dir)
-    with lock(sweep.study_dir / HELD, config.wait, "give wait=yes to wait for it, or set study="):
-        _prepare(sweep)
-        jobs.write_list(sweep.study_dir, sweep.name, listed)
-        standings = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
-        say(f"{sweep.name}: {jobs.counted([now.state for now in standings.values()])}")
-        todo = []
-        for run_config in sweep.configs:
-            state = standings[run_config.run_name].state
-            if state == "failed" and retry:
-                Run(run_config.run_dir).forget_failure()
-            if state != "done" and (state != "failed" or retry):
-                todo.append(run_config)
-        evaluation = replace(evaluation, wait=config.wait or evaluation.wait)
-        after = Evaluate(sweep.study_dir, tuple(listed), evaluation, config.report)
-        engine.run(sweep, todo, params, after)
+    evaluation = replace(evaluation, wait=config.wait or evaluation.wait)
+    first = choosing(sweep) if sweep.select_seeds else None
+    return _Plan(config, engine, params, evaluation, sweep, first)
+
+
+def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | Report) -> None:
+    """Run the jobs of one stage that are not done, and then `after`."""
+    listed = [jobs.job_of(config) for config in sweep.configs]
+    jobs.write_list(sweep.study_dir, sweep.name, listed)
+    standings = {job.run: jobs.standing(sweep.study_dir, job) for job in listed}
+    say(f"{sweep.name}: {jobs.counted([now.state for now in standings.values()])}")
+    todo = []
+    for config in sweep.configs:
+        state = standings[config.run_name].state
+        if state == "failed" and retry:
+            Run(config.run_dir).forget_failure()
+        if state != "done" and (state != "failed" or retry):
+            todo.append(config)
+    if isinstance(after, Report) and not todo:
+        after()  # no engine is needed to continue
+    else:
+        plan.engine.run(sweep, todo, plan.params, after)
+
+
+def _second_stage(plan: _Plan, retry: bool) -> None:
+    """Choose arms by their losses at the select seeds, train them at the sweep's own seeds, and report them."""
+    from soluscope.evaluation import suite
+
+    assert plan.first is not None
+    study_dir = plan.sweep.study_dir
+    _check_done(study_dir, [jobs.job_of(config) for config in plan.first.configs])
+    here = {config.arm for config in plan.sweep.configs}
+    arms = suite.choose(study_dir, plan.evaluation, say) & here
+    say(f"chosen at the select seeds: {', '.join(sorted(arms))} ({len(arms)} of {len(here)} arms)")
+    chosen = reporting(plan.sweep, arms)
+    _run(plan, chosen, retry, _evaluation(plan, plan.first, chosen))
+
+
+def _evaluation(plan: _Plan, *sweeps: Sweep) -> Evaluate:
+    listed = tuple(jobs.job_of(config) for sweep in sweeps for config in sweep.configs)
+    return Evaluate(plan.sweep.study_dir, listed, plan.evaluation, plan.config.report)
+
+
+def _check_done(study_dir: Path, listed: Sequence[jobs.Job]) -> None:
+    """Refuse to continue while jobs have failed or are not finished.
+
+    Raises:
+        UserError: naming these jobs.
+    """
+    standings = [jobs.standing(study_dir, job) for job in listed]
+    behind = [
+        f"{job.run} ({now.error or now.state})"
+        for job, now in zip(listed, standings, strict=True)
+        if now.state != "done"
+    ]
+    if behind:
+        failed = any(now.state == "failed" for now in standings)
+        raise UserError(
+            f"{jobs.counted([now.state for now in standings])}; not done: {'; '.join(behind)}. "
+            f"Run the same command again{' with --retry-failed' if failed else ''}, or "
+            f"'soluscope probe {study_dir}' to probe the finished runs"
+        )
 
 
 def launch_help() -> str:
@@ -220,11 +329,13 @@ def _prepare(sweep: Sweep) -> None:
     share_with_study(cache, sweep.study_dir)
 
 
-def _print_plan(sweep: Sweep) -> None:
+def _print_plan(plan: _Plan) -> None:
     """Print the jobs with their states, tokens and FLOPs, and below them the remaining tokens and FLOPs."""
-    plan = jobs.new_table(f"{sweep.name} in {sweep.study_dir}", "run", "id", "state")
-    for heading in ("tokens", "FLOPs"):
-        plan.add_column(heading, justify="right", no_wrap=True)
+    sweep = plan.first or plan.sweep
+    heading = f"{sweep.name} in {sweep.study_dir}" + (", at the select seeds" * bool(plan.first))
+    table = jobs.new_table(heading, "run", "id", "state")
+    for name in ("tokens", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
     left_tokens = left_flops = 0.0
     states = []
     for config in sweep.configs:
@@ -233,22 +344,28 @@ def _print_plan(sweep: Sweep) -> None:
         tokens = job.steps * job.tokens_a_step
         flops = tokens * config.model.training_flops(_d_vocab(config))
         begun = f" {now.step}/{job.steps}" if 0 < now.step < job.steps else ""
-        plan.add_row(job.run, job.id, now.state + begun, f"{tokens:,}", f"{flops:.2e}")
+        table.add_row(job.run, job.id, now.state + begun, f"{tokens:,}", f"{flops:.2e}")
         states.append(now.state)
         share = 0.0 if now.state == "done" else 1 - now.step / job.steps
         left_tokens, left_flops = left_tokens + share * tokens, left_flops + share * flops
     console = jobs.console()
-    console.print(jobs.fitted(plan, console.width))
+    console.print(jobs.fitted(table, console.width))
     console.print(
         f"{jobs.counted(states)}; to go: {left_tokens:,.0f} tokens, {left_flops:.2e} FLOPs",
         highlight=False,
     )
     arms: dict[str, set[int]] = {}
-    for config in sweep.configs:
+    for config in plan.sweep.configs:
         arms.setdefault(config.arm, set()).add(config.seed)
+    if plan.first:
+        n = len({config.seed for config in plan.sweep.configs})
+        console.print(
+            f"Then the chosen arms, at most {len(arms)}, are trained at {n} {plural(n, 'seed')} that are reported.",
+            highlight=False,
+        )
     tested = {
         config.arm
-        for config in sweep.configs
+        for config in plan.sweep.configs
         if plugins.pick("soluscope.variants", config.variant).role == "per_token"
     }
     if tested and (few := cannot_reject(min(map(len, arms.values())), len(tested))):

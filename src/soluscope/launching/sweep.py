@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class Sweep:
     @property
     def name(self) -> str:
         return self.path.stem
+
+    @property
+    def select_seeds(self) -> list[int]:
+        """Return the seeds at which arms are chosen; empty if the sweep has one stage."""
+        return self.configs[0].select_seeds
 
 
 def shipped_sweeps() -> list[str]:
@@ -78,7 +83,7 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
 
     Raises:
         UserError: if the file is not a grid or the grid is empty, a parameter is unknown, two jobs have the
-            same id or folder, or the jobs have several studies.
+            same id or folder, the jobs have several studies, or a seed is also a select seed.
     """
     file = read_yaml(path, AsWritten)
     grid: Any = file.get("parameters")
@@ -98,9 +103,29 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
     tag_keys = [key for key, values in axes.items() if len(values) > 1 and key not in _NAMED]
     if tag_keys and not {"tag"} & (axes.keys() | overridden):
         axes["tag"] = ("-".join(short_name(key, f"${{{key}}}") for key in tag_keys),)
+    sweep = _grid(path, words, axes)
+    asked, seeds = sweep.select_seeds, {config.seed for config in sweep.configs}
+    both = sorted(seeds & set(asked))
+    check(not both, f"seed {', '.join(map(str, both))} is among seed= and select_seeds=: a seed at which arms are "
+          "chosen must not be reported")  # fmt: skip
+    return sweep
+
+
+def _grid(path: Path, words: Sequence[str], axes: Mapping[str, tuple[Any, ...]]) -> Sweep:
     configs = [load_config([*chosen, *words]) for chosen in _points(axes)]
     _check_apart(path, configs)
     return Sweep(path, tuple(words), axes, tuple(configs))
+
+
+def choosing(sweep: Sweep) -> Sweep:
+    """Return the first stage of a sweep with select seeds: all its arms, at these seeds only."""
+    words = [word for word in sweep.words if not word.startswith("seed=")]
+    return _grid(sweep.path, words, {**sweep.parameters, "seed": tuple(sweep.select_seeds)})
+
+
+def reporting(sweep: Sweep, arms: Collection[str]) -> Sweep:
+    """Return the second stage of a sweep with select seeds: the chosen arms at its own seeds."""
+    return replace(sweep, configs=tuple(config for config in sweep.configs if config.arm in arms))
 
 
 def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple]]:  # type: ignore[type-arg]
@@ -128,11 +153,15 @@ def _points(axes: Mapping[str, Sequence[Any]]) -> Iterator[list[str]]:
 
 
 def _check_apart(path: Path, configs: Sequence[Config]) -> None:
-    """Refuse jobs that share a folder or an id, or belong to several studies."""
+    """Refuse jobs that share a folder or an id, or differ in their study or their select seeds."""
     studies = sorted({config.study for config in configs})
     check(
         len(studies) == 1,
         f"{path} has the studies {', '.join(studies)}, but a sweep must have one study: set study=",
+    )
+    check(
+        all(config.select_seeds == configs[0].select_seeds for config in configs),
+        f"{path} has several select_seeds, but all jobs of a sweep must have the same",
     )
     ids: dict[str, Config] = {}
     folders: dict[Path, Config] = {}

@@ -141,7 +141,7 @@ def matched(run: HookedRun) -> Tensor:
 def _evenly_spaced(candidates: Tensor) -> Tensor:
     """Select at most `N_DOSED` evenly spaced candidates, bool [token]."""
     indices = candidates.nonzero().squeeze(-1)
-    # Not `streams.evenly_spaced`, which rounds differently: for 1 in 150 lengths it selects a few other tokens.
+    # Not `cache.evenly_spaced`, which rounds differently: for 1 in 150 lengths it selects a few other tokens.
     spaced = torch.linspace(0, len(indices) - 1, min(len(indices), N_DOSED), dtype=torch.float64)
     chosen = torch.zeros_like(candidates)
     chosen[indices[spaced.long()]] = True

@@ -59,7 +59,7 @@ from numpy.typing import NDArray
 from scipy.linalg import block_diag
 from torch import Tensor
 
-from soluscope.data.streams import evenly_spaced
+from soluscope.data.cache import evenly_spaced
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity

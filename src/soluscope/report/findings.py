@@ -68,7 +68,16 @@ def choices(records: Iterable[Record]) -> list[Choice]:
 
 
 def tuned(records: Sequence[Record]) -> list[Record]:
-    """Return all records except records of arms whose learning rate was not chosen; these are not compared."""
+    """Return all records except records of arms that are not compared.
+
+    These are arms whose learning rate was not chosen, and arms that were only tried out at select seeds.
+    """
+    only_tried = {arm for arm, setting in settings(records).items() if setting.n == 0}
+    return [record for record in at_best_rate(records) if record.arm not in only_tried]
+
+
+def at_best_rate(records: Sequence[Record]) -> list[Record]:
+    """Return all records except records of arms whose learning rate was not chosen."""
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     return [record for record in records if record.arm not in passed_over]
@@ -99,7 +108,7 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
 
     If two arms would have the same short name, each keeps its full name.
     """
-    known = settings(tuned(records))
+    known = settings(at_best_rate(records))
     result = {}
     for arm, setting in sorted(known.items(), key=lambda item: _by_setting(item[1])):
         alike = [other.values for other in known.values() if other.variant == setting.variant]

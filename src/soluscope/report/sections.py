@@ -20,6 +20,7 @@ from soluscope.report.blocks import (
 )
 from soluscope.report.figures import QUARTILE, Style, term_name
 from soluscope.report.findings import (
+    at_best_rate,
     by_stream,
     comparisons,
     estimate,
@@ -83,7 +84,7 @@ class _Arms:
         self.all = records
         self.records = tuned(records)
         self.sizes = sizes(self.records)
-        self.look: Mapping[str, Style] = figures.styles(self.records)
+        self.look: Mapping[str, Style] = figures.styles(at_best_rate(records))
         self.doses = figures.doses(self.records)
 
     def loss(self) -> list[Block]:

@@ -154,13 +154,20 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def unchosen(records: list[Record]) -> list[str]:
-    """Return warnings about arms among which no choice was made, because they share no seed."""
-    return [
-        f"No choice was made between {', '.join(each.arms)}: "
-        f"{'; '.join(part for part in (each.note, each.size) if part)}. The lowest loss could come from easier "
-        "seeds. Train these arms at the same seeds."
-        for each in of_kind(records, NoChoice)
-    ]
+    """Return warnings about arms among which no choice was made, and about chosen arms that are not trained yet."""
+    sentences = []
+    for each in of_kind(records, NoChoice):
+        why = "; ".join(part for part in (each.note, each.size) if part)
+        if len(each.arms) == 1:
+            sentences.append(
+                f"{each.arms[0]} is missing: {why}. Launch the sweep again to train it."
+            )
+        else:
+            sentences.append(
+                f"No choice was made between {', '.join(each.arms)}: {why}. The lowest loss could come from easier "
+                "seeds. Train these arms at the same seeds."
+            )
+    return sentences
 
 
 def one_rate(records: list[Record]) -> str:
@@ -246,6 +253,9 @@ def _basis(records: list[Record]) -> str:
             f" ({tokens:,} tokens)" if tokens else ""
         )
         text += f"; losses are measured on {measured_on} that were not used in training"
+        effective = min(row.n_effective or documents for row in losses)
+        if effective < 0.9 * documents:
+            text += f", which count as {effective:.0f} documents of equal size"
     text += "."
     if counts and counts[0] == 1:
         text += " With one seed, results describe these trained models, not their variants."
@@ -340,9 +350,22 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
 def _static(records: list[Record], arm: str) -> list[str]:
     return [
         f"Loss of the best static arm minus loss of {arm}: {signed(row.value or 0.0)} nats per token "
-        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}); {remarks(row)}."
+        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}); {remarks(row)}.{_optimism(row)}"
         for row in comparisons(records, Term.STATIC, arm)
     ]
+
+
+def _optimism(row: Comparison) -> str:
+    """Return a sentence on the choice of the static arm at the reported seeds; empty if it was made elsewhere."""
+    if row.optimism == 0.0:
+        return ""
+    chosen = f" It was chosen among {row.n_candidates} arms at the seeds that are reported, which favours it"
+    if row.optimism is None:
+        return f"{chosen} by an unknown amount. select_seeds= avoids this."
+    return (
+        f"{chosen}: if these arms were equally good, the choice alone would make it look {row.optimism:.4f} nats "
+        "better than it is. select_seeds= avoids this."
+    )
 
 
 def _twins(records: list[Record], arm: str) -> list[str]:

@@ -25,8 +25,7 @@ from torch import nn
 
 from soluscope import plugins
 from soluscope.config import Config, differences
-from soluscope.data.cache import SPLITS, Split, TokenCache, prepare, share_with_study
-from soluscope.data.streams import evenly_spaced
+from soluscope.data.cache import SPLITS, Split, TokenCache, evenly_spaced, prepare, share_with_study
 from soluscope.errors import Stopped, UserError
 from soluscope.files import checksum, reason, write_text
 from soluscope.model import LanguageModel

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from soluscope.config import Config
-from soluscope.data.cache import TokenCache
-from soluscope.data.streams import evenly_spaced
+from soluscope.data.cache import TokenCache, evenly_spaced
 from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
 from soluscope.norms import StaticNorm, gain_matching_rms
