@@ -1,0 +1,158 @@
+"""Commands that are killed at random moments, and given again, end with the files of commands that were not killed.
+
+SOLUSCOPE_KILLS_EACH is the number of kills of each command. With 34 of each, there are 204 kills in about half an
+hour on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from _launching import words_for
+from conftest import HANGS_AFTER_S, ROOT
+
+pytestmark = pytest.mark.slow
+
+N_KILLS = int(os.environ.get("SOLUSCOPE_KILLS_EACH", "2"))
+RUN = "solu_ln-s0"
+EVALUATION = ("n_tokens=600", "n_loss_tokens=1000", "n_draws=200")
+PROBES = "probes=[engagement,gain_variation,scale_freeze]"
+VOLATILE = {
+    "made_with.json",
+    ".lock",
+    ".held.json",
+    ".checked.json",
+    "last.ckpt",
+    "train.log",
+    "holder.json",
+}
+"""Files that name a process or a time, and the hash of such a file."""
+TIMES = {"tokens_per_s", "seconds", "wall_s", "started", "finished"}
+"""Keys of JSON whose values are times."""
+COMMANDS = ("cache", "train", "probe", "report", "export", "sweep")
+
+
+def words(command: str, folder: Path) -> list[str]:
+    """Return the words of a command in `folder`, with relative paths: the folder is its working directory."""
+    places = [
+        *words_for(Path("runs")),
+        "train.steps=60",
+        "train.checkpoint_every=5",
+        "tokens.d_vocab=600",
+    ]
+    sweep = folder / "killed.yaml"
+    if command == "sweep":
+        sweep.write_text(
+            "method: grid\nparameters:\n  study: {value: swept}\n  seed: {values: [0]}\n"
+            "  variant: {values: [solu, solu_ln]}\n"
+        )
+    evaluation = [f"eval.{word}" for word in (*EVALUATION, "probes=[engagement]")]
+    train = ["train", "variant=solu_ln", "study=one", *places]
+    return {
+        "cache": [*train, "train.steps=6", "corpus.max_mb=4", "study=tokens"],
+        "train": train,
+        "probe": ["probe", "runs/one", *EVALUATION, PROBES],
+        "report": ["report", "runs/one"],
+        "export": ["export", f"runs/one/{RUN}", "exported"],
+        "sweep": ["sweep", "killed.yaml", *places, *evaluation],
+    }[command]
+
+
+def start(command: str, folder: Path) -> subprocess.Popen[str]:
+    search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "soluscope", *words(command, folder)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": search_path}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(command: str, folder: Path) -> float:
+    """Run a command to its end, and return the seconds that it took."""
+    begun = time.monotonic()
+    process = start(command, folder)
+    said, _ = process.communicate(timeout=HANGS_AFTER_S)
+    assert process.returncode == 0, said
+    return time.monotonic() - begun
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Return the contents of all files, without the values that are times; files of killed processes count."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name in VOLATILE or not path.is_file() or path.name.startswith(".lock"):
+            continue
+        data = path.read_bytes()
+        if path.suffix in (".json", ".jsonl"):
+            found[name] = [_timeless(json.loads(line)) for line in _documents(path, data)]
+        else:
+            found[name] = data
+    return found
+
+
+def _documents(path: Path, data: bytes) -> list[bytes]:
+    return data.splitlines() if path.suffix == ".jsonl" else [data]
+
+
+def _timeless(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _timeless(each) for key, each in value.items() if key not in TIMES}
+    return [_timeless(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """Return a folder with the states before and after each command, none killed, and the commands' durations."""
+    folder = tmp_path_factory.mktemp("calm")
+    durations = {}
+    for command in COMMANDS:
+        before, after = folder / f"before-{command}", folder / f"after-{command}"
+        needed = {"probe": "train", "report": "probe", "export": "train"}.get(command)
+        if needed:
+            shutil.copytree(folder / f"after-{needed}", before)
+        else:
+            before.mkdir()
+        shutil.copytree(before, after)
+        durations[command] = finish(command, after)
+    return folder, durations
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_was_not(
+    command: str, calm: tuple[Path, dict[str, float]], tmp_path: Path
+) -> None:
+    folder, durations = calm
+    moments = random.Random(f"{command} 0")
+    here = Path(shutil.copytree(folder / f"before-{command}", tmp_path / "here"))
+    kills, n_whole = [], 0
+    while len(kills) < N_KILLS:
+        process = start(command, here)
+        wait = moments.uniform(0, 1.05) * durations[command]
+        try:
+            process.wait(timeout=wait)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills.append(f"{wait:.2f} s")
+            continue
+        said, _ = process.communicate()
+        assert process.returncode == 0, f"{said}; kills: {kills}"
+        n_whole += 1  # it ended before it was killed: begin again
+        assert n_whole < 3 * N_KILLS + 10
+        shutil.rmtree(here)
+        shutil.copytree(folder / f"before-{command}", here)
+    finish(command, here)
+    wanted, found = contents(folder / f"after-{command}"), contents(here)
+    assert found.keys() == wanted.keys(), f"kills: {kills}"
+    differing = [name for name in wanted if wanted[name] != found[name]]
+    assert not differing, f"{differing} differ; kills: {kills}"
