@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_the_familys_formulas_on_the_report_split(probed):
     study = root / "runs" / "solu-tiny"
     cache = open_cache(root / json.loads((study / "data.json").read_text())["path"])
     rows = cache.rows("report", CONFIG["n_ctx"])
-    tokens = torch.from_numpy(rows[streams.evenly_spaced(len(rows), 2000 // CONFIG["n_ctx"])])
+    tokens = torch.from_numpy(rows[rows.spread(2000, streams.DOCUMENT_TOKENS)])
     log_p = reference(WEIGHTS, CONFIG, tokens)[:, :-1].log_softmax(-1)
     loss = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
     (row,) = (row for row in facts_in(study) if row.quantity == "loss")

@@ -69,6 +69,7 @@ NUMBER = {
     "n": 90,
     "n_clusters": 7,
     "cluster": "document",
+    "n_effective": 5.5,
 }
 RUN = {"run": "solu_ln-s1", "seed": 1, "pretrained": True}
 FULL: list[Record] = [
@@ -84,7 +85,7 @@ FULL: list[Record] = [
     TokenValue(**ALL, **RUN, quantity="r", value=0.5, unit="share", place=3, text="\n", stream="natural"),
     Comparison(
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
-        p=0.25, p_adj=0.5, size="d_model 64", lr=0.001, tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
+        n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", lr=0.001, tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
         adds="a scale", probe="engagement", quantity="r",
     ),
     ChoicePoint(
@@ -95,7 +96,7 @@ FULL: list[Record] = [
     Setting(
         **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
-        rate="was set by hand",
+        rate="was set by hand", only_tried=True,
     ),
     GateResult(
         **ALL, **NUMBER, probe="engagement", control="pinned", section="C3", passed=True,

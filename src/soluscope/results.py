@@ -352,7 +352,9 @@ class Setting(Record):
     """The variant that differs only in having one gain for all tokens; empty if there is none."""
     size: str = ""
     n: Whole = 0
-    """Number of reported seeds. 0: the arm was only tried out at select seeds."""
+    """Number of reported seeds."""
+    only_tried: bool = False
+    """True if the arm was only tried out at select seeds."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 

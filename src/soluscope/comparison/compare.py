@@ -535,7 +535,7 @@ def _settings(arms: _Arms) -> list[Setting]:
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
             rate=arm.rate,
-            n=len(arm.report), commit=arms.commit, config=arm.config,
+            n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms
     ]  # fmt: skip

@@ -27,7 +27,7 @@ MIN_CLUSTERS = 20
 
 docs/intervals.md has the coverage of each statistic, by number of documents (benchmarks/coverage.py).
 """
-MIN_CLUSTERS_OF_SPREAD = 60
+MIN_CLUSTERS_OF_SPREAD = 30
 """Least effective number of clusters for an interval of a spread or of an outer quantile."""
 MIN_SEEDS_TO_RESAMPLE = 8
 """Least number of seeds for a bootstrap interval. With fewer, Student's t covers better: 95% against 91% at 5."""

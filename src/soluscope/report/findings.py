@@ -72,7 +72,7 @@ def tuned(records: Sequence[Record]) -> list[Record]:
 
     These are arms whose learning rate was not chosen, and arms that were only tried out at select seeds.
     """
-    only_tried = {arm for arm, setting in settings(records).items() if setting.n == 0}
+    only_tried = {arm for arm, setting in settings(records).items() if setting.only_tried}
     return [record for record in at_best_rate(records) if record.arm not in only_tried]
 
 
