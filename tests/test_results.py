@@ -85,7 +85,8 @@ FULL: list[Record] = [
     TokenValue(**ALL, **RUN, quantity="r", value=0.5, unit="share", place=3, text="\n", stream="natural"),
     Comparison(
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
-        n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", lr=0.001, tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
+        n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", lr=0.001,
+        tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
         adds="a scale", probe="engagement", quantity="r",
     ),
     ChoicePoint(
