@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conftest import HANGS_AFTER_S, ROOT
+
+from soluscope.runs.folder import HOLDER
 
 LAUNCH = ROOT / "sweeps" / "launch.py"
 
@@ -62,14 +65,20 @@ def started(*words: str | Path, said: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def at_work(study_dir: Path) -> dict[str, int]:
-    """Return the process that holds the lock of each run of a study, {run: pid}, as /proc lists it."""
+    """Return the process that works on each run of a study, {run: pid}.
+
+    A run's holder file names it. A process that only tests the lock holds it for an instant and writes no such
+    file, and the file of a killed process names one that no longer has the lock open.
+    """
     pids = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # the process has ended, or belongs to another user
-            for descriptor in (process / "fd").iterdir():
-                target = Path(os.readlink(descriptor))
-                if target.name == ".lock" and target.parents[1] == study_dir:
-                    pids[target.parent.name] = int(process.name)
+    for path in study_dir.glob(f"*/{HOLDER}"):
+        with suppress(OSError, ValueError):  # it has ended, or the file is just being written
+            pid = json.loads(path.read_bytes())["pid"]
+            descriptors = Path(f"/proc/{pid}/fd").iterdir()
+            if any(
+                os.readlink(each) == str(path.parent.resolve() / ".lock") for each in descriptors
+            ):
+                pids[path.parent.name] = pid
     return pids
 
 

@@ -139,8 +139,10 @@ def load_facts(run_dir: Path) -> Facts:
         raise UserError(f"no model at {run_dir}: the run {state}")
     try:
         record = from_json(path.read_bytes(), dict[str, Any])
+        if not isinstance(record.get("variant"), str):
+            raise ValueError("it names no variant")
         if "role" not in record:
-            record |= lineage(str(record.get("variant")))
+            record |= lineage(record["variant"])
         facts = msgspec.convert(record, Facts)
         origin = facts.init_from.run.split("/", 1) if facts.init_from else []
         check_names(facts.run, facts.arm, facts.variant, facts.study, *origin)
