@@ -71,7 +71,7 @@ def at_work(study_dir: Path) -> dict[str, int]:
     file, and the file of a killed process names one that no longer has the lock open.
     """
     pids = {}
-    for path in study_dir.glob(f"*/{HOLDER}"):
+    for path in study_dir.glob(f"[!.]*/{HOLDER}"):  # .sweep is held by the launcher
         with suppress(OSError, ValueError):  # it has ended, or the file is just being written
             pid = json.loads(path.read_bytes())["pid"]
             descriptors = Path(f"/proc/{pid}/fd").iterdir()
