@@ -64,11 +64,9 @@ def together(alone: Run, runs_dir: Path) -> Run:
     assert [node.returncode for node in nodes] == [0, 0], (first, second)
     run = Run(runs_dir / "together" / "solu_ln-s0")
     assert first[0] == f"{run.dir} is finished\n"
-    # Only the first process prints. torchrun of the second node may log that the first node's has left before it.
-    assert second[0] == ""
-    assert [
-        line for line in second[1].splitlines() if "torch/distributed/elastic" not in line
-    ] == []
+    # Only the first process reports. torchrun of either node may log, with its stack, that the other has left.
+    assert run.dir.name in first[1]
+    assert (second[0], run.dir.name in second[1]) == ("", False)
     return run
 
 
@@ -192,7 +190,7 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
 
     before = {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
     fourth = start(*TORCHRUN, TRAIN, *ours)
-    assert fourth.communicate(timeout=HANGS_AFTER_S) == (f"{run.dir} was already finished\n", "")
+    assert fourth.communicate(timeout=HANGS_AFTER_S)[0] == f"{run.dir} was already finished\n"
     assert before == {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
 
 
