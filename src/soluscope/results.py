@@ -353,6 +353,8 @@ class Setting(Record):
     size: str = ""
     n: Whole = 0
     """Number of reported seeds. 0: the arm was only tried out at select seeds."""
+    label: str = ""
+    """The variant's name for people: `SoLU + LN`. Empty: it has none."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 
