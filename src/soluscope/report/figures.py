@@ -15,7 +15,7 @@ from typing import TypeVar
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from soluscope.report.findings import by_stream, estimate
+from soluscope.report.findings import by_stream, estimate, number, number_key
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -24,6 +24,7 @@ from soluscope.results import (
     Number,
     Record,
     Term,
+    Untrained,
     of_kind,
 )
 
@@ -68,7 +69,10 @@ def styles(rows: Iterable[Record]) -> dict[str, Style]:
 
 
 def draw(
-    rows: Sequence[Record], spec: Figure, look: Mapping[str, Style] | None = None
+    rows: Sequence[Record],
+    spec: Figure,
+    look: Mapping[str, Style] | None = None,
+    before: Iterable[Untrained] = (),
 ) -> go.Figure:
     """Draw one figure of a probe.
 
@@ -76,6 +80,7 @@ def draw(
         rows: records of one probe; records that are not measurements are ignored.
         spec: specification of the figure.
         look: a style for each arm; by default derived from the arms in `rows`.
+        before: the same numbers before training, drawn as grey rings in figures of dots.
 
     Returns:
         A figure that notebooks display; without traces if no row fits `spec`.
@@ -86,7 +91,7 @@ def draw(
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     look = look or styles(rows)
     curve = spec.kind == "curve"
-    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y)
+    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y, before)
     return figure.update_layout(title=title)
 
 
@@ -288,14 +293,21 @@ def _in_group(row: Measurement, spec: Figure) -> bool:
     return not QUARTILE.fullmatch(row.group)
 
 
-def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go.Figure:
+def _dots(
+    panels: Panels[N],
+    look: Mapping[str, Style],
+    log: bool = False,
+    before: Iterable[Untrained] = (),
+) -> go.Figure:
     """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
     arms = _in_order(panels, look)
+    untrained = {number_key(each): each for each in before}
     figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
             heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
+            _add(figure, _rings_before(of_arm, heights, untrained), index)
             _add(figure, _intervals(of_arm, heights, look[arm]), index)
         figure.update_yaxes(_arm_axis(arms, index), **_at(index))
         unit = html.escape(rows[0].unit)
@@ -349,6 +361,33 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         if spec.log_y and _positive(rows):
             figure.update_yaxes(**_log_axis(rows, 6), **_at(index))
     return figure
+
+
+def _rings_before(
+    rows: Sequence[Number],
+    heights: Sequence[float],
+    untrained: Mapping[tuple[object, ...], Untrained],
+) -> go.Scatter | None:
+    """Draw the numbers before training as grey rings; return None without such numbers."""
+    places = {
+        height: untrained[key]
+        for row, height in zip(rows, heights, strict=True)
+        if isinstance(row, Measurement) and (key := number_key(row)) in untrained
+    }
+    if not places:
+        return None
+    return go.Scatter(
+        x=[each.value for each in places.values()],
+        y=list(places),
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 10, "color": "#555555", "line": {"width": 1.5}},
+        text=[
+            html.escape(f"{each.run}, untrained: {number(each.value)} {each.unit}")
+            for each in places.values()
+        ],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
 
 
 def _positive(rows: Iterable[Number]) -> bool:
@@ -731,5 +770,6 @@ def _at(index: int) -> dict[str, int]:
     return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
 
 
-def _add(figure: go.Figure, trace: go.Scatter, index: int) -> None:
-    figure.add_trace(trace, **_at(index))
+def _add(figure: go.Figure, trace: go.Scatter | None, index: int) -> None:
+    if trace is not None:
+        figure.add_trace(trace, **_at(index))

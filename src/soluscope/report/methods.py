@@ -29,7 +29,7 @@ TERMS = {
         "this interval. The untrained twin of a run is the same model before training, on the same text."
     ),
     "Confirmatory and exploratory.": (
-        "The test of Phi_dyn and the tests in the section Before and after training are confirmatory, with "
+        "The test of Phi_dyn and the tests in the section Probes before and after training are confirmatory, with "
         "corrected p-values. All other numbers are exploratory."
     ),
 }

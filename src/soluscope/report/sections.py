@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from soluscope.report import (
+    contrasts,
     controls,
     evidence,
     figures,
@@ -81,7 +82,8 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("training", "Training", arms.training(), "training"),
         Section("tuning", "Tuning", tuning.blocks(records, arms.look), "tuning"),
         Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
-        Section("confirmed", "Before and after training", arms.confirmed(), "probes"),
+        Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
+        Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
     ]
     probes = {
         record.probe for record in arms.records if isinstance(record, Measurement | LeftOut)
@@ -254,20 +256,23 @@ class _Arms:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
             blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
             return Section(name, name + failed, blocks, "probes", bool(wrong))
-        first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
-        blocks = [
-            Paragraph("", lead=words.question),
-            *standing,
-            *first,
-            *fold("More figures", [each for drawn in others for each in drawn]),
-            *_probe_tables(rows, words.quantities, before),
-        ]
+        blocks: list[Block] = [Paragraph("", lead=words.question), *self._verdicts(name), *standing]
         if controls.standing(self.all, name) == "passed":
             arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
             if sentences := meaning.sentences(words, rows, arms, before):
                 text = "About these trained models, without BOS."
                 blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
+        rest = (
+            words.figures[1:]
+            if words.figures[:1] and words.figures[0].kind == "curve"
+            else words.figures
+        )
         blocks += [
+            *self._headline_figure(rows, words.figures, before),
+            *fold("More figures", [each for spec in rest for each in self._drawn(rows, spec)]),
+            *_probe_tables(rows, words.quantities, before),
+        ]
+        method: list[Block] = [
             Paragraph(words.reading, "How to read it."),
             Paragraph(words.formula, "Formula.", code=True),
             Paragraph(words.pitfalls, "Pitfalls."),
@@ -275,13 +280,53 @@ class _Arms:
         if rates := controls.false_positives(self.all, name):
             text = "; ".join(map(controls.rate, rates))
             text = f"Rate of findings where there is nothing to find: {text}."
-            blocks.append(Paragraph(text, "False positives."))
+            method.append(Paragraph(text, "False positives."))
         else:
-            blocks.append(Paragraph(NOT_COUNTED, style="soft"))
+            method.append(Paragraph(NOT_COUNTED, style="soft"))
         if words.source:
-            blocks.append(Paragraph(f"Source: {words.source}", style="soft"))
+            method.append(Paragraph(f"Source: {words.source}", style="soft"))
+        blocks += fold("How to read it: formula, pitfalls, false positives, source", method)
         heading = f"{words.section} {words.name}".strip() + failed
         return Section(name, heading, blocks, "probes", bool(wrong))
+
+    def _headline_figure(
+        self, rows: Sequence[Measurement], specs: Sequence[Figure], before: Sequence[Untrained]
+    ) -> list[Block]:
+        """Draw the first figure, on natural text or else the first stream, beside the numbers before training."""
+        if not specs:
+            return []
+        spec = specs[0]
+        drawn = [row for row in rows if row.quantity in spec.quantities]
+        streams = sorted({by_stream(row): row.stream for row in drawn}.items())
+        if spec.kind == "dots" and streams:
+            allowed = [
+                stream for _, stream in streams if not spec.streams or stream in spec.streams
+            ]
+            spec = replace(spec, streams=tuple(allowed[:1]))
+        rings = (
+            "Grey rings: the same models before training." if before and spec.kind == "dots" else ""
+        )
+        return plot(figures.draw(rows, spec, self.look, before), spec.title, rings)
+
+    def _verdicts(self, name: str) -> list[Block]:
+        """Return a badge on the controls, and one for each arm's verdict on H-smear if the matrix has one."""
+        standing = controls.standing(self.all, name)
+        mark = "pass" if standing == "passed" else "fail"
+        badges = [Badge(mark, f"controls {standing}", "results on models whose answer is known")]
+        if standing == "not run":
+            badges = []
+        for row, seen in evidence.matrix(self.records):
+            if row.probe == name:
+                badges += [
+                    Badge(
+                        evidence.MARKS[each.verdicts[-1]],
+                        f"{each.arm}: H-smear {each.verdicts[-1]}",
+                        row.name,
+                    )
+                    for each in seen
+                    if each.verdicts
+                ]
+        return [Badges(badges)]
 
     def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
         """Return a badge for each control, the numbers behind the badges, and a warning if a control failed."""

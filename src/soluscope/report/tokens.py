@@ -34,8 +34,8 @@ def blocks(records: Sequence[Record]) -> list[Block]:
     lead = (
         "The same text for each arm's first seed. Colours are scaled to the range of the tokens after BOS, and "
         "left out where that range is too narrow to matter; a token outside this range has the colour of the "
-        "nearer bound. Point at a token, or move to it with the tab key, to see its numbers. Ablation effect: the token's "
-        "loss without the MLP minus its loss."
+        "nearer bound. Point at a token, or move to it with the tab key, to see its numbers. Ablation effect: "
+        "the token's loss without the MLP minus its loss."
     )
     return [
         Paragraph(lead),
