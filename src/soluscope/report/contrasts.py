@@ -69,7 +69,8 @@ def blocks(records: Sequence[Record]) -> list[Block]:
         "Main number of each probe in an arm with a per-token norm and in its static twin, or in plain SoLU if "
         "there is no twin. The last column is the difference of the means over seeds, divided by the joint half "
         "width of the intervals for other documents. It orders the table and is not a test: these numbers are "
-        "exploratory. Probes that failed a control are left out."
+        "exploratory, and a number about the spread of the gain differs from the static twin by construction. "
+        "Probes that failed a control are left out."
     )
     return [
         Paragraph(lead, style="soft"),

@@ -329,6 +329,11 @@ def span(values: Iterable[float | None], decimals: int | None = None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list, with semicolons if a name has a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
+
+
 def seeds(n: int) -> str:
     return f"{n} {plural(n, 'seed')}"
 

@@ -256,19 +256,21 @@ class _Arms:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
             blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
             return Section(name, name + failed, blocks, "probes", bool(wrong))
-        blocks: list[Block] = [Paragraph("", lead=words.question), *self._verdicts(name), *standing]
+        blocks: list[Block] = [
+            Paragraph("", lead=words.question),
+            *self._verdicts(name),
+            *standing,
+            *self._headline_figure(rows, words.figures, before),
+        ]
         if controls.standing(self.all, name) == "passed":
             arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
             if sentences := meaning.sentences(words, rows, arms, before):
                 text = "About these trained models, without BOS."
                 blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
-        rest = (
-            words.figures[1:]
-            if words.figures[:1] and words.figures[0].kind == "curve"
-            else words.figures
-        )
+        # The headline figure has all of a curve, but only one stream of a figure of dots.
+        is_curve = any(spec.kind == "curve" for spec in words.figures[:1])
+        rest = words.figures[1:] if is_curve else words.figures
         blocks += [
-            *self._headline_figure(rows, words.figures, before),
             *fold("More figures", [each for spec in rest for each in self._drawn(rows, spec)]),
             *_probe_tables(rows, words.quantities, before),
         ]

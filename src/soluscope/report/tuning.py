@@ -20,6 +20,7 @@ from soluscope.report.findings import (
     comparisons,
     engagement,
     estimate,
+    listed,
     of_size,
     settings,
     sizes,
@@ -150,7 +151,7 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
 def _one_rate(records: list[Record]) -> list[Block]:
     """List all arms trained at one rate only; the headline lists only their variants if there are many."""
     arms = at_one_rate(records)
-    return [Paragraph(f"Trained at one rate only: {', '.join(arms)}.", style="soft")] * bool(arms)
+    return [Paragraph(f"Trained at one rate only: {listed(arms)}.", style="soft")] * bool(arms)
 
 
 def _rates(records: list[Record], arms: Sequence[str]) -> str:

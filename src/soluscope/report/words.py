@@ -21,6 +21,7 @@ from soluscope.report.findings import (
     envelope,
     for_these_models,
     gain_varies,
+    listed,
     measured,
     number,
     per_token,
@@ -222,7 +223,7 @@ def one_rate(records: list[Record]) -> str:
     if len(arms) > N_NAMED:
         variants = sorted({each.variant for each in records if each.arm in arms and each.variant})
         return f"Trained at one rate only: {len(arms)} arms of {', '.join(variants)}."
-    return f"Trained at one rate only: {', '.join(arms)}."
+    return f"Trained at one rate only: {listed(arms)}."
 
 
 def _headline(records: list[Record]) -> list[str]:
@@ -289,7 +290,7 @@ def _basis(records: list[Record]) -> str:
     variants = sorted({record.variant for record in records if record.variant})
     named = arms if len(arms) <= N_NAMED else variants
     each = _seeds_per_arm(records) or "0 seeds"
-    text = f"Compared here: {n_runs} of {n_arms} ({', '.join(named)}), {each} per arm"
+    text = f"Compared here: {n_runs} of {n_arms} ({listed(named)}), {each} per arm"
     documents, tokens, effective = _documents(records)
     if documents:
         measured_on = f"{documents:,} {plural(documents, 'document')}" + (
