@@ -29,8 +29,8 @@ TERMS = {
         "this interval. The untrained twin of a run is the same model before training, on the same text."
     ),
     "Confirmatory and exploratory.": (
-        "The test of Phi_dyn and the tests in the section Probes before and after training are confirmatory, with "
-        "corrected p-values. All other numbers are exploratory."
+        "Two families of tests are confirmatory, with corrected p-values: the tests of Phi_dyn, and the tests of "
+        "probes that compare the trained models with their own initialisations. All other numbers are exploratory."
     ),
 }
 """Explanations of the headline's terms, by the heading of their paragraph."""

@@ -6,7 +6,7 @@ The names follow from the stored labels and settings of the arms. An arm without
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -91,11 +91,14 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
     return f"{of.label}, {'static gain' if setting == 'gain' else setting} {value}"
 
 
-def _rank(known: Mapping[str, Setting]) -> Any:
+def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
+    """Return the sort key of an arm: its size in the order of the records, its role, and its settings."""
+    sizes = [*dict.fromkeys(each.size for each in known.values())]
+
     def key(arm: str) -> tuple[Any, ...]:
         of = known[arm]
         role = ORDER.index(of.role) if of.role in ORDER else len(ORDER)
         values = (of.values.get(name, 0.0) for name in ("kappa", "gain", "lr"))
-        return role, len(of.chain), of.variant, *values, arm
+        return sizes.index(of.size), role, len(of.chain), of.variant, *values, arm
 
     return key
