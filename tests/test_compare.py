@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -872,7 +872,7 @@ def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_
         return Facts(**others | {"run": run, "variant": "solu_gain"} | lineage | changes)
 
     two = [facts("solu_gain-s0"), facts("solu_gain-s1")]
-    assert _lineages(two) == {"solu_gain": LINEAGES["solu_gain"]}
+    assert _lineages(two) == {"solu_gain": replace(LINEAGES["solu_gain"], label="SoLU")}
     other = facts("solu_gain-s2", role="per_token")
     with pytest.raises(
         UserError, match="runs 'solu_gain-s0' and 'solu_gain-s2' of variant"

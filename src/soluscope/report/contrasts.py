@@ -122,9 +122,12 @@ def _mean(rows: Sequence[Number]) -> float:
 
 def _half_width(rows: Sequence[Measurement]) -> float | None:
     """Return the widest half width of the rows' intervals; 0 if the values are constant over tokens."""
-    widths = [
-        0.0 if row.constant else (row.high - row.low) / 2
-        for row in rows
-        if row.constant or (row.low is not None and row.high is not None)
-    ]
-    return max(widths) if len(widths) == len(rows) else None
+    widths = []
+    for row in rows:
+        if row.constant:
+            widths.append(0.0)
+        elif row.low is None or row.high is None:
+            return None
+        else:
+            widths.append((row.high - row.low) / 2)
+    return max(widths)

@@ -254,9 +254,9 @@ class _Arms:
         words = controls.words_of(self.all, name)
         if words is None:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
-            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
+            blocks: list[Block] = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
             return Section(name, name + failed, blocks, "probes", bool(wrong))
-        blocks: list[Block] = [
+        blocks = [
             Paragraph("", lead=words.question),
             *self._verdicts(name),
             *standing,
@@ -267,11 +267,16 @@ class _Arms:
             if sentences := meaning.sentences(words, rows, arms, before):
                 text = "About these trained models, without BOS."
                 blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
-        # The headline figure has all of a curve, but only one stream of a figure of dots.
-        is_curve = any(spec.kind == "curve" for spec in words.figures[:1])
-        rest = words.figures[1:] if is_curve else words.figures
+        more = [
+            each
+            for spec in words.figures[:1]
+            for each in (self._drawn if _has_streams(rows, spec) else self._against_dose)(
+                rows, spec
+            )
+        ]
+        more += [each for spec in words.figures[1:] for each in self._drawn(rows, spec)]
         blocks += [
-            *fold("More figures", [each for spec in rest for each in self._drawn(rows, spec)]),
+            *fold("More figures", more),
             *_probe_tables(rows, words.quantities, before),
         ]
         method: list[Block] = [
@@ -297,18 +302,12 @@ class _Arms:
         """Draw the first figure, on natural text or else the first stream, beside the numbers before training."""
         if not specs:
             return []
-        spec = specs[0]
-        drawn = [row for row in rows if row.quantity in spec.quantities]
-        streams = sorted({by_stream(row): row.stream for row in drawn}.items())
-        if spec.kind == "dots" and streams:
-            allowed = [
-                stream for _, stream in streams if not spec.streams or stream in spec.streams
-            ]
-            spec = replace(spec, streams=tuple(allowed[:1]))
-        rings = (
-            "Grey rings: the same models before training." if before and spec.kind == "dots" else ""
-        )
-        return plot(figures.draw(rows, spec, self.look, before), spec.title, rings)
+        spec, remark = specs[0], ""
+        if spec.kind == "dots":
+            spec = replace(spec, streams=tuple(_streams(rows, spec)[:1]))
+            remark = "Grey rings: the same models before training. " if before else ""
+            remark += self.doses.caption()
+        return plot(figures.draw(rows, spec, self.look, before), spec.title, remark)
 
     def _verdicts(self, name: str) -> list[Block]:
         """Return a badge on the controls, and one for each arm's verdict on H-smear if the matrix has one."""
@@ -381,18 +380,32 @@ class _Arms:
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
-        dots = spec.kind == "dots"
-        below = self.doses.caption() if dots else ""
+        below = self.doses.caption() if spec.kind == "dots" else ""
         result = plot(figures.draw(rows, spec, self.look), spec.title, below)
-        if not (result and dots):
-            return result
-        for size, of_one in self.sizes.items():
+        return [*result, *self._against_dose(rows, spec)]
+
+    def _against_dose(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
+        """Return the numbers of a figure of dots against the dose, if a variant has several doses."""
+        result: list[Block] = []
+        for size, of_one in self.sizes.items() if spec.kind == "dots" else ():
             arms = {record.arm for record in of_one}
             of_size_only = [row for row in rows if row.arm in arms]
             doses = figures.doses(of_one)
             against = figures.against_dose(of_size_only, spec, self.look, doses)
             result += plot(against, of_size(f"{spec.title}, against the dose", size))
         return result
+
+
+def _streams(rows: Sequence[Measurement], spec: Figure) -> list[str]:
+    """Return the streams of a figure, natural text first."""
+    drawn = [row for row in rows if row.quantity in spec.quantities]
+    streams = dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values()
+    return [stream for stream in streams if not spec.streams or stream in spec.streams]
+
+
+def _has_streams(rows: Sequence[Measurement], spec: Figure) -> bool:
+    """Return whether the headline figure leaves out streams of this figure."""
+    return spec.kind == "dots" and len(_streams(rows, spec)) > 1
 
 
 # --- tables ---------------------------------------------------------------------------------------
