@@ -1462,10 +1462,16 @@ def test_more_arms_than_colours_are_told_apart_by_shape():
     assert len(set(figures.styles(arms).values())) == 20
 
 
-def test_an_axis_with_a_zero_is_not_logarithmic_and_ticks_are_round():
+def test_a_zero_is_not_drawn_on_a_logarithmic_axis_and_ticks_are_round():
     spec = Figure("", ("r",), kind="curve", log_y=True)
     rows = [number("engagement", "r", value, 0.0, x=x) for x, value in ((1, 0.0), (2, 1e-4))]
-    assert figures.draw(rows, spec).layout.yaxis.type is None
+    drawn = figures.draw(rows, spec)
+    assert drawn.data[-1].y == (None, 1e-4)
+    assert drawn.layout.yaxis.title.text.endswith("(log; 0 not drawn)")
+    negative = [replace(rows[0], value=-1.0), rows[1]]
+    assert figures.draw(negative, spec).layout.yaxis.type is None
+    dots = replace(spec, kind="dots")
+    assert figures.draw([replace(row, x=None) for row in rows], dots).layout.xaxis.type is None
     for values in ((1e-7, 1e-1), (210.0, 316.0), (39.0, 39.4)):
         rows = [number("engagement", "r", value, 0.0, x=x) for x, value in enumerate(values)]
         axis = figures.draw(rows, spec).layout.yaxis
@@ -1481,8 +1487,9 @@ def test_an_interval_that_the_frame_cuts_has_an_arrow():
     )  # fmt: skip
     near = replace(row, low=-0.01, high=0.01, cluster="document")
     look = figures.styles([row])
-    shapes = [trace.marker.symbol for trace in figures.differences([row, near], look).data]
-    assert shapes.count("triangle-left") == shapes.count("triangle-right") == 1
+    arrows = figures.differences([row, near], look).data[-1]
+    assert arrows.marker.symbol == ("triangle-left", "triangle-right")
+    assert arrows.x == figures.differences([row, near], look).layout.xaxis.range
 
 
 def test_a_gain_that_hardly_varies_has_no_colours():
@@ -1821,7 +1828,9 @@ def test_an_undefined_phi_dyn_has_no_point_and_is_named():
     arms = {"solu": 3.03, "solu_gain": 3.06, "solu_ln-a": 2.98, "solu_ln-b": 3.04}
     told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
     made = sweep(arms, told, n_seeds=8)
-    assert "Phi_dyn is undefined at kappa 42; the reasons are given above." in text(rendered(made))
+    assert "Phi_dyn is undefined at kappa 42; the reasons are in the tab Answer." in text(
+        rendered(made)
+    )
     (figure,) = drawn(made, "Dose: kappa")
     (phi,) = (row for row in findings.comparisons(made, Term.SHARE) if row.value is not None)
     assert (0.42, phi.value) in points(figure)

@@ -72,8 +72,8 @@ def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]
         left_out = len(arms) - len(shown)
         drawn = figures.relative([row for row in rows if row.arm in shown], shown, chains, look)
         remark = (
-            "Left of 0: lower loss. Thick bar: 95% interval for these models on other documents; thin bar: for new "
-            "seeds too (arrow: it continues). Dotted: steps from plain SoLU to LayerNorm."
+            "Left of 0 is better. Thick bar: 95% interval for these models; thin bar: for new seeds too (arrow: it "
+            "continues). Dotted: steps from SoLU to LayerNorm."
         )
         remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
         caption = f"Loss minus the loss of {rows[0].against}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -199,6 +199,12 @@ def along(
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
         figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(index))
+        colours = [look[point.line].colour for point in points]
+        _add(
+            figure,
+            _arrows(rows, [point.x for point in points], frame, colours, upright=True),
+            index,
+        )
         _mark_zero(figure, rows, index, upright=True)
     return figure
 
@@ -344,7 +350,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
                 _add(figure, _band(line, style), index)
             trace = go.Scatter(
                 x=[row.x for row in line],
-                y=[row.value for row in line],
+                y=[None if spec.log_y and not row.value else row.value for row in line],
                 mode="lines",
                 line={"color": style.colour, "width": 1.3, "dash": style.dash},
                 name=label,
@@ -358,8 +364,10 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
         figure.update_yaxes(title_text=unit, **_at(index))
-        if spec.log_y and _positive(rows):
+        if spec.log_y and _positive(rows, or_zero=True) and any(row.value for row in rows):
             figure.update_yaxes(**_log_axis(rows, 6), **_at(index))
+            if not _positive(rows):
+                figure.update_yaxes(title_text=f"{unit} (log; 0 not drawn)", **_at(index))
     return figure
 
 
@@ -390,9 +398,10 @@ def _rings_before(
     )
 
 
-def _positive(rows: Iterable[Number]) -> bool:
-    """Return whether all values are above 0, so that a logarithmic axis can show them."""
-    return all(row.value is None or row.value > 0 for row in rows)
+def _positive(rows: Iterable[Number], or_zero: bool = False) -> bool:
+    """Return whether all values are above 0, so that a logarithmic axis can show them; `or_zero` also allows 0."""
+    known = [row.value for row in rows if row.value is not None]
+    return all(value > 0 or (or_zero and value == 0) for value in known)
 
 
 def _log_axis(rows: Iterable[Number], most: int) -> dict[str, object]:
@@ -467,8 +476,8 @@ def relative(
     reference = rows[0].against
     names = [reference, *arms]
     figure = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
-    figure.update_layout(height=62 + 31 * len(names), margin_t=4, margin_b=50)
-    figure.update_yaxes(tickfont_size=11.5)
+    figure.update_layout(height=58 + 29 * len(names), margin_t=4, margin_b=50)
+    figure.update_yaxes(tickfont_size=11)
     zero = replace(rows[0], arm=reference, value=0.0, low=0.0, high=0.0)
     mark = _intervals([zero], [0.0], look[reference])
     mark.update(
@@ -530,29 +539,35 @@ def _forest(
         frame = _frame(rows)
         figure.update_xaxes(title_text="nats / token", range=frame, **_at(index))
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(index))
-        for arrows in _arrows(rows, [names.index(name_of(row)) for row in rows], frame, look):
-            _add(figure, arrows, index)
+        places = [names.index(name_of(row)) for row in rows]
+        _add(figure, _arrows(rows, places, frame, [look[row.arm].colour for row in rows]), index)
     return figure
 
 
 def _arrows(
-    rows: Sequence[Comparison],
+    rows: Sequence[Number],
     places: Sequence[float],
     frame: Sequence[float],
-    look: Mapping[str, Style],
-) -> Iterator[go.Scatter]:
-    """Yield an arrow at each border of the frame where the frame cuts an interval."""
-    for row, place in zip(rows, places, strict=True):
-        low, high = frame
-        for end, cut, symbol in (
-            (low, row.low is not None and row.low < low, "triangle-left"),
-            (high, row.high is not None and row.high > high, "triangle-right"),
-        ):
-            if cut:
-                yield go.Scatter(
-                    x=[end], y=[place], mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
-                    marker={"symbol": symbol, "size": 9, "color": look[row.arm].colour},
-                )  # fmt: skip
+    colours: Sequence[str],
+    upright: bool = False,
+) -> go.Scatter | None:
+    """Draw an arrow at each border of the frame where the frame cuts an interval; return None without a cut."""
+    along, across = ("y", "x") if upright else ("x", "y")
+    down, up = ("triangle-down", "triangle-up") if upright else ("triangle-left", "triangle-right")
+    low, high = frame
+    cuts = []
+    for row, place, colour in zip(rows, places, colours, strict=True):
+        if row.low is not None and row.low < low:
+            cuts.append((low, place, down, colour))
+        if row.high is not None and row.high > high:
+            cuts.append((high, place, up, colour))
+    if not cuts:
+        return None
+    ends, at, symbols, of = zip(*cuts, strict=True)
+    return go.Scatter(
+        {along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
+        marker={"symbol": symbols, "size": 9, "color": of},
+    )  # fmt: skip
 
 
 def _frame(rows: Sequence[Number], with_zero: bool = True) -> list[float]:
@@ -710,7 +725,13 @@ def _grid(
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
-    axis = {"gridcolor": GRID, "linecolor": INK, "zeroline": False, "automargin": True}
+    axis = {
+        "exponentformat": "e",
+        "gridcolor": GRID,
+        "linecolor": INK,
+        "zeroline": False,
+        "automargin": True,
+    }
     axis |= {"title": {"font": {"size": 12}, "standoff": 6}}
     figure.update_xaxes(nticks=5 if n_columns == 1 else 3, tickangle=0, **axis)
     figure.update_yaxes(nticks=6, **axis)

@@ -145,7 +145,7 @@ def edges(records: list[Record]) -> list[str]:
         )
     two = _grouped((c.tried, c.chosen.arm) for c in rates if c.chosen.grid is Grid.TOO_FEW)
     if two:
-        tried = "; ".join(f"{', '.join(arms)} ({grid})" for grid, arms in two.items())
+        tried = "; ".join(f"{listed(arms)} ({grid})" for grid, arms in two.items())
         sentences.append(
             "Fewer than three learning rates are not a grid, and a better rate may lie outside them: "
             f"{tried}."
@@ -171,9 +171,7 @@ def untuned(records: list[Record]) -> list[str]:
     )
     if not arms:
         return []
-    reasons = "; ".join(
-        f"{', '.join(of_reason)}: the rate {why}" for why, of_reason in arms.items()
-    )
+    reasons = "; ".join(f"{listed(of_reason)}: the rate {why}" for why, of_reason in arms.items())
     return [
         f"A learning rate that is not tuned can reverse the answer, and these arms have one: {reasons}. Tune "
         "them with the sweep lr."
@@ -188,7 +186,7 @@ def _at_edges(made: Sequence[Choice]) -> str:
         for choice in made
         if (at := choice.chosen).grid in extreme
     )
-    return "; ".join(f"{', '.join(arms)} ({where})" for where, arms in by_edge.items())
+    return "; ".join(f"{listed(arms)} ({where})" for where, arms in by_edge.items())
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -209,7 +207,7 @@ def unchosen(records: list[Record]) -> list[str]:
             )
         else:
             sentences.append(
-                f"No choice was made between {', '.join(each.arms)}: {why}. The lowest loss could come from easier "
+                f"No choice was made between {listed(each.arms)}: {why}. The lowest loss could come from easier "
                 "seeds. Train these arms at the same seeds."
             )
     return sentences

@@ -119,5 +119,6 @@
     if (target.matches("[role=tabpanel]")) scrollTo(0, 0); else target.scrollIntoView();
   };
   addEventListener("hashchange", reveal);
+  addEventListener("load", reveal);  // the browser has moved to the part by then
   reveal();
 })();
