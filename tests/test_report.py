@@ -624,7 +624,7 @@ def test_two_arms_never_share_a_name(labelled, swept):
 
 def test_the_first_screen_has_an_answer_a_figure_three_facts_and_their_certainty(labelled):
     first = rendered([*labelled, *CITED]).split("</section>")[0]
-    answer = re.search('<p class="first">(.*?)</p>', text(first), flags=re.S)[1]
+    answer = re.search('<h2 class="first">(.*?)</h2>', text(first), flags=re.S)[1]
     assert answer == words.answer(names.named(labelled))
     assert first.count('class="plot"') == 1
     assert first.count("<dt>") == 3

@@ -47,7 +47,7 @@
   const title = document.title.replace("soluscope: ", "");
   const save = (url, ending, box) => {
     const part = box.closest("section"), at = 1 + [...part.querySelectorAll(".box")].indexOf(box);
-    const heading = part.querySelector("h2")?.textContent ?? "answer";
+    const heading = part.querySelector("h2:not(.first)")?.textContent ?? "answer";
     const link = document.createElement("a");
     link.href = url;
     link.download = [title, heading, at].join(" ").replace(/[^A-Za-z0-9.]+/g, "-") + ending;
