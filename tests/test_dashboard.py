@@ -84,7 +84,9 @@ def make_rows() -> list[Record]:
             rows.append(replace(measured, quantity="r", unit="share", value=0.5))
         values = {"kappa": KAPPAS[arm]} if arm in KAPPAS else {}
         rows.append(
-            Setting(study="first", arm=arm, variant=variant, values=values, role=ROLES[variant])
+            Setting(
+                study="first", arm=arm, variant=variant, values=values, role=ROLES[variant], n=2
+            )
         )
     return [*rows, replace(words_of("engagement"), study="first", commit="abc")]
 

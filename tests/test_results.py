@@ -95,7 +95,7 @@ FULL: list[Record] = [
     ),
     NoChoice(**ALL, arms=("solu_ln-a", "solu_ln-b"), size="d_model 64"),
     Setting(
-        **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln",
+        **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln", label="SoLU + LN",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
         rate="was set by hand", only_tried=True,
     ),

@@ -355,6 +355,8 @@ class Setting(Record):
     """Number of reported seeds."""
     only_tried: bool = False
     """True if the arm was only tried out at select seeds."""
+    label: str = ""
+    """The variant's name for people: `SoLU + LN`. Empty: it has none."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 

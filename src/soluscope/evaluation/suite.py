@@ -69,6 +69,7 @@ from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
 from soluscope.text import readable
 from soluscope.training.wandb_run import check_login
+from soluscope.variants import label_of
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
@@ -338,7 +339,7 @@ def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
     lineages: dict[str, Lineage] = {}
     first: dict[str, str] = {}
     for facts in compared:
-        lineage = Lineage(facts.role, facts.twin, facts.chain)
+        lineage = Lineage(facts.role, facts.twin, facts.chain, label_of(facts.variant))
         other = first.setdefault(facts.variant, facts.run)
         if lineages.setdefault(facts.variant, lineage) != lineage:
             raise UserError(

@@ -6,6 +6,7 @@ Plotly interprets tags such as `<b>` in labels, so all text that comes from data
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TypeVar
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from soluscope.report.findings import by_stream, estimate
+from soluscope.report.findings import by_stream, estimate, number, number_key
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -23,6 +24,7 @@ from soluscope.results import (
     Number,
     Record,
     Term,
+    Untrained,
     of_kind,
 )
 
@@ -32,6 +34,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 INK, GRID = "#222222", "#e4e4e4"
 N_COLUMNS = 3
+LONG_LABEL = 16
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
 QUARTILE = re.compile(r".* Q[1-4]")
@@ -53,8 +56,11 @@ class Style:
 
 
 def styles(rows: Iterable[Record]) -> dict[str, Style]:
-    """Assign a style to each arm; with more arms than colours, the symbol and the dash distinguish them."""
-    arms = sorted({row.arm for row in rows if row.arm})
+    """Assign a style to each arm, in the order of the records.
+
+    With more arms than colours, the symbol and the dash distinguish them.
+    """
+    arms = dict.fromkeys(row.arm for row in rows if row.arm)
     n = len(COLOURS)
     return {
         arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i // n % len(DASHES)])
@@ -63,7 +69,10 @@ def styles(rows: Iterable[Record]) -> dict[str, Style]:
 
 
 def draw(
-    rows: Sequence[Record], spec: Figure, look: Mapping[str, Style] | None = None
+    rows: Sequence[Record],
+    spec: Figure,
+    look: Mapping[str, Style] | None = None,
+    before: Iterable[Untrained] = (),
 ) -> go.Figure:
     """Draw one figure of a probe.
 
@@ -71,6 +80,7 @@ def draw(
         rows: records of one probe; records that are not measurements are ignored.
         spec: specification of the figure.
         look: a style for each arm; by default derived from the arms in `rows`.
+        before: the same numbers before training, drawn as grey rings in figures of dots.
 
     Returns:
         A figure that notebooks display; without traces if no row fits `spec`.
@@ -81,7 +91,7 @@ def draw(
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     look = look or styles(rows)
     curve = spec.kind == "curve"
-    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y)
+    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y, before)
     return figure.update_layout(title=title)
 
 
@@ -122,8 +132,10 @@ def against_dose(
             _add(figure, _joined(line, style, variant, named), index)
         figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(index))
         unit = html.escape(panel_rows[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
-        if not spec.log_y:
+        figure.update_yaxes(title_text=unit, **_at(index))
+        if spec.log_y and _positive(panel_rows):
+            figure.update_yaxes(**_log_axis(panel_rows, 6), **_at(index))
+        else:
             _mark_zero(figure, panel_rows, index, upright=True)
     return figure
 
@@ -187,6 +199,12 @@ def along(
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
         figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(index))
+        colours = [look[point.line].colour for point in points]
+        _add(
+            figure,
+            _arrows(rows, [point.x for point in points], frame, colours, upright=True),
+            index,
+        )
         _mark_zero(figure, rows, index, upright=True)
     return figure
 
@@ -281,21 +299,36 @@ def _in_group(row: Measurement, spec: Figure) -> bool:
     return not QUARTILE.fullmatch(row.group)
 
 
-def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go.Figure:
+def _dots(
+    panels: Panels[N],
+    look: Mapping[str, Style],
+    log: bool = False,
+    before: Iterable[Untrained] = (),
+) -> go.Figure:
     """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
-    arms = sorted({row.arm for rows in panels.values() for row in rows})
+    arms = _in_order(panels, look)
+    untrained = {number_key(each): each for each in before}
     figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
             heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
+            _add(figure, _rings_before(of_arm, heights, untrained), index)
             _add(figure, _intervals(of_arm, heights, look[arm]), index)
         figure.update_yaxes(_arm_axis(arms, index), **_at(index))
         unit = html.escape(rows[0].unit)
-        figure.update_xaxes(title_text=unit, type="log" if log else None, **_at(index))
-        if not log:
+        figure.update_xaxes(title_text=unit, **_at(index))
+        if log and _positive(rows):
+            figure.update_xaxes(**_log_axis(rows, 3), **_at(index))
+        else:
             _mark_zero(figure, rows, index)
     return figure
+
+
+def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
+    """Return the arms of the panels, in their order on the page."""
+    drawn = {row.arm for rows in panels.values() for row in rows}
+    return [arm for arm in look if arm in drawn]
 
 
 def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
@@ -305,7 +338,8 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         figure.update_yaxes(matches="y")  # groups of one quantity are compared on one scale
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
-        for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
+        runs = {(row.arm, row.seed or 0) for row in rows}
+        for arm, seed in sorted(runs, key=lambda run: ([*look].index(run[0]), run[1])):
             line = sorted(
                 (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
             )
@@ -316,7 +350,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
                 _add(figure, _band(line, style), index)
             trace = go.Scatter(
                 x=[row.x for row in line],
-                y=[row.value for row in line],
+                y=[None if spec.log_y and not row.value else row.value for row in line],
                 mode="lines",
                 line={"color": style.colour, "width": 1.3, "dash": style.dash},
                 name=label,
@@ -329,8 +363,66 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         x_type = "log" if spec.log_x else None
         figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
+        figure.update_yaxes(title_text=unit, **_at(index))
+        if spec.log_y and _positive(rows, or_zero=True) and any(row.value for row in rows):
+            figure.update_yaxes(**_log_axis(rows, 6), **_at(index))
+            if not _positive(rows):
+                figure.update_yaxes(title_text=f"{unit} (log; 0 not drawn)", **_at(index))
     return figure
+
+
+def _rings_before(
+    rows: Sequence[Number],
+    heights: Sequence[float],
+    untrained: Mapping[tuple[object, ...], Untrained],
+) -> go.Scatter | None:
+    """Draw the numbers before training as grey rings; return None without such numbers."""
+    places = {
+        height: untrained[key]
+        for row, height in zip(rows, heights, strict=True)
+        if isinstance(row, Measurement) and (key := number_key(row)) in untrained
+    }
+    if not places:
+        return None
+    return go.Scatter(
+        x=[each.value for each in places.values()],
+        y=list(places),
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 10, "color": "#555555", "line": {"width": 1.5}},
+        text=[
+            html.escape(f"{each.run}, untrained: {number(each.value)} {each.unit}")
+            for each in places.values()
+        ],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _positive(rows: Iterable[Number], or_zero: bool = False) -> bool:
+    """Return whether all values are above 0, so that a logarithmic axis can show them; `or_zero` also allows 0."""
+    known = [row.value for row in rows if row.value is not None]
+    return all(value > 0 or (or_zero and value == 0) for value in known)
+
+
+def _log_axis(rows: Iterable[Number], most: int) -> dict[str, object]:
+    """Return a logarithmic axis whose ticks are round numbers, written in full.
+
+    `most` is about the largest number of ticks. Values that span less than a factor of 10 have ticks at 1, 2 and 5
+    times a power of 10, and at least two ticks.
+    """
+    ends = [end for row in rows for end in (row.low, row.value, row.high) if end and end > 0]
+    low, high = math.log10(min(ends)), math.log10(max(ends))
+    room = max(0.05 * (high - low), 0.05)
+    decades = range(math.floor(low - room), math.ceil(high + room) + 1)
+    ticks = [float(f"{m}e{k}") for k in decades for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low - room <= math.log10(tick) <= high + room]
+    if len(ticks) > most:
+        whole = [tick for tick in ticks if f"{tick:e}".startswith("1")]
+        ticks = whole[:: -(-len(whole) // most)] if len(whole) > 1 else ticks[::2]
+    if len(ticks) < 2:
+        ticks = [float(f"{min(ends):.2g}"), float(f"{max(ends):.2g}")]
+    names = [f"{tick:g}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]
+    return {"type": "log", "range": [low - room, high + room], "tickvals": ticks, "ticktext": names}
 
 
 def _relative(line: list[Measurement]) -> list[Measurement]:
@@ -364,8 +456,47 @@ def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     for row in of_kind(rows, Comparison):
         if row.term is Term.DIFFERENCE:
             panels.setdefault((f"minus {row.against}", "", ""), []).append(row)
-    arms = sorted({row.arm for rows in panels.values() for row in rows})
-    return _forest(panels, arms, lambda row: row.arm, look)
+    return _forest(panels, _in_order(panels, look), lambda row: row.arm, look)
+
+
+def relative(
+    rows: Sequence[Comparison],
+    arms: Sequence[str],
+    chains: Iterable[Sequence[str]],
+    look: Mapping[str, Style],
+) -> go.Figure:
+    """Draw the losses of arms minus the loss of one reference arm, and the chains of steps between arms.
+
+    Args:
+        rows: the differences, with both intervals; all have the same reference.
+        arms: the arms from top to bottom, without the reference, which has the first line.
+        chains: arms connected by steps. A chain is drawn only if all its arms are in the figure.
+        look: a style for each arm.
+    """
+    reference = rows[0].against
+    names = [reference, *arms]
+    figure = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
+    figure.update_layout(height=58 + 29 * len(names), margin_t=4, margin_b=50)
+    figure.update_yaxes(tickfont_size=11)
+    zero = replace(rows[0], arm=reference, value=0.0, low=0.0, high=0.0)
+    mark = _intervals([zero], [0.0], look[reference])
+    mark.update(
+        text=[html.escape(f"{reference}: the reference, 0")], hovertemplate="%{text}<extra></extra>"
+    )
+    _add(figure, mark, 0)
+    places = {row.arm: row.value for row in rows} | {reference: 0.0}
+    for chain in chains:
+        if all(arm in places for arm in chain):
+            steps = go.Scatter(
+                x=[places[arm] for arm in chain],
+                y=[names.index(arm) for arm in chain],
+                mode="lines",
+                line={"color": INK, "width": 1, "dash": "dot", "shape": "vh"},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+            _add(figure, steps, 0)
+    return figure
 
 
 def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -392,8 +523,8 @@ def _forest(
     """Draw differences in nats, with a thick bar for these models and a thin bar for new seeds.
 
     `names` are the lines from top to bottom, and `name_of` returns a comparison's line. With few seeds the
-    thin bars can be much longer than everything else: the frame then cuts them, and the table gives their
-    bounds.
+    thin bars can be much longer than everything else: the frame then cuts them, an arrow marks the cut, and
+    the table gives their bounds.
     """
     if not panels:
         return go.Figure()
@@ -405,9 +536,38 @@ def _forest(
             trace = _intervals([row], [height], look[row.arm], width, marked=new_seeds)
             _add(figure, trace, index)
         figure.update_yaxes(_arm_axis(names, index), **_at(index))
-        figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(index))
+        frame = _frame(rows)
+        figure.update_xaxes(title_text="nats / token", range=frame, **_at(index))
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(index))
+        places = [names.index(name_of(row)) for row in rows]
+        _add(figure, _arrows(rows, places, frame, [look[row.arm].colour for row in rows]), index)
     return figure
+
+
+def _arrows(
+    rows: Sequence[Number],
+    places: Sequence[float],
+    frame: Sequence[float],
+    colours: Sequence[str],
+    upright: bool = False,
+) -> go.Scatter | None:
+    """Draw an arrow at each border of the frame where the frame cuts an interval; return None without a cut."""
+    along, across = ("y", "x") if upright else ("x", "y")
+    down, up = ("triangle-down", "triangle-up") if upright else ("triangle-left", "triangle-right")
+    low, high = frame
+    cuts = []
+    for row, place, colour in zip(rows, places, colours, strict=True):
+        if row.low is not None and row.low < low:
+            cuts.append((low, place, down, colour))
+        if row.high is not None and row.high > high:
+            cuts.append((high, place, up, colour))
+    if not cuts:
+        return None
+    ends, at, symbols, of = zip(*cuts, strict=True)
+    return go.Scatter(
+        {along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
+        marker={"symbol": symbols, "size": 9, "color": of},
+    )  # fmt: skip
 
 
 def _frame(rows: Sequence[Number], with_zero: bool = True) -> list[float]:
@@ -565,7 +725,13 @@ def _grid(
         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
-    axis = {"gridcolor": GRID, "linecolor": INK, "zeroline": False, "automargin": True}
+    axis = {
+        "exponentformat": "e",
+        "gridcolor": GRID,
+        "linecolor": INK,
+        "zeroline": False,
+        "automargin": True,
+    }
     axis |= {"title": {"font": {"size": 12}, "standoff": 6}}
     figure.update_xaxes(nticks=5 if n_columns == 1 else 3, tickangle=0, **axis)
     figure.update_yaxes(nticks=6, **axis)
@@ -585,10 +751,15 @@ def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
     return {
         "showticklabels": index % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
-        "ticktext": [html.escape(label) for label in labels],
+        "ticktext": [_broken(label) for label in labels],
         "range": [len(labels) - 0.4, -0.6],
         "showgrid": False,
     }
+
+
+def _broken(label: str) -> str:
+    """Return a label in two lines if it is long and has a comma, so that narrow screens keep room for the data."""
+    return html.escape(label).replace(", ", ",<br>", len(label) > LONG_LABEL)
 
 
 def _spread(n: int) -> list[float]:
@@ -620,5 +791,6 @@ def _at(index: int) -> dict[str, int]:
     return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
 
 
-def _add(figure: go.Figure, trace: go.Scatter, index: int) -> None:
-    figure.add_trace(trace, **_at(index))
+def _add(figure: go.Figure, trace: go.Scatter | None, index: int) -> None:
+    if trace is not None:
+        figure.add_trace(trace, **_at(index))

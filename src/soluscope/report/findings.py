@@ -106,7 +106,8 @@ def of_size(caption: str, size: str) -> str:
 def titles(records: Sequence[Record]) -> dict[str, str]:
     """Return a short name for each compared arm: its variant, with kappa or gain if these differ between arms.
 
-    If two arms would have the same short name, each keeps its full name.
+    An arm with a label has its name already (names.py). If two arms would have the same short name, each keeps
+    its full name.
     """
     known = settings(at_best_rate(records))
     result = {}
@@ -117,7 +118,7 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
             for name in ("kappa", "gain")
             if name in setting.values and len({values.get(name) for values in alike}) > 1
         ]
-        result[arm] = ", ".join([setting.variant, *differing])
+        result[arm] = arm if setting.label else ", ".join([setting.variant, *differing])
     several = [title for title in result.values() if list(result.values()).count(title) > 1]
     return {arm: arm if title in several else title for arm, title in result.items()}
 
@@ -130,8 +131,8 @@ def _by_setting(setting: Setting) -> tuple[str, float, float]:
 
 
 def per_token(records: Iterable[Record]) -> list[str]:
-    """Return the sorted names of the arms whose norm has a gain for each token."""
-    return sorted(arm for arm, each in settings(records).items() if each.role == "per_token")
+    """Return the names of the arms whose norm has a gain for each token, in the order of the records."""
+    return [arm for arm, each in settings(records).items() if each.role == "per_token"]
 
 
 def twins(records: Iterable[Record]) -> list[str]:
@@ -326,6 +327,11 @@ def span(values: Iterable[float | None], decimals: int | None = None) -> str:
         return ""
     low, high = number(min(known), decimals), number(max(known), decimals)
     return low if low == high else f"{low} to {high}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list, with semicolons if a name has a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
 def seeds(n: int) -> str:

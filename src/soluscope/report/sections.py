@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from soluscope.report import controls, evidence, figures, meaning, pretrained, tokens, tuning
+from soluscope.report import (
+    contrasts,
+    controls,
+    evidence,
+    figures,
+    meaning,
+    methods,
+    pretrained,
+    tokens,
+    tuning,
+)
 from soluscope.report.blocks import (
     Badge,
     Badges,
@@ -54,34 +64,46 @@ NOT_COUNTED = (
 )
 
 
-def build(records: list[Record]) -> list[Section]:
-    """Return the sections that have content, in their order on the page."""
-    arms = _Arms(records)
+def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -> list[Section]:
+    """Return the sections that have content, in their order on the page.
+
+    Args:
+        records: the study's records.
+        identifiers: the identifiers of the arms by the names that they have in the records; by default, the names
+            in the records are the identifiers.
+    """
+    arms = _Arms(records, identifiers or {})
     sections = [
         Section("pretrained", "Pretrained", pretrained.blocks(arms.records)),
         Section("evidence", "Hypotheses and evidence", evidence.blocks(arms.records)),
-        Section("tuning", "Tuning", tuning.blocks(records, arms.look)),
-        Section("loss", "Loss", arms.loss()),
-        Section("differences", "Paired differences", arms.differences()),
         Section("terms", "Phi_dyn and its terms", arms.terms()),
-        Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look)),
-        Section("confirmed", "Probes before and after training", arms.confirmed()),
-        Section("training", "Training", arms.training()),
-        Section("tokens", "Token view", tokens.blocks(arms.records)),
+        Section("differences", "Paired differences", arms.differences()),
+        Section("loss", "Loss", arms.loss()),
+        Section("training", "Training", arms.training(), "training"),
+        Section("tuning", "Tuning", tuning.blocks(records, arms.look), "tuning"),
+        Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
+        Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
+        Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
     ]
     probes = {
         record.probe for record in arms.records if isinstance(record, Measurement | LeftOut)
     } - NOT_PROBES
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
-    sections.append(Section("provenance", "Runs and code", _provenance(records)))
+    sections += [
+        Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
+        Section("methods", "Terms and intervals", methods.terms(), "methods"),
+        Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
+        Section("provenance", "Runs and code", _provenance(records, arms.identifiers), "data"),
+    ]
     return [section for section in sections if section.blocks]
 
 
 class _Arms:
     """Sections about arms at their chosen learning rates; an arm has the same style in all of them."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Record], identifiers: Mapping[str, str]) -> None:
         self.all = records
+        self.identifiers = identifiers
         self.records = tuned(records)
         self.sizes = sizes(self.records)
         self.look: Mapping[str, Style] = figures.styles(at_best_rate(records))
@@ -101,6 +123,7 @@ class _Arms:
         lines = [
             [
                 row.arm,
+                self.identifiers.get(row.arm, row.arm),
                 str(row.n),
                 estimate(row, decimals=4),
                 [f"s{r.seed}: {estimate(r, decimals=4)}" for r in runs if r.arm == row.arm],
@@ -109,6 +132,7 @@ class _Arms:
         ]
         heads = [
             "arm",
+            "identifier",
             "seeds",
             "mean [95%, new seeds on these documents]",
             "seed: loss [95%, other documents]",
@@ -156,7 +180,10 @@ class _Arms:
             Paragraph(lead),
             *plot(figures.terms(self.records, self.look)),
             self._contrasts(rows, labels),
-            *tuning.common_rate(self.all, self.look),
+            *fold(
+                "With all arms at one learning rate (exploratory)",
+                tuning.common_rate(self.all, self.look),
+            ),
         ]
 
     def confirmed(self) -> list[Block]:
@@ -227,22 +254,32 @@ class _Arms:
         words = controls.words_of(self.all, name)
         if words is None:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
-            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
-            return Section(name, name + failed, blocks, bool(wrong))
-        first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
+            blocks: list[Block] = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
+            return Section(name, name + failed, blocks, "probes", bool(wrong))
         blocks = [
             Paragraph("", lead=words.question),
+            *self._verdicts(name),
             *standing,
-            *first,
-            *fold("More figures", [each for drawn in others for each in drawn]),
-            *_probe_tables(rows, words.quantities, before),
+            *self._headline_figure(rows, words.figures, before),
         ]
         if controls.standing(self.all, name) == "passed":
             arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
             if sentences := meaning.sentences(words, rows, arms, before):
                 text = "About these trained models, without BOS."
                 blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
+        more = [
+            each
+            for spec in words.figures[:1]
+            for each in (self._drawn if _has_streams(rows, spec) else self._against_dose)(
+                rows, spec
+            )
+        ]
+        more += [each for spec in words.figures[1:] for each in self._drawn(rows, spec)]
         blocks += [
+            *fold("More figures", more),
+            *_probe_tables(rows, words.quantities, before),
+        ]
+        method: list[Block] = [
             Paragraph(words.reading, "How to read it."),
             Paragraph(words.formula, "Formula.", code=True),
             Paragraph(words.pitfalls, "Pitfalls."),
@@ -250,13 +287,47 @@ class _Arms:
         if rates := controls.false_positives(self.all, name):
             text = "; ".join(map(controls.rate, rates))
             text = f"Rate of findings where there is nothing to find: {text}."
-            blocks.append(Paragraph(text, "False positives."))
+            method.append(Paragraph(text, "False positives."))
         else:
-            blocks.append(Paragraph(NOT_COUNTED, style="soft"))
+            method.append(Paragraph(NOT_COUNTED, style="soft"))
         if words.source:
-            blocks.append(Paragraph(f"Source: {words.source}", style="soft"))
+            method.append(Paragraph(f"Source: {words.source}", style="soft"))
+        blocks += fold("How to read it: formula, pitfalls, false positives, source", method)
         heading = f"{words.section} {words.name}".strip() + failed
-        return Section(name, heading, blocks, bool(wrong))
+        return Section(name, heading, blocks, "probes", bool(wrong))
+
+    def _headline_figure(
+        self, rows: Sequence[Measurement], specs: Sequence[Figure], before: Sequence[Untrained]
+    ) -> list[Block]:
+        """Draw the first figure, on natural text or else the first stream, beside the numbers before training."""
+        if not specs:
+            return []
+        spec, remark = specs[0], ""
+        if spec.kind == "dots":
+            spec = replace(spec, streams=tuple(_streams(rows, spec)[:1]))
+            remark = "Grey rings: the same models before training. " if before else ""
+            remark += self.doses.caption()
+        return plot(figures.draw(rows, spec, self.look, before), spec.title, remark)
+
+    def _verdicts(self, name: str) -> list[Block]:
+        """Return a badge on the controls, and one for each arm's verdict on H-smear if the matrix has one."""
+        standing = controls.standing(self.all, name)
+        mark = "pass" if standing == "passed" else "fail"
+        badges = [Badge(mark, f"controls {standing}", "results on models whose answer is known")]
+        if standing == "not run":
+            badges = []
+        for row, seen in evidence.matrix(self.records):
+            if row.probe == name:
+                badges += [
+                    Badge(
+                        evidence.MARKS[each.verdicts[-1]],
+                        f"{each.arm}: H-smear {each.verdicts[-1]}",
+                        row.name,
+                    )
+                    for each in seen
+                    if each.verdicts
+                ]
+        return [Badges(badges)]
 
     def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
         """Return a badge for each control, the numbers behind the badges, and a warning if a control failed."""
@@ -309,18 +380,32 @@ class _Arms:
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
-        dots = spec.kind == "dots"
-        below = self.doses.caption() if dots else ""
+        below = self.doses.caption() if spec.kind == "dots" else ""
         result = plot(figures.draw(rows, spec, self.look), spec.title, below)
-        if not (result and dots):
-            return result
-        for size, of_one in self.sizes.items():
+        return [*result, *self._against_dose(rows, spec)]
+
+    def _against_dose(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
+        """Return the numbers of a figure of dots against the dose, if a variant has several doses."""
+        result: list[Block] = []
+        for size, of_one in self.sizes.items() if spec.kind == "dots" else ():
             arms = {record.arm for record in of_one}
             of_size_only = [row for row in rows if row.arm in arms]
             doses = figures.doses(of_one)
             against = figures.against_dose(of_size_only, spec, self.look, doses)
             result += plot(against, of_size(f"{spec.title}, against the dose", size))
         return result
+
+
+def _streams(rows: Sequence[Measurement], spec: Figure) -> list[str]:
+    """Return the streams of a figure, natural text first."""
+    drawn = [row for row in rows if row.quantity in spec.quantities]
+    streams = dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values()
+    return [stream for stream in streams if not spec.streams or stream in spec.streams]
+
+
+def _has_streams(rows: Sequence[Measurement], spec: Figure) -> bool:
+    """Return whether the headline figure leaves out streams of this figure."""
+    return spec.kind == "dots" and len(_streams(rows, spec)) > 1
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -330,6 +415,7 @@ def _probe_tables(
     rows: Sequence[Measurement], quantities: Mapping[str, Quantity], before: Sequence[Untrained]
 ) -> list[Block]:
     """Return a probe's numbers in folded tables: the main stream without BOS; then other streams and splits."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
     points = [row for row in rows if row.x is None]
     order = {name: i for i, name in enumerate(quantities)}
     last = len(order)
@@ -347,21 +433,26 @@ def _probe_tables(
         stream = main[0].stream
         caption = f"{stream} text, without BOS" if stream else "without BOS"
         summary = f"Table: {caption}; one line per seed, [95% interval]"
-        result += fold(summary, [_by_arm(main, quantities, before)])
+        result += fold(summary, [_by_arm(main, arms, quantities, before)])
     if rest:
-        result += fold("Table: other streams, positions and splits", [_by_arm(rest, {}, before)])
+        result += fold(
+            "Table: other streams, positions and splits", [_by_arm(rest, arms, {}, before)]
+        )
     return result
 
 
 def _by_arm(
-    rows: Sequence[Measurement], meanings: Mapping[str, Quantity], before: Sequence[Untrained]
+    rows: Sequence[Measurement],
+    arms: Sequence[str],
+    meanings: Mapping[str, Quantity],
+    before: Sequence[Untrained],
 ) -> Table:
     """Return a table with one row per number and one column per arm.
 
     A cell has a line for each seed, and one for the same number before training.
     """
     untrained = {number_key(each): each for each in before}
-    arms = sorted({row.arm for row in rows})
+    arms = [arm for arm in arms if arm in {row.arm for row in rows}]
     keys = ("stream", "positions", "group")
     shown = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
     by_number: dict[tuple[str, ...], dict[str, list[Measurement]]] = {}
@@ -399,7 +490,7 @@ def _before(untrained: Untrained | None) -> list[str]:
     return [f"untrained {number(untrained.value)}; change {estimate(change)}"]
 
 
-def _provenance(records: list[Record]) -> list[Block]:
+def _provenance(records: list[Record], identifiers: Mapping[str, str]) -> list[Block]:
     """List the runs, configurations and code that the numbers come from."""
     runs = {each.run: each for each in records if isinstance(each, OfRun)}
     commits = ", ".join(sorted({each.commit for each in records} - {""})) or "unknown"
@@ -412,5 +503,6 @@ def _provenance(records: list[Record]) -> list[Block]:
     for name in sorted(runs):
         run = runs[name]
         seed = "" if run.seed is None else str(run.seed)
-        lines.append([name, run.arm, run.variant, seed, run.config])
-    return [Paragraph(text), Table(["run", "arm", "variant", "seed", "config"], lines)]
+        identifier = identifiers.get(run.arm, run.arm)
+        lines.append([name, run.arm, identifier, seed, run.config])
+    return [Paragraph(text), Table(["run", "arm", "identifier", "seed", "config"], lines)]
