@@ -92,8 +92,8 @@ def top_examples(
         model: a model from `soluscope.load`.
         neuron: index of the neuron, from 0.
         n: number of examples; there are fewer if there are fewer documents.
-        tokens: tokens to search, such as `model.to_tokens(texts)`. In each row a document ends at EOS or at the
-            end of the row. By default, the tokens of the report split on which the loss is measured.
+        tokens: tokens to search, such as `model.to_tokens(texts)`. A document ends at EOS and at the end of
+            its row. By default, the tokens of the report split on which the loss is measured.
         hook: `hook_post`, the activation after the mid norm, or `hook_mid`, the one before. In a model without a
             mid norm they are the same.
         context: number of tokens to show on either side, at most up to the bounds of the document and the row.
