@@ -393,7 +393,7 @@ def _check(runs: Sequence[Run], config: EvalConfig) -> None:
     for run in runs:
         if read_origin(run.dir) is None:
             run.config  # noqa: B018 (its error names the file)
-        n_documents = _tokens_of(run, config).meta["splits"]["report"]["n_documents"]
+        n_documents = tokens_of(run, config.prepared).meta["splits"]["report"]["n_documents"]
         n_rows = max(config.n_tokens, config.n_loss_tokens) // run.facts.ctx
         check_draws(config.n_draws, min(n_documents, n_rows))
 
@@ -424,7 +424,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
     about = about_run(run.facts, pretrained=origin is not None)
     model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
     check_model(model)
-    observed = _Observed(model, _tokens_of(run, config), config, run)
+    observed = _Observed(model, tokens_of(run, config.prepared), config, run)
     for number, name in enumerate(waiting, start=1):
         say(f"{name} ({number} of {len(waiting)})")
         records: Sequence[Record]
@@ -565,18 +565,22 @@ def _rests_on(run: Run, config: EvalConfig) -> str:
     return digest([settings, trained, prompts, code])
 
 
-def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
+def tokens_of(run: Run, prepared: str | None = None) -> TokenCache:
     """Return the held-out tokens of the corpus that the run was trained on, or the text of a pretrained model.
 
     The study's data.json identifies the tokens, so tokens of a changed corpus are never used instead.
     `pretrained_run` prepares a pretrained model's text.
+
+    Args:
+        run: a finished run, or the run folder of a pretrained model.
+        prepared: folder of a token cache to use; by default the study's copy, or else the cache of the training.
 
     Raises:
         UserError: if these tokens are gone, because other tokens would give plausible but wrong numbers.
     """
     study_dir, facts, origin = run.dir.parent, run.facts, read_origin(run.dir)
     trained_on = study_facts(study_dir)
-    cache = open_cache(Path(config.prepared)) if config.prepared else of_study(study_dir)
+    cache = open_cache(Path(prepared)) if prepared else of_study(study_dir)
     if cache is None:
         command = f"soluscope probe {origin.name}" if origin else "soluscope train"
         raise UserError(

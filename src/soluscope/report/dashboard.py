@@ -73,8 +73,6 @@ PINNED = (
 """Columns of the runs table after the run's name. The app stores a config key under `.value`."""
 START_SECONDS, FINISH_SECONDS = 30, 600
 """Time limits for the server to start and to finish the run; after them, publishing fails."""
-TITLE_HEIGHT = 40
-"""Height of a title in pixels; the report's page needs none, because it has headings."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +227,12 @@ def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
     compared = tuned(records)
     look = figures.styles(compared)
     result = {
-        BARS: _titled(_bars(compared, look), "Final loss and its 95% interval for new seeds"),
-        PHI_DYN: _titled(_phi_dyn(compared, look), "Phi_dyn and its 95% interval for new seeds"),
+        BARS: figures.titled(
+            _bars(compared, look), "Final loss and its 95% interval for new seeds"
+        ),
+        PHI_DYN: figures.titled(
+            _phi_dyn(compared, look), "Phi_dyn and its 95% interval for new seeds"
+        ),
     }
     result = {key: figure for key, figure in result.items() if figure.data}
     for section in sections.build(list(records)):
@@ -239,7 +241,7 @@ def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
         heading = section.heading if of_probe else SECTIONS[section.name]
         for i, plot in enumerate(section.plots, start=1):
             title = f"{heading}: {plot.caption}" if plot.caption else heading
-            result[f"{key}/{i}"] = _titled(plot.figure, title)
+            result[f"{key}/{i}"] = figures.titled(plot.figure, title)
     return result
 
 
@@ -280,17 +282,6 @@ def _phi_dyn(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
         return figures.by_arm(rows, look)
     figure = figures.along({"": points}, "kappa", lines, {line: line for line in lines})
     return figure.update_traces(mode="markers")  # a line would pass over kappas without a Phi_dyn
-
-
-def _titled(figure: go.Figure, title: str) -> go.Figure:
-    """Add a title to the figure, with room for it above the panels."""
-    if figure.layout.height is None:
-        return figure.update_layout(title=html.escape(title))
-    return figure.update_layout(
-        title={"text": html.escape(title), "font": {"size": 14}},
-        height=figure.layout.height + TITLE_HEIGHT,
-        margin_t=figure.layout.margin.t + TITLE_HEIGHT,
-    )
 
 
 # ---------------------------------------------------------------- the dashboard

@@ -37,6 +37,8 @@ N_COLUMNS = 3
 LONG_LABEL = 16
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
+TITLE_HEIGHT = 40
+"""Height of a figure's title in pixels; the report's page needs none, because it has headings."""
 QUARTILE = re.compile(r".* Q[1-4]")
 """Pattern of groups that are quartiles of a split; any other group is a separate line or panel."""
 
@@ -744,6 +746,17 @@ def min_width(figure: go.Figure) -> int:
     """Return the width in pixels below which the page scrolls the figure instead of shrinking it."""
     n_columns = len({round(axis.domain[0], 3) for axis in figure.select_xaxes()})
     return 330 if n_columns == 1 else 130 + 210 * n_columns
+
+
+def titled(figure: go.Figure, title: str) -> go.Figure:
+    """Add a title to the figure, with room for it above the panels."""
+    if figure.layout.height is None:
+        return figure.update_layout(title=html.escape(title))
+    return figure.update_layout(
+        title={"text": html.escape(title), "font": {"size": 14}},
+        height=figure.layout.height + TITLE_HEIGHT,
+        margin_t=figure.layout.margin.t + TITLE_HEIGHT,
+    )
 
 
 def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
