@@ -77,7 +77,7 @@ def start(command: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def finish(command: str, folder: Path) -> float:
-    """Run a command to its end, and return the seconds that it took."""
+    """Run a command until it ends, and return the seconds that it took."""
     begun = time.monotonic()
     process = start(command, folder)
     said, _ = process.communicate(timeout=HANGS_AFTER_S)
