@@ -62,17 +62,39 @@ FREEZES = (
 def headline(records: list[Record]) -> list[str]:
     """Return the headline's sentences, the most important one first, for the page and the terminal."""
     models, trained = pretrained.arms(records), pretrained.trained(tuned(records))
-    result = [
-        *edges(records),
-        *untuned(records),
-        *unchosen(records),
-        *pretrained.sentences(records),
-    ]
+    result = [*_warnings(records), *pretrained.sentences(records)]
     if controls.standing(records, "scale_freeze") == "passed":
         result += [sentence for arm in models for sentence in _freeze(records, arm)]
     if not models or any(isinstance(record, OfRun) for record in trained):
         result += _headline(trained)
     return [*result, *_not_summarised(records)]
+
+
+def _warnings(records: list[Record]) -> list[str]:
+    return [*edges(records), *untuned(records), *unchosen(records)]
+
+
+def answer(records: list[Record]) -> str:
+    """Return the headline's first finding on one line, after the warnings that limit it."""
+    return " ".join(headline(records)[: len(_warnings(records)) + 1])
+
+
+def certainty(records: list[Record]) -> str:
+    """Return on one line the intervals of the benefit of LN, and whether a test over its seeds can reject 0."""
+    trained = pretrained.trained(tuned(records))
+    rows = [
+        row
+        for of_one in sizes(trained).values()
+        for arm in per_token_by_kappa(of_one)
+        for row in comparisons(trained, Term.BENEFIT, arm)
+    ]
+    if not rows:
+        return "no benefit of LN could be measured, so no interval can be given."
+    benefits = (
+        f"{row.arm} {signed(row.value or 0.0)} ({_interval(row)}, {seeds(row.n)})" for row in rows
+    )
+    few = plan.cannot_reject(min(row.n for row in rows), len(rows))
+    return f"benefit of LN in nats per token, for new seeds and documents: {'; '.join(benefits)}. {few}".rstrip()
 
 
 def in_view(sentences: Sequence[str], n: int) -> list[str]:
