@@ -1341,6 +1341,40 @@ def test_the_terminal_table_has_each_arm_and_the_headline(rows):
         assert " ".join(sentence.split()) in flat
 
 
+def test_a_sweep_ends_with_the_answer_its_intervals_the_controls_and_two_commands(
+    some: list[Record], tmp_path: Path
+) -> None:
+    results.write(tmp_path / "results.jsonl", some)
+    answer, certainty, controls, path, more = report.brief(tmp_path, Path("runs/demo"))
+    sentences = words.headline(results.read(tmp_path / "results.jsonl"))
+    assert answer.startswith("answer: ")
+    assert any(answer.endswith(sentence) for sentence in sentences)
+    assert "solu_ln" in answer
+    assert certainty.startswith(
+        "how sure: benefit of LN in nats per token, for new seeds and documents: solu_ln "
+    )
+    assert "95% interval" in certainty
+    assert controls.startswith("controls: ")
+    assert path == f"report: {tmp_path / 'report.html'}"
+    assert (tmp_path / "report.html").is_file()
+    assert more.startswith(f"table: soluscope report {tmp_path} ")
+    assert more.endswith("soluscope sweep --status runs/demo")
+
+
+def test_the_answer_has_the_warnings_that_limit_it(some: list[Record]) -> None:
+    untuned = [
+        replace(each, rate="was set by hand") if isinstance(each, Setting) else each
+        for each in some
+    ]
+    answer = words.answer(untuned)
+    assert answer.startswith("A learning rate that is not tuned can reverse the answer")
+    assert answer.endswith(words.answer(some))
+
+
+def test_certainty_without_a_comparison_says_so() -> None:
+    assert words.certainty([]) == "no benefit of LN could be measured, so no interval can be given."
+
+
 def test_the_terminal_does_not_read_markup_in_names(rows):
     marked = [replace(row, arm="[red]gelu[/]") if row.arm == "gelu" else row for row in rows]
     console = Console(width=160, record=True, file=io.StringIO())
