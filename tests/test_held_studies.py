@@ -100,7 +100,8 @@ def test_evaluation_that_fails_midway_keeps_the_old_results_and_the_next_one_con
     evaluate(study, other, said.append)
     assert said == [
         "[1/1] solu_ln-s0: inputs or code have changed since last time: all results are recomputed",
-        "[1/1] solu_ln-s0: engagement (1 of 1)",
+        "[1/1] solu_ln-s0: 1 result to compute",
+        "[1/1] solu_ln-s0: probed",
     ]
     assert contents(probes).keys() == before.keys()
     assert contents(probes) != before
@@ -206,10 +207,11 @@ def test_launch_holds_its_study_until_its_jobs_have_ended(tmp_path: Path, monkey
         f"tokens.cache_dir={tmp_path / '.tokens'}",
         "wandb=off",
         "report=off",
+        "inline.jobs=1",
     ]
     seen = []
 
-    def execute(config) -> None:
+    def execute(config, progress) -> None:
         with pytest.raises(Busy), lock(tmp_path / "smoke" / ".sweep"):
             pass
         seen.append(config.run_name)

@@ -366,6 +366,8 @@ MISTAKES = {
     ("train.device=cuda",): "train.device=cuda needs 1 GPUs, but torch finds 0 here",
     ("train.nodes=2",): "engine=inline cannot train with train.nodes above 1",
     ("report=maybe",): "report: Value 'maybe'",
+    ("inline.jobs=0",): "inline.jobs=0 must be 1 or more",
+    ("eval.jobs=0",): "jobs=0 must be 1 or more",
     ("--dry",): "unrecognized arguments: --dry",
     ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
     ("variant=solu", "seed=0", "size=tiny", "study=x", "corpus.max_mb=1", "train.steps=12",

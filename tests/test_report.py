@@ -1518,6 +1518,34 @@ def test_the_terminal_table_has_each_arm_and_the_headline(rows):
         assert " ".join(sentence.split()) in flat
 
 
+def test_a_sweep_ends_with_the_answer_how_sure_it_is_and_two_commands(
+    some: list[Record], tmp_path: Path
+) -> None:
+    results.write(tmp_path / "results.jsonl", some)
+    assert report.brief(tmp_path, Path("runs/demo")) == [
+        f"answer: {words.answer(some)}",
+        f"how sure: {'; '.join(words.certainty(some))}",
+        f"report: {tmp_path / 'report.html'}",
+        f"table: soluscope report {tmp_path}",
+        "states of the runs: soluscope sweep --status runs/demo",
+    ]
+    assert "solu_ln" in words.answer(some)
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_the_answer_in_the_terminal_begins_with_the_warnings_that_limit_it(
+    some: list[Record], tmp_path: Path
+) -> None:
+    untuned = [
+        replace(each, rate="was set by hand") if isinstance(each, Setting) else each
+        for each in some
+    ]
+    results.write(tmp_path / "results.jsonl", untuned)
+    answer = report.brief(tmp_path, tmp_path)[0]
+    assert answer.startswith("answer: A learning rate that is not tuned can reverse the answer")
+    assert answer.endswith(words.answer(untuned))
+
+
 def test_the_terminal_does_not_read_markup_in_names(rows):
     marked = [replace(row, arm="[red]gelu[/]") if row.arm == "gelu" else row for row in rows]
     console = Console(width=160, record=True, file=io.StringIO())

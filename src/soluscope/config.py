@@ -338,6 +338,9 @@ class EvalConfig:
     """Seed of the random streams and of the bootstrap."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device on which the models run."""
+    jobs: int | None = None
+    """Runs that are evaluated at once, each in a process with OMP_NUM_THREADS CPU threads, or with one without that
+    variable. Results do not depend on it. 1: all in this process. null: as many as the cores allow; 1 on a GPU."""
     prepared: FilePath | None = None
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
     out: FilePath | None = None
@@ -353,6 +356,7 @@ class EvalConfig:
             check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
         check(self.n_draws <= MOST_DRAWS, f"n_draws={self.n_draws} must be at most {MOST_DRAWS:,}")
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(self.jobs is None or self.jobs >= 1, f"jobs={self.jobs} must be 1 or more")
         for name in self.probes or ():
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 

@@ -16,6 +16,9 @@ from soluscope.errors import UserError
 
 STATE = 4 * 4
 """Bytes per parameter: the weight, its gradient and AdamW's two means, in fp32."""
+OF_PROCESS = 1e9
+"""Bytes of a process that has imported torch and holds no model; twice what was measured on Linux."""
+MOST_PROCESSES = 1024
 MOST_LOGITS = 2**28
 """Number of logits of a step that are in memory at once; the loss of more logits is computed in chunks."""
 
@@ -55,7 +58,7 @@ def check_training(config: Config, available: float | None = None) -> None:
         UserError: naming the settings to lower.
     """
     if available is None:
-        if config.train.device != "cpu" and _may_have_gpu():
+        if config.train.device != "cpu" and may_have_gpu():
             return
         available = of_machine()
     model, step = STATE * n_parameters(config), of_step(config)
@@ -68,6 +71,12 @@ def check_training(config: Config, available: float | None = None) -> None:
         f"{config.run_name} needs at least {_words(model)} for its model and {_words(step)} for a step, but "
         f"{_words(available)} are there: lower {lower}"
     )
+
+
+def processes_that_fit(config: Config) -> int:
+    """Return how many processes that train `config` at once fit into this machine's memory, at least 1."""
+    each = OF_PROCESS + STATE * n_parameters(config) + of_step(config)
+    return max(1, int(min(of_machine() / each, MOST_PROCESSES)))
 
 
 def check_draws(n_draws: int, n_documents: int) -> None:
@@ -102,7 +111,8 @@ def of_machine(root: Path = Path("/")) -> float:
     return min(each for each in found if each > 0)
 
 
-def _may_have_gpu() -> bool:
+def may_have_gpu() -> bool:
+    """Return whether this machine has the device files of a GPU. No torch is loaded."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -28,8 +28,10 @@ import pandas as pd
 import torch
 
 from soluscope import plugins, results
+from soluscope.bars import Bars, Say, bars
 from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
+from soluscope.cores import n_cores, omp_threads
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
 from soluscope.data.tokenizer import from_bytes
@@ -51,7 +53,7 @@ from soluscope.files import digest, read_json, reason, replacing, write_text
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
-from soluscope.memory import check_draws
+from soluscope.memory import OF_PROCESS, check_draws, of_machine
 from soluscope.probes import Probe
 from soluscope.results import (
     FalsePositives,
@@ -67,16 +69,21 @@ from soluscope.results import (
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
-from soluscope.text import readable
+from soluscope.text import plural, readable
 from soluscope.training.wandb_run import check_login
 from soluscope.variants import label_of
+from soluscope.workers import Work, ending, side_by_side, tell
 
 PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
 MADE_WITH = "made_with.json"
-NO_EFFECT = ("probes", "prepared", "device", "out", "wait", "wandb")
+NO_EFFECT = ("probes", "prepared", "device", "jobs", "out", "wait", "wandb")
 """Settings of an evaluation that do not change its results."""
 TRAINING_POINTS = 60
+LEFT_BEHIND_S = 20.0
+"""Seconds within which a worker ends that an evaluation left behind when it was killed."""
+OF_EVALUATION = 32
+"""Bytes of memory of an evaluation per entry of W_out U; measured at SoLU-1L's shape (benchmarks/README.md)."""
 COMPUTES = (
     "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
     "text.py", "variants/",
@@ -84,14 +91,22 @@ COMPUTES = (
 """Folders and modules of the package that compute the stored results of a run or define their form. A
 probe's own file affects only the results of that probe."""
 
-Say = Callable[[str], None]
+Step = Callable[[int, int, str], None]
+"""Function called before each result of a run, with the number of its results that are done, the number of all its
+results that are to be computed, and the name of the next one."""
 
 
-def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
+def evaluate(folder: Path, config: EvalConfig, say: Say = answer, step: Step | None = None) -> Path:
     """Probe every finished run below `folder` (or the run `folder` itself), then compare the study's runs.
 
     A probe is skipped if its results on a run exist and were made with the same configuration, so an
     interrupted evaluation resumes where it stopped.
+
+    Args:
+        folder: a study or a run.
+        config: settings of the evaluation.
+        say: function called with each message, and with lines of progress if stderr is not a terminal.
+        step: function called before each result; with it, all runs are evaluated in this process.
 
     Returns:
         The study's results.jsonl, or with out= that of the folder `out`.
@@ -106,7 +121,7 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
     with _held(study_dir, config):
         _check(runs, config)
         _calibrated("controls", _asked(config), study_dir, say)
-        _evaluate_runs(runs, config, say)
+        _evaluate_runs(runs, config, say, step)
         return write_results(study_dir)
 
 
@@ -137,7 +152,9 @@ def _is_for_choosing(run: Run, seeds: frozenset[int]) -> bool:
     return read_origin(run.dir) is None and run.config.seed in seeds
 
 
-def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) -> Path:
+def evaluate_pretrained(
+    name: str, config: PretrainedConfig, say: Say = answer, step: Step | None = None
+) -> Path:
     """Probe a pretrained model in its own study, and write the study's report.
 
     An interrupted evaluation resumes where it stopped.
@@ -145,7 +162,8 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) 
     Args:
         name: as for `load_pretrained`.
         config: settings of the probes, the text, and the studies to show beside the model.
-        say: function called with each line of progress.
+        say: function called with each message, and with lines of progress if stderr is not a terminal.
+        step: as for `evaluate`.
 
     Returns:
         The study's report.html.
@@ -158,7 +176,7 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) 
     _check_device(config)
     run_dir = make_run(name, config, say)
     probing = EvalConfig(**{each.name: getattr(config, each.name) for each in fields(EvalConfig)})
-    return publish(evaluate(run_dir, probing, say).parent)
+    return publish(evaluate(run_dir, probing, say, step).parent)
 
 
 def _say_after(say: Say, prefix: str, text: str) -> None:
@@ -251,24 +269,36 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
     """
     ask = check_gates if what == "controls" else false_positives
     study = study_dir.name if study_dir else ""
-    records: list[Record] = []
     code = code_hash(*COMPUTES, "controls/", but=_probe_files())
     with _current(study_dir / CONTROLS, code, say) if study_dir else nullcontext() as folder:
-        for name in names:
-            path = folder / f"{what}-{name}.jsonl" if folder else None
-            if path and path.is_file():
-                try:
-                    records += results.read(path, study_dir, whole=True)
-                    continue
-                except UserError as error:
-                    say(f"{path.name} is computed again: {error}")
-            say(f"{what} of {name}")
-            probe = plugins.pick(PACKAGE, name)
-            made = [stored_words(name, probe, study), *ask(name, study=study)]
-            if path:
-                results.write(path, made)
-            records += made
-    return records
+        stored = {
+            name: _stored(folder / f"{what}-{name}.jsonl", say) if folder else None
+            for name in names
+        }
+        waiting = [name for name in names if stored[name] is None]
+        if not waiting:
+            return [record for name in names for record in stored[name] or ()]
+        with bars({what: 1.0}, say) as shown:
+            shown.begin(what, f"{what} of {', '.join(waiting)}")
+            for number, name in enumerate(waiting):
+                shown.update(what, number, len(waiting), name)
+                probe = plugins.pick(PACKAGE, name)
+                made: list[Record] = [stored_words(name, probe, study), *ask(name, study=study)]
+                if folder:
+                    results.write(folder / f"{what}-{name}.jsonl", made)
+                stored[name] = made
+    return [record for name in names for record in stored[name] or ()]
+
+
+def _stored(path: Path, say: Say) -> list[Record] | None:
+    """Return the records of a calibration that is stored in a study, or None without complete records."""
+    if not path.is_file():
+        return None
+    try:
+        return results.read(path, path.parents[1], whole=True)
+    except UserError as error:
+        say(f"{path.name} is computed again: {error}")
+        return None
 
 
 def write_results(study_dir: Path) -> Path:
@@ -362,23 +392,164 @@ def _settings(run: Run) -> dict[str, float | str]:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _evaluate_runs(runs: Sequence[Run], config: EvalConfig, say: Say) -> None:
-    """Probe runs; of those at select seeds, measure only the losses."""
+def _evaluate_runs(
+    runs: Sequence[Run], config: EvalConfig, say: Say, step: Step | None = None
+) -> None:
+    """Probe runs, several at once if the settings allow; of those at select seeds, measure only the losses.
+
+    Raises:
+        UserError: if a run cannot be evaluated; the other runs are evaluated first.
+    """
     seeds = select_seeds(finished_runs(runs[0].dir.parent)) if runs else frozenset()
-    for number, run in enumerate(runs, start=1):
-        prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
-        only_loss = _is_for_choosing(run, seeds)
-        _evaluate_run(
-            run,
-            replace(config, probes=[]) if only_loss else config,
-            partial(_say_after, say, prefix),
-        )
+    asked = {
+        run.dir.name: replace(config, probes=[]) if _is_for_choosing(run, seeds) else config
+        for run in runs
+    }
+    n_at_once = 1 if step else min(_at_once(runs, config), len(runs))
+    with bars(dict.fromkeys(asked, 1.0), say) as shown:
+        probing = _Probing(runs, shown, say, step)
+        beside = []
+        for run in runs:
+            name = run.dir.name
+            if n_at_once > 1 and not _is_probed(run, asked[name]):
+                beside.append(run)
+                continue
+            probing.began(name)
+            try:
+                _evaluate_run(
+                    run, asked[name], partial(probing.said, name), partial(probing.at, name)
+                )
+            except UserError as error:
+                probing.errors[name] = error
+            probing.ended(name, None)
+        works = [Work(run.dir.name, _described(run, asked[run.dir.name])) for run in beside]
+        side_by_side("soluscope.evaluation", works, n_at_once, probing)
+    _check_evaluated(runs, probing.errors)
 
 
-def _evaluate_run(run: Run, config: EvalConfig, say: Say) -> None:
-    with run.lock():
-        _probe_run(run, config, say)
+def _check_evaluated(runs: Sequence[Run], errors: Mapping[str, UserError]) -> None:
+    """Raise the errors of the runs that could not be evaluated as one error."""
+    if errors and len(runs) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise UserError(f"{len(errors)} of {len(runs)} runs are not evaluated: {told}")
+
+
+class _Probing:
+    """The runs that are evaluated: the watcher of the workers, and the progress of this process."""
+
+    def __init__(self, runs: Sequence[Run], shown: Bars, say: Say, step: Step | None) -> None:
+        names = [run.dir.name for run in runs]
+        self.prefixes = {
+            name: f"[{number}/{len(names)}] {name}:" for number, name in enumerate(names, 1)
+        }
+        self.shown, self.say, self.step = shown, say, step
+        self.errors: dict[str, UserError] = {}
+        self.computed: set[str] = set()
+        """Runs of which a result was computed."""
+
+    def began(self, name: str) -> None: ...
+
+    def said(self, name: str, text: str) -> None:
+        self.say(f"{self.prefixes[name]} {text}")
+
+    def at(self, name: str, done: int, of: int, result: str) -> None:
+        if name not in self.computed:
+            self.computed.add(name)
+            self.shown.begin(name, f"{self.prefixes[name]} {of} {plural(of, 'result')} to compute")
+        self.shown.update(name, done, of, result)
+        if self.step:
+            self.step(done, of, result)
+
+    def heard(self, name: str, message: dict[str, Any]) -> None:
+        if "error" in message:
+            self.errors[name] = UserError(message["error"])
+        elif "say" in message:
+            self.said(name, message["say"])
+        else:
+            self.at(name, message["done"], message["of"], message["result"])
+
+    def ended(self, name: str, status: int | None) -> None:
+        if status is not None:
+            self.errors.setdefault(name, UserError(ending(status)))
+        outcome = "probed" if name in self.computed else "probed already"
+        if name in self.errors:
+            outcome = "not probed"
+        self.shown.end(name, f"{self.prefixes[name]} {outcome}")
+
+    def look(self) -> None: ...
+
+
+def _at_once(runs: Sequence[Run], config: EvalConfig) -> int:
+    """Return the number of runs that are evaluated at once."""
+    if config.jobs is not None:
+        return config.jobs
+    if config.device != "cpu" or any(read_origin(run.dir) for run in runs):
+        return 1
+    needed = max((OF_EVALUATION * run.facts.d_mlp * run.facts.d_vocab for run in runs), default=0)
+    fitting = of_machine() / (2 * OF_PROCESS + needed)
+    return max(1, int(min(n_cores() // _n_threads(), fitting, len(runs))))
+
+
+def _n_threads() -> int:
+    """Return the number of CPU threads for each trained run: OMP_NUM_THREADS, or 1.
+
+    The last bits of sums depend on this number, so it does not depend on how many runs are evaluated at once.
+    """
+    return omp_threads() or 1
+
+
+def _is_probed(run: Run, config: EvalConfig) -> bool:
+    """Return whether a run has all results of this configuration, made by the present code."""
+    folder, origin = run.dir / "probes", read_origin(run.dir)
+    return _made_with(folder) == _made_now(_rests_on(run, config)) and all(
+        _is_measured(folder, run, name, lambda text: None) for name in _results_of(config, origin)
+    )
+
+
+def _results_of(config: EvalConfig, origin: pretrained_run.Origin | None) -> list[str]:
+    """Return the names of the results of a run."""
+    return [*(() if origin else ("training",)), "loss", "tokens", *_asked(config)]
+
+
+def _described(run: Run, config: EvalConfig) -> str:
+    """Return one line of JSON from which `evaluate_described` evaluates a run in another process."""
+    return json.dumps({"run": str(run.dir), "evaluation": asdict(config)})
+
+
+def evaluate_described(line: str) -> None:
+    """Evaluate the run that `_described` has described, in a worker, and tell the launching process how it goes."""
+    values = json.loads(line)
+
+    def at(done: int, of: int, result: str) -> None:
+        tell(done=done, of=of, result=result)
+
+    try:
+        run, config = Run(Path(values["run"])), EvalConfig(**values["evaluation"])
+        _evaluate_run(run, config, lambda text: tell(say=text), at)
+    except UserError as error:
+        tell(error=str(error))
+    except Exception as error:
+        told = f"{type(error).__name__}: {reason(error)}"
+        tell(error=f"{told}; jobs=1 shows where this happens")
+
+
+def _evaluate_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:
+    with run.lock(LEFT_BEHIND_S), _threads(run):
+        _probe_run(run, config, say, step)
         send_probes(run, config.wandb)
+
+
+@contextmanager
+def _threads(run: Run) -> Iterator[None]:
+    """Evaluate a trained run with `_n_threads`; a pretrained model gets all cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if read_origin(run.dir) else _n_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(runs: Sequence[Run], config: EvalConfig) -> None:
@@ -403,30 +574,25 @@ def _check_device(config: EvalConfig) -> None:
         raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
 
 
-def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
+def _probe_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:
     with _current(run.dir / "probes", _rests_on(run, config), say) as folder:
-        _probe_into(folder, run, config, say)
+        _probe_into(folder, run, config, say, step)
 
 
-def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
+def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step) -> None:
     """Write the results of a run that `folder` lacks."""
-    names = _asked(config)
     origin = read_origin(run.dir)
-    course = () if origin else ("training",)
     waiting = [
-        name
-        for name in (*course, "loss", "tokens", *names)
-        if not _is_measured(folder, run, name, say)
+        name for name in _results_of(config, origin) if not _is_measured(folder, run, name, say)
     ]
     if not waiting:
-        say("probed already")
         return
     about = about_run(run.facts, pretrained=origin is not None)
     model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
     check_model(model)
     observed = _Observed(model, tokens_of(run, config.prepared), config, run)
-    for number, name in enumerate(waiting, start=1):
-        say(f"{name} ({number} of {len(waiting)})")
+    for number, name in enumerate(waiting):
+        step(number, len(waiting), name)
         records: Sequence[Record]
         if name == "training":
             records = training_points(run, about)
@@ -500,7 +666,7 @@ def _current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
         shared: hash of the inputs and code of all results; a probe's own file affects only its own results.
         say: function called with a line about the results that are not current.
     """
-    now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
+    now = _made_now(shared)
     old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
     if old.is_dir() and not folder.is_dir():  # a killed process was exchanging the two
         old.rename(folder)
@@ -529,6 +695,11 @@ def _current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
     folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _made_now(shared: str) -> dict[str, str]:
+    """Return the hashes of results that are made now: of their inputs and shared code, and of each probe's file."""
+    return {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
 
 
 def _made_with(folder: Path) -> dict[str, str] | None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from soluscope import terminal
 from soluscope.config import Config, to_yaml
@@ -26,6 +24,7 @@ from soluscope.terminal import say
 from soluscope.text import plural
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
+from soluscope.workers import stop_requests
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,11 +77,15 @@ class Standing:
 # --- running a job --------------------------------------------------------------------------------
 
 
-def execute(config: Config) -> bool:
+def execute(config: Config, progress: Any = None) -> bool:
     """Train one job until it is finished. If another process is at work on the job, wait for that process first.
 
     A failure is printed as one line on stderr and stored in the run folder. It is not raised, so that the
     other jobs of a sweep continue.
+
+    Args:
+        config: the job's configuration.
+        progress: as for `training.run.train`.
 
     Returns:
         True if the run is done.
@@ -97,7 +100,7 @@ def execute(config: Config) -> bool:
             _wait_while_at_work(run)
             _train_under_torchrun(config)
         else:
-            _train_when_free(config, run)
+            _train_when_free(config, run, progress)
     except Stopped as error:
         say(f"{config.run_name} stopped: {error}")
     except Exception as error:  # other jobs of the sweep may still succeed
@@ -107,12 +110,12 @@ def execute(config: Config) -> bool:
     return run.is_done()
 
 
-def _train_when_free(config: Config, run: Run) -> None:
+def _train_when_free(config: Config, run: Run, progress: Any) -> None:
     from soluscope.training.run import train
 
     while True:
         try:
-            train(config)
+            train(config, progress)
             return
         except Busy:
             _wait_while_at_work(run)
@@ -134,29 +137,20 @@ def _train_under_torchrun(config: Config) -> None:
     Raises:
         KeyboardInterrupt: after SIGTERM or Ctrl-C, once the processes have ended.
     """
-    asked_to_stop = threading.Event()
-    handlers = {
-        number: signal.signal(number, lambda *_: asked_to_stop.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "config.yaml"
-            write_text(saved, to_yaml(config))
-            command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
-            processes = subprocess.Popen(
-                [*command, str(saved)],
-                env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it with a warning
-                start_new_session=True,  # only this process receives a terminal's Ctrl-C
-            )
-            while processes.poll() is None:
-                if asked_to_stop.is_set():
-                    processes.terminate()
-                    processes.wait()
-                time.sleep(POLL_S)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stop_requests() as asked_to_stop, tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "config.yaml"
+        write_text(saved, to_yaml(config))
+        command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
+        processes = subprocess.Popen(
+            [*command, str(saved)],
+            env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it with a warning
+            start_new_session=True,  # only this process receives a terminal's Ctrl-C
+        )
+        while processes.poll() is None:
+            if asked_to_stop.is_set():
+                processes.terminate()
+                processes.wait()
+            time.sleep(POLL_S)
     if asked_to_stop.is_set():
         raise KeyboardInterrupt
     run = Run(config.run_dir)

@@ -67,7 +67,7 @@ class Evaluate:
         from soluscope.evaluation import suite
 
         written = suite.evaluate(self.study_dir, self.evaluation, say)
-        answer(f"report: {report.publish(written.parent)}")
+        answer(*report.brief(written.parent, self.study_dir))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ OPTIMUM = {
 }
 """Texts for the position of the chosen setting on its grid."""
 
-__all__ = ["build", "matrix", "publish", "table"]
+__all__ = ["brief", "build", "matrix", "publish", "table"]
 
 
 def publish(study_dir: Path, out: Path | None = None) -> Path:
@@ -54,6 +54,24 @@ def publish(study_dir: Path, out: Path | None = None) -> Path:
     path = _write(out or study_dir, records)
     console().print(table(records))
     return path
+
+
+def brief(folder: Path, study_dir: Path) -> list[str]:
+    """Write the report, and return five lines: the answer, how sure it is, and where to read more.
+
+    Args:
+        folder: folder with results.jsonl, into which the report is written.
+        study_dir: folder of the study's runs, often the same.
+    """
+    records = _read(folder)
+    path = _write(folder, records)
+    return [
+        f"answer: {' '.join([*words.warnings(records), words.answer(records)])}",
+        f"how sure: {'; '.join(words.certainty(records))}",
+        f"report: {path}",
+        f"table: soluscope report {folder}",
+        f"states of the runs: soluscope sweep --status {study_dir}",
+    ]
 
 
 def build(study_dir: Path) -> Path:
