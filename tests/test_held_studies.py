@@ -18,7 +18,7 @@ from conftest import HANGS_AFTER_S, ROOT, run_python
 from soluscope import memory
 from soluscope.config import EvalConfig
 from soluscope.errors import UserError
-from soluscope.evaluation import suite
+from soluscope.evaluation import one_run, suite
 from soluscope.evaluation.suite import evaluate
 from soluscope.launching.launch import launch
 from soluscope.runs.folder import Busy, Run, holder, lock
@@ -89,13 +89,13 @@ def test_evaluation_that_fails_midway_keeps_the_old_results_and_the_next_one_con
     probes = study / "solu_ln-s0" / "probes"
     before, said = contents(probes), []
     other = EvalConfig(**SMALL | {"n_tokens": 700})
-    real = suite._probe_records
-    monkeypatch.setattr(suite, "_probe_records", lambda *words: 1 / 0)
+    real = one_run._probe_records
+    monkeypatch.setattr(one_run, "_probe_records", lambda *words: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(study, other, said.append)
     assert contents(probes) == before
     assert (study / "results.jsonl").is_file()
-    monkeypatch.setattr(suite, "_probe_records", real)
+    monkeypatch.setattr(one_run, "_probe_records", real)
     said.clear()
     evaluate(study, other, said.append)
     assert said == [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from soluscope.evaluation.suite import evaluate_described
+from soluscope.evaluation.one_run import evaluate_described
 from soluscope.workers import STOPPED, works
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from soluscope.data.cache import SPLITS, Rows, Split, study_facts
 from soluscope.data.streams import DOCUMENT_TOKENS
 from soluscope.errors import UserError
-from soluscope.evaluation.suite import tokens_of
+from soluscope.evaluation.one_run import tokens_of
 from soluscope.memory import of_machine
 from soluscope.notebook.arguments import whole
 from soluscope.plugins import check_name
