@@ -18,7 +18,7 @@ from conftest import HANGS_AFTER_S, ROOT, run_python
 from soluscope import memory
 from soluscope.config import EvalConfig
 from soluscope.errors import UserError
-from soluscope.evaluation import one_run, suite
+from soluscope.evaluation import one_run
 from soluscope.evaluation.suite import evaluate
 from soluscope.launching.launch import launch
 from soluscope.runs.folder import Busy, Run, holder, lock
