@@ -158,7 +158,8 @@ class TrainConfig:
     rates: dict[str, float] = field(default_factory=dict)
     """Tuned learning rate of each variant at this size. Used if train.lr is null."""
     tuned: list[str] = field(default_factory=list)
-    """Variants whose rate in train.rates was tuned with the other settings of this preset."""
+    """Arms whose rate in train.rates was tuned with the other settings of this preset: variants, such as `solu_ln`,
+    or variants with settings, such as `solu_ln mid.kappa=4e-5`."""
     warmup_steps: int = 50
     """Optimizer steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -458,10 +459,17 @@ def rate_origin(config: Config) -> str:
     train = config.train
     if train.rates.get(config.variant) != train.lr:
         return "was set by hand"
-    if config.variant not in train.tuned:
+    tuned = [words for words in map(str.split, train.tuned) if words[0] == config.variant]
+    if not tuned:
         return f"is that of size={config.size}, where {config.variant} was not tuned"
+    differing = min((_differing(config, words) for _, *words in tuned), key=len)
+    return f"was tuned with {'; '.join(differing)}" if differing else ""
+
+
+def _differing(config: Config, words: Sequence[str]) -> list[str]:
+    """Return the settings that determine a run's numbers and differ from its size's preset with these words."""
     preset = load_config(
-        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}"]
+        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}", *words]
     )
     here, there = (_determining(asdict(each)) for each in (config, preset))
     for values, each in ((here, config), (there, preset)):
@@ -470,12 +478,11 @@ def rate_origin(config: Config) -> str:
             values["mid.kappa"] = float(
                 f"{each.mid.epsilon(each.model.d_mlp) * each.model.d_mlp**2:.4g}"
             )
-    differing = [
+    return [
         f"{key}={there.get(key)}, here {here.get(key)}"
         for key in sorted(here.keys() | there.keys())
         if here.get(key) != there.get(key) and key not in ("size", "train.precision")
     ]
-    return f"was tuned with {'; '.join(differing)}" if differing else ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
