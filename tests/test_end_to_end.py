@@ -114,9 +114,10 @@ def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
     assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} waiting" in first.stderr
     assert first.stderr.count("controls of") == 1
     assert "controls of" not in again.stderr
-    assert first.stderr.count(" results to compute") == 2 * len(VARIANTS)
+    assert f"{2 * len(VARIANTS)} of {2 * len(VARIANTS)} runs: probed already" in first.stderr
     assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} done" in again.stderr
-    assert again.stderr.count("probed already") == 2 * len(VARIANTS)
+    assert "begins" not in again.stderr
+    assert f"{2 * len(VARIANTS)} of {2 * len(VARIANTS)} runs: probed already" in again.stderr
 
 
 def test_a_sweep_ends_with_five_lines_and_soluscope_report_shows_the_table(study):
@@ -183,7 +184,8 @@ def test_probing_one_probe_again_leaves_the_others_alone(study, tmp_path):
     words = ["probes=[engagement]", "n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     prepared = f"prepared={study[0].parents[1] / tokens}"
     done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
-    assert done.stderr.count("probed already") == 2 * len(VARIANTS) - 1
+    n_runs = 2 * len(VARIANTS)
+    assert f"{n_runs - 1} of {n_runs} runs: probed already" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from _launching import sweep_file, words_for
 from conftest import tiny_config, train_silently
 
 from soluscope.config import EvalConfig
 from soluscope.errors import UserError
-from soluscope.evaluation import suite
+from soluscope.evaluation import one_run, suite
 from soluscope.evaluation.suite import evaluate
+from soluscope.launching.launch import launch
 from soluscope.runs.folder import Run
 
 PROBES = ["gain_variation", "scale_freeze"]
@@ -64,8 +66,7 @@ def test_runs_side_by_side_have_the_files_of_one_process(trained: Path, tmp_path
     )
     said.clear()
     evaluate(beside, replace(CONFIG, jobs=2), said.append)
-    assert said == [f"[{n}/3] {name}: probed already"
-                    for n, name in enumerate(("gelu-s0", "solu-s0", "solu_ln-s0"), 1)]  # fmt: skip
+    assert said == ["3 of 3 runs: probed already"]
     assert contents(beside) == contents(alone)
 
 
@@ -84,3 +85,56 @@ def test_a_run_that_cannot_be_evaluated_stops_no_other_and_is_one_line(
         assert (study / name / "probes" / "tokens.jsonl").is_file()
     assert not any(Run(path).at_work() for path in study.glob("*-s0"))
     assert not (study / "results.jsonl").exists()
+
+
+def results_of(study: Path) -> dict[str, list[str]]:
+    """Return the lines of each file of results in a study's runs, without the study's name."""
+    return {
+        str(path.relative_to(study)): path.read_text().replace(f'"{study.name}"', "").splitlines()
+        for path in study.glob("*/probes/*.jsonl")
+    }
+
+
+WORDS = ("eval.probes=[gain_variation,scale_freeze]", "eval.n_tokens=200", "eval.n_loss_tokens=500",
+         "eval.n_draws=100")  # fmt: skip
+
+
+def test_a_run_whose_evaluation_fails_in_its_job_is_evaluated_after_the_last_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(run: Run, *words: object) -> None:
+        raise ValueError(f"no room for {run.dir.name}\nwith a second line")
+
+    path = sweep_file(tmp_path, variant=["solu"])
+    monkeypatch.setattr(one_run, "evaluate_run", fail)
+    launch(
+        path,
+        [*words_for(tmp_path / "runs", "inline.jobs=1", "train.steps=12", "study=fails"), *WORDS],
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert "solu-s0 is not probed yet: no room for solu-s0" in told
+    assert "[1/1] solu-s0: probed" in told
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_sweeps_jobs_are_evaluated_right_after_their_training(
+    n_jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are those of an evaluation after the last job; a run that lacks a result is evaluated again."""
+    path = sweep_file(tmp_path, variant=["solu", "solu_ln"])
+    words = words_for(tmp_path / "runs", f"inline.jobs={n_jobs}", "train.steps=12")
+    launch(path, [*words, *WORDS, "study=jobs"])
+    told = capsys.readouterr().err.splitlines()
+    assert "2 of 2 runs: probed already" in told
+    launch(path, [*words, "study=after", "report=off"])
+    evaluate(tmp_path / "runs" / "after", CONFIG, lambda line: None)
+    jobs, after = (results_of(tmp_path / "runs" / study) for study in ("jobs", "after"))
+    assert jobs == after
+    study = tmp_path / "runs" / "jobs"
+    before = contents(study)
+    (study / "solu-s0" / "probes" / "scale_freeze.jsonl").unlink()
+    capsys.readouterr()
+    launch(path, [*words, *WORDS, "study=jobs"])
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "begins" in line] == ["[1/1] solu-s0: probing begins"]
+    assert contents(study) == before

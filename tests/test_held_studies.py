@@ -108,7 +108,7 @@ def test_evaluation_that_fails_midway_keeps_the_old_results_and_the_next_one_con
     assert sorted(path.name for path in probes.parent.glob(".probes*")) == []
     again = contents(study)
     evaluate(study, other, said.append)
-    assert said[-1] == "[1/1] solu_ln-s0: probed already"
+    assert said[-1] == "solu_ln-s0: probed already"
     assert contents(study) == again
 
 

@@ -111,7 +111,7 @@ def test_as_many_jobs_run_at_once_as_the_cores_allow(
     given = [word for word in words_for(tmp_path) if "threads" not in word]
     sweep = read_sweep(path, [*given, *words])
     assert inline.at_once(inline.Params(), sweep) == expected
-    monkeypatch.setattr(memory, "of_machine", lambda: 2.5e9)
+    monkeypatch.setattr(memory, "of_machine", lambda: 4.5e9)
     assert inline.at_once(inline.Params(), sweep) == min(2, expected)
     if "train.devices=2" not in words:
         assert inline.at_once(inline.Params(jobs=3), sweep) == 3

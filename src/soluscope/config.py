@@ -337,8 +337,9 @@ class EvalConfig:
     """Bootstrap resamples for each interval."""
     seed: int = 0
     """Seed of the random streams and of the bootstrap."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device on which the models run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the models run. auto: a GPU if torch finds one; in a sweep, only if train.device allows it.
+    Results on a GPU agree with those on the CPU to 1e-5, not in every digit."""
     jobs: int | None = None
     """Runs that are evaluated at once, each in a process with OMP_NUM_THREADS CPU threads, or with one without that
     variable. Results do not depend on it. 1: all in this process. null: as many as the cores allow; 1 on a GPU."""

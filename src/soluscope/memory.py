@@ -18,6 +18,8 @@ STATE = 4 * 4
 """Bytes per parameter: the weight, its gradient and AdamW's two means, in fp32."""
 OF_PROCESS = 1e9
 """Bytes of a process that has imported torch and holds no model; twice what was measured on Linux."""
+OF_EVALUATION = 32
+"""Bytes of memory of an evaluation per entry of W_out U; measured at SoLU-1L's shape (benchmarks/README.md)."""
 MOST_PROCESSES = 1024
 MOST_LOGITS = 2**28
 """Number of logits of a step that are in memory at once; the loss of more logits is computed in chunks."""
@@ -74,9 +76,15 @@ def check_training(config: Config, available: float | None = None) -> None:
 
 
 def processes_that_fit(config: Config) -> int:
-    """Return how many processes that train `config` at once fit into this machine's memory, at least 1."""
-    each = OF_PROCESS + STATE * n_parameters(config) + of_step(config)
-    return max(1, int(min(of_machine() / each, MOST_PROCESSES)))
+    """Return how many processes that train and evaluate `config` fit into this machine's memory, at least 1."""
+    training = STATE * n_parameters(config) + of_step(config)
+    evaluation = of_evaluation(config.model.d_mlp, config.tokens.d_vocab)
+    return max(1, int(min(of_machine() / (OF_PROCESS + max(training, evaluation)), MOST_PROCESSES)))
+
+
+def of_evaluation(d_mlp: int, d_vocab: int) -> float:
+    """Return the bytes that the evaluation of a run needs in its process."""
+    return OF_PROCESS + OF_EVALUATION * d_mlp * d_vocab
 
 
 def check_draws(n_draws: int, n_documents: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from soluscope.config import Config
+from soluscope.launching.jobs import Task
 from soluscope.launching.sweep import Sweep
 
 
@@ -41,10 +41,10 @@ class Engine:
     check: Callable[[Any, Sweep], None]
     """Function of the parameters and the sweep that raises UserError if the jobs cannot run, for example without
     a required package or server. It is called before any job starts and before anything is written."""
-    run: Callable[[Sweep, Sequence[Config], Any, After], None]
-    """Function that runs the given jobs of a sweep, and arranges that `after` is called when all have ended.
+    run: Callable[[Sweep, Sequence[Task], Any, After], None]
+    """Function that runs the given tasks of a sweep, and arranges that `after` is called when all have ended.
 
-    Each job is run by `jobs.execute`, which stores a failure in the job's run folder, so that a failed job
+    Each task is done by `jobs.execute`, which stores a failure in the job's run folder, so that a failed job
     does not stop the other jobs. With a scheduler, the function may return before the jobs have ended; it then
     prints how to follow them.
     """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from soluscope.bars import Bars, bars
-from soluscope.config import Config, to_json
+from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.cores import n_cores
 from soluscope.engines import After, Engine
@@ -58,29 +59,34 @@ def check(params: Params, sweep: Sweep) -> None:
         )
 
 
-def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> None:
-    """Run the jobs, then `after`.
+def run(sweep: Sweep, todo: Sequence[jobs.Task], params: Params, after: After) -> None:
+    """Do the tasks, then `after`.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once each job at work has saved a checkpoint.
     """
     n_at_once = at_once(params, sweep)
+    configs = [task.config for task in todo]
     weights = {each.run_name: each.model.training_flops(each.tokens.d_vocab) * jobs.job_of(each).steps
-               * jobs.job_of(each).tokens_a_step for each in todo}  # fmt: skip
-    begun = {each.run_name: _share_done(each) for each in todo}
-    with bars(weights, say, begun) as shown:
-        training = _Training(todo, shown)
+               * jobs.job_of(each).tokens_a_step for each in configs}  # fmt: skip
+    with bars(weights, say, {task.config.run_name: _share_done(task) for task in todo}) as shown:
+        watched = _Watched(todo, shown)
         if n_at_once > 1:
             works = [
-                Work(config.run_name, to_json(_placed(config)), _begins_with(config, todo))
-                for config in todo
+                Work(
+                    task.config.run_name,
+                    _placed(task).to_json(),
+                    _begins_with(task.config, configs),
+                )
+                for task in todo
             ]
-            side_by_side("soluscope.launching", works, n_at_once, training)
+            side_by_side("soluscope.launching", works, n_at_once, watched)
         else:
-            for config in todo:
-                training.began(config.run_name)
-                jobs.execute(config, training)
-                training.ended(config.run_name, None)
+            for task in todo:
+                name = task.config.run_name
+                watched.began(name)
+                jobs.execute(task, watched, partial(watched.probes, name))
+                watched.ended(name, None)
     after()
 
 
@@ -98,9 +104,10 @@ def at_once(params: Params, sweep: Sweep) -> int:
     return max(1, min(n_cores() // n_threads, fitting, len(sweep.configs)))
 
 
-def _placed(config: Config) -> Config:
-    """Return the configuration of a job beside others: with one thread, unless it sets the number."""
-    return replace(config, train=replace(config.train, threads=config.train.threads or 1))
+def _placed(task: jobs.Task) -> jobs.Task:
+    """Return a task beside others: trained with one thread, unless its configuration sets the number."""
+    train = replace(task.config.train, threads=task.config.train.threads or 1)
+    return replace(task, config=replace(task.config, train=train))
 
 
 def _begins_with(config: Config, others: Sequence[Config]) -> frozenset[str]:
@@ -114,29 +121,41 @@ def _begins_with(config: Config, others: Sequence[Config]) -> frozenset[str]:
     return frozenset(each.run_name for each in others if each.run_dir.resolve() in places)
 
 
-def _share_done(config: Config) -> float:
-    return jobs.standing(config.study_dir, jobs.job_of(config)).step / config.train.steps
+def _share_done(task: jobs.Task) -> float:
+    config = task.config
+    step = jobs.standing(config.study_dir, jobs.job_of(config)).step
+    return _share_trained(task) * step / config.train.steps
 
 
-class _Training:
-    """The jobs at work: a `workers.Watcher`, and the progress to which `train` reports in this process."""
+def _share_trained(task: jobs.Task) -> float:
+    """Return the share of a task's bar that stands for its training; the rest stands for its evaluation."""
+    return 1.0 if task.evaluation is None else 0.5
 
-    def __init__(self, todo: Sequence[Config], shown: Bars) -> None:
-        self.configs = {config.run_name: config for config in todo}
+
+class _Watched:
+    """The tasks at work: a `workers.Watcher`, and the progress to which `train` reports in this process."""
+
+    def __init__(self, todo: Sequence[jobs.Task], shown: Bars) -> None:
+        self.configs = {task.config.run_name: task.config for task in todo}
+        self.shares = {task.config.run_name: _share_trained(task) for task in todo}
         self.numbers = {
             name: f"[{number}/{len(todo)}] {name}:" for number, name in enumerate(self.configs, 1)
         }
         self.shown = shown
         self.at_work: set[str] = set()
+        self.probed: set[str] = set()
+        """Tasks whose evaluation has begun."""
 
     def began(self, name: str) -> None:
         self.at_work.add(name)
-        self.shown.begin(name, f"{self.numbers[name]} training begins")
+        begun = "probing" if Run(self.configs[name].run_dir).is_done() else "training"
+        self.shown.begin(name, f"{self.numbers[name]} {begun} begins")
 
     def said(self, name: str, text: str) -> None:
         say(text)
 
-    def heard(self, name: str, message: dict[str, Any]) -> None: ...
+    def heard(self, name: str, message: dict[str, Any]) -> None:
+        self.probes(name, message["done"], message["of"], message["result"])
 
     def ended(self, name: str, status: int | None) -> None:
         self.at_work.discard(name)
@@ -148,19 +167,29 @@ class _Training:
             if folder.failure() is None:
                 folder.record_failure(UserError(ending(status)))
             say(f"{name} failed: {ending(status)}")
+        elif status is not None:
+            say(f"{name} is not probed yet: {ending(status)}")
         self.shown.end(
             name, f"{self.numbers[name]} done, loss {done['report_loss']:.4f}" if done else ""
         )
 
     def look(self) -> None:
-        for name in self.at_work:
+        for name in self.at_work - self.probed:
             row = Run(self.configs[name].run_dir).last_row()
             if row:
                 self._show(name, row["step"], f"loss {row['loss']:.3f}", row.get("tokens_per_s", 0))
 
     def _show(self, name: str, step: float, loss: str, speed: float) -> None:
-        text = f"{loss} {speed / 1000:.1f}k tok/s"
-        self.shown.update(name, step, self.configs[name].train.steps, text)
+        self._trained(name, step, f"{loss} {speed / 1000:.1f}k tok/s")
+
+    def _trained(self, name: str, step: float, text: str) -> None:
+        self.shown.update(name, self.shares[name] * step, self.configs[name].train.steps, text)
+
+    def probes(self, name: str, done: int, of: int, result: str) -> None:
+        """Show that `done` of the `of` results of a run's evaluation are there, and the name of the next one."""
+        self.probed.add(name)
+        share = self.shares[name]
+        self.shown.update(name, share + (1 - share) * done / of, 1, f"probe {result}")
 
     # In this process, `train` reports through these two methods of rich's Progress.
 
@@ -168,7 +197,7 @@ class _Training:
         return name
 
     def update(self, name: str, completed: int, loss: str = "", speed: str = "") -> None:
-        self.shown.update(name, completed, self.configs[name].train.steps, f"{loss} {speed}")
+        self._trained(name, completed, f"{loss} {speed}")
 
 
 ENGINE = Engine(params=Params, check=check, run=run)

@@ -122,6 +122,13 @@ def check_device(config: EvalConfig) -> None:
         raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
 
 
+def device_of(config: EvalConfig) -> str:
+    """Return the device on which models are evaluated here: `cpu` or `cuda`."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
 def _probe_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:
     with current(run.dir / "probes", rests_on(run, config), say) as folder:
         _probe_into(folder, run, config, say, step)
@@ -136,7 +143,9 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
     if not waiting:
         return
     about = about_run(run.facts, pretrained=origin is not None)
-    model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
+    model = (
+        load_again(run, origin, device_of(config)) if origin else load_run(run, device_of(config))
+    )
     check_model(model)
     observed = _Observed(model, tokens_of(run, config.prepared), config, run)
     for number, name in enumerate(waiting):
@@ -203,7 +212,7 @@ class _Observed:
         self.tokenizer = from_bytes(
             cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
         )
-        self._initial = None if read_origin(run.dir) else load_untrained(run, config.device)
+        self._initial = None if read_origin(run.dir) else load_untrained(run, device_of(config))
         self._runs: dict[str, HookedRun] = {}
         self._before: dict[str, HookedRun] = {}
 

@@ -37,6 +37,7 @@ from soluscope.evaluation.one_run import (
     asked_probes,
     check_device,
     described,
+    device_of,
     evaluate_run,
     is_evaluated,
     n_threads,
@@ -45,7 +46,7 @@ from soluscope.evaluation.one_run import (
 from soluscope.evaluation.pretrained_run import ORIGIN, make_run, read_origin
 from soluscope.evaluation.stored import COMPUTES, PACKAGE, current, probe_files, read_losses
 from soluscope.evaluation.summaries import stored_words
-from soluscope.memory import OF_PROCESS, check_draws, of_machine
+from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
@@ -56,8 +57,6 @@ from soluscope.variants import label_of
 from soluscope.workers import Work, ending, side_by_side
 
 CONTROLS = ".controls"
-OF_EVALUATION = 32
-"""Bytes of memory of an evaluation per entry of W_out U; measured at SoLU-1L's shape (benchmarks/README.md)."""
 
 
 def evaluate(folder: Path, config: EvalConfig, say: Say = answer, step: Step | None = None) -> Path:
@@ -380,6 +379,9 @@ def _evaluate_runs(
             probing.ended(name, None)
         works = [Work(run.dir.name, described(run, asked[run.dir.name])) for run in beside]
         side_by_side("soluscope.evaluation", works, n_at_once, probing)
+    if before := len(runs) - len(probing.computed | probing.errors.keys()):
+        counted = f"{before} of {len(runs)} runs" if len(runs) > 1 else runs[0].dir.name
+        say(f"{counted}: probed already")
     _check_evaluated(runs, probing.errors)
 
 
@@ -429,10 +431,9 @@ class _Probing:
     def ended(self, name: str, status: int | None) -> None:
         if status is not None:
             self.errors.setdefault(name, UserError(ending(status)))
-        outcome = "probed" if name in self.computed else "probed already"
-        if name in self.errors:
-            outcome = "not probed"
-        self.shown.end(name, f"{self.prefixes[name]} {outcome}")
+        outcome = "not probed" if name in self.errors else "probed"
+        told = name in self.computed or name in self.errors
+        self.shown.end(name, f"{self.prefixes[name]} {outcome}" if told else "")
 
     def look(self) -> None: ...
 
@@ -441,10 +442,10 @@ def _at_once(runs: Sequence[Run], config: EvalConfig) -> int:
     """Return the number of runs that are evaluated at once."""
     if config.jobs is not None:
         return config.jobs
-    if config.device != "cpu" or any(read_origin(run.dir) for run in runs):
+    if device_of(config) != "cpu" or any(read_origin(run.dir) for run in runs):
         return 1
-    needed = max((OF_EVALUATION * run.facts.d_mlp * run.facts.d_vocab for run in runs), default=0)
-    fitting = of_machine() / (2 * OF_PROCESS + needed)
+    needed = max((of_evaluation(run.facts.d_mlp, run.facts.d_vocab) for run in runs), default=0)
+    fitting = of_machine() / (OF_PROCESS + needed)
     return max(1, int(min(n_cores() // n_threads(), fitting, len(runs))))
 
 

@@ -1,25 +1,29 @@
 """A process that trains jobs of a sweep.
 
 With a configuration, `torchrun ... -m soluscope.launching CONFIG`, it is one of the processes that train one job
-together. Without one, it is a worker (workers.py), which trains the jobs that it reads from stdin.
+together. Without one, it is a worker (workers.py), which does the tasks that it reads from stdin.
 """
 
 from __future__ import annotations
 
 import sys
 
-from soluscope.config import from_json, load_config
-from soluscope.launching.jobs import execute
+from soluscope.config import load_config
+from soluscope.launching.jobs import Task, execute
 from soluscope.training.progress import NoProgress
-from soluscope.workers import STOPPED, works
+from soluscope.workers import STOPPED, tell, works
 
 
 def main() -> None:
-    """Train the job of a configuration, or the jobs that are described on stdin."""
+    """Train the job of a configuration, or do the tasks that are described on stdin."""
     if len(sys.argv) > 1:
-        sys.exit(0 if execute(load_config(sys.argv[1:])) else 1)
+        sys.exit(0 if execute(Task(load_config(sys.argv[1:]))) else 1)
     for line in works():
-        execute(from_json(line), NoProgress())  # the launching process shows the bars
+        execute(Task.from_json(line), NoProgress(), _tell)  # the launching process shows the bars
+
+
+def _tell(done: int, of: int, result: str) -> None:
+    tell(done=done, of=of, result=result)
 
 
 if __name__ == "__main__":

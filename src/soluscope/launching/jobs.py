@@ -1,4 +1,4 @@
-"""Jobs: a job is one run of a sweep. This module trains a job and reads its state from its run folder."""
+"""Jobs: a job is one run of a sweep. This module trains and probes it, and reads its state from its run folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from soluscope import terminal
-from soluscope.config import Config, to_yaml
+from soluscope.config import Config, EvalConfig, from_json, to_json, to_yaml
 from soluscope.errors import Stopped, UserError
-from soluscope.files import Whole, check_names, read_json, write_text
+from soluscope.files import Whole, check_names, read_json, reason, write_text
 from soluscope.runs.folder import Busy, Run, check_study_links, holder
 from soluscope.terminal import say
 from soluscope.text import plural
@@ -50,6 +50,33 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Task:
+    """Work of a job: the training of a run, and then its evaluation."""
+
+    config: Config
+    evaluation: EvalConfig | None = None
+    """Settings of the evaluation. None: the run is only trained."""
+
+    def to_json(self) -> str:
+        """Return the task as one line of JSON, which `from_json` reads in another process."""
+        evaluation = None if self.evaluation is None else asdict(self.evaluation)
+        return json.dumps({"config": to_json(self.config), "evaluation": evaluation})
+
+    @classmethod
+    def from_json(cls, line: str) -> Task:
+        """Return the task that `to_json` has described."""
+        values = json.loads(line)
+        settings = values["evaluation"]
+        return cls(
+            from_json(values["config"]), None if settings is None else EvalConfig(**settings)
+        )
+
+
+Step = Callable[[int, int, str], None]
+"""Function called during a job's evaluation, as `evaluation.one_run.Step`."""
+
+
+@dataclass(frozen=True)
 class JobList:
     """Content of sweep.json."""
 
@@ -77,15 +104,17 @@ class Standing:
 # --- running a job --------------------------------------------------------------------------------
 
 
-def execute(config: Config, progress: Any = None) -> bool:
-    """Train one job until it is finished. If another process is at work on the job, wait for that process first.
+def execute(task: Task, progress: Any = None, step: Step = lambda done, of, name: None) -> bool:
+    """Train one job until it is finished, and evaluate its run on the device of its training.
 
-    A failure is printed as one line on stderr and stored in the run folder. It is not raised, so that the
-    other jobs of a sweep continue.
+    If another process is at work on the job, wait for that process first. A failure is printed as one line on
+    stderr. It is not raised, so that the other jobs of a sweep continue. A failure of the training is stored in the
+    run folder; after a failure of the evaluation, the evaluation of the study tries again.
 
     Args:
-        config: the job's configuration.
+        task: the job's work.
         progress: as for `training.run.train`.
+        step: function called before each result of the evaluation.
 
     Returns:
         True if the run is done.
@@ -93,7 +122,7 @@ def execute(config: Config, progress: Any = None) -> bool:
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
-    run = Run(config.run_dir)
+    config, run = task.config, Run(task.config.run_dir)
     alone = launcher() is None and config.train.n_processes > 1 and config.train.nodes == 1
     try:
         if alone:
@@ -107,7 +136,21 @@ def execute(config: Config, progress: Any = None) -> bool:
         if run.failure() is None:  # the error occurred before the training began
             run.record_failure(error)
         say(f"{config.run_name} failed: {run.failure() or error}")
-    return run.is_done()
+    done = run.is_done()
+    if done and task.evaluation is not None:
+        _evaluate(run, config, task.evaluation, step)
+    return done
+
+
+def _evaluate(run: Run, config: Config, evaluation: EvalConfig, step: Step) -> None:
+    from soluscope.evaluation.one_run import evaluate_run
+
+    if evaluation.device == "auto" and config.train.device == "cpu":
+        evaluation = replace(evaluation, device="cpu")
+    try:
+        evaluate_run(run, evaluation, say, step)
+    except Exception as error:  # other jobs of the sweep may still succeed
+        say(f"{run.dir.name} is not probed yet: {reason(error)}")
 
 
 def _train_when_free(config: Config, run: Run, progress: Any) -> None:

@@ -24,6 +24,8 @@ from soluscope.text import plural
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
 
+UNFINISHED = ("running", "resume", "waiting")
+"""States of jobs that are not done and have not failed."""
 HELD = ".sweep"
 """Folder in a study whose lock a launch holds until its engine has run the jobs or handed them over."""
 
@@ -153,7 +155,8 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     if dry_run:
         _print_plan(plan)
         return
-    for mode in {config.wandb for sweep in plan.sweeps for config in sweep.configs}:
+    modes = {config.wandb for sweep in plan.sweeps for config in sweep.configs}
+    for mode in modes | ({plan.evaluation.wandb} if plan.config.report else set()):
         check_login(mode)
     for sweep in plan.sweeps:
         plan.engine.check(plan.params, sweep)
@@ -215,12 +218,39 @@ def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | Report) -> No
         state = standings[config.run_name].state
         if state == "failed" and retry:
             Run(config.run_dir).forget_failure()
-        if state != "done" and (state != "failed" or retry):
-            todo.append(config)
+        task = _task(plan, config)
+        if (
+            (state == "done" and not _is_probed(task))
+            or state in UNFINISHED
+            or (state == "failed" and retry)
+        ):
+            todo.append(task)
     if isinstance(after, Report) and not todo:
         after()  # no engine is needed to continue
     else:
         plan.engine.run(sweep, todo, plan.params, after)
+
+
+def _task(plan: _Plan, config: Config) -> jobs.Task:
+    """Return the work of a job: training, and with report=true evaluation, at a select seed of the losses alone.
+
+    With out=, the runs' own folders stay as they are, and the evaluation comes after the last job.
+    """
+    evaluation = plan.evaluation
+    if not plan.config.report or evaluation.out is not None:
+        return jobs.Task(config)
+    if config.seed in config.select_seeds:
+        evaluation = replace(evaluation, probes=[])
+    return jobs.Task(config, evaluation)
+
+
+def _is_probed(task: jobs.Task) -> bool:
+    """Return whether a trained run has all results of its task's evaluation."""
+    if task.evaluation is None:
+        return True
+    from soluscope.evaluation.one_run import is_evaluated
+
+    return is_evaluated(Run(task.config.run_dir), task.evaluation)
 
 
 def _second_stage(plan: _Plan, retry: bool) -> None:
