@@ -14,6 +14,7 @@ from soluscope.commands import Command, Parser
 from soluscope.config import ReportConfig, load_typed
 from soluscope.config_help import help_lines
 from soluscope.terminal import answer
+from soluscope.wandb_client import place
 
 
 def build_parser() -> Parser:
@@ -37,7 +38,7 @@ def run(arguments: list[str]) -> None:
     from soluscope.report import dashboard, publish
 
     out = None if config.out is None else Path(config.out)
-    where = None if options.wandb is None else dashboard.place(options.wandb)
+    where = None if options.wandb is None else place("--wandb ", options.wandb)
     if where and options.dry_run:
         answer(*dashboard.preview(options.study, where).split("\n"))
         return

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
 from soluscope import plugins, results
 from soluscope.bars import Say
@@ -110,9 +111,11 @@ def evaluate_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:
 def _threads(run: Run) -> Iterator[None]:
     """Evaluate a trained run with `n_threads`; a pretrained model gets all cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if read_origin(run.dir) else n_threads())
+    n = None if read_origin(run.dir) else n_threads()
+    torch.set_num_threads(n or before)
     try:
-        yield
+        with threadpool_limits(n):  # numpy and scipy have threads of their own
+            yield
     finally:
         torch.set_num_threads(before)
 

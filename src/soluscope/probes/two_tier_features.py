@@ -56,7 +56,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import block_diag
+from scipy.linalg import block_diag, solve
 from torch import Tensor
 
 from soluscope.data.cache import evenly_spaced
@@ -380,13 +380,15 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
     best_first = np.argsort(-np.abs(difference), axis=1, kind="stable")
     weights = np.zeros((len(holds), n_neurons, len(sizes)))
     ridge = n_neurons / n * np.eye(n_neurons)
-    weights[:, :, -1] = np.linalg.solve(correlation + ridge, difference.T).T
+    weights[:, :, -1] = solve(correlation + ridge, difference.T, assume_a="pos").T
     for feature, order in enumerate(best_first):
         for position, k in enumerate(sizes[:-1]):
             chosen = order[:k]
             ridge = k / n * np.eye(k)
-            weights[feature, chosen, position] = np.linalg.solve(
-                correlation[np.ix_(chosen, chosen)] + ridge, difference[feature, chosen]
+            weights[feature, chosen, position] = solve(
+                correlation[np.ix_(chosen, chosen)] + ridge,
+                difference[feature, chosen],
+                assume_a="pos",
             )
     return weights, unit
 

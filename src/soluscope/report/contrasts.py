@@ -82,18 +82,27 @@ def blocks(records: Sequence[Record]) -> list[Block]:
     ]
 
 
-def _contrasts(records: Sequence[Record]) -> list[Contrast]:
-    result = []
+def main_numbers(records: Sequence[Record]) -> dict[str, list[Measurement]]:
+    """Return the main number of each run by probe, on one stream; probes that failed a control are left out."""
     rows = of_kind(records, Measurement)
+    result = {}
     for probe in controls.in_order(records, {row.probe for row in rows}):
         words = controls.words_of(records, probe)
         if words is None or controls.standing(records, probe) == "failed":
             continue
         main = meaning.main(words, [row for row in rows if row.probe == probe])
+        if main:
+            result[probe] = [row for row in main if row.stream == main[0].stream]
+    return result
+
+
+def _contrasts(records: Sequence[Record]) -> list[Contrast]:
+    result = []
+    for probe, main in main_numbers(records).items():
         for arm in per_token(records):
-            here = [row for row in main if row.arm == arm and row.stream == main[0].stream]
+            here = [row for row in main if row.arm == arm]
             for other in _references(records, arm):
-                there = [row for row in main if row.arm == other and row.stream == main[0].stream]
+                there = [row for row in main if row.arm == other]
                 if here and there:
                     result.append(Contrast(probe, here, there))
                     break

@@ -408,7 +408,7 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
         sentences.append(
             f"Phi_dyn ({arm}) is {row.value:.2f} ({interval}, {seeds(row.n)}): the share of the benefit of LN "
             "that the best static arm trained here does not reach (0: none, 1: all, below 0: the static arm "
-            f"is better); {row.note}."
+            f"is better){_then(row.note)}."
         )
     return sentences
 
@@ -416,9 +416,14 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
 def _static(records: list[Record], arm: str) -> list[str]:
     return [
         f"Loss of the best static arm minus loss of {arm}: {signed(row.value or 0.0)} nats per token "
-        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}); {remarks(row)}.{_optimism(row)}"
+        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}){_then(remarks(row))}.{_optimism(row)}"
         for row in comparisons(records, Term.STATIC, arm)
     ]
+
+
+def _then(text: str) -> str:
+    """Return the text after a semicolon; nothing for no text."""
+    return f"; {text}" if text else ""
 
 
 def _optimism(row: Comparison) -> str:
