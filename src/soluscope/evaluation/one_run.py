@@ -102,16 +102,15 @@ def evaluate_described(line: str) -> None:
 
 
 def evaluate_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:
-    with run.lock(LEFT_BEHIND_S), _threads(run):
+    with run.lock(LEFT_BEHIND_S), threads(None if read_origin(run.dir) else n_threads()):
         _probe_run(run, config, say, step)
         send_probes(run, config.wandb)
 
 
 @contextmanager
-def _threads(run: Run) -> Iterator[None]:
-    """Evaluate a trained run with `n_threads`; a pretrained model gets all cores."""
+def threads(n: int | None) -> Iterator[None]:
+    """Compute with `n` CPU threads until the block ends; None: with as many as before."""
     before = torch.get_num_threads()
-    n = None if read_origin(run.dir) else n_threads()
     torch.set_num_threads(n or before)
     try:
         with threadpool_limits(n):  # numpy and scipy have threads of their own

@@ -41,6 +41,7 @@ from soluscope.evaluation.one_run import (
     evaluate_run,
     is_evaluated,
     n_threads,
+    threads,
     tokens_of,
 )
 from soluscope.evaluation.pretrained_run import ORIGIN, make_run, read_origin
@@ -236,7 +237,7 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
         waiting = [name for name in names if stored[name] is None]
         if not waiting:
             return [record for name in names for record in stored[name] or ()]
-        with bars({what: 1.0}, say) as shown:
+        with bars({what: 1.0}, say) as shown, threads(n_threads()):
             shown.begin(what, f"{what} of {', '.join(waiting)}")
             for number, name in enumerate(waiting):
                 shown.update(what, number, len(waiting), name)
