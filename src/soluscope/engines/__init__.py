@@ -16,10 +16,10 @@ from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):
-    """The work after the last job, such as probes and report: a function, called once without arguments."""
+    """The work after the last job, such as the report: a function, called once without arguments."""
 
     does: ClassVar[str]
-    """The work in words, after "then": `probes and reports`."""
+    """The work in words, after "then": `compares and reports`."""
 
     def to_json(self) -> str:
         """Return the work as one line of JSON, which `launch.after_from_json` reads on another machine."""

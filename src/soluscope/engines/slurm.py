@@ -39,7 +39,7 @@ NEAR_LIMIT = "USR2"
 ANSWER_WITHIN_S = 30
 """Seconds within which a command of SLURM must answer."""
 AFTER = "after"
-"""Name of the last job, which probes and reports. Other jobs have their run's name, which ends in a seed or tag."""
+"""Name of the last job, which compares and reports. Other jobs have their run's name: it ends in a seed or tag."""
 IDS = "jobs.json"
 """File with SLURM's id of each job, by the job's name."""
 

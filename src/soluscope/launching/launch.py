@@ -48,7 +48,7 @@ class LaunchConfig:
     engine: str = "inline"
     """Engine that runs the jobs: name of a file in engines/. The keys of each engine are listed below."""
     report: bool = True
-    """true: probe the study and write its report after the last job. `eval.*` are the keys of `soluscope probe`."""
+    """true: each job probes its run, and a report is written. `eval.*` are the keys of `soluscope probe`."""
     wait: bool = False
     """true: wait while another launch or evaluation of the study is at work. false: refuse."""
     wandb: ToWandb = field(default_factory=ToWandb)
@@ -62,9 +62,9 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluation after the last job: probes and report. It reads the jobs' states from the run folders."""
+    """Work after the last job: comparison and report, and probes of runs that were not probed by their jobs."""
 
-    does: ClassVar[str] = "probes and reports"
+    does: ClassVar[str] = "compares and reports"
 
     study_dir: Path
     jobs: tuple[jobs.Job, ...]
