@@ -123,7 +123,7 @@ def _cut(
     name: str,
     fewest: int = 2,
 ) -> Stream:
-    """Do the work of `from_texts` on the tokens of each text."""
+    """Cut the tokens of each text as `from_texts` does, and return the stream."""
     parts = []
     for number, ids in enumerate(texts):
         cuts = range(0, len(ids), ctx - 1)

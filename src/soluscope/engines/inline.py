@@ -60,7 +60,7 @@ def check(params: Params, sweep: Sweep) -> None:
 
 
 def run(sweep: Sweep, todo: Sequence[jobs.Task], params: Params, after: After) -> None:
-    """Do the tasks, then `after`.
+    """Run the tasks, then `after`.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once each job at work has saved a checkpoint.

@@ -113,7 +113,7 @@ def threads(n: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(n or before)
     try:
-        with threadpool_limits(n):  # numpy and scipy have threads of their own
+        with threadpool_limits(n):  # torch does not limit those of numpy and scipy
             yield
     finally:
         torch.set_num_threads(before)

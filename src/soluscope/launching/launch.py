@@ -33,7 +33,7 @@ HELD = ".sweep"
 
 @dataclass(frozen=True)
 class ToWandb:
-    """What a launch sends to wandb, beside the curves of the runs."""
+    """Things that a launch sends to wandb, beside the curves of the runs."""
 
     dashboard: str | None = None
     """Entity and project, as in my-team/soluscope, in which the study's dashboard is saved after the report."""
