@@ -194,10 +194,8 @@ class OfRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(OfRun, Number):
-    """A summary of a probe's measurements on one model: a mean, a quantile, a point of a curve."""
-
-    kind: ClassVar[str] = "measurement"
+class OfProbe:
+    """Fields that name a number of a probe."""
 
     probe: str
     """Name of a file in probes/, or `loss`, `training`, `pretrained`."""
@@ -211,6 +209,14 @@ class Measurement(OfRun, Number):
     """`all`, `BOS`, `not BOS`, `1`, `2-15`, `>=16`."""
     group: str = ""
     """Line of a figure, or split of the tokens, where `quantity` alone does not identify the number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(OfProbe, OfRun, Number):
+    """A summary of a probe's measurements on one model: a mean, a quantile, a point of a curve."""
+
+    kind: ClassVar[str] = "measurement"
+
     x: float | None = None
     """Position on the figure's horizontal axis, for a point of a curve."""
     constant: bool = False
@@ -218,20 +224,14 @@ class Measurement(OfRun, Number):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Untrained(OfRun, Number):
+class Untrained(OfProbe, OfRun, Number):
     """A probe's number in the run's own initialisation (`value`), and its difference from the trained model.
 
-    The bounds are those of the difference. `Measurement` describes the other fields.
+    The bounds are those of the difference.
     """
 
     kind: ClassVar[str] = "untrained"
 
-    probe: str
-    quantity: str
-    statistic: str = "mean"
-    stream: str = ""
-    positions: str = "not BOS"
-    group: str = ""
     difference: float | None = None
     """The trained model's number minus `value`, on the same tokens."""
 

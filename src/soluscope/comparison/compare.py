@@ -591,12 +591,13 @@ def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Compar
     passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
     measured = {(each.arm, each.probe) for each in of_kind(records, Measurement)}
     before = of_kind(records, Untrained)
+    with_twin = {each.arm for each in before}
     tests = [
         _trained_minus_untrained(before, probe, quantity, arm)
         for arm in sorted(of_kind(records, Setting), key=lambda each: each.arm)
         if arm.role == "per_token" and arm.arm not in passed_over
         for probe, quantity in tested.items()
-        if (arm.arm, probe) in measured and any(each.arm == arm.arm for each in before)
+        if (arm.arm, probe) in measured and arm.arm in with_twin
     ]
     family = {str(i): 1.0 if test.p is None else test.p for i, test in enumerate(tests)}
     adjusted = stats.holm(family)

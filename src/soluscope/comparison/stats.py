@@ -83,11 +83,6 @@ class Fit:
 # ---------------------------------------------------------------- rounding
 
 
-def difference(left: float, right: float) -> float:
-    """Return left - right, or 0 if the two numbers are equal up to rounding."""
-    return 0.0 if np.isclose(left, right, rtol=ROUNDING, atol=0) else left - right
-
-
 def centred(values: Floats) -> Floats:
     """Return deviations from the mean; set a deviation to 0 if it is within rounding error."""
     deviations = values - (values.mean() if len(values) else 0)

@@ -27,6 +27,7 @@ from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
+from soluscope.files import reason
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
 from soluscope.runs.folder import Run
@@ -281,10 +282,9 @@ def _one_line(folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"Ray does not start on this machine, with its logs in {folder} ({reason}): launch the sweep again, or "
-            "set engine=inline"
+            f"Ray does not start on this machine, with its logs in {folder} ({reason(error)}): launch the sweep "
+            "again, or set engine=inline"
         ) from error
 
 

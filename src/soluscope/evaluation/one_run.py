@@ -41,7 +41,7 @@ from soluscope.hooked.activations import HookedRun, check_model, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.probes import Probe
 from soluscope.results import LeftOut, Measurement, Record, TokenValue, Untrained
-from soluscope.runs.folder import Run
+from soluscope.runs.folder import Busy, Run
 from soluscope.text import readable
 from soluscope.workers import tell
 
@@ -95,10 +95,10 @@ def evaluate_described(line: str) -> None:
         run, config = Run(Path(values["run"])), EvalConfig(**values["evaluation"])
         evaluate_run(run, config, lambda text: tell(say=text), at)
     except UserError as error:
-        tell(error=str(error))
+        tell(error=str(error), busy=isinstance(error, Busy))
     except Exception as error:
         told = f"{type(error).__name__}: {reason(error)}"
-        tell(error=f"{told}; jobs=1 shows where this happens")
+        tell(error=f"{told}; jobs=1 shows where this happens", busy=False)
 
 
 def evaluate_run(run: Run, config: EvalConfig, say: Say, step: Step) -> None:

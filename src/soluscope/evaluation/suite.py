@@ -49,7 +49,7 @@ from soluscope.evaluation.stored import COMPUTES, PACKAGE, current, probe_files,
 from soluscope.evaluation.summaries import stored_words
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
-from soluscope.runs.folder import Run, check_study_links, lock
+from soluscope.runs.folder import Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
 from soluscope.text import plural
@@ -97,8 +97,9 @@ def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> set[str]:
         UserError: for the reasons that `evaluate` and `comparison.compare.chosen_arms` give.
     """
     with _held(study_dir, config):
-        seeds = select_seeds(finished_runs(study_dir))
-        runs = [run for run in finished_runs(study_dir) if _is_for_choosing(run, seeds)]
+        finished = finished_runs(study_dir)
+        seeds = select_seeds(finished)
+        runs = [run for run in finished if _is_for_choosing(run, seeds)]
         _check(runs, config)
         _evaluate_runs(runs, config, say)
         losses = [read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in runs]
@@ -274,8 +275,9 @@ def write_results(study_dir: Path) -> Path:
         folder = run.dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
-        for path in sorted(folder.glob("*.jsonl")):
-            records += [] if _is_for_choosing(run, seeds) else results.read(path, study_dir)
+        if not _is_for_choosing(run, seeds):
+            for path in sorted(folder.glob("*.jsonl")):
+                records += results.read(path, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
@@ -375,14 +377,18 @@ def _evaluate_runs(
                 evaluate_run(
                     run, asked[name], partial(probing.said, name), partial(probing.at, name)
                 )
+            except Busy as error:
+                probing.busy[name] = error
             except UserError as error:
                 probing.errors[name] = error
             probing.ended(name, None)
         works = [Work(run.dir.name, described(run, asked[run.dir.name])) for run in beside]
         side_by_side("soluscope.evaluation", works, n_at_once, probing)
-    if before := len(runs) - len(probing.computed | probing.errors.keys()):
+    if before := len(runs) - len(probing.computed | probing.errors.keys() | probing.busy.keys()):
         counted = f"{before} of {len(runs)} runs" if len(runs) > 1 else runs[0].dir.name
         say(f"{counted}: probed already")
+    if len(probing.busy) == len(runs):
+        probing.errors |= probing.busy
     _check_evaluated(runs, probing.errors)
 
 
@@ -405,6 +411,8 @@ class _Probing:
         }
         self.shown, self.say, self.step = shown, say, step
         self.errors: dict[str, UserError] = {}
+        self.busy: dict[str, UserError] = {}
+        """Runs at which another process is at work, such as the job that has trained them."""
         self.computed: set[str] = set()
         """Runs of which a result was computed."""
 
@@ -423,7 +431,7 @@ class _Probing:
 
     def heard(self, name: str, message: dict[str, Any]) -> None:
         if "error" in message:
-            self.errors[name] = UserError(message["error"])
+            (self.busy if message["busy"] else self.errors)[name] = UserError(message["error"])
         elif "say" in message:
             self.said(name, message["say"])
         else:
@@ -433,7 +441,9 @@ class _Probing:
         if status is not None:
             self.errors.setdefault(name, UserError(ending(status)))
         outcome = "not probed" if name in self.errors else "probed"
-        told = name in self.computed or name in self.errors
+        if name in self.busy:
+            outcome = f"left out: {self.busy[name]}"
+        told = name in self.computed or name in self.errors or name in self.busy
         self.shown.end(name, f"{self.prefixes[name]} {outcome}" if told else "")
 
     def look(self) -> None: ...
