@@ -11,12 +11,14 @@ import torch
 from _launching import sweep_file, words_for
 from conftest import tiny_config, train_silently
 
+from soluscope import results
 from soluscope.config import EvalConfig
 from soluscope.errors import UserError
 from soluscope.evaluation import one_run, suite
 from soluscope.evaluation.suite import evaluate
 from soluscope.launching.launch import launch
-from soluscope.runs.folder import Run
+from soluscope.results import Measurement, of_kind
+from soluscope.runs.folder import Busy, Run, lock
 
 PROBES = ["gain_variation", "scale_freeze"]
 CONFIG = EvalConfig(probes=PROBES, n_tokens=200, n_loss_tokens=500, n_draws=100)
@@ -85,6 +87,25 @@ def test_a_run_that_cannot_be_evaluated_stops_no_other_and_is_one_line(
         assert (study / name / "probes" / "tokens.jsonl").is_file()
     assert not any(Run(path).at_work() for path in study.glob("*-s0"))
     assert not (study / "results.jsonl").exists()
+
+
+def test_a_run_at_which_a_job_is_at_work_is_left_out_and_the_others_are_compared(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, said = copy_of(trained, tmp_path), list[str]()
+    monkeypatch.setattr(one_run, "LEFT_BEHIND_S", 0.1)
+    with lock(study / "solu-s0"):
+        written = evaluate(study, replace(CONFIG, jobs=1), said.append)
+        (left_out,) = [line for line in said if "solu-s0" in line]
+        assert left_out.startswith("[2/3] solu-s0: left out: ")
+        assert "another process" in left_out
+        runs = {each.run for each in of_kind(results.read(written), Measurement)}
+        assert runs == {"gelu-s0", "solu_ln-s0"}
+        with pytest.raises(Busy):
+            evaluate(study / "solu-s0", replace(CONFIG, jobs=1), said.append)
+    evaluate(study, replace(CONFIG, jobs=1), said.append)
+    runs = {each.run for each in of_kind(results.read(written), Measurement)}
+    assert runs == {"gelu-s0", "solu-s0", "solu_ln-s0"}
 
 
 def results_of(study: Path) -> dict[str, list[str]]:
