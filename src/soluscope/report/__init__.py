@@ -1,7 +1,8 @@
 """The report of a study, as an HTML page and as tables for the terminal.
 
-Its only input is results.jsonl; it never loads a model. `build` writes the page; `table` and `matrix` are
-for the terminal; `figures.draw` draws one figure of a probe.
+Its input is results.jsonl, and for the methods paragraph the facts beside it on the text and the software
+(provenance.py); it never loads a model. `build` writes the page; `table` and `matrix` are for the terminal;
+`figures.draw` draws one figure of a probe.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from soluscope import results
 from soluscope.files import check_links, write_text
-from soluscope.report import controls, page, words
+from soluscope.report import controls, page, provenance, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
     by_kappa,
@@ -86,7 +87,8 @@ def build(study_dir: Path) -> Path:
 def _read(study_dir: Path) -> list[Record]:
     path = study_dir / "results.jsonl"
     check_links(path, study_dir)
-    return results.read(path)
+    records = results.read(path)
+    return [*records, *provenance.of_study(study_dir, records)]
 
 
 def _write(folder: Path, records: list[Record]) -> Path:
