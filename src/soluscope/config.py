@@ -426,6 +426,12 @@ class PretrainedConfig(EvalConfig):
 class ReportConfig:
     out: FilePath | None = None
     """Folder of the report, if you may not write to the study's folder. null: the study's folder."""
+    figures: FilePath | None = None
+    """New folder for the main figures as SVG and PNG. Needs kaleido (the extra soluscope[figures]) and Chrome or
+    Chromium. null: none are written."""
+    tables: FilePath | None = None
+    """New folder for the tables as CSV and LaTeX, a methods paragraph and its references. null: none are
+    written."""
 
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of

@@ -1,4 +1,4 @@
-"""The records of results.jsonl, the report's only input: one line per record, distinguished by `kind`.
+"""The records of results.jsonl, the report's input: one line per record, distinguished by `kind`.
 
 A record is a number with its interval and its origin, or a fact needed to read the numbers: an arm's
 settings, the runs that a probe leaves out, a probe's description. Verdicts are enumerated; `note` is
@@ -419,11 +419,35 @@ class ProbeWords(Record):
     gates: tuple[Gate, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provenance(Record):
+    """The text and the software behind the trained runs of a study. An unknown fact is empty or None."""
+
+    kind: ClassVar[str] = "provenance"
+
+    source: str = ""
+    """Name of a text source, such as `stdlib`."""
+    documents: dict[str, Whole]
+    """Number of documents in each split: `train`, `select`, `report`."""
+    tokens: dict[str, Whole]
+    """Number of tokens in each split."""
+    d_vocab: Whole | None = None
+    """Entries of the tokenizer."""
+    n_copies: Whole | None = None
+    """Number of documents that were left out because another document has the same text."""
+    n_overlapping: dict[str, Whole]
+    """Number of documents left out of each split because a held-out document shares a passage with them."""
+    versions: dict[str, str]
+    """Versions of the packages that trained the runs; several versions are separated by commas."""
+    commits: tuple[str, ...] = ()
+    """Commits of the code that trained the runs."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
-        FalsePositives, ProbeWords,
+        FalsePositives, ProbeWords, Provenance,
     )
 }  # fmt: skip
 

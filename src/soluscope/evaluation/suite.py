@@ -30,6 +30,7 @@ from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, compare
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
+from soluscope.evaluation import provenance
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.elsewhere import check_writable, linked
 from soluscope.evaluation.one_run import (
@@ -285,6 +286,7 @@ def write_results(study_dir: Path) -> Path:
             losses.append(read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
+        records += provenance.of_study(study_dir, compared)
         records += compare(study_dir.name, table, commit(), _lineages(compared), seeds)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}

@@ -49,6 +49,13 @@ class Paragraph(Block):
 
 
 @dataclass(frozen=True)
+class Source(Block):
+    """A text to copy, as it was written; one click selects all of it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Bullets(Block):
     """A list of sentences."""
 

@@ -1,13 +1,15 @@
-"""Names of arms for people, such as `SoLU + LN, kappa 41.9`, and the order of the arms on the page.
+"""Names of arms for people, such as `SoLU + LN, kappa 41.9`, the order of the arms on the page, and names of files.
 
 The names follow from the stored labels and settings of the arms. An arm without a label keeps its identifier.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any
 
 from soluscope.report.findings import at_best_rate, settings
@@ -17,6 +19,8 @@ KINDS = {"static": ", static gain", "per_token": ", live"}
 """Kinds of gain by role, as they follow a label."""
 ORDER = ("plain", "static", "per_token", "baseline")
 """Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, then the baselines."""
+LONGEST = 80
+"""Largest number of characters of a file's name."""
 
 
 def arms(records: Sequence[Record]) -> dict[str, str]:
@@ -102,3 +106,16 @@ def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
         return sizes.index(of.size), role, len(of.chain), of.variant, *values, arm
 
     return key
+
+
+def file_name(text: str, taken: Collection[str] = ()) -> str:
+    """Return a file's name made of the words of `text`, in letters that every system allows, without an ending.
+
+    Args:
+        text: words, which may come from data.
+        taken: names that other files have; upper and lower case do not distinguish names.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:LONGEST].rstrip("-.") or "unnamed"
+    lower = {each.lower() for each in taken}
+    numbered = chain([plain], (f"{plain}-{n}" for n in count(2)))
+    return next(name for name in numbered if name.lower() not in lower)

@@ -12,6 +12,7 @@ from soluscope.report import (
     figures,
     meaning,
     methods,
+    paragraph,
     pretrained,
     tokens,
     tuning,
@@ -50,6 +51,7 @@ from soluscope.results import (
     LeftOut,
     Measurement,
     OfRun,
+    Provenance,
     Quantity,
     Record,
     Term,
@@ -94,6 +96,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
         Section("provenance", "Runs and code", _provenance(records, arms.identifiers), "data"),
+        Section("paragraph", "Methods paragraph and BibTeX", paragraph.blocks(records), "data"),
     ]
     return [section for section in sections if section.blocks]
 
@@ -495,8 +498,9 @@ def _provenance(records: list[Record], identifiers: Mapping[str, str]) -> list[B
     runs = {each.run: each for each in records if isinstance(each, OfRun)}
     commits = ", ".join(sorted({each.commit for each in records} - {""})) or "unknown"
     studies = ", ".join(sorted({each.study for each in records}))
+    n_records = sum(not isinstance(each, Provenance) for each in records)
     text = (
-        f"Study {studies}: {len(runs)} runs, {len(records):,} records of results.jsonl, measured with the code "
+        f"Study {studies}: {len(runs)} runs, {n_records:,} records of results.jsonl, measured with the code "
         f"of commit {commits}."
     )
     lines = []
