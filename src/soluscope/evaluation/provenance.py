@@ -34,7 +34,7 @@ class _Data:
 def of_study(study_dir: Path, models: Sequence[Facts]) -> list[Provenance]:
     """Return one record about the text and software of a study's trained models.
 
-    The list is empty if data.json lacks a fact, or describes other tokens than those that the models know.
+    The list is empty if data.json lacks a fact, or describes other tokens than those of the models.
     """
     try:
         data = read_json(study_dir / "data.json", _Data, "")
