@@ -152,14 +152,14 @@ class TrainConfig:
     this run's seed. The schedule and the optimizer start at step 0, and the batches continue after that run's. The
     folder must stay until this run is finished. null: random weights."""
     lr: float | None = None
-    """Peak learning rate of the blocks' matrices. null: the tuned rate in train.rates for this variant."""
+    """Peak learning rate of the blocks' matrices. null: the rate in train.rates for this arm."""
     lr_rest: float = 1e-3
     """Peak learning rate of embeddings, the unembedding, the norms' weights and biases."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Tuned learning rate of each variant at this size. Used if train.lr is null."""
+    """Learning rate of each arm at this size, used if train.lr is null. An arm is a variant, such as `solu_ln`, or
+    a variant with settings, such as `solu_ln mid.kappa=4e-5`, whose rate goes before the variant's rate."""
     tuned: list[str] = field(default_factory=list)
-    """Arms whose rate in train.rates was tuned with the other settings of this preset: variants, such as `solu_ln`,
-    or variants with settings, such as `solu_ln mid.kappa=4e-5`."""
+    """Arms whose rate was tuned with the other settings of this preset, named as in train.rates."""
     warmup_steps: int = 50
     """Optimizer steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -464,12 +464,16 @@ def rate_origin(config: Config) -> str:
     The seed does not count. The text completes "The rate of this arm ...".
     """
     train = config.train
-    if train.rates.get(config.variant) != train.lr:
+    of_variant = [arm for arm in train.rates if arm.split()[:1] == [config.variant]]
+    with_this_rate = [arm for arm in of_variant if train.rates[arm] == train.lr]
+    if not with_this_rate:
         return "was set by hand"
-    tuned = [words for words in map(str.split, train.tuned) if words[0] == config.variant]
-    if not tuned:
+    if not {*of_variant} & {*train.tuned}:
         return f"is that of size={config.size}, where {config.variant} was not tuned"
-    differing = min((_differing(config, words) for _, *words in tuned), key=len)
+    tuned = [arm.split()[1:] for arm in with_this_rate if arm in train.tuned]
+    if not tuned:
+        return "was set by hand"
+    differing = min((_differing(config, words) for words in tuned), key=len)
     return f"was tuned with {'; '.join(differing)}" if differing else ""
 
 
@@ -577,11 +581,23 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     base, schema = _typed(groups["variant"], groups["data"])
     merged = _merge(base, *_layers(schema, [base_file, *group_files, *files], overrides))
     if merged.train.lr is None:
-        rate = merged.train.rates.get(merged.variant)
+        rate = _rate_of(merged)
         check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
               "set train.lr, or add it to train.rates in configs/size/")  # fmt: skip
         merged = _merge(merged, OmegaConf.create({"train": {"lr": rate}}))
     return merged
+
+
+def _rate_of(merged: DictConfig) -> float | None:
+    """Return the rate in train.rates of the arm with most settings that `merged` has; None without an arm."""
+    rates: dict[int, float] = {}
+    for arm, rate in merged.train.rates.items():
+        variant, *words = str(arm).split() or [""]
+        settings = OmegaConf.from_dotlist(words)
+        holds = (OmegaConf.select(merged, key) == value for key, value in flatten(settings))
+        if variant == merged.variant and all(holds):
+            rates[len(words)] = rate
+    return rates[max(rates)] if rates else None
 
 
 def _typed(variant: str, data: str) -> tuple[DictConfig, dict[str, Any]]:
