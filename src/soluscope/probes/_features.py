@@ -237,17 +237,40 @@ def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.in
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, "structural components".
     """
-    rounded = levels(values)
-    ranks = rankdata(rounded, axis=0)
-    placed = np.empty_like(rounded)
-    for group in (holds, ~holds):
-        below = ranks[group] - rankdata(rounded[group], axis=0)  # of the other class, ties half
-        share = below / max(1, int((~group).sum()))
-        placed[group] = share if group is holds else 1 - share
-    parts = [
-        part for column in placed.T for part in (column * holds, holds, column * ~holds, ~holds)
-    ]
+    absent_below, present_below = _n_below(levels(values).T, holds)
+    n_holds = int(holds.sum())
+    placed = np.where(
+        holds, absent_below / max(1, len(holds) - n_holds), 1 - present_below / max(1, n_holds)
+    )  # [column token]
+    parts = [part for column in placed for part in (column * holds, holds, column * ~holds, ~holds)]
     return sums_by_document(np.stack(parts, axis=1), string)
+
+
+def _n_below(values: Floats, holds: Bools) -> tuple[Floats, Floats]:
+    """Return the numbers of tokens without and with the feature below each token; ties count half. [column token]
+
+    Args:
+        values: [column token].
+        holds: [token].
+    """
+    order = np.argsort(values, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    is_first = np.ones(values.shape, dtype=bool)  # of the tokens that share a value
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    block = np.cumsum(is_first, axis=1) - 1
+    block += block[:, -1:].cumsum(axis=0) - block[:, -1:] + np.arange(len(values))[:, None]
+    starts = np.flatnonzero(is_first)
+    present = np.add.reduceat(holds[order].ravel(), starts, dtype=np.float64)
+    sizes = np.diff(starts, append=values.size)
+    result = []
+    for of_block in (sizes - present, present):
+        before = np.cumsum(of_block) - of_block
+        column = starts // values.shape[1]
+        before -= before[np.searchsorted(column, np.arange(len(values)))][column]
+        below = np.empty_like(values)
+        np.put_along_axis(below, order, (before + of_block / 2)[block], axis=1)
+        result.append(below)
+    return result[0], result[1]
 
 
 def auroc_of(sums: Floats, everything: Floats) -> Floats:
