@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _page import figures_in
 from _records import LN, RUN, number, token_values, words
 from conftest import run_python
 from IPython.core.completer import IPCompleter, provisionalcompleter
@@ -22,7 +23,7 @@ from IPython.core.interactiveshell import InteractiveShell
 import soluscope
 from soluscope import UserError, plugins, results
 from soluscope.notebook.examples import Example, Examples
-from soluscope.report import page
+from soluscope.report import packing, page
 from soluscope.results import Comparison, Figure, Term, Untrained
 from soluscope.text import readable
 
@@ -371,14 +372,10 @@ def test_a_studys_tables_are_the_lines_of_results_jsonl(folder: Path) -> None:
 
 def test_a_studys_figures_are_those_of_its_page(folder: Path) -> None:
     figures = soluscope.study(folder).figures
-    on_page = re.findall(
-        r'class="plot".*?<script type="application/json">(.*?)</script>',
-        page.render(records()),
-        re.S,
-    )
+    on_page = figures_in(page.render(records()))
     assert len(figures) == len(on_page) > 1
     for figure, drawn in zip(figures.values(), on_page, strict=True):
-        assert json.loads(figure.to_json())["data"] == json.loads(drawn)["data"]
+        assert json.loads(packing.as_text(figure))["data"] == json.loads(drawn.to_json())["data"]
     assert "loss" in figures
     assert repr(figures).splitlines() == list(figures)
     with pytest.raises(UserError, match=r"no figure called 'los'. Did you mean 'loss'"):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from soluscope.errors import UserError
 from soluscope.files import Whole, from_json, reason, write_text
@@ -26,6 +26,7 @@ Source: protocol.md section 4."""
 
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
+T = TypeVar("T")
 
 
 class Verdict(StrEnum):
@@ -452,8 +453,24 @@ KINDS: dict[str, type[Record]] = {
 }  # fmt: skip
 
 
+class Records(list[Record]):
+    """Records that do not change, and what was computed from them once: a large study has half a million."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        super().__init__(records)
+        self._known: dict[object, Any] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return the result of `make`, which is called the first time that the key is asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(T, self._known[key])
+
+
 def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
     """Return the records of one type, in their order."""
+    if isinstance(records, Records):
+        return list(records.once(kind, lambda: of_kind([*records], kind)))
     return [record for record in records if isinstance(record, kind)]
 
 

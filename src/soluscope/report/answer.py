@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from soluscope.report import controls, figures, pretrained, words
-from soluscope.report.blocks import Block, Paragraph, Tile, Tiles, plot
+from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Tile, Tiles, plot
 from soluscope.report.figures import Style
 from soluscope.report.findings import (
     comparisons,
@@ -38,12 +38,24 @@ def blocks(
         look: a style for each arm.
     """
     return [
-        *(Paragraph(text, style="warn brief") for text in words.warnings(all_records)),
+        *_warnings(words.warnings(all_records)),
         Paragraph(words.answer(all_records), style="first"),
         *_figure(compared, look),
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
     ]
+
+
+def _warnings(texts: Sequence[str]) -> list[Block]:
+    """Return the warnings folded to one line, so that the answer and its figure stay on the first screen.
+
+    The style sheet cuts the first warning to one line until the reader opens it; the others follow below it.
+    """
+    if not texts:
+        return []
+    first, *others = texts
+    summary = f"{len(texts)} warnings: {first}" if others else first
+    return [Fold(summary, [Bullets(others)] if others else [], "warn brief")]
 
 
 def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]:

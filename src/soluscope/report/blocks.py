@@ -127,6 +127,8 @@ class Fold(Block):
 
     summary: str
     blocks: Sequence[Block]
+    style: str = ""
+    """Class in the style sheet."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -31,12 +32,19 @@ from soluscope.results import (
 # Okabe and Ito's colours, which colour-blind readers can distinguish; yellow is hard to see on white and omitted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+DASHES = ("solid", "14px,2px", "10px,4px", "7px,4px", "5px,5px", "3px,4px", "2px,4px")
+"""From few gaps to many: where lines coincide, the arms below show through the gaps of the arms drawn later."""
 INK, GRID = "#222222", "#e4e4e4"
 N_COLUMNS = 3
 LONG_LABEL = 16
+TITLE_LETTERS = 36
+"""Letters in a line of a panel's title; three panels beside each other have room for it."""
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
+LEGEND = 34
+"""Pixels above the titles for one row of the legend; plotly makes more room where the legend needs it."""
+MANY_ARMS = 9
+"""More arms than this are drawn closer together, with labels of one line."""
 TITLE_HEIGHT = 40
 """Height of a figure's title in pixels; the report's page needs none, because it has headings."""
 QUARTILE = re.compile(r".* Q[1-4]")
@@ -60,12 +68,12 @@ class Style:
 def styles(rows: Iterable[Record]) -> dict[str, Style]:
     """Assign a style to each arm, in the order of the records.
 
-    With more arms than colours, the symbol and the dash distinguish them.
+    With more arms than colours, the symbol distinguishes them.
     """
     arms = dict.fromkeys(row.arm for row in rows if row.arm)
     n = len(COLOURS)
     return {
-        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i // n % len(DASHES)])
+        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i % len(DASHES)])
         for i, arm in enumerate(arms)
     }
 
@@ -276,23 +284,26 @@ def doses(rows: Iterable[Record]) -> Doses:
 
 def _panels(rows: Iterable[Record], spec: Figure) -> Panels[Measurement]:
     """Return the rows that `spec` selects, by quantity, group and stream."""
-    wanted = [
-        row
-        for row in of_kind(rows, Measurement)
-        if row.quantity in spec.quantities
-        and row.statistic in (spec.statistic, "")  # an estimate has no statistic
-        and row.value is not None
-        and (not spec.streams or row.stream in spec.streams)
-        and (row.x is not None) == (spec.kind == "curve")
-        and (spec.kind == "curve" or row.positions == spec.positions)
-        and _in_group(row, spec)
-    ]
+    wanted = [row for row in of_kind(rows, Measurement) if is_drawn(row, spec)]
     order = {quantity: i for i, quantity in enumerate(spec.quantities)}
     panels: Panels[Measurement] = {}
     wanted.sort(key=lambda r: (order[r.quantity], r.group, by_stream(r), r.seed or 0))
     for row in wanted:
         panels.setdefault((row.quantity, row.group, row.stream), []).append(row)
     return panels
+
+
+def is_drawn(row: Measurement, spec: Figure) -> bool:
+    """Return whether a figure shows this number."""
+    return (
+        row.quantity in spec.quantities
+        and row.statistic in (spec.statistic, "")  # an estimate has no statistic
+        and row.value is not None
+        and (not spec.streams or row.stream in spec.streams)
+        and (row.x is not None) == (spec.kind == "curve")
+        and (spec.kind == "curve" or row.positions == spec.positions)
+        and _in_group(row, spec)
+    )
 
 
 def _in_group(row: Measurement, spec: Figure) -> bool:
@@ -310,7 +321,9 @@ def _dots(
     """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
     arms = _in_order(panels, look)
     untrained = {number_key(each): each for each in before}
-    figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
+    one_scale = _have_one_unit(panels)
+    drawn = [row for rows in panels.values() for row in rows]
+    figure = _grid(panels, row_height=24 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
@@ -320,8 +333,9 @@ def _dots(
         figure.update_yaxes(_arm_axis(arms, index), **_at(index))
         unit = html.escape(rows[0].unit)
         figure.update_xaxes(title_text=unit, **_at(index))
-        if log and _positive(rows):
-            figure.update_xaxes(**_log_axis(rows, 3), **_at(index))
+        on_axis = drawn if one_scale else rows
+        if log and _positive(on_axis):
+            figure.update_xaxes(**_log_axis(on_axis, 3), **_at(index))
         else:
             _mark_zero(figure, rows, index)
     return figure
@@ -335,26 +349,30 @@ def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
 
 def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """Draw one panel per quantity, group and stream, with one thin line per run and its interval as a band."""
-    figure = _grid(panels, row_height=270, curves=True)
-    if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
-        figure.update_yaxes(matches="y")  # groups of one quantity are compared on one scale
+    one_scale = _have_one_unit(panels)
+    drawn = [row for rows in panels.values() for row in rows]
+    figure = _grid(panels, row_height=250, curves=True)
+    if one_scale:
+        figure.update_yaxes(matches="y")
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
-        runs = {(row.arm, row.seed or 0) for row in rows}
-        for arm, seed in sorted(runs, key=lambda run: ([*look].index(run[0]), run[1])):
-            line = sorted(
-                (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
-            )
-            style, label = look[arm], html.escape(arm)
-            if spec.relative:
-                line = _relative(line)
+        lines: dict[tuple[str, int], list[Measurement]] = {}
+        for row in sorted(rows, key=lambda row: row.x or 0.0):
+            lines.setdefault((row.arm, row.seed or 0), []).append(row)
+        in_order = sorted(lines, key=lambda run: ([*look].index(run[0]), run[1]))
+        if spec.relative:
+            lines = {run: _relative(line) for run, line in lines.items()}
+        for arm, seed in in_order:  # bands first, so that none covers a line
+            line = lines[arm, seed]
             if all(row.low is not None and row.high is not None for row in line):
-                _add(figure, _band(line, style), index)
+                _add(figure, _band(line, look[arm], len(lines)), index)
+        for arm, seed in in_order:
+            line, style, label = lines[arm, seed], look[arm], html.escape(arm)
             trace = go.Scatter(
                 x=[row.x for row in line],
                 y=[None if spec.log_y and not row.value else row.value for row in line],
                 mode="lines",
-                line={"color": style.colour, "width": 1.3, "dash": style.dash},
+                line={"color": style.colour, "width": 1.5, "dash": style.dash},
                 name=label,
                 legendgroup=label,
                 showlegend=arm not in named,
@@ -365,11 +383,14 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         x_type = "log" if spec.log_x else None
         figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
-        figure.update_yaxes(title_text=unit, **_at(index))
-        if spec.log_y and _positive(rows, or_zero=True) and any(row.value for row in rows):
-            figure.update_yaxes(**_log_axis(rows, 6), **_at(index))
-            if not _positive(rows):
-                figure.update_yaxes(title_text=f"{unit} (log; 0 not drawn)", **_at(index))
+        on_axis = drawn if one_scale else rows
+        if spec.log_y and _positive(on_axis, or_zero=True) and any(row.value for row in on_axis):
+            figure.update_yaxes(**_log_axis(on_axis, 6), **_at(index))
+            unit += "" if _positive(on_axis) else " (log; 0 not drawn)"
+        if one_scale and index % N_COLUMNS:
+            figure.update_yaxes(showticklabels=False, **_at(index))
+        else:
+            figure.update_yaxes(title_text=unit, **_at(index))
     return figure
 
 
@@ -479,7 +500,6 @@ def relative(
     names = [reference, *arms]
     figure = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
     figure.update_layout(height=58 + 29 * len(names), margin_t=4, margin_b=50)
-    figure.update_yaxes(tickfont_size=11)
     zero = replace(rows[0], arm=reference, value=0.0, low=0.0, high=0.0)
     mark = _intervals([zero], [0.0], look[reference])
     mark.update(
@@ -667,14 +687,15 @@ def _gap(end: float | None, value: float) -> float:
     return 0.0 if end is None else end - value
 
 
-def _band(line: Sequence[Measurement], style: Style) -> go.Scatter:
+def _band(line: Sequence[Measurement], style: Style, n_lines: int) -> go.Scatter:
+    """Draw a line's intervals as a band, the lighter the more lines the panel has."""
     x = [row.x for row in line]
     return go.Scatter(
         x=x + x[::-1],
         y=[row.high for row in line] + [row.low for row in reversed(line)],
         fill="toself",
         fillcolor=style.colour,
-        opacity=0.12,
+        opacity=max(0.02, min(0.12, 0.36 / n_lines)),
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",
@@ -692,20 +713,21 @@ def _grid(
 ) -> go.Figure:
     """Return an empty figure with a titled panel for each of `panels`, up to three side by side.
 
-    Figures of curves have a legend and more room between the panels. `gap` is the height in pixels between
-    two rows of panels, for the labels of the upper row and the titles of the lower row.
+    Figures of curves have a legend above the panels and more room between them. `gap` is the height in pixels
+    between two rows of panels, for the labels of the upper row and the titles of the lower row.
     """
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    bottom = 92 if curves else 56  # for the legend
+    top, bottom = TOP + LEGEND * curves, gap - TOP
     inner = n_rows * row_height + (n_rows - 1) * gap
-    height = TOP + inner + bottom
+    height = top + inner + bottom
     several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
     titles = []
     for key in panels:
         named = [part for part, differs in zip(key, several, strict=True) if part and differs]
         named = named or [key[2] or key[0]]
-        titles.append("<br>".join(html.escape(part) for part in named))
+        lines = [line for part in named for line in textwrap.wrap(part, TITLE_LETTERS)]
+        titles.append("<br>".join(map(html.escape, lines)))
     figure = make_subplots(
         rows=n_rows,
         cols=n_columns,
@@ -718,13 +740,13 @@ def _grid(
         template="none",
         height=height,
         autosize=True,
-        margin={"l": 60, "r": 16, "t": TOP, "b": bottom},
+        margin={"l": 60, "r": 16, "t": top, "b": bottom},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="white",
         dragmode=False,  # so that a finger on a phone scrolls the page
         hovermode="closest",
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1 + TOP / inner, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
     axis = {
@@ -764,7 +786,10 @@ def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
     return {
         "showticklabels": index % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
-        "ticktext": [_broken(label) for label in labels],
+        "ticktext": [
+            _broken(label) if len(labels) <= MANY_ARMS else html.escape(label) for label in labels
+        ],
+        "tickfont": {"size": 11},
         "range": [len(labels) - 0.4, -0.6],
         "showgrid": False,
     }
@@ -780,9 +805,14 @@ def _spread(n: int) -> list[float]:
     return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
-def _alike(panels: Collection[Key]) -> bool:
-    """Return whether all panels show one quantity, so that a shared axis makes them comparable."""
-    return len({key[0] for key in panels}) == 1
+def _have_one_unit(panels: Panels[N]) -> bool:
+    """Return whether all panels have one unit, so that a shared axis makes them comparable."""
+    return len({row.unit for rows in panels.values() for row in rows}) == 1
+
+
+def _arm_height(n_arms: int) -> int:
+    """Return the height of an arm's line in pixels: room for a label of two lines, unless there are many arms."""
+    return 27 if n_arms <= MANY_ARMS else 20
 
 
 def _mark_zero(

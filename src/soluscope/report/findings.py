@@ -13,6 +13,7 @@ from soluscope.results import (
     Number,
     OfRun,
     Record,
+    Records,
     Setting,
     Term,
     Untrained,
@@ -72,12 +73,16 @@ def tuned(records: Sequence[Record]) -> list[Record]:
 
     These are arms whose learning rate was not chosen, and arms that were only tried out at select seeds.
     """
+    if isinstance(records, Records):
+        return records.once(tuned, lambda: Records(tuned([*records])))
     only_tried = {arm for arm, setting in settings(records).items() if setting.only_tried}
     return [record for record in at_best_rate(records) if record.arm not in only_tried]
 
 
 def at_best_rate(records: Sequence[Record]) -> list[Record]:
     """Return all records except records of arms whose learning rate was not chosen."""
+    if isinstance(records, Records):
+        return records.once(at_best_rate, lambda: Records(at_best_rate([*records])))
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     return [record for record in records if record.arm not in passed_over]
@@ -90,6 +95,11 @@ def settings(records: Iterable[Record]) -> dict[str, Setting]:
 
 def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the records of each size's arms, by the text that distinguishes the size, smallest size first."""
+    if isinstance(records, Records):
+        of_size = records.once(
+            sizes, lambda: {size: Records(found) for size, found in sizes([*records]).items()}
+        )
+        return dict(of_size)
     size_of = {arm: setting.size for arm, setting in settings(records).items()}
     result: dict[str, list[Record]] = {size: [] for size in dict.fromkeys(size_of.values())}
     for record in records:
@@ -236,15 +246,34 @@ def measured(
     """Return a probe's numbers for an arm, sorted by seed; estimates have no statistic and match any."""
     result = [
         row
-        for row in of_kind(records, Measurement)
-        if row.probe == probe
-        and (row.quantity, row.group, row.arm) == (quantity, group, arm)
+        for row in _of_quantity(records, probe, quantity, arm)
+        if row.group == group
         and (row.stream, row.positions) == (stream, positions)
         and row.statistic in (statistic, "")
         and row.x == x
         and row.value is not None
     ]
     return sorted(result, key=lambda row: row.seed or 0)
+
+
+def _of_quantity(
+    records: Iterable[Record], probe: str, quantity: str, arm: str
+) -> Sequence[Measurement]:
+    """Return an arm's measurements of a quantity, in their order."""
+    if not isinstance(records, Records):
+        return [
+            row
+            for row in of_kind(records, Measurement)
+            if (row.probe, row.quantity, row.arm) == (probe, quantity, arm)
+        ]
+
+    def index() -> dict[tuple[str, str, str], list[Measurement]]:
+        result: dict[tuple[str, str, str], list[Measurement]] = {}
+        for row in of_kind(records, Measurement):
+            result.setdefault((row.probe, row.quantity, row.arm), []).append(row)
+        return result
+
+    return records.once(_of_quantity, index).get((probe, quantity, arm), [])
 
 
 def number_key(row: Measurement | Untrained) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from itertools import chain, count
 from typing import Any
 
 from soluscope.report.findings import at_best_rate, settings
-from soluscope.results import ChoicePoint, Comparison, NoChoice, Record, Setting, Step
+from soluscope.results import ChoicePoint, Comparison, NoChoice, Record, Records, Setting, Step
 
 KINDS = {"static": ", static gain", "per_token": ", live"}
 """Kinds of gain by role, as they follow a label."""
@@ -56,7 +56,7 @@ def named(records: Sequence[Record]) -> list[Record]:
         of_variant = {}
     places = {name: place for place, name in enumerate(of_arm.values())}
     result = [_named(record, of_arm, of_variant) for record in records]
-    return sorted(result, key=lambda record: places.get(record.arm, len(places)))
+    return Records(sorted(result, key=lambda record: places.get(record.arm, len(places))))
 
 
 def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, str]) -> Record:
@@ -77,6 +77,8 @@ def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, s
     elif isinstance(record, Setting):
         changed["twin"] = variant(record.twin)
         changed["chain"] = tuple(Step(variant(step.variant), step.adds) for step in record.chain)
+    if all(getattr(record, name) == value for name, value in changed.items()):
+        return record
     return replace(record, **changed)
 
 

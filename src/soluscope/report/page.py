@@ -10,12 +10,12 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import cache
-from itertools import count
 
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from soluscope.report import answer, figures, names, sections, tokens, words
+from soluscope.report import answer, figures, names, packing, sections, tokens, words
 from soluscope.report.blocks import MARKS, TABS, Bullets, Section, flat, fold
 from soluscope.report.figures import min_width
 from soluscope.report.findings import at_best_rate, tuned
@@ -34,13 +34,23 @@ def render(records: list[Record]) -> str:
     numbered = [(f"s{i}", section) for i, section in enumerate(parts, start=1)]
     tabs = {tab: [(key, each) for key, each in numbered if each.tab == tab] for tab in TABS}
     template = _environment().get_template
+    texts: list[str] = []
+
+    def add(figure: go.Figure) -> int:
+        """Add a figure to those that the page's script draws, and return its number."""
+        texts.append(packing.as_text(figure))
+        return len(texts)
+
     return template("page.html.j2").render(
         study=", ".join(sorted({record.study for record in records})),
         tabs={tab: of_tab for tab, of_tab in tabs.items() if of_tab},
         labels=TABS,
-        figure_number=count(1).__next__,
+        add=add,
+        figures=texts,
+        packed=packing.packed,
         min_width=min_width,
         plotly=get_plotlyjs(),
+        licence=_licence(get_plotlyjs()),
         map_styles=sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', get_plotlyjs()))),
         draw=template("draw.js").render(),
         style=template("style.css").render() + tokens.style(blocks),
@@ -48,6 +58,12 @@ def render(records: list[Record]) -> str:
         colour_class=tokens.colour_class,
         marks=MARKS,
     )
+
+
+def _licence(library: str) -> str:
+    """Return the library's name, version and licence, which stand in its first comment."""
+    comment = re.match(r"\s*/\*+(.*?)\*/", library, flags=re.S)
+    return " ".join(comment[1].replace("*", " ").split()) if comment else ""
 
 
 def _hashes(*contents: str) -> str:

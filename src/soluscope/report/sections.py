@@ -29,13 +29,14 @@ from soluscope.report.blocks import (
     fold,
     plot,
 )
-from soluscope.report.figures import QUARTILE, Style, term_name
+from soluscope.report.figures import N_COLUMNS, QUARTILE, Style, term_name
 from soluscope.report.findings import (
     at_best_rate,
     by_stream,
     comparisons,
     estimate,
     for_these_models,
+    listed,
     number,
     number_key,
     of_size,
@@ -51,6 +52,7 @@ from soluscope.results import (
     LeftOut,
     Measurement,
     OfRun,
+    ProbeWords,
     Provenance,
     Quantity,
     Record,
@@ -61,6 +63,9 @@ from soluscope.results import (
 from soluscope.text import plural
 
 NOT_PROBES = {"loss", "training", pretrained.PROBE}
+N_MEANINGS = 1
+"""Number of sentences on a probe's result in view; the others are folded."""
+CLICK = "Click an arm in the legend to hide it; double-click shows it alone."
 NOT_COUNTED = (
     "False positives were not counted; to count them: soluscope probe --false-positives DIR"
 )
@@ -111,6 +116,7 @@ class _Arms:
         self.sizes = sizes(self.records)
         self.look: Mapping[str, Style] = figures.styles(at_best_rate(records))
         self.doses = figures.doses(self.records)
+        self.matrix = evidence.matrix(self.records)
 
     def loss(self) -> list[Block]:
         means = comparisons(self.records, Term.LOSS)
@@ -252,35 +258,41 @@ class _Arms:
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == name]
         before = [row for row in of_kind(self.records, Untrained) if row.probe == name]
         wrong = controls.failures(self.all, name)
-        standing = [*self._standing(name, wrong), *self._left_out(name)]
         failed = " (control failed)" if wrong else ""
         words = controls.words_of(self.all, name)
         if words is None:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
-            blocks: list[Block] = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
+            blocks: list[Block] = [
+                *self._standing(name, wrong),
+                Paragraph(note),
+                *self._left_out(name),
+                *_probe_tables(rows, {}, before),
+                *self._on_controls(name),
+            ]
             return Section(name, name + failed, blocks, "probes", bool(wrong))
+        shown, headline = self._headline(words, rows, before)
+        if not headline and words.figures:
+            text = "The numbers of this probe's figure are undefined for these models; the table has the reasons."
+            headline = [Paragraph(text, style="soft")]
+        sentences = self._meaning(words, rows, before)
         blocks = [
             Paragraph("", lead=words.question),
-            *self._verdicts(name),
-            *standing,
-            *self._headline_figure(rows, words.figures, before),
+            *self._standing(name, wrong),
+            *(Paragraph(text, "Meaning of this result.") for text in sentences[:N_MEANINGS]),
+            *headline,
+            *self._left_out(name),
         ]
-        if controls.standing(self.all, name) == "passed":
-            arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
-            if sentences := meaning.sentences(words, rows, arms, before):
-                text = "About these trained models, without BOS."
-                blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
-        more = [
-            each
-            for spec in words.figures[:1]
-            for each in (self._drawn if _has_streams(rows, spec) else self._against_dose)(
-                rows, spec
-            )
-        ]
-        more += [each for spec in words.figures[1:] for each in self._drawn(rows, spec)]
+        others = sentences[N_MEANINGS:]
+        blocks += fold(f"Meaning: {len(others)} more", [Bullets(others)] if others else [])
+        more = []
+        for spec in words.figures:
+            whole = shown is not None and spec.quantities == shown.quantities
+            whole = whole and (spec.kind == "curve" or len(_streams(rows, spec)) < 2)
+            more += (self._against_dose if whole else self._drawn)(rows, spec)
         blocks += [
             *fold("More figures", more),
             *_probe_tables(rows, words.quantities, before),
+            *self._on_controls(name),
         ]
         method: list[Block] = [
             Paragraph(words.reading, "How to read it."),
@@ -295,31 +307,62 @@ class _Arms:
             method.append(Paragraph(NOT_COUNTED, style="soft"))
         if words.source:
             method.append(Paragraph(f"Source: {words.source}", style="soft"))
-        blocks += fold("How to read it: formula, pitfalls, false positives, source", method)
+        blocks += fold("How to read it", method)
         heading = f"{words.section} {words.name}".strip() + failed
         return Section(name, heading, blocks, "probes", bool(wrong))
 
-    def _headline_figure(
-        self, rows: Sequence[Measurement], specs: Sequence[Figure], before: Sequence[Untrained]
-    ) -> list[Block]:
-        """Draw the first figure, on natural text or else the first stream, beside the numbers before training."""
-        if not specs:
+    def _meaning(
+        self, words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]
+    ) -> list[str]:
+        """Return sentences on a validated probe's result: about these trained models, without BOS."""
+        if controls.standing(self.all, words.probe) != "passed":
             return []
-        spec, remark = specs[0], ""
-        if spec.kind == "dots":
-            spec = replace(spec, streams=tuple(_streams(rows, spec)[:1]))
-            remark = "Grey rings: the same models before training. " if before else ""
-            remark += self.doses.caption()
-        return plot(figures.draw(rows, spec, self.look, before), spec.title, remark)
+        arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
+        return meaning.sentences(words, rows, arms, before)
 
-    def _verdicts(self, name: str) -> list[Block]:
-        """Return a badge on the controls, and one for each arm's verdict on H-smear if the matrix has one."""
-        standing = controls.standing(self.all, name)
-        mark = "pass" if standing == "passed" else "fail"
-        badges = [Badge(mark, f"controls {standing}", "results on models whose answer is known")]
-        if standing == "not run":
-            badges = []
-        for row, seen in evidence.matrix(self.records):
+    def _headline(
+        self, words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]
+    ) -> tuple[Figure | None, list[Block]]:
+        """Draw the numbers that the sentences are about, beside the numbers before training.
+
+        Returns:
+            The specification of the figure and its blocks. The figure shows natural text or else the first stream,
+            and one row of panels. Without numbers that sentences are about, it is the probe's first figure.
+        """
+        main = meaning.main(words, rows)
+        spec = _about(words, main[0]) if main else next(iter(words.figures), None)
+        if spec is None:
+            return None, []
+        remark = ""
+        if spec.kind == "dots":
+            drawn = [row for row in rows if figures.is_drawn(row, spec)]
+            first = [row.quantity for row in main[:1]]
+            known = [name for name in spec.quantities if name in {row.quantity for row in drawn}]
+            panels = list(dict.fromkeys([*first, *known]))[:N_COLUMNS]
+            spec = replace(
+                spec,
+                quantities=tuple(name for name in spec.quantities if name in panels),
+                streams=tuple(_streams(drawn, spec)[:1]),
+            )
+            rings = any(each.quantity in panels for each in before)
+            remark = "Grey rings: the same models before training. " if rings else ""
+            bare = any(row.low is None for row in drawn if row.quantity in panels)
+            remark += "Open marks have no interval. " if bare else ""
+            remark += self.doses.caption()
+        return spec, plot(figures.draw(rows, spec, self.look, before), spec.title, remark)
+
+    def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
+        """Return badges on the controls and on each arm's verdict on H-smear, and a warning if a control failed."""
+        gates = controls.gates(self.all, name)
+        if gates:
+            standing = controls.standing(self.all, name)
+            mark = "pass" if standing == "passed" else "fail"
+            hover = "results on models whose answer is known"
+            badges = [Badge(mark, f"controls {standing}", hover)]
+        else:
+            hover = "this probe has not been validated on controls"
+            badges = [Badge("none", "no control run", hover)]
+        for row, seen in self.matrix:
             if row.probe == name:
                 badges += [
                     Badge(
@@ -330,24 +373,7 @@ class _Arms:
                     for each in seen
                     if each.verdicts
                 ]
-        return [Badges(badges)]
-
-    def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
-        """Return a badge for each control, the numbers behind the badges, and a warning if a control failed."""
-        gates = controls.gates(self.all, name)
-        if not gates:
-            return [
-                Badges(
-                    [
-                        Badge(
-                            "none",
-                            "no control run",
-                            "this probe has not been validated on controls",
-                        )
-                    ]
-                )
-            ]
-        badges = [
+        badges += [
             Badge(
                 "fail" if control in wrong else "pass",
                 f"{controls.sign(of_one)} {control} {'FAIL' if control in wrong else 'pass'}",
@@ -355,37 +381,71 @@ class _Arms:
             )
             for control, of_one in gates.items()
         ]
-        lines = [
-            [control, gate.measured, f"{estimate(gate)} {gate.unit}", controls.asked(gate)]
-            for control, of_one in gates.items()
-            for gate in of_one
-        ]
         result: list[Block] = [Badges(badges)]
         if wrong:
             noun = plural(len(wrong), "control")
             text = f"This probe failed its {noun} {', '.join(wrong)}: do not cite its numbers."
             result.append(Paragraph(text, style="warn"))
+        return result
+
+    def _on_controls(self, name: str) -> list[Block]:
+        """Return the numbers behind the badges of the controls, folded."""
+        gates = controls.gates(self.all, name)
+        lines = [
+            [control, gate.measured, f"{estimate(gate)} {gate.unit}", controls.asked(gate)]
+            for control, of_one in gates.items()
+            for gate in of_one
+        ]
+        if not lines:
+            return []
         text = (
             "Controls are planted models whose answer is known. C+: the probe must find its effect; C-: it must "
             "find none."
         )
         numbers = Table(["control", "number", "result", "note"], lines, n_text=2)
-        return [*result, *fold("Results on the controls", [Paragraph(text, style="soft"), numbers])]
+        return fold("Results on the controls", [Paragraph(text, style="soft"), numbers])
 
     def _left_out(self, name: str) -> list[Block]:
-        """Return sentences on the runs that a probe leaves out, with the reasons."""
-        why: dict[str, list[str]] = {}
+        """Return sentences on the arms and runs that a probe leaves out, with the reasons."""
+        runs: dict[str, set[str]] = {}
+        for record in self.records:
+            if isinstance(record, OfRun):
+                runs.setdefault(record.arm, set()).add(record.run)
+        left: dict[tuple[str, str], dict[str, list[str]]] = {}
         for each in of_kind(self.records, LeftOut):
             if each.probe == name:
-                why.setdefault(each.note, []).append(each.run)
-        texts = (f"Left out: {', '.join(sorted(runs))} ({note})." for note, runs in why.items())
-        return [Paragraph(text, style="soft") for text in texts]
+                of_reason = left.setdefault((each.stream, each.note), {})
+                of_reason.setdefault(each.arm, []).append(each.run)
+        result: list[Block] = []
+        for (stream, note), by_arm in left.items():
+            names: list[str] = []
+            for arm, gone in by_arm.items():
+                names += [arm] if set(gone) == runs[arm] else sorted(gone)
+            on = f" on {stream} text" if stream else ""
+            result.append(Paragraph(f"Left out{on}: {listed(names)} ({note}).", style="soft"))
+        return result
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
-        below = self.doses.caption() if spec.kind == "dots" else ""
-        result = plot(figures.draw(rows, spec, self.look), spec.title, below)
-        return [*result, *self._against_dose(rows, spec)]
+        below = self.doses.caption() if spec.kind == "dots" else CLICK
+        streams = _streams(rows, spec)
+        if spec.kind == "curve" or len(spec.quantities) < 2 or len(streams) < 2:
+            result = plot(figures.draw(rows, spec, self.look), spec.title, below)
+            return [*result, *self._against_dose(rows, spec)]
+        of_stream = [
+            plot(
+                figures.draw(rows, replace(spec, streams=(stream,)), self.look),
+                f"{spec.title}: {stream}",
+                below,
+            )
+            for stream in streams
+        ]
+        first, *others = [each for each in of_stream if each] or [[]]
+        folded = fold(
+            f"{spec.title}: {len(others)} other {plural(len(others), 'stream')}",
+            [block for each in others for block in each],
+        )
+        return [*first, *folded, *self._against_dose(rows, spec)]
 
     def _against_dose(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return the numbers of a figure of dots against the dose, if a variant has several doses."""
@@ -399,16 +459,19 @@ class _Arms:
         return result
 
 
+def _about(words: ProbeWords, row: Measurement) -> Figure:
+    """Return the probe's figure of dots with this number, or a figure of this number alone."""
+    for spec in words.figures:
+        if spec.kind == "dots" and not spec.group and figures.is_drawn(row, spec):
+            return spec
+    title = f"{row.quantity}, {row.statistic}" if row.statistic else row.quantity
+    return Figure(title, (row.quantity,), statistic=row.statistic)
+
+
 def _streams(rows: Sequence[Measurement], spec: Figure) -> list[str]:
     """Return the streams of a figure, natural text first."""
-    drawn = [row for row in rows if row.quantity in spec.quantities]
-    streams = dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values()
-    return [stream for stream in streams if not spec.streams or stream in spec.streams]
-
-
-def _has_streams(rows: Sequence[Measurement], spec: Figure) -> bool:
-    """Return whether the headline figure leaves out streams of this figure."""
-    return spec.kind == "dots" and len(_streams(rows, spec)) > 1
+    drawn = [row for row in rows if figures.is_drawn(row, spec)]
+    return list(dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values())
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -435,12 +498,10 @@ def _probe_tables(
     if main:
         stream = main[0].stream
         caption = f"{stream} text, without BOS" if stream else "without BOS"
-        summary = f"Table: {caption}; one line per seed, [95% interval]"
-        result += fold(summary, [_by_arm(main, arms, quantities, before)])
+        lead = Paragraph("One line per seed, with the 95% interval for these models.", style="soft")
+        result += fold(f"Table: {caption}", [lead, _by_arm(main, arms, quantities, before)])
     if rest:
-        result += fold(
-            "Table: other streams, positions and splits", [_by_arm(rest, arms, {}, before)]
-        )
+        result += fold("Table: other streams and splits", [_by_arm(rest, arms, {}, before)])
     return result
 
 

@@ -3,10 +3,29 @@
     "#0072B2": "#4aa8e8"};
   const wish = matchMedia("(prefers-color-scheme: dark)");
   const all = selector => [...document.querySelectorAll(selector)];
-  const read = (box, dark) => JSON.parse(dark
-    ? box.nextElementSibling.textContent.replace(/"(white|#222222|#e4e4e4|#555555|#0072B2)"/g,
-        (found, colour) => `"${COLOURS[colour]}"`)
-    : box.nextElementSibling.textContent);
+  const paint = (text, dark) => JSON.parse(dark
+    ? text.replace(/"(white|#222222|#e4e4e4|#555555|#0072B2)"/g, (found, colour) => `"${COLOURS[colour]}"`)
+    : text);
+
+  // The library and the figures are compressed, because the page would be three times as large with them as text.
+  const unpack = async id => {
+    const packed = document.getElementById(id), letters = atob(packed.textContent);
+    packed.remove();
+    const bytes = new Blob([Uint8Array.from(letters, letter => letter.charCodeAt(0))]);
+    return new Response(bytes.stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  };
+  let texts = [];
+  // A legend of several lines makes the figure higher, not its panels lower.
+  const LETTER = 7.5, MARK = 45, LINE = 20;
+  const read = (box, dark) => {
+    const figure = paint(texts[box.id.replace("figure-", "") - 1], dark);
+    const names = figure.data.filter(each => each.name && each.showlegend !== false).map(each => each.name);
+    const width = names.reduce((sum, name) => sum + MARK + LETTER * name.length, 0);
+    const lines = Math.ceil(width / Math.max(200, (box.clientWidth || 900) - 90));
+    figure.layout.height += LINE * Math.max(0, lines - 1);
+    box.style.height = figure.layout.height + "px";
+    return figure;
+  };
 
   // Figures near the window are drawn first, then the other figures one at a time, so that a page of a hundred
   // figures opens as fast as a page of three. Hidden figures wait until they are shown: before that they have
@@ -23,25 +42,37 @@
     const {data, layout} = read(box, dark);
     Plotly.react(box, data, layout, {responsive: true, displaylogo: false, displayModeBar: false});
   };
-  const watch = new IntersectionObserver(found => found.forEach(({isIntersecting, target}) => {
-    if (isIntersecting && waiting.has(target)) draw(target);
-  }), {rootMargin: "400px"});
-  plots.forEach(box => watch.observe(box));
   const isShown = box => box.offsetParent;
-  const next = () => {
-    const box = [...waiting].find(isShown);
-    if (box) { draw(box); setTimeout(next, 20); }
-  };
-  setTimeout(next, 200);
   const redraw = dark => plots.forEach(box => { if (!waiting.has(box)) draw(box, dark); });
-  wish.addEventListener("change", () => redraw());
-  // Paper is white and has no tabs.
+  const start = ([library, figures]) => {
+    texts = figures.split("\n");
+    const script = document.createElement("script");
+    script.textContent = library;
+    document.head.append(script);
+    const watch = new IntersectionObserver(found => found.forEach(({isIntersecting, target}) => {
+      if (isIntersecting && waiting.has(target)) draw(target);
+    }), {rootMargin: "400px"});
+    plots.forEach(box => watch.observe(box));
+    const next = () => {
+      const box = [...waiting].find(isShown);
+      if (box) { draw(box); setTimeout(next, 20); }
+    };
+    setTimeout(next, 200);
+    wish.addEventListener("change", () => redraw());
+  };
+  Promise.all([unpack("packed-library"), unpack("packed-figures")]).then(start);
+  // Paper is white and has no tabs and no folds.
   addEventListener("beforeprint", () => {
     document.body.classList.add("printed");
+    all("details.warn").forEach(each => { each.open = true; });
+    if (!window.Plotly) return;
     [...waiting].filter(isShown).forEach(box => draw(box, false));
     redraw(false);
   });
-  addEventListener("afterprint", () => { document.body.classList.remove("printed"); redraw(); });
+  addEventListener("afterprint", () => {
+    document.body.classList.remove("printed");
+    if (window.Plotly) redraw();
+  });
 
   // Each figure and each table can be saved: buttons that only a script can serve are made by the script.
   const title = document.title.replace("soluscope: ", "");
@@ -67,7 +98,7 @@
     button.addEventListener("click", async () => {
       if (plot) {
         const {data, layout} = read(plot, false);
-        const width = plot.clientWidth || 900, height = Number(plot.dataset.height);
+        const width = plot.clientWidth || 900, {height} = layout;
         save(await Plotly.toImage({data, layout}, {format: "svg", width, height}), ".svg", box);
       } else {
         const rows = [...box.querySelectorAll("tr")].map(row => [...row.cells].map(cell).join(","));
