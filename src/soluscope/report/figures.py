@@ -43,6 +43,8 @@ TOP = 36
 """Pixels above the first row of panels, for their titles."""
 LEGEND = 34
 """Pixels above the titles for one row of the legend; plotly makes more room where the legend needs it."""
+FEWEST_DOSES = 3
+"""Number of doses of a variant from which its numbers are drawn against the dose."""
 MANY_ARMS = 9
 """More arms than this are drawn closer together, with labels of one line."""
 TITLE_HEIGHT = 40
@@ -108,7 +110,7 @@ def draw(
 def against_dose(
     rows: Sequence[Measurement], spec: Figure, look: Mapping[str, Style], doses: Doses
 ) -> go.Figure:
-    """Draw the numbers of a figure against the dose, for variants that were trained at several doses.
+    """Draw the numbers of a figure against the dose, for variants that were trained at three doses or more.
 
     Args:
         rows: records of one probe.
@@ -118,7 +120,7 @@ def against_dose(
 
     Returns:
         A figure with one panel per quantity, group, stream and kind of dose, and one thin line per seed and
-        variant; without traces if no variant has several doses.
+        variant; without traces if no variant has so many.
     """
     several = doses.several()
     panels: Panels[Measurement] = {}
@@ -246,11 +248,11 @@ class Doses:
     """Variant, and dose of the first seed, by arm."""
 
     def several(self) -> set[str]:
-        """Return the variants that were trained at more than one dose."""
+        """Return the variants that were trained at `FEWEST_DOSES` or more; two doses need no axis."""
         seen: dict[str, set[str]] = {}
         for variant, dose in self.arms.values():
             seen.setdefault(variant, set()).add(f"{dose.value:.3g}")
-        return {variant for variant, values in seen.items() if len(values) > 1}
+        return {variant for variant, values in seen.items() if len(values) >= FEWEST_DOSES}
 
     def caption(self) -> str:
         """Return a text with each arm's dose; empty if a variant has several, which are drawn instead."""
