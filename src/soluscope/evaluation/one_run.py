@@ -271,7 +271,7 @@ def _probe_records(
 def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     """Return the per-token values of the first text of `run`, for the report's token view."""
     end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
-    text = run.subset(torch.arange(len(run.pos)) < end)
+    text = run.subset(torch.arange(end, device=run.device))
     columns = {
         "gain": ("1 / activation", text.gain),
         "r": ("share", text.engagement),
@@ -279,11 +279,11 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     }
     return [
         TokenValue(
-            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=float(value),
+            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=value,
             text=readable(text.vocab[int(text.tokens[index])]),
         )
         for name, (unit, values) in columns.items()
-        for index, value in enumerate(values)
+        for index, value in enumerate(values.tolist())
     ]  # fmt: skip
 
 

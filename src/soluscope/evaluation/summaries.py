@@ -22,6 +22,7 @@ from soluscope.comparison.stats import (
 from soluscope.data import streams
 from soluscope.hooked.activations import HookedRun
 from soluscope.probes import Estimate, Measured, Probe, Quantity
+from soluscope.probes._tokens import array
 from soluscope.results import Measurement, ProbeWords, Untrained
 from soluscope.runs.weights import Facts, commit
 from soluscope.text import plural
@@ -40,8 +41,8 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
 
 def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
     """Return a table with each token's string, pos and id, then one column per quantity."""
-    columns = {"string": run.string, "pos": run.pos, "token": run.tokens}
-    return pd.DataFrame({k: values.numpy() for k, values in (columns | measured.tokens).items()})
+    columns = {"string": run.string, "pos": run.pos, "token": run.tokens} | measured.tokens
+    return pd.DataFrame({name: array(values) for name, values in columns.items()})
 
 
 def stored_words(name: str, probe: Probe, study: str) -> ProbeWords:

@@ -117,6 +117,10 @@ class HookedRun:
     """Text of each token of the vocabulary; empty if unknown."""
 
     @property
+    def device(self) -> torch.device:
+        return self.pos.device
+
+    @property
     def is_bos(self) -> Bool[Tensor, " token"]:
         return self.pos == 0
 
@@ -162,8 +166,8 @@ class HookedRun:
         """Return the log of the gain's geometric mean over tokens that are not BOS; fp64."""
         return self.gain.double().log()[~self.is_bos].mean()
 
-    def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
-        """Return the same run, restricted to the tokens in `keep`."""
+    def subset(self, keep: Bool[Tensor, " token"] | Int[Tensor, " t"]) -> HookedRun:
+        """Return the same run, restricted to the tokens in `keep`, a mask or indices."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         kept: dict[str, Any] = {k: v[keep] for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **kept)
@@ -201,14 +205,14 @@ def planted(
         return scale, centred / scale[..., None]
 
     scale, post = norm(mid)
-    target = torch.ones(n_rows, width, dtype=torch.long)
+    target = torch.ones(n_rows, width, dtype=torch.long, device=mid.device)
     target[:, -1] = -1
-    loss = torch.full((n_rows, width), math.log(2), dtype=torch.float64)
+    loss = mid.new_full((n_rows, width), math.log(2))
     zeros = mid.new_zeros
     return HookedRun(
         stream="planted", tokens=torch.zeros_like(target).flatten(), target=target.flatten(),
-        pos=torch.arange(width).expand(n_rows, width).flatten(),
-        string=torch.arange(n_rows)[:, None].expand(n_rows, width).flatten(),
+        pos=torch.arange(width, device=mid.device).expand(n_rows, width).flatten(),
+        string=torch.arange(n_rows, device=mid.device)[:, None].expand(n_rows, width).flatten(),
         loss=loss.where(target >= 0, torch.nan).flatten(), pre=mid.flatten(0, 1),
         mid=mid.flatten(0, 1), post=post.flatten(0, 1), scale=scale.flatten(),
         resid_mid=mid.flatten(0, 1), eps=eps, centres=True,
@@ -218,7 +222,7 @@ def planted(
             ln_centred=True, W_U=zeros(d_mlp, 2), b_U=zeros(2),
         ),
         mlp=Mlp(
-            ln2=lambda resid: resid, W_in=torch.eye(d_mlp, dtype=mid.dtype), b_in=zeros(d_mlp),
+            ln2=lambda resid: resid, W_in=torch.eye(d_mlp).to(mid), b_in=zeros(d_mlp),
             nonlinearity=lambda pre: pre, norm=norm, W_out=zeros(d_mlp, d_mlp), b_out=zeros(d_mlp),
         ),
     )  # fmt: skip
@@ -226,7 +230,7 @@ def planted(
 
 @torch.no_grad()
 def observe(model: Any, stream: Stream) -> HookedRun:
-    """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the CPU.
+    """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the model's device.
 
     A model below fp32 is measured in fp32, with its rounded weights.
 
@@ -252,29 +256,32 @@ def observe(model: Any, stream: Stream) -> HookedRun:
     step = rows_at_once(stream.tokens.shape[1], model.cfg.d_vocab)
     for start in range(0, len(stream.tokens), step):
         rows = slice(start, start + step)
-        tokens, keep = stream.tokens[rows], stream.keep[rows]
         logits, cache = model.run_with_cache(
-            tokens.to(model.cfg.device), names_filter=names.__contains__
+            stream.tokens[rows].to(model.cfg.device), names_filter=names.__contains__
+        )
+        tokens, string, keep = (
+            part[rows].to(logits.device) for part in (stream.tokens, stream.string, stream.keep)
         )
         target = F.pad(tokens[:, 1:], (0, 1), value=-1)
         target = target.where(F.pad(keep[:, 1:], (0, 1)) & (target != stream.bos), -1)
         loss = F.cross_entropy(
             logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-            target.flatten().to(logits.device),
+            target.flatten(),
             ignore_index=-1,
             reduction="none",
         ).view(target.shape)
         post = cache[f"{prefix}mlp.hook_post"]
         part = {
-            "tokens": tokens, "target": target, "string": stream.string[rows],
-            "pos": torch.arange(tokens.shape[1]).expand(tokens.shape),
-            "loss": loss.cpu().where(target >= 0, torch.nan),
+            "tokens": tokens, "target": target, "string": string,
+            "pos": torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape),
+            "loss": loss.where(target >= 0, torch.nan),
             "pre": cache[f"{prefix}mlp.hook_pre"], "post": post,
             "mid": cache[f"{prefix}mlp.hook_mid"] if has_norm else post,
             "scale": cache[f"{prefix}mlp.ln.hook_scale"].squeeze(-1) if has_norm else post.new_ones(tokens.shape),
             "resid_mid": cache[f"{prefix}hook_resid_mid"],
         }  # fmt: skip
-        parts.append({name: tensor.cpu()[keep] for name, tensor in part.items()})
+        kept = keep.flatten().nonzero().squeeze(-1)  # once: each use of a mask waits for the device
+        parts.append({name: tensor.flatten(0, 1)[kept] for name, tensor in part.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     centres, eps = _declared(norm)
     return HookedRun(
@@ -330,18 +337,18 @@ def _readout(model: Any, block: Any) -> Readout:
 
 
 def _weight(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
-    """Return a weight on the CPU, detached; a missing weight is `n` times the value `otherwise`.
+    """Return a weight, detached; a missing weight is `n` times the value `otherwise`.
 
     4.x stores transposes. Products with a transpose round differently, so the layout is made that of 3.9.
     """
     if weight is not None:
-        return weight.detach().cpu().contiguous()
-    return torch.full((n,), otherwise, dtype=like.W_out.dtype)
+        return weight.detach().contiguous()
+    return torch.full((n,), otherwise, dtype=like.W_out.dtype, device=like.W_out.device)
 
 
 def _mlp(block: Any) -> Mlp:
-    """Return a copy on the CPU, which hooks added to the model later do not affect."""
-    parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp])).cpu()
+    """Return a copy, which hooks added to the model later do not affect."""
+    parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp]))
     ln2, mlp = cast(Any, parts)
     norm: Any = getattr(mlp, "ln", None)
 

@@ -44,6 +44,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
+from soluscope.probes._tokens import array
 
 LOW = 0.05
 """r up to which a token's gain counts as being at its ceiling, 1 / sqrt(eps)."""
@@ -85,7 +86,7 @@ def _share_of_loss(run: HookedRun) -> Estimate:
     """Return the share of the loss of the tokens whose gain is below its ceiling, without BOS."""
     loss = run.loss.double().where(run.scored, torch.nan)
     above = loss.where(run.engagement > LOW, 0.0 * loss)
-    return ratio(SHARE_OF_LOSS, above.numpy(), loss.numpy(), run.string.numpy())
+    return ratio(SHARE_OF_LOSS, array(above), array(loss), array(run.string))
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ from soluscope.comparison.stats import fit_aicc
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings
-from soluscope.probes._tokens import arrays
+from soluscope.probes._tokens import array, arrays
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -70,7 +70,7 @@ def _curves(run: HookedRun) -> dict[str, Tensor]:
     for start, end in pairwise(starts):
         gain = run.gain[start:end].double()
         mid = run.mid[start:end].double()
-        n = torch.arange(1, end - start + 1)  # tokens in the prompt, BOS included
+        n = torch.arange(1, 1 + end - start, device=run.device)  # in the prompt, BOS included
         mean, square = (mid.pow(k).mean(-1).cumsum(0) / n for k in (1, 2))
         columns = (
             gain,
@@ -85,7 +85,7 @@ def _curves(run: HookedRun) -> dict[str, Tensor]:
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Yield averages over strings of the numbers that `fits` returns for each string."""
-    string, pos, columns = run.string.numpy(), run.pos.numpy(), arrays(tokens)
+    string, pos, columns = array(run.string), array(run.pos), arrays(tokens)
     by_string = np.argsort(string, kind="stable")
     ends = np.flatnonzero(np.diff(string[by_string])) + 1
     rows = [
