@@ -20,7 +20,7 @@ from soluscope.comparison.stats import (
     statistic_difference,
 )
 from soluscope.data import streams
-from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.activations import Text
 from soluscope.probes import Estimate, Measured, Probe, Quantity
 from soluscope.probes._tokens import array
 from soluscope.results import Measurement, ProbeWords, Untrained
@@ -39,9 +39,9 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
 """Groups of positions, by the prefix rules of protocol.md section 5. BOS is never averaged with other tokens."""
 
 
-def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
+def token_table(text: Text, measured: Measured) -> pd.DataFrame:
     """Return a table with each token's string, pos and id, then one column per quantity."""
-    columns = {"string": run.string, "pos": run.pos, "token": run.tokens} | measured.tokens
+    columns = {"string": text.string, "pos": text.pos, "token": text.tokens} | measured.tokens
     return pd.DataFrame({name: array(values) for name, values in columns.items()})
 
 

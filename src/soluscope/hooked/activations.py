@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -88,8 +88,8 @@ class Mlp:
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so results can be cached per run
-class HookedRun:
-    """Activations of the last MLP on one stream. Tokens are in reading order, one string after another."""
+class Text:
+    """Tokens of one stream in reading order, one string after another, and their losses."""
 
     stream: str
     tokens: Int[Tensor, " token"]
@@ -101,6 +101,25 @@ class HookedRun:
     """The next token; -1 at the end of a row and if the next token is BOS."""
     loss: Float[Tensor, " token"]
     """Cross-entropy of the target in nats; nan without a target."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos.device
+
+    @property
+    def is_bos(self) -> Bool[Tensor, " token"]:
+        return self.pos == 0
+
+    @property
+    def scored(self) -> Bool[Tensor, " token"]:
+        """Return a mask of the tokens that are not BOS and have a target."""
+        return ~self.is_bos & (self.target >= 0)
+
+
+@dataclass(frozen=True, eq=False)
+class HookedRun(Text):
+    """Activations of the last MLP on one stream, or on some whole rows of it."""
+
     pre: Float[Tensor, "token d_mlp"]
     mid: Float[Tensor, "token d_mlp"]
     post: Float[Tensor, "token d_mlp"]
@@ -115,14 +134,6 @@ class HookedRun:
     mlp: Mlp
     vocab: tuple[str, ...] = ()
     """Text of each token of the vocabulary; empty if unknown."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.pos.device
-
-    @property
-    def is_bos(self) -> Bool[Tensor, " token"]:
-        return self.pos == 0
 
     @property
     def gain(self) -> Float[Tensor, " token"]:
@@ -155,11 +166,6 @@ class HookedRun:
         """Return K = |a|^2 / max(a)^2, the effective number of neurons that share a token's code; fp64."""
         square = self.mid.double().square()
         return square.sum(-1) / square.amax(-1)
-
-    @property
-    def scored(self) -> Bool[Tensor, " token"]:
-        """Return a mask of the tokens that are not BOS and have a target."""
-        return ~self.is_bos & (self.target >= 0)
 
     @property
     def mean_log_gain(self) -> Float[Tensor, ""]:
@@ -228,9 +234,23 @@ def planted(
     )  # fmt: skip
 
 
-@torch.no_grad()
 def observe(model: Any, stream: Stream) -> HookedRun:
     """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the model's device.
+
+    Raises:
+        UserError: as `observe_blocks`.
+    """
+    blocks = list(observe_blocks(model, stream))
+    names = [name for name, value in vars(blocks[0]).items() if isinstance(value, Tensor)]
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(block, name) for block in blocks]) for name in names
+    }
+    return replace(blocks[0], **joined)
+
+
+@torch.no_grad()
+def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
+    """Yield the same activations in blocks of whole rows, one for each forward pass.
 
     A model below fp32 is measured in fp32, with its rounded weights.
 
@@ -252,7 +272,8 @@ def observe(model: Any, stream: Stream) -> HookedRun:
     names = {f"{prefix}mlp.hook_pre", f"{prefix}mlp.hook_post", f"{prefix}hook_resid_mid"}
     if has_norm:
         names |= {f"{prefix}mlp.hook_mid", f"{prefix}mlp.ln.hook_scale"}
-    parts: list[dict[str, Tensor]] = []
+    centres, eps = _declared(norm)
+    readout, mlp = _readout(model, block), _mlp(block)
     step = rows_at_once(stream.tokens.shape[1], model.cfg.d_vocab)
     for start in range(0, len(stream.tokens), step):
         rows = slice(start, start + step)
@@ -281,13 +302,10 @@ def observe(model: Any, stream: Stream) -> HookedRun:
             "resid_mid": cache[f"{prefix}hook_resid_mid"],
         }  # fmt: skip
         kept = keep.flatten().nonzero().squeeze(-1)  # once: each use of a mask waits for the device
-        parts.append({name: tensor.flatten(0, 1)[kept] for name, tensor in part.items()})
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    centres, eps = _declared(norm)
-    return HookedRun(
-        stream=stream.name, eps=eps, centres=centres,
-        readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
-    )  # fmt: skip
+        yield HookedRun(
+            stream=stream.name, eps=eps, centres=centres, readout=readout, mlp=mlp, vocab=stream.vocab,
+            **{name: tensor.flatten(0, 1)[kept] for name, tensor in part.items()},
+        )  # fmt: skip
 
 
 def _at_least_fp32(model: Any) -> Any:

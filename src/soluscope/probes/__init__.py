@@ -82,6 +82,7 @@ class Probe:
     docstring: str | None = field(repr=False)
     """The module's `__doc__`, which `words_of` parses into the description."""
     measure: Callable[[HookedRun], Measured]
+    """Function of a whole run; a `PerToken` of `_per_token.py` if each value depends on its own row alone."""
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Names of the streams to measure on; data/streams.py defines them."""
