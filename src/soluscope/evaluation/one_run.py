@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -37,9 +37,10 @@ from soluscope.evaluation.summaries import (
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import reason, replacing
 from soluscope.hooked.ablation import loss_at_post
-from soluscope.hooked.activations import HookedRun, check_model, observe
+from soluscope.hooked.activations import HookedRun, Text, check_model, observe, observe_blocks
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
-from soluscope.probes import Probe
+from soluscope.probes import Measured, Probe
+from soluscope.probes._per_token import PerToken
 from soluscope.results import LeftOut, Measurement, Record, TokenValue, Untrained
 from soluscope.runs.folder import Busy, Run
 from soluscope.text import readable
@@ -160,7 +161,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
         elif name == "loss":
             records = [_loss(observed, folder, about, config)]
         elif name == "tokens":
-            records = token_values(observed("natural"), about)
+            records = token_values(next(iter(observed.blocks("natural"))), about)
         else:
             records = _probe_records(name, observed, folder, about, config)
         results.write(folder / f"{name}.jsonl", records)
@@ -205,7 +206,11 @@ def tokens_of(run: Run, prepared: str | None = None) -> TokenCache:
 
 
 class _Observed:
-    """The model's activations on each stream, computed on first use."""
+    """Activations and measurements of the model, and of its initialisation, on each stream.
+
+    A run is computed when a probe first needs the whole run, and is then kept. Other probes read a stream in blocks
+    of rows, which are not kept.
+    """
 
     def __init__(
         self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig, run: Run
@@ -215,28 +220,46 @@ class _Observed:
             cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
         )
         self._initial = None if read_origin(run.dir) else load_untrained(run, device_of(config))
-        self._runs: dict[str, HookedRun] = {}
-        self._before: dict[str, HookedRun] = {}
+        self._streams: dict[str, streams.Stream] = {}
+        self._runs: dict[tuple[SoluscopeTransformer, str], HookedRun] = {}
 
-    def __call__(self, name: str) -> HookedRun:
-        if name not in self._runs:
-            self._runs[name] = observe(self.model, self._stream(name))
-        return self._runs[name]
+    def blocks(self, name: str) -> Iterable[HookedRun]:
+        """Return the model's activations on a stream in blocks of whole rows."""
+        return self._blocks(self.model, name)
 
-    def untrained(self, name: str) -> HookedRun | None:
-        """Return the activations of the run's own initialisation; None without one.
+    def measured(self, probe: Probe, name: str) -> tuple[Text, Measured]:
+        """Return a stream's text, and the probe's numbers on it."""
+        return self._measured(self.model, probe, name)
+
+    def untrained(self, probe: Probe, name: str) -> tuple[Text, Measured] | None:
+        """Return the same for the run's own initialisation; None without one.
 
         A model that others have trained has none, and neither has a run that began with another run's weights.
         """
-        if self._initial is None:
-            return None
-        if name not in self._before:
-            self._before[name] = observe(self._initial, self._stream(name))
-        return self._before[name]
+        return None if self._initial is None else self._measured(self._initial, probe, name)
+
+    def _measured(
+        self, model: SoluscopeTransformer, probe: Probe, name: str
+    ) -> tuple[Text, Measured]:
+        if isinstance(probe.measure, PerToken):
+            return probe.measure.of_blocks(self._blocks(model, name))
+        if (model, name) not in self._runs:
+            self._runs[model, name] = observe(model, self._stream(name))
+        run = self._runs[model, name]
+        return run, probe.measure(run)
+
+    def _blocks(self, model: SoluscopeTransformer, name: str) -> Iterable[HookedRun]:
+        if (model, name) in self._runs:
+            return [self._runs[model, name]]
+        return observe_blocks(model, self._stream(name))
 
     def _stream(self, name: str) -> streams.Stream:
         ctx, c = self.model.facts.ctx, self.config
-        return streams.make(name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed)
+        if name not in self._streams:
+            self._streams[name] = streams.make(
+                name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed
+            )
+        return self._streams[name]
 
 
 def _probe_records(
@@ -254,20 +277,18 @@ def _probe_records(
     twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=probe.streams[0])
     for stream in probe.streams:
         try:
-            run = observed(stream)
+            text, measured = observed.measured(probe, stream)
         except UserError as error:  # this corpus or tokenizer cannot provide the stream
             records.append(left_out(stream=stream, note=str(error)))
             continue
         base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
-        measured = probe.measure(run)
-        tables[stream] = token_table(run, measured).assign(stream=stream)
+        tables[stream] = token_table(text, measured).assign(stream=stream)
         records += summarise(
             probe, tables[stream], measured.estimates, base, config.n_draws, config.seed
         )
-        if stream == probe.streams[0] and (initial := observed.untrained(stream)):
-            before = probe.measure(initial)
+        if stream == probe.streams[0] and (twins := observed.untrained(probe, stream)):
             here = tables[stream], measured.estimates
-            there = token_table(initial, before), before.estimates
+            there = token_table(*twins), twins[1].estimates
             records += against_untrained(probe, here, there, twin, config.n_draws, config.seed)
         if measured.neurons and stream == probe.streams[0]:
             columns = {key: values.numpy() for key, values in measured.neurons.items()}
@@ -282,7 +303,7 @@ def _probe_records(
 def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     """Return the per-token values of the first text of `run`, for the report's token view."""
     end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
-    text = run.subset(torch.arange(len(run.pos)) < end)
+    text = run.subset(torch.arange(end, device=run.device))
     columns = {
         "gain": ("1 / activation", text.gain),
         "r": ("share", text.engagement),
@@ -290,11 +311,11 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
     }
     return [
         TokenValue(
-            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=float(value),
+            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=value,
             text=readable(text.vocab[int(text.tokens[index])]),
         )
         for name, (unit, values) in columns.items()
-        for index, value in enumerate(values)
+        for index, value in enumerate(values.tolist())
     ]  # fmt: skip
 
 
@@ -327,9 +348,10 @@ def _pretrained(
     table = document_losses(observed.model, observed.cache, "report", config)
     _write_parquet(folder / "loss.parquet", table)
     base = Measurement(**about, probe="pretrained", quantity="", value=None, unit="")
-    facts, run = observed.model.facts, observed("natural")
     loss = mean_loss(table, base, config)
-    return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
+    return pretrained_run.measurements(
+        observed.model.facts, origin, observed.cache, loss, observed.blocks("natural")
+    )
 
 
 def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:

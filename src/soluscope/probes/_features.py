@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import array
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -88,8 +89,8 @@ def label(run: HookedRun) -> Features:
     the only features are token identities. With fewer than `MIN_DOCUMENTS` documents there is no
     feature.
     """
-    content = ~run.is_bos.numpy()
-    enough = len(np.unique(run.string.numpy()[content])) >= MIN_DOCUMENTS
+    content = ~array(run.is_bos)
+    enough = len(np.unique(array(run.string)[content])) >= MIN_DOCUMENTS
     halves = [measured for _, measured in folds(run, content)]
     distinct: dict[bytes, tuple[str, str, Bools]] = {}
     for name, kind, everywhere in _candidates(run) if enough else ():
@@ -112,7 +113,7 @@ def first_half(run: HookedRun, among: Bools | None = None) -> Bools:
 
     Ranks are over the run's documents, or over the documents of the tokens `among`.
     """
-    string = run.string.numpy()
+    string = array(run.string)
     documents = np.unique(string if among is None else string[among])
     even: Bools = np.searchsorted(documents, string) % 2 == 0
     return even
@@ -138,7 +139,7 @@ def folds(run: HookedRun, among: Bools) -> Iterator[tuple[Bools, Bools]]:
 
 def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
     """Yield (name, kind, [token]) for each feature, before its tokens are counted."""
-    tokens, starts = run.tokens.numpy(), run.is_bos.numpy()
+    tokens, starts = array(run.tokens), array(run.is_bos)
     ids, counts = np.unique(tokens[~starts], return_counts=True)
     for token in ids[np.argsort(-counts, kind="stable")][:N_TOKEN_CLASSES]:
         name = repr(run.vocab[token]) if run.vocab else str(token)
