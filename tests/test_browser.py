@@ -112,7 +112,7 @@ def wide(tab: Any) -> int:
 
 
 def bottom(tab: Any, selector: str) -> float:
-    """Return the lower end of an element, in pixels from the top of the page."""
+    """Return the distance of an element's bottom from the top of the page, in pixels."""
     return float(
         tab.evaluate(
             "selector => document.querySelector(selector).getBoundingClientRect().bottom + scrollY", selector
@@ -120,7 +120,7 @@ def bottom(tab: Any, selector: str) -> float:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------- what a reader does
+# ---------------------------------------------------------------- actions of a reader
 
 
 def test_a_tab_shows_its_part_alone(visit):
@@ -129,9 +129,8 @@ def test_a_tab_shows_its_part_alone(visit):
     assert links.count() >= 5
     for i in range(links.count()):
         links.nth(i).click()
-        part = links.nth(i).get_attribute("href")
-        shown = tab.locator(SHOWN)
-        assert [shown.count(), f"#{shown.get_attribute('id')}"] == [1, part]
+        tab.wait_for_selector(f"{SHOWN}{links.nth(i).get_attribute('href')}")
+        assert tab.locator(SHOWN).count() == 1
         assert links.nth(i).get_attribute("aria-selected") == "true"
 
 
@@ -145,8 +144,9 @@ def test_the_keyboard_reaches_the_tabs_and_the_probes(visit):
         "#training",
     ]
     tab.keyboard.press("End")
-    assert tab.locator(SHOWN).get_attribute("id") == "data"
+    tab.wait_for_selector(f"{SHOWN}#data")
     tab.locator(f"{TABS}[href='#probes']").click()
+    tab.wait_for_selector(f"{SHOWN}#probes")
     tab.keyboard.press("Tab")
     first = tab.evaluate("document.activeElement.hash")
     tab.keyboard.press("ArrowDown")
@@ -206,7 +206,7 @@ def test_paper_has_all_parts_with_their_figures_and_warnings(visit):
     assert tab.locator("details.warn[open]").count() == 1
 
 
-# ---------------------------------------------------------------- what a page may not do
+# ---------------------------------------------------------------- a page that asks for nothing
 
 
 def test_hostile_tokens_are_shown_and_do_not_run(visit):

@@ -37,7 +37,7 @@ def render(records: list[Record]) -> str:
     texts: list[str] = []
 
     def add(figure: go.Figure) -> int:
-        """Add a figure to those that the page's script draws, and return its number."""
+        """Add a figure for the page's script to draw, and return its number."""
         texts.append(packing.as_text(figure))
         return len(texts)
 
