@@ -454,7 +454,7 @@ KINDS: dict[str, type[Record]] = {
 
 
 class Records(list[Record]):
-    """Records that do not change, with results of computations on them: a large study has half a million records."""
+    """Records that do not change, with results of computations on them; large studies have half a million."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         super().__init__(records)
