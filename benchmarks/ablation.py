@@ -16,7 +16,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def _model_and_run(device: str, n_positions: int) -> tuple[Any, HookedRun]:
     rows = torch.randint(1, D_VOCAB, (1, n_positions))
     rows[:, 0] = 0
     stream = Stream("random", rows, torch.zeros_like(rows), torch.ones_like(rows).bool(), bos=0)
-    return model, _on(device, observe(model, stream))
+    return model, observe(model, stream)
 
 
 @torch.inference_mode()
@@ -106,15 +105,6 @@ def _hooked(model: Any, run: HookedRun, stage: str, neuron: int, where: slice) -
         fwd_hooks=[(f"blocks.0.mlp.hook_{stage}", zeroed)],
     )  # fmt: skip
     return losses[0]
-
-
-def _on(device: str, value: Any) -> Any:
-    """Return a run, or a part of a run, with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    return replace(value, **{f.name: _on(device, getattr(value, f.name)) for f in fields(value)})
 
 
 def _interleaved(

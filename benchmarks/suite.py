@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from math import log
 from pathlib import Path
@@ -77,7 +78,7 @@ def times(run_dir: Path, scratch: Path, n_tokens: int) -> dict[str, float]:
     for name in ("data.json", "tokenizer.json"):
         shutil.copy(run_dir.parent / name, study / name)
     config = EvalConfig(n_tokens=n_tokens, n_loss_tokens=1000)
-    evaluate(copy, config, lambda text: marks.append((text, time.perf_counter())))
+    evaluate(copy, config, lambda text: None, marking(marks))
     wanted = {"tokens", *plugins.names("soluscope.probes")}
     return {name: taken for name, taken in between(marks).items() if name in wanted}
 
@@ -89,22 +90,23 @@ def pretrained_times(scratch: Path, n_tokens: int) -> dict[str, float]:
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - begin:.1f} s: {text}", file=sys.stderr, flush=True)
-        marks.append((text, time.perf_counter()))
 
     config = PretrainedConfig(
         n_tokens=n_tokens, n_loss_tokens=n_tokens, data="stdlib", runs_dir=str(scratch / "runs")
     )
-    evaluate_pretrained(str(scratch / "model"), config, say)
+    evaluate_pretrained(str(scratch / "model"), config, say, marking(marks))
     return between(marks)
 
 
+def marking(marks: Marks) -> Callable[[int, int, str], None]:
+    """Return a function that notes the time at which each probe begins."""
+    return lambda done, of, name: marks.append((name, time.perf_counter()))
+
+
 def between(marks: Marks) -> dict[str, float]:
-    """Return the seconds from each probe's line of progress to the next line."""
-    seconds = {}
-    for (text, begin), (_, end) in pairwise([*marks, ("", time.perf_counter())]):
-        if "controls of" not in text:
-            seconds[text.rpartition(": ")[2].split(" (")[0]] = end - begin
-    return seconds
+    """Return the seconds from the beginning of each probe to the next one's."""
+    ends = [*marks, ("", time.perf_counter())]
+    return {name: end - begin for (name, begin), (_, end) in pairwise(ends)}
 
 
 def write_model(folder: Path) -> None:

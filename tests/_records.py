@@ -21,7 +21,7 @@ RUN = Measurement(
 """A measurement of one run, to be completed."""
 LN = Setting(
     study="synthetic", arm="solu_ln", variant="solu_ln", values={}, role="per_token",
-    twin="solu_frozen_ln",
+    twin="solu_frozen_ln", n=1,
 )  # fmt: skip
 """The settings of the run's arm, which has a per-token norm."""
 
@@ -58,9 +58,9 @@ def passed(*probes: str) -> list[GateResult]:
 
 
 def token_values(texts: Sequence[str], arm: str = "solu_ln") -> list[TokenValue]:
-    """Return the values of a text: token n has gain 300 + n, r n/10 and effect n - 2 (none at the last token)."""
+    """Return the values of a text: token n has gain 300 + 50 n, r n/10 and effect n - 2 (none at the end)."""
     columns = {
-        "gain": ("1 / activation", lambda n: 300.0 + n),
+        "gain": ("1 / activation", lambda n: 300.0 + 50 * n),
         "r": ("share", lambda n: n / 10),
         "ablation effect": ("nats", lambda n: n - 2.0 if n < len(texts) - 1 else None),
     }

@@ -103,6 +103,8 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['cpu', 'cuda']",
     (REPORT,): "the following arguments are required: study",
     (REPORT, "."): "no results at results.jsonl: create it with 'soluscope probe .'",
+    (REPORT, ".", "--tables", "runs/.."): "runs/.. exists already: name a new folder",
+    (REPORT, ".", "tables=new", "figures=new/f"): "figures=new/f and tables=new overlap",
     (LAUNCH,): "0 sweeps given, wanted one",
     (LAUNCH, "varints"): "no sweep called 'varints'. Did you mean 'variants'? There are: demo, ",
     (SOLUSCOPE, "trian"): "no command called 'trian'. Did you mean 'train'? There are: export, ",

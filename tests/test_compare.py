@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pandas as pd
@@ -158,10 +158,10 @@ def test_loss_of_an_arm_is_the_mean_over_its_seeds():
     assert (row.n, row.study, row.commit, row.config) == (8, "study", "abc", "hash of solu")
 
 
-def test_every_arm_is_compared_with_gelu_and_with_solu_ln_both_ways():
+def test_every_arm_is_compared_with_gelu_with_solu_and_with_solu_ln():
     rows = compare("study", make_losses(SIX), "abc")
     pairs = {(row.arm, row.against, row.cluster) for row in terms(rows, Term.DIFFERENCE)}
-    assert len(pairs) == 2 * 2 * 5
+    assert len(pairs) == 3 * 2 * 5
     row = find(rows, Term.DIFFERENCE, arm="solu_gain", against="gelu")
     assert row.value == pytest.approx(0.06, abs=0.001)
     assert row.low < row.value < row.high
@@ -373,7 +373,7 @@ def test_a_second_per_token_variant_has_its_own_gain_static_arm_and_chain():
     assert steps["solu_rms"] == [("solu", "solu_frozen_rms"), ("solu_frozen_rms", "solu_rms")]
     assert len(steps["solu_ln"]) == 3
     references = {row.against for row in terms(rows, Term.DIFFERENCE)}
-    assert references == {"gelu", "solu_ln", "solu_rms"}
+    assert references == {"gelu", "solu", "solu_ln", "solu_rms"}
     primary = [row for row in terms(rows, Term.STATIC) if row.p_adj is not None]
     assert {row.arm for row in primary} == {"solu_ln", "solu_rms"}
 
@@ -385,7 +385,7 @@ def test_a_second_per_token_variant_has_its_own_gain_static_arm_and_chain():
 def test_the_reference_is_the_best_baseline_that_has_none_before_it():
     relu = Lineage("baseline", "", chain("relu"))
     rows = compare("study", make_losses(SIX | {"relu": 2.99, "gelu_ln": 2.9}), "abc", relu=relu)
-    assert {row.against for row in terms(rows, Term.DIFFERENCE)} == {"relu", "solu_ln"}
+    assert {row.against for row in terms(rows, Term.DIFFERENCE)} == {"relu", "solu", "solu_ln"}
 
 
 def test_the_gain_is_over_the_plain_arm_at_the_root_of_the_arms_own_chain():
@@ -872,7 +872,7 @@ def test_runs_of_one_variant_whose_file_has_changed_between_them_are_refused_by_
         return Facts(**others | {"run": run, "variant": "solu_gain"} | lineage | changes)
 
     two = [facts("solu_gain-s0"), facts("solu_gain-s1")]
-    assert _lineages(two) == {"solu_gain": LINEAGES["solu_gain"]}
+    assert _lineages(two) == {"solu_gain": replace(LINEAGES["solu_gain"], label="SoLU")}
     other = facts("solu_gain-s2", role="per_token")
     with pytest.raises(
         UserError, match="runs 'solu_gain-s0' and 'solu_gain-s2' of variant"

@@ -105,6 +105,13 @@ def test_rate_is_the_one_given_or_the_tuned_one_of_the_variant() -> None:
     rates = "train.rates={solu: 3e-3, gelu: 4e-3}"
     assert load_config(["variant=solu", "size=demo", rates]).train.lr == 3e-3
     assert load_config(["variant=solu", "size=demo", rates, "train.lr=1e-4"]).train.lr == 1e-4
+    longest = "solu_ln mid.kappa=4e-5 train.warmup_steps=9"
+    rates = f"train.rates={{solu_ln: 3e-3, solu_ln mid.kappa=4e-5: 4e-3, {longest}: 5e-3}}"
+    live = ["variant=solu_ln", "size=demo", rates, "mid.kappa=4e-5"]
+    assert load_config(live[:-1]).train.lr == 3e-3
+    assert load_config(live).train.lr == 4e-3
+    assert load_config([*live, "train.warmup_steps=9"]).train.lr == 5e-3
+    assert load_config([*live, "mid.kappa=4.1e-5"]).train.lr == 3e-3
 
 
 def test_rate_that_nobody_tuned_is_refused() -> None:
@@ -667,10 +674,18 @@ def test_a_windows_path_is_a_path_too():
         ("variant=solu_ln seed=7 study=x train.threads=1 wandb=off", ""),
         ("variant=solu_ln train.lr=3e-3", "was set by hand"),
         ("variant=solu_rms", "is that of size=demo, where solu_rms was not tuned"),
-        ("variant=solu_ln mid.kappa=4e-5", "was tuned with mid.kappa=41.94, here 4e-05"),
+        ("variant=solu_ln mid.kappa=4e-5", ""),
+        (
+            "variant=solu_ln mid.kappa=4e-5 train.lr=2e-3",
+            "was tuned with mid.kappa=41.94, here 4e-05",
+        ),
+        ("variant=solu_ln train.lr=4e-3", "was tuned with mid.kappa=4e-05, here 41.94"),
+        ("variant=solu_frozen_ln mid.kappa=4e-5", ""),
+        ("variant=solu_gain mid.kappa=4e-5", "was tuned with mid.kappa=41.94, here 4e-05"),
+        ("variant=solu_ln mid.kappa=4.2", "was tuned with mid.kappa=41.94, here 4.2"),
         ("variant=solu_ln mid.kappa=41.94", ""),
         ("variant=solu_gain mid.gain=8", "was tuned with mid.gain=init, here 8"),
-        ("variant=solu train.steps=1800", "was tuned with train.steps=900, here 1800"),
+        ("variant=solu train.steps=1800", "was tuned with train.steps=450, here 1800"),
         ("variant=solu model.d_mlp=512", "was tuned with model.d_mlp=256, here 512"),
         ("variant=solu size=d128", "is that of size=d128, where solu was not tuned"),
         ("variant=solu size=tiny", "was set by hand"),

@@ -10,21 +10,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _launching import LAUNCH, sweep_file, words_for
 from _records import gate
 from _records import words as words_of
-from conftest import HANGS_AFTER_S, tiny_config
+from conftest import HANGS_AFTER_S, run_python, tiny_config
 
 from soluscope import results
 from soluscope.errors import UserError
+from soluscope.launching.launch import launch
 from soluscope.report import dashboard, page, words
 from soluscope.report.findings import comparisons, runs_of
-from soluscope.results import Comparison, Measurement, Record, Setting, Term, of_kind
+from soluscope.results import (
+    Comparison,
+    Measurement,
+    Record,
+    Setting,
+    Term,
+    Untrained,
+    of_kind,
+)
 from soluscope.training import wandb_run
+from soluscope.wandb_client import place
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "tests" / "dashboard.json"
@@ -84,7 +95,9 @@ def make_rows() -> list[Record]:
             rows.append(replace(measured, quantity="r", unit="share", value=0.5))
         values = {"kappa": KAPPAS[arm]} if arm in KAPPAS else {}
         rows.append(
-            Setting(study="first", arm=arm, variant=variant, values=values, role=ROLES[variant])
+            Setting(
+                study="first", arm=arm, variant=variant, values=values, role=ROLES[variant], n=2
+            )
         )
     return [*rows, replace(words_of("engagement"), study="first", commit="abc")]
 
@@ -113,7 +126,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def workspace(rows: list[Record] = ROWS) -> dict[str, Any]:
     """Return the dashboard's JSON."""
-    made = dashboard._workspace(rows, dashboard.drawings(rows), dashboard.place(PLACE))
+    made = dashboard._workspace(rows, dashboard.drawings(rows), place("--wandb ", PLACE))
     model: dict[str, Any] = made._to_model().model_dump(by_alias=True, exclude_none=True)
     return model
 
@@ -345,13 +358,35 @@ def test_a_study_with_a_plus_in_its_name_has_a_dashboard() -> None:
     assert (model["displayName"], wanted["value"]) == ("a-b", "a+b")
 
 
+def test_the_table_of_probes_has_one_number_per_run_and_probe_trained_untrained_and_between() -> (
+    None
+):
+    trained = next(row for row in of_kind(ROWS, Measurement) if row.probe == "engagement")
+    same = {f.name: getattr(trained, f.name) for f in fields(Untrained) if hasattr(trained, f.name)}
+    before = Untrained(**same | {"value": 0.25, "difference": 0.125, "low": 0.0625, "high": 0.5})
+    lines = [dict(zip(dashboard.OF_PROBES, line, strict=True))
+             for line in dashboard._main_numbers([*ROWS, before])]  # fmt: skip
+    assert [(line["probe"], line["arm"], line["seed"]) for line in lines].count(
+        ("engagement", trained.arm, trained.seed)
+    ) == 1
+    (line,) = [line for line in lines if (line["arm"], line["seed"]) == (trained.arm, trained.seed)]
+    assert (line["quantity"], line["trained"], line["low"]) == (
+        trained.quantity,
+        trained.value,
+        trained.low,
+    )
+    assert (line["untrained"], line["difference"]) == (0.25, 0.125)
+    assert (line["difference_low"], line["difference_high"]) == (0.0625, 0.5)
+    assert all(line["untrained"] is None for line in lines if line["seed"] != trained.seed)
+
+
 # ---------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize("text", ["", "team", "team/", "/solu", "a/b/c", "https://x/y", "a b/c?d"])
 def test_a_place_that_is_not_entity_and_project_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"is not entity/project, as in: --wandb my-team/soluscope"):
-        dashboard.place(text)
+        place("--wandb ", text)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +422,7 @@ def test_an_address_that_is_none_is_one_line(
 def test_what_is_not_installed_is_named(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     with pytest.raises(UserError, match="needs wandb-workspaces: pip install wandb"):
-        dashboard.preview(study, dashboard.place(PLACE))
+        dashboard.preview(study, place("--wandb ", PLACE))
 
 
 def test_offline_mode_and_a_report_to_wandb_exclude_each_other(
@@ -512,8 +547,52 @@ def test_what_arrives_is_what_the_dry_run_shows_and_a_second_report_replaces_it(
     for key, figure in drawn.items():
         files = [name for name in run.files if name.startswith(f"media/plotly/{key}_0_")]
         assert json.loads(run.files[files[0]])["data"] == json.loads(figure.to_json())["data"], key
+    assert run.summary["answer"] == words.answer(ROWS)
+    tables = [name for name in run.files if name.startswith("media/table/main numbers")]
+    assert json.loads(run.files[tables[0]])["data"] == dashboard._main_numbers(ROWS)
     begun = next(given for operation, given in server.asked if operation == "UpsertBucket")
     assert begun["jobType"] == "report"
+
+
+def test_a_sweep_saves_the_dashboard_after_its_report(
+    tmp_path: Path, no_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = sweep_file(tmp_path, variant=["solu", "solu_ln"])
+    words = words_for(tmp_path / "runs", "study=first", "train.steps=12", "inline.jobs=1")
+    words += [
+        "eval.probes=[gain_variation]",
+        "eval.n_tokens=200",
+        "eval.n_loss_tokens=500",
+        "eval.n_draws=100",
+    ]
+    refused = run_python(LAUNCH, path, *words, f"wandb.dashboard={PLACE}")
+    assert "there is no key" in refused.stderr
+    assert refused.returncode == 2
+    assert not (tmp_path / "runs").exists()
+    with with_views() as server:
+        signed_in(server, monkeypatch)
+        done = run_python(LAUNCH, path, *words, f"wandb.dashboard={PLACE}")
+    assert done.returncode == 0, done.stderr
+    assert f"dashboard: {server.url}/{PLACE}?nw=" in done.stdout.splitlines()[-1]
+    assert [view["displayName"] for view in server.views.values()] == ["first"]
+    (run,) = server.runs.values()  # wandb=off: the runs themselves are not sent
+    assert run.summary["answer"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("wandb.dashboard=solu",), "wandb.dashboard='solu' is not entity/project, as in: wandb.dashboard="),
+        ((f"wandb.dashboard={PLACE}", "report=false"), "report=false: remove one of the two"),
+    ],
+)  # fmt: skip
+def test_a_dashboard_that_a_sweep_cannot_save_is_one_line_before_any_job(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    path = sweep_file(tmp_path, variant=["solu"])
+    with pytest.raises(UserError, match=said):
+        launch(path, [*words_for(tmp_path / "runs"), *words])
+    assert not (tmp_path / "runs").exists()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from soluscope import cores as machine
 from soluscope.training import device
 
 
@@ -55,8 +56,8 @@ def cgroup(root: Path, membership: str, files: dict[str, str]) -> Path:
 def test_quota_is_the_smallest_of_the_cgroup_and_those_above_it(
     tmp_path: Path, membership: str, files: dict[str, str], cores: float
 ) -> None:
-    assert device.cpu_quota(cgroup(tmp_path, membership, files)) == cores
-    assert device.cpu_quota(tmp_path / "nowhere") == math.inf
+    assert machine.cpu_quota(cgroup(tmp_path, membership, files)) == cores
+    assert machine.cpu_quota(tmp_path / "nowhere") == math.inf
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_threads_are_those_asked_for_or_those_allowed(
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    monkeypatch.setattr(device, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     chosen: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     device.set_threads(tiny_config(tmp_path, "variant=solu", "train.threads=null", *words))

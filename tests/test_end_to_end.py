@@ -58,7 +58,8 @@ def study(tmp_path_factory, gates):
     words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",
              "eval.n_tokens=1000", "eval.n_loss_tokens=2000", "eval.n_draws=200"]  # fmt: skip
     sweep = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())
-    sweep["parameters"]["variant"]["values"] = VARIANTS
+    del sweep["parameters"]["arm"]
+    sweep["parameters"]["variant"] = {"values": VARIANTS}
     (folder / "demo.yaml").write_text(yaml.safe_dump(sweep))
     first = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
     again = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
@@ -113,15 +114,28 @@ def test_the_second_time_nothing_is_trained_or_probed_and_it_says_so(study):
     assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} waiting" in first.stderr
     assert first.stderr.count("controls of") == 1
     assert "controls of" not in again.stderr
+    assert f"{2 * len(VARIANTS)} of {2 * len(VARIANTS)} runs: probed already" in first.stderr
     assert f"demo: {2 * len(VARIANTS)} jobs: {2 * len(VARIANTS)} done" in again.stderr
-    assert again.stderr.count("probed already") == 2 * len(VARIANTS)
+    assert "begins" not in again.stderr
+    assert f"{2 * len(VARIANTS)} of {2 * len(VARIANTS)} runs: probed already" in again.stderr
 
 
-def test_the_terminal_shows_the_table_and_where_the_report_is(study):
-    _, first, again = study
-    assert "solu_frozen_ln" in first.stdout
-    assert "report: runs/e2e/report.html" in first.stdout
+def test_a_sweep_ends_with_five_lines_and_soluscope_report_shows_the_table(study):
+    folder, first, again = study
+    begins = [
+        "answer: ",
+        "how sure: ",
+        "report: runs/e2e/report.html",
+        "table: soluscope report runs/e2e",
+        "states of the runs: soluscope sweep --status runs/e2e",
+    ]
+    lines = first.stdout.splitlines()
+    assert len(lines) == len(begins)
+    assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))
     assert first.stdout == again.stdout
+    shown = run(folder.parents[1], ROOT / "eval" / "report.py", "runs/e2e")
+    assert "solu_frozen_ln" in shown.stdout
+    assert "report: runs/e2e/report.html" in shown.stdout
 
 
 def test_the_report_is_rebuilt_from_results_alone_without_torch(study, tmp_path):
@@ -170,7 +184,8 @@ def test_probing_one_probe_again_leaves_the_others_alone(study, tmp_path):
     words = ["probes=[engagement]", "n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     prepared = f"prepared={study[0].parents[1] / tokens}"
     done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
-    assert done.stderr.count("probed already") == 2 * len(VARIANTS) - 1
+    n_runs = 2 * len(VARIANTS)
+    assert f"{n_runs - 1} of {n_runs} runs: probed already" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 
@@ -230,7 +245,7 @@ def test_a_changed_probe_is_made_anew_and_the_others_stay(study, tmp_path):
     prepared = f"prepared={study[0].parents[1] / tokens}"
     done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
     assert "solu-s0: engagement has changed and is recomputed" in done.stderr
-    assert "solu-s0: engagement (1 of 1)" in done.stderr
+    assert "solu-s0: 1 result to compute" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 

@@ -571,7 +571,7 @@ def test_a_deeper_model_is_probed_at_its_last_layer_and_the_rest_left_out_by_nam
 
 
 def test_the_token_view_holds_the_first_text_with_gain_engagement_and_ablation_effect():
-    from soluscope.evaluation.suite import token_values
+    from soluscope.evaluation.one_run import token_values
     from soluscope.evaluation.summaries import about_run
 
     _, hooked = hooked_for("solu_ln")

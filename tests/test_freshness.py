@@ -11,7 +11,7 @@ import pytest
 
 from soluscope import plugins
 from soluscope.config import EvalConfig
-from soluscope.evaluation import suite
+from soluscope.evaluation import stored, suite
 from soluscope.runs import weights
 from soluscope.runs.folder import Run
 
@@ -61,8 +61,8 @@ def kept(tmp_path: Path, paths: set[str], edit: Edit, patch: pytest.MonkeyPatch)
     (run_dir / "done.json").write_text("{}")
 
     def discard_stale() -> None:
-        shared = suite._rests_on(Run(run_dir), EvalConfig())
-        with suite._current(run_dir / "probes", shared, lambda text: None):
+        shared = stored.rests_on(Run(run_dir), EvalConfig())
+        with stored.current(run_dir / "probes", shared, lambda text: None):
             pass
 
     discard_stale()
@@ -123,6 +123,6 @@ def test_a_changed_control_asks_the_probes_again_and_a_changed_probe_itself(tmp_
 
 
 def test_what_computes_is_there_and_each_probe_counts_for_itself():
-    for path in (*suite.COMPUTES, *suite._probe_files()):
+    for path in (*stored.COMPUTES, *stored.probe_files()):
         assert (SOURCE / path).exists(), path
-    assert len(suite._probe_files()) == len(plugins.names("soluscope.probes"))
+    assert len(stored.probe_files()) == len(plugins.names("soluscope.probes"))

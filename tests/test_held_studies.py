@@ -18,7 +18,7 @@ from conftest import HANGS_AFTER_S, ROOT, run_python
 from soluscope import memory
 from soluscope.config import EvalConfig
 from soluscope.errors import UserError
-from soluscope.evaluation import suite
+from soluscope.evaluation import one_run
 from soluscope.evaluation.suite import evaluate
 from soluscope.launching.launch import launch
 from soluscope.runs.folder import Busy, Run, holder, lock
@@ -89,25 +89,26 @@ def test_evaluation_that_fails_midway_keeps_the_old_results_and_the_next_one_con
     probes = study / "solu_ln-s0" / "probes"
     before, said = contents(probes), []
     other = EvalConfig(**SMALL | {"n_tokens": 700})
-    real = suite._probe_records
-    monkeypatch.setattr(suite, "_probe_records", lambda *words: 1 / 0)
+    real = one_run._probe_records
+    monkeypatch.setattr(one_run, "_probe_records", lambda *words: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(study, other, said.append)
     assert contents(probes) == before
     assert (study / "results.jsonl").is_file()
-    monkeypatch.setattr(suite, "_probe_records", real)
+    monkeypatch.setattr(one_run, "_probe_records", real)
     said.clear()
     evaluate(study, other, said.append)
     assert said == [
         "[1/1] solu_ln-s0: inputs or code have changed since last time: all results are recomputed",
-        "[1/1] solu_ln-s0: engagement (1 of 1)",
+        "[1/1] solu_ln-s0: 1 result to compute",
+        "[1/1] solu_ln-s0: probed",
     ]
     assert contents(probes).keys() == before.keys()
     assert contents(probes) != before
     assert sorted(path.name for path in probes.parent.glob(".probes*")) == []
     again = contents(study)
     evaluate(study, other, said.append)
-    assert said[-1] == "[1/1] solu_ln-s0: probed already"
+    assert said[-1] == "solu_ln-s0: probed already"
     assert contents(study) == again
 
 
@@ -206,10 +207,11 @@ def test_launch_holds_its_study_until_its_jobs_have_ended(tmp_path: Path, monkey
         f"tokens.cache_dir={tmp_path / '.tokens'}",
         "wandb=off",
         "report=off",
+        "inline.jobs=1",
     ]
     seen = []
 
-    def execute(config) -> None:
+    def execute(config, progress) -> None:
         with pytest.raises(Busy), lock(tmp_path / "smoke" / ".sweep"):
             pass
         seen.append(config.run_name)

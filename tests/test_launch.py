@@ -287,7 +287,7 @@ def test_a_job_waits_while_another_process_is_at_work_on_it(
             held.__exit__(None, None, None)
 
     monkeypatch.setattr(jobs.time, "sleep", sleep)
-    assert jobs.execute(config)
+    assert jobs.execute(jobs.Task(config))
     assert looks.count(jobs.POLL_S) == 3
     assert "waiting, because another process is at work on it" in capsys.readouterr().err
 
@@ -314,7 +314,7 @@ def test_what_keeps_a_job_from_starting_is_in_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (config, *_) = read_sweep(SMOKE, here(tmp_path, "train.nodes=2")).configs
-    assert not jobs.execute(config)
+    assert not jobs.execute(jobs.Task(config))
     now = standing(config.study_dir, job_of(config))
     assert now.state == "failed"
     assert "or with srun" in str(now.error)
@@ -366,6 +366,8 @@ MISTAKES = {
     ("train.device=cuda",): "train.device=cuda needs 1 GPUs, but torch finds 0 here",
     ("train.nodes=2",): "engine=inline cannot train with train.nodes above 1",
     ("report=maybe",): "report: Value 'maybe'",
+    ("inline.jobs=0",): "inline.jobs=0 must be 1 or more",
+    ("eval.jobs=0",): "jobs=0 must be 1 or more",
     ("--dry",): "unrecognized arguments: --dry",
     ("tokens.d_vocab=1",): "tokens.d_vocab=1 must be 260 or more",
     ("variant=solu", "seed=0", "size=tiny", "study=x", "corpus.max_mb=1", "train.steps=12",

@@ -88,9 +88,10 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "terminal", "files", "text", "plugins", "results", "reading", "config", "config_help", "memory",
-    "wandb_client", "norms", "variants", "model", "data", "comparison", "runs", "training", "hooked", "probes",
-    "controls", "report", "evaluation", "export", "launching", "engines", "commands", "__main__",
+    "errors", "terminal", "bars", "cores", "workers", "files", "text", "plugins", "results", "reading",
+    "config", "config_help", "memory", "wandb_client", "norms", "variants", "model", "data", "comparison",
+    "runs", "training", "hooked", "probes", "controls", "report", "evaluation", "notebook", "export", "launching",
+    "engines", "commands", "__main__",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and the entries before it."""
 
@@ -189,7 +190,7 @@ def test_names_of_an_open_set_are_read_without_torch(package: str) -> None:
 @pytest.mark.parametrize(
     "module", ["soluscope", "soluscope.config", "soluscope.results", "soluscope.data.cache",
                "soluscope.launching.sweep", "soluscope.launching.jobs", "soluscope.launching.launch",
-               "soluscope.report", *ENGINES]
+               "soluscope.report", "soluscope.notebook.study", *ENGINES]
 )  # fmt: skip
 def test_module_is_loaded_without_torch(module: str) -> None:
     assert not SLOW & reached(module)

@@ -51,7 +51,7 @@ def test_wheel_holds_every_module_configuration_and_the_type_marker(wheel: Path)
     source = ROOT / "src"
     modules = {
         path.relative_to(source).as_posix()
-        for kind in ("py", "txt")
+        for kind in ("py", "txt", "bib")
         for path in source.rglob(f"*.{kind}")
     }
     shipped = (configs_dir(), shipped_dir("sweeps"))

@@ -188,7 +188,7 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     asked = (f"probes=[{','.join(PROBES)}]", *SMALL, "study=runs/first")
     done = run_python(ROOT / "eval" / "run.py", "solu-tiny", *asked, cwd=copied)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "[1/1] solu-tiny: probed already\n"
+    assert done.stderr == "solu-tiny: probed already\n"
     after = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
     assert {path.name for path in after if after[path] != before.get(path)} == {"results.jsonl"}
     merged = records_of(study)
@@ -204,7 +204,7 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     # Evaluated again as an ordinary study, it resumes, and the study beside it stays.
     seen: list[str] = []
     evaluate(Path("runs/solu-tiny"), load_typed(EvalConfig, asked[:-1], "eval.yaml"), seen.append)
-    assert seen == ["[1/1] solu-tiny: probed already"]
+    assert seen == ["solu-tiny: probed already"]
     assert records_of(study) == merged
 
 
@@ -216,7 +216,7 @@ def test_another_text_makes_all_anew(copied):
     assert any("all results are recomputed" in text for text in seen)
     again: list[str] = []
     evaluate_pretrained("solu-tiny", small(Path("runs"), "probes=[engagement]"), again.append)
-    assert again == ["[1/1] solu-tiny: probed already"]
+    assert again == ["solu-tiny: probed already"]
 
 
 def test_weights_that_have_changed_since_are_refused(copied):

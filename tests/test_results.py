@@ -39,6 +39,7 @@ from soluscope.results import (
     Measurement,
     NoChoice,
     ProbeWords,
+    Provenance,
     Quantity,
     Record,
     Setting,
@@ -95,7 +96,7 @@ FULL: list[Record] = [
     ),
     NoChoice(**ALL, arms=("solu_ln-a", "solu_ln-b"), size="d_model 64"),
     Setting(
-        **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln",
+        **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln", label="SoLU + LN",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
         rate="was set by hand", only_tried=True,
     ),
@@ -115,6 +116,10 @@ FULL: list[Record] = [
         },
         figures=(Figure("r by token", ("r",), "curve", streams=("natural", "code"), relative=True),),
         gates=(Gate("pinned", "r", above=0.5, truth=0.9, x=2.0), Gate("uniform", "r", within=0.01)),
+    ),
+    Provenance(
+        **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,
+        n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
     ),
 ]  # fmt: skip
 """One record of each kind, with no field left at its default."""

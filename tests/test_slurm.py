@@ -13,7 +13,7 @@ import torch
 from _slurm_cluster import NoCluster, slurm_cluster, wait_until
 from conftest import HANGS_AFTER_S, ROOT, run_python, tiny_config, train_silently
 
-from soluscope.config import EvalConfig, to_json
+from soluscope.config import EvalConfig
 from soluscope.engines import slurm
 from soluscope.launching import jobs
 from soluscope.launching.launch import Evaluate
@@ -180,7 +180,12 @@ def test_two_tasks_train_one_model_to_the_loss_of_one(
 
 def run_by_hand(sweep: Sweep, params: slurm.Params) -> None:
     listed = tuple(jobs.job_of(config) for config in sweep.configs)
-    slurm.run(sweep, sweep.configs, params, Evaluate(sweep.study_dir, listed, EvalConfig(), False))
+    slurm.run(
+        sweep,
+        [jobs.Task(each) for each in sweep.configs],
+        params,
+        Evaluate(sweep.study_dir, listed, EvalConfig(), False),
+    )
 
 
 def test_what_waits_in_the_queue_is_not_submitted_again(
@@ -324,7 +329,8 @@ def test_work_arrives_on_the_node_as_it_was_asked_for(clip: str, tmp_path: Path)
         f"mid.gain={tmp_path}/it's $HOME/s{{seed}}",
         f"train.clip={clip}",
     )
-    assert slurm.work_of(json.dumps({"train": to_json(config)})).args == (config,)
+    task = jobs.Task(config, EvalConfig(probes=["engagement"]))
+    assert slurm.work_of(json.dumps({"task": task.to_json()})).args == (task,)
     after = Evaluate(tmp_path, (jobs.job_of(config),), EvalConfig(probes=["engagement"]), False)
     assert slurm.work_of(json.dumps({"after": after.to_json()})) == after
 

@@ -172,23 +172,31 @@ def long_configs(runs_dir: Path, study: str) -> tuple[Config, ...]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "number"),
-    [("run", "SIGTERM"), ("inline", "SIGTERM"), ("ray", "SIGTERM"), ("ray", "SIGINT")],
+    [
+        ("run", "SIGTERM"),
+        ("inline.jobs=1", "SIGTERM"),
+        ("inline.jobs=2", "SIGTERM"),
+        ("inline.jobs=2", "SIGINT"),
+        ("engine=ray", "SIGTERM"),
+        ("engine=ray", "SIGINT"),
+    ],
 )
 def test_a_stop_saves_and_the_same_command_goes_on(
     undisturbed: Path, tmp_path: Path, way: str, number: str
 ) -> None:
     """SIGTERM goes to the command only, as from a scheduler. Ctrl-C goes to its group, as from a terminal."""
-    if way == "ray":
+    if way == "engine=ray":
         pytest.importorskip("ray", reason="engine=ray is not installed")
-    study = f"{way}-{number}"
+    study = f"{way.replace('=', '-')}-{number}"
     configs = long_configs(undisturbed, study)
     words = words_for(undisturbed, *LONG, f"study={study}")
     if way == "run":
         configs = configs[:1]
         command = [TRAIN, *words, "variant=solu"]
     else:
-        command = [LAUNCH, undisturbed / "small.yaml", *words, f"engine={way}", "report=false"]
-    expected = configs if way == "ray" else configs[:1]  # the runs that are at work together
+        command = [LAUNCH, undisturbed / "small.yaml", *words, way, "report=false"]
+    # the runs that are at work together
+    expected = configs[:1] if way in ("run", "inline.jobs=1") else configs
     said = tmp_path / "said"
     with started(*command, said=said) as process:
         until(lambda: all(Run(config.run_dir).last_row() for config in expected), "training begins")

@@ -97,6 +97,23 @@ def test_an_override_takes_the_place_of_a_parameters_values() -> None:
     assert "seed" not in sweep.parameters
 
 
+def test_the_demo_has_each_layer_norm_with_its_static_twin_at_one_kappa() -> None:
+    configs = read_sweep(ROOT / "sweeps" / "demo.yaml", ["seed=0"]).configs
+    kappas = {
+        variant: [
+            each.mid.epsilon(each.model.d_mlp) * each.model.d_mlp**2
+            for each in configs
+            if each.variant == variant
+        ]
+        for variant in ("solu_ln", "solu_frozen_ln")
+    }
+    assert kappas["solu_ln"] == kappas["solu_frozen_ln"] == pytest.approx([41.94, 4e-5], rel=1e-3)
+    assert [config.run_name for config in configs if config.variant in ("gelu", "solu")] == [
+        "gelu-s0",
+        "solu-s0",
+    ]
+
+
 def test_a_jobs_id_is_of_what_moves_its_numbers_and_of_nothing_else(tmp_path: Path) -> None:
     path = written(tmp_path, grid(study="a", variant=["gelu", "solu"]))
     ids = [config.hash for config in read_sweep(path, []).configs]

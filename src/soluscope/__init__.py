@@ -4,8 +4,14 @@
     run_dir = soluscope.train(config)
     model = soluscope.load(run_dir)                      # a HookedTransformer, with .facts
     table, figures = soluscope.probe(model, "some text")
+    tokens = soluscope.tokens(model, "report")           # held-out tokens of the model's study
+    soluscope.top_examples(model, neuron=5)              # text at which a neuron is most active
+    soluscope.logit_effect(model, neuron=5)              # tokens that the neuron raises and lowers
+    soluscope.quantities()                               # everything that the probes measure
+    soluscope.study("runs/demo")                         # a study's results: tables and figures
 
-Each function is imported at its first use, so that reading a configuration does not import PyTorch.
+Each function is imported at its first use, so that reading a configuration does not import PyTorch. `dir` and the
+completion of names show these functions only.
 """
 
 from __future__ import annotations
@@ -19,6 +25,11 @@ if TYPE_CHECKING:
     from soluscope.errors import UserError as UserError
     from soluscope.evaluation.api import probe as probe
     from soluscope.hooked.convert import load as load
+    from soluscope.notebook.examples import top_examples as top_examples
+    from soluscope.notebook.logits import logit_effect as logit_effect
+    from soluscope.notebook.quantities import quantities as quantities
+    from soluscope.notebook.study import study as study
+    from soluscope.notebook.tokens import tokens as tokens
     from soluscope.training.run import train as train
 
 _WHERE = {
@@ -28,6 +39,11 @@ _WHERE = {
     "train": "training.run",
     "load": "hooked.convert",
     "probe": "evaluation.api",
+    "tokens": "notebook.tokens",
+    "top_examples": "notebook.examples",
+    "logit_effect": "notebook.logits",
+    "quantities": "notebook.quantities",
+    "study": "notebook.study",
 }
 __all__ = sorted(_WHERE)
 
@@ -36,3 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'soluscope' has no attribute {name!r}")
     return getattr(import_module(f"soluscope.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -152,13 +152,14 @@ class TrainConfig:
     this run's seed. The schedule and the optimizer start at step 0, and the batches continue after that run's. The
     folder must stay until this run is finished. null: random weights."""
     lr: float | None = None
-    """Peak learning rate of the blocks' matrices. null: the tuned rate in train.rates for this variant."""
+    """Peak learning rate of the blocks' matrices. null: the rate in train.rates for this arm."""
     lr_rest: float = 1e-3
     """Peak learning rate of embeddings, the unembedding, the norms' weights and biases."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Tuned learning rate of each variant at this size. Used if train.lr is null."""
+    """Learning rate of each arm at this size, used if train.lr is null. An arm is a variant, such as `solu_ln`, or
+    a variant with settings, such as `solu_ln mid.kappa=4e-5`, whose rate goes before the variant's rate."""
     tuned: list[str] = field(default_factory=list)
-    """Variants whose rate in train.rates was tuned with the other settings of this preset."""
+    """Arms whose rate was tuned with the other settings of this preset, named as in train.rates."""
     warmup_steps: int = 50
     """Optimizer steps over which the rate rises linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -336,8 +337,12 @@ class EvalConfig:
     """Bootstrap resamples for each interval."""
     seed: int = 0
     """Seed of the random streams and of the bootstrap."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Device on which the models run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the models run. auto: a GPU if torch finds one; in a sweep, only if train.device allows it.
+    Results on a GPU agree with those on the CPU to 1e-5, not in every digit."""
+    jobs: int | None = None
+    """Runs that are evaluated at once, each in a process with OMP_NUM_THREADS CPU threads, or with one without that
+    variable. Results do not depend on it. 1: all in this process. null: as many as the cores allow; 1 on a GPU."""
     prepared: FilePath | None = None
     """Folder of a token cache to evaluate on. null: the study's copy of the held-out tokens."""
     out: FilePath | None = None
@@ -353,6 +358,7 @@ class EvalConfig:
             check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
         check(self.n_draws <= MOST_DRAWS, f"n_draws={self.n_draws} must be at most {MOST_DRAWS:,}")
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(self.jobs is None or self.jobs >= 1, f"jobs={self.jobs} must be 1 or more")
         for name in self.probes or ():
             plugins.check_name("probe", name, plugins.names("soluscope.probes"))
 
@@ -420,6 +426,12 @@ class PretrainedConfig(EvalConfig):
 class ReportConfig:
     out: FilePath | None = None
     """Folder of the report, if you may not write to the study's folder. null: the study's folder."""
+    figures: FilePath | None = None
+    """New folder for the main figures as SVG and PNG. Needs kaleido (the extra soluscope[figures]) and Chrome or
+    Chromium. null: none are written."""
+    tables: FilePath | None = None
+    """New folder for the tables as CSV and LaTeX, a methods paragraph and its references. null: none are
+    written."""
 
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
@@ -452,12 +464,23 @@ def rate_origin(config: Config) -> str:
     The seed does not count. The text completes "The rate of this arm ...".
     """
     train = config.train
-    if train.rates.get(config.variant) != train.lr:
+    of_variant = [arm for arm in train.rates if arm.split()[:1] == [config.variant]]
+    with_this_rate = [arm for arm in of_variant if train.rates[arm] == train.lr]
+    if not with_this_rate:
         return "was set by hand"
-    if config.variant not in train.tuned:
+    if not {*of_variant} & {*train.tuned}:
         return f"is that of size={config.size}, where {config.variant} was not tuned"
+    tuned = [arm.split()[1:] for arm in with_this_rate if arm in train.tuned]
+    if not tuned:
+        return "was set by hand"
+    differing = min((_differing(config, words) for words in tuned), key=len)
+    return f"was tuned with {'; '.join(differing)}" if differing else ""
+
+
+def _differing(config: Config, words: Sequence[str]) -> list[str]:
+    """Return the settings that determine a run's numbers and differ from its size's preset with these words."""
     preset = load_config(
-        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}"]
+        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}", *words]
     )
     here, there = (_determining(asdict(each)) for each in (config, preset))
     for values, each in ((here, config), (there, preset)):
@@ -466,12 +489,11 @@ def rate_origin(config: Config) -> str:
             values["mid.kappa"] = float(
                 f"{each.mid.epsilon(each.model.d_mlp) * each.model.d_mlp**2:.4g}"
             )
-    differing = [
+    return [
         f"{key}={there.get(key)}, here {here.get(key)}"
         for key in sorted(here.keys() | there.keys())
         if here.get(key) != there.get(key) and key not in ("size", "train.precision")
     ]
-    return f"was tuned with {'; '.join(differing)}" if differing else ""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -559,11 +581,23 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
     base, schema = _typed(groups["variant"], groups["data"])
     merged = _merge(base, *_layers(schema, [base_file, *group_files, *files], overrides))
     if merged.train.lr is None:
-        rate = merged.train.rates.get(merged.variant)
+        rate = _rate_of(merged)
         check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
               "set train.lr, or add it to train.rates in configs/size/")  # fmt: skip
         merged = _merge(merged, OmegaConf.create({"train": {"lr": rate}}))
     return merged
+
+
+def _rate_of(merged: DictConfig) -> float | None:
+    """Return the rate in train.rates of the arm with most settings that `merged` has; None without an arm."""
+    rates: dict[int, float] = {}
+    for arm, rate in merged.train.rates.items():
+        variant, *words = str(arm).split() or [""]
+        settings = OmegaConf.from_dotlist(words)
+        holds = (OmegaConf.select(merged, key) == value for key, value in flatten(settings))
+        if variant == merged.variant and all(holds):
+            rates[len(words)] = rate
+    return rates[max(rates)] if rates else None
 
 
 def _typed(variant: str, data: str) -> tuple[DictConfig, dict[str, Any]]:

@@ -31,7 +31,7 @@ from markupsafe import Markup
 from soluscope import results
 from soluscope.config import Config, for_others, to_yaml
 from soluscope.errors import UserError
-from soluscope.files import replacing_folder, write_bytes, write_text
+from soluscope.files import reason, replacing_folder, write_bytes, write_text
 from soluscope.reading import read_yaml
 from soluscope.report import controls, findings
 from soluscope.results import Measurement, OfRun, Record, of_kind
@@ -388,8 +388,7 @@ def _why_not(error: BaseException, repo: str, endpoint: str) -> str:
             f"the hub refuses to write {repo} ({status}): set HF_TOKEN to a token with write access; "
             "nothing was pushed"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    outcome = f"answers {status}" if status is not None else f"was not reached ({reason})"
+    outcome = f"answers {status}" if status is not None else f"was not reached ({reason(error)})"
     return (
         f"{endpoint} {outcome} for {repo}: push again; the repository contains either the whole export or "
         "nothing of it"

@@ -16,6 +16,11 @@ from soluscope.errors import UserError
 
 STATE = 4 * 4
 """Bytes per parameter: the weight, its gradient and AdamW's two means, in fp32."""
+OF_PROCESS = 1e9
+"""Bytes of a process that has imported torch and holds no model; twice what was measured on Linux."""
+OF_EVALUATION = 32
+"""Bytes of memory of an evaluation per entry of W_out U; measured at SoLU-1L's shape (benchmarks/README.md)."""
+MOST_PROCESSES = 1024
 MOST_LOGITS = 2**28
 """Number of logits of a step that are in memory at once; the loss of more logits is computed in chunks."""
 
@@ -55,7 +60,7 @@ def check_training(config: Config, available: float | None = None) -> None:
         UserError: naming the settings to lower.
     """
     if available is None:
-        if config.train.device != "cpu" and _may_have_gpu():
+        if config.train.device != "cpu" and may_have_gpu():
             return
         available = of_machine()
     model, step = STATE * n_parameters(config), of_step(config)
@@ -68,6 +73,18 @@ def check_training(config: Config, available: float | None = None) -> None:
         f"{config.run_name} needs at least {_words(model)} for its model and {_words(step)} for a step, but "
         f"{_words(available)} are there: lower {lower}"
     )
+
+
+def processes_that_fit(config: Config) -> int:
+    """Return how many processes that train and evaluate `config` fit into this machine's memory, at least 1."""
+    training = STATE * n_parameters(config) + of_step(config)
+    evaluation = of_evaluation(config.model.d_mlp, config.tokens.d_vocab)
+    return max(1, int(min(of_machine() / (OF_PROCESS + max(training, evaluation)), MOST_PROCESSES)))
+
+
+def of_evaluation(d_mlp: int, d_vocab: int) -> float:
+    """Return the bytes that the evaluation of a run needs in its process."""
+    return OF_PROCESS + OF_EVALUATION * d_mlp * d_vocab
 
 
 def check_draws(n_draws: int, n_documents: int) -> None:
@@ -102,7 +119,8 @@ def of_machine(root: Path = Path("/")) -> float:
     return min(each for each in found if each > 0)
 
 
-def _may_have_gpu() -> bool:
+def may_have_gpu() -> bool:
+    """Return whether this machine has the device files of a GPU. No torch is loaded."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 

@@ -1,4 +1,4 @@
-"""The records of results.jsonl, the report's only input: one line per record, distinguished by `kind`.
+"""The records of results.jsonl, the report's input: one line per record, distinguished by `kind`.
 
 A record is a number with its interval and its origin, or a fact needed to read the numbers: an arm's
 settings, the runs that a probe leaves out, a probe's description. Verdicts are enumerated; `note` is
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from soluscope.errors import UserError
 from soluscope.files import Whole, from_json, reason, write_text
@@ -26,6 +26,7 @@ Source: protocol.md section 4."""
 
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
+T = TypeVar("T")
 
 
 class Verdict(StrEnum):
@@ -194,10 +195,8 @@ class OfRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement(OfRun, Number):
-    """A summary of a probe's measurements on one model: a mean, a quantile, a point of a curve."""
-
-    kind: ClassVar[str] = "measurement"
+class OfProbe:
+    """Fields that name a number of a probe."""
 
     probe: str
     """Name of a file in probes/, or `loss`, `training`, `pretrained`."""
@@ -211,6 +210,14 @@ class Measurement(OfRun, Number):
     """`all`, `BOS`, `not BOS`, `1`, `2-15`, `>=16`."""
     group: str = ""
     """Line of a figure, or split of the tokens, where `quantity` alone does not identify the number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(OfProbe, OfRun, Number):
+    """A summary of a probe's measurements on one model: a mean, a quantile, a point of a curve."""
+
+    kind: ClassVar[str] = "measurement"
+
     x: float | None = None
     """Position on the figure's horizontal axis, for a point of a curve."""
     constant: bool = False
@@ -218,20 +225,14 @@ class Measurement(OfRun, Number):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Untrained(OfRun, Number):
+class Untrained(OfProbe, OfRun, Number):
     """A probe's number in the run's own initialisation (`value`), and its difference from the trained model.
 
-    The bounds are those of the difference. `Measurement` describes the other fields.
+    The bounds are those of the difference.
     """
 
     kind: ClassVar[str] = "untrained"
 
-    probe: str
-    quantity: str
-    statistic: str = "mean"
-    stream: str = ""
-    positions: str = "not BOS"
-    group: str = ""
     difference: float | None = None
     """The trained model's number minus `value`, on the same tokens."""
 
@@ -355,6 +356,8 @@ class Setting(Record):
     """Number of reported seeds."""
     only_tried: bool = False
     """True if the arm was only tried out at select seeds."""
+    label: str = ""
+    """The variant's name for people: `SoLU + LN`. Empty: it has none."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
 
@@ -417,17 +420,57 @@ class ProbeWords(Record):
     gates: tuple[Gate, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Provenance(Record):
+    """The text and the software behind the trained runs of a study. An unknown fact is empty or None."""
+
+    kind: ClassVar[str] = "provenance"
+
+    source: str = ""
+    """Name of a text source, such as `stdlib`."""
+    documents: dict[str, Whole]
+    """Number of documents in each split: `train`, `select`, `report`."""
+    tokens: dict[str, Whole]
+    """Number of tokens in each split."""
+    d_vocab: Whole | None = None
+    """Entries of the tokenizer."""
+    n_copies: Whole | None = None
+    """Number of documents that were left out because another document has the same text."""
+    n_overlapping: dict[str, Whole]
+    """Number of documents left out of each split because a held-out document shares a passage with them."""
+    versions: dict[str, str]
+    """Versions of the packages that trained the runs; several versions are separated by commas."""
+    commits: tuple[str, ...] = ()
+    """Commits of the code that trained the runs."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
-        FalsePositives, ProbeWords,
+        FalsePositives, ProbeWords, Provenance,
     )
 }  # fmt: skip
 
 
+class Records(list[Record]):
+    """Records that do not change, with results of computations on them; large studies have half a million."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        super().__init__(records)
+        self._known: dict[object, Any] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return the result of `make`, which is called the first time that the key is asked for."""
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(T, self._known[key])
+
+
 def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
     """Return the records of one type, in their order."""
+    if isinstance(records, Records):
+        return list(records.once(kind, lambda: of_kind([*records], kind)))
     return [record for record in records if isinstance(record, kind)]
 
 

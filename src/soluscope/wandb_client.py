@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import tempfile
 from contextlib import chdir, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,25 @@ ANONYMOUS = {
 }  # fmt: skip
 """Settings without which wandb stores the names of machine and user, the command line, paths, the git remote, the
 source and the installed packages. The facts about the model hold the commit and the versions that matter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Entity and project in wandb."""
+
+    entity: str
+    project: str
+
+
+def place(knob: str, text: str) -> Place:
+    """Parse `entity/project`, given after `knob`, such as `--wandb `.
+
+    Raises:
+        UserError: if `text` does not have that form.
+    """
+    if not re.fullmatch(r"[^\s/\\#?%:]+/[^/\\#?%:]+", text.strip()):
+        raise UserError(f"{knob}{text!r} is not entity/project, as in: {knob}my-team/soluscope")
+    return Place(*text.strip().split("/"))
 
 
 def package() -> Any:

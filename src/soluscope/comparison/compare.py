@@ -68,6 +68,8 @@ class Lineage:
     """The variant that differs only in having one gain for all tokens; empty if there is none."""
     chain: tuple[Step, ...]
     """From the root of the variant's chain to the variant itself."""
+    label: str = ""
+    """The variant's name for people."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,8 +360,8 @@ def compare(
     Returns:
         Comparisons, by term:
         `LOSS` of each arm, with Student's t over seeds on these documents;
-        `DIFFERENCE` of each arm to each reference: the best baseline at the start of a chain, and
-        every arm with a per-token norm;
+        `DIFFERENCE` of each arm to each reference: the best baseline at the start of a chain, the best
+        plain arm, and every arm with a per-token norm;
         `BENEFIT`, `STATIC`, `SHARE` and `STEP` of each arm with a per-token norm. The steps follow the
         arm's chain through the members that the study has, and sum to the benefit of LN;
         `BENEFIT`, `STATIC` and `SHARE` again at each learning rate common to all arms, if the arm with a
@@ -425,8 +427,9 @@ def _compared(arms: _Arms) -> list[Comparison]:
         records.append(arms.comparison(Term.LOSS, arm, interval, "seed", len(per_seed), note=note))
 
     baseline = arms.best(_references(arms.tuned))
+    plain = arms.best([arm for arm in arms.tuned if arm.lineage.role == "plain"])
     normed = list(filter(_reported, _per_token(arms.tuned)))
-    for reference in ([baseline[0]] if baseline else []) + normed:
+    for reference in [best[0] for best in (baseline, plain) if best is not None] + normed:
         for arm in arms.tuned:
             if arm is not reference:
                 records += arms.contrast(Term.DIFFERENCE, arm, reference, arm)
@@ -534,7 +537,7 @@ def _settings(arms: _Arms) -> list[Setting]:
         Setting(
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
-            rate=arm.rate,
+            label=arm.lineage.label, rate=arm.rate,
             n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms
@@ -588,12 +591,13 @@ def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Compar
     passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
     measured = {(each.arm, each.probe) for each in of_kind(records, Measurement)}
     before = of_kind(records, Untrained)
+    with_twin = {each.arm for each in before}
     tests = [
         _trained_minus_untrained(before, probe, quantity, arm)
         for arm in sorted(of_kind(records, Setting), key=lambda each: each.arm)
         if arm.role == "per_token" and arm.arm not in passed_over
         for probe, quantity in tested.items()
-        if (arm.arm, probe) in measured and any(each.arm == arm.arm for each in before)
+        if (arm.arm, probe) in measured and arm.arm in with_twin
     ]
     family = {str(i): 1.0 if test.p is None else test.p for i, test in enumerate(tests)}
     adjusted = stats.holm(family)

@@ -83,11 +83,6 @@ class Fit:
 # ---------------------------------------------------------------- rounding
 
 
-def difference(left: float, right: float) -> float:
-    """Return left - right, or 0 if the two numbers are equal up to rounding."""
-    return 0.0 if np.isclose(left, right, rtol=ROUNDING, atol=0) else left - right
-
-
 def centred(values: Floats) -> Floats:
     """Return deviations from the mean; set a deviation to 0 if it is within rounding error."""
     deviations = values - (values.mean() if len(values) else 0)
@@ -534,13 +529,19 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
     order = np.argsort(values, kind="stable")
     ordered, owner = values[order], owner[order]
     n_values, n_clusters = len(values), weights.shape[1]
+    if (
+        n_clusters * int(np.bincount(owner).max()) < 2**24
+    ):  # such counts are exact in fp32, which is faster
+        weights = weights.astype(np.float32)
     n_bins = min(n_values, 256)
     edges = np.linspace(0, n_values, n_bins + 1).astype(np.intp)
     bin_of = np.repeat(np.arange(n_bins), np.diff(edges))
-    in_bin = np.bincount(owner * n_bins + bin_of, minlength=n_clusters * n_bins)
+    in_bin = np.bincount(owner * n_bins + bin_of, minlength=n_clusters * n_bins).astype(
+        weights.dtype
+    )
     up_to_bin = np.cumsum(weights @ in_bin.reshape(n_clusters, n_bins), axis=1)  # [draw bin]
 
-    rank = (up_to_bin[:, -1] - 1) * q
+    rank = (up_to_bin[:, -1].astype(np.float64) - 1) * q
     below, above = np.floor(rank), np.ceil(rank)
     first = int((up_to_bin <= below[:, None]).sum(axis=1).min())
     last = int((up_to_bin <= above[:, None]).sum(axis=1).max())

@@ -66,6 +66,7 @@ Indices = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 SPLITS: tuple[Split, ...] = ("train", "select", "report")
 HELD_OUT: tuple[Split, ...] = ("select", "report")
+_OVERLAP = f"which share {WORDS} consecutive words with a held-out document"
 """Splits that evaluation reads. A study keeps a copy of them."""
 
 ENDS = ("tokens", "offsets.npy", "names.jsonl")
@@ -609,8 +610,8 @@ class _Corpus:
             count(document)
 
     def _is_overlapping(self, identity: int, document: _Placed) -> bool:
-        later = HELD_OUT if document.split == "train" else HELD_OUT[1:]
-        if document.split == "report":
+        later = SPLITS[SPLITS.index(document.split) + 1 :]
+        if not later:
             return False
         if identity not in self._overlapping:
             hashes = self._hasher.hashes_of(document.text)
@@ -706,22 +707,11 @@ def _write(config: Config, key: str, folder: Path) -> None:
         vocabulary = tokenizer.load(config.tokens.tokenizer)
     tokenizer_json = vocabulary.tokenizer.to_str(pretty=True).encode("utf8")
     dtype = "uint16" if vocabulary.d_vocab <= _LARGEST_UINT16_VOCAB else "uint32"
-    n_bytes: Counter[Split] = Counter()
-    with contextlib.ExitStack() as stack:
-        writers = {s: stack.enter_context(_SplitWriter(folder, s, dtype)) for s in SPLITS}
-        count = stack.enter_context(_progress("tokenising"))
-        for batch in _batches(corpus.documents(count)):
-            encoded = vocabulary.encode([document.text for document in batch])
-            for document, ids in zip(batch, encoded, strict=True):
-                writers[document.split].add(document.name, [*ids, vocabulary.eos])
-                n_bytes[document.split] += document.n_bytes
+    writers, n_bytes = _tokenise(corpus, vocabulary, folder, dtype)
     _check_not_empty(config, corpus, {s: writer.n_documents for s, writer in writers.items()})
     for split, n in corpus.n_overlapping.items():
         n_all = n + writers[split].n_documents
-        say(
-            f"left out: {n:,} of {n_all:,} {split} documents, which share {WORDS} consecutive words with a "
-            "held-out document"
-        )
+        say(f"left out: {n:,} of {n_all:,} {split} documents, {_OVERLAP}")
     if corpus.n_skipped > len(corpus.skipped):
         warn(f"{corpus.n_skipped - len(corpus.skipped)} more", "reasons like those above")
     meta = {
@@ -758,6 +748,22 @@ def _write(config: Config, key: str, folder: Path) -> None:
     }
     (folder / "tokenizer.json").write_bytes(tokenizer_json)
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+
+
+def _tokenise(
+    corpus: _Corpus, vocabulary: tokenizer.Vocabulary, folder: Path, dtype: str
+) -> tuple[dict[Split, _SplitWriter], Counter[Split]]:
+    """Write the tokens of each document to its split's files; return the closed writers and the bytes of text."""
+    n_bytes: Counter[Split] = Counter()
+    with contextlib.ExitStack() as stack:
+        writers = {s: stack.enter_context(_SplitWriter(folder, s, dtype)) for s in SPLITS}
+        count = stack.enter_context(_progress("tokenising"))
+        for batch in _batches(corpus.documents(count)):
+            encoded = vocabulary.encode([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                writers[document.split].add(document.name, [*ids, vocabulary.eos])
+                n_bytes[document.split] += document.n_bytes
+    return writers, n_bytes
 
 
 def _texts_to_learn(documents: Iterator[_Placed], tokens: TokensConfig) -> Iterator[str]:
@@ -846,10 +852,7 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
                 knob = "give several hundred documents"
             copies = f" (copies left out: {corpus.n_duplicates})" if corpus.n_duplicates else ""
             if overlapping := corpus.n_overlapping[split]:
-                copies += (
-                    f" ({overlapping} left out, which share {WORDS} consecutive words with a held-out "
-                    "document)"
-                )
+                copies += f" ({overlapping} left out, {_OVERLAP})"
             raise UserError(
                 f"the {split} split is empty: it received none of {n_all} documents{copies}; "
                 f"{corpus.more()}, or {knob}"

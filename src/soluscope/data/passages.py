@@ -31,11 +31,13 @@ class Passages:
         self._limit = np.uint64(2**64 - 1)  # only hashes up to this one are kept
         self._kept: Hashes = np.empty(0, dtype=np.uint64)
         self._new: list[Hashes] = []
+        self._n_new = 0
 
     def add(self, hashes: Hashes) -> None:
         """Add the passages of a document, as `hashes_of` gives them."""
         self._new.append(hashes[hashes <= self._limit])
-        if sum(map(len, self._new)) > max(2**20, len(self._kept)):
+        self._n_new += len(self._new[-1])
+        if self._n_new > max(2**20, len(self._kept)):
             self._merge()
 
     def any_of(self, hashes: Hashes) -> bool:
@@ -50,7 +52,7 @@ class Passages:
     def _merge(self) -> None:
         if self._new:
             self._kept = np.unique(np.concatenate([self._kept, *self._new]))
-            self._new = []
+            self._new, self._n_new = [], 0
         while len(self._kept) > self._most:
             self._limit //= np.uint64(2)
             self._kept = self._kept[self._kept <= self._limit]
@@ -88,6 +90,6 @@ class Hasher:
     def _extend(self, n: int) -> None:
         if len(self._powers) <= n:
             self._powers, self._inverses = (
-                np.multiply.accumulate(np.array([1, *[base] * 2 * n], dtype=np.uint64))
+                np.multiply.accumulate(np.append(np.uint64(1), np.full(2 * n, base, np.uint64)))
                 for base in (_BASE, _INVERSE)
             )

@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from soluscope import plugins
 from soluscope.data import pairs
 from soluscope.data.cache import Split, TokenCache, evenly_spaced, split_of
-from soluscope.data.tokenizer import SPACES, encode, texts_of
+from soluscope.data.tokenizer import SPACES, encode, from_bytes, texts_of
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,9 +110,22 @@ def from_texts(
         UserError: if no text has 2 tokens or more.
     """
     tokenizer.encode_special_tokens = True  # a <|BOS|> spelt out in a text is plain text
+    encoded = [encode(tokenizer, text) for text in texts]
+    return _cut(encoded, tokenizer, bos, ctx, n_tokens, name, fewest)
+
+
+def _cut(
+    texts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    bos: int,
+    ctx: int,
+    n_tokens: int,
+    name: str,
+    fewest: int = 2,
+) -> Stream:
+    """Cut the tokens of each text as `from_texts` does, and return the stream."""
     parts = []
-    for number, text in enumerate(texts):
-        ids = encode(tokenizer, text)
+    for number, ids in enumerate(texts):
         cuts = range(0, len(ids), ctx - 1)
         parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
     # The first row of every text, then every second row: even few tokens come from many texts.
@@ -131,7 +145,7 @@ def unit_of(name: str) -> str:
     return "string" if name in MADE_UP else "document"
 
 
-def from_rows(rows: list[tuple[int, list[int]]], bos: int, ctx: int, name: str) -> Stream:
+def from_rows(rows: Sequence[tuple[int, Sequence[int]]], bos: int, ctx: int, name: str) -> Stream:
     """Return the stream of rows that are given as (number of the string, its tokens without BOS).
 
     Raises:
@@ -178,8 +192,8 @@ def _make(
         case "prefixes":
             return from_rows(list(_prefixes(cache, ctx, n_tokens)), bos, ctx, name)
         case "prose" | "code":
-            texts = standard_library(name, **cache.meta["shares"])
-            return from_texts(texts, tokenizer, bos, ctx, n_tokens, name)
+            texts = _library_tokens(name, *sorted(cache.meta["shares"].items()), tokenizer.to_str())
+            return _cut(texts, tokenizer, bos, ctx, n_tokens, name)
         case "sentences":
             return from_rows(_sentences(tokenizer, ctx, n_tokens), bos, ctx, name)
         case "repeated" | "random":
@@ -243,6 +257,20 @@ def _words(
             f"no token of the tokenizer is a whole word: {pairs.more_words(cache, tokenizer)}"
         )
     return [*words, *additional[: n_wanted - len(words)].tolist()]
+
+
+@lru_cache(maxsize=4)
+def _library_tokens(kind: str, *words: Any) -> list[list[int]]:
+    """Return the tokens of `standard_library`'s texts, which all runs of a study share.
+
+    Args:
+        kind: as for `standard_library`.
+        words: the (name, share) pairs of the splits, and then the tokenizer as JSON.
+    """
+    *shares, tokenizer_json = words
+    tokenizer = from_bytes(tokenizer_json.encode(), "cannot read the tokenizer")
+    tokenizer.encode_special_tokens = True
+    return [encode(tokenizer, text) for text in standard_library(kind, **dict(shares))]
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from soluscope.config import Config
+from soluscope.launching.jobs import Task
 from soluscope.launching.sweep import Sweep
 
 
 class After(Protocol):
-    """The work after the last job, such as probes and report: a function, called once without arguments."""
+    """The work after the last job, such as the report: a function, called once without arguments."""
 
     does: ClassVar[str]
-    """The work in words, after "then": `probes and reports`."""
+    """The work in words, after "then": `compares and reports`."""
 
     def to_json(self) -> str:
         """Return the work as one line of JSON, which `launch.after_from_json` reads on another machine."""
@@ -41,10 +41,10 @@ class Engine:
     check: Callable[[Any, Sweep], None]
     """Function of the parameters and the sweep that raises UserError if the jobs cannot run, for example without
     a required package or server. It is called before any job starts and before anything is written."""
-    run: Callable[[Sweep, Sequence[Config], Any, After], None]
-    """Function that runs the given jobs of a sweep, and arranges that `after` is called when all have ended.
+    run: Callable[[Sweep, Sequence[Task], Any, After], None]
+    """Function that runs the given tasks of a sweep, and arranges that `after` is called when all have ended.
 
-    Each job is run by `jobs.execute`, which stores a failure in the job's run folder, so that a failed job
+    Each task is done by `jobs.execute`, which stores a failure in the job's run folder, so that a failed job
     does not stop the other jobs. With a scheduler, the function may return before the jobs have ended; it then
     prints how to follow them.
     """

@@ -27,6 +27,7 @@ from soluscope.config import Config
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
+from soluscope.files import reason
 from soluscope.launching import jobs
 from soluscope.launching.sweep import Sweep
 from soluscope.runs.folder import Run
@@ -80,7 +81,7 @@ def check(params: Params, sweep: Sweep) -> None:
         _place(config, params, nodes)
 
 
-def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> None:
+def run(sweep: Sweep, todo: Sequence[jobs.Task], params: Params, after: After) -> None:
     """Run as many jobs at once as the cluster has room for, and show the states in their run folders.
 
     Raises:
@@ -92,7 +93,7 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
     after()
 
 
-def _run_all(ray: Any, sweep: Sweep, todo: Sequence[Config], params: Params) -> None:
+def _run_all(ray: Any, sweep: Sweep, todo: Sequence[jobs.Task], params: Params) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     environment = {
         key: value
@@ -100,49 +101,50 @@ def _run_all(ray: Any, sweep: Sweep, todo: Sequence[Config], params: Params) -> 
         if key == "OMP_NUM_THREADS" or key.startswith(("WANDB_", "HF_"))
     }
     started: dict[Any, Config] = {}
-    for config in todo:
-        placed, resources = _place(config, params, nodes)
+    for task in todo:
+        placed, resources = _place(task.config, params, nodes)
         # Each job gets a new process. A job that fails stores its error in its run folder.
-        task = ray.remote(**resources, max_calls=1, max_retries=params.retries)(_job)
-        started[task.remote(placed, os.getcwd(), environment)] = config
+        job = ray.remote(**resources, max_calls=1, max_retries=params.retries)(_job)
+        described = replace(task, config=placed).to_json()
+        started[job.remote(described, os.getcwd(), environment)] = task.config
     waiting = list(started)
     with jobs.live(sweep.study_dir, [jobs.job_of(config) for config in sweep.configs]) as show:
         try:
             while waiting:
                 ended, waiting = ray.wait(waiting, timeout=1)
                 show()
-                for task in ended:
-                    _report_if_lost(ray, task, started[task])
+                for job in ended:
+                    _report_if_lost(ray, job, started[job])
         except KeyboardInterrupt:
-            for task in reversed(waiting):  # first the jobs that have not started
-                ray.cancel(task)  # a started job gets a KeyboardInterrupt and saves a checkpoint
+            for job in reversed(waiting):  # first the jobs that have not started
+                ray.cancel(job)  # a started job gets a KeyboardInterrupt and saves a checkpoint
             ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S)
             show()
             raise
 
 
-def _job(config: Config, folder: str, environment: dict[str, str]) -> None:
+def _job(described: str, folder: str, environment: dict[str, str]) -> None:
     """Run a job in a worker, in the working directory of the launch, so that relative paths stay valid."""
     # ray.cancel sends SIGINT, which a launch in the background ignores, and workers inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     os.chdir(folder)
-    jobs.execute(config)
+    jobs.execute(jobs.Task.from_json(described))
 
 
-def _report_if_lost(ray: Any, task: Any, config: Config) -> None:
+def _report_if_lost(ray: Any, job: Any, config: Config) -> None:
     """Record and print the failure of a job that could not do so itself.
 
     Its process died too often, or its node lacks a package or a file.
     """
     try:
-        ray.get(task)
+        ray.get(job)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         lines = str(cause).strip().splitlines() or [""]
         lost = f"lost {type(cause).__name__}: {lines[0]}"
         run = Run(config.run_dir)
-        if not run.at_work():
+        if not run.at_work() and not run.is_done():
             run.record_failure(UserError(lost))
         say(f"{config.run_name}: {lost}")
 
@@ -220,7 +222,7 @@ def _import_ray(address: str | None) -> Any:
 
 
 @contextmanager
-def _connected(params: Params, todo: Sequence[Config]) -> Iterator[Any]:
+def _connected(params: Params, todo: Sequence[jobs.Task]) -> Iterator[Any]:
     """Connect to Ray, or start it here, and yield it. Inside the block, SIGTERM raises KeyboardInterrupt."""
     ray = _import_ray(params.address)
     before = signal.getsignal(signal.SIGTERM)
@@ -228,7 +230,10 @@ def _connected(params: Params, todo: Sequence[Config]) -> Iterator[Any]:
     folders = ExitStack()
     try:
         if params.address is None:
-            here, folder = _this_machine(todo), folders.enter_context(_folder())
+            here, folder = (
+                _this_machine([task.config for task in todo]),
+                folders.enter_context(_folder()),
+            )
             # Even without a dashboard, Ray starts the dashboard's server for its statistics, and the server
             # contacts the addresses of cloud providers. With a port that is already in use, it does not start.
             with socket.create_server(("127.0.0.1", 0)) as taken, _one_line(folder):
@@ -277,10 +282,9 @@ def _one_line(folder: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"Ray does not start on this machine, with its logs in {folder} ({reason}): launch the sweep again, or "
-            "set engine=inline"
+            f"Ray does not start on this machine, with its logs in {folder} ({reason(error)}): launch the sweep "
+            "again, or set engine=inline"
         ) from error
 
 

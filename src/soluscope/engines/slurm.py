@@ -1,4 +1,4 @@
-"""The SLURM engine: one array of jobs, and after the array a last job that probes and reports.
+"""The SLURM engine: one array of jobs, and after the array a last job without GPUs that compares and reports.
 
 The launcher returns as soon as the jobs are in the queue. A job near its time limit saves its checkpoint and
 returns to the queue, and so does a job that loses its node. After a job was cancelled, the same command
@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 from soluscope import plugins
-from soluscope.config import Config, from_json, to_json
 from soluscope.config import check as require
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
@@ -40,7 +39,7 @@ NEAR_LIMIT = "USR2"
 ANSWER_WITHIN_S = 30
 """Seconds within which a command of SLURM must answer."""
 AFTER = "after"
-"""Name of the last job, which probes and reports. Other jobs have their run's name, which ends in a seed or tag."""
+"""Name of the last job, which compares and reports. Other jobs have their run's name: it ends in a seed or tag."""
 IDS = "jobs.json"
 """File with SLURM's id of each job, by the job's name."""
 
@@ -105,7 +104,7 @@ def check(params: Params, sweep: Sweep) -> None:
     )
 
 
-def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> None:
+def run(sweep: Sweep, todo: Sequence[jobs.Task], params: Params, after: After) -> None:
     """Submit the jobs that are not in the queue already, and a job that calls `after` when they have ended.
 
     Raises:
@@ -114,22 +113,23 @@ def run(sweep: Sweep, todo: Sequence[Config], params: Params, after: After) -> N
     folder = sweep.study_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     queued = _queued(folder)
-    new = [_placed(config, params) for config in todo if config.run_name not in queued]
+    new = [_placed(task, params) for task in todo if task.config.run_name not in queued]
     if new:
-        train = new[0].train
+        train = new[0].config.train
         array = f"--array=0-{len(new) - 1}%{params.max_running or len(sweep.configs)}"
         # One process per GPU, as Lightning requires under SLURM.
         sizes = [f"--nodes={train.nodes}", f"--ntasks-per-node={train.devices}"]
-        work = [json.dumps({"train": to_json(config)}) for config in new]
+        work = [json.dumps({"task": task.to_json()}) for task in new]
         job_id = _submit(folder, params, work, [array, *sizes])
-        queued |= {config.run_name: f"{job_id}_{index}" for index, config in enumerate(new)}
+        queued |= {task.config.run_name: f"{job_id}_{index}" for index, task in enumerate(new)}
         _keep(folder, queued)
     if new or AFTER not in queued:
         arrays = sorted({ids.partition("_")[0] for name, ids in queued.items() if name != AFTER})
         sizes = ["--nodes=1", "--ntasks-per-node=1"]
         if arrays:
             sizes.append(f"--dependency=afterany:{':'.join(arrays)}")
-        queued[AFTER] = _submit(folder, params, [json.dumps({AFTER: after.to_json()})], sizes)
+        last = [json.dumps({AFTER: after.to_json()})]
+        queued[AFTER] = _submit(folder, replace(params, gpus=0), last, sizes)
         _keep(folder, queued)
     say(
         f"jobs submitted: {len(new)}, in the queue: {len(queued) - 1}; job {queued[AFTER]} then {after.does}. "
@@ -190,14 +190,15 @@ def _queued(folder: Path) -> dict[str, str]:
     return {name: job_id for name, job_id in kept.items() if job_id in ids}
 
 
-def _placed(config: Config, params: Params) -> Config:
-    """Return the job's configuration for this engine.
+def _placed(task: jobs.Task, params: Params) -> jobs.Task:
+    """Return the task with its configuration for this engine.
 
     Without slurm.gpus, its device is the CPU, because the node may show GPUs that the job was not given.
     """
-    device = config.train.device if params.gpus else "cpu"
-    threads = config.train.threads or params.cpus
-    return replace(config, train=replace(config.train, threads=threads, device=device))
+    train = task.config.train
+    device = train.device if params.gpus else "cpu"
+    placed = replace(train, threads=train.threads or params.cpus, device=device)
+    return replace(task, config=replace(task.config, train=placed))
 
 
 def _ask(*words: str, script: str | None = None) -> str:
@@ -229,11 +230,11 @@ def _ask(*words: str, script: str | None = None) -> str:
 
 
 def work_of(line: str) -> Callable[[], object]:
-    """Return the work that a line of a script describes: the training of a run, or the work after the last job."""
+    """Return the work that a line of a script describes: a task, or the work after the last job."""
     described = json.loads(line)
     if AFTER in described:
         return after_from_json(described[AFTER])
-    return partial(jobs.execute, from_json(described["train"]))
+    return partial(jobs.execute, jobs.Task.from_json(described["task"]))
 
 
 def main(requeues: int) -> None:

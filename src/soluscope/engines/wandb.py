@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from soluscope.config import Config, flatten
 from soluscope.config import check as require
+from soluscope.config import flatten
 from soluscope.engines import After, Engine
 from soluscope.errors import UserError
+from soluscope.launching.jobs import Task
 from soluscope.launching.sweep import Sweep
 from soluscope.reading import as_word, read_yaml
+from soluscope.runs.folder import Run
 from soluscope.terminal import answer
 from soluscope.training.processes import torchrun
 from soluscope.wandb_client import PROJECT, one_line, package, sign_in
@@ -72,15 +74,16 @@ def check(params: Params, sweep: Sweep) -> None:
     sign_in("engine=wandb", "choose another engine=")
 
 
-def run(sweep: Sweep, todo: Sequence[Config], params: Any, after: After) -> None:
+def run(sweep: Sweep, todo: Sequence[Task], params: Any, after: After) -> None:
     """Register the grid, and print how to start agents.
 
     The whole grid is registered, because a grid of wandb cannot leave points out. A finished job ends at once.
+    Agents only train; if all runs are trained, `after` evaluates them.
 
     Raises:
         UserError: if the server refuses the sweep.
     """
-    if not todo:
+    if all(Run(task.config.run_dir).is_done() for task in todo):
         after()
         return
     wandb = package()

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from soluscope import results
 from soluscope.config import PretrainedConfig
@@ -34,6 +37,7 @@ from soluscope.files import read_json, write_bytes, write_text
 from soluscope.hooked.activations import HookedRun, check_model
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained, repository_of
+from soluscope.probes._per_token import PerToken
 from soluscope.results import Measurement
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts
@@ -133,7 +137,7 @@ def load_again(run: Run, origin: Origin, device: str) -> SoluscopeTransformer:
 
 
 def measurements(
-    facts: Facts, origin: Origin, text: TokenCache, loss: Measurement, run: HookedRun
+    facts: Facts, origin: Origin, text: TokenCache, loss: Measurement, blocks: Iterable[HookedRun]
 ) -> list[Measurement]:
     """Return the known facts about a pretrained model, its loss, and the epsilon that its gain implies.
 
@@ -142,7 +146,7 @@ def measurements(
         origin: origin of the model.
         text: tokens that the model is probed on.
         loss: mean loss of the model on the report split.
-        run: activations of the model on natural text.
+        blocks: activations of the model on natural text, in blocks.
     """
     split = text.meta["splits"]["report"]
     note = (
@@ -159,20 +163,27 @@ def measurements(
         replace(base, quantity=name, value=float(value), note=origin.description)
         for name, value in known.items()
     ]
-    if run.eps is not None:
-        square = run.scale.double().square()  # 1 / g^2
-        off = ((run.s2 + run.eps) / square - 1).abs()
+    _, measured = PerToken(_scales, lambda text, columns: ()).of_blocks(blocks)
+    square, s2, wanted = measured.tokens.values()
+    if not wanted.isnan().all():
+        off = (wanted / square - 1).abs()
         everywhere = replace(base, stream="natural", positions="all", n=len(square))
         rows += [
             replace(
                 everywhere, quantity="1/g^2 - var", statistic="median",
-                value=float((square - run.s2).median()),
+                value=float((square - s2).median()),
             ),
             replace(
                 everywhere, quantity="|g^2 (var + eps) - 1|", statistic="max", value=float(off.max())
             ),
         ]  # fmt: skip
     return rows
+
+
+def _scales(run: HookedRun) -> dict[str, Tensor]:
+    """Return the square of each token's scale, and the values that it should have; nan without an epsilon."""
+    eps = math.nan if run.eps is None else run.eps
+    return {"1/g^2": run.scale.double().square(), "var": run.s2, "var + eps": run.s2 + eps}
 
 
 def _check_studies(studies: Sequence[str]) -> None:

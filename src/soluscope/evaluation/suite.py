@@ -14,83 +14,64 @@ runs/<study>/results.jsonl                         all records of the study, com
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from soluscope import plugins, results
+from soluscope.bars import Bars, Say, bars
 from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
-from soluscope.data import streams
-from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
-from soluscope.data.tokenizer import from_bytes
+from soluscope.cores import n_cores
 from soluscope.errors import UserError
-from soluscope.evaluation import pretrained_run
+from soluscope.evaluation import provenance
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.elsewhere import check_writable, linked
-from soluscope.evaluation.loss import document_losses, mean_loss
-from soluscope.evaluation.pretrained_run import ORIGIN, load_again, make_run, read_origin
-from soluscope.evaluation.summaries import (
-    about_run,
-    against_untrained,
-    stored_words,
-    summarise,
-    token_table,
+from soluscope.evaluation.one_run import (
+    Step,
+    asked_probes,
+    check_device,
+    described,
+    device_of,
+    evaluate_run,
+    is_evaluated,
+    n_threads,
+    threads,
+    tokens_of,
 )
-from soluscope.evaluation.wandb_probes import send_probes
-from soluscope.files import digest, read_json, reason, replacing, write_text
-from soluscope.hooked.ablation import loss_at_post
-from soluscope.hooked.activations import HookedRun, check_model, observe
-from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
-from soluscope.memory import check_draws
-from soluscope.probes import Probe
-from soluscope.results import (
-    FalsePositives,
-    GateResult,
-    LeftOut,
-    Measurement,
-    ProbeWords,
-    Record,
-    TokenValue,
-    Untrained,
-    of_kind,
-)
-from soluscope.runs.folder import Run, check_study_links, lock
+from soluscope.evaluation.pretrained_run import ORIGIN, make_run, read_origin
+from soluscope.evaluation.stored import COMPUTES, PACKAGE, current, probe_files, read_losses
+from soluscope.evaluation.summaries import stored_words
+from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
+from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
+from soluscope.runs.folder import Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
-from soluscope.text import readable
+from soluscope.text import plural
 from soluscope.training.wandb_run import check_login
+from soluscope.variants import label_of
+from soluscope.workers import Work, ending, side_by_side
 
-PACKAGE = "soluscope.probes"
 CONTROLS = ".controls"
-MADE_WITH = "made_with.json"
-NO_EFFECT = ("probes", "prepared", "device", "out", "wait", "wandb")
-"""Settings of an evaluation that do not change its results."""
-TRAINING_POINTS = 60
-COMPUTES = (
-    "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
-    "text.py", "variants/",
-)  # fmt: skip
-"""Folders and modules of the package that compute the stored results of a run or define their form. A
-probe's own file affects only the results of that probe."""
-
-Say = Callable[[str], None]
 
 
-def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
+def evaluate(folder: Path, config: EvalConfig, say: Say = answer, step: Step | None = None) -> Path:
     """Probe every finished run below `folder` (or the run `folder` itself), then compare the study's runs.
 
     A probe is skipped if its results on a run exist and were made with the same configuration, so an
     interrupted evaluation resumes where it stopped.
+
+    Args:
+        folder: a study or a run.
+        config: settings of the evaluation.
+        say: function called with each message, and with lines of progress if stderr is not a terminal.
+        step: function called before each result; with it, all runs are evaluated in this process.
 
     Returns:
         The study's results.jsonl, or with out= that of the folder `out`.
@@ -104,8 +85,8 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = answer) -> Path:
     study_dir = runs[0].dir.parent
     with _held(study_dir, config):
         _check(runs, config)
-        _calibrated("controls", _asked(config), study_dir, say)
-        _evaluate_runs(runs, config, say)
+        _calibrated("controls", asked_probes(config), study_dir, say)
+        _evaluate_runs(runs, config, say, step)
         return write_results(study_dir)
 
 
@@ -117,11 +98,12 @@ def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> set[str]:
         UserError: for the reasons that `evaluate` and `comparison.compare.chosen_arms` give.
     """
     with _held(study_dir, config):
-        seeds = select_seeds(finished_runs(study_dir))
-        runs = [run for run in finished_runs(study_dir) if _is_for_choosing(run, seeds)]
+        finished = finished_runs(study_dir)
+        seeds = select_seeds(finished)
+        runs = [run for run in finished if _is_for_choosing(run, seeds)]
         _check(runs, config)
         _evaluate_runs(runs, config, say)
-        losses = [_read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in runs]
+        losses = [read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in runs]
         lineages = _lineages(run.facts for run in runs)
         return chosen_arms(pd.concat(losses, ignore_index=True), lineages, seeds)
 
@@ -136,7 +118,9 @@ def _is_for_choosing(run: Run, seeds: frozenset[int]) -> bool:
     return read_origin(run.dir) is None and run.config.seed in seeds
 
 
-def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) -> Path:
+def evaluate_pretrained(
+    name: str, config: PretrainedConfig, say: Say = answer, step: Step | None = None
+) -> Path:
     """Probe a pretrained model in its own study, and write the study's report.
 
     An interrupted evaluation resumes where it stopped.
@@ -144,7 +128,8 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) 
     Args:
         name: as for `load_pretrained`.
         config: settings of the probes, the text, and the studies to show beside the model.
-        say: function called with each line of progress.
+        say: function called with each message, and with lines of progress if stderr is not a terminal.
+        step: as for `evaluate`.
 
     Returns:
         The study's report.html.
@@ -154,10 +139,10 @@ def evaluate_pretrained(name: str, config: PretrainedConfig, say: Say = answer) 
     """
     from soluscope.report import publish
 
-    _check_device(config)
+    check_device(config)
     run_dir = make_run(name, config, say)
     probing = EvalConfig(**{each.name: getattr(config, each.name) for each in fields(EvalConfig)})
-    return publish(evaluate(run_dir, probing, say).parent)
+    return publish(evaluate(run_dir, probing, say, step).parent)
 
 
 def _say_after(say: Say, prefix: str, text: str) -> None:
@@ -227,7 +212,7 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = ans
 
     study_dir = _writable_runs(folder, config, say)[0].dir.parent if folder else None
     with _held(study_dir, config) if study_dir else nullcontext():
-        records = _calibrated(what, _asked(config), study_dir, say)
+        records = _calibrated(what, asked_probes(config), study_dir, say)
         console().print(matrix(records))
         if study_dir and any(study_dir.glob("*/probes/loss.jsonl")):
             write_results(study_dir)
@@ -238,11 +223,6 @@ def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = ans
         )
 
 
-def _asked(config: EvalConfig) -> Sequence[str]:
-    """Return the names of the probes that a configuration asks for."""
-    return config.probes if config.probes is not None else plugins.names(PACKAGE)
-
-
 def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Say) -> list[Record]:
     """Return the probes' descriptions, and their results on the controls or their false positives.
 
@@ -250,24 +230,36 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
     """
     ask = check_gates if what == "controls" else false_positives
     study = study_dir.name if study_dir else ""
-    records: list[Record] = []
-    code = code_hash(*COMPUTES, "controls/", but=_probe_files())
-    with _current(study_dir / CONTROLS, code, say) if study_dir else nullcontext() as folder:
-        for name in names:
-            path = folder / f"{what}-{name}.jsonl" if folder else None
-            if path and path.is_file():
-                try:
-                    records += results.read(path, study_dir, whole=True)
-                    continue
-                except UserError as error:
-                    say(f"{path.name} is computed again: {error}")
-            say(f"{what} of {name}")
-            probe = plugins.pick(PACKAGE, name)
-            made = [stored_words(name, probe, study), *ask(name, study=study)]
-            if path:
-                results.write(path, made)
-            records += made
-    return records
+    code = code_hash(*COMPUTES, "controls/", but=probe_files())
+    with current(study_dir / CONTROLS, code, say) if study_dir else nullcontext() as folder:
+        stored = {
+            name: _stored(folder / f"{what}-{name}.jsonl", say) if folder else None
+            for name in names
+        }
+        waiting = [name for name in names if stored[name] is None]
+        if not waiting:
+            return [record for name in names for record in stored[name] or ()]
+        with bars({what: 1.0}, say) as shown, threads(n_threads()):
+            shown.begin(what, f"{what} of {', '.join(waiting)}")
+            for number, name in enumerate(waiting):
+                shown.update(what, number, len(waiting), name)
+                probe = plugins.pick(PACKAGE, name)
+                made: list[Record] = [stored_words(name, probe, study), *ask(name, study=study)]
+                if folder:
+                    results.write(folder / f"{what}-{name}.jsonl", made)
+                stored[name] = made
+    return [record for name in names for record in stored[name] or ()]
+
+
+def _stored(path: Path, say: Say) -> list[Record] | None:
+    """Return the records of a calibration that is stored in a study, or None without complete records."""
+    if not path.is_file():
+        return None
+    try:
+        return results.read(path, path.parents[1], whole=True)
+    except UserError as error:
+        say(f"{path.name} is computed again: {error}")
+        return None
 
 
 def write_results(study_dir: Path) -> Path:
@@ -284,15 +276,17 @@ def write_results(study_dir: Path) -> Path:
         folder = run.dir / "probes"
         if not (folder / "loss.jsonl").is_file():
             continue  # not evaluated yet, or interrupted before there was anything to compare
-        for path in sorted(folder.glob("*.jsonl")):
-            records += [] if _is_for_choosing(run, seeds) else results.read(path, study_dir)
+        if not _is_for_choosing(run, seeds):
+            for path in sorted(folder.glob("*.jsonl")):
+                records += results.read(path, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run.facts)
-            losses.append(_read_losses(folder, run).assign(**_settings(run)))
+            losses.append(read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
+        records += provenance.of_study(study_dir, compared)
         records += compare(study_dir.name, table, commit(), _lineages(compared), seeds)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
@@ -338,7 +332,7 @@ def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
     lineages: dict[str, Lineage] = {}
     first: dict[str, str] = {}
     for facts in compared:
-        lineage = Lineage(facts.role, facts.twin, facts.chain)
+        lineage = Lineage(facts.role, facts.twin, facts.chain, label_of(facts.variant))
         other = first.setdefault(facts.variant, facts.run)
         if lineages.setdefault(facts.variant, lineage) != lineage:
             raise UserError(
@@ -358,26 +352,114 @@ def _settings(run: Run) -> dict[str, float | str]:
     return {name: np.nan if value is None else value for name, value in settings.items()}
 
 
-# --- one run --------------------------------------------------------------------------------------
+def _evaluate_runs(
+    runs: Sequence[Run], config: EvalConfig, say: Say, step: Step | None = None
+) -> None:
+    """Probe runs, several at once if the settings allow; of those at select seeds, measure only the losses.
 
-
-def _evaluate_runs(runs: Sequence[Run], config: EvalConfig, say: Say) -> None:
-    """Probe runs; of those at select seeds, measure only the losses."""
+    Raises:
+        UserError: if a run cannot be evaluated; the other runs are evaluated first.
+    """
     seeds = select_seeds(finished_runs(runs[0].dir.parent)) if runs else frozenset()
-    for number, run in enumerate(runs, start=1):
-        prefix = f"[{number}/{len(runs)}] {run.dir.name}:"
-        only_loss = _is_for_choosing(run, seeds)
-        _evaluate_run(
-            run,
-            replace(config, probes=[]) if only_loss else config,
-            partial(_say_after, say, prefix),
-        )
+    asked = {
+        run.dir.name: replace(config, probes=[]) if _is_for_choosing(run, seeds) else config
+        for run in runs
+    }
+    n_at_once = 1 if step else min(_at_once(runs, config), len(runs))
+    with bars(dict.fromkeys(asked, 1.0), say) as shown:
+        probing = _Probing(runs, shown, say, step)
+        beside = []
+        for run in runs:
+            name = run.dir.name
+            if n_at_once > 1 and not is_evaluated(run, asked[name]):
+                beside.append(run)
+                continue
+            probing.began(name)
+            try:
+                evaluate_run(
+                    run, asked[name], partial(probing.said, name), partial(probing.at, name)
+                )
+            except Busy as error:
+                probing.busy[name] = error
+            except UserError as error:
+                probing.errors[name] = error
+            probing.ended(name, None)
+        works = [Work(run.dir.name, described(run, asked[run.dir.name])) for run in beside]
+        side_by_side("soluscope.evaluation", works, n_at_once, probing)
+    if before := len(runs) - len(probing.computed | probing.errors.keys() | probing.busy.keys()):
+        counted = f"{before} of {len(runs)} runs" if len(runs) > 1 else runs[0].dir.name
+        say(f"{counted}: probed already")
+    if len(probing.busy) == len(runs):
+        probing.errors |= probing.busy
+    _check_evaluated(runs, probing.errors)
 
 
-def _evaluate_run(run: Run, config: EvalConfig, say: Say) -> None:
-    with run.lock():
-        _probe_run(run, config, say)
-        send_probes(run, config.wandb)
+def _check_evaluated(runs: Sequence[Run], errors: Mapping[str, UserError]) -> None:
+    """Raise the errors of the runs that could not be evaluated as one error."""
+    if errors and len(runs) == 1:
+        raise next(iter(errors.values()))
+    if errors:
+        told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+        raise UserError(f"{len(errors)} of {len(runs)} runs are not evaluated: {told}")
+
+
+class _Probing:
+    """The runs that are evaluated: the watcher of the workers, and the progress of this process."""
+
+    def __init__(self, runs: Sequence[Run], shown: Bars, say: Say, step: Step | None) -> None:
+        names = [run.dir.name for run in runs]
+        self.prefixes = {
+            name: f"[{number}/{len(names)}] {name}:" for number, name in enumerate(names, 1)
+        }
+        self.shown, self.say, self.step = shown, say, step
+        self.errors: dict[str, UserError] = {}
+        self.busy: dict[str, UserError] = {}
+        """Runs at which another process is at work, such as the job that has trained them."""
+        self.computed: set[str] = set()
+        """Runs of which a result was computed."""
+
+    def began(self, name: str) -> None: ...
+
+    def said(self, name: str, text: str) -> None:
+        self.say(f"{self.prefixes[name]} {text}")
+
+    def at(self, name: str, done: int, of: int, result: str) -> None:
+        if name not in self.computed:
+            self.computed.add(name)
+            self.shown.begin(name, f"{self.prefixes[name]} {of} {plural(of, 'result')} to compute")
+        self.shown.update(name, done, of, result)
+        if self.step:
+            self.step(done, of, result)
+
+    def heard(self, name: str, message: dict[str, Any]) -> None:
+        if "error" in message:
+            (self.busy if message["busy"] else self.errors)[name] = UserError(message["error"])
+        elif "say" in message:
+            self.said(name, message["say"])
+        else:
+            self.at(name, message["done"], message["of"], message["result"])
+
+    def ended(self, name: str, status: int | None) -> None:
+        if status is not None:
+            self.errors.setdefault(name, UserError(ending(status)))
+        outcome = "not probed" if name in self.errors else "probed"
+        if name in self.busy:
+            outcome = f"left out: {self.busy[name]}"
+        told = name in self.computed or name in self.errors or name in self.busy
+        self.shown.end(name, f"{self.prefixes[name]} {outcome}" if told else "")
+
+    def look(self) -> None: ...
+
+
+def _at_once(runs: Sequence[Run], config: EvalConfig) -> int:
+    """Return the number of runs that are evaluated at once."""
+    if config.jobs is not None:
+        return config.jobs
+    if device_of(config) != "cpu" or any(read_origin(run.dir) for run in runs):
+        return 1
+    needed = max((of_evaluation(run.facts.d_mlp, run.facts.d_vocab) for run in runs), default=0)
+    fitting = of_machine() / (OF_PROCESS + needed)
+    return max(1, int(min(n_cores() // n_threads(), fitting, len(runs))))
 
 
 def _check(runs: Sequence[Run], config: EvalConfig) -> None:
@@ -387,372 +469,11 @@ def _check(runs: Sequence[Run], config: EvalConfig) -> None:
         UserError: if a run or its tokens cannot be read, there is no such device, or the resamples do not fit into
             memory.
     """
-    _check_device(config)
+    check_device(config)
     check_login(config.wandb)
     for run in runs:
         if read_origin(run.dir) is None:
             run.config  # noqa: B018 (its error names the file)
-        n_documents = _tokens_of(run, config).meta["splits"]["report"]["n_documents"]
+        n_documents = tokens_of(run, config.prepared).meta["splits"]["report"]["n_documents"]
         n_rows = max(config.n_tokens, config.n_loss_tokens) // run.facts.ctx
         check_draws(config.n_draws, min(n_documents, n_rows))
-
-
-def _check_device(config: EvalConfig) -> None:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
-
-
-def _probe_run(run: Run, config: EvalConfig, say: Say) -> None:
-    with _current(run.dir / "probes", _rests_on(run, config), say) as folder:
-        _probe_into(folder, run, config, say)
-
-
-def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say) -> None:
-    """Write the results of a run that `folder` lacks."""
-    names = _asked(config)
-    origin = read_origin(run.dir)
-    course = () if origin else ("training",)
-    waiting = [
-        name
-        for name in (*course, "loss", "tokens", *names)
-        if not _is_measured(folder, run, name, say)
-    ]
-    if not waiting:
-        say("probed already")
-        return
-    about = about_run(run.facts, pretrained=origin is not None)
-    model = load_again(run, origin, config.device) if origin else load_run(run, config.device)
-    check_model(model)
-    observed = _Observed(model, _tokens_of(run, config), config, run)
-    for number, name in enumerate(waiting, start=1):
-        say(f"{name} ({number} of {len(waiting)})")
-        records: Sequence[Record]
-        if name == "training":
-            records = training_points(run, about)
-        elif name == "loss" and origin:
-            records = _pretrained(observed, folder, origin, about, config)
-        elif name == "loss":
-            records = [_loss(observed, folder, about, config)]
-        elif name == "tokens":
-            records = token_values(observed("natural"), about)
-        else:
-            records = _probe_records(name, observed, folder, about, config)
-        results.write(folder / f"{name}.jsonl", records)
-
-
-def _is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
-    """Return whether the results of the probe `name` on a run are in `folder` and can be read."""
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
-        return False
-    try:
-        results.read(path, run.dir.parent, whole=True)
-        if name == "loss" and not (run.dir / ORIGIN).is_file():
-            _read_losses(folder, run)
-    except UserError as error:
-        say(f"{name} is recomputed: {error}")
-        return False
-    return True
-
-
-def _read_losses(folder: Path, run: Run) -> pd.DataFrame:
-    """Return a trained run's losses by document, as `_loss` has saved them in `folder`.
-
-    Raises:
-        UserError: if the file is missing or broken, or belongs to another run.
-    """
-    path, facts = folder / "loss.parquet", run.facts
-    about = {
-        "run": facts.run, "arm": facts.arm, "variant": facts.variant, "seed": facts.seed,
-        "config": facts.config,
-    }  # fmt: skip
-    try:
-        if not path.is_file():
-            raise ValueError("no such file")
-        table = pd.read_parquet(path)
-        numbers = table[["loss_sum", "n_tokens"]].to_numpy(float)
-        if not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
-            raise ValueError("its losses are not finite, or of no tokens")
-        if set(table["split"]) != {"select", "report"}:
-            raise ValueError("it does not hold the splits select and report")
-        if not all(isinstance(document, str) for document in table["document"]):
-            raise ValueError("its documents are not named")
-        for name, value in about.items():
-            if not (table[name] == value).all():
-                raise ValueError(f"its {name} is not {value}")
-    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
-        raise UserError(
-            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
-        ) from error
-    return table
-
-
-@contextmanager
-def _current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
-    """Yield a folder for results that holds only current results; at the end it is, or replaces, `folder`.
-
-    Results that were made from other inputs or by other code stay in `folder` until the block has ended without
-    an error. Until then, the new results lie beside it, where the next call continues.
-
-    Args:
-        folder: folder of files named after probes.
-        shared: hash of the inputs and code of all results; a probe's own file affects only its own results.
-        say: function called with a line about the results that are not current.
-    """
-    now = {"shared": shared} | {path: code_hash(path) for path in _probe_files()}
-    old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
-    if old.is_dir() and not folder.is_dir():  # a killed process was exchanging the two
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    before = _made_with(folder)
-    if before in (None, now):
-        write_text(folder / MADE_WITH, json.dumps(now) + "\n")
-        shutil.rmtree(new, ignore_errors=True)
-        yield folder
-        return
-    stale = {Path(path).stem for path in _probe_files() if before.get(path, now[path]) != now[path]}
-    if not before:
-        say(f"{folder / MADE_WITH} is missing or broken: all results are recomputed")
-    elif before.get("shared") != shared:
-        say("inputs or code have changed since last time: all results are recomputed")
-    for name in sorted(stale) if before.get("shared") == shared else ():
-        say(f"{name} has changed and is recomputed")
-    if _made_with(new) != now:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        for path in folder.iterdir() if before.get("shared") == shared else ():
-            if path.is_file() and _probe_of(path) not in stale and path.name != MADE_WITH:
-                shutil.copy2(path, new)
-        write_text(new / MADE_WITH, json.dumps(now) + "\n")
-    yield new
-    folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _made_with(folder: Path) -> dict[str, str] | None:
-    """Return the hashes of the inputs and code of a folder's results, or None for a folder without results.
-
-    Results without readable hashes are not current.
-    """
-    try:
-        return read_json(folder / MADE_WITH, dict[str, str], "its results are recomputed")
-    except UserError:
-        return {} if any(folder.glob("*.jsonl")) else None
-
-
-def _probe_of(path: Path) -> str:
-    """Return the name of the probe whose results a file holds."""
-    name = path.stem.removeprefix("controls-").removeprefix("false-positives-")
-    return name.removesuffix("-neurons")
-
-
-def _probe_files() -> tuple[str, ...]:
-    return tuple(f"probes/{name}.py" for name in plugins.names(PACKAGE))
-
-
-def _rests_on(run: Run, config: EvalConfig) -> str:
-    """Return a hash of the inputs and code of all summaries of a run, without the probes' own files."""
-    settings = {k: v for k, v in asdict(config).items() if k not in NO_EFFECT}
-    made_from = "done.json"
-    if (run.dir / ORIGIN).is_file():
-        made_from = "model.json"
-        settings["tokens"] = study_facts(run.dir.parent)["key"]
-    trained = digest((run.dir / made_from).read_text(encoding="utf8", errors="replace"))
-    prompts = [streams.prompts(name) for name in streams.PROMPTS]
-    code = code_hash(*COMPUTES, but=_probe_files())
-    return digest([settings, trained, prompts, code])
-
-
-def _tokens_of(run: Run, config: EvalConfig) -> TokenCache:
-    """Return the held-out tokens of the corpus that the run was trained on, or the text of a pretrained model.
-
-    The study's data.json identifies the tokens, so tokens of a changed corpus are never used instead.
-    `pretrained_run` prepares a pretrained model's text.
-
-    Raises:
-        UserError: if these tokens are gone, because other tokens would give plausible but wrong numbers.
-    """
-    study_dir, facts, origin = run.dir.parent, run.facts, read_origin(run.dir)
-    trained_on = study_facts(study_dir)
-    cache = open_cache(Path(config.prepared)) if config.prepared else of_study(study_dir)
-    if cache is None:
-        command = f"soluscope probe {origin.name}" if origin else "soluscope train"
-        raise UserError(
-            f"the tokens {trained_on['path']} of {study_dir} are gone: set prepared= to the folder of the token "
-            f"cache {trained_on['key']}, or prepare them again with the command '{command}' that made the run"
-        )
-    if origin:
-        facts = replace(facts, tokenizer_hash=trained_on["tokenizer_hash"])
-    same = (cache.meta["key"], cache.meta["tokenizer_hash"])
-    if same != (trained_on["key"], facts.tokenizer_hash):
-        raise UserError(
-            f"{run.dir} was trained on the tokens {trained_on['key']}, but {cache.path} has other tokens: "
-            "set prepared= to the folder of the right tokens"
-        )
-    for name in ("bos", "eos", "pad", "d_vocab", "shares", "splits"):
-        if cache.meta.get(name) != trained_on.get(name, cache.meta.get(name)):
-            raise UserError(
-                f"{cache.path / 'meta.json'} and {study_dir / 'data.json'} differ in {name!r}: copy both again"
-            )
-    return cache
-
-
-class _Observed:
-    """The model's activations on each stream, computed on first use."""
-
-    def __init__(
-        self, model: SoluscopeTransformer, cache: TokenCache, config: EvalConfig, run: Run
-    ) -> None:
-        self.model, self.cache, self.config = model, cache, config
-        self.tokenizer = from_bytes(
-            cache.tokenizer_path.read_bytes(), f"cannot read {cache.tokenizer_path}"
-        )
-        self._initial = None if read_origin(run.dir) else load_untrained(run, config.device)
-        self._runs: dict[str, HookedRun] = {}
-        self._before: dict[str, HookedRun] = {}
-
-    def __call__(self, name: str) -> HookedRun:
-        if name not in self._runs:
-            self._runs[name] = observe(self.model, self._stream(name))
-        return self._runs[name]
-
-    def untrained(self, name: str) -> HookedRun | None:
-        """Return the activations of the run's own initialisation; None without one.
-
-        A model that others have trained has none, and neither has a run that began with another run's weights.
-        """
-        if self._initial is None:
-            return None
-        if name not in self._before:
-            self._before[name] = observe(self._initial, self._stream(name))
-        return self._before[name]
-
-    def _stream(self, name: str) -> streams.Stream:
-        ctx, c = self.model.facts.ctx, self.config
-        return streams.make(name, self.cache, self.tokenizer, ctx, c.n_tokens, c.seed)
-
-
-def _probe_records(
-    name: str, observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
-) -> list[Record]:
-    """Return the probe's description and its measurements on each of its streams, and save its tables."""
-    probe: Probe = plugins.pick(PACKAGE, name)
-    words = stored_words(name, probe, about["study"])
-    left_out = partial(LeftOut, **about, probe=name)
-    n_layers = observed.model.cfg.n_layers
-    if probe.one_layer and n_layers > 1:
-        return [words, left_out(note=f"exact for one layer only, and the model has {n_layers}")]
-    records: list[Record] = []
-    tables = {}
-    twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=probe.streams[0])
-    for stream in probe.streams:
-        try:
-            run = observed(stream)
-        except UserError as error:  # this corpus or tokenizer cannot provide the stream
-            records.append(left_out(stream=stream, note=str(error)))
-            continue
-        base = Measurement(**about, probe=name, quantity="", value=None, unit="", stream=stream)
-        measured = probe.measure(run)
-        tables[stream] = token_table(run, measured).assign(stream=stream)
-        records += summarise(
-            probe, tables[stream], measured.estimates, base, config.n_draws, config.seed
-        )
-        if stream == probe.streams[0] and (initial := observed.untrained(stream)):
-            before = probe.measure(initial)
-            here = tables[stream], measured.estimates
-            there = token_table(initial, before), before.estimates
-            records += against_untrained(probe, here, there, twin, config.n_draws, config.seed)
-        if measured.neurons and stream == probe.streams[0]:
-            columns = {key: values.numpy() for key, values in measured.neurons.items()}
-            _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
-    if tables:
-        _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
-    if not records:
-        records.append(left_out(note="its quantities are not defined for this model"))
-    return [words, *records]
-
-
-def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
-    """Return the per-token values of the first text of `run`, for the report's token view."""
-    end = int(run.is_bos.nonzero()[1]) if run.is_bos.sum() > 1 else len(run.pos)
-    text = run.subset(torch.arange(len(run.pos)) < end)
-    columns = {
-        "gain": ("1 / activation", text.gain),
-        "r": ("share", text.engagement),
-        "ablation effect": ("nats", loss_at_post(text, torch.zeros_like(text.post)) - text.loss),
-    }
-    return [
-        TokenValue(
-            **about, quantity=name, unit=unit, stream=run.stream, place=index, value=float(value),
-            text=readable(text.vocab[int(text.tokens[index])]),
-        )
-        for name, (unit, values) in columns.items()
-        for index, value in enumerate(values)
-    ]  # fmt: skip
-
-
-def _loss(
-    observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
-) -> Measurement:
-    """Save the losses by document on both validation splits, and return their mean on the report split."""
-    facts = observed.model.facts
-    tables = [
-        document_losses(observed.model, observed.cache, split, config).assign(split=split)
-        for split in ("select", "report")
-    ]
-    table = pd.concat(tables, ignore_index=True).assign(
-        run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed, config=facts.config
-    )
-    table["document"] = table["document"].astype(str)
-    _write_parquet(folder / "loss.parquet", table)
-    base = Measurement(**about, probe="loss", quantity="", value=None, unit="")
-    return mean_loss(table[table["split"] == "report"], base, config)
-
-
-def _pretrained(
-    observed: _Observed,
-    folder: Path,
-    origin: pretrained_run.Origin,
-    about: dict[str, Any],
-    config: EvalConfig,
-) -> list[Measurement]:
-    """Save a pretrained model's losses by document, and return the known facts about the model."""
-    table = document_losses(observed.model, observed.cache, "report", config)
-    _write_parquet(folder / "loss.parquet", table)
-    base = Measurement(**about, probe="pretrained", quantity="", value=None, unit="")
-    facts, run = observed.model.facts, observed("natural")
-    loss = mean_loss(table, base, config)
-    return pretrained_run.measurements(facts, origin, observed.cache, loss, run)
-
-
-def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:
-    """Return the training curves: means over at most 60 stretches of metrics.jsonl.
-
-    Without a row that can be read, a record gives the reason.
-    """
-    rows = run.rows()
-    if not rows:
-        note = f"{run.metrics.name} has no rows: it is missing or broken"
-        return [LeftOut(**about, probe="training", note=note)]
-    metrics = pd.DataFrame(rows)
-    units = {"loss": "nats / token", "grad_norm": "norm", "r": "share", "gain": "1 / activation"}
-    points: list[Measurement | LeftOut] = []
-    for part in np.array_split(np.arange(len(metrics)), min(TRAINING_POINTS, len(metrics))):
-        stretch = metrics.iloc[part]
-        points += [
-            Measurement(
-                **about, probe="training", quantity=name, unit=unit, stream="train",
-                x=float(stretch["tokens"].iloc[-1]), value=float(stretch[name].mean()), n=len(stretch),
-            )
-            for name, unit in units.items() if name in stretch
-        ]  # fmt: skip
-    return points
-
-
-def _write_parquet(path: Path, table: pd.DataFrame) -> None:
-    try:
-        with replacing(path) as beside:
-            table.to_parquet(beside, index=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free disk space") from error

@@ -20,8 +20,9 @@ from soluscope.comparison.stats import (
     statistic_difference,
 )
 from soluscope.data import streams
-from soluscope.hooked.activations import HookedRun
+from soluscope.hooked.activations import Text
 from soluscope.probes import Estimate, Measured, Probe, Quantity
+from soluscope.probes._tokens import array
 from soluscope.results import Measurement, ProbeWords, Untrained
 from soluscope.runs.weights import Facts, commit
 from soluscope.text import plural
@@ -38,10 +39,10 @@ POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
 """Groups of positions, by the prefix rules of protocol.md section 5. BOS is never averaged with other tokens."""
 
 
-def token_table(run: HookedRun, measured: Measured) -> pd.DataFrame:
+def token_table(text: Text, measured: Measured) -> pd.DataFrame:
     """Return a table with each token's string, pos and id, then one column per quantity."""
-    columns = {"string": run.string, "pos": run.pos, "token": run.tokens}
-    return pd.DataFrame({k: values.numpy() for k, values in (columns | measured.tokens).items()})
+    columns = {"string": text.string, "pos": text.pos, "token": text.tokens} | measured.tokens
+    return pd.DataFrame({name: array(values) for name, values in columns.items()})
 
 
 def stored_words(name: str, probe: Probe, study: str) -> ProbeWords:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -88,8 +88,8 @@ class Mlp:
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so results can be cached per run
-class HookedRun:
-    """Activations of the last MLP on one stream. Tokens are in reading order, one string after another."""
+class Text:
+    """Tokens of one stream in reading order, one string after another, and their losses."""
 
     stream: str
     tokens: Int[Tensor, " token"]
@@ -101,6 +101,25 @@ class HookedRun:
     """The next token; -1 at the end of a row and if the next token is BOS."""
     loss: Float[Tensor, " token"]
     """Cross-entropy of the target in nats; nan without a target."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos.device
+
+    @property
+    def is_bos(self) -> Bool[Tensor, " token"]:
+        return self.pos == 0
+
+    @property
+    def scored(self) -> Bool[Tensor, " token"]:
+        """Return a mask of the tokens that are not BOS and have a target."""
+        return ~self.is_bos & (self.target >= 0)
+
+
+@dataclass(frozen=True, eq=False)
+class HookedRun(Text):
+    """Activations of the last MLP on one stream, or on some whole rows of it."""
+
     pre: Float[Tensor, "token d_mlp"]
     mid: Float[Tensor, "token d_mlp"]
     post: Float[Tensor, "token d_mlp"]
@@ -115,10 +134,6 @@ class HookedRun:
     mlp: Mlp
     vocab: tuple[str, ...] = ()
     """Text of each token of the vocabulary; empty if unknown."""
-
-    @property
-    def is_bos(self) -> Bool[Tensor, " token"]:
-        return self.pos == 0
 
     @property
     def gain(self) -> Float[Tensor, " token"]:
@@ -153,17 +168,12 @@ class HookedRun:
         return square.sum(-1) / square.amax(-1)
 
     @property
-    def scored(self) -> Bool[Tensor, " token"]:
-        """Return a mask of the tokens that are not BOS and have a target."""
-        return ~self.is_bos & (self.target >= 0)
-
-    @property
     def mean_log_gain(self) -> Float[Tensor, ""]:
         """Return the log of the gain's geometric mean over tokens that are not BOS; fp64."""
         return self.gain.double().log()[~self.is_bos].mean()
 
-    def subset(self, keep: Bool[Tensor, " token"]) -> HookedRun:
-        """Return the same run, restricted to the tokens in `keep`."""
+    def subset(self, keep: Bool[Tensor, " token"] | Int[Tensor, " t"]) -> HookedRun:
+        """Return the same run, restricted to the tokens in `keep`, a mask or indices."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         kept: dict[str, Any] = {k: v[keep] for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **kept)
@@ -201,14 +211,14 @@ def planted(
         return scale, centred / scale[..., None]
 
     scale, post = norm(mid)
-    target = torch.ones(n_rows, width, dtype=torch.long)
+    target = torch.ones(n_rows, width, dtype=torch.long, device=mid.device)
     target[:, -1] = -1
-    loss = torch.full((n_rows, width), math.log(2), dtype=torch.float64)
+    loss = mid.new_full((n_rows, width), math.log(2))
     zeros = mid.new_zeros
     return HookedRun(
         stream="planted", tokens=torch.zeros_like(target).flatten(), target=target.flatten(),
-        pos=torch.arange(width).expand(n_rows, width).flatten(),
-        string=torch.arange(n_rows)[:, None].expand(n_rows, width).flatten(),
+        pos=torch.arange(width, device=mid.device).expand(n_rows, width).flatten(),
+        string=torch.arange(n_rows, device=mid.device)[:, None].expand(n_rows, width).flatten(),
         loss=loss.where(target >= 0, torch.nan).flatten(), pre=mid.flatten(0, 1),
         mid=mid.flatten(0, 1), post=post.flatten(0, 1), scale=scale.flatten(),
         resid_mid=mid.flatten(0, 1), eps=eps, centres=True,
@@ -218,15 +228,29 @@ def planted(
             ln_centred=True, W_U=zeros(d_mlp, 2), b_U=zeros(2),
         ),
         mlp=Mlp(
-            ln2=lambda resid: resid, W_in=torch.eye(d_mlp, dtype=mid.dtype), b_in=zeros(d_mlp),
+            ln2=lambda resid: resid, W_in=torch.eye(d_mlp).to(mid), b_in=zeros(d_mlp),
             nonlinearity=lambda pre: pre, norm=norm, W_out=zeros(d_mlp, d_mlp), b_out=zeros(d_mlp),
         ),
     )  # fmt: skip
 
 
-@torch.no_grad()
 def observe(model: Any, stream: Stream) -> HookedRun:
-    """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the CPU.
+    """Run a HookedTransformer over `stream` and return the activations of its last MLP, on the model's device.
+
+    Raises:
+        UserError: as `observe_blocks`.
+    """
+    blocks = list(observe_blocks(model, stream))
+    names = [name for name, value in vars(blocks[0]).items() if isinstance(value, Tensor)]
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(block, name) for block in blocks]) for name in names
+    }
+    return replace(blocks[0], **joined)
+
+
+@torch.no_grad()
+def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
+    """Yield the same activations in blocks of whole rows, one for each forward pass.
 
     A model below fp32 is measured in fp32, with its rounded weights.
 
@@ -248,39 +272,40 @@ def observe(model: Any, stream: Stream) -> HookedRun:
     names = {f"{prefix}mlp.hook_pre", f"{prefix}mlp.hook_post", f"{prefix}hook_resid_mid"}
     if has_norm:
         names |= {f"{prefix}mlp.hook_mid", f"{prefix}mlp.ln.hook_scale"}
-    parts: list[dict[str, Tensor]] = []
+    centres, eps = _declared(norm)
+    readout, mlp = _readout(model, block), _mlp(block)
     step = rows_at_once(stream.tokens.shape[1], model.cfg.d_vocab)
     for start in range(0, len(stream.tokens), step):
         rows = slice(start, start + step)
-        tokens, keep = stream.tokens[rows], stream.keep[rows]
         logits, cache = model.run_with_cache(
-            tokens.to(model.cfg.device), names_filter=names.__contains__
+            stream.tokens[rows].to(model.cfg.device), names_filter=names.__contains__
+        )
+        tokens, string, keep = (
+            part[rows].to(logits.device) for part in (stream.tokens, stream.string, stream.keep)
         )
         target = F.pad(tokens[:, 1:], (0, 1), value=-1)
         target = target.where(F.pad(keep[:, 1:], (0, 1)) & (target != stream.bos), -1)
         loss = F.cross_entropy(
             logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-            target.flatten().to(logits.device),
+            target.flatten(),
             ignore_index=-1,
             reduction="none",
         ).view(target.shape)
         post = cache[f"{prefix}mlp.hook_post"]
         part = {
-            "tokens": tokens, "target": target, "string": stream.string[rows],
-            "pos": torch.arange(tokens.shape[1]).expand(tokens.shape),
-            "loss": loss.cpu().where(target >= 0, torch.nan),
+            "tokens": tokens, "target": target, "string": string,
+            "pos": torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape),
+            "loss": loss.where(target >= 0, torch.nan),
             "pre": cache[f"{prefix}mlp.hook_pre"], "post": post,
             "mid": cache[f"{prefix}mlp.hook_mid"] if has_norm else post,
             "scale": cache[f"{prefix}mlp.ln.hook_scale"].squeeze(-1) if has_norm else post.new_ones(tokens.shape),
             "resid_mid": cache[f"{prefix}hook_resid_mid"],
         }  # fmt: skip
-        parts.append({name: tensor.cpu()[keep] for name, tensor in part.items()})
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    centres, eps = _declared(norm)
-    return HookedRun(
-        stream=stream.name, eps=eps, centres=centres,
-        readout=_readout(model, block), mlp=_mlp(block), vocab=stream.vocab, **joined,
-    )  # fmt: skip
+        kept = keep.flatten().nonzero().squeeze(-1)  # once: each use of a mask waits for the device
+        yield HookedRun(
+            stream=stream.name, eps=eps, centres=centres, readout=readout, mlp=mlp, vocab=stream.vocab,
+            **{name: tensor.flatten(0, 1)[kept] for name, tensor in part.items()},
+        )  # fmt: skip
 
 
 def _at_least_fp32(model: Any) -> Any:
@@ -330,18 +355,18 @@ def _readout(model: Any, block: Any) -> Readout:
 
 
 def _weight(weight: Tensor | None, n: int = 0, otherwise: float = 0.0, like: Any = None) -> Tensor:
-    """Return a weight on the CPU, detached; a missing weight is `n` times the value `otherwise`.
+    """Return a weight, detached; a missing weight is `n` times the value `otherwise`.
 
     4.x stores transposes. Products with a transpose round differently, so the layout is made that of 3.9.
     """
     if weight is not None:
-        return weight.detach().cpu().contiguous()
-    return torch.full((n,), otherwise, dtype=like.W_out.dtype)
+        return weight.detach().contiguous()
+    return torch.full((n,), otherwise, dtype=like.W_out.dtype, device=like.W_out.device)
 
 
 def _mlp(block: Any) -> Mlp:
-    """Return a copy on the CPU, which hooks added to the model later do not affect."""
-    parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp])).cpu()
+    """Return a copy, which hooks added to the model later do not affect."""
+    parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp]))
     ln2, mlp = cast(Any, parts)
     norm: Any = getattr(mlp, "ln", None)
 

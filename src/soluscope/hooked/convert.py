@@ -97,6 +97,8 @@ class SoluscopeTransformer(HookedTransformer):
     """
 
     facts: Facts
+    run_dir: Path | None = None
+    """Folder of the run that the model was loaded from. None: the model does not belong to a study."""
 
     fold_layer_norm = _checked("fold_layer_norm")
     center_writing_weights = _checked("center_writing_weights")
@@ -198,6 +200,7 @@ def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
     run.check_links()
     hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
+    hooked.run_dir = run.dir.absolute()  # a notebook may change its working directory
     return hooked
 
 

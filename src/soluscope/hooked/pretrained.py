@@ -47,7 +47,7 @@ from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATION
 from soluscope import plugins
 from soluscope.data.tokenizer import SPECIAL_FILES, from_bytes, n_rows, named_special
 from soluscope.errors import UserError
-from soluscope.files import digest
+from soluscope.files import digest, reason
 from soluscope.hooked.convert import SoluscopeTransformer, load_tokenizer
 from soluscope.runs.weights import Facts, lineage, versions
 from soluscope.variants import Variant
@@ -235,13 +235,13 @@ def _why(error: Exception, repo: str, revision: str | None) -> str:
         return (
             f"{constants.ENDPOINT} answers {status} for {repo}: try again later, or give a folder"
         )
-    reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+    why = reason(cause)
     if uncached:
         return (
-            f"cannot reach {constants.ENDPOINT} ({reason}) and {repo} is not in the cache: check the network "
+            f"cannot reach {constants.ENDPOINT} ({why}) and {repo} is not in the cache: check the network "
             "and HF_ENDPOINT, or give a folder"
         )
-    return f"the download of {repo} broke off ({reason}): load it again; no partial file was kept"
+    return f"the download of {repo} broke off ({why}): load it again; no partial file was kept"
 
 
 def _check_sum(path: Path, repo: str) -> None:

@@ -1,14 +1,33 @@
-"""One of the processes that train one job of a sweep together: `torchrun ... -m soluscope.launching CONFIG`."""
+"""A process that trains jobs of a sweep.
+
+With a configuration, `torchrun ... -m soluscope.launching CONFIG`, it is one of the processes that train one job
+together. Without one, it is a worker (workers.py), which does the tasks that it reads from stdin.
+"""
 
 from __future__ import annotations
 
 import sys
 
 from soluscope.config import load_config
-from soluscope.launching.jobs import execute
+from soluscope.launching.jobs import Task, execute
+from soluscope.training.progress import NoProgress
+from soluscope.workers import STOPPED, tell, works
+
+
+def main() -> None:
+    """Train the job of a configuration, or do the tasks that are described on stdin."""
+    if len(sys.argv) > 1:
+        sys.exit(0 if execute(Task(load_config(sys.argv[1:]))) else 1)
+    for line in works():
+        execute(Task.from_json(line), NoProgress(), _tell)  # the launching process shows the bars
+
+
+def _tell(done: int, of: int, result: str) -> None:
+    tell(done=done, of=of, result=result)
+
 
 if __name__ == "__main__":
     try:
-        sys.exit(0 if execute(load_config(sys.argv[1:])) else 1)
+        main()
     except KeyboardInterrupt:
-        sys.exit(130)  # without a message, because the launching process prints one
+        sys.exit(STOPPED)  # without a message, because the launching process prints one

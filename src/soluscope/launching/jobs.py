@@ -1,31 +1,30 @@
-"""Jobs: a job is one run of a sweep. This module trains a job and reads its state from its run folder."""
+"""Jobs: a job is one run of a sweep. This module trains and probes it, and reads its state from its run folder."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from soluscope import terminal
-from soluscope.config import Config, to_yaml
+from soluscope.config import Config, EvalConfig, from_json, to_json, to_yaml
 from soluscope.errors import Stopped, UserError
-from soluscope.files import Whole, check_names, read_json, write_text
+from soluscope.files import Whole, check_names, read_json, reason, write_text
 from soluscope.runs.folder import Busy, Run, check_study_links, holder
 from soluscope.terminal import say
 from soluscope.text import plural
 from soluscope.training.processes import launcher, torchrun
 from soluscope.training.progress import WIDE
+from soluscope.workers import stop_requests
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +47,33 @@ class Job:
     """Name of the run folder in the study's folder."""
     steps: Whole
     tokens_a_step: Whole
+
+
+@dataclass(frozen=True)
+class Task:
+    """Work of a job: the training of a run, and then its evaluation."""
+
+    config: Config
+    evaluation: EvalConfig | None = None
+    """Settings of the evaluation. None: the run is only trained."""
+
+    def to_json(self) -> str:
+        """Return the task as one line of JSON, which `from_json` reads in another process."""
+        evaluation = None if self.evaluation is None else asdict(self.evaluation)
+        return json.dumps({"config": to_json(self.config), "evaluation": evaluation})
+
+    @classmethod
+    def from_json(cls, line: str) -> Task:
+        """Return the task that `to_json` has described."""
+        values = json.loads(line)
+        settings = values["evaluation"]
+        return cls(
+            from_json(values["config"]), None if settings is None else EvalConfig(**settings)
+        )
+
+
+Step = Callable[[int, int, str], None]
+"""Function called during a job's evaluation, as `evaluation.one_run.Step`."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +104,17 @@ class Standing:
 # --- running a job --------------------------------------------------------------------------------
 
 
-def execute(config: Config) -> bool:
-    """Train one job until it is finished. If another process is at work on the job, wait for that process first.
+def execute(task: Task, progress: Any = None, step: Step = lambda done, of, name: None) -> bool:
+    """Train one job until it is finished, and evaluate its run on the device of its training.
 
-    A failure is printed as one line on stderr and stored in the run folder. It is not raised, so that the
-    other jobs of a sweep continue.
+    If another process is at work on the job, wait for that process first. A failure is printed as one line on
+    stderr. It is not raised, so that the other jobs of a sweep continue. A failure of the training is stored in the
+    run folder; after a failure of the evaluation, the evaluation of the study tries again.
+
+    Args:
+        task: the job's work.
+        progress: as for `training.run.train`.
+        step: function called before each result of the evaluation.
 
     Returns:
         True if the run is done.
@@ -90,29 +122,43 @@ def execute(config: Config) -> bool:
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
-    run = Run(config.run_dir)
+    config, run = task.config, Run(task.config.run_dir)
     alone = launcher() is None and config.train.n_processes > 1 and config.train.nodes == 1
     try:
         if alone:
             _wait_while_at_work(run)
             _train_under_torchrun(config)
         else:
-            _train_when_free(config, run)
+            _train_when_free(config, run, progress)
     except Stopped as error:
         say(f"{config.run_name} stopped: {error}")
     except Exception as error:  # other jobs of the sweep may still succeed
         if run.failure() is None:  # the error occurred before the training began
             run.record_failure(error)
         say(f"{config.run_name} failed: {run.failure() or error}")
-    return run.is_done()
+    done = run.is_done()
+    if done and task.evaluation is not None:
+        _evaluate(run, config, task.evaluation, step)
+    return done
 
 
-def _train_when_free(config: Config, run: Run) -> None:
+def _evaluate(run: Run, config: Config, evaluation: EvalConfig, step: Step) -> None:
+    from soluscope.evaluation.one_run import evaluate_run
+
+    if evaluation.device == "auto" and config.train.device == "cpu":
+        evaluation = replace(evaluation, device="cpu")
+    try:
+        evaluate_run(run, evaluation, say, step)
+    except Exception as error:  # other jobs of the sweep may still succeed
+        say(f"{run.dir.name} is not probed yet: {reason(error)}")
+
+
+def _train_when_free(config: Config, run: Run, progress: Any) -> None:
     from soluscope.training.run import train
 
     while True:
         try:
-            train(config)
+            train(config, progress)
             return
         except Busy:
             _wait_while_at_work(run)
@@ -134,29 +180,20 @@ def _train_under_torchrun(config: Config) -> None:
     Raises:
         KeyboardInterrupt: after SIGTERM or Ctrl-C, once the processes have ended.
     """
-    asked_to_stop = threading.Event()
-    handlers = {
-        number: signal.signal(number, lambda *_: asked_to_stop.set())
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "config.yaml"
-            write_text(saved, to_yaml(config))
-            command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
-            processes = subprocess.Popen(
-                [*command, str(saved)],
-                env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it with a warning
-                start_new_session=True,  # only this process receives a terminal's Ctrl-C
-            )
-            while processes.poll() is None:
-                if asked_to_stop.is_set():
-                    processes.terminate()
-                    processes.wait()
-                time.sleep(POLL_S)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with stop_requests() as asked_to_stop, tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "config.yaml"
+        write_text(saved, to_yaml(config))
+        command = [sys.executable, *torchrun(config.train), "-m", "soluscope.launching"]
+        processes = subprocess.Popen(
+            [*command, str(saved)],
+            env={"OMP_NUM_THREADS": "1"} | os.environ,  # torchrun would set it with a warning
+            start_new_session=True,  # only this process receives a terminal's Ctrl-C
+        )
+        while processes.poll() is None:
+            if asked_to_stop.is_set():
+                processes.terminate()
+                processes.wait()
+            time.sleep(POLL_S)
     if asked_to_stop.is_set():
         raise KeyboardInterrupt
     run = Run(config.run_dir)

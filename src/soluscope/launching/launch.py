@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from soluscope import plugins
-from soluscope.config import Config, EvalConfig, differences, load_evaluation, load_typed
+from soluscope.config import Config, EvalConfig, check, differences, load_evaluation, load_typed
 from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
@@ -23,9 +23,24 @@ from soluscope.terminal import answer, say
 from soluscope.text import plural
 from soluscope.training.processes import launcher
 from soluscope.training.wandb_run import check_login
+from soluscope.wandb_client import place
 
+UNFINISHED = ("running", "resume", "waiting")
+"""States of jobs that are not done and have not failed."""
 HELD = ".sweep"
 """Folder in a study whose lock a launch holds until its engine has run the jobs or handed them over."""
+
+
+@dataclass(frozen=True)
+class ToWandb:
+    """Things that a launch sends to wandb, beside the curves of the runs."""
+
+    dashboard: str | None = None
+    """Entity and project, as in my-team/soluscope, in which the study's dashboard is saved after the report."""
+
+    def __post_init__(self) -> None:
+        if self.dashboard is not None:
+            place("wandb.dashboard=", self.dashboard)
 
 
 @dataclass(frozen=True)
@@ -33,21 +48,30 @@ class LaunchConfig:
     engine: str = "inline"
     """Engine that runs the jobs: name of a file in engines/. The keys of each engine are listed below."""
     report: bool = True
-    """true: probe the study and write its report after the last job. `eval.*` are the keys of `soluscope probe`."""
+    """true: each job probes its run, and a report is written. `eval.*` are the keys of `soluscope probe`."""
     wait: bool = False
     """true: wait while another launch or evaluation of the study is at work. false: refuse."""
+    wandb: ToWandb = field(default_factory=ToWandb)
+
+    def __post_init__(self) -> None:
+        check(
+            self.report or self.wandb.dashboard is None,
+            "wandb.dashboard= needs the study's comparison, but report=false: remove one of the two",
+        )
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Evaluation after the last job: probes and report. It reads the jobs' states from the run folders."""
+    """Work after the last job: comparison and report, and probes of runs that were not probed by their jobs."""
 
-    does: ClassVar[str] = "probes and reports"
+    does: ClassVar[str] = "compares and reports"
 
     study_dir: Path
     jobs: tuple[jobs.Job, ...]
     evaluation: EvalConfig
     report: bool
+    dashboard: str | None = None
+    """Entity and project of the study's dashboard in wandb; None: it is not saved."""
 
     def to_json(self) -> str:
         """Return this work as one line of JSON, which `after_from_json` reads."""
@@ -67,7 +91,13 @@ class Evaluate:
         from soluscope.evaluation import suite
 
         written = suite.evaluate(self.study_dir, self.evaluation, say)
-        answer(f"report: {report.publish(written.parent)}")
+        answer(*report.brief(written.parent, self.study_dir))
+        if self.dashboard is not None:
+            from soluscope.report import dashboard
+
+            knob = "wandb.dashboard="
+            url = dashboard.publish(written.parent, place(knob, self.dashboard), knob)
+            answer(f"dashboard: {url}")
 
 
 @dataclass(frozen=True)
@@ -108,6 +138,7 @@ def after_from_json(text: str) -> Evaluate | Report:
         tuple(jobs.Job(**job) for job in values["jobs"]),
         EvalConfig(**values["evaluation"]),
         values["report"],
+        values["dashboard"],
     )
 
 
@@ -153,8 +184,13 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     if dry_run:
         _print_plan(plan)
         return
-    for mode in {config.wandb for sweep in plan.sweeps for config in sweep.configs}:
+    modes = {config.wandb for sweep in plan.sweeps for config in sweep.configs}
+    for mode in modes | ({plan.evaluation.wandb} if plan.config.report else set()):
         check_login(mode)
+    if plan.config.wandb.dashboard is not None:
+        from soluscope.report import dashboard
+
+        dashboard.sign_in("wandb.dashboard=", "remove wandb.dashboard=")
     for sweep in plan.sweeps:
         plan.engine.check(plan.params, sweep)
         _check_tokens(sweep)
@@ -180,7 +216,7 @@ def _read(path: Path, words: Sequence[str]) -> _Plan:
             "the sweep starts torchrun for each job with several train.devices"
         )
     launch_words, others = _pick_out(
-        words, tuple(f"{name}=" for name in ("engine", "report", "wait"))
+        words, tuple(f"{name}=" for name in ("engine", "report", "wait", "wandb.dashboard"))
     )
     config = load_typed(LaunchConfig, launch_words)
     evaluating, others = _pick_out(others, ("eval.",))
@@ -215,12 +251,39 @@ def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | Report) -> No
         state = standings[config.run_name].state
         if state == "failed" and retry:
             Run(config.run_dir).forget_failure()
-        if state != "done" and (state != "failed" or retry):
-            todo.append(config)
+        task = _task(plan, config)
+        if (
+            (state == "done" and not _is_probed(task))
+            or state in UNFINISHED
+            or (state == "failed" and retry)
+        ):
+            todo.append(task)
     if isinstance(after, Report) and not todo:
         after()  # no engine is needed to continue
     else:
         plan.engine.run(sweep, todo, plan.params, after)
+
+
+def _task(plan: _Plan, config: Config) -> jobs.Task:
+    """Return the work of a job: training, and with report=true evaluation, at a select seed of the losses alone.
+
+    With out=, the runs' own folders stay as they are, and the evaluation comes after the last job.
+    """
+    evaluation = plan.evaluation
+    if not plan.config.report or evaluation.out is not None:
+        return jobs.Task(config)
+    if config.seed in config.select_seeds:
+        evaluation = replace(evaluation, probes=[])
+    return jobs.Task(config, evaluation)
+
+
+def _is_probed(task: jobs.Task) -> bool:
+    """Return whether a trained run has all results of its task's evaluation."""
+    if task.evaluation is None:
+        return True
+    from soluscope.evaluation.one_run import is_evaluated
+
+    return is_evaluated(Run(task.config.run_dir), task.evaluation)
 
 
 def _second_stage(plan: _Plan, retry: bool) -> None:
@@ -239,7 +302,10 @@ def _second_stage(plan: _Plan, retry: bool) -> None:
 
 def _evaluation(plan: _Plan, *sweeps: Sweep) -> Evaluate:
     listed = tuple(jobs.job_of(config) for sweep in sweeps for config in sweep.configs)
-    return Evaluate(plan.sweep.study_dir, listed, plan.evaluation, plan.config.report)
+    launched = plan.config
+    return Evaluate(
+        plan.sweep.study_dir, listed, plan.evaluation, launched.report, launched.wandb.dashboard
+    )
 
 
 def _check_done(study_dir: Path, listed: Sequence[jobs.Job]) -> None:

@@ -58,11 +58,17 @@ class Measured:
     """Numbers of one probe on one run."""
 
     tokens: dict[str, Tensor]
-    """One value per token, by quantity or by column that quantities are split by; on the CPU, in fp32 or
-    fp64. nan at a token without a value."""
+    """One value per token, by quantity or by column that quantities are split by; in fp32 or fp64, copied to
+    the CPU. nan at a token without a value."""
     estimates: tuple[Estimate, ...] = ()
     neurons: dict[str, Tensor] = field(default_factory=dict)
-    """Columns of a table with one row per neuron, saved beside the table of tokens for inspection."""
+    """Columns of a table with one row per neuron, saved beside the table of tokens for inspection; copied to
+    the CPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "neurons"):
+            columns = {key: values.cpu() for key, values in getattr(self, name).items()}
+            object.__setattr__(self, name, columns)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Probe:
     docstring: str | None = field(repr=False)
     """The module's `__doc__`, which `words_of` parses into the description."""
     measure: Callable[[HookedRun], Measured]
+    """Function of a whole run; a `PerToken` of `_per_token.py` if each value depends on its own row alone."""
     quantities: dict[str, Quantity]
     streams: tuple[str, ...]
     """Names of the streams to measure on; data/streams.py defines them."""

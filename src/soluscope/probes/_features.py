@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from soluscope.hooked.activations import HookedRun
+from soluscope.probes._tokens import array
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -88,8 +89,8 @@ def label(run: HookedRun) -> Features:
     the only features are token identities. With fewer than `MIN_DOCUMENTS` documents there is no
     feature.
     """
-    content = ~run.is_bos.numpy()
-    enough = len(np.unique(run.string.numpy()[content])) >= MIN_DOCUMENTS
+    content = ~array(run.is_bos)
+    enough = len(np.unique(array(run.string)[content])) >= MIN_DOCUMENTS
     halves = [measured for _, measured in folds(run, content)]
     distinct: dict[bytes, tuple[str, str, Bools]] = {}
     for name, kind, everywhere in _candidates(run) if enough else ():
@@ -112,7 +113,7 @@ def first_half(run: HookedRun, among: Bools | None = None) -> Bools:
 
     Ranks are over the run's documents, or over the documents of the tokens `among`.
     """
-    string = run.string.numpy()
+    string = array(run.string)
     documents = np.unique(string if among is None else string[among])
     even: Bools = np.searchsorted(documents, string) % 2 == 0
     return even
@@ -138,7 +139,7 @@ def folds(run: HookedRun, among: Bools) -> Iterator[tuple[Bools, Bools]]:
 
 def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
     """Yield (name, kind, [token]) for each feature, before its tokens are counted."""
-    tokens, starts = run.tokens.numpy(), run.is_bos.numpy()
+    tokens, starts = array(run.tokens), array(run.is_bos)
     ids, counts = np.unique(tokens[~starts], return_counts=True)
     for token in ids[np.argsort(-counts, kind="stable")][:N_TOKEN_CLASSES]:
         name = repr(run.vocab[token]) if run.vocab else str(token)
@@ -237,17 +238,40 @@ def auroc_sums(values: NDArray[np.floating], holds: Bools, string: NDArray[np.in
 
     Source: DeLong, DeLong and Clarke-Pearson 1988, "structural components".
     """
-    rounded = levels(values)
-    ranks = rankdata(rounded, axis=0)
-    placed = np.empty_like(rounded)
-    for group in (holds, ~holds):
-        below = ranks[group] - rankdata(rounded[group], axis=0)  # of the other class, ties half
-        share = below / max(1, int((~group).sum()))
-        placed[group] = share if group is holds else 1 - share
-    parts = [
-        part for column in placed.T for part in (column * holds, holds, column * ~holds, ~holds)
-    ]
+    absent_below, present_below = _n_below(levels(values).T, holds)
+    n_holds = int(holds.sum())
+    placed = np.where(
+        holds, absent_below / max(1, len(holds) - n_holds), 1 - present_below / max(1, n_holds)
+    )  # [column token]
+    parts = [part for column in placed for part in (column * holds, holds, column * ~holds, ~holds)]
     return sums_by_document(np.stack(parts, axis=1), string)
+
+
+def _n_below(values: Floats, holds: Bools) -> tuple[Floats, Floats]:
+    """Return the numbers of tokens without and with the feature below each token; ties count half. [column token]
+
+    Args:
+        values: [column token].
+        holds: [token].
+    """
+    order = np.argsort(values, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    is_first = np.ones(values.shape, dtype=bool)  # of the tokens that share a value
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    block = np.cumsum(is_first, axis=1) - 1
+    block += block[:, -1:].cumsum(axis=0) - block[:, -1:] + np.arange(len(values))[:, None]
+    starts = np.flatnonzero(is_first)
+    present = np.add.reduceat(holds[order].ravel(), starts, dtype=np.float64)
+    sizes = np.diff(starts, append=values.size)
+    result = []
+    for of_block in (sizes - present, present):
+        before = np.cumsum(of_block) - of_block
+        column = starts // values.shape[1]
+        before -= before[np.searchsorted(column, np.arange(len(values)))][column]
+        below = np.empty_like(values)
+        np.put_along_axis(below, order, (before + of_block / 2)[block], axis=1)
+        result.append(below)
+    return result[0], result[1]
 
 
 def auroc_of(sums: Floats, everything: Floats) -> Floats:

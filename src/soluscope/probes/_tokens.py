@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,18 +40,23 @@ def every_nth(run: HookedRun, n: int) -> Int[Tensor, " t"]:
 def start_of_each_part(indices: Int[Tensor, " index"], n_parts: int) -> Int[Tensor, " part"]:
     """Cut `indices` into at most `n_parts` parts of nearly equal length, and return the first index of each."""
     n = min(len(indices), n_parts)
-    return indices[torch.arange(n) * len(indices) // n]
+    return indices[torch.arange(n, device=indices.device) * len(indices) // n]
+
+
+def array(values: Tensor) -> NDArray[Any]:
+    """Return the same values as a numpy array, which is on the CPU."""
+    return values.numpy(force=True)
 
 
 def arrays(columns: dict[str, Tensor]) -> dict[str, NDArray[np.floating]]:
     """Return the same columns as numpy arrays."""
-    return {name: values.numpy() for name, values in columns.items()}
+    return {name: array(values) for name, values in columns.items()}
 
 
 def scattered(
     run: HookedRun, tokens: Int[Tensor, " t"], values: Float[Tensor, " t"]
 ) -> Float[Tensor, " token"]:
     """Return one fp64 value per token from values at `tokens`; nan at all other tokens."""
-    full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64)
-    full[tokens] = values.double().cpu()
+    full = torch.full(run.pos.shape, torch.nan, dtype=torch.float64, device=run.device)
+    full[tokens] = values.double()
     return full

@@ -48,7 +48,7 @@ from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio
-from soluscope.probes._tokens import arrays, every_nth, scattered
+from soluscope.probes._tokens import array, arrays, every_nth, scattered
 
 EVERY = 7
 """Stride: all neurons are ablated at every 7th token that is not BOS and has a target."""
@@ -153,15 +153,15 @@ def _estimates(run: HookedRun, at: Approximations, tokens: dict[str, Tensor]) ->
     """Yield normalised errors, over all pairs and by size of the effect, and Pearson's correlation over pairs."""
     if not len(at.tokens):
         return
-    string, columns = run.string.numpy(), arrays(tokens)
-    here = run.string[at.tokens].numpy()
+    string, columns = array(run.string), arrays(tokens)
+    here = array(run.string[at.tokens])
     owner = np.repeat(here, run.mid.shape[1])
     for name, approximate in at.found.items():
         effect = "effect after the norm" if name in OF_POST else "effect before the norm"
-        exact = at.exact[name].numpy()
+        exact = array(at.exact[name])
         yield ratio(f"NMAE: {name}", columns[f"error: {name}"], columns[effect], string)
-        yield correlation(f"Pearson: {name}", approximate.numpy().ravel(), exact.ravel(), owner)
-        size, error = np.abs(exact), np.abs(approximate.numpy() - exact)
+        yield correlation(f"Pearson: {name}", array(approximate).ravel(), exact.ravel(), owner)
+        size, error = np.abs(exact), np.abs(array(approximate) - exact)
         edges = np.quantile(size, np.linspace(0, 1, N_BINS + 1)[1:-1])
         bins = np.searchsorted(edges, size)
         for number in range(N_BINS):

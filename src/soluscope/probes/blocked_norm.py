@@ -66,7 +66,7 @@ def measure(run: HookedRun) -> Measured:
         nan where the norm is not a LayerNorm with an epsilon, and where d_mlp cannot be cut into blocks
         of equal size, with at least two neurons each.
     """
-    nothing = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
+    nothing = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
     values: dict[str, Tensor] = {}
     for n_blocks in N_BLOCKS:
         even = run.mid.shape[-1] % n_blocks == 0 and run.mid.shape[-1] > n_blocks

@@ -62,7 +62,7 @@ from soluscope.probes._attribution import (
     with_readout,
 )
 from soluscope.probes._estimates import rank_correlation, ratio, sums_by_string
-from soluscope.probes._tokens import arrays
+from soluscope.probes._tokens import array, arrays
 from soluscope.text import readable
 
 Columns = dict[str, NDArray[np.floating]]
@@ -145,7 +145,7 @@ def _estimates(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
 
     BOS is left out of every estimate that is not "as published".
     """
-    gain, string, content = run.gain.double().numpy(), run.string.numpy(), ~run.is_bos.numpy()
+    gain, string, content = array(run.gain.double()), array(run.string), ~array(run.is_bos)
     scores = columns["score"][content]
     scores = scores[~np.isnan(scores)]
     if not len(scores):
@@ -169,16 +169,16 @@ def _against_gain(
     run: HookedRun, score: NDArray[np.floating], log_gain: NDArray[np.float64]
 ) -> Iterator[Estimate]:
     """Yield rank correlations with log gain: of the score, of its null, and their difference."""
-    content = ~run.is_bos.numpy()
-    string = run.string.numpy()[content]
-    _, code, counts = np.unique(run.tokens.numpy(), return_inverse=True, return_counts=True)
+    content = ~array(run.is_bos)
+    string = array(run.string)[content]
+    _, code, counts = np.unique(array(run.tokens), return_inverse=True, return_counts=True)
     given = [
         column[content]
         for column in (
-            run.loss.numpy(),
-            run.pos.numpy(),
+            array(run.loss),
+            array(run.pos),
             np.log(counts[code]),
-            run.resid_mid.norm(dim=-1).numpy(),
+            array(run.resid_mid.norm(dim=-1)),
         )
     ]
     log_gain = log_gain[content]
@@ -196,13 +196,13 @@ def _against_gain(
 
 def _circular(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """Yield rank correlations of the published scores with 1/s, s the standard deviation of the token's a."""
-    content = ~run.is_bos.numpy()
-    s = run.mid.double().std(dim=-1, correction=0).numpy()[content]
+    content = ~array(run.is_bos)
+    s = array(run.mid.double().std(dim=-1, correction=0))[content]
     if s.min() > 0 and np.ptp(np.log(s)) > ROUNDING:
         for name in ("inverse outlier score", "score"):
             values = columns[f"{name} (as published)"][content]
             yield rank_correlation(
-                f"{name} (as published) against 1/s", values, 1 / s, run.string.numpy()[content]
+                f"{name} (as published) against 1/s", values, 1 / s, array(run.string)[content]
             )
 
 
@@ -218,16 +218,13 @@ def _null_scores(run: HookedRun) -> Iterator[NDArray[np.float64]]:
     total = contributions(run).abs().sum(-1, dtype=torch.float64)
     without = loss_at_post(run, torch.zeros_like(run.post)).double()
     for _ in range(N_DEALS):
-        order = torch.randperm(len(out.W_out), generator=generator)
+        order = torch.randperm(len(out.W_out), generator=generator).to(run.device)
         dealt = replace(run, readout=replace(out, W_out=out.W_out[order]))
         size = (run.post * (direction @ dealt.readout.W_out.T) / scale).abs().double()
         factor = (total / size.sum(-1)).nan_to_num(1.0, posinf=1.0)
         post = run.post * factor[:, None].to(run.post.dtype)
         removed = without - loss_at_post(dealt, post).double()
-        score: NDArray[np.float64] = _score(
-            removed, size.sum(-1).square() / size.square().sum(-1)
-        ).numpy()
-        yield score
+        yield array(_score(removed, size.sum(-1).square() / size.square().sum(-1)))
 
 
 def _weighted(quantity: str, parts: list[Estimate], weights: list[float]) -> Estimate:
@@ -277,8 +274,8 @@ def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
     with_target = ~np.isnan(dla)
     for name in ("MLP DLA by token", "MLP DLA by token (as published)"):
         published = name.endswith("(as published)")
-        rows = with_target if published else with_target & ~run.is_bos.numpy()
-        tokens, string = run.tokens.numpy()[rows], run.string.numpy()[rows]
+        rows = with_target if published else with_target & ~array(run.is_bos)
+        tokens, string = array(run.tokens)[rows], array(run.string)[rows]
         types, counts = np.unique(tokens, return_counts=True)
         if not published:
             n_strings = np.unique(np.unique([tokens, string], axis=1)[0], return_counts=True)[1]
@@ -293,8 +290,8 @@ def _by_type(run: HookedRun, dla: NDArray[np.floating]) -> Iterator[Estimate]:
 
 def _by_k(run: HookedRun, columns: Columns) -> Iterator[Estimate]:
     """Yield the mean DLA of each tenth of the tokens by K_dla, at the tenth's mean K_dla."""
-    k, dla, string = columns["K_dla"], columns["MLP DLA"], run.string.numpy()
-    rows = np.flatnonzero(~run.is_bos.numpy() & ~np.isnan(k))
+    k, dla, string = columns["K_dla"], columns["MLP DLA"], array(run.string)
+    rows = np.flatnonzero(~array(run.is_bos) & ~np.isnan(k))
     rows = rows[np.argsort(k[rows], kind="stable")]
     for tenth in np.array_split(rows, N_BINS):
         if len(tenth):

@@ -41,16 +41,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.hooked.activations import HookedRun, Text, planted
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import ratio
+from soluscope.probes._per_token import PerToken
+from soluscope.probes._tokens import array
 
 LOW = 0.05
 """r up to which a token's gain counts as being at its ceiling, 1 / sqrt(eps)."""
 SHARE_OF_LOSS = f"share of loss where r is above {LOW}"
 
 
-def measure(run: HookedRun) -> Measured:
+def _columns(run: HookedRun) -> dict[str, Tensor]:
     """Return engagement and the quantities that it depends on, per token.
 
     Returns:
@@ -65,27 +67,24 @@ def measure(run: HookedRun) -> Measured:
     centred, variance, d_mlp = run.centred, run.s2, run.mid.shape[-1]
     nothing = torch.full_like(variance, torch.nan)
     pre = run.pre.double()
-    return Measured(
-        {
-            "r": run.engagement,
-            "gain": run.gain.double(),
-            "log gain": run.gain.double().log(),
-            "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * d_mlp**2),
-            "vq": variance * d_mlp**2,
-            "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
-            "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
-            "k_eff": run.k_eff,
-            "residual": _residual(run, centred),
-        },
-        (_share_of_loss(run),),
-    )
+    return {
+        "r": run.engagement,
+        "gain": run.gain.double(),
+        "log gain": run.gain.double().log(),
+        "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * d_mlp**2),
+        "vq": variance * d_mlp**2,
+        "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
+        "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
+        "k_eff": run.k_eff,
+        "residual": _residual(run, centred),
+    }
 
 
-def _share_of_loss(run: HookedRun) -> Estimate:
-    """Return the share of the loss of the tokens whose gain is below its ceiling, without BOS."""
-    loss = run.loss.double().where(run.scored, torch.nan)
-    above = loss.where(run.engagement > LOW, 0.0 * loss)
-    return ratio(SHARE_OF_LOSS, above.numpy(), loss.numpy(), run.string.numpy())
+def _estimates(text: Text, columns: dict[str, Tensor]) -> Iterator[Estimate]:
+    """Yield the share of the loss of the tokens whose gain is below its ceiling, without BOS."""
+    loss = text.loss.double().where(text.scored, torch.nan)
+    above = loss.where(columns["r"] > LOW, 0.0 * loss)
+    yield ratio(SHARE_OF_LOSS, array(above), array(loss), array(text.string))
 
 
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ PROBE = Probe(
         Gate("pinned", SHARE_OF_LOSS, within=0.01),
         *(Gate(control, "residual", within=1e-5) for control in ("smear_shared", "pinned")),
     ),
-    measure=measure,
+    measure=PerToken(_columns, _estimates),
     known=known,
     quantities={
         "r": Quantity(

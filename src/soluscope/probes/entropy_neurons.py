@@ -55,7 +55,7 @@ from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
-from soluscope.probes._tokens import arrays, every_nth, scattered
+from soluscope.probes._tokens import array, arrays, every_nth, scattered
 
 EVERY = 11
 """Stride: all neurons are ablated at every 11th token that is not BOS and has a target."""
@@ -140,21 +140,21 @@ def _estimates(
     if not len(at.tokens):
         return
     columns = arrays(tokens)
-    string = run.string[at.tokens].numpy()
-    through = (at.total - at.direct).numpy()
-    yield _of_the_largest("largest mean TE - DE", through, at.tokens.numpy(), run)
+    string = array(run.string[at.tokens])
+    through = array(at.total - at.direct)
+    yield _of_the_largest("largest mean TE - DE", through, array(at.tokens), run)
     yield ratio("mean TE - DE", through.mean(-1), np.ones(len(through)), string)
     yield from _of_the_discovered(at, run)
     content = (~run.is_bos).nonzero().squeeze(-1)
-    moved = gain_elasticity(run)[content].numpy()
+    moved = array(gain_elasticity(run)[content])
     if moved.any():
-        yield _of_the_largest(STEERING, moved, content.numpy(), run, over=moved.mean(-1))
+        yield _of_the_largest(STEERING, moved, array(content), run, over=moved.mean(-1))
     for name, through_norm, otherwise in (
         ("entropy effect through ln_final", "entropy: through ln_final", "entropy: direct effect"),
         ("loss effect through the mid norm", "loss: through the mid norm", "loss: mid norm held"),
     ):
         part, rest = columns[through_norm], columns[otherwise]
-        yield ratio(f"share of {name}", part, part + rest, run.string.numpy())
+        yield ratio(f"share of {name}", part, part + rest, array(run.string))
     for name, column in _WEIGHTS.items():
         values = column(facts)
         if values.isfinite().any():
@@ -201,7 +201,7 @@ def _of_the_largest(
             mean = values[chosen].mean(0)
             largest = abs(mean).argmax()
             result[measured] = np.sign(mean[largest]) * values[measured, largest]
-    return ratio(quantity, result, result * 0 + over, run.string.numpy()[tokens])
+    return ratio(quantity, result, result * 0 + over, array(run.string)[tokens])
 
 
 def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
@@ -210,9 +210,9 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
     Neurons are discovered on one half of the documents and confirmed on the other. The excess is the
     other half's mean of |TE - DE| - |DE| over the discovered neurons; it is 0 if no neuron is discovered.
     """
-    excess, string = _excess(at), run.string[at.tokens].numpy()
+    excess, string = _excess(at), array(run.string[at.tokens])
     n_confirmed, kept = [], np.zeros(len(excess))
-    for chosen, measured in _halves(at.tokens.numpy(), run):
+    for chosen, measured in _halves(array(at.tokens), run):
         discovered = _discovered(excess[chosen], string[chosen])
         again = np.zeros_like(discovered)
         if measured.any():  # a single document has no other half
@@ -228,7 +228,7 @@ def _of_the_discovered(at: Effects, run: HookedRun) -> Iterator[Estimate]:
 
 def _excess(at: Effects) -> NDArray[np.float64]:
     """Return |TE - DE| - |DE|, [t d_mlp]: each neuron's effect through ln_final minus its direct effect."""
-    values: NDArray[np.float64] = ((at.total - at.direct).abs() - at.direct.abs()).numpy()
+    values: NDArray[np.float64] = array((at.total - at.direct).abs() - at.direct.abs())
     return values
 
 
@@ -270,10 +270,8 @@ def weights(run: HookedRun) -> dict[str, Tensor]:
     U = out.W_U.double() * out.ln_w.double()[:, None]
     if out.ln_centred:
         # An orthonormal basis of the residual stream without (1, ..., 1), which centring removes.
-        ones = torch.ones(d_model, 1, dtype=torch.float64)
-        basis = torch.linalg.qr(
-            torch.cat([ones, torch.eye(d_model, dtype=torch.float64)[:, 1:]], 1)
-        )
+        unit_vectors = torch.eye(d_model, dtype=torch.float64, device=run.device)
+        basis = torch.linalg.qr(torch.cat([W.new_ones(d_model, 1), unit_vectors[:, 1:]], 1))
         W, U = W @ basis.Q[:, 1:], basis.Q[:, 1:].T @ U
     U = U - U.mean(-1, keepdim=True)
     norm = W.norm(dim=-1)
@@ -324,7 +322,7 @@ _WEIGHTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 def _by_neuron(run: HookedRun, at: Effects, facts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return facts about the weights, mean effects, and the adjusted p of |TE - DE| - |DE|."""
-    excess, string = _excess(at), run.string[at.tokens].numpy()
+    excess, string = _excess(at), array(run.string[at.tokens])
     content = ~run.is_bos
     return {
         **facts,

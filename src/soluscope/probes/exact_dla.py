@@ -50,7 +50,7 @@ from soluscope.probes._attribution import (
     with_readout,
 )
 from soluscope.probes._estimates import correlation, ratio
-from soluscope.probes._tokens import arrays, every_nth, scattered
+from soluscope.probes._tokens import array, arrays, every_nth, scattered
 
 EVERY = 7
 """Stride: neurons' losses are computed at every 7th token that is not BOS and has a target."""
@@ -112,9 +112,9 @@ def _errors(run: HookedRun) -> dict[str, Tensor]:
 
 def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Yield normalised mean absolute errors, and the correlation of DLA and direct effect, without BOS."""
-    content = ~run.is_bos.numpy()
+    content = ~array(run.is_bos)
     columns = {name: values[content] for name, values in arrays(tokens).items()}
-    string = run.string.numpy()[content]
+    string = array(run.string)[content]
     for part in PARTS:
         yield ratio(f"NMAE: {part}", columns[f"{part}: error"], columns[f"{part}: effect"], string)
         error, effect = columns[f"{part}: error in loss"], columns[f"{part}: effect on loss"]

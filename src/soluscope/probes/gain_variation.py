@@ -41,10 +41,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.comparison.stats import fit_aicc
-from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.hooked.activations import HookedRun, Text, planted
+from soluscope.probes import Estimate, Figure, Gate, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings
-from soluscope.probes._tokens import arrays
+from soluscope.probes._per_token import PerToken
+from soluscope.probes._tokens import array, arrays
 
 AGGREGATIONS = {
     "last token": "gain of the prompt's last token",
@@ -52,12 +53,6 @@ AGGREGATIONS = {
     "mean with BOS (as published)": "gain averaged over the prompt, BOS included",
     "1/std of all (as published)": "1 / standard deviation of the whole [pos d_mlp] tensor, without epsilon",
 }
-
-
-def measure(run: HookedRun) -> Measured:
-    """Return the gain of every prefix in each aggregation, and the growth of each string's curves."""
-    tokens = _curves(run)
-    return Measured(tokens, tuple(_estimates(run, tokens)))
 
 
 def _curves(run: HookedRun) -> dict[str, Tensor]:
@@ -70,7 +65,7 @@ def _curves(run: HookedRun) -> dict[str, Tensor]:
     for start, end in pairwise(starts):
         gain = run.gain[start:end].double()
         mid = run.mid[start:end].double()
-        n = torch.arange(1, end - start + 1)  # tokens in the prompt, BOS included
+        n = torch.arange(1, 1 + end - start, device=run.device)  # in the prompt, BOS included
         mean, square = (mid.pow(k).mean(-1).cumsum(0) / n for k in (1, 2))
         columns = (
             gain,
@@ -83,9 +78,9 @@ def _curves(run: HookedRun) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in values.items()}
 
 
-def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
+def _estimates(text: Text, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Yield averages over strings of the numbers that `fits` returns for each string."""
-    string, pos, columns = run.string.numpy(), run.pos.numpy(), arrays(tokens)
+    string, pos, columns = array(text.string), array(text.pos), arrays(tokens)
     by_string = np.argsort(string, kind="stable")
     ends = np.flatnonzero(np.diff(string[by_string])) + 1
     rows = [
@@ -156,7 +151,7 @@ PROBE = Probe(
     ),
     tested="sd of log gain",
     confirmatory=True,
-    measure=measure,
+    measure=PerToken(_curves, _estimates),
     known=known,
     quantities={
         name: Quantity("1 / activation", meaning, curve=True)

@@ -74,7 +74,7 @@ from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-from soluscope.probes._tokens import arrays, every_nth, scattered
+from soluscope.probes._tokens import array, arrays, every_nth, scattered
 
 EVERY = 7
 """Step between the tokens at which all neurons are ablated, among tokens that are not BOS and have a target."""
@@ -119,13 +119,11 @@ class Ablations:
 def ablations(run: HookedRun) -> Ablations:
     """Compute the (token, neuron) ablations behind all numbers of the probe."""
     tokens = every_nth(run, EVERY)
-    mask = torch.zeros(run.pos.shape, dtype=torch.bool)
-    mask[tokens] = True
-    live = run.subset(mask)
+    live = run.subset(tokens)
     live = replace(live, loss=loss_at_post(live, live.post))  # run.loss is fp32 for every model
     fixed = surrogate(live, float(run.mean_log_gain.exp()))
     post_mean = disjoint_mean(run, "post")[tokens]
-    every = torch.arange(len(tokens))
+    every = torch.arange(len(tokens), device=run.device)
     ablation = Ablation(live)
     return Ablations(
         tokens=tokens,
@@ -160,7 +158,8 @@ def _ranks(sizes: Tensor, dim: int) -> Tensor:
     least = 1e-12 * float(numbers.max()) if len(numbers) else 0.0
     steps = (numbers.clamp(min=least).log() / 1e-6).round()
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.rand(sizes.shape, generator=generator, dtype=torch.float64).argsort(dim)
+    drawn = torch.rand(sizes.shape, generator=generator, dtype=torch.float64)
+    drawn = drawn.to(sizes.device).argsort(dim)
     order = drawn.gather(dim, steps.gather(dim, drawn).argsort(dim=dim, stable=True))
     return order.argsort(dim).double()
 
@@ -180,7 +179,7 @@ def sets(ablated: Ablations, share: float) -> dict[str, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.rand(ablated.in_token.shape, generator=generator, dtype=torch.float64)
-    order = shuffled.argsort(-1).argsort(-1).double()
+    order = shuffled.to(ablated.tokens.device).argsort(-1).argsort(-1).double()
     lowest = _lowest(ablated.in_token, share)
     mass = ablated.live.centred.abs()  # |n| divided by the token's gain
     allowed = (mass * lowest).sum(-1, keepdim=True)
@@ -264,13 +263,13 @@ def _estimates(run: HookedRun, ablated: Ablations, tokens: dict[str, Tensor]) ->
     """Yield lifts, curves over ranks and over sets, and the published figures."""
     if not len(ablated.tokens):
         return
-    string = run.string[ablated.tokens].numpy()
+    string = array(run.string[ablated.tokens])
     yield from _lifts(ablated, string)
     yield from _deciles(ablated, string)
     yield from _residual(run, tokens)
     for share in SHARES:
         for name, effect in set_effects(ablated, share).items():
-            values = effect.numpy()
+            values = array(effect)
             yield ratio(f"set: {name}", values, values * 0 + 1, string, x=share)
     yield from _published(run, ablated, string)
 
@@ -286,8 +285,8 @@ def _lifts(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
         size = effect.abs()
         for within, low in low_sets.items():
             parts = [
-                (size * low).sum(-1).numpy(), low.sum(-1).numpy(),
-                size.sum(-1).numpy(), low.sum(-1).numpy() * 0.0 + n_neurons,
+                array((size * low).sum(-1)), array(low.sum(-1)),
+                array(size.sum(-1)), array(low.sum(-1)) * 0.0 + n_neurons,
             ]  # fmt: skip
             sums, n = sums_by_string(parts, string)
             yield Estimate(f"lift, lowest {within}{to}", sums, _ratio_of_means, n)
@@ -302,10 +301,10 @@ def _ratio_of_means(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def _deciles(ablated: Ablations, string: NDArray[np.int64]) -> Iterator[Estimate]:
     """Yield by tenth of |a|: mean |dl|, its upper quantiles, and the density of high |dl| over the surrogate's."""
     n_neurons = ablated.zero.shape[1]
-    size, static = ablated.zero.abs().numpy(), ablated.static.abs().numpy()
+    size, static = array(ablated.zero.abs()), array(ablated.static.abs())
     tenths = {
-        "in token": (ablated.in_token / n_neurons * N_BINS).long().numpy(),
-        "in neuron": (ablated.in_neuron * N_BINS).long().numpy(),
+        "in token": array((ablated.in_token / n_neurons * N_BINS).long()),
+        "in neuron": array((ablated.in_neuron * N_BINS).long()),
     }
     for tenth in range(N_BINS):
         x = (tenth + 0.5) / N_BINS
@@ -362,9 +361,9 @@ def _quantile(
 def _residual(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     """Yield the size of D relative to the effects, and its dependence on the gain."""
     n_neurons = run.mid.shape[1]
-    string, columns = run.string.numpy(), arrays(tokens)
+    string, columns = array(run.string), arrays(tokens)
     yield ratio("|D| over |dl|", columns["|D|"], columns["|dl|, all"] * n_neurons, string)
-    log_gain = run.gain.double().log().numpy()
+    log_gain = array(run.gain.double().log())
     if np.ptp(log_gain[~np.isnan(columns["D"])]) > FLAT:
         yield correlation("correlation of D and log gain", log_gain, columns["D"], string)
         yield slope("slope of D on log gain", log_gain, columns["D"], string)
@@ -374,11 +373,11 @@ def _published(run: HookedRun, ablated: Ablations, string: NDArray[np.int64]) ->
     """Yield Figures 4 and 5: change of the prompt's mean loss against signed activation, over pairs."""
     row = run.is_bos.cumsum(0)
     n_targets = torch.bincount(row, weights=(run.target >= 0).double())[row][ablated.tokens]
-    change = (ablated.zero / n_targets[:, None]).numpy()
-    activation = run.mid[ablated.tokens].double().numpy()
+    change = array(ablated.zero / n_targets[:, None])
+    activation = array(run.mid[ablated.tokens].double())
     signed = run.mid[ablated.tokens].argsort(stable=True).argsort().double()
     for figure, kept in (("Figure 4", _lowest(signed, LOWEST)), ("Figure 5", signed >= 0)):
-        inside = kept.numpy()
+        inside = array(kept)
         a, y = activation[inside], change[inside]
         owner = np.repeat(string, inside.sum(-1))
         yield correlation(f"{figure} (as published): correlation", a, y, owner)
@@ -404,8 +403,8 @@ def _by_neuron(run: HookedRun, ablated: Ablations) -> dict[str, Tensor]:
     and Hochberg: of the neurons with an adjusted p below q, an expected share of at most q is false.
     """
     D = ablated.zero - ablated.static
-    string = run.string[ablated.tokens].numpy()
-    sums, _ = sums_by_string([*D.T.numpy(), D[:, 0].numpy() * 0 + 1], string)
+    string = array(run.string[ablated.tokens])
+    sums, _ = sums_by_string([*array(D.T), array(D[:, 0]) * 0 + 1], string)
     return {
         "mean |dl|": ablated.zero.abs().mean(0),
         "mean D": D.mean(0),

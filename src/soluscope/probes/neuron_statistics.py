@@ -57,6 +57,7 @@ from soluscope.probes._features import (
     median_of_defined,
     sums_by_document,
 )
+from soluscope.probes._tokens import array
 
 Floats = NDArray[np.float64]
 
@@ -98,7 +99,7 @@ def _counts(run: HookedRun) -> dict[str, Tensor]:
 
 def _estimates(content: HookedRun, values: dict[str, Floats]) -> Iterator[Estimate]:
     """Yield averages over neurons at tokens that are not BOS; neurons that never vary are left out."""
-    string, n = content.string.numpy(), len(content.pos)
+    string, n = array(content.string), len(content.pos)
     for stage in STAGES:
         sums = _information_sums(content, _some(values[stage]))
         # The mean over neurons, since the median is below 0 where the shares are pure noise.
@@ -139,7 +140,7 @@ def _less(quantity: str, first: Floats, second: Floats, n: int, paired: bool) ->
 
 def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tensor]:
     """Return columns with one row per neuron, over tokens that are not BOS; nan for a neuron that never varies."""
-    string = content.string.numpy()
+    string = array(content.string)
     columns: dict[str, Floats] = {}
     for stage, activations in values.items():
         total = _power_sums(activations, string).sum(axis=0)
@@ -153,7 +154,7 @@ def _by_neuron(content: HookedRun, values: dict[str, Floats]) -> dict[str, Tenso
 
 
 def _values(run: HookedRun, stage: str) -> Floats:
-    values: Floats = getattr(run, stage).numpy().astype(np.float64)
+    values: Floats = array(getattr(run, stage)).astype(np.float64)
     return values
 
 
@@ -174,8 +175,8 @@ def _through_gaussian(run: HookedRun) -> Floats:
     All neurons are drawn, since SoLU's softmax runs over all of them.
     """
     noise = np.random.default_rng(SEED + 1).standard_normal(tuple(run.pre.shape))
-    pre = run.pre.mean(0) + run.pre.std(0, correction=0) * torch.from_numpy(noise)
-    mid: Floats = run.mlp.nonlinearity(pre.to(run.pre.dtype)).numpy().astype(np.float64)
+    pre = run.pre.mean(0) + run.pre.std(0, correction=0) * torch.from_numpy(noise).to(run.device)
+    mid: Floats = array(run.mlp.nonlinearity(pre.to(run.pre.dtype))).astype(np.float64)
     return mid
 
 
@@ -252,7 +253,7 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
     The prediction is the token's mean over the first half of the documents, or the mean over all tokens of
     that half if the token does not occur there. The sums are over the second half.
     """
-    known, tokens = first_half(run), run.tokens.numpy()
+    known, tokens = first_half(run), array(run.tokens)
     _, kind = np.unique(tokens, return_inverse=True)
     means = np.broadcast_to(values[known].mean(axis=0), (kind.max() + 1, values.shape[1])).copy()
     seen = np.unique(kind[known])
@@ -261,7 +262,7 @@ def _information_sums(run: HookedRun, values: Floats) -> Floats:
     scale = np.where(_spread(values) > 0, _spread(values), 1.0)
     x = (values[~known] - values.mean(axis=0)) / scale
     predicted = (means[kind[~known]] - values.mean(axis=0)) / scale
-    parts, string = (np.ones_like(x), x, predicted, x * predicted, x * x), run.string.numpy()
+    parts, string = (np.ones_like(x), x, predicted, x * predicted, x * x), array(run.string)
     return np.concatenate([sums_by_document(part, string[~known]) for part in parts], axis=1)
 
 

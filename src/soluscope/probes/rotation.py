@@ -56,7 +56,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
-from soluscope.probes._tokens import scattered, start_of_each_part
+from soluscope.probes._tokens import array, scattered, start_of_each_part
 
 N_TOKENS = 64
 """Maximum number of tokens at which a path starts, evenly spaced over the tokens that are not BOS."""
@@ -118,7 +118,7 @@ def measure(run: HookedRun) -> Measured:
         for name, column in of_kind.statistics().items()
     }
     distances = {kind: of_kind.distance for kind, of_kind in paths.items()}
-    return Measured(tokens, tuple(_estimates(distances, run.string[chosen].numpy())))
+    return Measured(tokens, tuple(_estimates(distances, array(run.string[chosen]))))
 
 
 def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Iterator[Estimate]:
@@ -127,7 +127,7 @@ def _estimates(distances: dict[str, Tensor], string: NDArray[np.int64]) -> Itera
         for step in range(0, N_STEPS + 1, N_STEPS // 16):
             yield ratio(
                 f"D: {kind}",
-                distance[:, step].numpy(),
+                array(distance[:, step]),
                 np.ones(len(string)),
                 string,
                 x=180 * step / N_STEPS,
@@ -139,9 +139,9 @@ class _Paths:
 
     def __init__(self, run: HookedRun, chosen: Tensor, kind: str) -> None:
         start, side = _plane(run, chosen, kind)
-        theta = torch.linspace(0, torch.pi, N_STEPS + 1, dtype=start.dtype)[:, None]
+        theta = torch.linspace(0, torch.pi, N_STEPS + 1, dtype=start.dtype)[:, None].to(run.device)
         blocks = []
-        for block in torch.arange(len(chosen)).split(TOKENS_AT_ONCE):
+        for block in torch.arange(len(chosen), device=run.device).split(TOKENS_AT_ONCE):
             path = start[block, None] * theta.cos() + side[block, None] * theta.sin()
             stages = run.mlp(path.to(run.resid_mid.dtype))
             out = (stages.post @ run.mlp.W_out).double()  # [token step d_model]
@@ -203,7 +203,7 @@ def _plane(run: HookedRun, chosen: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         side = _rise(run, chosen, strongest)
     else:
         generator = torch.Generator().manual_seed(0)
-        side = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+        side = torch.randn(start.shape, generator=generator, dtype=start.dtype).to(run.device)
     if _ln2_centres(run, chosen):
         start, side = (each - each.mean(-1, keepdim=True) for each in (start, side))
     length = start.norm(dim=-1, keepdim=True)

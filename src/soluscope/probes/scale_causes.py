@@ -46,7 +46,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import correlation, ratio, slope, sums_by_string
-from soluscope.probes._tokens import arrays
+from soluscope.probes._tokens import array, arrays
 
 TERMS = {
     "log xmax": "magnitude: the largest pre-activation",
@@ -172,11 +172,11 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     the change of log g. A pair of tokens with swapped magnitude and shape belongs to the string of the first.
     """
     columns = arrays(tokens)
-    kept = ~run.is_bos.numpy() & np.isfinite(columns["log s"])  # -inf: all activations equal
+    kept = ~array(run.is_bos) & np.isfinite(columns["log s"])  # -inf: all activations equal
     if not kept.any():
         return
     columns = {name: values[kept] for name, values in columns.items()}
-    string, log_s = run.string.numpy()[kept], columns["log s"]
+    string, log_s = array(run.string)[kept], columns["log s"]
     names = [name for name in (*TERMS, *OTHER_SPLITS) if not np.isnan(columns[name]).all()]
     varies = np.ptp(log_s) > FLAT
     for name in names:
@@ -196,7 +196,7 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
             yield slope(f"share of log g: {name}", log_g, elasticity * (term - term.mean()), string)
     log_k = 2 * columns["half log K"]
     if np.ptp(log_k) > FLAT:
-        log_gain = run.gain.double().log().numpy()[kept]
+        log_gain = array(run.gain.double().log())[kept]
         yield correlation("corr(log g, log K)", log_gain, log_k, string)
     total = columns["another's both"]
     if run.is_solu and np.nanmax(np.abs(total)) > FLAT:

@@ -166,12 +166,14 @@ def _best_constant(run: HookedRun, start: Tensor, final_norm: FinalNorm) -> Tens
         sums.index_add_(0, owner[scored], losses)
         return sums.sum(0) - sums if len(sums) > 1 else sums
 
-    far = torch.linspace(
-        float(spread.min()) - REACH, float(spread.max()) + REACH, N_FAR, dtype=start.dtype
-    )
+    def evenly(low: float, high: float, n: int) -> Tensor:
+        """Return the same values on each device: they are computed on the CPU."""
+        return torch.linspace(low, high, n, dtype=start.dtype).to(run.device)
+
+    far = evenly(float(spread.min()) - REACH, float(spread.max()) + REACH, N_FAR)
     best = int(others(far).sum(0).argmin())
     low, high = far[max(0, best - 1)], far[min(N_FAR - 1, best + 1)]
-    near = torch.linspace(float(low), float(high), N_NEAR, dtype=start.dtype)
+    near = evenly(float(low), float(high), N_NEAR)
     sums = others(near)
     lowest = sums.argmin(-1)  # [string]
     inside = lowest.clamp(1, N_NEAR - 2)[:, None]

@@ -40,7 +40,7 @@ from torch import Tensor
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio
-from soluscope.probes._tokens import start_of_each_part
+from soluscope.probes._tokens import array, start_of_each_part
 
 LAMBDAS = tuple(2.0**power for power in range(-6, 7))
 N_TOKENS = 1000
@@ -70,9 +70,9 @@ def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
         nan at all other tokens, and where post or O is zero, so that no relative change is defined.
     """
     values = {f"{name} at 2": error for name, error in _mid_errors(run, 2.0).items()}
-    chosen = start_of_each_part(torch.arange(len(run.pos)), N_TOKENS)
+    chosen = start_of_each_part(torch.arange(len(run.pos), device=run.device), N_TOKENS)
     for name, error in _residual_errors(run, chosen, 2.0).items():
-        column = torch.full((len(run.pos),), torch.nan, dtype=torch.float64)
+        column = torch.full_like(run.loss, torch.nan, dtype=torch.float64)
         values[f"{name} at 2"] = column.index_copy(0, chosen, error)
     return values
 
@@ -80,7 +80,7 @@ def _errors_at_2(run: HookedRun) -> dict[str, Tensor]:
 def _estimates(run: HookedRun) -> Iterator[Estimate]:
     """Yield every error against lambda, averaged over tokens that are not BOS."""
     content = run.subset(~run.is_bos)
-    chosen = start_of_each_part(torch.arange(len(content.pos)), N_TOKENS)
+    chosen = start_of_each_part(torch.arange(len(content.pos), device=run.device), N_TOKENS)
     for factor in LAMBDAS:
         errors = [
             (_mid_errors(content, factor), content.string),
@@ -89,7 +89,7 @@ def _estimates(run: HookedRun) -> Iterator[Estimate]:
         for values, string in errors:
             for name, error in values.items():
                 ones = np.ones(len(error))
-                yield ratio(name, error.numpy(), ones, string.numpy(), x=factor)
+                yield ratio(name, array(error), ones, array(string), x=factor)
 
 
 def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:

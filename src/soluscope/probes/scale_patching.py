@@ -62,7 +62,7 @@ from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import mean_over_strings, ratio
-from soluscope.probes._tokens import arrays
+from soluscope.probes._tokens import array, arrays
 
 N_CORRUPTIONS = 5
 LEAST_DIFFERENCE = 0.5
@@ -202,7 +202,7 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     difference does not matter. A trimmed mean would also prevent the former, but its interval would depend
     on which rows are cut.
     """
-    string, columns = run.string.numpy(), arrays(tokens)
+    string, columns = array(run.string), arrays(tokens)
     size = np.abs(columns[DIFFERENCE])
     for way, part, how in _MEANINGS:
         share = columns[_row(way, part, how)]

@@ -52,7 +52,7 @@ from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._estimates import ratio, slope, sums_by_string
-from soluscope.probes._tokens import arrays, diffuse
+from soluscope.probes._tokens import array, arrays, diffuse
 
 POSITION_GROUPS = (2, 16)
 """Positions at which the second and the third group begin; protocol.md section 5."""
@@ -94,7 +94,7 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
     swapped = donor >= 0
     log_ratio = torch.where(swapped, (gain[donor] / gain).log(), torch.nan)
     dosed = _evenly_spaced(run.scored)
-    doses = run.gain[:, None] * torch.tensor(DOSES, dtype=run.gain.dtype)
+    doses = run.gain[:, None] * run.gain.new_tensor(DOSES)
     step = (DOUBLINGS[1] - DOUBLINGS[0]) * torch.tensor(2.0).log()
     middle = DOSES.index(1.0)
     spread = diffuse(run)
@@ -109,7 +109,7 @@ def _changes_by_token(run: HookedRun) -> dict[str, Tensor]:
             f"swap up, signed{how}": change.where(log_ratio > SAME, torch.nan),
             f"swap down, signed{how}": change.where(log_ratio < -SAME, torch.nan),
             f"{BY_DIFFUSE}{how}": change.where(spread | change.isnan(), 0.0),
-            f"log2 of the best dose{how}": torch.from_numpy(lowest(curve.numpy())),
+            f"log2 of the best dose{how}": torch.from_numpy(lowest(array(curve))),
             f"curvature at the own gain{how}": bend / step.square(),
         }
         columns |= {_at(dose, how): curve[:, i] for i, dose in enumerate(DOSES)}
@@ -123,15 +123,15 @@ def matched(run: HookedRun) -> Tensor:
         Indices of tokens, int64 [token]; -1 at BOS, without a target, and where no other token matches.
     """
     scored = run.scored.nonzero().squeeze(-1)
-    group = torch.bucketize(run.pos, torch.tensor(POSITION_GROUPS), right=True)
-    shares = torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS
+    group = torch.bucketize(run.pos, run.pos.new_tensor(POSITION_GROUPS), right=True)
+    shares = (torch.arange(1, N_SURPRISAL_BINS) / N_SURPRISAL_BINS).to(run.device)
     surprisal = run.loss.double()
     edges = surprisal[scored].quantile(shares.double())
     likeness = group * N_SURPRISAL_BINS + torch.bucketize(surprisal, edges)
     generator = torch.Generator().manual_seed(SEED)
-    scored = scored[torch.randperm(len(scored), generator=generator)]
+    scored = scored[torch.randperm(len(scored), generator=generator).to(run.device)]
     donor = torch.full_like(run.pos, -1)
-    for kind in likeness[scored].unique():
+    for kind in likeness[scored].unique().tolist():
         members = scored[likeness[scored] == kind]
         if len(members) > 1:
             donor[members] = members.roll(1)
@@ -144,7 +144,7 @@ def _evenly_spaced(candidates: Tensor) -> Tensor:
     # Not `cache.evenly_spaced`, which rounds differently: for 1 in 150 lengths it selects a few other tokens.
     spaced = torch.linspace(0, len(indices) - 1, min(len(indices), N_DOSED), dtype=torch.float64)
     chosen = torch.zeros_like(candidates)
-    chosen[indices[spaced.long()]] = True
+    chosen[indices[spaced.long().to(indices.device)]] = True
     return chosen
 
 
@@ -189,7 +189,7 @@ def _estimates(run: HookedRun, tokens: dict[str, Tensor]) -> Iterator[Estimate]:
     Swaps between equal gains change nothing and count for both signs. Where all gains are equal no slope
     is yielded.
     """
-    string, columns = run.string.numpy(), arrays(tokens)
+    string, columns = array(run.string), arrays(tokens)
     log_ratio = columns["log(g_u / g_t)"]
     signs = {"": ~np.isnan(log_ratio), ", up": log_ratio >= -SAME, ", down": log_ratio <= SAME}
     for how in FINAL_NORMS.values():

@@ -73,6 +73,7 @@ from soluscope.probes._features import (
     mean_of_defined,
     sums_by_document,
 )
+from soluscope.probes._tokens import array
 
 Floats = NDArray[np.float64]
 
@@ -135,7 +136,7 @@ def _estimates(run: HookedRun, features: Features, halves: Sequence[_Pairs]) -> 
         yield _difference(f"A ({part})", halves, bins["before"], bins[part])
     for stage in STAGES:
         yield from _curve("specificity", halves, bins[stage], stage)
-    content = ~run.is_bos.numpy()
+    content = ~array(run.is_bos)
     whole = _matched(run, features, chosen=content, measured=content)
     before, both = ([_bins_by_value(whole, stage)] for stage in ("before", "both"))
     yield _difference("A by value (as published)", [whole], before, both)
@@ -165,7 +166,7 @@ def _cross_fit(run: HookedRun, features: Features) -> tuple[_Pairs, ...]:
     """Return the pairs chosen on each half of the documents, measured on the other half; a half may have none."""
     if not features.names:
         return ()
-    content = ~run.is_bos.numpy()
+    content = ~array(run.is_bos)
     halves = (_matched(run, features, *fold) for fold in folds(run, content))
     return tuple(pairs for pairs in halves if pairs.holds.size)
 
@@ -181,7 +182,7 @@ def _matched(
         chosen: mask of the tokens on which neurons and features are chosen, [token].
         measured: mask of the tokens to measure, [token].
     """
-    mid, gain = run.mid.numpy().astype(np.float64), run.gain.numpy().astype(np.float64)[:, None]
+    mid, gain = array(run.mid).astype(np.float64), array(run.gain).astype(np.float64)[:, None]
     scores = np.nan_to_num(auroc(mid[chosen], features.holds[:, chosen]))  # [feature neuron]
     fires = np.flatnonzero((levels(mid[chosen]) > 0).any(axis=0))
     clearest = np.argsort(-scores.max(axis=0)[fires], kind="stable")[:N_NEURONS]
@@ -192,7 +193,7 @@ def _matched(
     return _Pairs(
         values=dict(zip(STAGES, (a, g * a, a - m, g * (a - m)), strict=True)),
         holds=features.holds[best][:, measured].T,
-        string=run.string.numpy()[measured],
+        string=array(run.string)[measured],
         measured=measured,
     )
 

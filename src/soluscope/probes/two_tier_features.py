@@ -56,7 +56,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import block_diag
+from scipy.linalg import block_diag, solve
 from torch import Tensor
 
 from soluscope.data.cache import evenly_spaced
@@ -73,6 +73,7 @@ from soluscope.probes._features import (
     median_of_defined,
     sums_by_document,
 )
+from soluscope.probes._tokens import array
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -144,14 +145,14 @@ def _costs(run: HookedRun, features: Features, fits: dict[str, _CrossFit]) -> di
     tokens that have a target; nan elsewhere. ln_final is live.
     """
     generator = np.random.default_rng(0)
-    totals = {tier: torch.zeros(len(run.pos), 2, dtype=torch.float64) for tier in REMOVED}
+    nothing = torch.zeros(len(run.pos), 2, dtype=torch.float64, device=run.device)
+    totals = {tier: nothing.clone() for tier in REMOVED}
     for tier, tokens, mean, direction in _removals(run, features, fits):
         some = evenly_spaced(len(tokens), MAX_REMOVED)
-        chosen = torch.zeros(len(run.pos), dtype=torch.bool)
-        chosen[tokens[some]] = True
+        chosen = torch.from_numpy(tokens[some]).to(run.device)
         here = run.subset(chosen)
         read, elsewhere = (
-            torch.from_numpy(vector / np.linalg.norm(vector)).to(run.post.dtype)
+            torch.from_numpy(vector / np.linalg.norm(vector)).to(run.post)
             for vector in (direction, generator.standard_normal(len(direction)))
         )
         length = (here.post - mean) @ read  # [token]
@@ -173,12 +174,12 @@ def _removals(
     """
     if not fits:
         return
-    content, has_target = ~run.is_bos.numpy(), (run.target >= 0).numpy()
+    content, has_target = ~array(run.is_bos), array(run.target >= 0)
     for fold, (chosen_on, measured_on) in enumerate(folds(run, content)):
         of_mid, of_post = (
             _cross_fit(run, stage, features, chosen_on, most=FEW).index_of_all() for stage in STAGES
         )
-        mean = run.post[torch.from_numpy(chosen_on)].mean(0)
+        mean = run.post[torch.from_numpy(chosen_on).to(run.device)].mean(0)
         for feature in np.flatnonzero(~np.isnan(of_post)):
             tier = "few" if of_mid[feature] <= FEW else "many"
             tokens = np.flatnonzero(features.holds[feature] & measured_on & has_target)
@@ -191,8 +192,8 @@ def _estimates(
     """Yield the numbers of neurons that decode features from post and from mid, and the gain of the second tier."""
     if not fits:
         return
-    content = ~run.is_bos.numpy()
-    log_gain, string = run.gain.double().log().numpy(), run.string.numpy()
+    content = ~array(run.is_bos)
+    log_gain, string = array(run.gain.double().log()), array(run.string)
     by_fold = []
     for _, measured in folds(run, content):
         has = features.holds[:, measured].T  # [token feature]
@@ -315,7 +316,7 @@ def _cross_fits(run: HookedRun, features: Features) -> dict[str, _CrossFit]:
     """Return the probes of each stage on all documents; no stage if no feature can be labelled."""
     if not features.names:
         return {}
-    content = ~run.is_bos.numpy()
+    content = ~array(run.is_bos)
     return {stage: _cross_fit(run, stage, features, content) for stage in STAGES}
 
 
@@ -332,14 +333,14 @@ def _cross_fit(
         most: largest number of neurons of a probe, apart from the probe on all neurons; if None, every
             power of 2 is used.
     """
-    values = getattr(run, stage).numpy().astype(np.float64)
+    values = array(getattr(run, stage)).astype(np.float64)
     n_neurons = values.shape[1]
     powers = 2 ** np.arange((n_neurons - 1).bit_length())
     sizes = np.array([*powers[powers <= (most or n_neurons)], n_neurons])
     directions, sums = [], []
     for fitted_on, tested_on in folds(run, among):
         weights, unit = _fit(values[fitted_on], features.holds[:, fitted_on], sizes)
-        tested, string = values[tested_on] / unit, run.string.numpy()[tested_on]
+        tested, string = values[tested_on] / unit, array(run.string)[tested_on]
         by_feature = [
             auroc_sums(tested @ weight, holds, string)
             for weight, holds in zip(weights, features.holds[:, tested_on], strict=True)
@@ -380,13 +381,15 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
     best_first = np.argsort(-np.abs(difference), axis=1, kind="stable")
     weights = np.zeros((len(holds), n_neurons, len(sizes)))
     ridge = n_neurons / n * np.eye(n_neurons)
-    weights[:, :, -1] = np.linalg.solve(correlation + ridge, difference.T).T
+    weights[:, :, -1] = solve(correlation + ridge, difference.T, assume_a="pos").T
     for feature, order in enumerate(best_first):
         for position, k in enumerate(sizes[:-1]):
             chosen = order[:k]
             ridge = k / n * np.eye(k)
-            weights[feature, chosen, position] = np.linalg.solve(
-                correlation[np.ix_(chosen, chosen)] + ridge, difference[feature, chosen]
+            weights[feature, chosen, position] = solve(
+                correlation[np.ix_(chosen, chosen)] + ridge,
+                difference[feature, chosen],
+                assume_a="pos",
             )
     return weights, unit
 

@@ -1,7 +1,7 @@
 """The report of a study, as an HTML page and as tables for the terminal.
 
-Its only input is results.jsonl; it never loads a model. `build` writes the page; `table` and `matrix` are
-for the terminal; `figures.draw` draws one figure of a probe.
+Its only input is results.jsonl; it never loads a model. `build` writes the page; `table` and `matrix` are for the
+terminal; `figures.draw` draws one figure of a probe; paper.py writes figures and tables for a paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from soluscope import results
 from soluscope.files import check_links, write_text
-from soluscope.report import controls, page, words
+from soluscope.report import controls, page, paper, words
 from soluscope.report.controls import matrix
 from soluscope.report.findings import (
     by_kappa,
@@ -40,20 +40,47 @@ OPTIMUM = {
 }
 """Texts for the position of the chosen setting on its grid."""
 
-__all__ = ["build", "matrix", "publish", "table"]
+__all__ = ["brief", "build", "matrix", "publish", "table"]
 
 
-def publish(study_dir: Path, out: Path | None = None) -> Path:
+def publish(
+    study_dir: Path,
+    out: Path | None = None,
+    figures: Path | None = None,
+    tables: Path | None = None,
+) -> Path:
     """Write the report, print its table and headline to the terminal, and return the report's path.
 
     Args:
         study_dir: folder with results.jsonl.
         out: folder of the report, if not the study's.
+        figures: new folder for the main figures as images; None: no images.
+        tables: new folder for the tables and the methods paragraph of a paper; None: no such files.
     """
+    paper.check(figures, tables)
     records = _read(study_dir)
+    paper.write(records, figures, tables)
     path = _write(out or study_dir, records)
     console().print(table(records))
     return path
+
+
+def brief(folder: Path, study_dir: Path) -> list[str]:
+    """Write the report, and return five lines: the answer, how sure it is, and where to read more.
+
+    Args:
+        folder: folder with results.jsonl, into which the report is written.
+        study_dir: folder of the study's runs, often the same.
+    """
+    records = _read(folder)
+    path = _write(folder, records)
+    return [
+        f"answer: {' '.join([*words.warnings(records), words.answer(records)])}",
+        f"how sure: {'; '.join(words.certainty(records))}",
+        f"report: {path}",
+        f"table: soluscope report {folder}",
+        f"states of the runs: soluscope sweep --status {study_dir}",
+    ]
 
 
 def build(study_dir: Path) -> Path:

@@ -5,6 +5,7 @@ Sections are built once from the records. page.py renders them as HTML; the dash
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 MARKS = {"pass": "\u2713", "fail": "\u2717", "open": "?", "none": "\u2013"}
 """Styles of verdicts, and the sign shown with each colour for readers who cannot distinguish the colours."""
+
+
+N_VALUES = 20
+"""Largest number of values in the text alternative of a figure."""
+TABS = {
+    "answer": "Answer", "training": "Training", "tuning": "Tuning", "dose": "Dose", "probes": "Probes",
+    "tokens": "Tokens", "methods": "Methods and controls", "data": "Data and provenance",
+}  # fmt: skip
+"""Labels of the page's tabs, in their order; a tab without sections is left out."""
 
 
 class Block:
@@ -36,6 +46,13 @@ class Paragraph(Block):
     """Class in the style sheet: `soft`, `warn`, `first`."""
     code: bool = False
     """True if the text is shown as code."""
+
+
+@dataclass(frozen=True)
+class Source(Block):
+    """A text to copy, as it was written; one click selects all of it."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,31 @@ class Plot(Block):
     caption: str = ""
     remark: str = ""
 
+    @property
+    def alternative(self) -> str:
+        """Return the figure as text, for readers who cannot see it: panels, axes, lines, and a few numbers."""
+        layout = self.figure.layout
+        panels = [each.text for each in layout.annotations if each.text]
+        axes = [axis.title.text for axis in self.figure.select_xaxes()]
+        axes += [axis.title.text for axis in self.figure.select_yaxes()]
+        names = [trace.name for trace in self.figure.data if trace.name]
+        points = [text for trace in self.figure.data for text in trace.text or ()]
+        parts = {
+            "panels": panels,
+            "axes": axes,
+            "lines": names,
+            "values": points[:N_VALUES],
+        }
+        texts = [
+            f"{name}: {'; '.join(dict.fromkeys(text for text in of_part if text))}"
+            for name, of_part in parts.items()
+            if any(of_part)
+        ]
+        more = len(points) - N_VALUES
+        texts += [f"and {more} more values, in the tables"] if more > 0 else []
+        plain = f"Figure {self.caption}. {'. '.join(texts)}."
+        return html.unescape(plain.replace("<br>", " "))
+
 
 @dataclass(frozen=True)
 class Fold(Block):
@@ -85,6 +127,24 @@ class Fold(Block):
 
     summary: str
     blocks: Sequence[Block]
+    style: str = ""
+    """Class in the style sheet."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A fact: its name, its number in large type, and lines of small type below."""
+
+    label: str
+    value: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Tiles(Block):
+    """Facts beside each other."""
+
+    tiles: Sequence[Tile]
 
 
 @dataclass(frozen=True)
@@ -151,6 +211,8 @@ class Section:
     """`loss`, `tuning`, or a probe's name."""
     heading: str
     blocks: Sequence[Block]
+    tab: str = "answer"
+    """Key of the section's tab in `TABS`."""
     failed: bool = False
     """True for a probe that failed a control; the navigation marks its link."""
 

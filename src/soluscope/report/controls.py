@@ -26,7 +26,7 @@ Standing = Literal["passed", "failed", "not run"]
 def gates(records: Iterable[Record], probe: str) -> dict[str, list[GateResult]]:
     """Return a probe's gate results by control, in the order of the controls' sections."""
     result: dict[str, list[GateResult]] = {}
-    for gate in sorted(of_kind(records, GateResult), key=_by_section):
+    for gate in sorted(of_kind(records, GateResult), key=by_section):
         if gate.probe == probe:
             result.setdefault(gate.control, []).append(gate)
     return result
@@ -113,8 +113,8 @@ def matrix(records: Sequence[Record]) -> Group:
 
     parts: list[ConsoleRenderable] = []
     if probes := _probes(records):
-        by_section = sorted(of_kind(records, GateResult), key=_by_section)
-        controls = list(dict.fromkeys((gate.control, gate.section) for gate in by_section))
+        gates_in_order = sorted(of_kind(records, GateResult), key=by_section)
+        controls = list(dict.fromkeys((gate.control, gate.section) for gate in gates_in_order))
         key = (f"{section} {name}" for name, section in controls)
         parts += [
             *(
@@ -200,7 +200,7 @@ def _section(records: Iterable[Record], probe: str) -> str:
     return words.section if words else ""
 
 
-def _by_section(gate: GateResult) -> tuple[int, str]:
+def by_section(gate: GateResult) -> tuple[int, str]:
     return _number(gate.section), gate.control
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,26 +25,28 @@ import plotly.graph_objects as go
 from soluscope import results, wandb_client
 from soluscope.errors import UserError
 from soluscope.files import digest
-from soluscope.report import figures, page, pretrained, sections, words
+from soluscope.report import answer, contrasts, figures, page, pretrained, sections, words
+from soluscope.report.blocks import Plot
 from soluscope.report.figures import Point, Style
 from soluscope.report.findings import (
     by_kappa,
     comparisons,
     estimate,
     number,
+    number_key,
     remarks,
     runs_of,
     settings,
     tuned,
 )
-from soluscope.results import ChoicePoint, Comparison, Record, Term, of_kind
+from soluscope.results import ChoicePoint, Comparison, Record, Term, Untrained, of_kind
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import PanelTypes
     from wandb_workspaces.workspaces import Section, Workspace
 
-TABLE = "comparison"
-BARS, PHI_DYN = "figures/final_loss", "figures/phi_dyn_by_kappa"
+TABLE, PROBES = "comparison", "main numbers of the probes"
+ANSWER, BARS, PHI_DYN = "figures/answer", "figures/final_loss", "figures/phi_dyn_by_kappa"
 SECTIONS = {
     "tuning": "Tuning",
     "loss": "Loss of each run",
@@ -66,6 +66,11 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of the table of comparisons and of the curves from which a setting `x` was chosen. Each
 difference has two rows, with different `cluster`."""
+OF_PROBES = (
+    "probe", "quantity", "statistic", "unit", "arm", "variant", "seed", "trained", "low", "high", "untrained",
+    "difference", "difference_low", "difference_high",
+)  # fmt: skip
+"""Columns of the table with one number of each probe and run: trained, untrained and their difference."""
 PINNED = (
     "config:variant.value", "config:seed.value", "config:study.value", "config:size.value",
     "config:kappa.value", "config:lr.value", "summary:report_loss", "summary:r", "summary:gain",
@@ -73,41 +78,24 @@ PINNED = (
 """Columns of the runs table after the run's name. The app stores a config key under `.value`."""
 START_SECONDS, FINISH_SECONDS = 30, 600
 """Time limits for the server to start and to finish the run; after them, publishing fails."""
-TITLE_HEIGHT = 40
-"""Height of a title in pixels; the report's page needs none, because it has headings."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Entity and project in wandb."""
-
-    entity: str
-    project: str
-
-
-def place(text: str) -> Place:
-    """Parse `entity/project`.
-
-    Raises:
-        UserError: if `text` does not have that form.
-    """
-    if not re.fullmatch(r"[^\s/\\#?%:]+/[^/\\#?%:]+", text.strip()):
-        raise UserError(f"--wandb {text!r} is not entity/project, as in: --wandb my-team/soluscope")
-    return Place(*text.strip().split("/"))
-
-
-def sign_in() -> None:
+def sign_in(knob: str = "--wandb", instead: str = "add --dry-run, which needs none") -> None:
     """Check that wandb accepts this user's key before anything is sent.
+
+    Args:
+        knob: the word that needs the key, for messages.
+        instead: words for doing without a key.
 
     Raises:
         UserError: if wandb is not installed, there is no key, or the server refuses the key or cannot be
             reached.
     """
-    _installed()
-    wandb_client.sign_in("--wandb", "add --dry-run, which needs none")
+    _installed(knob)
+    wandb_client.sign_in(knob, instead)
 
 
-def preview(study_dir: Path, where: Place) -> str:
+def preview(study_dir: Path, where: wandb_client.Place) -> str:
     """Return the dashboard as the JSON that would be saved; nothing is sent.
 
     Raises:
@@ -119,8 +107,13 @@ def preview(study_dir: Path, where: Place) -> str:
     return json.dumps(made._to_model().model_dump(by_alias=True, exclude_none=True), indent=1)
 
 
-def publish(study_dir: Path, where: Place) -> str:
+def publish(study_dir: Path, where: wandb_client.Place, knob: str = "--wandb ") -> str:
     """Log the study's comparison, save its dashboard, and return the dashboard's address.
+
+    Args:
+        study_dir: folder with results.jsonl.
+        where: entity and project in wandb.
+        knob: beginning of the word that chose them, for messages.
 
     Raises:
         UserError: if there are no results, or the server refuses the comparison or the dashboard.
@@ -136,7 +129,7 @@ def publish(study_dir: Path, where: Place) -> str:
         return _save(_workspace(records, drawn, where), _study(records))
     except (wandb.Error, WandbApiFailedError, SpecVersionError, TimeoutError) as error:
         raise UserError(
-            f"wandb did not accept the study in --wandb {where.entity}/{where.project}: "
+            f"wandb did not accept the study in {knob}{where.entity}/{where.project}: "
             f"{wandb_client.one_line(error)}"
         ) from error
 
@@ -144,7 +137,7 @@ def publish(study_dir: Path, where: Place) -> str:
 # ---------------------------------------------------------------- the comparison, as a run
 
 
-def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -> None:
+def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: wandb_client.Place) -> None:
     import wandb
 
     study = _study(records)
@@ -172,7 +165,11 @@ def _log(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -
         ) as run,
     ):
         table = wandb.Table(columns=list(COLUMNS), data=_table(records), allow_mixed_types=True)
-        run.log({TABLE: table, **{key: wandb.Plotly(figure) for key, figure in drawn.items()}})
+        of_probes = wandb.Table(
+            columns=list(OF_PROBES), data=_main_numbers(records), allow_mixed_types=True
+        )
+        plots = {key: wandb.Plotly(figure) for key, figure in drawn.items()}
+        run.log({TABLE: table, PROBES: of_probes, **plots})
         run.summary.update(_final(records))
 
 
@@ -193,13 +190,31 @@ def _table(records: Sequence[Record]) -> list[list[Any]]:
     return lines
 
 
+def _main_numbers(records: Sequence[Record]) -> list[list[Any]]:
+    """Return one row for each probe and run, with the columns `OF_PROBES`."""
+    untrained = {number_key(row): row for row in of_kind(records, Untrained)}
+    lines: list[list[Any]] = []
+    for rows in contrasts.main_numbers(records).values():
+        for row in rows:
+            before = untrained.get(number_key(row))
+            compared = (
+                (before.value, before.difference, before.low, before.high) if before else [None] * 4
+            )
+            about = [getattr(row, name) for name in OF_PROBES[:7]]
+            lines.append([*about, row.value, row.low, row.high, *compared])
+    return lines
+
+
 def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
-    """Return the comparisons with the interval for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
+    """Return the answer, and the comparisons for new seeds: `Phi_dyn/solu_ln`, its `/low` and `/high`.
 
     An undefined comparison has its note in place of the number. Missing bounds are None rather than left
     out, so that a second report of the study does not keep the bounds of the first report.
     """
-    result: dict[str, float | str | None] = {}
+    result: dict[str, float | str | None] = {
+        "answer": " ".join([*words.warnings(list(records)), words.answer(list(records))]),
+        "how sure": "; ".join(words.certainty(list(records))),
+    }
     for row in of_kind(records, Comparison):
         if row.cluster != "seed":
             continue
@@ -225,13 +240,20 @@ def _reference(row: Comparison) -> str:
 
 
 def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
-    """Return the figures of the report and two further ones, by the key under which they are logged."""
+    """Return the figures of the report, its first screen's included, and two more, by the key of their log."""
     compared = tuned(records)
     look = figures.styles(compared)
     result = {
-        BARS: _titled(_bars(compared, look), "Final loss and its 95% interval for new seeds"),
-        PHI_DYN: _titled(_phi_dyn(compared, look), "Phi_dyn and its 95% interval for new seeds"),
+        BARS: figures.titled(
+            _bars(compared, look), "Final loss and its 95% interval for new seeds"
+        ),
+        PHI_DYN: figures.titled(
+            _phi_dyn(compared, look), "Phi_dyn and its 95% interval for new seeds"
+        ),
     }
+    for block in answer.blocks(list(records), compared, look):
+        if isinstance(block, Plot):
+            result[ANSWER] = figures.titled(block.figure, block.caption)
     result = {key: figure for key, figure in result.items() if figure.data}
     for section in sections.build(list(records)):
         of_probe = section.name not in SECTIONS
@@ -239,7 +261,7 @@ def drawings(records: Sequence[Record]) -> dict[str, go.Figure]:
         heading = section.heading if of_probe else SECTIONS[section.name]
         for i, plot in enumerate(section.plots, start=1):
             title = f"{heading}: {plot.caption}" if plot.caption else heading
-            result[f"{key}/{i}"] = _titled(plot.figure, title)
+            result[f"{key}/{i}"] = figures.titled(plot.figure, title)
     return result
 
 
@@ -282,21 +304,12 @@ def _phi_dyn(records: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
     return figure.update_traces(mode="markers")  # a line would pass over kappas without a Phi_dyn
 
 
-def _titled(figure: go.Figure, title: str) -> go.Figure:
-    """Add a title to the figure, with room for it above the panels."""
-    if figure.layout.height is None:
-        return figure.update_layout(title=html.escape(title))
-    return figure.update_layout(
-        title={"text": html.escape(title), "font": {"size": 14}},
-        height=figure.layout.height + TITLE_HEIGHT,
-        margin_t=figure.layout.margin.t + TITLE_HEIGHT,
-    )
-
-
 # ---------------------------------------------------------------- the dashboard
 
 
-def _workspace(records: Sequence[Record], drawn: dict[str, go.Figure], where: Place) -> Workspace:
+def _workspace(
+    records: Sequence[Record], drawn: dict[str, go.Figure], where: wandb_client.Place
+) -> Workspace:
     """Build the study's dashboard: its runs, grouped by variant or arm, and its comparison."""
     import wandb_workspaces.workspaces as ws
 
@@ -345,7 +358,9 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
             name="Findings",
             panels=[
                 wr.MarkdownPanel(markdown=headline),
+                *panels.figure("Loss of each arm beside plain SoLU", ANSWER),
                 wr.WeavePanelSummaryTable(table_name=TABLE),
+                wr.WeavePanelSummaryTable(table_name=PROBES),
             ],
             is_open=True,
             pinned=True,
@@ -499,8 +514,8 @@ def _view_id(study: str) -> str:
     return digest(study)[:11]  # the length of the app's own ids
 
 
-def _installed() -> None:
+def _installed(knob: str = "--wandb") -> None:
     missing = [name for name in ("wandb", "wandb_workspaces") if find_spec(name) is None]
     if missing:
         package = missing[0].replace("_", "-")
-        raise UserError(f"--wandb needs {package}: pip install wandb wandb-workspaces")
+        raise UserError(f"{knob} needs {package}: pip install wandb wandb-workspaces")

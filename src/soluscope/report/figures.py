@@ -6,7 +6,9 @@ Plotly interprets tags such as `<b>` in labels, so all text that comes from data
 from __future__ import annotations
 
 import html
+import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,7 +16,7 @@ from typing import TypeVar
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from soluscope.report.findings import by_stream, estimate
+from soluscope.report.findings import by_stream, estimate, number, number_key
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -23,17 +25,30 @@ from soluscope.results import (
     Number,
     Record,
     Term,
+    Untrained,
     of_kind,
 )
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; yellow is hard to see on white and omitted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+DASHES = ("solid", "14px,2px", "10px,4px", "7px,4px", "5px,5px", "3px,4px", "2px,4px")
+"""From few gaps to many: where lines coincide, the arms below show through the gaps of the arms drawn later."""
 INK, GRID = "#222222", "#e4e4e4"
 N_COLUMNS = 3
+LONG_LABEL = 16
+TITLE_LETTERS = 36
+"""Letters in a line of a panel's title; three panels beside each other have room for it."""
 TOP = 36
 """Pixels above the first row of panels, for their titles."""
+LEGEND = 34
+"""Pixels above the titles for one row of the legend; plotly makes more room where the legend needs it."""
+FEWEST_DOSES = 3
+"""Number of doses of a variant from which its numbers are drawn against the dose."""
+MANY_ARMS = 9
+"""More arms than this are drawn closer together, with labels of one line."""
+TITLE_HEIGHT = 40
+"""Height of a figure's title in pixels; the report's page needs none, because it has headings."""
 QUARTILE = re.compile(r".* Q[1-4]")
 """Pattern of groups that are quartiles of a split; any other group is a separate line or panel."""
 
@@ -53,17 +68,23 @@ class Style:
 
 
 def styles(rows: Iterable[Record]) -> dict[str, Style]:
-    """Assign a style to each arm; with more arms than colours, the symbol and the dash distinguish them."""
-    arms = sorted({row.arm for row in rows if row.arm})
+    """Assign a style to each arm, in the order of the records.
+
+    With more arms than colours, the symbol distinguishes them.
+    """
+    arms = dict.fromkeys(row.arm for row in rows if row.arm)
     n = len(COLOURS)
     return {
-        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i // n % len(DASHES)])
+        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i % len(DASHES)])
         for i, arm in enumerate(arms)
     }
 
 
 def draw(
-    rows: Sequence[Record], spec: Figure, look: Mapping[str, Style] | None = None
+    rows: Sequence[Record],
+    spec: Figure,
+    look: Mapping[str, Style] | None = None,
+    before: Iterable[Untrained] = (),
 ) -> go.Figure:
     """Draw one figure of a probe.
 
@@ -71,6 +92,7 @@ def draw(
         rows: records of one probe; records that are not measurements are ignored.
         spec: specification of the figure.
         look: a style for each arm; by default derived from the arms in `rows`.
+        before: the same numbers before training, drawn as grey rings in figures of dots.
 
     Returns:
         A figure that notebooks display; without traces if no row fits `spec`.
@@ -81,14 +103,14 @@ def draw(
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     look = look or styles(rows)
     curve = spec.kind == "curve"
-    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y)
+    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y, before)
     return figure.update_layout(title=title)
 
 
 def against_dose(
     rows: Sequence[Measurement], spec: Figure, look: Mapping[str, Style], doses: Doses
 ) -> go.Figure:
-    """Draw the numbers of a figure against the dose, for variants that were trained at several doses.
+    """Draw the numbers of a figure against the dose, for variants that were trained at three doses or more.
 
     Args:
         rows: records of one probe.
@@ -98,7 +120,7 @@ def against_dose(
 
     Returns:
         A figure with one panel per quantity, group, stream and kind of dose, and one thin line per seed and
-        variant; without traces if no variant has several doses.
+        variant; without traces if no variant has so many.
     """
     several = doses.several()
     panels: Panels[Measurement] = {}
@@ -122,8 +144,10 @@ def against_dose(
             _add(figure, _joined(line, style, variant, named), index)
         figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(index))
         unit = html.escape(panel_rows[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
-        if not spec.log_y:
+        figure.update_yaxes(title_text=unit, **_at(index))
+        if spec.log_y and _positive(panel_rows):
+            figure.update_yaxes(**_log_axis(panel_rows, 6), **_at(index))
+        else:
             _mark_zero(figure, panel_rows, index, upright=True)
     return figure
 
@@ -187,6 +211,12 @@ def along(
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
         figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(index))
+        colours = [look[point.line].colour for point in points]
+        _add(
+            figure,
+            _arrows(rows, [point.x for point in points], frame, colours, upright=True),
+            index,
+        )
         _mark_zero(figure, rows, index, upright=True)
     return figure
 
@@ -218,11 +248,11 @@ class Doses:
     """Variant, and dose of the first seed, by arm."""
 
     def several(self) -> set[str]:
-        """Return the variants that were trained at more than one dose."""
+        """Return the variants that were trained at `FEWEST_DOSES` or more; two doses need no axis."""
         seen: dict[str, set[str]] = {}
         for variant, dose in self.arms.values():
             seen.setdefault(variant, set()).add(f"{dose.value:.3g}")
-        return {variant for variant, values in seen.items() if len(values) > 1}
+        return {variant for variant, values in seen.items() if len(values) >= FEWEST_DOSES}
 
     def caption(self) -> str:
         """Return a text with each arm's dose; empty if a variant has several, which are drawn instead."""
@@ -256,17 +286,7 @@ def doses(rows: Iterable[Record]) -> Doses:
 
 def _panels(rows: Iterable[Record], spec: Figure) -> Panels[Measurement]:
     """Return the rows that `spec` selects, by quantity, group and stream."""
-    wanted = [
-        row
-        for row in of_kind(rows, Measurement)
-        if row.quantity in spec.quantities
-        and row.statistic in (spec.statistic, "")  # an estimate has no statistic
-        and row.value is not None
-        and (not spec.streams or row.stream in spec.streams)
-        and (row.x is not None) == (spec.kind == "curve")
-        and (spec.kind == "curve" or row.positions == spec.positions)
-        and _in_group(row, spec)
-    ]
+    wanted = [row for row in of_kind(rows, Measurement) if is_drawn(row, spec)]
     order = {quantity: i for i, quantity in enumerate(spec.quantities)}
     panels: Panels[Measurement] = {}
     wanted.sort(key=lambda r: (order[r.quantity], r.group, by_stream(r), r.seed or 0))
@@ -275,50 +295,86 @@ def _panels(rows: Iterable[Record], spec: Figure) -> Panels[Measurement]:
     return panels
 
 
+def is_drawn(row: Measurement, spec: Figure) -> bool:
+    """Return whether a figure shows this number."""
+    return (
+        row.quantity in spec.quantities
+        and row.statistic in (spec.statistic, "")  # an estimate has no statistic
+        and row.value is not None
+        and (not spec.streams or row.stream in spec.streams)
+        and (row.x is not None) == (spec.kind == "curve")
+        and (spec.kind == "curve" or row.positions == spec.positions)
+        and _in_group(row, spec)
+    )
+
+
 def _in_group(row: Measurement, spec: Figure) -> bool:
     if spec.group:
         return row.group == spec.group or row.group.startswith(f"{spec.group} Q")
     return not QUARTILE.fullmatch(row.group)
 
 
-def _dots(panels: Panels[N], look: Mapping[str, Style], log: bool = False) -> go.Figure:
+def _dots(
+    panels: Panels[N],
+    look: Mapping[str, Style],
+    log: bool = False,
+    before: Iterable[Untrained] = (),
+) -> go.Figure:
     """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
-    arms = sorted({row.arm for rows in panels.values() for row in rows})
-    figure = _grid(panels, row_height=34 + 30 * len(arms), shared_x=_alike(panels))
+    arms = _in_order(panels, look)
+    untrained = {number_key(each): each for each in before}
+    one_scale = _have_one_unit(panels)
+    drawn = [row for rows in panels.values() for row in rows]
+    figure = _grid(panels, row_height=24 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
             heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
+            _add(figure, _rings_before(of_arm, heights, untrained), index)
             _add(figure, _intervals(of_arm, heights, look[arm]), index)
         figure.update_yaxes(_arm_axis(arms, index), **_at(index))
         unit = html.escape(rows[0].unit)
-        figure.update_xaxes(title_text=unit, type="log" if log else None, **_at(index))
-        if not log:
+        figure.update_xaxes(title_text=unit, **_at(index))
+        on_axis = drawn if one_scale else rows
+        if log and _positive(on_axis):
+            figure.update_xaxes(**_log_axis(on_axis, 3), **_at(index))
+        else:
             _mark_zero(figure, rows, index)
     return figure
 
 
+def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
+    """Return the arms of the panels, in their order on the page."""
+    drawn = {row.arm for rows in panels.values() for row in rows}
+    return [arm for arm in look if arm in drawn]
+
+
 def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """Draw one panel per quantity, group and stream, with one thin line per run and its interval as a band."""
-    figure = _grid(panels, row_height=270, curves=True)
-    if len({(quantity, stream) for quantity, _, stream in panels}) == 1:
-        figure.update_yaxes(matches="y")  # groups of one quantity are compared on one scale
+    one_scale = _have_one_unit(panels)
+    drawn = [row for rows in panels.values() for row in rows]
+    figure = _grid(panels, row_height=250, curves=True)
+    if one_scale:
+        figure.update_yaxes(matches="y")
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
-        for arm, seed in sorted({(row.arm, row.seed or 0) for row in rows}):
-            line = sorted(
-                (r for r in rows if (r.arm, r.seed or 0) == (arm, seed)), key=lambda r: r.x or 0.0
-            )
-            style, label = look[arm], html.escape(arm)
-            if spec.relative:
-                line = _relative(line)
+        lines: dict[tuple[str, int], list[Measurement]] = {}
+        for row in sorted(rows, key=lambda row: row.x or 0.0):
+            lines.setdefault((row.arm, row.seed or 0), []).append(row)
+        in_order = sorted(lines, key=lambda run: ([*look].index(run[0]), run[1]))
+        if spec.relative:
+            lines = {run: _relative(line) for run, line in lines.items()}
+        for arm, seed in in_order:  # bands first, so that none covers a line
+            line = lines[arm, seed]
             if all(row.low is not None and row.high is not None for row in line):
-                _add(figure, _band(line, style), index)
+                _add(figure, _band(line, look[arm], len(lines)), index)
+        for arm, seed in in_order:
+            line, style, label = lines[arm, seed], look[arm], html.escape(arm)
             trace = go.Scatter(
                 x=[row.x for row in line],
-                y=[row.value for row in line],
+                y=[None if spec.log_y and not row.value else row.value for row in line],
                 mode="lines",
-                line={"color": style.colour, "width": 1.3, "dash": style.dash},
+                line={"color": style.colour, "width": 1.5, "dash": style.dash},
                 name=label,
                 legendgroup=label,
                 showlegend=arm not in named,
@@ -329,8 +385,69 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         x_type = "log" if spec.log_x else None
         figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
-        figure.update_yaxes(title_text=unit, type="log" if spec.log_y else None, **_at(index))
+        on_axis = drawn if one_scale else rows
+        if spec.log_y and _positive(on_axis, or_zero=True) and any(row.value for row in on_axis):
+            figure.update_yaxes(**_log_axis(on_axis, 6), **_at(index))
+            unit += "" if _positive(on_axis) else " (log; 0 not drawn)"
+        if one_scale and index % N_COLUMNS:
+            figure.update_yaxes(showticklabels=False, **_at(index))
+        else:
+            figure.update_yaxes(title_text=unit, **_at(index))
     return figure
+
+
+def _rings_before(
+    rows: Sequence[Number],
+    heights: Sequence[float],
+    untrained: Mapping[tuple[object, ...], Untrained],
+) -> go.Scatter | None:
+    """Draw the numbers before training as grey rings; return None without such numbers."""
+    places = {
+        height: untrained[key]
+        for row, height in zip(rows, heights, strict=True)
+        if isinstance(row, Measurement) and (key := number_key(row)) in untrained
+    }
+    if not places:
+        return None
+    return go.Scatter(
+        x=[each.value for each in places.values()],
+        y=list(places),
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 10, "color": "#555555", "line": {"width": 1.5}},
+        text=[
+            html.escape(f"{each.run}, untrained: {number(each.value)} {each.unit}")
+            for each in places.values()
+        ],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+
+
+def _positive(rows: Iterable[Number], or_zero: bool = False) -> bool:
+    """Return whether all values are above 0, so that a logarithmic axis can show them; `or_zero` also allows 0."""
+    known = [row.value for row in rows if row.value is not None]
+    return all(value > 0 or (or_zero and value == 0) for value in known)
+
+
+def _log_axis(rows: Iterable[Number], most: int) -> dict[str, object]:
+    """Return a logarithmic axis whose ticks are round numbers, written in full.
+
+    `most` is about the largest number of ticks. Values that span less than a factor of 10 have ticks at 1, 2 and 5
+    times a power of 10, and at least two ticks.
+    """
+    ends = [end for row in rows for end in (row.low, row.value, row.high) if end and end > 0]
+    low, high = math.log10(min(ends)), math.log10(max(ends))
+    room = max(0.05 * (high - low), 0.05)
+    decades = range(math.floor(low - room), math.ceil(high + room) + 1)
+    ticks = [float(f"{m}e{k}") for k in decades for m in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low - room <= math.log10(tick) <= high + room]
+    if len(ticks) > most:
+        whole = [tick for tick in ticks if f"{tick:e}".startswith("1")]
+        ticks = whole[:: -(-len(whole) // most)] if len(whole) > 1 else ticks[::2]
+    if len(ticks) < 2:
+        ticks = [float(f"{min(ends):.2g}"), float(f"{max(ends):.2g}")]
+    names = [f"{tick:g}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]
+    return {"type": "log", "range": [low - room, high + room], "tickvals": ticks, "ticktext": names}
 
 
 def _relative(line: list[Measurement]) -> list[Measurement]:
@@ -364,8 +481,46 @@ def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     for row in of_kind(rows, Comparison):
         if row.term is Term.DIFFERENCE:
             panels.setdefault((f"minus {row.against}", "", ""), []).append(row)
-    arms = sorted({row.arm for rows in panels.values() for row in rows})
-    return _forest(panels, arms, lambda row: row.arm, look)
+    return _forest(panels, _in_order(panels, look), lambda row: row.arm, look)
+
+
+def relative(
+    rows: Sequence[Comparison],
+    arms: Sequence[str],
+    chains: Iterable[Sequence[str]],
+    look: Mapping[str, Style],
+) -> go.Figure:
+    """Draw the losses of arms minus the loss of one reference arm, and the chains of steps between arms.
+
+    Args:
+        rows: the differences, with both intervals; all have the same reference.
+        arms: the arms from top to bottom, without the reference, which has the first line.
+        chains: arms connected by steps. A chain is drawn only if all its arms are in the figure.
+        look: a style for each arm.
+    """
+    reference = rows[0].against
+    names = [reference, *arms]
+    figure = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
+    figure.update_layout(height=58 + 29 * len(names), margin_t=4, margin_b=50)
+    zero = replace(rows[0], arm=reference, value=0.0, low=0.0, high=0.0)
+    mark = _intervals([zero], [0.0], look[reference])
+    mark.update(
+        text=[html.escape(f"{reference}: the reference, 0")], hovertemplate="%{text}<extra></extra>"
+    )
+    _add(figure, mark, 0)
+    places = {row.arm: row.value for row in rows} | {reference: 0.0}
+    for chain in chains:
+        if all(arm in places for arm in chain):
+            steps = go.Scatter(
+                x=[places[arm] for arm in chain],
+                y=[names.index(arm) for arm in chain],
+                mode="lines",
+                line={"color": INK, "width": 1, "dash": "dot", "shape": "vh"},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+            _add(figure, steps, 0)
+    return figure
 
 
 def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -392,8 +547,8 @@ def _forest(
     """Draw differences in nats, with a thick bar for these models and a thin bar for new seeds.
 
     `names` are the lines from top to bottom, and `name_of` returns a comparison's line. With few seeds the
-    thin bars can be much longer than everything else: the frame then cuts them, and the table gives their
-    bounds.
+    thin bars can be much longer than everything else: the frame then cuts them, an arrow marks the cut, and
+    the table gives their bounds.
     """
     if not panels:
         return go.Figure()
@@ -405,9 +560,38 @@ def _forest(
             trace = _intervals([row], [height], look[row.arm], width, marked=new_seeds)
             _add(figure, trace, index)
         figure.update_yaxes(_arm_axis(names, index), **_at(index))
-        figure.update_xaxes(title_text="nats / token", range=_frame(rows), **_at(index))
+        frame = _frame(rows)
+        figure.update_xaxes(title_text="nats / token", range=frame, **_at(index))
         figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(index))
+        places = [names.index(name_of(row)) for row in rows]
+        _add(figure, _arrows(rows, places, frame, [look[row.arm].colour for row in rows]), index)
     return figure
+
+
+def _arrows(
+    rows: Sequence[Number],
+    places: Sequence[float],
+    frame: Sequence[float],
+    colours: Sequence[str],
+    upright: bool = False,
+) -> go.Scatter | None:
+    """Draw an arrow at each border of the frame where the frame cuts an interval; return None without a cut."""
+    along, across = ("y", "x") if upright else ("x", "y")
+    down, up = ("triangle-down", "triangle-up") if upright else ("triangle-left", "triangle-right")
+    low, high = frame
+    cuts = []
+    for row, place, colour in zip(rows, places, colours, strict=True):
+        if row.low is not None and row.low < low:
+            cuts.append((low, place, down, colour))
+        if row.high is not None and row.high > high:
+            cuts.append((high, place, up, colour))
+    if not cuts:
+        return None
+    ends, at, symbols, of = zip(*cuts, strict=True)
+    return go.Scatter(
+        {along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
+        marker={"symbol": symbols, "size": 9, "color": of},
+    )  # fmt: skip
 
 
 def _frame(rows: Sequence[Number], with_zero: bool = True) -> list[float]:
@@ -505,14 +689,15 @@ def _gap(end: float | None, value: float) -> float:
     return 0.0 if end is None else end - value
 
 
-def _band(line: Sequence[Measurement], style: Style) -> go.Scatter:
+def _band(line: Sequence[Measurement], style: Style, n_lines: int) -> go.Scatter:
+    """Draw a line's intervals as a band, the lighter the more lines the panel has."""
     x = [row.x for row in line]
     return go.Scatter(
         x=x + x[::-1],
         y=[row.high for row in line] + [row.low for row in reversed(line)],
         fill="toself",
         fillcolor=style.colour,
-        opacity=0.12,
+        opacity=max(0.02, min(0.12, 0.36 / n_lines)),
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",
@@ -530,20 +715,21 @@ def _grid(
 ) -> go.Figure:
     """Return an empty figure with a titled panel for each of `panels`, up to three side by side.
 
-    Figures of curves have a legend and more room between the panels. `gap` is the height in pixels between
-    two rows of panels, for the labels of the upper row and the titles of the lower row.
+    Figures of curves have a legend above the panels and more room between them. `gap` is the height in pixels
+    between two rows of panels, for the labels of the upper row and the titles of the lower row.
     """
     n_columns = min(N_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)
-    bottom = 92 if curves else 56  # for the legend
+    top, bottom = TOP + LEGEND * curves, gap - TOP
     inner = n_rows * row_height + (n_rows - 1) * gap
-    height = TOP + inner + bottom
+    height = top + inner + bottom
     several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
     titles = []
     for key in panels:
         named = [part for part, differs in zip(key, several, strict=True) if part and differs]
         named = named or [key[2] or key[0]]
-        titles.append("<br>".join(html.escape(part) for part in named))
+        lines = [line for part in named for line in textwrap.wrap(part, TITLE_LETTERS)]
+        titles.append("<br>".join(map(html.escape, lines)))
     figure = make_subplots(
         rows=n_rows,
         cols=n_columns,
@@ -556,16 +742,22 @@ def _grid(
         template="none",
         height=height,
         autosize=True,
-        margin={"l": 60, "r": 16, "t": TOP, "b": bottom},
+        margin={"l": 60, "r": 16, "t": top, "b": bottom},
         font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
         paper_bgcolor="white",
         plot_bgcolor="white",
         dragmode=False,  # so that a finger on a phone scrolls the page
         hovermode="closest",
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": 1 + TOP / inner, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
-    axis = {"gridcolor": GRID, "linecolor": INK, "zeroline": False, "automargin": True}
+    axis = {
+        "exponentformat": "e",
+        "gridcolor": GRID,
+        "linecolor": INK,
+        "zeroline": False,
+        "automargin": True,
+    }
     axis |= {"title": {"font": {"size": 12}, "standoff": 6}}
     figure.update_xaxes(nticks=5 if n_columns == 1 else 3, tickangle=0, **axis)
     figure.update_yaxes(nticks=6, **axis)
@@ -580,15 +772,34 @@ def min_width(figure: go.Figure) -> int:
     return 330 if n_columns == 1 else 130 + 210 * n_columns
 
 
+def titled(figure: go.Figure, title: str) -> go.Figure:
+    """Add a title to the figure, with room for it above the panels."""
+    if figure.layout.height is None:
+        return figure.update_layout(title=html.escape(title))
+    return figure.update_layout(
+        title={"text": html.escape(title), "font": {"size": 14}},
+        height=figure.layout.height + TITLE_HEIGHT,
+        margin_t=figure.layout.margin.t + TITLE_HEIGHT,
+    )
+
+
 def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
     """Return a vertical axis with the arms from top to bottom, labelled at the left of each row of panels."""
     return {
         "showticklabels": index % N_COLUMNS == 0,
         "tickvals": list(range(len(labels))),
-        "ticktext": [html.escape(label) for label in labels],
+        "ticktext": [
+            _broken(label) if len(labels) <= MANY_ARMS else html.escape(label) for label in labels
+        ],
+        "tickfont": {"size": 11},
         "range": [len(labels) - 0.4, -0.6],
         "showgrid": False,
     }
+
+
+def _broken(label: str) -> str:
+    """Return a label in two lines if it is long and has a comma, so that narrow screens keep room for the data."""
+    return html.escape(label).replace(", ", ",<br>", len(label) > LONG_LABEL)
 
 
 def _spread(n: int) -> list[float]:
@@ -596,9 +807,14 @@ def _spread(n: int) -> list[float]:
     return [0.0] if n == 1 else [0.44 * (i / (n - 1) - 0.5) for i in range(n)]
 
 
-def _alike(panels: Collection[Key]) -> bool:
-    """Return whether all panels show one quantity, so that a shared axis makes them comparable."""
-    return len({key[0] for key in panels}) == 1
+def _have_one_unit(panels: Panels[N]) -> bool:
+    """Return whether all panels have one unit, so that a shared axis makes them comparable."""
+    return len({row.unit for rows in panels.values() for row in rows}) == 1
+
+
+def _arm_height(n_arms: int) -> int:
+    """Return the height of an arm's line in pixels: room for a label of two lines, unless there are many arms."""
+    return 27 if n_arms <= MANY_ARMS else 20
 
 
 def _mark_zero(
@@ -620,5 +836,6 @@ def _at(index: int) -> dict[str, int]:
     return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
 
 
-def _add(figure: go.Figure, trace: go.Scatter, index: int) -> None:
-    figure.add_trace(trace, **_at(index))
+def _add(figure: go.Figure, trace: go.Scatter | None, index: int) -> None:
+    if trace is not None:
+        figure.add_trace(trace, **_at(index))

@@ -13,6 +13,7 @@ from soluscope.results import (
     Number,
     OfRun,
     Record,
+    Records,
     Setting,
     Term,
     Untrained,
@@ -72,12 +73,16 @@ def tuned(records: Sequence[Record]) -> list[Record]:
 
     These are arms whose learning rate was not chosen, and arms that were only tried out at select seeds.
     """
+    if isinstance(records, Records):
+        return records.once(tuned, lambda: Records(tuned([*records])))
     only_tried = {arm for arm, setting in settings(records).items() if setting.only_tried}
     return [record for record in at_best_rate(records) if record.arm not in only_tried]
 
 
 def at_best_rate(records: Sequence[Record]) -> list[Record]:
     """Return all records except records of arms whose learning rate was not chosen."""
+    if isinstance(records, Records):
+        return records.once(at_best_rate, lambda: Records(at_best_rate([*records])))
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     return [record for record in records if record.arm not in passed_over]
@@ -90,6 +95,11 @@ def settings(records: Iterable[Record]) -> dict[str, Setting]:
 
 def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return the records of each size's arms, by the text that distinguishes the size, smallest size first."""
+    if isinstance(records, Records):
+        of_size = records.once(
+            sizes, lambda: {size: Records(found) for size, found in sizes([*records]).items()}
+        )
+        return dict(of_size)
     size_of = {arm: setting.size for arm, setting in settings(records).items()}
     result: dict[str, list[Record]] = {size: [] for size in dict.fromkeys(size_of.values())}
     for record in records:
@@ -106,7 +116,8 @@ def of_size(caption: str, size: str) -> str:
 def titles(records: Sequence[Record]) -> dict[str, str]:
     """Return a short name for each compared arm: its variant, with kappa or gain if these differ between arms.
 
-    If two arms would have the same short name, each keeps its full name.
+    An arm with a label has its name already (names.py). If two arms would have the same short name, each keeps
+    its full name.
     """
     known = settings(at_best_rate(records))
     result = {}
@@ -117,7 +128,7 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
             for name in ("kappa", "gain")
             if name in setting.values and len({values.get(name) for values in alike}) > 1
         ]
-        result[arm] = ", ".join([setting.variant, *differing])
+        result[arm] = arm if setting.label else ", ".join([setting.variant, *differing])
     several = [title for title in result.values() if list(result.values()).count(title) > 1]
     return {arm: arm if title in several else title for arm, title in result.items()}
 
@@ -130,8 +141,8 @@ def _by_setting(setting: Setting) -> tuple[str, float, float]:
 
 
 def per_token(records: Iterable[Record]) -> list[str]:
-    """Return the sorted names of the arms whose norm has a gain for each token."""
-    return sorted(arm for arm, each in settings(records).items() if each.role == "per_token")
+    """Return the names of the arms whose norm has a gain for each token, in the order of the records."""
+    return [arm for arm, each in settings(records).items() if each.role == "per_token"]
 
 
 def twins(records: Iterable[Record]) -> list[str]:
@@ -235,15 +246,34 @@ def measured(
     """Return a probe's numbers for an arm, sorted by seed; estimates have no statistic and match any."""
     result = [
         row
-        for row in of_kind(records, Measurement)
-        if row.probe == probe
-        and (row.quantity, row.group, row.arm) == (quantity, group, arm)
+        for row in _of_quantity(records, probe, quantity, arm)
+        if row.group == group
         and (row.stream, row.positions) == (stream, positions)
         and row.statistic in (statistic, "")
         and row.x == x
         and row.value is not None
     ]
     return sorted(result, key=lambda row: row.seed or 0)
+
+
+def _of_quantity(
+    records: Iterable[Record], probe: str, quantity: str, arm: str
+) -> Sequence[Measurement]:
+    """Return an arm's measurements of a quantity, in their order."""
+    if not isinstance(records, Records):
+        return [
+            row
+            for row in of_kind(records, Measurement)
+            if (row.probe, row.quantity, row.arm) == (probe, quantity, arm)
+        ]
+
+    def index() -> dict[tuple[str, str, str], list[Measurement]]:
+        result: dict[tuple[str, str, str], list[Measurement]] = {}
+        for row in of_kind(records, Measurement):
+            result.setdefault((row.probe, row.quantity, row.arm), []).append(row)
+        return result
+
+    return records.once(_of_quantity, index).get((probe, quantity, arm), [])
 
 
 def number_key(row: Measurement | Untrained) -> tuple[object, ...]:
@@ -326,6 +356,11 @@ def span(values: Iterable[float | None], decimals: int | None = None) -> str:
         return ""
     low, high = number(min(known), decimals), number(max(known), decimals)
     return low if low == high else f"{low} to {high}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a list, with semicolons if a name has a comma."""
+    return ("; " if any("," in name for name in names) else ", ").join(names)
 
 
 def seeds(n: int) -> str:

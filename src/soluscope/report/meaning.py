@@ -46,10 +46,8 @@ def sentences(
         before: the probe's numbers before training. Without them no sentence names the side that smearing
             predicts.
     """
-    known = words.quantities
-    leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
-    for name in [words.tested] * (words.tested in known) + leaning:
-        selected = _main(rows, name, known[name])
+    for name in _main_names(words):
+        selected = _main(rows, name, words.quantities[name])
         streams = sorted({by_stream(row) for row in selected})
         each = (
             [row for row in selected if row.arm == arm and by_stream(row) == stream]
@@ -59,6 +57,19 @@ def sentences(
         if result := [_sentence(words, of_arm, before) for of_arm in each if of_arm]:
             return result
     return []
+
+
+def main(words: ProbeWords, rows: Sequence[Measurement]) -> list[Measurement]:
+    """Return the rows of a probe's main number, by arm and stream; empty if it has no rows."""
+    found = (_main(rows, name, words.quantities[name]) for name in _main_names(words))
+    return next((selected for selected in found if selected), [])
+
+
+def _main_names(words: ProbeWords) -> list[str]:
+    """Return the tested quantity, then the quantities for which smearing predicts a direction."""
+    known = words.quantities
+    leaning = [name for name, q in known.items() if q.more_smeared_when != "neither"]
+    return [words.tested] * (words.tested in known) + leaning
 
 
 def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Measurement]:

@@ -8,50 +8,49 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cache
-from itertools import count
 
+import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from soluscope.report import sections, tokens, words
-from soluscope.report.blocks import MARKS, Block, Bullets, Paragraph, flat, fold
+from soluscope.report import answer, figures, names, packing, sections, tokens, words
+from soluscope.report.blocks import MARKS, TABS, Bullets, Section, flat, fold
 from soluscope.report.figures import min_width
+from soluscope.report.findings import at_best_rate, tuned
 from soluscope.results import Record
 
 N_SENTENCES = 10
-"""Number of the headline's sentences in view; more would push the rest of the page off the first screen."""
-TERMS = {
-    "The norm.": (
-        "SoLU is the activation x softmax(x), and mid is its output in the MLP. The mid norm is a LayerNorm on "
-        "mid: at each token it multiplies the centred activations by the gain g = 1 / sqrt(variance + eps). "
-        "Smearing is the hypothesis that features are spread thinly over many neurons, and that this per-token "
-        "gain amplifies them. r = variance / (variance + eps) is near 0 if eps holds the gain near one value "
-        "for all tokens, and 1 in a true LayerNorm. kappa = eps d_mlp^2 is the strength of eps, comparable "
-        "between sizes. BOS is the token at the beginning of each text."
-    ),
-    "The comparison.": (
-        "An arm is one configuration, trained at one or more seeds; runs of one seed share their initial values "
-        "and batches. Plain SoLU has no mid norm; a static arm has one gain for all tokens. The benefit of LN "
-        "is the loss of plain SoLU minus the loss of the arm with LayerNorm. Phi_dyn is the share of this "
-        "benefit that the best static arm does not reach, and so needs a per-token gain."
-    ),
-}
-"""Explanations of the headline's terms, by the heading of their paragraph; shown above the headline."""
+"""Number of the headline's sentences in view, in the terminal, on the dashboard, and below the first screen."""
 
 
 def render(records: list[Record]) -> str:
     """Render the whole page for a study's records."""
-    parts = sections.build(records)
+    names_of = names.arms(records)
+    records = names.named(records)
+    parts = _parts(records, {name: arm for arm, name in names_of.items()})
     blocks = flat(block for section in parts for block in section.blocks)
+    numbered = [(f"s{i}", section) for i, section in enumerate(parts, start=1)]
+    tabs = {tab: [(key, each) for key, each in numbered if each.tab == tab] for tab in TABS}
     template = _environment().get_template
+    texts: list[str] = []
+
+    def add(figure: go.Figure) -> int:
+        """Add a figure for the page's script to draw, and return its number."""
+        texts.append(packing.as_text(figure))
+        return len(texts)
+
     return template("page.html.j2").render(
         study=", ".join(sorted({record.study for record in records})),
-        headline=_headline(records),
-        sections=parts,
-        figure_number=count(1).__next__,
+        tabs={tab: of_tab for tab, of_tab in tabs.items() if of_tab},
+        labels=TABS,
+        add=add,
+        figures=texts,
+        packed=packing.packed,
         min_width=min_width,
         plotly=get_plotlyjs(),
+        licence=_licence(get_plotlyjs()),
         map_styles=sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', get_plotlyjs()))),
         draw=template("draw.js").render(),
         style=template("style.css").render() + tokens.style(blocks),
@@ -59,6 +58,12 @@ def render(records: list[Record]) -> str:
         colour_class=tokens.colour_class,
         marks=MARKS,
     )
+
+
+def _licence(library: str) -> str:
+    """Return the library's name, version and licence, which stand in its first comment."""
+    comment = re.match(r"\s*/\*+(.*?)\*/", library, flags=re.S)
+    return " ".join(comment[1].replace("*", " ").split()) if comment else ""
 
 
 def _hashes(*contents: str) -> str:
@@ -79,13 +84,17 @@ def _environment() -> Environment:
     )
 
 
-def _headline(records: list[Record]) -> list[Block]:
-    """Return the headline: the terms, the first verdict in large type, and the other sentences below it."""
-    first, *others = words.headline(records)
+def _parts(records: list[Record], identifiers: Mapping[str, str]) -> list[Section]:
+    """Return the page's sections: the first screen, the other sentences of the headline, and all other sections."""
+    look = figures.styles(at_best_rate(records))
+    first, others = answer.blocks(records, tuned(records), look), words.headline(records)
     hidden = others[N_SENTENCES:]
-    return [
-        *(Paragraph(text, lead, style="soft") for lead, text in TERMS.items()),
-        Paragraph(first, style="first"),
+    below = [
         Bullets(others[:N_SENTENCES]),
-        *(fold(f"{len(hidden)} more", [Bullets(hidden)]) if hidden else []),
+        *fold(f"{len(hidden)} more", [Bullets(hidden)] if hidden else []),
+    ]
+    return [
+        Section("first", "", first),
+        Section("findings", "Findings", below),
+        *sections.build(records, identifiers),
     ]

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from soluscope.report import controls, evidence, figures, meaning, pretrained, tokens, tuning
+from soluscope.report import (
+    contrasts,
+    controls,
+    evidence,
+    figures,
+    meaning,
+    methods,
+    paragraph,
+    pretrained,
+    tokens,
+    tuning,
+)
 from soluscope.report.blocks import (
     Badge,
     Badges,
@@ -18,13 +29,14 @@ from soluscope.report.blocks import (
     fold,
     plot,
 )
-from soluscope.report.figures import QUARTILE, Style, term_name
+from soluscope.report.figures import N_COLUMNS, QUARTILE, Style, term_name
 from soluscope.report.findings import (
     at_best_rate,
     by_stream,
     comparisons,
     estimate,
     for_these_models,
+    listed,
     number,
     number_key,
     of_size,
@@ -40,6 +52,8 @@ from soluscope.results import (
     LeftOut,
     Measurement,
     OfRun,
+    ProbeWords,
+    Provenance,
     Quantity,
     Record,
     Term,
@@ -49,43 +63,60 @@ from soluscope.results import (
 from soluscope.text import plural
 
 NOT_PROBES = {"loss", "training", pretrained.PROBE}
+N_MEANINGS = 1
+"""Number of sentences on a probe's result in view; the others are folded."""
+CLICK = "Click an arm in the legend to hide it; double-click shows it alone."
 NOT_COUNTED = (
     "False positives were not counted; to count them: soluscope probe --false-positives DIR"
 )
 
 
-def build(records: list[Record]) -> list[Section]:
-    """Return the sections that have content, in their order on the page."""
-    arms = _Arms(records)
+def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -> list[Section]:
+    """Return the sections that have content, in their order on the page.
+
+    Args:
+        records: the study's records.
+        identifiers: the identifiers of the arms by the names that they have in the records; by default, the names
+            in the records are the identifiers.
+    """
+    arms = _Arms(records, identifiers or {})
     sections = [
         Section("pretrained", "Pretrained", pretrained.blocks(arms.records)),
         Section("evidence", "Hypotheses and evidence", evidence.blocks(arms.records)),
-        Section("tuning", "Tuning", tuning.blocks(records, arms.look)),
-        Section("loss", "Loss", arms.loss()),
-        Section("differences", "Paired differences", arms.differences()),
         Section("terms", "Phi_dyn and its terms", arms.terms()),
-        Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look)),
-        Section("confirmed", "Probes before and after training", arms.confirmed()),
-        Section("training", "Training", arms.training()),
-        Section("tokens", "Token view", tokens.blocks(arms.records)),
+        Section("differences", "Paired differences", arms.differences()),
+        Section("loss", "Loss", arms.loss()),
+        Section("training", "Training", arms.training(), "training"),
+        Section("tuning", "Tuning", tuning.blocks(records, arms.look), "tuning"),
+        Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
+        Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
+        Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
     ]
     probes = {
         record.probe for record in arms.records if isinstance(record, Measurement | LeftOut)
     } - NOT_PROBES
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
-    sections.append(Section("provenance", "Runs and code", _provenance(records)))
+    sections += [
+        Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
+        Section("methods", "Terms and intervals", methods.terms(), "methods"),
+        Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
+        Section("provenance", "Runs and code", _provenance(records, arms.identifiers), "data"),
+        Section("paragraph", "Methods paragraph and BibTeX", paragraph.blocks(records), "data"),
+    ]
     return [section for section in sections if section.blocks]
 
 
 class _Arms:
     """Sections about arms at their chosen learning rates; an arm has the same style in all of them."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Record], identifiers: Mapping[str, str]) -> None:
         self.all = records
+        self.identifiers = identifiers
         self.records = tuned(records)
         self.sizes = sizes(self.records)
         self.look: Mapping[str, Style] = figures.styles(at_best_rate(records))
         self.doses = figures.doses(self.records)
+        self.matrix = evidence.matrix(self.records)
 
     def loss(self) -> list[Block]:
         means = comparisons(self.records, Term.LOSS)
@@ -101,6 +132,7 @@ class _Arms:
         lines = [
             [
                 row.arm,
+                self.identifiers.get(row.arm, row.arm),
                 str(row.n),
                 estimate(row, decimals=4),
                 [f"s{r.seed}: {estimate(r, decimals=4)}" for r in runs if r.arm == row.arm],
@@ -109,6 +141,7 @@ class _Arms:
         ]
         heads = [
             "arm",
+            "identifier",
             "seeds",
             "mean [95%, new seeds on these documents]",
             "seed: loss [95%, other documents]",
@@ -156,7 +189,10 @@ class _Arms:
             Paragraph(lead),
             *plot(figures.terms(self.records, self.look)),
             self._contrasts(rows, labels),
-            *tuning.common_rate(self.all, self.look),
+            *fold(
+                "With all arms at one learning rate (exploratory)",
+                tuning.common_rate(self.all, self.look),
+            ),
         ]
 
     def confirmed(self) -> list[Block]:
@@ -222,27 +258,43 @@ class _Arms:
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == name]
         before = [row for row in of_kind(self.records, Untrained) if row.probe == name]
         wrong = controls.failures(self.all, name)
-        standing = [*self._standing(name, wrong), *self._left_out(name)]
         failed = " (control failed)" if wrong else ""
         words = controls.words_of(self.all, name)
         if words is None:
             note = f"The results contain no description of {name!r}; its numbers are shown without one."
-            blocks = [*standing, Paragraph(note), *_probe_tables(rows, {}, before)]
-            return Section(name, name + failed, blocks, bool(wrong))
-        first, *others = [self._drawn(rows, spec) for spec in words.figures] or [[]]
+            blocks: list[Block] = [
+                *self._standing(name, wrong),
+                Paragraph(note),
+                *self._left_out(name),
+                *_probe_tables(rows, {}, before),
+                *self._on_controls(name),
+            ]
+            return Section(name, name + failed, blocks, "probes", bool(wrong))
+        shown, headline = self._headline(words, rows, before)
+        if not headline and words.figures:
+            text = "The numbers of this probe's figure are undefined for these models; the table has the reasons."
+            headline = [Paragraph(text, style="soft")]
+        sentences = self._meaning(words, rows, before)
         blocks = [
             Paragraph("", lead=words.question),
-            *standing,
-            *first,
-            *fold("More figures", [each for drawn in others for each in drawn]),
-            *_probe_tables(rows, words.quantities, before),
+            *self._standing(name, wrong),
+            *(Paragraph(text, "Meaning of this result.") for text in sentences[:N_MEANINGS]),
+            *headline,
+            *self._left_out(name),
         ]
-        if controls.standing(self.all, name) == "passed":
-            arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
-            if sentences := meaning.sentences(words, rows, arms, before):
-                text = "About these trained models, without BOS."
-                blocks += [Paragraph(text, "Meaning of this result."), Bullets(sentences)]
+        others = sentences[N_MEANINGS:]
+        blocks += fold(f"Meaning: {len(others)} more", [Bullets(others)] if others else [])
+        more = []
+        for spec in words.figures:
+            whole = shown is not None and spec.quantities == shown.quantities
+            whole = whole and (spec.kind == "curve" or len(_streams(rows, spec)) < 2)
+            more += (self._against_dose if whole else self._drawn)(rows, spec)
         blocks += [
+            *fold("More figures", more),
+            *_probe_tables(rows, words.quantities, before),
+            *self._on_controls(name),
+        ]
+        method: list[Block] = [
             Paragraph(words.reading, "How to read it."),
             Paragraph(words.formula, "Formula.", code=True),
             Paragraph(words.pitfalls, "Pitfalls."),
@@ -250,30 +302,78 @@ class _Arms:
         if rates := controls.false_positives(self.all, name):
             text = "; ".join(map(controls.rate, rates))
             text = f"Rate of findings where there is nothing to find: {text}."
-            blocks.append(Paragraph(text, "False positives."))
+            method.append(Paragraph(text, "False positives."))
         else:
-            blocks.append(Paragraph(NOT_COUNTED, style="soft"))
+            method.append(Paragraph(NOT_COUNTED, style="soft"))
         if words.source:
-            blocks.append(Paragraph(f"Source: {words.source}", style="soft"))
+            method.append(Paragraph(f"Source: {words.source}", style="soft"))
+        blocks += fold("How to read it", method)
         heading = f"{words.section} {words.name}".strip() + failed
-        return Section(name, heading, blocks, bool(wrong))
+        return Section(name, heading, blocks, "probes", bool(wrong))
+
+    def _meaning(
+        self, words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]
+    ) -> list[str]:
+        """Return sentences on a validated probe's result: about these trained models, without BOS."""
+        if controls.standing(self.all, words.probe) != "passed":
+            return []
+        arms = [*per_token(self.records), *twins(self.records), *pretrained.arms(self.records)]
+        return meaning.sentences(words, rows, arms, before)
+
+    def _headline(
+        self, words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]
+    ) -> tuple[Figure | None, list[Block]]:
+        """Draw the numbers that the sentences are about, beside the numbers before training.
+
+        Returns:
+            The specification of the figure and its blocks. The figure shows natural text or else the first stream,
+            and one row of panels. Without numbers that sentences are about, it is the probe's first figure.
+        """
+        main = meaning.main(words, rows)
+        spec = _about(words, main[0]) if main else next(iter(words.figures), None)
+        if spec is None:
+            return None, []
+        remark = ""
+        if spec.kind == "dots":
+            drawn = [row for row in rows if figures.is_drawn(row, spec)]
+            first = [row.quantity for row in main[:1]]
+            known = [name for name in spec.quantities if name in {row.quantity for row in drawn}]
+            panels = list(dict.fromkeys([*first, *known]))[:N_COLUMNS]
+            spec = replace(
+                spec,
+                quantities=tuple(name for name in spec.quantities if name in panels),
+                streams=tuple(_streams(drawn, spec)[:1]),
+            )
+            rings = any(each.quantity in panels for each in before)
+            remark = "Grey rings: the same models before training. " if rings else ""
+            bare = any(row.low is None for row in drawn if row.quantity in panels)
+            remark += "Open marks have no interval. " if bare else ""
+            remark += self.doses.caption()
+        return spec, plot(figures.draw(rows, spec, self.look, before), spec.title, remark)
 
     def _standing(self, name: str, wrong: Sequence[str]) -> list[Block]:
-        """Return a badge for each control, the numbers behind the badges, and a warning if a control failed."""
+        """Return badges on the controls and on each arm's verdict on H-smear, and a warning if a control failed."""
         gates = controls.gates(self.all, name)
-        if not gates:
-            return [
-                Badges(
-                    [
-                        Badge(
-                            "none",
-                            "no control run",
-                            "this probe has not been validated on controls",
-                        )
-                    ]
-                )
-            ]
-        badges = [
+        if gates:
+            standing = controls.standing(self.all, name)
+            mark = "pass" if standing == "passed" else "fail"
+            hover = "results on models whose answer is known"
+            badges = [Badge(mark, f"controls {standing}", hover)]
+        else:
+            hover = "this probe has not been validated on controls"
+            badges = [Badge("none", "no control run", hover)]
+        for row, seen in self.matrix:
+            if row.probe == name:
+                badges += [
+                    Badge(
+                        evidence.MARKS[each.verdicts[-1]],
+                        f"{each.arm}: H-smear {each.verdicts[-1]}",
+                        row.name,
+                    )
+                    for each in seen
+                    if each.verdicts
+                ]
+        badges += [
             Badge(
                 "fail" if control in wrong else "pass",
                 f"{controls.sign(of_one)} {control} {'FAIL' if control in wrong else 'pass'}",
@@ -281,46 +381,97 @@ class _Arms:
             )
             for control, of_one in gates.items()
         ]
-        lines = [
-            [control, gate.measured, f"{estimate(gate)} {gate.unit}", controls.asked(gate)]
-            for control, of_one in gates.items()
-            for gate in of_one
-        ]
         result: list[Block] = [Badges(badges)]
         if wrong:
             noun = plural(len(wrong), "control")
             text = f"This probe failed its {noun} {', '.join(wrong)}: do not cite its numbers."
             result.append(Paragraph(text, style="warn"))
+        return result
+
+    def _on_controls(self, name: str) -> list[Block]:
+        """Return the numbers behind the badges of the controls, folded."""
+        gates = controls.gates(self.all, name)
+        lines = [
+            [control, gate.measured, f"{estimate(gate)} {gate.unit}", controls.asked(gate)]
+            for control, of_one in gates.items()
+            for gate in of_one
+        ]
+        if not lines:
+            return []
         text = (
             "Controls are planted models whose answer is known. C+: the probe must find its effect; C-: it must "
             "find none."
         )
         numbers = Table(["control", "number", "result", "note"], lines, n_text=2)
-        return [*result, *fold("Results on the controls", [Paragraph(text, style="soft"), numbers])]
+        return fold("Results on the controls", [Paragraph(text, style="soft"), numbers])
 
     def _left_out(self, name: str) -> list[Block]:
-        """Return sentences on the runs that a probe leaves out, with the reasons."""
-        why: dict[str, list[str]] = {}
+        """Return sentences on the arms and runs that a probe leaves out, with the reasons."""
+        runs: dict[str, set[str]] = {}
+        for record in self.records:
+            if isinstance(record, OfRun):
+                runs.setdefault(record.arm, set()).add(record.run)
+        left: dict[tuple[str, str], dict[str, list[str]]] = {}
         for each in of_kind(self.records, LeftOut):
             if each.probe == name:
-                why.setdefault(each.note, []).append(each.run)
-        texts = (f"Left out: {', '.join(sorted(runs))} ({note})." for note, runs in why.items())
-        return [Paragraph(text, style="soft") for text in texts]
+                of_reason = left.setdefault((each.stream, each.note), {})
+                of_reason.setdefault(each.arm, []).append(each.run)
+        result: list[Block] = []
+        for (stream, note), by_arm in left.items():
+            names: list[str] = []
+            for arm, gone in by_arm.items():
+                names += [arm] if set(gone) == runs[arm] else sorted(gone)
+            on = f" on {stream} text" if stream else ""
+            result.append(Paragraph(f"Left out{on}: {listed(names)} ({note}).", style="soft"))
+        return result
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
-        dots = spec.kind == "dots"
-        below = self.doses.caption() if dots else ""
-        result = plot(figures.draw(rows, spec, self.look), spec.title, below)
-        if not (result and dots):
-            return result
-        for size, of_one in self.sizes.items():
+        below = self.doses.caption() if spec.kind == "dots" else CLICK
+        streams = _streams(rows, spec)
+        if spec.kind == "curve" or len(spec.quantities) < 2 or len(streams) < 2:
+            result = plot(figures.draw(rows, spec, self.look), spec.title, below)
+            return [*result, *self._against_dose(rows, spec)]
+        of_stream = [
+            plot(
+                figures.draw(rows, replace(spec, streams=(stream,)), self.look),
+                f"{spec.title}: {stream}",
+                below,
+            )
+            for stream in streams
+        ]
+        first, *others = [each for each in of_stream if each] or [[]]
+        folded = fold(
+            f"{spec.title}: {len(others)} other {plural(len(others), 'stream')}",
+            [block for each in others for block in each],
+        )
+        return [*first, *folded, *self._against_dose(rows, spec)]
+
+    def _against_dose(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
+        """Return the numbers of a figure of dots against the dose, if a variant has several doses."""
+        result: list[Block] = []
+        for size, of_one in self.sizes.items() if spec.kind == "dots" else ():
             arms = {record.arm for record in of_one}
             of_size_only = [row for row in rows if row.arm in arms]
             doses = figures.doses(of_one)
             against = figures.against_dose(of_size_only, spec, self.look, doses)
             result += plot(against, of_size(f"{spec.title}, against the dose", size))
         return result
+
+
+def _about(words: ProbeWords, row: Measurement) -> Figure:
+    """Return the probe's figure of dots with this number, or a figure of this number alone."""
+    for spec in words.figures:
+        if spec.kind == "dots" and not spec.group and figures.is_drawn(row, spec):
+            return spec
+    title = f"{row.quantity}, {row.statistic}" if row.statistic else row.quantity
+    return Figure(title, (row.quantity,), statistic=row.statistic)
+
+
+def _streams(rows: Sequence[Measurement], spec: Figure) -> list[str]:
+    """Return the streams of a figure, natural text first."""
+    drawn = [row for row in rows if figures.is_drawn(row, spec)]
+    return list(dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values())
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -330,6 +481,7 @@ def _probe_tables(
     rows: Sequence[Measurement], quantities: Mapping[str, Quantity], before: Sequence[Untrained]
 ) -> list[Block]:
     """Return a probe's numbers in folded tables: the main stream without BOS; then other streams and splits."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
     points = [row for row in rows if row.x is None]
     order = {name: i for i, name in enumerate(quantities)}
     last = len(order)
@@ -346,22 +498,25 @@ def _probe_tables(
     if main:
         stream = main[0].stream
         caption = f"{stream} text, without BOS" if stream else "without BOS"
-        summary = f"Table: {caption}; one line per seed, [95% interval]"
-        result += fold(summary, [_by_arm(main, quantities, before)])
+        lead = Paragraph("One line per seed, with the 95% interval for these models.", style="soft")
+        result += fold(f"Table: {caption}", [lead, _by_arm(main, arms, quantities, before)])
     if rest:
-        result += fold("Table: other streams, positions and splits", [_by_arm(rest, {}, before)])
+        result += fold("Table: other streams and splits", [_by_arm(rest, arms, {}, before)])
     return result
 
 
 def _by_arm(
-    rows: Sequence[Measurement], meanings: Mapping[str, Quantity], before: Sequence[Untrained]
+    rows: Sequence[Measurement],
+    arms: Sequence[str],
+    meanings: Mapping[str, Quantity],
+    before: Sequence[Untrained],
 ) -> Table:
     """Return a table with one row per number and one column per arm.
 
     A cell has a line for each seed, and one for the same number before training.
     """
     untrained = {number_key(each): each for each in before}
-    arms = sorted({row.arm for row in rows})
+    arms = [arm for arm in arms if arm in {row.arm for row in rows}]
     keys = ("stream", "positions", "group")
     shown = [key for key in keys if len({getattr(row, key) for row in rows}) > 1]
     by_number: dict[tuple[str, ...], dict[str, list[Measurement]]] = {}
@@ -399,18 +554,20 @@ def _before(untrained: Untrained | None) -> list[str]:
     return [f"untrained {number(untrained.value)}; change {estimate(change)}"]
 
 
-def _provenance(records: list[Record]) -> list[Block]:
+def _provenance(records: list[Record], identifiers: Mapping[str, str]) -> list[Block]:
     """List the runs, configurations and code that the numbers come from."""
     runs = {each.run: each for each in records if isinstance(each, OfRun)}
     commits = ", ".join(sorted({each.commit for each in records} - {""})) or "unknown"
     studies = ", ".join(sorted({each.study for each in records}))
+    n_records = sum(not isinstance(each, Provenance) for each in records)
     text = (
-        f"Study {studies}: {len(runs)} runs, {len(records):,} records of results.jsonl, measured with the code "
+        f"Study {studies}: {len(runs)} runs, {n_records:,} records of results.jsonl, measured with the code "
         f"of commit {commits}."
     )
     lines = []
     for name in sorted(runs):
         run = runs[name]
         seed = "" if run.seed is None else str(run.seed)
-        lines.append([name, run.arm, run.variant, seed, run.config])
-    return [Paragraph(text), Table(["run", "arm", "variant", "seed", "config"], lines)]
+        identifier = identifiers.get(run.arm, run.arm)
+        lines.append([name, run.arm, identifier, seed, run.config])
+    return [Paragraph(text), Table(["run", "arm", "identifier", "seed", "config"], lines)]

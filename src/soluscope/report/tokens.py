@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from soluscope.report.blocks import Block, Paragraph, Scale, Token, Tokens, TokenText
-from soluscope.report.findings import number, per_token
+from soluscope.report.findings import IDLE, NO_COST, VARIES, number, per_token
 from soluscope.results import Record, TokenValue, of_kind
 from soluscope.text import readable
 
@@ -32,9 +32,10 @@ def blocks(records: Sequence[Record]) -> list[Block]:
     normed = per_token(records)
     shown = next((key for key in texts if key[0] in normed), next(iter(texts)))
     lead = (
-        "The same text for each arm's first seed. Colours are scaled to the range of the tokens after BOS; a "
-        "token outside this range has the colour of the nearer bound. Point at a token, or move to it with the "
-        "tab key, to see its numbers. Ablation effect: the token's loss without the MLP minus its loss."
+        "The same text for each arm's first seed. Colours are scaled to the range of the tokens after BOS, and "
+        "left out where that range is too narrow to matter; a token outside this range has the colour of the "
+        "nearer bound. Point at a token, or move to it with the tab key, to see its numbers. Ablation effect: "
+        "the token's loss without the MLP minus its loss."
     )
     return [
         Paragraph(lead),
@@ -60,7 +61,7 @@ def _texts(records: Iterable[Record]) -> dict[tuple[str, int], list[Values]]:
         run = by_run.setdefault((value.arm, value.seed or 0), {})
         run.setdefault(value.place, {})[value.quantity] = value
     first: dict[str, int] = {}
-    for arm, seed in sorted(by_run):
+    for arm, seed in sorted(by_run, key=lambda run: run[1]):
         first.setdefault(arm, seed)
     return {
         (arm, seed): [by_run[arm, seed][position] for position in sorted(by_run[arm, seed])]
@@ -75,8 +76,10 @@ def _text(summary: str, opened: bool, tokens: Sequence[Values]) -> TokenText:
         around_zero = name == AROUND_ZERO
         low, high = _range(tokens, quantity, around_zero)
         column = [token.get(quantity) for token in tokens]
+        flat = _hardly_varies(quantity, low, high)
         colours[name] = [
-            _colour(None if each is None else each.value, low, high, around_zero) for each in column
+            _colour(None if each is None or flat else each.value, low, high, around_zero)
+            for each in column
         ]
         unit = next((each.unit for each in column if each is not None), "")
         scales.append(_scale(name, quantity, unit, low, high))
@@ -119,8 +122,17 @@ def _range(tokens: Sequence[Values], quantity: str, around_zero: bool) -> tuple[
     return min(known, default=0.0), max(known, default=0.0)
 
 
+def _hardly_varies(quantity: str, low: float, high: float) -> bool:
+    """Return whether a range is too narrow to matter; such a quantity has no colours."""
+    if math.isclose(low, high, rel_tol=1e-6):  # rounding is not a difference
+        return True
+    if quantity == "gain":
+        return low > 0 and math.log(high / low) < VARIES
+    return high - low < (NO_COST if quantity == QUANTITIES[AROUND_ZERO] else IDLE)
+
+
 def _colour(value: float | None, low: float, high: float, around_zero: bool) -> str:
-    if value is None or math.isclose(low, high, rel_tol=1e-6):  # rounding is not a difference
+    if value is None:
         return ""
     fraction = min(1.0, max(0.0, (value - low) / (high - low)))
     if not around_zero:
@@ -137,6 +149,9 @@ def _mix(end: tuple[int, int, int], share: float) -> str:
 def _scale(name: str, quantity: str, unit: str, low: float, high: float) -> Scale:
     if math.isclose(low, high, rel_tol=1e-6):
         return Scale(name, f"{quantity}: {number(low)} {unit} at every token after BOS")
+    if _hardly_varies(quantity, low, high):
+        text = f"{quantity}, {unit}: {number(low)} to {number(high)} after BOS, too little to matter: no colours"
+        return Scale(name, text)
     return Scale(name, f"{quantity}, {unit}: {number(low)}", number(high))
 
 

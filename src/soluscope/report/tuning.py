@@ -20,6 +20,7 @@ from soluscope.report.findings import (
     comparisons,
     engagement,
     estimate,
+    listed,
     of_size,
     settings,
     sizes,
@@ -43,8 +44,8 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
             "seeds of their curve (the table lists the other rates too); if no rate has all seeds, all rates "
             "are compared over their common seeds. A gain (the constant gain of a static arm) is chosen over "
             "the seeds common to all gains. Without common seeds no setting is chosen. Bars are for new seeds "
-            "on these documents; the frame may cut them. An optimum is reliable only inside its grid, and a "
-            "grid needs at least three points."
+            "on these documents; an arrow marks a bar that continues. An optimum is reliable only inside its "
+            "grid, and a grid needs at least three points."
         )
     )
     result += _one_rate(records)
@@ -132,7 +133,9 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
         drawn = along(panels, "kappa", lines, {line: line for line in lines})
         at = ", ".join(undefined)
         remark = (
-            f"Phi_dyn is undefined at kappa {at}; the reasons are given above." if undefined else ""
+            f"Phi_dyn is undefined at kappa {at}; the reasons are in the tab Answer."
+            if undefined
+            else ""
         )
         result += plot(drawn, of_size("Against kappa", size), remark)
     if not result:
@@ -150,7 +153,7 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
 def _one_rate(records: list[Record]) -> list[Block]:
     """List all arms trained at one rate only; the headline lists only their variants if there are many."""
     arms = at_one_rate(records)
-    return [Paragraph(f"Trained at one rate only: {', '.join(arms)}.", style="soft")] * bool(arms)
+    return [Paragraph(f"Trained at one rate only: {listed(arms)}.", style="soft")] * bool(arms)
 
 
 def _rates(records: list[Record], arms: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from soluscope.report.findings import (
     envelope,
     for_these_models,
     gain_varies,
+    listed,
     measured,
     number,
     per_token,
@@ -51,6 +52,12 @@ from soluscope.results import (
 )
 from soluscope.text import plural
 
+NO_VERDICT = (
+    "No verdict on LayerNorm is possible: it needs runs of plain SoLU and of an arm with a per-token norm that "
+    "share a seed."
+)
+ARM = "\0"
+"""Placeholder for the name of an arm, in sentences that several arms may share."""
 N_NAMED = 12
 """Largest number of arms that a sentence lists by name. With more arms, it lists their variants."""
 FREEZES = (
@@ -62,17 +69,55 @@ FREEZES = (
 def headline(records: list[Record]) -> list[str]:
     """Return the headline's sentences, the most important one first, for the page and the terminal."""
     models, trained = pretrained.arms(records), pretrained.trained(tuned(records))
-    result = [
-        *edges(records),
-        *untuned(records),
-        *unchosen(records),
-        *pretrained.sentences(records),
-    ]
+    result = [*warnings(records), *pretrained.sentences(records)]
     if controls.standing(records, "scale_freeze") == "passed":
         result += [sentence for arm in models for sentence in _freeze(records, arm)]
     if not models or any(isinstance(record, OfRun) for record in trained):
         result += _headline(trained)
     return [*result, *_not_summarised(records)]
+
+
+def warnings(records: list[Record]) -> list[str]:
+    """Return the reasons why the comparisons may be wrong, the most serious one first."""
+    return [*edges(records), *untuned(records), *unchosen(records)]
+
+
+def answer(records: list[Record]) -> str:
+    """Return the answer to the study's question, which is the verdict of `headline` on each arm.
+
+    Arms with the same verdict share a sentence. A study of pretrained models alone is answered by the behaviour of
+    the first model's norm.
+    """
+    trained = pretrained.trained(tuned(records))
+    if pretrained.arms(records) and not any(isinstance(record, OfRun) for record in trained):
+        return next(iter(pretrained.sentences(records)))
+    alike = _grouped(
+        (_verdict(trained, benefit, ARM), benefit.arm) for benefit in _benefits(trained)
+    )
+    sentences = (text.replace(ARM, " and ".join(arms)) for text, arms in alike.items())
+    return " ".join(sentences) or NO_VERDICT
+
+
+def certainty(records: list[Record]) -> list[str]:
+    """Return how sure the answer is: the seeds, the documents, the controls, and the choice of the static arm."""
+    trained = pretrained.trained(tuned(records))
+    result = []
+    if each := _seeds_per_arm(trained):
+        result.append(f"{each} per arm")
+    documents, _, effective = _documents(records)
+    if documents:
+        counted = f" (effective number {effective:.0f})" if effective is not None else ""
+        result.append(f"{documents:,} held-out {plural(documents, 'document')}{counted}")
+    result.append(controls.summary(records))
+    static = comparisons(trained, Term.STATIC)
+    known = [row.optimism for row in static if row.optimism is not None]
+    if static and len(known) < len(static):
+        result.append("the choice of the static arm favours it by an unknown amount")
+    elif known and max(known) > 0:
+        result.append(f"the choice of the static arm may favour it by {max(known):.4f} nats")
+    elif any(row.n_candidates > 1 for row in static):
+        result.append("the static arm was chosen at seeds that are not reported")
+    return result
 
 
 def in_view(sentences: Sequence[str], n: int) -> list[str]:
@@ -100,7 +145,7 @@ def edges(records: list[Record]) -> list[str]:
         )
     two = _grouped((c.tried, c.chosen.arm) for c in rates if c.chosen.grid is Grid.TOO_FEW)
     if two:
-        tried = "; ".join(f"{', '.join(arms)} ({grid})" for grid, arms in two.items())
+        tried = "; ".join(f"{listed(arms)} ({grid})" for grid, arms in two.items())
         sentences.append(
             "Fewer than three learning rates are not a grid, and a better rate may lie outside them: "
             f"{tried}."
@@ -126,9 +171,7 @@ def untuned(records: list[Record]) -> list[str]:
     )
     if not arms:
         return []
-    reasons = "; ".join(
-        f"{', '.join(of_reason)}: the rate {why}" for why, of_reason in arms.items()
-    )
+    reasons = "; ".join(f"{listed(of_reason)}: the rate {why}" for why, of_reason in arms.items())
     return [
         f"A learning rate that is not tuned can reverse the answer, and these arms have one: {reasons}. Tune "
         "them with the sweep lr."
@@ -143,7 +186,7 @@ def _at_edges(made: Sequence[Choice]) -> str:
         for choice in made
         if (at := choice.chosen).grid in extreme
     )
-    return "; ".join(f"{', '.join(arms)} ({where})" for where, arms in by_edge.items())
+    return "; ".join(f"{listed(arms)} ({where})" for where, arms in by_edge.items())
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -164,7 +207,7 @@ def unchosen(records: list[Record]) -> list[str]:
             )
         else:
             sentences.append(
-                f"No choice was made between {', '.join(each.arms)}: {why}. The lowest loss could come from easier "
+                f"No choice was made between {listed(each.arms)}: {why}. The lowest loss could come from easier "
                 "seeds. Train these arms at the same seeds."
             )
     return sentences
@@ -178,7 +221,7 @@ def one_rate(records: list[Record]) -> str:
     if len(arms) > N_NAMED:
         variants = sorted({each.variant for each in records if each.arm in arms and each.variant})
         return f"Trained at one rate only: {len(arms)} arms of {', '.join(variants)}."
-    return f"Trained at one rate only: {', '.join(arms)}."
+    return f"Trained at one rate only: {listed(arms)}."
 
 
 def _headline(records: list[Record]) -> list[str]:
@@ -187,16 +230,9 @@ def _headline(records: list[Record]) -> list[str]:
     several_gains = any(point.setting == "gain" for point in of_kind(records, ChoicePoint))
     if (several_kappas or several_gains) and (untuned := one_rate(records)):
         sentences.append(untuned)
-    arms = [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
-    benefits = [benefit for arm in arms for benefit in comparisons(records, Term.BENEFIT, arm)]
-    if not benefits:
-        sentences.insert(
-            0,
-            "No verdict on LayerNorm is possible: it needs runs of plain SoLU and of an arm with a per-token "
-            "norm that share a seed.",
-        )
-    for index, benefit in enumerate(benefits):
-        sentences.insert(index, _verdict(records, benefit))
+    arms, benefits = _normed(records), _benefits(records)
+    verdicts = [_verdict(records, benefit, benefit.arm) for benefit in benefits]
+    sentences[:0] = verdicts or [NO_VERDICT]
     for benefit in benefits:
         sentences += [_benefit(records, benefit), *_phi_dyn(records, benefit.arm)]
         sentences += [*_static(records, benefit.arm), *_twins(records, benefit.arm)]
@@ -205,6 +241,15 @@ def _headline(records: list[Record]) -> list[str]:
             if controls.standing(records, probe) == "passed":
                 sentences += summarise(records, arm)
     return sentences
+
+
+def _normed(records: list[Record]) -> list[str]:
+    """Return the arms with a per-token norm, by size and kappa."""
+    return [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
+
+
+def _benefits(records: list[Record]) -> list[Comparison]:
+    return [each for arm in _normed(records) for each in comparisons(records, Term.BENEFIT, arm)]
 
 
 def _not_summarised(records: list[Record]) -> list[str]:
@@ -238,23 +283,19 @@ def _interval(row: Number) -> str:
 def _basis(records: list[Record]) -> str:
     runs = runs_of(records)
     arms = sorted({record.arm for record in records if record.arm})
-    counts = sorted({seeds_of(records, arm) or _n_of_loss(records, arm) for arm in arms})
-    each = " to ".join(dict.fromkeys([str(counts[0]), str(counts[-1])])) if counts else "0"
-    noun = "seed" if each == "1" else "seeds"
+    counts = _seed_counts(records)
     n_runs, n_arms = (f"{len(x)} {plural(len(x), w)}" for x, w in ((runs, "run"), (arms, "arm")))
     variants = sorted({record.variant for record in records if record.variant})
     named = arms if len(arms) <= N_NAMED else variants
-    text = f"Compared here: {n_runs} of {n_arms} ({', '.join(named)}), {each} {noun} per arm"
-    losses = [row for row in of_kind(records, Measurement) if row.probe == "loss"]
-    documents = max((row.n_clusters for row in losses), default=0)
-    tokens = max((row.n for row in losses), default=0)
+    each = _seeds_per_arm(records) or "0 seeds"
+    text = f"Compared here: {n_runs} of {n_arms} ({listed(named)}), {each} per arm"
+    documents, tokens, effective = _documents(records)
     if documents:
         measured_on = f"{documents:,} {plural(documents, 'document')}" + (
             f" ({tokens:,} tokens)" if tokens else ""
         )
         text += f"; losses are measured on {measured_on} that were not used in training"
-        effective = min(row.n_effective or documents for row in losses)
-        if effective < 0.9 * documents:
+        if effective is not None and effective < 0.9 * documents:
             text += f", which count as {effective:.0f} documents of equal size"
     text += "."
     if counts and counts[0] == 1:
@@ -264,13 +305,38 @@ def _basis(records: list[Record]) -> str:
     return text
 
 
+def _seed_counts(records: list[Record]) -> list[int]:
+    arms = {record.arm for record in records if record.arm}
+    return sorted({seeds_of(records, arm) or _n_of_loss(records, arm) for arm in arms})
+
+
+def _seeds_per_arm(records: list[Record]) -> str:
+    """Return the number of seeds per arm, as in `2 to 4 seeds`; empty without arms."""
+    counts = _seed_counts(records)
+    if not counts:
+        return ""
+    return f"{counts[0]} to {counts[-1]} seeds" if counts[0] < counts[-1] else seeds(counts[0])
+
+
+def _documents(records: list[Record]) -> tuple[int, int, float | None]:
+    """Return on how many documents and tokens the losses are measured, and the documents' effective number."""
+    losses = [row for row in of_kind(records, Measurement) if row.probe == "loss"]
+    effective = [row.n_effective for row in losses if row.n_effective is not None]
+    return (
+        max((row.n_clusters for row in losses), default=0),
+        max((row.n for row in losses), default=0),
+        min(effective, default=None),
+    )
+
+
 def _n_of_loss(records: list[Record], arm: str) -> int:
     return max((row.n for row in comparisons(records, Term.LOSS, arm)), default=0)
 
 
-def _verdict(records: list[Record], benefit: Comparison) -> str:
-    arm, n = benefit.arm, seeds(benefit.n)
-    phi = next(iter(comparisons(records, Term.SHARE, arm)), None)
+def _verdict(records: list[Record], benefit: Comparison, arm: str) -> str:
+    """Return the verdict on the benefit of one arm's norm; the sentence calls the arm `arm`."""
+    n = seeds(benefit.n)
+    phi = next(iter(comparisons(records, Term.SHARE, benefit.arm)), None)
     if benefit.low is None or benefit.high is None:
         return (
             f"It is not settled whether the norm of {arm} lowers the loss ({n}): no interval can be given "
@@ -293,7 +359,7 @@ def _verdict(records: list[Record], benefit: Comparison) -> str:
         return f"{lowers}, but by too little to measure the share that needs a per-token scale."
     if phi.low is None or phi.high is None:
         return f"{lowers}. No interval can be given for the share that needs a per-token scale."
-    static = next(iter(comparisons(records, Term.STATIC, arm)), None)
+    static = next(iter(comparisons(records, Term.STATIC, benefit.arm)), None)
     shown = static is not None and (static.low or 0.0) > 0 and (static.p_adj or 1.0) < SIGNIFICANT
     if phi.low > 0 and static is not None and shown:
         if static.verdict is Verdict.EQUIVALENT:
@@ -342,7 +408,7 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
         sentences.append(
             f"Phi_dyn ({arm}) is {row.value:.2f} ({interval}, {seeds(row.n)}): the share of the benefit of LN "
             "that the best static arm trained here does not reach (0: none, 1: all, below 0: the static arm "
-            f"is better); {row.note}."
+            f"is better){_then(row.note)}."
         )
     return sentences
 
@@ -350,9 +416,14 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
 def _static(records: list[Record], arm: str) -> list[str]:
     return [
         f"Loss of the best static arm minus loss of {arm}: {signed(row.value or 0.0)} nats per token "
-        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}); {remarks(row)}.{_optimism(row)}"
+        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}){_then(remarks(row))}.{_optimism(row)}"
         for row in comparisons(records, Term.STATIC, arm)
     ]
+
+
+def _then(text: str) -> str:
+    """Return the text after a semicolon; nothing for no text."""
+    return f"; {text}" if text else ""
 
 
 def _optimism(row: Comparison) -> str:

@@ -220,15 +220,18 @@ class Run:
         check_study_links(self.dir.parent, self)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience_s: float = LOCK_PATIENCE_S) -> Iterator[None]:
         """Hold the folder for this process, and remove the temporary files that killed processes left in it.
+
+        Args:
+            patience_s: seconds to try for, while another process holds the folder.
 
         Raises:
             Busy: if another process holds the folder; the message names the process.
             UserError: if the folder cannot be written, or has a link that leads out of its study.
         """
         self.check_links()
-        with lock(self.dir):
+        with lock(self.dir, patience_s=patience_s):
             remove_litter(self.dir, *(self.dir / name for name in OF_RUN), name="*")
             yield
 
@@ -350,6 +353,7 @@ def lock(
     folder: Path,
     wait: bool = False,
     knob: str = "set tag= or study=",
+    patience_s: float = LOCK_PATIENCE_S,
 ) -> Iterator[None]:
     """Hold `folder` for this process. If the process is killed, the kernel releases the lock.
 
@@ -357,6 +361,7 @@ def lock(
         folder: the folder, which is created if it does not exist. The caller has checked its links.
         wait: True to wait while another process holds the folder.
         knob: advice for a user who cannot wait.
+        patience_s: seconds to try for, before this process waits or gives up.
 
     Raises:
         Busy: if another process holds the folder; the message names the process.
@@ -364,7 +369,7 @@ def lock(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = _acquired(folder, wait, knob)
+        held = _acquired(folder, wait, knob, patience_s)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}; set runs_dir to another folder"
@@ -378,10 +383,12 @@ def lock(
                 (folder / HOLDER).unlink(missing_ok=True)
 
 
-def _acquired(folder: Path, wait: bool, knob: str) -> contextlib.AbstractContextManager[Any]:
+def _acquired(
+    folder: Path, wait: bool, knob: str, patience_s: float
+) -> contextlib.AbstractContextManager[Any]:
     file = file_lock(folder / ".lock")
     try:
-        return file.acquire(timeout=LOCK_PATIENCE_S)
+        return file.acquire(timeout=patience_s)
     except Timeout as error:
         if not wait:
             raise Busy(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import os
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from soluscope.config import Config
+from soluscope.cores import n_cores, omp_threads
 from soluscope.errors import UserError
 from soluscope.memory import check_training, of_machine
 from soluscope.runs.folder import Run
@@ -49,64 +47,17 @@ def check_memory(config: Config) -> None:
 
 def set_threads(config: Config) -> None:
     """Set the number of CPU threads of this process: train.threads, OMP_NUM_THREADS, or its share of the cores."""
-    share = max(1, _n_cores() // config.train.devices)
+    share = max(1, n_cores() // config.train.devices)
     torch.set_num_threads(config.train.threads or _asked_threads() or share)
 
 
 def _asked_threads() -> int | None:
-    """Return the number in OMP_NUM_THREADS, of the outermost level if it has several; None without a number.
+    """Return the number in OMP_NUM_THREADS; None without a number.
 
     torchrun sets the variable to 1 unless it is set, so under torchrun 1 is not a request.
     """
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    n_threads = int(first) if first.isascii() and first.isdigit() else 0
-    return None if n_threads == 0 or (n_threads == 1 and launcher() == "torchrun") else n_threads
-
-
-def _n_cores() -> int:
-    """Return the number of cores that this process may use, by its affinity and its cgroup's CPU quota."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity
-        cores = os.cpu_count() or 1
-    return max(1, math.floor(min(cores, cpu_quota())))
-
-
-def cpu_quota(root: Path = Path("/")) -> float:
-    """Return the smallest CPU quota of this process's cgroup and of the cgroups above it, in cores.
-
-    Args:
-        root: folder that contains proc/ and sys/.
-
-    Returns:
-        Infinity without a quota, or without cgroups.
-    """
-    quotas = [math.inf]
-    with suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            inner = top / group.strip("/")  # in a container, the group's path may begin outside it
-            for folder in (inner, *(each for each in inner.parents if each.is_relative_to(top))):
-                quotas += _quota_of(folder)
-    return min(quotas)
-
-
-def _quota_of(folder: Path) -> list[float]:
-    """Return the CPU quota of one cgroup of version 2 or 1, in cores; empty without a quota."""
-    with suppress(OSError, ValueError):
-        if (folder / "cpu.max").is_file():
-            quota, period = (folder / "cpu.max").read_text(encoding="utf8").split()
-        else:
-            quota, period = (
-                (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf8")
-                for name in ("quota", "period")
-            )
-        if int(quota) > 0:  # ValueError for `max`, and -1 in version 1, mean no quota
-            return [int(quota) / int(period)]
-    return []
+    n_threads = omp_threads()
+    return None if n_threads == 1 and launcher() == "torchrun" else n_threads
 
 
 def on_cuda(config: Config) -> bool:

@@ -55,6 +55,9 @@ class Variant:
     build_norm: Callable[[int, Any], MidNorm] | None = None
     """Function from d_mlp and the parameters to the mid norm. None: post is mid."""
     params: type = NoParams
+    label: str = ""
+    """Name for people, such as `SoLU + LN`. The report adds the kind of gain and the settings that differ between
+    arms: a variant and its static twin may share a label. Empty: the report uses the names of the arms."""
     adds: str = ""
     """Description of the difference from the previous variant in the chain: one step of the telescoping
     sum."""
@@ -81,6 +84,13 @@ def chain_of(name: str) -> tuple[Step, ...]:
         steps.append(Step(name, variant.adds if variant.after else ""))
         name = _checked(name, "after", variant.after)
     return tuple(reversed(steps))
+
+
+def label_of(name: str) -> str:
+    """Return the label of variant `name`; empty if it has none, or if its file no longer exists."""
+    if name not in plugins.names("soluscope.variants"):
+        return ""
+    return str(plugins.pick("soluscope.variants", name).label)
 
 
 def twin_of(name: str) -> str:

@@ -31,6 +31,7 @@ def build_norm(d_mlp: int, params: Params) -> LayerNorm:
 
 
 VARIANT = Variant(
+    label="GELU + LN",
     nonlinearity=gelu,
     hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces the nonlinearity
     role="baseline",

@@ -24,6 +24,7 @@ def build_norm(d_mlp: int, params: StaticParams) -> FrozenLayerNorm:
 
 
 VARIANT = Variant(
+    label="SoLU + LN",
     nonlinearity=solu,
     hooked_act_fn="solu_ln",
     role="static",

@@ -23,6 +23,7 @@ def build_norm(d_mlp: int, params: StaticParams) -> Gain:
 
 
 VARIANT = Variant(
+    label="SoLU",
     nonlinearity=solu,
     hooked_act_fn="solu_ln",
     role="static",

@@ -21,6 +21,7 @@ def build_norm(d_mlp: int, params: LayerNormParams) -> LayerNorm:
 
 
 VARIANT = Variant(
+    label="SoLU + LN",
     nonlinearity=solu,
     hooked_act_fn="solu_ln",
     role="per_token",

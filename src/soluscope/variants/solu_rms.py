@@ -23,6 +23,7 @@ def build_norm(d_mlp: int, params: LayerNormParams) -> RMSNorm:
 
 
 VARIANT = Variant(
+    label="SoLU + RMSNorm",
     nonlinearity=solu,
     hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces mlp.ln by this norm
     role="per_token",

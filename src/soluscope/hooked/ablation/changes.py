@@ -358,7 +358,7 @@ class Ablation(Edits):
     ) -> Float[Tensor, " pair"]:
         """Return the change of loss at some pairs, given by row of `tokens` and neuron; fp64."""
         rows, index = row.unique(return_inverse=True)
-        given = torch.as_tensor(values)
+        given = torch.as_tensor(values, device=tokens.device)
         result = torch.empty(len(row), dtype=torch.float64, device=row.device)
         done = 0
         for block, _, edit in self._edits(
@@ -399,9 +399,7 @@ def _tokens_of_others(run: HookedRun, n_draws: int, seed: int) -> Int[Tensor, "t
     n_own, before = counts[owner, None], (counts.cumsum(0) - counts)[owner, None]
     n_others = len(content) - n_own
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(owner), n_draws, dtype=torch.float64, generator=generator).to(
-        n_own.device
-    )
+    draws = torch.rand(len(owner), n_draws, dtype=torch.float64, generator=generator).to(run.device)
     index = (draws * n_others).long()
     index += n_own * (index >= before)  # skip the string of the token itself
     return content[index.clamp_max(len(content) - 1)].where(n_others > 0, -1)
@@ -415,7 +413,7 @@ def _tiles(
     If most pairs are wanted, tiles cover all pairs, and a tile of B stays in the cache while it is used for
     all tokens. Otherwise each token is paired with only its wanted neurons.
     """
-    n_tokens, n_neurons = where.shape
+    n_neurons = where.shape[1]
     if where.count_nonzero() > 0.5 * where.numel():
         width = min(d_vocab, max(1, size // 64))
         height = max(1, size // width)
@@ -423,8 +421,9 @@ def _tiles(
             for top in range(0, n_neurons, height):
                 yield slice(None), slice(top, top + height), slice(left, left + width)
     else:
-        for t in range(n_tokens):
-            for rows in where[t].nonzero().squeeze(-1).split(max(1, size // d_vocab)):
+        wanted = where.nonzero()[:, 1].split(where.sum(-1).tolist())
+        for t, neurons in enumerate(wanted):
+            for rows in neurons.split(max(1, size // d_vocab)):
                 if len(rows):
                     yield slice(t, t + 1), rows, slice(None)
 

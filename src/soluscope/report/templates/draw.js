@@ -1,25 +1,155 @@
-// Figures near the window are drawn first, then the other figures one at a time, so that a page of a hundred
-// figures opens as fast as a page of three. Folded figures wait until they are opened: before that they have
-// no width.
 (() => {
-  const waiting = new Set(document.querySelectorAll(".plot"));
-  for (const box of waiting) {
+  const COLOURS = {white: "#15181c", "#222222": "#e6e6e6", "#e4e4e4": "#3a3f45", "#555555": "#b0b0b0",
+    "#0072B2": "#4aa8e8"};
+  const wish = matchMedia("(prefers-color-scheme: dark)");
+  const all = selector => [...document.querySelectorAll(selector)];
+  const paint = (text, dark) => JSON.parse(dark
+    ? text.replace(/"(white|#222222|#e4e4e4|#555555|#0072B2)"/g, (found, colour) => `"${COLOURS[colour]}"`)
+    : text);
+
+  // The library and the figures are compressed, because the page would be three times as large with them as text.
+  const unpack = async id => {
+    const packed = document.getElementById(id), letters = atob(packed.textContent);
+    packed.remove();
+    const bytes = new Blob([Uint8Array.from(letters, letter => letter.charCodeAt(0))]);
+    return new Response(bytes.stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  };
+  let texts = [];
+  // A legend of several lines makes the figure higher, not its panels lower.
+  const LETTER = 7.5, MARK = 45, LINE = 20;
+  const read = (box, dark) => {
+    const figure = paint(texts[box.id.replace("figure-", "") - 1], dark);
+    const names = figure.data.filter(each => each.name && each.showlegend !== false).map(each => each.name);
+    const width = names.reduce((sum, name) => sum + MARK + LETTER * name.length, 0);
+    const lines = Math.ceil(width / Math.max(200, (box.clientWidth || 900) - 90));
+    figure.layout.height += LINE * Math.max(0, lines - 1);
+    box.style.height = figure.layout.height + "px";
+    return figure;
+  };
+
+  // Figures near the window are drawn first, then the other figures one at a time, so that a page of a hundred
+  // figures opens as fast as a page of three. Hidden figures wait until they are shown: before that they have
+  // no width.
+  const plots = all(".plot"), waiting = new Set(plots);
+  for (const box of plots) {
     box.style.minWidth = box.dataset.width + "px";
     box.style.height = box.dataset.height + "px";
+    box.setAttribute("role", "img");
+    box.setAttribute("aria-label", box.textContent.trim());
   }
-  const draw = box => {
-    if (!waiting.delete(box)) return;
-    const figure = JSON.parse(box.nextElementSibling.textContent);
-    Plotly.newPlot(box, figure.data, figure.layout,
-      {responsive: true, displaylogo: false, displayModeBar: false});
+  const draw = (box, dark = wish.matches) => {
+    if (waiting.delete(box)) box.textContent = "";
+    const {data, layout} = read(box, dark);
+    Plotly.react(box, data, layout, {responsive: true, displaylogo: false, displayModeBar: false});
   };
-  const watch = new IntersectionObserver(found => found.forEach(({isIntersecting, target}) => {
-    if (isIntersecting) draw(target);
-  }), {rootMargin: "400px"});
-  waiting.forEach(box => watch.observe(box));
-  const next = () => {
-    const box = [...waiting].find(box => box.offsetParent);
-    if (box) { draw(box); setTimeout(next, 20); }
+  const isShown = box => box.offsetParent;
+  const redraw = dark => plots.forEach(box => { if (!waiting.has(box)) draw(box, dark); });
+  const start = ([library, figures]) => {
+    texts = figures.split("\n");
+    const script = document.createElement("script");
+    script.textContent = library;
+    document.head.append(script);
+    const watch = new IntersectionObserver(found => found.forEach(({isIntersecting, target}) => {
+      if (isIntersecting && waiting.has(target)) draw(target);
+    }), {rootMargin: "400px"});
+    plots.forEach(box => watch.observe(box));
+    const next = () => {
+      const box = [...waiting].find(isShown);
+      if (box) { draw(box); setTimeout(next, 20); }
+    };
+    setTimeout(next, 200);
+    wish.addEventListener("change", () => redraw());
   };
-  setTimeout(next, 200);
+  Promise.all([unpack("packed-library"), unpack("packed-figures")]).then(start);
+  // Paper is white and has no tabs and no folds.
+  addEventListener("beforeprint", () => {
+    document.body.classList.add("printed");
+    all("details.warn").forEach(each => { each.open = true; });
+    if (!window.Plotly) return;
+    [...waiting].filter(isShown).forEach(box => draw(box, false));
+    redraw(false);
+  });
+  addEventListener("afterprint", () => {
+    document.body.classList.remove("printed");
+    if (window.Plotly) redraw();
+  });
+
+  // Each figure and each table can be saved: buttons that only a script can serve are made by the script.
+  const title = document.title.replace("soluscope: ", "");
+  const save = (url, ending, box) => {
+    const part = box.closest("section"), at = 1 + [...part.querySelectorAll(".box")].indexOf(box);
+    const heading = part.querySelector("h2:not(.first)")?.textContent ?? "answer";
+    const link = document.createElement("a");
+    link.href = url;
+    link.download = [title, heading, at].join(" ").replace(/[^A-Za-z0-9.]+/g, "-") + ending;
+    link.click();
+  };
+  const cell = of => {
+    const text = of.innerText.trim().replace(/\s*\n\s*/g, "; ");
+    // A spreadsheet would run a text that starts like a formula.
+    const safe = /^[=@\t]|^[+-](?![\d.])/.test(text) ? "'" + text : text;
+    return `"${safe.replace(/"/g, '""')}"`;
+  };
+  for (const box of all(".box")) {
+    const plot = box.querySelector(".plot"), button = document.createElement("button");
+    button.className = "save";
+    button.textContent = plot ? "SVG" : "CSV";
+    button.setAttribute("aria-label", plot ? "Save this figure as SVG" : "Save this table as CSV");
+    button.addEventListener("click", async () => {
+      if (plot) {
+        const {data, layout} = read(plot, false);
+        const width = plot.clientWidth || 900, {height} = layout;
+        save(await Plotly.toImage({data, layout}, {format: "svg", width, height}), ".svg", box);
+      } else {
+        const rows = [...box.querySelectorAll("tr")].map(row => [...row.cells].map(cell).join(","));
+        const url = URL.createObjectURL(new Blob(["\ufeff" + rows.join("\r\n") + "\r\n"], {type: "text/csv"}));
+        save(url, ".csv", box);
+        setTimeout(() => URL.revokeObjectURL(url), 1000);
+      }
+    });
+    box.before(button);
+  }
+
+  // The links of a navigation become tabs: one part is shown at a time. Arrow keys move between the tabs.
+  const groups = all("nav.tabs").map(nav => {
+    const links = [...nav.querySelectorAll("a")];
+    const panels = links.map(link => document.getElementById(link.hash.slice(1)));
+    nav.setAttribute("role", "tablist");
+    links.forEach((link, i) => {
+      link.id = panels[i].id + "-tab";
+      link.setAttribute("role", "tab");
+      link.setAttribute("aria-controls", panels[i].id);
+      panels[i].setAttribute("role", "tabpanel");
+      panels[i].setAttribute("aria-labelledby", link.id);
+    });
+    nav.addEventListener("keydown", event => {
+      const at = links.indexOf(document.activeElement), last = links.length - 1;
+      const to = {ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: last}[event.key];
+      if (at < 0 || to === undefined) return;
+      event.preventDefault();
+      const link = links[Math.max(0, Math.min(last, to))];
+      link.click();
+      link.focus();
+    });
+    const show = i => links.forEach((link, k) => {
+      link.setAttribute("aria-selected", String(k === i));
+      link.tabIndex = k === i ? 0 : -1;
+      panels[k].hidden = k !== i;
+    });
+    show(0);
+    return {panels, show};
+  });
+  const reveal = () => {
+    const target = document.getElementById(location.hash.slice(1));
+    if (!target) return;
+    for (const {panels, show} of groups) {
+      const i = panels.findIndex(panel => panel.contains(target));
+      if (i >= 0) show(i);
+    }
+    plots.forEach(box => { if (!waiting.has(box) && isShown(box)) Plotly.Plots.resize(box); });
+    if (target.matches("[role=tabpanel]")) scrollTo(0, 0); else target.scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  addEventListener("load", reveal);  // the browser has moved to the part by then
+  reveal();
 })();

@@ -1,0 +1,15 @@
+"""A worker that evaluates the runs that are described on its stdin: `python -m soluscope.evaluation`."""
+
+from __future__ import annotations
+
+import sys
+
+from soluscope.evaluation.one_run import evaluate_described
+from soluscope.workers import STOPPED, works
+
+if __name__ == "__main__":
+    try:
+        for line in works():
+            evaluate_described(line)
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)  # without a message, because the launching process prints one

@@ -1,0 +1,164 @@
+"""Stored results of runs: from which inputs and by which code they were made, and which are current."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from soluscope import plugins, results
+from soluscope.bars import Say
+from soluscope.config import EvalConfig
+from soluscope.data import streams
+from soluscope.data.cache import study_facts
+from soluscope.errors import UserError
+from soluscope.evaluation.pretrained_run import ORIGIN
+from soluscope.files import digest, read_json, reason, write_text
+from soluscope.runs.folder import Run
+from soluscope.runs.weights import code_hash
+
+PACKAGE = "soluscope.probes"
+MADE_WITH = "made_with.json"
+NO_EFFECT = ("probes", "prepared", "device", "jobs", "out", "wait", "wandb")
+"""Settings of an evaluation that do not change its results."""
+COMPUTES = (
+    "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
+    "text.py", "variants/",
+)  # fmt: skip
+"""Folders and modules of the package that compute the stored results of a run or define their form. A
+probe's own file affects only the results of that probe."""
+
+
+@contextmanager
+def current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
+    """Yield a folder for results that holds only current results; at the end it is, or replaces, `folder`.
+
+    Results that were made from other inputs or by other code stay in `folder` until the block has ended without
+    an error. Until then, the new results lie beside it, where the next call continues.
+
+    Args:
+        folder: folder of files named after probes.
+        shared: hash of the inputs and code of all results; a probe's own file affects only its own results.
+        say: function called with a line about the results that are not current.
+    """
+    now = made_now(shared)
+    old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
+    if old.is_dir() and not folder.is_dir():  # a killed process was exchanging the two
+        old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    before = made_with(folder)
+    if before in (None, now):
+        write_text(folder / MADE_WITH, json.dumps(now) + "\n")
+        shutil.rmtree(new, ignore_errors=True)
+        yield folder
+        return
+    stale = {Path(path).stem for path in probe_files() if before.get(path, now[path]) != now[path]}
+    if not before:
+        say(f"{folder / MADE_WITH} is missing or broken: all results are recomputed")
+    elif before.get("shared") != shared:
+        say("inputs or code have changed since last time: all results are recomputed")
+    for name in sorted(stale) if before.get("shared") == shared else ():
+        say(f"{name} has changed and is recomputed")
+    if made_with(new) != now:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        for path in folder.iterdir() if before.get("shared") == shared else ():
+            if path.is_file() and _probe_of(path) not in stale and path.name != MADE_WITH:
+                shutil.copy2(path, new)
+        write_text(new / MADE_WITH, json.dumps(now) + "\n")
+    yield new
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def made_now(shared: str) -> dict[str, str]:
+    """Return the hashes of results that are made now: of their inputs and shared code, and of each probe's file."""
+    return {"shared": shared} | {path: code_hash(path) for path in probe_files()}
+
+
+def made_with(folder: Path) -> dict[str, str] | None:
+    """Return the hashes of the inputs and code of a folder's results, or None for a folder without results.
+
+    Results without readable hashes are not current.
+    """
+    try:
+        return read_json(folder / MADE_WITH, dict[str, str], "its results are recomputed")
+    except UserError:
+        return {} if any(folder.glob("*.jsonl")) else None
+
+
+def _probe_of(path: Path) -> str:
+    """Return the name of the probe whose results a file holds."""
+    name = path.stem.removeprefix("controls-").removeprefix("false-positives-")
+    return name.removesuffix("-neurons")
+
+
+def probe_files() -> tuple[str, ...]:
+    return tuple(f"probes/{name}.py" for name in plugins.names(PACKAGE))
+
+
+def rests_on(run: Run, config: EvalConfig) -> str:
+    """Return a hash of the inputs and code of all summaries of a run, without the probes' own files."""
+    settings = {k: v for k, v in asdict(config).items() if k not in NO_EFFECT}
+    made_from = "done.json"
+    if (run.dir / ORIGIN).is_file():
+        made_from = "model.json"
+        settings["tokens"] = study_facts(run.dir.parent)["key"]
+    trained = digest((run.dir / made_from).read_text(encoding="utf8", errors="replace"))
+    prompts = [streams.prompts(name) for name in streams.PROMPTS]
+    code = code_hash(*COMPUTES, but=probe_files())
+    return digest([settings, trained, prompts, code])
+
+
+def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
+    """Return whether the results of the probe `name` on a run are in `folder` and can be read."""
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        return False
+    try:
+        results.read(path, run.dir.parent, whole=True)
+        if name == "loss" and not (run.dir / ORIGIN).is_file():
+            read_losses(folder, run)
+    except UserError as error:
+        say(f"{name} is recomputed: {error}")
+        return False
+    return True
+
+
+def read_losses(folder: Path, run: Run) -> pd.DataFrame:
+    """Return a trained run's losses by document, as `_loss` has saved them in `folder`.
+
+    Raises:
+        UserError: if the file is missing or broken, or belongs to another run.
+    """
+    path, facts = folder / "loss.parquet", run.facts
+    about = {
+        "run": facts.run, "arm": facts.arm, "variant": facts.variant, "seed": facts.seed,
+        "config": facts.config,
+    }  # fmt: skip
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        table = pd.read_parquet(path)
+        numbers = table[["loss_sum", "n_tokens"]].to_numpy(float)
+        if not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
+            raise ValueError("its losses are not finite, or of no tokens")
+        if set(table["split"]) != {"select", "report"}:
+            raise ValueError("it does not hold the splits select and report")
+        if not all(isinstance(document, str) for document in table["document"]):
+            raise ValueError("its documents are not named")
+        for name, value in about.items():
+            if not (table[name] == value).all():
+                raise ValueError(f"its {name} is not {value}")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table

@@ -1,0 +1,1 @@
+"""Functions for notebooks, one file each. `soluscope` has them by name: `soluscope.tokens`, `soluscope.study`, …"""

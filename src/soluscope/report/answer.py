@@ -1,0 +1,171 @@
+"""The first screen: the answer in a sentence, one figure, three facts, and how sure the answer is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from soluscope.report import controls, figures, pretrained, words
+from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Tile, Tiles, plot
+from soluscope.report.figures import Style
+from soluscope.report.findings import (
+    comparisons,
+    engagement,
+    estimate,
+    gain_varies,
+    measured,
+    per_token_by_kappa,
+    seeds,
+    settings,
+    sizes,
+    span,
+)
+from soluscope.results import Comparison, Record, Term
+
+N_ARMS = 9
+"""Largest number of arms in the figure; with more arms, it shows the chain and the baselines only."""
+N_LINES = 3
+"""Largest number of arms that a tile lists."""
+
+
+def blocks(
+    all_records: list[Record], compared: list[Record], look: Mapping[str, Style]
+) -> list[Block]:
+    """Return the first screen.
+
+    Args:
+        all_records: the study's records.
+        compared: the records of the arms that are compared.
+        look: a style for each arm.
+    """
+    return [
+        *_warnings(words.warnings(all_records)),
+        Paragraph(words.answer(all_records), style="first"),
+        *_figure(compared, look),
+        *_tiles(all_records, compared),
+        Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
+    ]
+
+
+def _warnings(texts: Sequence[str]) -> list[Block]:
+    """Return the warnings folded to one line, so that the answer and its figure stay on the first screen.
+
+    The style sheet cuts the first warning to one line until the reader opens it; the others follow below it.
+    """
+    if not texts:
+        return []
+    first, *others = texts
+    summary = f"{len(texts)} warnings: {first}" if others else first
+    return [Fold(summary, [Bullets(others)] if others else [], "warn brief")]
+
+
+def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]:
+    """Draw the loss of each arm relative to plain SoLU; of several sizes, the largest is drawn."""
+    of_size = sizes(records)
+    for size, of_one in reversed(of_size.items()):
+        known = settings(of_one)
+        plain = {arm for arm, setting in known.items() if setting.role == "plain"}
+        rows = [
+            row
+            for cluster in ("seed", "document")
+            for row in comparisons(of_one, Term.DIFFERENCE, cluster=cluster)
+            if row.against in plain
+        ]
+        if not rows:
+            continue
+        chains = _chains(of_one)
+        arms = [arm for arm in look if arm in {row.arm for row in rows}]
+        shown = [
+            arm
+            for arm in arms
+            if len(arms) <= N_ARMS
+            or known[arm].role in ("baseline", "per_token")
+            or any(arm in chain for chain in chains)
+        ]
+        left_out = len(arms) - len(shown)
+        drawn = figures.relative([row for row in rows if row.arm in shown], shown, chains, look)
+        remark = (
+            "Left of 0 is better. Thick bar: 95% interval for these models; thin bar: for new seeds too (arrow: it "
+            "continues). Dotted: steps from SoLU to LayerNorm."
+        )
+        remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
+        caption = f"Loss minus the loss of {rows[0].against}"
+        caption += f" ({size})" if len(of_size) > 1 else ""
+        return plot(drawn, caption, remark)
+    return []
+
+
+def _chains(records: Sequence[Record]) -> list[list[str]]:
+    """Return, for each arm with a per-token norm, the arms of its chain, from plain SoLU to the arm itself."""
+    by_arm: dict[str, list[str]] = {}
+    for step in comparisons(records, Term.STEP):
+        by_arm.setdefault(step.arm, []).append(step.against)
+    return [[*chain, arm] for arm, chain in by_arm.items()]
+
+
+def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
+    """Return three facts: the benefit of LN, the share that static arms miss, and whether the gain varies."""
+    arms = [*pretrained.arms(records)]
+    arms += [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
+    if not arms:
+        return []
+    benefits, shares = (
+        [row for arm in arms for row in comparisons(records, term, arm)]
+        for term in (Term.BENEFIT, Term.SHARE)
+    )
+    return [
+        Tiles(
+            [
+                _compared("Benefit of LayerNorm", benefits, " nats", 4),
+                _compared("Share of it that no static gain reached (Phi_dyn)", shares, "", 2),
+                _gain(all_records, records, arms),
+            ]
+        )
+    ]
+
+
+def _compared(label: str, rows: Sequence[Comparison], unit: str, decimals: int) -> Tile:
+    if not rows:
+        return Tile(label, "not measured", ["an arm that it needs is missing"])
+    value = span((row.value for row in rows), decimals)
+    named = len(rows) > 1
+    lines = [f"{row.arm}: {estimate(row, decimals)}" for row in rows] if named else []
+    if not named:
+        lines = [estimate(rows[0], decimals) if value else rows[0].note]
+    return Tile(
+        label,
+        f"{value}{unit}" if value else "undefined",
+        [*_first(lines), f"95% for new seeds and documents, {seeds(min(row.n for row in rows))}"],
+    )
+
+
+def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[str]) -> Tile:
+    """Return the tile on r and the spread of log g; without numbers if the probe is not validated."""
+    label = "Does the gain vary? Median r; spread (sd) of log g"
+    standing = controls.standing(all_records, "engagement")
+    if standing != "passed":
+        why = "failed a control" if standing == "failed" else "has not been validated on controls"
+        return Tile(label, "not reported", [f"the probe engagement {why}"])
+    r = {arm: span(row.value for row in engagement(records, arm, "not BOS")) for arm in arms}
+    spread = {
+        arm: span(row.value for row in measured(records, "engagement", "log gain", arm, "sd"))
+        for arm in arms
+    }
+    known = [arm for arm in arms if r[arm]]
+    if not known:
+        return Tile(label, "not measured", [])
+    if len(known) == 1:
+        verdict = pretrained.VERDICTS[gain_varies(records, known[0])]
+        return Tile(label, f"{r[known[0]]}; {spread[known[0]] or 'not measured'}", [verdict])
+    verdicts = {arm: gain_varies(records, arm) for arm in known}
+    lines = [
+        f"{arm}: {'not settled' if verdicts[arm] == 'open' else verdicts[arm]} (r {r[arm]}, sd {spread[arm]})"
+        for arm in known
+    ]
+    every = [row.value for arm in known for row in engagement(records, arm, "not BOS")]
+    return Tile(label, span(every), _first(lines))
+
+
+def _first(lines: Sequence[str]) -> list[str]:
+    """Return the first lines, and the number of further ones."""
+    left = len(lines) - N_LINES
+    return [*lines[:N_LINES], *([f"and {left} more below"] if left > 0 else [])]

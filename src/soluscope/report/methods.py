@@ -1,0 +1,69 @@
+"""The explanations of the report's terms, and the table of probes and control models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from soluscope.report import controls
+from soluscope.report.blocks import Block, Line, Paragraph, Table
+from soluscope.results import GateResult, Record, of_kind
+
+TERMS = {
+    "The norm.": (
+        "SoLU is the activation x softmax(x), and mid is its output in the MLP. The mid norm is a LayerNorm on "
+        "mid: at each token it multiplies the centred activations by the gain g = 1 / sqrt(variance + eps). "
+        "Smearing is the hypothesis that features are spread thinly over many neurons, and that this per-token "
+        "gain amplifies them. r = variance / (variance + eps) is near 0 if eps holds the gain near one value "
+        "for all tokens, and 1 in a true LayerNorm. kappa = eps d_mlp^2 is the strength of eps, comparable "
+        "between sizes. BOS is the token at the beginning of each text."
+    ),
+    "The comparison.": (
+        "An arm is one configuration, trained at one or more seeds; runs of one seed share their initial values "
+        "and batches. Plain SoLU has no mid norm; a static arm has one gain for all tokens. The benefit of LN "
+        "is the loss of plain SoLU minus the loss of the arm with LayerNorm. Phi_dyn is the share of this "
+        "benefit that the best static arm does not reach, and so needs a per-token gain."
+    ),
+    "The intervals.": (
+        "All intervals are 95%. An interval for these models comes from resampling the held-out documents. An "
+        "interval for new seeds also contains the spread between training seeds; a claim about a variant needs "
+        "this interval. The untrained twin of a run is the same model before training, on the same text."
+    ),
+    "Confirmatory and exploratory.": (
+        "Two families of tests are confirmatory, with corrected p-values: the tests of Phi_dyn, and the tests of "
+        "probes that compare the trained models with their own initialisations. All other numbers are exploratory."
+    ),
+}
+"""Explanations of the headline's terms, by the heading of their paragraph."""
+
+
+def terms() -> list[Block]:
+    return [Paragraph(text, lead) for lead, text in TERMS.items()]
+
+
+def controls_table(records: Sequence[Record]) -> list[Block]:
+    """Return a table of probes and control models with pass or fail; empty if no probe ran on controls."""
+    gates = of_kind(records, GateResult)
+    if not gates:
+        return []
+    planted = dict.fromkeys(gate.control for gate in sorted(gates, key=controls.by_section))
+    lines = []
+    for probe in controls.in_order(records, {gate.probe for gate in gates}):
+        by_control = controls.gates(records, probe)
+        cells = (by_control.get(control) for control in planted)
+        lines.append([probe, *([_verdict(of_one)] if of_one else "" for of_one in cells)])
+    lead = (
+        "A control is a planted model whose answer is known. C+: the probe must find its effect; C-: it must find "
+        "none. The numbers are in the sections of the probes."
+    )
+    return [
+        Paragraph(lead),
+        Paragraph(f"{controls.summary(records)}."),
+        Table(["probe", *planted], lines),
+    ]
+
+
+def _verdict(gates: Sequence[GateResult]) -> Line:
+    failed = controls.failed(gates)
+    return Line(
+        f"{controls.sign(gates)} {'FAIL' if failed else 'pass'}", "fail" if failed else "pass"
+    )

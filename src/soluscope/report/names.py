@@ -1,0 +1,123 @@
+"""Names of arms for people, such as `SoLU + LN, kappa 41.9`, the order of the arms on the page, and names of files.
+
+The names follow from the stored labels and settings of the arms. An arm without a label keeps its identifier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count
+from typing import Any
+
+from soluscope.report.findings import at_best_rate, settings
+from soluscope.results import ChoicePoint, Comparison, NoChoice, Record, Records, Setting, Step
+
+KINDS = {"static": ", static gain", "per_token": ", live"}
+"""Kinds of gain by role, as they follow a label."""
+ORDER = ("plain", "static", "per_token", "baseline")
+"""Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, then the baselines."""
+LONGEST = 80
+"""Largest number of characters of a file's name."""
+
+
+def arms(records: Sequence[Record]) -> dict[str, str]:
+    """Return the name of each arm by its identifier, in the order of the arms on the page.
+
+    If two compared arms would have the same name, the identifier follows in parentheses. It also follows the
+    name of an arm whose learning rate was not chosen.
+    """
+    known = settings(records)
+    compared = settings(at_best_rate(records)).keys()
+    names = {
+        arm: _name(known[arm], list(known.values())) for arm in sorted(known, key=_rank(known))
+    }
+    uses = Counter(name for arm, name in names.items() if arm in compared)
+    return {
+        arm: name if name == arm or (arm in compared and uses[name] == 1) else f"{name} ({arm})"
+        for arm, name in names.items()
+    }
+
+
+def named(records: Sequence[Record]) -> list[Record]:
+    """Return the records with names in place of identifiers, in the order of the arms on the page.
+
+    Run folders, notes and texts on choices keep the identifiers.
+    """
+    of_arm = arms(records)
+    of_variant = {
+        each.variant: each.label + KINDS.get(each.role, "")
+        for each in settings(records).values()
+        if each.label
+    }
+    if len(set(of_variant.values())) < len(of_variant):
+        of_variant = {}
+    places = {name: place for place, name in enumerate(of_arm.values())}
+    result = [_named(record, of_arm, of_variant) for record in records]
+    return Records(sorted(result, key=lambda record: places.get(record.arm, len(places))))
+
+
+def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, str]) -> Record:
+    def arm(name: str) -> str:
+        return of_arm.get(name, name)
+
+    def variant(name: str) -> str:
+        return of_variant.get(name, name)
+
+    changed: dict[str, Any] = {"arm": arm(record.arm), "variant": variant(record.variant)}
+    if isinstance(record, Comparison):
+        changed["against"], changed["tuned_arm"] = arm(record.against), arm(record.tuned_arm)
+        changed["step"] = tuple(map(variant, record.step))
+    elif isinstance(record, ChoicePoint):
+        changed["chosen_arm"] = arm(record.chosen_arm)
+    elif isinstance(record, NoChoice):
+        changed["arms"] = tuple(map(arm, record.arms))
+    elif isinstance(record, Setting):
+        changed["twin"] = variant(record.twin)
+        changed["chain"] = tuple(Step(variant(step.variant), step.adds) for step in record.chain)
+    if all(getattr(record, name) == value for name, value in changed.items()):
+        return record
+    return replace(record, **changed)
+
+
+def _name(of: Setting, known: Sequence[Setting]) -> str:
+    if not of.label:
+        return of.arm
+    setting = {"static": "gain", "per_token": "kappa"}.get(of.role, "")
+    values = {
+        each.values.get(setting)
+        for each in known
+        if (each.variant, each.size) == (of.variant, of.size)
+    }
+    if len(values) < 2 or setting not in of.values:
+        return of.label + KINDS.get(of.role, "")
+    value = f"{of.values[setting]:.3g}".replace("e-0", "e-")
+    return f"{of.label}, {'static gain' if setting == 'gain' else setting} {value}"
+
+
+def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
+    """Return the sort key of an arm: its size in the order of the records, its role, and its settings."""
+    sizes = [*dict.fromkeys(each.size for each in known.values())]
+
+    def key(arm: str) -> tuple[Any, ...]:
+        of = known[arm]
+        role = ORDER.index(of.role) if of.role in ORDER else len(ORDER)
+        values = (of.values.get(name, 0.0) for name in ("kappa", "gain", "lr"))
+        return sizes.index(of.size), role, len(of.chain), of.variant, *values, arm
+
+    return key
+
+
+def file_name(text: str, taken: Collection[str] = ()) -> str:
+    """Return a file's name made of the words of `text`, in letters that every system allows, without an ending.
+
+    Args:
+        text: words, which may come from data.
+        taken: names that other files have; upper and lower case do not distinguish names.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:LONGEST].rstrip("-.") or "unnamed"
+    lower = {each.lower() for each in taken}
+    numbered = chain([plain], (f"{plain}-{n}" for n in count(2)))
+    return next(name for name in numbered if name.lower() not in lower)
