@@ -13,7 +13,7 @@ BIN_TL4 := $(VENV_TL4)/bin
 .PHONY: demo smoke docs test test-slow test-arithmetic test-tl4 lint
 
 demo: $(VENV)/installed
-	$(BIN)/soluscope sweep demo eval.n_tokens=2000 eval.n_draws=500 wandb=offline
+	$(BIN)/soluscope sweep demo eval.n_tokens=2000 eval.n_draws=1000 wandb=offline
 
 # Trains four tiny models, converts, probes and reports them, in less than two minutes.
 smoke: $(VENV)/installed
