@@ -211,10 +211,10 @@ def test_launch_holds_its_study_until_its_jobs_have_ended(tmp_path: Path, monkey
     ]
     seen = []
 
-    def execute(config, progress) -> None:
+    def execute(task, progress, step) -> None:
         with pytest.raises(Busy), lock(tmp_path / "smoke" / ".sweep"):
             pass
-        seen.append(config.run_name)
+        seen.append(task.config.run_name)
 
     monkeypatch.setattr(inline.jobs, "execute", execute)
     with pytest.raises(UserError, match="not done"):
