@@ -100,7 +100,11 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (TRAIN, "variant=solu", "train.device=cpu", "model.d_model=1000000000"): "needs at least",
     (TRAIN, "variant=solu", "tag=${oc.env:HOME}"): "may only stand for the value of another key",
     (EVAL, ".", "n_tokenz=200"): "Did you mean 'n_tokens'?",
-    (EVAL, ".", "device=tpu"): "device: Invalid value 'tpu', expected one of ['auto', 'cpu', 'cuda']",
+    (
+        EVAL,
+        ".",
+        "device=tpu",
+    ): "device: Invalid value 'tpu', expected one of ['auto', 'cpu', 'cuda']",
     (REPORT,): "the following arguments are required: study",
     (REPORT, "."): "no results at results.jsonl: create it with 'soluscope probe .'",
     (REPORT, ".", "--tables", "runs/.."): "runs/.. exists already: name a new folder",
