@@ -49,7 +49,7 @@ from soluscope.results import (
     Untrained,
     of_kind,
 )
-from soluscope.runs.weights import Facts
+from soluscope.runs.weights import Facts, commit
 
 SOURCE = Provenance(
     study="synthetic", source="stdlib", documents={"train": 7210, "select": 811, "report": 902},
@@ -255,7 +255,7 @@ def test_the_text_and_the_software_are_those_of_the_runs(tmp_path):
     (study / "data.json").write_text(json.dumps(data))
     (found,) = provenance.of_study(study, [FACTS, replace(FACTS, versions={"torch": "2.1"})])
     assert found == Provenance(
-        study="synthetic", source="stdlib", documents=dict.fromkeys(SPLITS, 5),
+        study="synthetic", commit=commit(), source="stdlib", documents=dict.fromkeys(SPLITS, 5),
         tokens=dict.fromkeys(SPLITS, 60), d_vocab=512, n_copies=1,
         n_overlapping={"train": 2, "select": 0}, versions={"torch": "2.0, 2.1"}, commits=("c0ffee",),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from soluscope.data.cache import SPLITS
 from soluscope.errors import UserError
 from soluscope.files import Whole, read_json
 from soluscope.results import Provenance
-from soluscope.runs.weights import Facts
+from soluscope.runs.weights import Facts, commit
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def of_study(study_dir: Path, models: Sequence[Facts]) -> list[Provenance]:
     return [
         Provenance(
             study=study_dir.name,
+            commit=commit(),
             source=data.source,
             documents={split: each.n_documents for split, each in known.items()},
             tokens={split: each.n_tokens for split, each in known.items()},
