@@ -89,7 +89,8 @@ def records() -> list[Record]:
         for row in of_kind(rows, Measurement)
         if row.probe == "engagement" and row.quantity == "r"
     ]  # fmt: skip
-    return [*rows, *twins, *CITED, SOURCE]
+    # The probes' descriptions name the commit of this clone.
+    return [replace(row, commit="abc1234") for row in [*rows, *twins, *CITED]] + [SOURCE]
 
 
 @pytest.fixture(scope="module")
