@@ -515,7 +515,9 @@ def test_few_tokens_still_come_from_many_texts(cache_of):
 
     tokenizer = Tokenizer.from_file(str(cache_of.tokenizer_path))
     texts = [f"def function_{i}(): return {i} " * 40 for i in range(30)]
-    stream = streams.from_texts(texts, tokenizer, BOS, 32, 40 * 32, "text")
+    stream = streams.from_tokens(
+        streams.encoded(texts, tokenizer), tokenizer, BOS, 32, 40 * 32, "text"
+    )
     assert len(stream.tokens) == 40
     assert stream.string.unique().tolist() == list(range(30))
     first = stream.tokens[stream.string[:, 0] == 3][:, 1:].flatten().tolist()
@@ -526,7 +528,14 @@ def test_a_spelt_out_bos_is_text_and_not_a_token(cache_of):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(cache_of.tokenizer_path))
-    stream = streams.from_texts(["a <|BOS|> b"], tokenizer, cache_of.meta["bos"], 32, 100, "text")
+    stream = streams.from_tokens(
+        streams.encoded(["a <|BOS|> b"], tokenizer),
+        tokenizer,
+        cache_of.meta["bos"],
+        32,
+        100,
+        "text",
+    )
     assert (stream.tokens[:, 1:][stream.keep[:, 1:]] != cache_of.meta["bos"]).all()
 
 

@@ -105,9 +105,9 @@ def test_the_same_command_trains_nothing_again(
 def test_the_second_stage_starts_from_its_description_on_another_machine(
     study: Path, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    described = launch.Report(path, tuple(words(study.parent)), retry=False).to_json()
+    described = launch.SecondStage(path, tuple(words(study.parent)), retry=False).to_json()
     again = launch.after_from_json(described)
-    assert again == launch.Report(path, tuple(words(study.parent)), retry=False)
+    assert again == launch.SecondStage(path, tuple(words(study.parent)), retry=False)
     again()
     assert "14 jobs: 14 done" in capsys.readouterr().out
 

@@ -233,6 +233,11 @@ def tell(**message: Any) -> None:
     os.write(1, f"\n{MESSAGE}{json.dumps(message)}\n".encode())
 
 
+def tell_step(done: int, of: int, result: str) -> None:
+    """Send the progress of an evaluation to the launching process: an `evaluation.one_run.Step`."""
+    tell(done=done, of=of, result=result)
+
+
 def _listen(
     lines: queue.SimpleQueue[str | None], busy: threading.Event, alone: threading.Event
 ) -> None:

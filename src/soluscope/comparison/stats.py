@@ -529,9 +529,8 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
     order = np.argsort(values, kind="stable")
     ordered, owner = values[order], owner[order]
     n_values, n_clusters = len(values), weights.shape[1]
-    if (
-        n_clusters * int(np.bincount(owner).max()) < 2**24
-    ):  # such counts are exact in fp32, which is faster
+    largest = n_clusters * int(np.bincount(owner).max())  # count that a draw can reach
+    if largest < 2**24:  # exact in fp32, which is faster
         weights = weights.astype(np.float32)
     n_bins = min(n_values, 256)
     edges = np.linspace(0, n_values, n_bins + 1).astype(np.intp)

@@ -93,28 +93,13 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
     )
 
 
-def from_texts(
-    texts: Iterable[str],
-    tokenizer: Tokenizer,
-    bos: int,
-    ctx: int,
-    n_tokens: int,
-    name: str,
-    fewest: int = 2,
-) -> Stream:
-    """Cut each text into its own rows, and return about `n_tokens` tokens from as many texts as possible.
-
-    Rows of fewer than `fewest` tokens are left out: a single token after BOS has no target.
-
-    Raises:
-        UserError: if no text has 2 tokens or more.
-    """
-    tokenizer.encode_special_tokens = True  # a <|BOS|> spelt out in a text is plain text
-    encoded = [encode(tokenizer, text) for text in texts]
-    return _cut(encoded, tokenizer, bos, ctx, n_tokens, name, fewest)
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the tokens of each text; a <|BOS|> spelt out in a text is plain text."""
+    tokenizer.encode_special_tokens = True
+    return [encode(tokenizer, text) for text in texts]
 
 
-def _cut(
+def from_tokens(
     texts: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     bos: int,
@@ -123,7 +108,13 @@ def _cut(
     name: str,
     fewest: int = 2,
 ) -> Stream:
-    """Cut the tokens of each text as `from_texts` does, and return the stream."""
+    """Cut each text's tokens into its own rows, and return about `n_tokens` tokens from as many texts as possible.
+
+    Rows of fewer than `fewest` tokens are left out: a single token after BOS has no target.
+
+    Raises:
+        UserError: if no text has 2 tokens or more.
+    """
     parts = []
     for number, ids in enumerate(texts):
         cuts = range(0, len(ids), ctx - 1)
@@ -193,7 +184,7 @@ def _make(
             return from_rows(list(_prefixes(cache, ctx, n_tokens)), bos, ctx, name)
         case "prose" | "code":
             texts = _library_tokens(name, *sorted(cache.meta["shares"].items()), tokenizer.to_str())
-            return _cut(texts, tokenizer, bos, ctx, n_tokens, name)
+            return from_tokens(texts, tokenizer, bos, ctx, n_tokens, name)
         case "sentences":
             return from_rows(_sentences(tokenizer, ctx, n_tokens), bos, ctx, name)
         case "repeated" | "random":
@@ -269,8 +260,7 @@ def _library_tokens(kind: str, *words: Any) -> list[list[int]]:
     """
     *shares, tokenizer_json = words
     tokenizer = from_bytes(tokenizer_json.encode(), "cannot read the tokenizer")
-    tokenizer.encode_special_tokens = True
-    return [encode(tokenizer, text) for text in standard_library(kind, **dict(shares))]
+    return encoded(standard_library(kind, **dict(shares)), tokenizer)
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:

@@ -177,10 +177,8 @@ class _Watched:
         for name in self.at_work - self.probed:
             row = Run(self.configs[name].run_dir).last_row()
             if row:
-                self._show(name, row["step"], f"loss {row['loss']:.3f}", row.get("tokens_per_s", 0))
-
-    def _show(self, name: str, step: float, loss: str, speed: float) -> None:
-        self._trained(name, step, f"{loss} {speed / 1000:.1f}k tok/s")
+                speed = row.get("tokens_per_s", 0) / 1000
+                self._trained(name, row["step"], f"loss {row['loss']:.3f} {speed:.1f}k tok/s")
 
     def _trained(self, name: str, step: float, text: str) -> None:
         self.shown.update(name, self.shares[name] * step, self.configs[name].train.steps, text)

@@ -59,7 +59,9 @@ def probe(
     tokenizer.no_truncation()  # `model.to_tokens` has set it to ctx tokens
     tokenizer.no_padding()
     bos, ctx = model.facts.bos, model.facts.ctx
-    stream = streams.from_texts(texts, tokenizer, bos, ctx, 10**9, "text", fewest=1)
+    stream = streams.from_tokens(
+        streams.encoded(texts, tokenizer), tokenizer, bos, ctx, 10**9, "text", fewest=1
+    )
     run = observe(model, stream)
     about, defaults = about_run(model.facts), EvalConfig()
     tables, figures = [], Figures()

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
-from soluscope import plugins, results
+from soluscope import plugins
 from soluscope.bars import Say
 from soluscope.config import EvalConfig
 from soluscope.cores import omp_threads
@@ -26,7 +26,15 @@ from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import load_again, read_origin
-from soluscope.evaluation.stored import PACKAGE, current, is_measured, made_now, made_with, rests_on
+from soluscope.evaluation.stored import (
+    PACKAGE,
+    current,
+    is_measured,
+    made_now,
+    made_with,
+    rests_on,
+    store,
+)
 from soluscope.evaluation.summaries import (
     about_run,
     against_untrained,
@@ -44,7 +52,7 @@ from soluscope.probes._per_token import PerToken
 from soluscope.results import LeftOut, Measurement, Record, TokenValue, Untrained
 from soluscope.runs.folder import Busy, Run
 from soluscope.text import readable
-from soluscope.workers import tell
+from soluscope.workers import tell, tell_step
 
 TRAINING_POINTS = 60
 LEFT_BEHIND_S = 20.0
@@ -88,13 +96,9 @@ def described(run: Run, config: EvalConfig) -> str:
 def evaluate_described(line: str) -> None:
     """Evaluate the run that `described` has described, in a worker, and tell the launching process how it goes."""
     values = json.loads(line)
-
-    def at(done: int, of: int, result: str) -> None:
-        tell(done=done, of=of, result=result)
-
     try:
         run, config = Run(Path(values["run"])), EvalConfig(**values["evaluation"])
-        evaluate_run(run, config, lambda text: tell(say=text), at)
+        evaluate_run(run, config, lambda text: tell(say=text), tell_step)
     except UserError as error:
         tell(error=str(error), busy=isinstance(error, Busy))
     except Exception as error:
@@ -164,7 +168,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
             records = token_values(next(iter(observed.blocks("natural"))), about)
         else:
             records = _probe_records(name, observed, folder, about, config)
-        results.write(folder / f"{name}.jsonl", records)
+        store(folder, name, records)
 
 
 def tokens_of(run: Run, prepared: str | None = None) -> TokenCache:

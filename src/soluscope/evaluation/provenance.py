@@ -6,17 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soluscope.data.cache import SPLITS
+from soluscope.data.cache import SPLITS, Counts
 from soluscope.errors import UserError
 from soluscope.files import Whole, read_json
 from soluscope.results import Provenance
 from soluscope.runs.weights import Facts, commit
-
-
-@dataclass(frozen=True)
-class _Counts:
-    n_documents: Whole
-    n_tokens: Whole
 
 
 @dataclass(frozen=True)
@@ -26,7 +20,7 @@ class _Data:
     source: str
     tokenizer_hash: str
     d_vocab: Whole
-    splits: dict[str, _Counts]
+    splits: dict[str, Counts]
     dropped_duplicates: Whole
     dropped_overlapping: dict[str, Whole]
 
@@ -50,8 +44,8 @@ def of_study(study_dir: Path, models: Sequence[Facts]) -> list[Provenance]:
             study=study_dir.name,
             commit=commit(),
             source=data.source,
-            documents={split: each.n_documents for split, each in known.items()},
-            tokens={split: each.n_tokens for split, each in known.items()},
+            documents={split: each["n_documents"] for split, each in known.items()},
+            tokens={split: each["n_tokens"] for split, each in known.items()},
             d_vocab=data.d_vocab,
             n_copies=data.dropped_duplicates,
             n_overlapping={split: overlapping[split] for split in SPLITS if split in overlapping},

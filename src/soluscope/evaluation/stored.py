@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +19,17 @@ from soluscope.data import streams
 from soluscope.data.cache import study_facts
 from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
-from soluscope.files import digest, read_json, reason, write_text
+from soluscope.files import checksum, digest, read_json, reason, write_text
+from soluscope.results import Record
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import code_hash
 
 PACKAGE = "soluscope.probes"
 MADE_WITH = "made_with.json"
+SUMS = "SHA256SUMS"
+"""File with the checksums of a folder's results, as `sha256sum -c` reads them."""
+ENDS = (".jsonl", ".parquet", "-neurons.parquet")
+"""Ends of the names of a result's files, after the name of its probe."""
 NO_EFFECT = ("probes", "prepared", "device", "jobs", "out", "wait", "wandb")
 """Settings of an evaluation that do not change its results."""
 COMPUTES = (
@@ -117,13 +122,47 @@ def rests_on(run: Run, config: EvalConfig) -> str:
     return digest([settings, trained, prompts, code])
 
 
+def store(folder: Path, name: str, records: Iterable[Record]) -> None:
+    """Write the records of the result `name` to `folder`, and the checksums of all its files."""
+    results.write(folder / f"{name}.jsonl", records)
+    sums = _sums(folder) | {file: checksum(folder / file) for file in _files(folder, name)}
+    write_text(folder / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
+
+
+def read_stored(folder: Path, name: str, study: Path) -> list[Record]:
+    """Return the records that `store` has written to `folder`, in the folder of the study or of a run of it.
+
+    Raises:
+        UserError: if a file of this result is missing, or is not as it was written.
+    """
+    records = results.read(folder / f"{name}.jsonl", study, whole=True)
+    sums, files = _sums(folder), _files(folder, name)
+    for file in (f"{name}{end}" for end in ENDS):
+        if sums.get(file) != (checksum(folder / file) if file in files else None):
+            raise UserError(
+                f"{folder / file} is not as it was written: create it with 'soluscope probe {study}'"
+            )
+    return records
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Return the checksum of each file in the folder's list of checksums."""
+    path = folder / SUMS
+    text = path.read_text(encoding="utf8", errors="replace") if path.is_file() else ""
+    parts = [line.partition("  ") for line in text.splitlines()]
+    return {file: of_file for of_file, _, file in parts}
+
+
+def _files(folder: Path, name: str) -> list[str]:
+    return [f"{name}{end}" for end in ENDS if (folder / f"{name}{end}").is_file()]
+
+
 def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
-    """Return whether the results of the probe `name` on a run are in `folder` and can be read."""
-    path = folder / f"{name}.jsonl"
-    if not path.is_file():
+    """Return whether the results of the probe `name` on a run are in `folder` as they were written."""
+    if not (folder / f"{name}.jsonl").is_file():
         return False
     try:
-        results.read(path, run.dir.parent, whole=True)
+        read_stored(folder, name, run.dir.parent)
         if name == "loss" and not (run.dir / ORIGIN).is_file():
             read_losses(folder, run)
     except UserError as error:

@@ -7,6 +7,7 @@ runs/<study>/<run>/probes/<probe>-neurons.parquet  one row per neuron, for probe
 runs/<study>/<run>/probes/<probe>.jsonl            the probe's description, then its measurements; written
                                                    last, so its presence means that the probe is done
 runs/<study>/<run>/probes/loss.parquet             one row per document, which comparisons resample
+runs/<study>/<run>/probes/SHA256SUMS               checksums of these files
 runs/<study>/<run>/.probes.new/                    results with other settings or code, until they are complete
 runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
 runs/<study>/results.jsonl                         all records of the study, comparisons included
@@ -46,7 +47,15 @@ from soluscope.evaluation.one_run import (
     tokens_of,
 )
 from soluscope.evaluation.pretrained_run import ORIGIN, make_run, read_origin
-from soluscope.evaluation.stored import COMPUTES, PACKAGE, current, probe_files, read_losses
+from soluscope.evaluation.stored import (
+    COMPUTES,
+    PACKAGE,
+    current,
+    probe_files,
+    read_losses,
+    read_stored,
+    store,
+)
 from soluscope.evaluation.summaries import stored_words
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
@@ -233,8 +242,7 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
     code = code_hash(*COMPUTES, "controls/", but=probe_files())
     with current(study_dir / CONTROLS, code, say) if study_dir else nullcontext() as folder:
         stored = {
-            name: _stored(folder / f"{what}-{name}.jsonl", say) if folder else None
-            for name in names
+            name: _stored(folder, f"{what}-{name}", say) if folder else None for name in names
         }
         waiting = [name for name in names if stored[name] is None]
         if not waiting:
@@ -246,19 +254,19 @@ def _calibrated(what: str, names: Sequence[str], study_dir: Path | None, say: Sa
                 probe = plugins.pick(PACKAGE, name)
                 made: list[Record] = [stored_words(name, probe, study), *ask(name, study=study)]
                 if folder:
-                    results.write(folder / f"{what}-{name}.jsonl", made)
+                    store(folder, f"{what}-{name}", made)
                 stored[name] = made
     return [record for name in names for record in stored[name] or ()]
 
 
-def _stored(path: Path, say: Say) -> list[Record] | None:
+def _stored(folder: Path, name: str, say: Say) -> list[Record] | None:
     """Return the records of a calibration that is stored in a study, or None without complete records."""
-    if not path.is_file():
+    if not (folder / f"{name}.jsonl").is_file():
         return None
     try:
-        return results.read(path, path.parents[1], whole=True)
+        return read_stored(folder, name, folder.parent)
     except UserError as error:
-        say(f"{path.name} is computed again: {error}")
+        say(f"{name}.jsonl is computed again: {error}")
         return None
 
 
@@ -266,7 +274,7 @@ def write_results(study_dir: Path) -> Path:
     """Gather the records of all evaluated runs, compare the runs, and write results.jsonl."""
     records: list[Record] = []
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
-        records += results.read(path, study_dir)
+        records += read_stored(path.parent, path.stem, study_dir)
     losses = []
     compared: list[Facts] = []
     beside: dict[str, None] = {}
@@ -278,7 +286,7 @@ def write_results(study_dir: Path) -> Path:
             continue  # not evaluated yet, or interrupted before there was anything to compare
         if not _is_for_choosing(run, seeds):
             for path in sorted(folder.glob("*.jsonl")):
-                records += results.read(path, study_dir)
+                records += read_stored(folder, path.stem, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:

@@ -11,7 +11,7 @@ import sys
 from soluscope.config import load_config
 from soluscope.launching.jobs import Task, execute
 from soluscope.training.progress import NoProgress
-from soluscope.workers import STOPPED, tell, works
+from soluscope.workers import STOPPED, tell_step, works
 
 
 def main() -> None:
@@ -19,11 +19,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         sys.exit(0 if execute(Task(load_config(sys.argv[1:]))) else 1)
     for line in works():
-        execute(Task.from_json(line), NoProgress(), _tell)  # the launching process shows the bars
-
-
-def _tell(done: int, of: int, result: str) -> None:
-    tell(done=done, of=of, result=result)
+        task = Task.from_json(line)
+        execute(task, NoProgress(), tell_step)  # the launching process shows the bars
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from soluscope.evaluation.one_run import Step
+
 State = Literal["done", "running", "failed", "resume", "waiting"]
 _URGENT: tuple[State, ...] = ("running", "failed", "resume", "waiting", "done")
 
@@ -70,10 +72,6 @@ class Task:
         return cls(
             from_json(values["config"]), None if settings is None else EvalConfig(**settings)
         )
-
-
-Step = Callable[[int, int, str], None]
-"""Function called during a job's evaluation, as `evaluation.one_run.Step`."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
-class Report:
+class SecondStage:
     """Second stage of a sweep with select seeds: choose arms and train them at the sweep's own seeds."""
 
     does: ClassVar[str] = "chooses arms and starts their jobs"
@@ -128,11 +128,11 @@ class Report:
             _second_stage(self.plan, self.retry)
 
 
-def after_from_json(text: str) -> Evaluate | Report:
-    """Return the work that `Evaluate.to_json` or `Report.to_json` has described."""
+def after_from_json(text: str) -> Evaluate | SecondStage:
+    """Return the work that `Evaluate.to_json` or `SecondStage.to_json` has described."""
     values = json.loads(text)
     if "path" in values:
-        return Report(Path(values["path"]), tuple(values["words"]), values["retry"])
+        return SecondStage(Path(values["path"]), tuple(values["words"]), values["retry"])
     return Evaluate(
         Path(values["study_dir"]),
         tuple(jobs.Job(**job) for job in values["jobs"]),
@@ -201,7 +201,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
         if plan.first is None:
             _run(plan, plan.sweep, retry, _evaluation(plan, plan.sweep))
         else:
-            _run(plan, plan.first, retry, Report(path, tuple(words), retry, plan))
+            _run(plan, plan.first, retry, SecondStage(path, tuple(words), retry, plan))
 
 
 def _read(path: Path, words: Sequence[str]) -> _Plan:
@@ -240,7 +240,7 @@ def _read(path: Path, words: Sequence[str]) -> _Plan:
     return _Plan(config, engine, params, evaluation, sweep, first)
 
 
-def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | Report) -> None:
+def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | SecondStage) -> None:
     """Run the jobs of one stage that are not done, and then `after`."""
     listed = [jobs.job_of(config) for config in sweep.configs]
     jobs.write_list(sweep.study_dir, sweep.name, listed)
@@ -258,7 +258,7 @@ def _run(plan: _Plan, sweep: Sweep, retry: bool, after: Evaluate | Report) -> No
             or (state == "failed" and retry)
         ):
             todo.append(task)
-    if isinstance(after, Report) and not todo:
+    if isinstance(after, SecondStage) and not todo:
         after()  # no engine is needed to continue
     else:
         plan.engine.run(sweep, todo, plan.params, after)

@@ -132,8 +132,8 @@ def _sizes(run: HookedRun) -> dict[str, Tensor]:
     """Return the norms of the MLP's output, and of the part of it that the gain multiplies, as ratios. [token]"""
     out = run.readout
     scaled = ((run.post - out.beta) @ out.W_out).double()
-    rest = run.resid_mid.double() + (out.b_out + out.beta @ out.W_out).double()
-    mlp_out = scaled + (out.b_out + out.beta @ out.W_out).double()
+    constant = (out.b_out + out.beta @ out.W_out).double()
+    rest, mlp_out = run.resid_mid.double() + constant, scaled + constant
     if out.ln_centred:
         scaled, rest = (each - each.mean(-1, keepdim=True) for each in (scaled, rest))
     return {

@@ -13,7 +13,7 @@ from soluscope.report.findings import (
     estimate,
     gain_varies,
     measured,
-    per_token_by_kappa,
+    normed,
     seeds,
     settings,
     sizes,
@@ -104,8 +104,7 @@ def _chains(records: Sequence[Record]) -> list[list[str]]:
 
 def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
     """Return three facts: the benefit of LN, the share that static arms miss, and whether the gain varies."""
-    arms = [*pretrained.arms(records)]
-    arms += [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
+    arms = [*pretrained.arms(records), *normed(records)]
     if not arms:
         return []
     benefits, shares = (

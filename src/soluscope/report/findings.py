@@ -358,6 +358,11 @@ def span(values: Iterable[float | None], decimals: int | None = None) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def normed(records: Sequence[Record]) -> list[str]:
+    """Return the arms with a per-token norm, by size and kappa."""
+    return [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names as a list, with semicolons if a name has a comma."""
     return ("; " if any("," in name for name in names) else ", ").join(names)

@@ -23,9 +23,9 @@ from soluscope.report.findings import (
     gain_varies,
     listed,
     measured,
+    normed,
     number,
     per_token,
-    per_token_by_kappa,
     remarks,
     runs_of,
     seeds,
@@ -230,7 +230,7 @@ def _headline(records: list[Record]) -> list[str]:
     several_gains = any(point.setting == "gain" for point in of_kind(records, ChoicePoint))
     if (several_kappas or several_gains) and (untuned := one_rate(records)):
         sentences.append(untuned)
-    arms, benefits = _normed(records), _benefits(records)
+    arms, benefits = normed(records), _benefits(records)
     verdicts = [_verdict(records, benefit, benefit.arm) for benefit in benefits]
     sentences[:0] = verdicts or [NO_VERDICT]
     for benefit in benefits:
@@ -243,13 +243,8 @@ def _headline(records: list[Record]) -> list[str]:
     return sentences
 
 
-def _normed(records: list[Record]) -> list[str]:
-    """Return the arms with a per-token norm, by size and kappa."""
-    return [arm for of_one in sizes(records).values() for arm in per_token_by_kappa(of_one)]
-
-
 def _benefits(records: list[Record]) -> list[Comparison]:
-    return [each for arm in _normed(records) for each in comparisons(records, Term.BENEFIT, arm)]
+    return [each for arm in normed(records) for each in comparisons(records, Term.BENEFIT, arm)]
 
 
 def _not_summarised(records: list[Record]) -> list[str]:
