@@ -454,7 +454,7 @@ KINDS: dict[str, type[Record]] = {
 
 
 class Records(list[Record]):
-    """Records that do not change, and what was computed from them once: a large study has half a million."""
+    """Records that do not change. Results computed from them are kept, because a study may have half a million."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         super().__init__(records)
