@@ -233,7 +233,7 @@ def by_stream(row: Measurement) -> tuple[bool, str]:
 
 
 def streams(rows: Iterable[Measurement]) -> list[str]:
-    """Return the streams of measurements: natural text, then those with intervals, then the others."""
+    """Return the streams of measurements: natural text, then streams with intervals, then all others."""
     bounded: dict[str, bool] = {}
     for row in rows:
         bounded[row.stream] = bounded.get(row.stream, False) or row.low is not None

@@ -37,7 +37,7 @@ def render(records: list[Record]) -> str:
     packed: list[str] = []
 
     def add(figure: go.Figure) -> int:
-        """Compress a figure for the page's script, and return its number on the page."""
+        """Add a compressed figure for the page's script, and return the figure's number on the page."""
         packed.append(packing.packed(packing.as_text(figure)))
         return len(packed)
 
