@@ -13,9 +13,9 @@ Points = set[tuple[float, float]]
 
 
 def packed_in(page: str, part: str) -> str:
-    """Return the text of a compressed part of a page: `figures` or `library`."""
+    """Return the text of a compressed part of a page: `figures`, one on each line, or `library`."""
     (content,) = re.findall(rf'<script type="text/plain" id="packed-{part}">([^<]*)</script>', page)
-    return unpacked(content)
+    return "\n".join(map(unpacked, content.split())) if content else ""
 
 
 def figures_in(page: str, part: str | None = None) -> list[go.Figure]:

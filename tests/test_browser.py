@@ -187,6 +187,20 @@ def test_a_token_shows_its_colour_and_its_numbers(visit):
     assert "gain 500" in text
 
 
+def test_a_compressed_table_is_there_once_its_fold_is_opened(visit):
+    tab = visit()
+    tab.locator(f"{TABS}[href='#probes']").click()
+    tab.locator("#probes > nav a", has_text="P1").click()
+    fold = tab.locator(
+        "#probes > section:not([hidden]) details", has_text="other streams and splits"
+    )
+    assert fold.locator("table").count() == 0
+    fold.locator("summary").click()
+    assert "median of r" in fold.locator("tbody th").first.text_content()
+    assert fold.locator("button.save").text_content() == "CSV"
+    assert wide(tab) == 0
+
+
 def test_dark_mode_changes_the_page_and_its_figures_and_back(visit):
     tab = visit(color_scheme="dark")
     colours = """() => [getComputedStyle(document.body).backgroundColor,
@@ -199,6 +213,7 @@ def test_dark_mode_changes_the_page_and_its_figures_and_back(visit):
 
 def test_paper_has_all_parts_with_their_figures_and_warnings(visit):
     tab = visit()
+    until(tab, "() => document.body.classList.contains('prepared')")
     tab.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert tab.locator("main > .tab:visible").count() == tab.locator("main > .tab").count()
     folded = ".plot:not(details:not([open]) .plot)"
@@ -228,7 +243,7 @@ def test_a_script_that_was_added_does_not_run(visit, html):
     visit.wrong.clear()
 
 
-# ---------------------------------------------------------------- how it looks
+# ---------------------------------------------------------------- layout
 
 
 @pytest.mark.parametrize("width", WIDTHS)

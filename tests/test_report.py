@@ -30,6 +30,7 @@ from soluscope.comparison.compare import Lineage
 from soluscope.comparison.stats import Interval, equivalence
 from soluscope.errors import UserError
 from soluscope.report import evidence, figures, findings, meaning, names, page, tokens, words
+from soluscope.report.packing import unpacked
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -174,7 +175,12 @@ def html(rows: list[Record], tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def text(html: str) -> str:
-    """Return the page without its scripts and styles."""
+    """Return the page without its scripts and styles, and with its compressed tables."""
+    html = re.sub(
+        r'<script type="text/plain" class="packed">([^<]*)</script>',
+        lambda found: unpacked(found[1]),
+        html,
+    )
     return re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.S)
 
 
@@ -1432,7 +1438,9 @@ def test_an_arm_keeps_its_colour_through_the_page(rows):
 
 def test_more_arms_than_colours_are_told_apart_by_shape():
     arms = [replace(RUN, arm=f"{i:02d}") for i in range(20)]
-    assert len(set(figures.styles(arms).values())) == 20
+    styles = figures.styles(arms).values()
+    assert len({(style.colour, style.symbol) for style in styles}) == 20
+    assert len({(style.colour, style.dash) for style in styles}) == 20  # of lines without symbols
 
 
 def test_a_zero_is_not_drawn_on_a_logarithmic_axis_and_ticks_are_round():

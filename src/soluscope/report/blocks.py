@@ -129,6 +129,8 @@ class Fold(Block):
     blocks: Sequence[Block]
     style: str = ""
     """Class in the style sheet."""
+    packed: bool = False
+    """True if the page contains the blocks compressed, so that they can be opened only with its script."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ FEWEST_DOSES = 3
 """Number of doses of a variant from which its numbers are drawn against the dose."""
 MANY_ARMS = 9
 """More arms than this are drawn closer together, with labels of one line."""
+MOST_FLAT = 20
+"""Largest factor between the spans of panels of curves that share an axis."""
 TITLE_HEIGHT = 40
 """Height of a figure's title in pixels; the report's page needs none, because it has headings."""
 QUARTILE = re.compile(r".* Q[1-4]")
@@ -70,12 +72,14 @@ class Style:
 def styles(rows: Iterable[Record]) -> dict[str, Style]:
     """Assign a style to each arm, in the order of the records.
 
-    With more arms than colours, the symbol distinguishes them.
+    Arms of one colour differ in the symbol and in the dash.
     """
     arms = dict.fromkeys(row.arm for row in rows if row.arm)
     n = len(COLOURS)
     return {
-        arm: Style(COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[i % len(DASHES)])
+        arm: Style(
+            COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[(i + i // n) % len(DASHES)]
+        )
         for i, arm in enumerate(arms)
     }
 
@@ -351,7 +355,7 @@ def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
 
 def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
     """Draw one panel per quantity, group and stream, with one thin line per run and its interval as a band."""
-    one_scale = _have_one_unit(panels)
+    one_scale = _have_one_unit(panels) and (spec.log_y or spec.relative or _have_one_size(panels))
     drawn = [row for rows in panels.values() for row in rows]
     figure = _grid(panels, row_height=250, curves=True)
     if one_scale:
@@ -382,8 +386,9 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
             )
             named.add(arm)
             _add(figure, trace, index)
-        x_type = "log" if spec.log_x else None
-        figure.update_xaxes(title_text=html.escape(spec.x_title), type=x_type, **_at(index))
+        figure.update_xaxes(title_text=html.escape(spec.x_title), **_at(index))
+        if spec.log_x and any(row.x for row in rows):
+            figure.update_xaxes(**_log_scale([row.x for row in drawn if row.x], 5), **_at(index))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
         on_axis = drawn if one_scale else rows
         if spec.log_y and _positive(on_axis, or_zero=True) and any(row.value for row in on_axis):
@@ -435,7 +440,12 @@ def _log_axis(rows: Iterable[Number], most: int) -> dict[str, object]:
     `most` is about the largest number of ticks. Values that span less than a factor of 10 have ticks at 1, 2 and 5
     times a power of 10, and at least two ticks.
     """
-    ends = [end for row in rows for end in (row.low, row.value, row.high) if end and end > 0]
+    return _log_scale([end for row in rows for end in (row.low, row.value, row.high) if end], most)
+
+
+def _log_scale(values: Iterable[float], most: int) -> dict[str, object]:
+    """Return a logarithmic axis for values above 0; see `_log_axis`."""
+    ends = [value for value in values if value > 0]
     low, high = math.log10(min(ends)), math.log10(max(ends))
     room = max(0.05 * (high - low), 0.05)
     decades = range(math.floor(low - room), math.ceil(high + room) + 1)
@@ -810,6 +820,13 @@ def _spread(n: int) -> list[float]:
 def _have_one_unit(panels: Panels[N]) -> bool:
     """Return whether all panels have one unit, so that a shared axis makes them comparable."""
     return len({row.unit for rows in panels.values() for row in rows}) == 1
+
+
+def _have_one_size(panels: Panels[N]) -> bool:
+    """Return whether every panel's curves can be seen on an axis that all panels share."""
+    values = [[row.value for row in rows if row.value is not None] for rows in panels.values()]
+    spans = [max(each) - min(each) for each in values if each]
+    return min(spans, default=0) * MOST_FLAT >= max(spans, default=0)
 
 
 def _arm_height(n_arms: int) -> int:

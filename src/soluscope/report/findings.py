@@ -232,6 +232,14 @@ def by_stream(row: Measurement) -> tuple[bool, str]:
     return row.stream != "natural", row.stream
 
 
+def streams(rows: Iterable[Measurement]) -> list[str]:
+    """Return the streams of measurements: natural text, then streams with intervals, then all others."""
+    bounded: dict[str, bool] = {}
+    for row in rows:
+        bounded[row.stream] = bounded.get(row.stream, False) or row.low is not None
+    return sorted(bounded, key=lambda stream: (stream != "natural", not bounded[stream], stream))
+
+
 def measured(
     records: Iterable[Record],
     probe: str,

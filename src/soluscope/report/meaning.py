@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from soluscope.report.findings import (
     NO_COST,
-    by_stream,
     envelope,
     number,
     number_key,
     seeds,
     side,
     span,
+    streams,
 )
 from soluscope.results import Direction, Gate, Measurement, ProbeWords, Quantity, Untrained
 
@@ -48,11 +48,10 @@ def sentences(
     """
     for name in _main_names(words):
         selected = _main(rows, name, words.quantities[name])
-        streams = sorted({by_stream(row) for row in selected})
         each = (
-            [row for row in selected if row.arm == arm and by_stream(row) == stream]
+            [row for row in selected if row.arm == arm and row.stream == stream]
             for arm in arms
-            for stream in streams
+            for stream in streams(selected)
         )
         if result := [_sentence(words, of_arm, before) for of_arm in each if of_arm]:
             return result

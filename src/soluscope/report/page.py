@@ -34,19 +34,19 @@ def render(records: list[Record]) -> str:
     numbered = [(f"s{i}", section) for i, section in enumerate(parts, start=1)]
     tabs = {tab: [(key, each) for key, each in numbered if each.tab == tab] for tab in TABS}
     template = _environment().get_template
-    texts: list[str] = []
+    packed: list[str] = []
 
     def add(figure: go.Figure) -> int:
-        """Add a figure for the page's script to draw, and return its number."""
-        texts.append(packing.as_text(figure))
-        return len(texts)
+        """Add a compressed figure for the page's script, and return the figure's number on the page."""
+        packed.append(packing.packed(packing.as_text(figure)))
+        return len(packed)
 
     return template("page.html.j2").render(
         study=", ".join(sorted({record.study for record in records})),
         tabs={tab: of_tab for tab, of_tab in tabs.items() if of_tab},
         labels=TABS,
         add=add,
-        figures=texts,
+        figures=packed,
         packed=packing.packed,
         min_width=min_width,
         plotly=get_plotlyjs(),

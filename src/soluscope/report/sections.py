@@ -23,6 +23,7 @@ from soluscope.report.blocks import (
     Block,
     Bullets,
     Cell,
+    Fold,
     Paragraph,
     Section,
     Table,
@@ -43,6 +44,7 @@ from soluscope.report.findings import (
     per_token,
     remarks,
     sizes,
+    streams,
     tuned,
     twins,
 )
@@ -342,7 +344,7 @@ class _Arms:
             spec = replace(
                 spec,
                 quantities=tuple(name for name in spec.quantities if name in panels),
-                streams=tuple(_streams(drawn, spec)[:1]),
+                streams=tuple(_streams(main or drawn, spec)[:1]),
             )
             rings = any(each.quantity in panels for each in before)
             remark = "Grey rings: the same models before training. " if rings else ""
@@ -427,9 +429,9 @@ class _Arms:
 
     def _drawn(self, rows: Sequence[Measurement], spec: Figure) -> list[Block]:
         """Return a figure of a probe, and the same numbers against the dose if a variant has several doses."""
-        below = self.doses.caption() if spec.kind == "dots" else CLICK
-        streams = _streams(rows, spec)
-        if spec.kind == "curve" or len(spec.quantities) < 2 or len(streams) < 2:
+        below = CLICK if spec.kind == "curve" else ""
+        of_spec = _streams(rows, spec)
+        if spec.kind == "curve" or len(spec.quantities) < 2 or len(of_spec) < 2:
             result = plot(figures.draw(rows, spec, self.look), spec.title, below)
             return [*result, *self._against_dose(rows, spec)]
         of_stream = [
@@ -438,7 +440,7 @@ class _Arms:
                 f"{spec.title}: {stream}",
                 below,
             )
-            for stream in streams
+            for stream in of_spec
         ]
         first, *others = [each for each in of_stream if each] or [[]]
         folded = fold(
@@ -469,9 +471,8 @@ def _about(words: ProbeWords, row: Measurement) -> Figure:
 
 
 def _streams(rows: Sequence[Measurement], spec: Figure) -> list[str]:
-    """Return the streams of a figure, natural text first."""
-    drawn = [row for row in rows if figures.is_drawn(row, spec)]
-    return list(dict(sorted({by_stream(row): row.stream for row in drawn}.items())).values())
+    """Return the streams of a figure, in the order in which they are shown."""
+    return streams(row for row in rows if figures.is_drawn(row, spec))
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -501,7 +502,8 @@ def _probe_tables(
         lead = Paragraph("One line per seed, with the 95% interval for these models.", style="soft")
         result += fold(f"Table: {caption}", [lead, _by_arm(main, arms, quantities, before)])
     if rest:
-        result += fold("Table: other streams and splits", [_by_arm(rest, arms, {}, before)])
+        table = _by_arm(rest, arms, {}, before)
+        result.append(Fold("Table: other streams and splits", [table], packed=True))
     return result
 
 

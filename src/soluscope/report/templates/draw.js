@@ -7,18 +7,29 @@
     ? text.replace(/"(white|#222222|#e4e4e4|#555555|#0072B2)"/g, (found, colour) => `"${COLOURS[colour]}"`)
     : text);
 
-  // The library and the figures are compressed, because the page would be three times as large with them as text.
-  const unpack = async id => {
-    const packed = document.getElementById(id), letters = atob(packed.textContent);
-    packed.remove();
-    const bytes = new Blob([Uint8Array.from(letters, letter => letter.charCodeAt(0))]);
-    return new Response(bytes.stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  // The library, the figures and the largest tables are compressed: the page would be three times as large with them
+  // as text, and slower to open.
+  const unpack = async packed => {
+    const bytes = Uint8Array.fromBase64?.(packed) ?? Uint8Array.from(atob(packed), letter => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
   };
-  let texts = [];
+  const take = id => {
+    const script = document.getElementById(id);
+    script.remove();
+    return script.textContent;
+  };
+  const packed = take("packed-figures").split("\n"), texts = [];
+  const placeOf = box => box.id.replace("figure-", "") - 1;
+  const prepare = async i => { texts[i] ??= await unpack(packed[i]); };
+  // Paper cannot wait for a figure to be unpacked.
+  const prepareAll = async () => {
+    await Promise.all(plots.map(box => prepare(placeOf(box))));
+    document.body.classList.add("prepared");
+  };
   // A legend of several lines makes the figure higher, not its panels lower.
   const LETTER = 7.5, MARK = 45, LINE = 20;
   const read = (box, dark) => {
-    const figure = paint(texts[box.id.replace("figure-", "") - 1], dark);
+    const figure = paint(texts[placeOf(box)], dark);
     const names = figure.data.filter(each => each.name && each.showlegend !== false).map(each => each.name);
     const width = names.reduce((sum, name) => sum + MARK + LETTER * name.length, 0);
     const lines = Math.ceil(width / Math.max(200, (box.clientWidth || 900) - 90));
@@ -37,15 +48,20 @@
     box.setAttribute("role", "img");
     box.setAttribute("aria-label", box.textContent.trim());
   }
-  const draw = (box, dark = wish.matches) => {
-    if (waiting.delete(box)) box.textContent = "";
+  const isShown = box => box.offsetParent, isDrawn = box => box.classList.contains("js-plotly-plot");
+  const drawNow = (box, dark = wish.matches) => {
+    waiting.delete(box);
     const {data, layout} = read(box, dark);
+    if (!isDrawn(box)) box.textContent = "";
     Plotly.react(box, data, layout, {responsive: true, displaylogo: false, displayModeBar: false});
   };
-  const isShown = box => box.offsetParent;
-  const redraw = dark => plots.forEach(box => { if (!waiting.has(box)) draw(box, dark); });
-  const start = ([library, figures]) => {
-    texts = figures.split("\n");
+  const draw = async box => {
+    waiting.delete(box);
+    await prepare(placeOf(box));
+    drawNow(box);
+  };
+  const redraw = dark => plots.filter(isDrawn).forEach(box => drawNow(box, dark));
+  const start = library => {
     const script = document.createElement("script");
     script.textContent = library;
     document.head.append(script);
@@ -53,25 +69,24 @@
       if (isIntersecting && waiting.has(target)) draw(target);
     }), {rootMargin: "400px"});
     plots.forEach(box => watch.observe(box));
-    const next = () => {
+    const next = async () => {
       const box = [...waiting].find(isShown);
-      if (box) { draw(box); setTimeout(next, 20); }
+      if (box) { await draw(box); setTimeout(next, 20); } else prepareAll();
     };
     setTimeout(next, 200);
     wish.addEventListener("change", () => redraw());
   };
-  Promise.all([unpack("packed-library"), unpack("packed-figures")]).then(start);
-  // Paper is white and has no tabs and no folds.
+  unpack(take("packed-library")).then(start);
+  // Paper is white and has no tabs.
   addEventListener("beforeprint", () => {
     document.body.classList.add("printed");
     all("details.warn").forEach(each => { each.open = true; });
-    if (!window.Plotly) return;
-    [...waiting].filter(isShown).forEach(box => draw(box, false));
     redraw(false);
+    if (window.Plotly) plots.filter(box => isShown(box) && texts[placeOf(box)]).forEach(box => drawNow(box, false));
   });
   addEventListener("afterprint", () => {
     document.body.classList.remove("printed");
-    if (window.Plotly) redraw();
+    redraw();
   });
 
   // Each figure and each table can be saved: buttons that only a script can serve are made by the script.
@@ -90,13 +105,14 @@
     const safe = /^[=@\t]|^[+-](?![\d.])/.test(text) ? "'" + text : text;
     return `"${safe.replace(/"/g, '""')}"`;
   };
-  for (const box of all(".box")) {
+  const addButton = box => {
     const plot = box.querySelector(".plot"), button = document.createElement("button");
     button.className = "save";
     button.textContent = plot ? "SVG" : "CSV";
     button.setAttribute("aria-label", plot ? "Save this figure as SVG" : "Save this table as CSV");
     button.addEventListener("click", async () => {
       if (plot) {
+        await prepare(placeOf(plot));
         const {data, layout} = read(plot, false);
         const width = plot.clientWidth || 900, {height} = layout;
         save(await Plotly.toImage({data, layout}, {format: "svg", width, height}), ".svg", box);
@@ -108,6 +124,14 @@
       }
     });
     box.before(button);
+  };
+  all(".box").forEach(addButton);
+  for (const script of all("details > .packed")) {
+    const fold = script.parentElement;
+    fold.addEventListener("toggle", async () => {
+      script.outerHTML = await unpack(script.textContent);
+      fold.querySelectorAll(".box").forEach(addButton);
+    }, {once: true});
   }
 
   // The links of a navigation become tabs: one part is shown at a time. Arrow keys move between the tabs.
@@ -146,7 +170,7 @@
       const i = panels.findIndex(panel => panel.contains(target));
       if (i >= 0) show(i);
     }
-    plots.forEach(box => { if (!waiting.has(box) && isShown(box)) Plotly.Plots.resize(box); });
+    plots.forEach(box => { if (isDrawn(box) && isShown(box)) Plotly.Plots.resize(box); });
     if (target.matches("[role=tabpanel]")) scrollTo(0, 0); else target.scrollIntoView();
   };
   addEventListener("hashchange", reveal);
