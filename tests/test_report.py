@@ -32,6 +32,7 @@ from soluscope.errors import UserError
 from soluscope.report import evidence, figures, findings, meaning, names, page, tokens, words
 from soluscope.report.packing import unpacked
 from soluscope.results import (
+    HELD_OUT,
     ChoicePoint,
     Comparison,
     FalsePositives,
@@ -683,6 +684,27 @@ def test_what_differs_between_arms_comes_first_and_failed_probes_do_not_come():
         "engagement: "
         not in body.split("<h2>Differences between arms</h2>")[1].split("</section>")[0]
     )
+
+
+def test_gap_on_held_out_documents_is_to_the_plain_run_of_the_same_seed_and_step(rows):
+    made = [*rows]
+    base = next(row for row in made if isinstance(row, Measurement) and row.probe == "training")
+    known = {setting.arm: setting for setting in made if isinstance(setting, Setting)}
+    (plain,) = (arm for arm, setting in known.items() if setting.role == "plain")
+    ln = next(arm for arm, setting in known.items() if setting.role == "per_token")
+    values = {(plain, 0, 1e5): 6.0, (plain, 0, 2e5): 5.0, (plain, 1, 1e5): 7.0, (ln, 0, 1e5): 6.5,
+              (ln, 0, 2e5): 4.75, (ln, 1, 1e5): 7.25, (ln, 2, 1e5): 9.0}  # fmt: skip
+    made += [
+        replace(base, quantity=HELD_OUT, arm=arm, run=f"{arm}-s{seed}", seed=seed, x=x, value=value)
+        for (arm, seed, x), value in values.items()
+    ]  # fmt: skip
+    gaps = findings.held_out_gaps(made)
+    assert {row.quantity for row in gaps} == {f"{HELD_OUT} minus that of {plain}"}
+    assert {(row.arm, row.seed, row.x): row.value for row in gaps} == {
+        (ln, 0, 1e5): 0.5, (ln, 0, 2e5): -0.25, (ln, 1, 1e5): 0.25,
+    }  # fmt: skip
+    page = rendered(made)
+    assert page.index(f"{HELD_OUT} minus that of") > page.index(HELD_OUT)
 
 
 def test_numbers_before_training_are_rings_beside_the_dots():

@@ -20,6 +20,7 @@ from soluscope.errors import UserError
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import build_model, load_facts
 from soluscope.training.batches import Batches, batch_rows
+from soluscope.training.held_out import is_point
 from soluscope.training.module import TrainingModule, parameter_groups, rate
 from soluscope.training.static_gain import set_gain
 
@@ -292,6 +293,32 @@ def test_metrics_follow_engagement_during_training(tiny_study):
     eps = 41.94304 / 128**2
     for line in with_norm:  # r and gain follow from the same variance
         assert 1 - line["r"] == pytest.approx(eps * line["gain"] ** 2, rel=1e-3)
+
+
+def test_metrics_follow_the_loss_on_held_out_documents(tiny_study):
+    rows = [json.loads(s) for s in (tiny_study / "solu_ln-s0" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [10, 12]
+    model = Run(tiny_study / "solu_ln-s0").load_model()
+    cache = open_cache(Path(json.loads((tiny_study / "data.json").read_text())["path"]))
+    select = cache.rows("select", 32)
+    tokens = torch.from_numpy(
+        select[np.linspace(0, len(select) - 1, min(len(select), 125)).astype(int)]
+    )
+    log_p = model(tokens).log_softmax(-1)[:, :-1]
+    by_hand = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
+    assert rows[-1]["held_out_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "log_every", "n"), [(450, 10, 15), (12, 10, 2), (10_000, 10, 17), (7, 1, 7)]
+)
+def test_a_run_has_about_sixteen_held_out_points_and_one_at_its_end(steps, log_every, n):
+    words = ["variant=solu", "size=tiny", f"train.steps={steps}", "train.warmup_steps=0"]
+    config = load_config([*words, f"train.log_every={log_every}"])
+    logged = {*range(log_every, steps, log_every), steps}
+    points = [step for step in sorted(logged) if is_point(step, config)]
+    assert len(points) == n
+    assert points[-1] == steps
 
 
 def test_a_bare_machine_trains_from_a_carried_cache(tiny_study, tmp_path):

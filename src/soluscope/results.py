@@ -24,6 +24,9 @@ MARGIN = 0.005
 
 Source: protocol.md section 4."""
 
+HELD_OUT = "loss on held-out documents"
+"""Quantity of the training curves: the mean over the same tokens of the select split in every run."""
+
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 T = TypeVar("T")

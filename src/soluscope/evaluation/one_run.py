@@ -49,7 +49,7 @@ from soluscope.hooked.activations import HookedRun, Text, check_model, observe, 
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.probes import Measured, Probe
 from soluscope.probes._per_token import PerToken
-from soluscope.results import LeftOut, Measurement, Record, TokenValue, Untrained
+from soluscope.results import HELD_OUT, LeftOut, Measurement, Record, TokenValue, Untrained
 from soluscope.runs.folder import Busy, Run
 from soluscope.text import readable
 from soluscope.workers import tell, tell_step
@@ -359,7 +359,7 @@ def _pretrained(
 
 
 def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftOut]:
-    """Return the training curves: means over at most 60 stretches of metrics.jsonl.
+    """Return the training curves: means over at most 60 stretches of metrics.jsonl, and the held-out losses.
 
     Without a row that can be read, a record gives the reason.
     """
@@ -379,6 +379,13 @@ def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftO
             )
             for name, unit in units.items() if name in stretch
         ]  # fmt: skip
+    points += [
+        Measurement(
+            **about, probe="training", quantity=HELD_OUT, unit="nats / token", stream="select",
+            x=float(row["tokens"]), value=row["held_out_loss"],
+        )
+        for row in rows if "held_out_loss" in row
+    ]  # fmt: skip
     return points
 
 

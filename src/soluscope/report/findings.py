@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from soluscope.results import (
+    HELD_OUT,
     ChoicePoint,
     Comparison,
     Measurement,
@@ -106,6 +107,25 @@ def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
         if record.arm:
             result.setdefault(size_of.get(record.arm, ""), []).append(record)
     return result
+
+
+def held_out_gaps(records: Sequence[Record]) -> list[Measurement]:
+    """Return each run's loss on held-out documents minus that of the plain arm's run with the same seed.
+
+    Both losses are means over the same tokens after the same number of steps, so that lines which coincide in a
+    figure of the losses can be told apart.
+    """
+    gaps = []
+    for of_one in sizes(records).values():
+        plain = [arm for arm, setting in settings(of_one).items() if setting.role == "plain"]
+        rows = [row for row in of_kind(of_one, Measurement) if row.quantity == HELD_OUT]
+        there = {(row.seed, row.x): row.value for row in rows if row.arm in plain[:1]}
+        for row in rows:
+            other = there.get((row.seed, row.x))
+            if row.arm not in plain[:1] and other is not None and row.value is not None:
+                name = f"{HELD_OUT} minus that of {plain[0]}"
+                gaps.append(replace(row, quantity=name, value=row.value - other))
+    return gaps
 
 
 def of_size(caption: str, size: str) -> str:

@@ -37,6 +37,7 @@ from soluscope.report.findings import (
     comparisons,
     estimate,
     for_these_models,
+    held_out_gaps,
     listed,
     number,
     number_key,
@@ -49,6 +50,7 @@ from soluscope.report.findings import (
     twins,
 )
 from soluscope.results import (
+    HELD_OUT,
     Comparison,
     Figure,
     LeftOut,
@@ -245,15 +247,24 @@ class _Arms:
         return Table(heads, lines)
 
     def training(self) -> list[Block]:
+        """Draw each number that was logged during training; the loss on held-out documents comes first."""
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == "training"]
+        gaps = held_out_gaps(self.records)
         result: list[Block] = []
-        names = sorted({row.quantity for row in rows}, key=lambda name: (name != "loss", name))
+        first = (HELD_OUT, "loss")
+        names = sorted({row.quantity for row in rows}, key=lambda name: (name not in first, name))
         for name in names:
-            log_y = name != "r"
-            spec = Figure(name, (name,), kind="curve", x_title="tokens seen", log_y=log_y)
-            result += plot(figures.draw(rows, spec, self.look), caption=name)
+            result += self._training_curve(rows, name, log_y=name != "r")
+            for gap in dict.fromkeys(row.quantity for row in gaps if name == HELD_OUT):
+                result += self._training_curve(gaps, gap)
         lead = "One thin line per run, against the number of training tokens."
         return [Paragraph(lead), *result] if result else []
+
+    def _training_curve(
+        self, rows: Sequence[Measurement], name: str, log_y: bool = False
+    ) -> list[Block]:
+        spec = Figure(name, (name,), kind="curve", x_title="tokens seen", log_y=log_y)
+        return plot(figures.draw(rows, spec, self.look), caption=name)
 
     def probe(self, name: str) -> Section:
         """Return a probe's section: its numbers, figures and stored description, or the numbers alone."""

@@ -78,7 +78,7 @@ class Batches(lightning.LightningDataModule):
 
     def __init__(self, config: Config, cache: TokenCache, rank: int = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.cache = config, cache
         self.share = slice(rank, None, config.train.n_processes)
         self.rows = cache.rows("train", config.model.ctx)
         self.rows_before = rows_before(config)

@@ -21,6 +21,7 @@ from soluscope.errors import Stopped, UserError
 from soluscope.files import replacing, write_text
 from soluscope.model import Activations, LanguageModel
 from soluscope.runs.folder import Run
+from soluscope.training import held_out
 from soluscope.training.batches import rows_in_order
 from soluscope.training.device import set_threads
 from soluscope.training.processes import is_lost
@@ -80,6 +81,7 @@ class TrainingCallback(lightning.Callback):
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         self.vocabulary = len(module.model.unembed.b_U)
+        self.cache = trainer.datamodule.cache
         self.n_rows = len(trainer.datamodule.rows)
         self.rows_before = trainer.datamodule.rows_before
 
@@ -180,6 +182,11 @@ class TrainingCallback(lightning.Callback):
             "lr": module.optimizers().param_groups[0]["lr"], "grad_norm": float(module.grad_norm),
             "tokens_per_s": round(speed), **gain_medians(module.model, batch[:1]),
         }  # fmt: skip
+        if held_out.is_point(step, self.config):
+            model, n_tokens = module.model, min(held_out.N_TOKENS, train.val_tokens)
+            row["held_out_loss"] = held_out.mean_loss(
+                model, self.cache, "select", self.config.model.ctx, n_tokens
+            )
         try:
             with self.run.metrics.open("a", encoding="utf8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning
-import numpy as np
-import torch
 from torch import nn
 
 from soluscope import plugins
 from soluscope.config import Config, differences
-from soluscope.data.cache import SPLITS, Split, TokenCache, evenly_spaced, prepare, share_with_study
+from soluscope.data.cache import SPLITS, TokenCache, prepare, share_with_study
 from soluscope.errors import Stopped, UserError
 from soluscope.files import checksum, reason, write_text
 from soluscope.model import LanguageModel
@@ -43,6 +41,7 @@ from soluscope.runs.weights import (
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
 from soluscope.training.device import check_memory, on_cuda, set_threads, with_precision
+from soluscope.training.held_out import mean_loss
 from soluscope.training.init_from import origin_of
 from soluscope.training.module import TrainingModule
 from soluscope.training.processes import (
@@ -241,26 +240,6 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
         init_from=origin_of(config),
     )  # fmt: skip
-
-
-@torch.no_grad()
-def mean_loss(
-    model: LanguageModel, cache: TokenCache, split: Split, ctx: int, max_tokens: int
-) -> float:
-    """Return the mean cross-entropy in nats per token, BOS targets left out.
-
-    The rows are spread evenly over the split, at most `max_tokens` tokens in all, but at least one row.
-    """
-    rows, bos = cache.rows(split, ctx), cache.meta["bos"]
-    total, count = 0.0, 0
-    for chosen in np.array_split(
-        evenly_spaced(len(rows), max_tokens // ctx), max(1, max_tokens // ctx // 16)
-    ):
-        tokens = torch.from_numpy(rows[chosen])
-        losses = model.loss(tokens.to(model.unembed.b_U.device), bos, reduction="none")
-        total += float(losses.double().sum())
-        count += int((tokens[:, 1:] != bos).sum())
-    return total / count
 
 
 def _check_fits(path: Path, module: nn.Module) -> None:
