@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -307,6 +308,29 @@ def test_metrics_follow_the_loss_on_held_out_documents(tiny_study):
     log_p = model(tokens).log_softmax(-1)[:, :-1]
     by_hand = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
     assert rows[-1]["held_out_loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
+def test_a_step_causes_few_page_faults_once_freed_memory_is_kept():
+    code = """
+import resource, torch
+from soluscope.config import load_config
+from soluscope.memory import keep_freed_memory
+from soluscope.runs.weights import build_model
+torch.set_num_threads(1)
+model = build_model(load_config(["variant=solu", "size=demo"]), 2048)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        model.zero_grad()
+        model.loss(torch.randint(3, 2048, (32, 64)), 0).backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 8 * 1000  # the logits alone have 4,096 pages
 
 
 @pytest.mark.parametrize(

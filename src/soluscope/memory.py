@@ -1,4 +1,4 @@
-"""Memory that a configuration will need, estimated before any of it is asked for.
+"""Memory that a configuration will need, estimated before any of it is asked for, and its reuse.
 
 The estimates are lower bounds: a configuration that is refused cannot run, and one that just passes may still
 run out of memory.
@@ -6,8 +6,10 @@ run out of memory.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +25,19 @@ OF_EVALUATION = 32
 MOST_PROCESSES = 1024
 MOST_LOGITS = 2**28
 """Number of logits of a step that are in memory at once; the loss of more logits is computed in chunks."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt(3)."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc.
+
+    Each training step frees the same large buffers and allocates them again. By default glibc returns them to the
+    system, which then fills thousands of new pages with zeros in each step (benchmarks/allocator.py).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the highest that glibc accepts
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def n_parameters(config: Config) -> int:

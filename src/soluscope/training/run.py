@@ -26,6 +26,7 @@ from soluscope.config import Config, differences
 from soluscope.data.cache import SPLITS, TokenCache, prepare, share_with_study
 from soluscope.errors import Stopped, UserError
 from soluscope.files import checksum, reason, write_text
+from soluscope.memory import keep_freed_memory
 from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm
 from soluscope.runs.folder import Run
@@ -73,6 +74,7 @@ def train(config: Config, progress: Progress | NoProgress | None = None) -> Path
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved.
     """
     check_memory(config)
+    keep_freed_memory()
     config = with_precision(config)
     set_threads(config)
     run = Run(config.run_dir)
