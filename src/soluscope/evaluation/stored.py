@@ -136,13 +136,17 @@ def read_stored(folder: Path, name: str, study: Path) -> list[Record]:
         UserError: if a file of this result is missing, or is not as it was written.
     """
     records = results.read(folder / f"{name}.jsonl", study, whole=True)
+    _check_sums(folder, name, study)
+    return records
+
+
+def _check_sums(folder: Path, name: str, study: Path) -> None:
     sums, files = _sums(folder), _files(folder, name)
     for file in (f"{name}{end}" for end in ENDS):
         if sums.get(file) != (checksum(folder / file) if file in files else None):
             raise UserError(
                 f"{folder / file} is not as it was written: create it with 'soluscope probe {study}'"
             )
-    return records
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -162,7 +166,7 @@ def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
     if not (folder / f"{name}.jsonl").is_file():
         return False
     try:
-        read_stored(folder, name, run.dir.parent)
+        _check_sums(folder, name, run.dir.parent)
         if name == "loss" and not (run.dir / ORIGIN).is_file():
             read_losses(folder, run)
     except UserError as error:
