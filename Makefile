@@ -1,6 +1,6 @@
 # `make demo` and `make test` install the packages at their first call. `make smoke` is the shortest path through
-# everything, and `make docs` builds the site. More tests: make test-slow, make test-arithmetic, and make test-tl4 for
-# TransformerLens 4.x.
+# everything, and `make docs` builds the site. More tests: make test-slow, make test-long, make test-arithmetic, and make
+# test-tl4 for TransformerLens 4.x.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,24 +10,28 @@ TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin
 
-.PHONY: demo smoke docs test test-slow test-arithmetic test-tl4 lint
+.PHONY: demo smoke docs test test-slow test-long test-arithmetic test-tl4 lint
 
 demo: $(VENV)/installed
-	$(BIN)/soluscope sweep demo eval.n_tokens=2000 eval.n_draws=1000 wandb=offline
+	$(BIN)/soluscope sweep demo eval.n_tokens=1000 eval.n_draws=1000 wandb=off
 
 # Trains four tiny models, converts, probes and reports them, in less than two minutes.
 smoke: $(VENV)/installed
-	$(BIN)/soluscope sweep smoke wandb=offline eval.probes=[engagement,scale_freeze] eval.n_tokens=500 eval.n_loss_tokens=2000
+	$(BIN)/soluscope sweep smoke wandb=off eval.probes=[engagement,scale_freeze] eval.n_tokens=500 eval.n_loss_tokens=2000
 
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
-# Sweeps that are killed and moved, and other tests of more than 20 seconds.
+# The demo end to end, sweeps that are killed and moved, and other tests of more than 20 seconds.
 test-slow: $(VENV)/installed
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not long" --durations 25
+
+# Every kill, every damage of a file, and clusters that lose a node.
+test-long: $(VENV)/installed
+	$(PYTEST) -m long
 
 # The numeric tests, with the arithmetic of other processors.
 test-arithmetic: $(VENV)/installed

@@ -38,6 +38,8 @@ VOLATILE = {
 """Files that name a process or a time, and the hash of such a file."""
 TIMES = {"tokens_per_s", "seconds", "wall_s", "started", "finished"}
 """Keys of JSON whose values are times."""
+SAMPLED = ("train", "probe")
+"""Commands that CI kills; the others are marked `long`."""
 COMMANDS = ("cache", "train", "probe", "report", "export", "sweep")
 
 
@@ -127,7 +129,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, floa
     return folder, durations
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [each if each in SAMPLED else pytest.param(each, marks=pytest.mark.long) for each in COMMANDS],
+)
 def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_was_not(
     command: str, calm: tuple[Path, dict[str, float]], tmp_path: Path
 ) -> None:

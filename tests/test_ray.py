@@ -99,7 +99,7 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(local: SimpleNamespace) -
     assert local.said.splitlines()[-1].startswith("error: 6 jobs: 4 done, 2 failed; not done: ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_jobs_share_a_gpu_when_each_wants_half(cluster: Any, tmp_path: Path) -> None:
     """There are CPUs for all four jobs, yet two work at once. The GPU does not exist: Ray only counts it."""
     head, _ = cluster({"num_cpus": 4, "num_gpus": 1})
@@ -117,7 +117,7 @@ def test_two_jobs_share_a_gpu_when_each_wants_half(cluster: Any, tmp_path: Path)
     assert most == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_moves_to_another_node_when_its_own_is_lost(cluster: Any, tmp_path: Path) -> None:
     head, nodes = cluster({"num_cpus": 1}, {"num_cpus": 1})
     path = sweep_file(tmp_path, variant=["solu", "solu_ln"])
@@ -145,7 +145,7 @@ def test_a_job_moves_to_another_node_when_its_own_is_lost(cluster: Any, tmp_path
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_loses_its_worker_too_often_is_told_and_not_done(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="engine=ray is not installed: pip install 'soluscope[ray]'")
     path = sweep_file(tmp_path, variant=["solu"])

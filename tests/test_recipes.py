@@ -221,6 +221,7 @@ def test_a_new_variant_probe_and_control_work_from_training_to_the_report(copy: 
         assert text in page
 
 
+@pytest.mark.long
 def test_the_tests_over_the_folders_hold_for_the_new_members(copy: Path) -> None:
     names = "solu_biased or largest_activation or quiet"
     files = (

@@ -149,6 +149,7 @@ def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
     assert f"{run_dir.parent}: 1 job: 1 done\n" in logs(run_dir.parent)  # only at the end
 
 
+@pytest.mark.long
 def test_a_cancelled_job_is_finished_bit_equal_by_the_same_command(
     cluster: Path, tokens: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_cancelled_job_is_finished_bit_equal_by_the_same_command(
     assert weights(run_dir) == weights(undisturbed)
 
 
+@pytest.mark.long
 def test_two_tasks_train_one_model_to_the_loss_of_one(
     cluster: Path, tokens: Path, tmp_path: Path
 ) -> None:

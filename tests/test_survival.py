@@ -98,7 +98,7 @@ class Kills:
         return "killed so far: " + "; ".join(self.told)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0])
 def test_a_sweep_that_is_killed_again_and_again_has_the_weights_of_one_that_was_not(
     tmp_path: Path, seed: int

@@ -387,7 +387,9 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
         yield f"{case.file}, {case.damage}: litter {left}"
 
 
-@pytest.mark.parametrize("part", range(N_PARTS))
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, N_PARTS))]
+)
 def test_a_damaged_file_is_named_and_changes_no_number(
     part: int, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
