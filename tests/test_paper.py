@@ -23,6 +23,7 @@ from test_report import BAD, CITED, KEYWORDS, PLACES, make_rows, rendered, spoil
 from soluscope import report, results
 from soluscope.commands import _print_completion
 from soluscope.commands import report as command
+from soluscope.config import TrainConfig
 from soluscope.data.cache import SPLITS
 from soluscope.errors import UserError
 from soluscope.evaluation import provenance
@@ -56,6 +57,8 @@ SOURCE = Provenance(
     tokens={"train": 564215, "select": 152347, "report": 171236}, d_vocab=4096, n_copies=13,
     n_overlapping={"train": 29, "select": 3}, commits=("c0ffee0",),
     versions={"soluscope": "0.1.7", "torch": "2.13.5", "transformer-lens": "3.9.8", "numpy": "2.4.6"},
+    training={"batch_size": 32, "beta1": 0.9, "beta2": 0.99, "clip": 1.5, "lr_rest": 0.003, "warmup_steps": 70,
+              "schedule": "cosine", "final_lr_share": 0.15},
 )  # fmt: skip
 SHAPE = {
     "d_model": 64.0,
@@ -233,6 +236,28 @@ def test_the_page_shows_the_paragraph_and_the_entries_of_the_files(records):
     ]
 
 
+def test_the_paragraph_names_the_optimizers_settings_that_all_runs_share(records):
+    said = paragraph.plain(paragraph.sentences(records))
+    assert (
+        "The optimizer is AdamW with beta1 0.9 and beta2 0.99 (Loshchilov and Hutter 2019). "
+        in said
+    )
+    assert "A step has 32 rows. Gradients with a norm above 1.5 are scaled down to it." in said
+    assert "Weight decay" not in said  # it differs between the runs, so it is not in the record
+    assert (
+        "Learning rates rise for 70 steps; after that the schedule is cosine. The last rate is 0.15"
+        in said
+    )
+    constant = replace(
+        SOURCE, training={"schedule": "constant", "warmup_steps": 7, "final_lr_share": 0.1}
+    )
+    said = paragraph.plain(
+        paragraph.sentences([constant if row is SOURCE else row for row in records])
+    )
+    assert "the schedule is constant. " in said
+    assert "The last rate" not in said
+
+
 # ---------------------------------------------------------------- facts beside the results
 
 
@@ -254,7 +279,14 @@ def test_the_text_and_the_software_are_those_of_the_runs(tmp_path):
     study = tmp_path / "synthetic"
     study.mkdir()
     (study / "data.json").write_text(json.dumps(data))
-    (found,) = provenance.of_study(study, [FACTS, replace(FACTS, versions={"torch": "2.1"})])
+    trained = [TrainConfig(batch_size=8, clip=2.0), TrainConfig(batch_size=8, clip=3.0)]
+    two = [FACTS, replace(FACTS, versions={"torch": "2.1"})]
+    (found,) = provenance.of_study(study, two, trained)
+    assert found.training == {
+        "batch_size": 8, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.05, "lr_rest": 1e-3, "warmup_steps": 50,
+        "schedule": "cosine", "final_lr_share": 0.1,
+    }  # fmt: skip
+    found = replace(found, training={})
     assert found == Provenance(
         study="synthetic", commit=commit(), source="stdlib", documents=dict.fromkeys(SPLITS, 5),
         tokens=dict.fromkeys(SPLITS, 60), d_vocab=512, n_copies=1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
@@ -445,6 +445,8 @@ class Provenance(Record):
     """Versions of the packages that trained the runs; several versions are separated by commas."""
     commits: tuple[str, ...] = ()
     """Commits of the code that trained the runs."""
+    training: dict[str, float | str] = field(default_factory=dict)
+    """Settings of the optimizer, named as below `train.` in a configuration, that all runs share."""
 
 
 KINDS: dict[str, type[Record]] = {

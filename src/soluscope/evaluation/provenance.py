@@ -6,11 +6,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from soluscope.config import TrainConfig
 from soluscope.data.cache import SPLITS, Counts
 from soluscope.errors import UserError
 from soluscope.files import Whole, read_json
 from soluscope.results import Provenance
 from soluscope.runs.weights import Facts, commit
+
+OPTIMIZER = (
+    "batch_size", "beta1", "beta2", "weight_decay", "clip", "lr_rest", "warmup_steps", "schedule", "final_lr_share",
+)  # fmt: skip
+"""Settings below `train.` that the methods paragraph needs beside the learning rates."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,10 @@ class _Data:
     dropped_overlapping: dict[str, Whole]
 
 
-def of_study(study_dir: Path, models: Sequence[Facts]) -> list[Provenance]:
-    """Return one record about the text and software of a study's trained models.
+def of_study(
+    study_dir: Path, models: Sequence[Facts], trained: Sequence[TrainConfig] = ()
+) -> list[Provenance]:
+    """Return one record about the text, the training and the software of a study's trained models.
 
     The list is empty if data.json lacks a fact, or describes other tokens than those of the models.
     """
@@ -54,6 +62,11 @@ def of_study(study_dir: Path, models: Sequence[Facts]) -> list[Provenance]:
                 for name in packages
             },
             commits=tuple(_different(each.commit for each in models)),
+            training={
+                name: getattr(trained[0], name)
+                for name in OPTIMIZER
+                if len({getattr(each, name) for each in trained}) == 1
+            },
         )
     ]
 

@@ -276,7 +276,7 @@ def write_results(study_dir: Path) -> Path:
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
         records += read_stored(path.parent, path.stem, study_dir)
     losses = []
-    compared: list[Facts] = []
+    compared: list[Run] = []
     beside: dict[str, None] = {}
     runs = finished_runs(study_dir)
     seeds = select_seeds(runs)
@@ -290,12 +290,13 @@ def write_results(study_dir: Path) -> Path:
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
-            compared.append(run.facts)
+            compared.append(run)
             losses.append(read_losses(folder, run).assign(**_settings(run)))
     if losses:
         table = pd.concat(losses, ignore_index=True)
-        records += provenance.of_study(study_dir, compared)
-        records += compare(study_dir.name, table, commit(), _lineages(compared), seeds)
+        facts = [run.facts for run in compared]
+        records += provenance.of_study(study_dir, facts, [run.config.train for run in compared])
+        records += compare(study_dir.name, table, commit(), _lineages(facts), seeds)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)

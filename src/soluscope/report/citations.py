@@ -15,6 +15,7 @@ SHORT = {
     OWN: "soluscope",
     "elhage2022solu": "Elhage et al. 2022",
     "ba2016layernorm": "Ba et al. 2016",
+    "loshchilov2019adamw": "Loshchilov and Hutter 2019",
     "nanda2022transformerlens": "Nanda and Bloom 2022",
     "paszke2019pytorch": "Paszke et al. 2019",
     "efron1993bootstrap": "Efron and Tibshirani 1993",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,18 @@ SOFTWARE = {
     "transformer-lens": ("TransformerLens", "nanda2022transformerlens"),
 }
 """Packages that the paragraph names, with the key of a reference."""
+
+OPTIMIZER: dict[str, tuple[str, ...]] = {
+    "The optimizer is AdamW with beta1 {beta1} and beta2 {beta2}": ("loshchilov2019adamw",),
+    "A step has {batch_size} rows": (),
+    "Weight decay of {weight_decay} acts on the blocks' matrices and the unembedding": (),
+    "Gradients with a norm above {clip} are scaled down to it": (),
+    "Learning rates rise for {warmup_steps} steps; after that the schedule is {schedule}": (),
+    "The last rate is {final_lr_share} of the highest": (),
+    "Embeddings, the unembedding, norms and biases have the rate {lr_rest}, and the blocks' matrices one of the "
+    "following rates": (),
+}
+"""Sentences on the optimizer, with their citations. A sentence is left out if runs differ in a setting of it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ def sentences(records: Sequence[Record]) -> list[Sentence]:
         *_sizes(known),
         *_text(records),
         *_losses(trained),
+        *_optimizer(records),
         *_rates(records, known),
         *_gains(records, known),
         *_seeds(trained),
@@ -211,6 +225,21 @@ def _range(values: Iterable[int]) -> str:
         return ""
     low, high = min(known), max(known)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _optimizer(records: Sequence[Record]) -> Iterator[Sentence]:
+    """Yield sentences on the settings of the optimizer that all trained runs of a study share."""
+    for each in of_kind(records, Provenance):
+        known = {name: _value(value) for name, value in each.training.items()}
+        if known.get("schedule") == "constant":
+            known.pop("final_lr_share", None)
+        for text, cited in OPTIMIZER.items():
+            if {*re.findall(r"{(\w+)}", text)} <= known.keys():
+                yield Sentence(text.format(**known), cited)
+
+
+def _value(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:,.6g}"
 
 
 def _rates(records: Sequence[Record], known: Mapping[str, Setting]) -> Iterator[Sentence]:

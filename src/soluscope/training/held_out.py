@@ -11,7 +11,7 @@ from soluscope.model import LanguageModel
 
 N_POINTS = 16
 """Number of points of the held-out curve of a run."""
-N_TOKENS = 8192
+N_TOKENS = 4096
 """Most tokens of the select split for each point; they are the same for all runs with the same text and ctx."""
 
 
