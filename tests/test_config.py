@@ -499,8 +499,8 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
 
 def test_unknown_parameter_of_a_variant_or_source_lists_the_known_ones() -> None:
     assert refusal("variant=solu_ln", "mid.gain=3") == (
-        "no key called 'mid.gain'. Did you mean 'mid.kappa'? With variant=solu_ln the keys below mid are: mid.eps, "
-        "mid.kappa. --help lists all keys"
+        "no key called 'mid.gain'. Did you mean 'mid.affine'? With variant=solu_ln the keys below mid are: "
+        "mid.affine, mid.eps, mid.kappa. --help lists all keys"
     )
     assert "With variant=solu the keys below mid are: none." in refusal(
         "variant=solu", "mid.gain=3"

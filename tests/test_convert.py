@@ -87,9 +87,10 @@ def test_the_gain_is_one_over_hook_scale_and_normalized_comes_before_gamma_and_b
     mid, scale = cache["blocks.0.mlp.hook_mid"], cache["blocks.0.mlp.ln.hook_scale"]
     centred = mid - mid.mean(-1, keepdim=True) if name in CENTRED else mid
     torch.testing.assert_close(cache["blocks.0.mlp.ln.hook_normalized"], centred / scale)
-    if name in STATIC:
-        torch.testing.assert_close(scale, torch.full_like(scale, 1 / 20))
     norm = hooked.blocks[0].mlp.ln
+    if name in STATIC:
+        gain = 20 * (norm.log_factor.exp().item() if norm.learned else 1)
+        torch.testing.assert_close(scale, torch.full_like(scale, 1 / gain))
     gamma, beta = getattr(norm, "w", 1.0), getattr(norm, "b", 0.0)
     post = cache["blocks.0.mlp.ln.hook_normalized"] * gamma + beta
     torch.testing.assert_close(cache["blocks.0.mlp.hook_post"], post)
@@ -102,6 +103,20 @@ def test_patching_the_scale_reaches_the_logits(name):
     double = lambda scale, hook: scale * 2  # noqa: E731
     patched = hooked.run_with_hooks(tokens, fwd_hooks=[("blocks.0.mlp.ln.hook_scale", double)])
     assert (patched - hooked(tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_output_scale_multiplies_what_the_mlp_writes_and_is_folded_into_w_out(name):
+    scaled = rough_model(name, torch.float64, "model.mlp_out_scale=0.3")
+    plain = rough_model(name, torch.float64)
+    plain.mlp(0).W_out.data *= 0.3
+    torch.testing.assert_close(scaled(some_tokens()), plain(some_tokens()), rtol=1e-12, atol=1e-12)
+    state = scaled.folded()
+    assert torch.equal(state["blocks.0.mlp.W_out"], plain.mlp(0).W_out)
+    same = {key for key, tensor in scaled.state_dict().items() if torch.equal(tensor, state[key])}
+    assert same == state.keys() - {"blocks.0.mlp.W_out"}
+    hooked = to_hooked(scaled, facts_for(name), plugins.pick("soluscope.variants", name))
+    torch.testing.assert_close(hooked(some_tokens()), scaled(some_tokens()), rtol=1e-10, atol=1e-10)
 
 
 def test_a_model_that_computes_something_else_is_refused_with_where_and_by_how_much():

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.errors import UserError
-from soluscope.norms import StaticNorm, gain_matching_rms
+from soluscope.norms import DetachedLayerNorm, LayerNorm, StaticNorm, gain_matching_rms
 from soluscope.results import Step
 from soluscope.runs.weights import build_model
+from soluscope.training.module import parameter_groups
 from soluscope.variants import chain_of, check_variant, twin_of
 from soluscope.variants._parts import solu
 
@@ -154,6 +156,62 @@ def test_epsilon_by_kappa_is_kappa_over_d_mlp_squared():
     assert model.mlp(0).ln.eps == pytest.approx(42 / 128**2)
     solu_1l = load_config(["variant=solu_ln", "size=solu1l"])
     assert solu_1l.mid.epsilon(2048) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_has_a_finite_gradient(name):
+    model = rough_model(name, torch.float64)
+    model.loss(some_tokens(), BOS).backward()
+    for label, parameter in model.named_parameters():
+        assert parameter.grad is not None, label
+        assert parameter.grad.isfinite().all(), label
+        assert parameter.grad.abs().max() > 0 or "attn.b_K" in label, label
+
+
+def test_scale_without_gradient_has_the_outputs_of_layer_norm_and_the_gradient_at_a_constant_scale():
+    mid = torch.rand(5, 8, dtype=torch.float64, generator=seeded()).requires_grad_()
+    detached, live = DetachedLayerNorm(8, 1e-3).double(), LayerNorm(8, 1e-3).double()
+    torch.testing.assert_close(detached(mid), live(mid), rtol=1e-12, atol=0)
+    onto = torch.rand(5, 8, dtype=torch.float64, generator=seeded())
+    scale = (mid.var(-1, correction=0, keepdim=True) + 1e-3).sqrt().detach()
+    wanted = (onto - onto.mean(-1, keepdim=True)) / scale
+    (here,) = torch.autograd.grad((detached(mid) * onto).sum(), mid)
+    torch.testing.assert_close(here, wanted, rtol=1e-12, atol=1e-14)
+    (there,) = torch.autograd.grad((live(mid) * onto).sum(), mid)
+    assert not torch.allclose(there, wanted)
+
+
+def test_learned_gain_starts_at_the_matched_gain_and_has_no_weight_decay():
+    config = load_config(["variant=solu_scalar", "size=tiny"])
+    model = build_model(config, 300)
+    norm = model.mlp(0).ln
+    norm.gain.fill_(7.0)
+    assert norm.present_gain().item() == 7.0
+    with torch.no_grad():
+        norm.log_factor.fill_(0.5)
+    assert norm.present_gain().item() == pytest.approx(7 * math.exp(0.5))
+    groups = parameter_groups(model, config)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays[id(norm.log_factor)] == 0
+
+
+@pytest.mark.parametrize("name", ["solu_ln", "solu_frozen_ln"])
+def test_affine_false_is_the_norm_with_weights_one_and_biases_zero(name):
+    config = load_config([f"variant={name}", "size=tiny", "mid.affine=false"])
+    bare = build_model(config, D_VOCAB).mlp(0).ln
+    full = build_model(load_config([f"variant={name}", "size=tiny"]), D_VOCAB).mlp(0).ln
+    assert not [*bare.parameters()]
+    for norm in (bare, full):
+        if isinstance(norm, StaticNorm):
+            norm.gain.fill_(3.0)
+    mid = torch.rand(5, 128, generator=seeded()) / 128
+    torch.testing.assert_close(bare(mid), full(mid))
+    check_variant(name, config.mid, 128)
+
+
+def test_affine_is_refused_where_the_norm_is_no_layer_norm():
+    with pytest.raises(UserError, match="affine"):
+        load_config(["variant=solu_rms", "size=tiny", "mid.affine=false"])
 
 
 @pytest.mark.parametrize("name", STATIC)

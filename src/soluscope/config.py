@@ -74,6 +74,9 @@ class ModelConfig:
     """Epsilon of the residual stream's norms (ln1, ln2, ln_final). The mid norm has a separate epsilon."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; for W_pos it is half of this value."""
+    mlp_out_scale: float = 1.0
+    """Constant alpha in mlp_out = alpha post W_out + b_out: the size of the MLP's output beside the residual
+    stream, and of the change that one optimizer step makes to it."""
 
     def training_flops(self, d_vocab: int) -> float:
         """Return the floating-point operations per token of a training step's matrix products.
@@ -102,7 +105,8 @@ class ModelConfig:
             f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}",
         )
         check(self.ln_eps > 0, f"model.ln_eps={self.ln_eps} must be above 0")
-        check(self.init_std > 0, f"model.init_std={self.init_std} must be above 0")
+        for name in ("init_std", "mlp_out_scale"):
+            check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -441,10 +445,15 @@ _PLACES = ("study", "tag", "runs_dir", "wandb", "select_seeds", "tokens.cache_di
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
+_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0}
+"""Settings that were added later, with their defaults, so that runs from before keep their ids."""
+
+
 def _determining(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in flatten(values) if key not in _PLACES}
-    if kept["train.init_from"] is None:  # so that runs from before this setting keep their ids
-        del kept["train.init_from"]
+    for key, default in _LATER.items():
+        if kept[key] == default:
+            del kept[key]
     return kept
 
 

@@ -214,7 +214,7 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     pre = torch.randn(64, facts.d_mlp, dtype=torch.float64, generator=generator)
     if not torch.allclose(variant.nonlinearity(pre), lens.blocks[0].mlp.act_fn(pre), atol=1e-9):
         raise UserError(f"its nonlinearity differs from TransformerLens's {facts.hooked_act_fn}")
-    state = trained.state_dict()
+    state = trained.folded()
     masks = {name for name, _ in lens.named_buffers()}
     if lens.state_dict().keys() - masks != state.keys():
         raise UserError("its parameters have other names than in TransformerLens")

@@ -76,9 +76,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """MLP with the stages pre -> mid -> post, which the variant defines."""
 
-    def __init__(self, d_model: int, d_mlp: int, variant: Variant, params: Any) -> None:
+    def __init__(self, config: ModelConfig, variant: Variant, params: Any) -> None:
         super().__init__()
+        d_model, d_mlp = config.d_model, config.d_mlp
         self.nonlinearity = variant.nonlinearity
+        self.out_scale = config.mlp_out_scale
         self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
         self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
@@ -99,7 +101,11 @@ class MLP(nn.Module):
             }
             if self.ln is not None:
                 record[f"{prefix}ln.hook_scale"] = self.ln.denominator(self.ln.centred(mid))
-        return post @ self.W_out + self.b_out
+        return post @ self.scaled_W_out() + self.b_out
+
+    def scaled_W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """Return alpha W_out, which a converted model has as its W_out."""
+        return self.W_out if self.out_scale == 1 else self.out_scale * self.W_out
 
 
 class Block(nn.Module):
@@ -108,7 +114,7 @@ class Block(nn.Module):
         self.ln1 = LayerNorm(config.d_model, config.ln_eps)
         self.attn = Attention(config.d_model, config.n_heads)
         self.ln2 = LayerNorm(config.d_model, config.ln_eps)
-        self.mlp = MLP(config.d_model, config.d_mlp, variant, params)
+        self.mlp = MLP(config, variant, params)
 
     def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         x = x + self.attn(self.ln1(x))
@@ -133,6 +139,14 @@ class LanguageModel(nn.Module):
     def mlp(self, layer: int) -> MLP:
         """Return the MLP of a block."""
         return cast(Block, self.blocks[layer]).mlp
+
+    def folded(self) -> dict[str, Tensor]:
+        """Return the weights with alpha folded into W_out: those of a model that has no alpha."""
+        scaled = {
+            f"blocks.{layer}.mlp.W_out": self.mlp(layer).scaled_W_out()
+            for layer in range(len(self.blocks))
+        }
+        return self.state_dict() | scaled
 
     def residual(
         self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None

@@ -99,6 +99,21 @@ class LayerNorm(PerTokenNorm):
         return F.layer_norm(mid, self.w.shape, self.w, self.b, self.eps)  # one kernel, same formula
 
 
+class DetachedLayerNorm(LayerNorm):
+    """LayerNorm whose per-token scale has no gradient: the same outputs, and another backward pass."""
+
+    def forward(self, mid: Mid) -> Mid:
+        centred = self.centred(mid)
+        return self.affine(centred / self.denominator(centred).detach())
+
+
+class BareLayerNorm(PerTokenNorm):
+    """LayerNorm without gamma and beta."""
+
+    centres = True
+    affine_part = ()
+
+
 class RMSNorm(PerTokenNorm):
     """RMSNorm, that is LayerNorm without centring and bias: its denominator is sqrt(mean square + eps)."""
 
@@ -114,14 +129,21 @@ class StaticNorm(MidNorm):
 
     matched_to: ClassVar[type[PerTokenNorm]] = LayerNorm
     """Per-token norm with the output rms that `mid.gain=init` reproduces."""
+    learned: ClassVar[tuple[str, ...]] = ()
+    """Parameters that change the gain in training."""
     gain: Tensor
+    """The gain before training."""
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
         self.register_buffer("gain", torch.tensor(torch.nan))
 
+    def present_gain(self) -> Float[Tensor, ""]:
+        """Return the gain; it differs from `gain` if training changes it."""
+        return self.gain
+
     def denominator(self, centred: Mid) -> PerToken:
-        return self.gain.reciprocal().expand(*centred.shape[:-1], 1)
+        return self.present_gain().reciprocal().expand(*centred.shape[:-1], 1)
 
 
 class FrozenLayerNorm(StaticNorm):
@@ -145,6 +167,13 @@ class FrozenRMSNorm(StaticNorm):
         return mid * (self.gain * self.w)  # same, in fewer passes
 
 
+class FrozenBareLayerNorm(StaticNorm):
+    """Centring and one constant, without weights and bias."""
+
+    centres = True
+    affine_part = ()
+
+
 class Gain(StaticNorm):
     """A multiplication by one constant, without centring, weights or bias."""
 
@@ -153,6 +182,27 @@ class Gain(StaticNorm):
 
     def forward(self, mid: Mid) -> Mid:
         return mid * self.gain
+
+
+class LearnedGain(StaticNorm):
+    """A multiplication by one number that training changes, without centring, weights or bias.
+
+    The number is gain exp(log_factor), which stays above 0. log_factor starts at 0 and has no weight decay.
+    """
+
+    centres = False
+    affine_part = ()
+    learned = ("log_factor",)
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.log_factor = nn.Parameter(torch.zeros(()))
+
+    def present_gain(self) -> Float[Tensor, ""]:
+        return self.gain * self.log_factor.exp()
+
+    def forward(self, mid: Mid) -> Mid:
+        return mid * self.present_gain()
 
 
 def gain_matching_rms(norm: StaticNorm, mid: Float[Tensor, "token d_mlp"], eps: float) -> float:
@@ -182,7 +232,9 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     name = type(norm).__name__
     if not isinstance(norm, MidNorm):
         raise UserError(f"the mid norm {name} is not a subclass of MidNorm: derive it from MidNorm")
-    parameters = sorted((parameter for parameter, _ in norm.named_parameters()), reverse=True)
+    learned = norm.learned if isinstance(norm, StaticNorm) else ()
+    named = {parameter for parameter, _ in norm.named_parameters()} - {*learned}
+    parameters = sorted(named, reverse=True)
     if not {*parameters} <= {"w", "b"} or parameters != [*norm.affine_part]:
         raise UserError(
             f"the mid norm {name} has the parameters ({', '.join(parameters)}) and declares "
@@ -193,7 +245,7 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     mid = torch.rand(8, d_mlp, dtype=torch.float64, generator=generator) + 0.1
     mid *= torch.logspace(-2, 1, 8, dtype=torch.float64)[:, None]  # tokens of different sizes
     for parameter in norm.parameters():
-        parameter.copy_(torch.rand(d_mlp, dtype=torch.float64, generator=generator) + 0.5)
+        parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) + 0.5)
     if isinstance(norm, StaticNorm):
         norm.gain.fill_(3.0)
     centred = mid - mid.mean(dim=-1, keepdim=True) if norm.centres else mid

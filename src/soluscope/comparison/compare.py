@@ -52,7 +52,7 @@ PRIMARY = (Term.STATIC, Term.SHARE)
 """Terms whose tests form the primary family. `SHARE` is 0 where `STATIC` is 0."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
 """Settings that must be equal for two models to be compared. Sizes are never compared with each other."""
-SETTINGS = (*SIZE, "lr", "kappa", "gain")
+SETTINGS = (*SIZE, "lr", "kappa", "gain", "mlp_out_scale")
 """Settings stored for each arm; `kappa` and `gain` only where its mid norm has them."""
 GRID_FROM = 3
 """Least number of points for a curve with an inside. With two points the best one is at an edge."""

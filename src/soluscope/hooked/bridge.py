@@ -97,7 +97,7 @@ def load(run_dir: str | Path) -> HookedBridge:
     trained, facts = run.load_model(), run.facts
     norms = [trained.mlp(layer).ln for layer in range(facts.n_layers)]
     nonlinearity, act_fn = run.variant.nonlinearity, facts.hooked_act_fn
-    model = HookedBridge(to_bridge(trained.state_dict(), nonlinearity, act_fn, norms, facts.ln_eps))
+    model = HookedBridge(to_bridge(trained.folded(), nonlinearity, act_fn, norms, facts.ln_eps))
     model.facts = facts
     check_agreement(trained, model)
     return model

@@ -241,7 +241,7 @@ def to_hooked(
                 block.mlp.ln.eps = norm.eps  # TransformerLens would use the residual stream's
             else:
                 block.mlp.ln = HookedMidNorm.of(norm)
-    state = trained.state_dict()
+    state = trained.folded()
     buffers = {name for name, _ in hooked.named_buffers()} - state.keys()  # attention masks
     missing, unexpected = hooked.load_state_dict(state, strict=False)
     if unexpected or set(missing) - buffers:

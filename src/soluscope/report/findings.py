@@ -134,7 +134,7 @@ def of_size(caption: str, size: str) -> str:
 
 
 def titles(records: Sequence[Record]) -> dict[str, str]:
-    """Return a short name for each compared arm: its variant, with kappa or gain if these differ between arms.
+    """Return a short name for each compared arm: its variant, and the settings that differ between its arms.
 
     An arm with a label has its name already (names.py). If two arms would have the same short name, each keeps
     its full name.
@@ -145,7 +145,7 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
         alike = [other.values for other in known.values() if other.variant == setting.variant]
         differing = [
             f"{name} {setting.values[name]:.3g}"
-            for name in ("kappa", "gain")
+            for name in ("kappa", "gain", "mlp_out_scale")
             if name in setting.values and len({values.get(name) for values in alike}) > 1
         ]
         result[arm] = arm if setting.label else ", ".join([setting.variant, *differing])
@@ -153,8 +153,9 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
     return {arm: arm if title in several else title for arm, title in result.items()}
 
 
-def _by_setting(setting: Setting) -> tuple[str, float, float]:
-    return setting.variant, setting.values.get("kappa", 0.0), setting.values.get("gain", 0.0)
+def _by_setting(setting: Setting) -> tuple[str | float, ...]:
+    values = (setting.values.get(name, 0.0) for name in ("kappa", "gain", "mlp_out_scale"))
+    return setting.variant, *values
 
 
 # --- arms by their role in the comparison ---------------------------------------------------------

@@ -85,16 +85,24 @@ def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, s
 def _name(of: Setting, known: Sequence[Setting]) -> str:
     if not of.label:
         return of.arm
+    alike = [each for each in known if (each.variant, each.size) == (of.variant, of.size)]
+
+    def differs(setting: str) -> bool:
+        return setting in of.values and len({each.values.get(setting) for each in alike}) > 1
+
     setting = {"static": "gain", "per_token": "kappa"}.get(of.role, "")
-    values = {
-        each.values.get(setting)
-        for each in known
-        if (each.variant, each.size) == (of.variant, of.size)
-    }
-    if len(values) < 2 or setting not in of.values:
-        return of.label + KINDS.get(of.role, "")
-    value = f"{of.values[setting]:.3g}".replace("e-0", "e-")
-    return f"{of.label}, {'static gain' if setting == 'gain' else setting} {value}"
+    name = of.label
+    if differs(setting):
+        name += f", {'static gain' if setting == 'gain' else setting} {_number(of.values[setting])}"
+    else:
+        name += KINDS.get(of.role, "")
+    if differs("mlp_out_scale"):
+        name += f", output times {_number(of.values['mlp_out_scale'])}"
+    return name
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}".replace("e-0", "e-")
 
 
 def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
@@ -104,7 +112,7 @@ def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
     def key(arm: str) -> tuple[Any, ...]:
         of = known[arm]
         role = ORDER.index(of.role) if of.role in ORDER else len(ORDER)
-        values = (of.values.get(name, 0.0) for name in ("kappa", "gain", "lr"))
+        values = (of.values.get(name, 0.0) for name in ("kappa", "gain", "mlp_out_scale", "lr"))
         return sizes.index(of.size), role, len(of.chain), of.variant, *values, arm
 
     return key

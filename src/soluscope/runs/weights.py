@@ -98,6 +98,8 @@ class Facts:
     """Steps from the root of the chain to the variant itself, including variants that the study lacks."""
     init_from: Origin | None = None
     """Origin of the initial weights. None: they were random. `steps` and `tokens` do not include it."""
+    mlp_out_scale: float = 1.0
+    """Constant factor on post W_out; conversion folds it into W_out."""
 
     @property
     def kappa(self) -> float | None:
@@ -163,7 +165,7 @@ def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
     wanted = {
         "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
         "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
-        "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
+        "ln_eps": model.ln_eps, "mlp_out_scale": model.mlp_out_scale, "lr": train.lr, "steps": train.steps,
         "tokens": train.steps * train.batch_size * model.ctx,
     }  # fmt: skip
     for name in ("bos", "eos", "pad"):

@@ -234,13 +234,13 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         hooked_act_fn=plugins.pick("soluscope.variants", config.variant).hooked_act_fn,
         ln_eps=config.model.ln_eps, mid_norm=type(norm).__name__ if norm is not None else None,
         eps=norm.eps if norm is not None else None,
-        gain=float(norm.gain) if isinstance(norm, StaticNorm) else None,
+        gain=norm.present_gain().item() if isinstance(norm, StaticNorm) else None,
         bos=cache.meta["bos"], eos=cache.meta["eos"], pad=cache.meta["pad"],
         tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
         precision=config.train.precision, device="cuda" if on_cuda(config) else "cpu",
         config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
-        init_from=origin_of(config),
+        init_from=origin_of(config), mlp_out_scale=config.model.mlp_out_scale,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def solu(pre: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LayerNormParams:
+class NormParams:
     """Parameters of a per-token mid norm: its epsilon, given directly or as the dose kappa."""
 
     eps: float | None = None
@@ -55,7 +55,15 @@ class LayerNormParams:
 
 
 @dataclass(frozen=True)
-class StaticParams(LayerNormParams):
+class LayerNormParams(NormParams):
+    """Parameters of a LayerNorm as mid norm."""
+
+    affine: bool = True
+    """false: no weight gamma and no bias beta of each neuron."""
+
+
+@dataclass(frozen=True)
+class StaticParams(NormParams):
     """Parameters of a static mid norm: a constant gain.
 
     With `gain=init`, the gain matches a per-token norm with this `eps` or `kappa`.
@@ -74,3 +82,11 @@ class StaticParams(LayerNormParams):
             raise UserError(
                 f"mid.gain={self.gain} must be above 0, 'init', or a finished run's folder"
             )
+
+
+@dataclass(frozen=True)
+class FrozenLayerNormParams(StaticParams):
+    """Parameters of a LayerNorm with a constant gain."""
+
+    affine: bool = True
+    """false: no weight gamma and no bias beta of each neuron."""

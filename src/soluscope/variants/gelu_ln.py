@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from soluscope.variants import Variant
-from soluscope.variants._parts import LayerNormParams, gelu
+from soluscope.variants._parts import NormParams, gelu
 
 if TYPE_CHECKING:
     from soluscope.norms import LayerNorm
 
 
 @dataclass(frozen=True)
-class Params(LayerNormParams):
+class Params(NormParams):
     eps: float | None = 1e-5
     """Epsilon of the mid norm, added to the variance."""
 

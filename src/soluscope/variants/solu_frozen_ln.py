@@ -11,16 +11,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from soluscope.variants import Variant
-from soluscope.variants._parts import StaticParams, solu
+from soluscope.variants._parts import FrozenLayerNormParams, solu
 
 if TYPE_CHECKING:
-    from soluscope.norms import FrozenLayerNorm
+    from soluscope.norms import StaticNorm
 
 
-def build_norm(d_mlp: int, params: StaticParams) -> FrozenLayerNorm:
-    from soluscope.norms import FrozenLayerNorm
+def build_norm(d_mlp: int, params: FrozenLayerNormParams) -> StaticNorm:
+    from soluscope.norms import FrozenBareLayerNorm, FrozenLayerNorm
 
-    return FrozenLayerNorm(d_mlp)
+    return FrozenLayerNorm(d_mlp) if params.affine else FrozenBareLayerNorm(d_mlp)
 
 
 VARIANT = Variant(
@@ -29,7 +29,7 @@ VARIANT = Variant(
     hooked_act_fn="solu_ln",
     role="static",
     build_norm=build_norm,
-    params=StaticParams,
+    params=FrozenLayerNormParams,
     after="solu_gain",
     adds="centring and LayerNorm's affine parameters",
 )

@@ -11,13 +11,14 @@ from soluscope.variants import Variant
 from soluscope.variants._parts import LayerNormParams, solu
 
 if TYPE_CHECKING:
-    from soluscope.norms import LayerNorm
+    from soluscope.norms import PerTokenNorm
 
 
-def build_norm(d_mlp: int, params: LayerNormParams) -> LayerNorm:
-    from soluscope.norms import LayerNorm
+def build_norm(d_mlp: int, params: LayerNormParams) -> PerTokenNorm:
+    from soluscope.norms import BareLayerNorm, LayerNorm
 
-    return LayerNorm(d_mlp, params.epsilon(d_mlp))
+    kind = LayerNorm if params.affine else BareLayerNorm
+    return kind(d_mlp, params.epsilon(d_mlp))
 
 
 VARIANT = Variant(
@@ -27,7 +28,7 @@ VARIANT = Variant(
     role="per_token",
     build_norm=build_norm,
     params=LayerNormParams,
-    after="solu_frozen_ln",
-    adds="a per-token scale, with its gradient",
+    after="solu_ln_det",
+    adds="the gradient through the per-token scale",
     twin="solu_frozen_ln",
 )

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from soluscope.variants import Variant
-from soluscope.variants._parts import LayerNormParams, solu
+from soluscope.variants._parts import NormParams, solu
 
 if TYPE_CHECKING:
     from soluscope.norms import RMSNorm
 
 
-def build_norm(d_mlp: int, params: LayerNormParams) -> RMSNorm:
+def build_norm(d_mlp: int, params: NormParams) -> RMSNorm:
     from soluscope.norms import RMSNorm
 
     return RMSNorm(d_mlp, params.epsilon(d_mlp))
@@ -28,7 +28,7 @@ VARIANT = Variant(
     hooked_act_fn="solu_ln",  # hook_mid exists only then; the conversion replaces mlp.ln by this norm
     role="per_token",
     build_norm=build_norm,
-    params=LayerNormParams,
+    params=NormParams,
     after="solu_frozen_rms",
     adds="a per-token scale from the mean square, with its gradient",
     twin="solu_frozen_rms",
