@@ -2,7 +2,7 @@
 
     python benchmarks/allocator.py
 
-The setting holds for a whole process, so each side runs in processes of its own, in turns.
+The setting holds for a whole process, so the two sides run in separate processes, in turns.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TypeVar
 
 import plotly.graph_objects as go
@@ -749,31 +750,40 @@ def _grid(
         horizontal_spacing=0.09 if curves else 0.04,
     )
     figure.update_layout(
-        template="none",
+        template=_template(nticks_x=5 if n_columns == 1 else 3),
         height=height,
         autosize=True,
         margin={"l": 60, "r": 16, "t": top, "b": bottom},
-        font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        dragmode=False,  # so that a finger on a phone scrolls the page
-        hovermode="closest",
         legend={"orientation": "h", "y": 1 + TOP / inner, "yanchor": "bottom", "x": 0},
     )
     figure.update_annotations(font_size=13)
+    if shared_x:
+        figure.update_xaxes(showticklabels=True)
+    return figure
+
+
+@cache
+def _template(nticks_x: int) -> go.layout.Template:
+    """Return the style of all axes; setting it on each axis of a large figure would take longer than drawing it."""
     axis = {
         "exponentformat": "e",
         "gridcolor": GRID,
         "linecolor": INK,
         "zeroline": False,
         "automargin": True,
+        "title": {"font": {"size": 12}, "standoff": 6},
     }
-    axis |= {"title": {"font": {"size": 12}, "standoff": 6}}
-    figure.update_xaxes(nticks=5 if n_columns == 1 else 3, tickangle=0, **axis)
-    figure.update_yaxes(nticks=6, **axis)
-    if shared_x:
-        figure.update_xaxes(showticklabels=True)
-    return figure
+    return go.layout.Template(
+        layout={
+            "xaxis": axis | {"nticks": nticks_x, "tickangle": 0},
+            "yaxis": axis | {"nticks": 6},
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+            "paper_bgcolor": "white",
+            "plot_bgcolor": "white",
+            "dragmode": False,  # so that a finger on a phone scrolls the page
+            "hovermode": "closest",
+        }
+    )
 
 
 def min_width(figure: go.Figure) -> int:

@@ -112,8 +112,8 @@ def sizes(records: Sequence[Record]) -> dict[str, list[Record]]:
 def held_out_gaps(records: Sequence[Record]) -> list[Measurement]:
     """Return each run's loss on held-out documents minus that of the plain arm's run with the same seed.
 
-    Both losses are means over the same tokens after the same number of steps, so that lines which coincide in a
-    figure of the losses can be told apart.
+    Both losses are means over the same tokens after the same number of steps, so the gap distinguishes lines
+    that coincide in a figure of the losses.
     """
     gaps = []
     for of_one in sizes(records).values():

@@ -1,4 +1,4 @@
-"""The loss on held-out documents, during training and at its end."""
+"""The loss on held-out documents, during and after training."""
 
 from __future__ import annotations
 
