@@ -685,7 +685,7 @@ def test_a_windows_path_is_a_path_too():
         ("variant=solu_ln mid.kappa=4.2", "was tuned with mid.kappa=41.94, here 4.2"),
         ("variant=solu_ln mid.kappa=41.94", ""),
         ("variant=solu_gain mid.gain=8", "was tuned with mid.gain=init, here 8"),
-        ("variant=solu train.steps=1800", "was tuned with train.steps=400, here 1800"),
+        ("variant=solu train.steps=1800", "was tuned with train.steps=350, here 1800"),
         ("variant=solu model.d_mlp=512", "was tuned with model.d_mlp=256, here 512"),
         ("variant=solu size=d128", "is that of size=d128, where solu was not tuned"),
         ("variant=solu size=tiny", "was set by hand"),
