@@ -204,10 +204,10 @@ def test_a_compressed_table_is_there_once_its_fold_is_opened(visit):
 def test_dark_mode_changes_the_page_and_its_figures_and_back(visit):
     tab = visit(color_scheme="dark")
     colours = """() => [getComputedStyle(document.body).backgroundColor,
-        document.querySelector('#figure-1').layout.paper_bgcolor]"""
+        document.querySelector('#figure-1')._fullLayout.paper_bgcolor]"""
     assert tab.evaluate(colours) == ["rgb(21, 24, 28)", "#15181c"]
     tab.emulate_media(color_scheme="light")
-    until(tab, "() => document.querySelector('#figure-1').layout.paper_bgcolor === 'white'")
+    until(tab, "() => document.querySelector('#figure-1')._fullLayout.paper_bgcolor === 'white'")
     assert tab.evaluate(colours) == ["rgb(255, 255, 255)", "white"]
 
 

@@ -31,7 +31,7 @@ SMOKE = ROOT / "sweeps" / "smoke.yaml"
 def evaluated(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a study of one run with results of one probe. Copy it before you change it."""
     study = tmp_path_factory.mktemp("evaluated") / "study"
-    ignored = shutil.ignore_patterns("*-s1*", "gelu*", "solu-*", "solu_[fgr]*")
+    ignored = shutil.ignore_patterns("*-s1*", "gelu*", "solu-*", "solu_[fgrs]*", "solu_ln_*")
     shutil.copytree(tiny_study, study, ignore=ignored)
     evaluate(study, EvalConfig(**SMALL), lambda text: None)
     return study
