@@ -251,9 +251,9 @@ class _Arms:
         rows = [row for row in of_kind(self.records, Measurement) if row.probe == "training"]
         gaps = held_out_gaps(self.records)
         result: list[Block] = []
-        first = (HELD_OUT, "loss")
-        names = sorted({row.quantity for row in rows}, key=lambda name: (name not in first, name))
-        for name in names:
+        names = {row.quantity for row in rows}
+        first = [name for name in (HELD_OUT, "loss") if name in names]
+        for name in [*first, *sorted(names - {*first})]:
             result += self._training_curve(rows, name, log_y=name != "r")
             for gap in dict.fromkeys(row.quantity for row in gaps if name == HELD_OUT):
                 result += self._training_curve(gaps, gap)
