@@ -34,6 +34,8 @@ class MidNorm(nn.Module):
     affine_part: ClassVar[tuple[str, ...]]
     """Parameters applied after the division: ("w", "b"), ("w",), ("b",) or (). w has one weight per neuron,
     and b has one bias per neuron."""
+    learned: ClassVar[tuple[str, ...]] = ()
+    """Other parameters, which change the gain in training."""
     eps: float | None = None
     """Epsilon of a per-token denominator, sqrt(mean square of the centred mid + eps). None: the
     denominator is one constant for all tokens."""
@@ -129,8 +131,6 @@ class StaticNorm(MidNorm):
 
     matched_to: ClassVar[type[PerTokenNorm]] = LayerNorm
     """Per-token norm with the output rms that `mid.gain=init` reproduces."""
-    learned: ClassVar[tuple[str, ...]] = ()
-    """Parameters that change the gain in training."""
     gain: Tensor
     """The gain before training."""
 
@@ -232,8 +232,7 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     name = type(norm).__name__
     if not isinstance(norm, MidNorm):
         raise UserError(f"the mid norm {name} is not a subclass of MidNorm: derive it from MidNorm")
-    learned = norm.learned if isinstance(norm, StaticNorm) else ()
-    named = {parameter for parameter, _ in norm.named_parameters()} - {*learned}
+    named = {parameter for parameter, _ in norm.named_parameters()} - {*norm.learned}
     parameters = sorted(named, reverse=True)
     if not {*parameters} <= {"w", "b"} or parameters != [*norm.affine_part]:
         raise UserError(

@@ -85,8 +85,5 @@ class StaticParams(NormParams):
 
 
 @dataclass(frozen=True)
-class FrozenLayerNormParams(StaticParams):
+class FrozenLayerNormParams(LayerNormParams, StaticParams):
     """Parameters of a LayerNorm with a constant gain."""
-
-    affine: bool = True
-    """false: no weight gamma and no bias beta of each neuron."""
