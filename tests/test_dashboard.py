@@ -44,7 +44,7 @@ PLACE = "team/solu"
 LOW, HIGH = "solu_ln-low", "solu_ln-high"
 KAPPAS = {LOW: 0.42, HIGH: 419.4}
 LOSSES = {"solu": 4.0, "solu_gain": 3.97, LOW: 3.9, HIGH: 3.99}
-UNDEFINED = "undefined: no benefit of LN at this size"
+UNDEFINED = "undefined, because no benefit of LN is established"
 
 
 ROLES = {"solu": "plain", "solu_gain": "static", "solu_ln": "per_token"}

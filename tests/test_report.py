@@ -250,7 +250,7 @@ def test_plain_solu_being_better_means_nothing_to_explain():
     assert sentences[0].startswith("Smearing has nothing to explain at this size")
     joined = " ".join(sentences)
     assert "plain SoLU had a loss 0.07" in joined
-    assert "undefined: no benefit of LN at this size" in joined
+    assert "undefined, because no benefit of LN is established" in joined
 
 
 def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
@@ -487,7 +487,7 @@ def test_a_row_without_interval_is_marked(rows):
 
 def test_an_undefined_value_says_so():
     body = text(rendered(sweep(SIX | {"solu": 2.9}, {})))
-    assert "undefined: no benefit of LN at this size" in body
+    assert "undefined, because no benefit of LN is established" in body
     assert not re.search(r"\bnan\b", body)
 
 
@@ -1634,7 +1634,7 @@ def swept() -> list[Record]:
             arms[other] = arms[arm] + 0.01
             told[other] = told[arm] | {"kappa": 42.0, "family": "solu_ln-kappa42"}
         if arm.startswith("solu_frozen_ln"):
-            told[arm] |= {"gain": 30.0}
+            told[arm] |= {"gain": 30.0, "matched_kappa": 0.42}
             for gain, more in ((4.0, 0.01), (200.0, 0.02)):
                 other = arm.replace("solu_frozen_ln", f"solu_frozen_ln-gain{gain}")
                 arms[other] = arms[arm] + more
@@ -1713,12 +1713,18 @@ def test_optima_inside_their_grids_leave_the_verdict_first():
     )
 
 
-def gains(*tried: float) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
+BY_HAND = "was set by hand"
+
+
+def gains(
+    *tried: float, rate: str = ""
+) -> tuple[dict[str, float], dict[str, dict[str, float | str]]]:
     """Return arms at one rate. The static arms have these gains, and each is better than the one before."""
-    arms, told = {"solu": 3.1, "solu_ln": 3.02}, {}
+    arms = {"solu": 3.1, "solu_ln": 3.02}
+    told: dict[str, dict[str, float | str]] = {arm: {"rate": rate} for arm in arms}
     for i, gain in enumerate(tried):
         arms[f"solu_gain-{gain:g}"] = 3.06 - 0.01 * i
-        told[f"solu_gain-{gain:g}"] = {"gain": gain}
+        told[f"solu_gain-{gain:g}"] = {"gain": gain, "rate": rate}
     return arms, told
 
 
@@ -1758,8 +1764,10 @@ def test_arms_at_one_edge_of_one_grid_are_named_together():
 
 
 def test_gains_at_one_rate_are_not_presented_as_tuned():
-    made = sweep(*gains(8.0, 32.0, 128.0))
-    once = "Trained at one rate only: solu, solu_gain-128, solu_gain-32, solu_gain-8, solu_ln."
+    made = sweep(*gains(8.0, 32.0, 128.0, rate=BY_HAND))
+    once = (
+        "Trained at one untuned rate only: solu, solu_gain-128, solu_gain-32, solu_gain-8, solu_ln."
+    )
     assert once in words.headline(made)
     body = text(rendered(made))
     assert "each at its best rate" not in body
@@ -1772,12 +1780,41 @@ def test_gains_at_their_best_rates_are_presented_as_such(swept):
     assert "one rate only" not in text(rendered(swept))
 
 
+def test_arms_at_one_rate_that_was_tuned_before_are_not_listed():
+    made = sweep(*gains(8.0, 32.0, 128.0))
+    assert "one untuned rate" not in " ".join(words.headline(made))
+
+
+def test_a_static_arm_matched_to_another_kappa_is_no_twin():
+    arms = {
+        "solu": 3.1,
+        "solu_ln-a": 3.02,
+        "solu_ln-b": 3.03,
+        "solu_frozen_ln-a": 3.04,
+        "solu_frozen_ln-b": 3.05,
+    }
+    told = {
+        f"{name}-{arm}": {key: kappa}
+        for arm, kappa in (("a", 0.42), ("b", 42.0))
+        for name, key in (("solu_ln", "kappa"), ("solu_frozen_ln", "matched_kappa"))
+    }
+    made = sweep(arms, told)
+    assert findings.twins(made, "solu_ln-a") == ["solu_frozen_ln-a"]
+    assert findings.twins(made, "solu_ln-b") == ["solu_frozen_ln-b"]
+    said = [each for each in words.headline(made) if "static twin" in each]
+    assert [re.findall(r"solu_\w+-(\w)", each)[:2] for each in said] == [["a", "a"], ["b", "b"]]
+    told["solu_frozen_ln-b"] = {"gain": 8.0}
+    assert findings.twins(sweep(arms, told), "solu_ln-b") == []
+
+
 def test_kappas_at_one_rate_are_said_to_be():
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-a": 3.02, "solu_ln-b": 3.05}
-    told = {"solu_ln-a": {"kappa": 0.42}, "solu_ln-b": {"kappa": 42.0}}
+    told = {arm: {"rate": BY_HAND} for arm in arms}
+    told["solu_ln-a"] |= {"kappa": 0.42}
+    told["solu_ln-b"] |= {"kappa": 42.0}
     made = sweep(arms, told)
     said = words.headline(made)
-    once = "Trained at one rate only: solu, solu_gain, solu_ln-a, solu_ln-b."
+    once = "Trained at one untuned rate only: solu, solu_gain, solu_ln-a, solu_ln-b."
     assert once in said
     assert not said[0].startswith("Trained")
     assert once in text(rendered(made)).split("<h2>Dose: kappa</h2>")[1].split("<h2>")[0]

@@ -86,19 +86,19 @@ FULL: list[Record] = [
     TokenValue(**ALL, **RUN, quantity="r", value=0.5, unit="share", place=3, text="\n", stream="natural"),
     Comparison(
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
-        n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", lr=0.001,
+        n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", design="alpha 1", lr=0.001,
         tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
         adds="a scale", probe="engagement", quantity="r",
     ),
     ChoicePoint(
         **ALL, **NUMBER, setting="lr", x=0.001, chosen_arm="solu_ln", eligible=False,
-        grid=Grid.LOWER_EDGE, size="d_model 64",
+        grid=Grid.LOWER_EDGE, out_scale=0.5, design="alpha 1", size="d_model 64",
     ),
     NoChoice(**ALL, arms=("solu_ln-a", "solu_ln-b"), size="d_model 64"),
     Setting(
         **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln", label="SoLU + LN",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
-        rate="was set by hand", only_tried=True,
+        rate="was set by hand", family="0123", only_tried=True,
     ),
     GateResult(
         **ALL, **NUMBER, probe="engagement", control="pinned", section="C3", passed=True,

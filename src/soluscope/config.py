@@ -58,6 +58,10 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+MATCHED = "baseline"
+"""Value of model.mlp_out_scale that stands for a number measured before the first step."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     d_model: int = 128
@@ -74,9 +78,10 @@ class ModelConfig:
     """Epsilon of the residual stream's norms (ln1, ln2, ln_final). The mid norm has a separate epsilon."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; for W_pos it is half of this value."""
-    mlp_out_scale: float = 1.0
+    mlp_out_scale: float | str = 1.0
     """Constant alpha in mlp_out = alpha post W_out + b_out: the size of the MLP's output beside the residual
-    stream, and of the change that one optimizer step makes to it."""
+    stream, and of the change that one optimizer step makes to it. `baseline`: the alpha at which the median of
+    |mlp_out| / |resid_mid| starts as in the baseline, plain GELU, with the same seed."""
 
     def training_flops(self, d_vocab: int) -> float:
         """Return the floating-point operations per token of a training step's matrix products.
@@ -105,8 +110,12 @@ class ModelConfig:
             f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}",
         )
         check(self.ln_eps > 0, f"model.ln_eps={self.ln_eps} must be above 0")
-        for name in ("init_std", "mlp_out_scale"):
-            check(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be above 0")
+        check(self.init_std > 0, f"model.init_std={self.init_std} must be above 0")
+        alpha = self.mlp_out_scale
+        check(
+            alpha == MATCHED if isinstance(alpha, str) else 0 < alpha < math.inf,
+            f"model.mlp_out_scale={alpha} must be a number above 0, or {MATCHED}",
+        )
 
 
 @dataclass(frozen=True)
@@ -264,6 +273,8 @@ class Config:
     """Name of a file in configs/size/."""
     data: str = "stdlib"
     """Name of a source of text and of its file in configs/data/."""
+    probes: bool = True
+    """false: the evaluation of the run measures its losses only."""
     tag: str = ""
     """Suffix of the run folder's name, to distinguish arms of one variant."""
     runs_dir: FilePath = "runs"
@@ -440,7 +451,7 @@ class ReportConfig:
 
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
 # them set the path of the tokens; the study's data.json makes sure that its runs share their tokens.
-_PLACES = ("study", "tag", "runs_dir", "wandb", "select_seeds", "tokens.cache_dir", "tokens.prepared",
+_PLACES = ("study", "tag", "probes", "runs_dir", "wandb", "select_seeds", "tokens.cache_dir", "tokens.prepared",
            "train.rates", "train.tuned", "train.log_every", "train.checkpoint_every", "train.device",
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 

@@ -10,5 +10,9 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """A loss or a gradient left the range in which training makes sense."""
+
+
 class Stopped(UserError):
     """An external cause stopped a run, such as a full disk or a lost machine. The same command resumes the run."""

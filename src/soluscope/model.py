@@ -7,6 +7,7 @@ LayerNorm use PyTorch's fused kernels, which make a step faster than with Hooked
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -80,7 +81,13 @@ class MLP(nn.Module):
         super().__init__()
         d_model, d_mlp = config.d_model, config.d_mlp
         self.nonlinearity = variant.nonlinearity
-        self.out_scale = config.mlp_out_scale
+        self.out_scale: float | Tensor
+        if isinstance(
+            config.mlp_out_scale, str
+        ):  # measured before the first step, and kept with the weights
+            self.register_buffer("out_scale", torch.tensor(math.nan))
+        else:
+            self.out_scale = config.mlp_out_scale
         self.W_in = nn.Parameter(torch.empty(d_model, d_mlp))
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
         self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
@@ -105,7 +112,8 @@ class MLP(nn.Module):
 
     def scaled_W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """Return alpha W_out, which a converted model has as its W_out."""
-        return self.W_out if self.out_scale == 1 else self.out_scale * self.W_out
+        is_one = isinstance(self.out_scale, float) and self.out_scale == 1
+        return self.W_out if is_one else self.out_scale * self.W_out
 
 
 class Block(nn.Module):
@@ -119,6 +127,8 @@ class Block(nn.Module):
     def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         x = x + self.attn(self.ln1(x))
         out: Tensor = self.mlp(self.ln2(x), record, f"{prefix}mlp.")
+        if record is not None:
+            record |= {f"{prefix}hook_resid_mid": x, f"{prefix}hook_mlp_out": out}
         return x + out
 
 
@@ -146,7 +156,8 @@ class LanguageModel(nn.Module):
             f"blocks.{layer}.mlp.W_out": self.mlp(layer).scaled_W_out()
             for layer in range(len(self.blocks))
         }
-        return self.state_dict() | scaled
+        weights = {k: v for k, v in self.state_dict().items() if not k.endswith(".out_scale")}
+        return weights | scaled
 
     def residual(
         self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None

@@ -59,6 +59,10 @@ class Term(StrEnum):
     """`STATIC` as a share of `BENEFIT`."""
     STEP = "step"
     """One step of the telescoping sum from the plain arm to `arm`: the loss before it minus the loss after it."""
+    SENSITIVITY = "rate sensitivity"
+    """Mean over common learning rates of the loss of `arm` above its loss at its best rate."""
+    SENSITIVITY_STEP = "step of the rate sensitivity"
+    """One step of the chain to `arm`: the sensitivity before it minus that after it."""
     PROBE = "probe"
     """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
 
@@ -291,6 +295,9 @@ class Comparison(Number):
     """`p` after Holm's correction within its family."""
     size: str = ""
     """The arms' size in words; `note` does not repeat it. Empty if the study has one size."""
+    design: str = ""
+    """Rule for the scale of the MLP's output that the compared arms follow: `alpha 1` or `alpha matched`. Empty:
+    each arm is at its best scale, or the study has one scale."""
     lr: float | None = None
     """Learning rate common to all arms of this comparison; None: each arm is at its own best rate."""
     tuned_arm: str = ""
@@ -310,7 +317,7 @@ class ChoicePoint(Number):
 
     kind: ClassVar[str] = "choice"
 
-    setting: Literal["lr", "gain"]
+    setting: Literal["lr", "gain", "mlp_out_scale"]
     x: float
     """The setting at this point."""
     chosen_arm: str
@@ -319,6 +326,9 @@ class ChoicePoint(Number):
     """False if the arm lacks seeds that other arms of the curve have; it could then not be chosen."""
     grid: Grid | None = None
     """Position on the grid; set at the chosen point only."""
+    out_scale: float = 1.0
+    """Scale alpha of the MLP's output at this point."""
+    design: str = ""
     size: str = ""
 
 
@@ -363,6 +373,8 @@ class Setting(Record):
     """The variant's name for people: `SoLU + LN`. Empty: it has none."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
+    family: str = ""
+    """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -484,7 +496,8 @@ def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
 
 def line(record: Record) -> str:
     """Return a record as one line of JSON; equal records have equal lines."""
-    return json.dumps({"kind": record.kind} | _finite(asdict(record)))
+    content = {"kind": record.kind} | _finite(vars(record))
+    return json.dumps(content, default=lambda part: _finite(asdict(part)))
 
 
 def write(path: Path, records: Iterable[Record]) -> None:

@@ -52,8 +52,9 @@ PRIMARY = (Term.STATIC, Term.SHARE)
 """Terms whose tests form the primary family. `SHARE` is 0 where `STATIC` is 0."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
 """Settings that must be equal for two models to be compared. Sizes are never compared with each other."""
-SETTINGS = (*SIZE, "lr", "kappa", "gain", "mlp_out_scale")
-"""Settings stored for each arm; `kappa` and `gain` only where its mid norm has them."""
+SETTINGS = (*SIZE, "lr", "kappa", "gain", "matched_kappa", "mlp_out_scale")
+"""Settings stored for each arm; `kappa` and `gain` only where its mid norm has them. `matched_kappa`: the kappa of
+the per-token norm that a static gain was matched to before training."""
 GRID_FROM = 3
 """Least number of points for a curve with an inside. With two points the best one is at an edge."""
 
@@ -79,7 +80,7 @@ class _Arm:
     lineage: Lineage
     config: str
     family: str
-    """Identifier shared by arms that differ only in their learning rate."""
+    """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
     settings: dict[str, float]
     """The arm's values of `SETTINGS`. If the gain differs by seed, the median over seeds."""
     select: dict[int, float]
@@ -88,6 +89,19 @@ class _Arm:
     """Loss sums on the report split by seed, [document], at the reported seeds."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned; empty if it can."""
+    matched: bool = False
+    """True if the scale of the MLP's output was measured, so that the MLP's share starts as in the baseline."""
+    uniform: float = math.inf
+    """Loss of a uniform guess, ln d_vocab, which an untrained model has to .01 nats."""
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Return the arm's point on its family's surface: learning rate, scale of the MLP's output."""
+        return self.settings["lr"], self.out_scale
+
+    @property
+    def out_scale(self) -> float:
+        return self.settings.get("mlp_out_scale", 1.0)
 
 
 @dataclass(frozen=True)
@@ -103,44 +117,62 @@ class _Arms:
     arms: tuple[_Arm, ...]
     select_seeds: Collection[int]
     """Seeds at which arms are chosen and that are not reported. Empty: choices are made at the reported seeds."""
+    design: str = ""
+    """Rule for the scale of the MLP's output that all these arms follow; empty: each arm has its best scale."""
 
     @cached_property
     def families(self) -> list[list[_Arm]]:
-        """Group the arms that differ only in their learning rate, lowest rate first.
+        """Group the arms that are points of one surface: of learning rates and scales of the MLP's output.
 
-        Arms with equal settings and one common rate, such as runs of two machines, were given two names so
-        that they are compared: each is a separate family. So is each arm for which no rate can be chosen.
+        Arms with equal settings and one common point, such as runs of two machines, were given two names so
+        that they are compared: each is a separate family. So is each arm for which no point can be chosen.
+
+        Returns:
+            Families, each sorted by learning rate.
 
         Raises:
-            UserError: if two arms share a rate while another has a different one, so that the curve would
-                have two points at one rate.
+            UserError: if two arms share a point while another has a different one, so that the surface would
+                have two losses at one point.
         """
         families = []
         for alike in self._alike:
-            rates = [arm.settings["lr"] for arm in alike]
+            places = [arm.place for arm in alike]
             for a, b in pairwise(alike):
-                if a.settings["lr"] == b.settings["lr"] and len(set(rates)) > 1:
+                if a.place == b.place and a.matched == b.matched and len(set(places)) > 1:
                     raise UserError(
                         f"arms {a.name!r} and {b.name!r} of {self.study!r} have the same settings and the same"
                         f" learning rate ({a.settings['lr']:g}), but a curve over rates needs one arm per rate:"
                         " move one of them to another study"
                     )
-            is_curve = len(set(rates)) == len(alike) and _eligible(alike)
-            families += [alike] if is_curve else [[arm] for arm in alike]
+            is_surface = (len(alike) == 1 or len(set(places)) > 1) and _eligible(alike)
+            families += [alike] if is_surface else [[arm] for arm in alike]
         return families
 
     @cached_property
     def _alike(self) -> list[list[_Arm]]:
-        """Group the arms by everything but their learning rate, lowest rate first."""
+        """Group the arms by everything but their point on the surface, lowest rate first."""
         by_family: dict[str, list[_Arm]] = {}
         for arm in self.arms:
             by_family.setdefault(arm.family, []).append(arm)
-        return [sorted(alike, key=lambda arm: arm.settings["lr"]) for alike in by_family.values()]
+        return [sorted(alike, key=lambda arm: arm.place) for alike in by_family.values()]
+
+    @cached_property
+    def designs(self) -> list[_Arms]:
+        """Return the arms of each fixed design: with alpha 1, and with alpha matched; empty with one alpha."""
+        if len({arm.out_scale for arm in self.arms}) < 2:
+            return []
+        fixed = {
+            "alpha 1": [arm for arm in self.arms if arm.out_scale == 1 and not arm.matched],
+            "alpha matched": [arm for arm in self.arms if arm.matched],
+        }
+        return [
+            replace(self, arms=tuple(arms), design=name) for name, arms in fixed.items() if arms
+        ]
 
     @cached_property
     def not_chosen(self) -> list[list[_Arm]]:
         """List the groups of arms among which a choice is needed but impossible, because they share no seed."""
-        rates = [alike for alike in self._alike if len({arm.settings["lr"] for arm in alike}) > 1]
+        rates = [alike for alike in self._alike if len({arm.place for arm in alike}) > 1]
         missing = [alike for alike in rates if not _eligible(alike)]
         stages = dict.fromkeys(arm.variant for arm in self.tuned if arm.lineage.role == "plain")
         for arm in _per_token(self.tuned):
@@ -224,7 +256,7 @@ class _Arms:
     def fields(self, arm: _Arm, interval: Interval, cluster: str, n_seeds: int) -> dict[str, Any]:
         """Return the fields that comparisons and points of curves share."""
         return {
-            "study": self.study, "commit": self.commit, "size": self.size,
+            "study": self.study, "commit": self.commit, "size": self.size, "design": self.design,
             "arm": arm.name, "variant": arm.variant, "config": arm.config,
             "value": None if math.isnan(interval.value) else interval.value,
             "low": interval.low, "high": interval.high, "n": n_seeds,
@@ -389,23 +421,37 @@ def compare(
     compared = [each for arms in sizes for each in _compared(arms)]
     records: list[Record] = [*_adjust_primary(compared)]
     for arms in sizes:
-        records += [*_tuning(arms), *_no_choices(arms), *_settings(arms)]
+        for design in arms.designs:
+            records += [each for each in _compared(design) if each.term is not Term.LOSS]
+        records += [*sensitivities(arms), *_tuning(arms), *_no_choices(arms), *_settings(arms)]
     return records
 
 
-def chosen_arms(
-    losses: pd.DataFrame, lineages: Mapping[str, Lineage], select_seeds: Collection[int]
-) -> set[str]:
-    """Return the names of the arms that a study with select seeds trains at its report seeds.
+@dataclass(frozen=True)
+class Choices:
+    """The choices that a study with select seeds makes before its report seeds are trained."""
 
-    These are each configuration at its best learning rate, and each static variant at its best gain. The
-    arguments are those of `compare`.
+    arms: frozenset[str]
+    """Arms to train at the report seeds: each configuration at its best rate and output scale, and each static
+    variant at its best gain, in every design."""
+    best: frozenset[str]
+    """The arms to train that are at the best points of their surfaces."""
+    losses: Mapping[str, float]
+    """Loss of each arm that has all select seeds, on the select split, nats per token."""
+
+
+def choices(
+    losses: pd.DataFrame, lineages: Mapping[str, Lineage], select_seeds: Collection[int]
+) -> Choices:
+    """Choose the arms that a study with select seeds trains at its report seeds.
+
+    The arguments are those of `compare`.
 
     Raises:
         UserError: if arms to choose from share no select seed, and for the reasons that `compare` gives.
     """
     _check_settings(losses)
-    chosen = set()
+    chosen, best, known = set[str](), set[str](), dict[str, float]()
     for size, table in _by_size(losses):
         arms = _read("", table, "", size, lineages, select_seeds)
         for alike in arms.not_chosen:
@@ -413,8 +459,15 @@ def chosen_arms(
                 f"no choice is possible between {', '.join(arm.name for arm in alike)}: they share no select seed; "
                 "give all arms the same select_seeds"
             )
-        chosen |= {arm.name for arm in arms.to_report}
-    return chosen
+        best |= {arm.name for arm in arms.to_report}
+        for design in [arms, *arms.designs]:
+            chosen |= {arm.name for arm in design.to_report}
+        known |= {
+            arm.name: float(np.mean([*arm.select.values()]))
+            for arm in arms.arms
+            if arm.select.keys() >= set(select_seeds)
+        }
+    return Choices(frozenset(chosen), frozenset(best), known)
 
 
 def _compared(arms: _Arms) -> list[Comparison]:
@@ -458,30 +511,44 @@ def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
     records: list[ChoicePoint | Comparison] = []
     for family in arms.families:
         if len(family) > 1:
-            records += _curve(arms, "lr", family)
+            records += _surface(arms, family)
     for variant in sorted({arm.variant for arm in arms.tuned}):
         static = [arm for arm in _of_variant(arms.tuned, variant) if "gain" in arm.settings]
         if len({arm.settings["gain"] for arm in static}) > 1 and _choosing(*static):
             records += _curve(arms, "gain", static)
     for ln in _per_token(arms.tuned):
         family = arms.family(ln)
-        for arm in family if len(family) > 1 else []:
+        is_curve = len(family) > 1 and len({arm.out_scale for arm in family}) == 1
+        for arm in family if is_curve else []:
             lr = arm.settings["lr"]
             at_one_rate = _share(arms, arm, lr)
             records += [replace(each, lr=lr, tuned_arm=ln.name) for each in at_one_rate]
     return records
 
 
+def _surface(arms: _Arms, family: Sequence[_Arm]) -> list[ChoicePoint]:
+    """Return a family's losses on the select split against the rate, and through the best point against alpha."""
+    points = _curve(arms, "lr", family)
+    chosen, _ = _choose(_eligible(family))
+    across = [arm for arm in family if arm.settings["lr"] == chosen.settings["lr"]]
+    if len({arm.out_scale for arm in across}) > 1 and chosen in _eligible(across):
+        points += _curve(arms, "mlp_out_scale", across)
+    return points
+
+
 def _curve(
-    arms: _Arms, setting: Literal["lr", "gain"], candidates: Sequence[_Arm]
+    arms: _Arms, setting: Literal["lr", "gain", "mlp_out_scale"], candidates: Sequence[_Arm]
 ) -> list[ChoicePoint]:
     """Return the loss on the select split against a setting; mark the least loss's position on the grid.
 
+    The grid of the learning rate is that of the points with the chosen point's alpha.
+
     Source: protocol.md section 10.2 (c): the tuned optimum must lie inside the grid, not at its edge.
     """
-    eligible = _eligible(candidates) if setting == "lr" else candidates
+    eligible = candidates if setting == "gain" else _eligible(candidates)
     chosen, _ = _choose(eligible)
-    settings = {arm.settings[setting] for arm in eligible}
+    on_axis = [a for a in eligible if setting != "lr" or a.out_scale == chosen.out_scale]
+    settings = {arm.settings[setting] for arm in on_axis}
     at = chosen.settings[setting]
     grid = (
         Grid.TOO_FEW if len(settings) < GRID_FROM
@@ -504,11 +571,85 @@ def _curve(
         points.append(
             ChoicePoint(
                 **common, unit="nats / token", setting=setting, x=arm.settings[setting],
+                out_scale=arm.out_scale,
                 chosen_arm=chosen.name, eligible=arm in eligible,
                 grid=grid if arm is chosen else None, note=note,
             )
         )  # fmt: skip
     return points
+
+
+def sensitivities(arms: _Arms) -> list[Comparison]:
+    """Compute how much each arm loses at rates other than its best, and the steps of the chain.
+
+    The sensitivity of an arm at one seed is the mean over the common rates of its loss above that at its best rate,
+    with losses capped at that of an untrained model. The best rate is chosen on the select split, and alpha is 1.
+    Rates count if every arm with a curve was trained at them, over the seeds that all share.
+
+    Source: Wortsman et al. 2023, "Small-scale proxies for large-scale Transformer training instabilities", section
+    2.2; protocol.md section 4, "Robustness".
+    """
+    lines = [
+        line
+        for alike in arms._alike
+        if len(line := [a for a in alike if a.report and a.out_scale == 1 and not a.matched])
+        >= GRID_FROM
+    ]
+    rates = (
+        set.intersection(*({arm.settings["lr"] for arm in line} for line in lines))
+        if lines
+        else set()
+    )
+    lines = [[arm for arm in line if arm.settings["lr"] in rates] for line in lines]
+    seeds = _shared(*(arm for line in lines for arm in line)) if lines else []
+    if len(rates) < GRID_FROM or not seeds:
+        return []
+    ranges = f"{len(rates)} rates from {min(rates):g} to {max(rates):g}"
+    measured: list[tuple[_Arm, Floats]] = []
+    records = []
+    for line in lines:
+        tried = _eligible([arm for arm in line if arm.select])
+        if not tried:
+            continue
+        best, _ = _choose(tried)
+        losses = np.array(
+            [[arm.report[s].sum() / arms.counts.sum() for s in seeds] for arm in line]
+        )
+        at_best = losses[line.index(best)]
+        by_seed = (np.minimum(losses, best.uniform) - at_best).mean(axis=0)
+        records.append(
+            arms.comparison(
+                Term.SENSITIVITY, best, stats.paired_seeds(by_seed), "seed", len(seeds),
+                note=f"{ranges}; best rate {best.settings['lr']:g}",
+            )
+        )  # fmt: skip
+        measured.append((best, by_seed))
+    best_of: dict[str, tuple[_Arm, Floats]] = {}
+    for arm, by_seed in measured:
+        rivals = [arm, *(best_of[arm.variant][:1] if arm.variant in best_of else [])]
+        if _choose(rivals)[0] is arm:
+            best_of[arm.variant] = arm, by_seed
+    for ln, of_ln in measured if len(measured) > 1 else []:
+        if ln.lineage.role != "per_token":
+            continue
+        chain = ln.lineage.chain
+        stages = [
+            (i, *best_of[step.variant])
+            for i, step in enumerate(chain[:-1])
+            if step.variant in best_of
+        ]
+        for (i, before, left), (j, after, right) in pairwise(
+            [*stages, (len(chain) - 1, ln, of_ln)]
+        ):
+            interval = stats.paired_seeds(left - right)
+            records.append(
+                arms.comparison(
+                    Term.SENSITIVITY_STEP, ln, interval, "seed", len(seeds), against=before.name,
+                    step=(chain[i].variant, chain[j].variant), p=interval.p if interval.n > 1 else None,
+                    adds="; ".join(step.adds for step in chain[i + 1 : j + 1]), note=f"{ranges}; to {after.name}",
+                )
+            )  # fmt: skip
+    return records
 
 
 def _no_choices(arms: _Arms) -> list[NoChoice]:
@@ -537,7 +678,7 @@ def _settings(arms: _Arms) -> list[Setting]:
         Setting(
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
-            label=arm.lineage.label, rate=arm.rate,
+            label=arm.lineage.label, rate=arm.rate, family=arm.family,
             n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms
@@ -644,13 +785,15 @@ def _static_minus_ln(
     if not seeds:
         return []
     difference = arms.difference(static, ln, seeds)
-    verdict = Verdict(
-        stats.equivalence(stats.seeds_and_documents(difference, arms.counts, level=0.90), MARGIN)
-    )
+    tested = stats.seeds_and_documents(difference, arms.counts, level=0.90)
+    verdict = Verdict(stats.equivalence(tested, MARGIN))
+    bounds = ""
+    if tested.low is not None and tested.high is not None:
+        bounds = f" (90% interval of this test: {tested.low:+.4f} to {tested.high:+.4f})"
     note = {
-        Verdict.EQUIVALENT: f"equivalent: closer than {MARGIN} nats to 0",
-        Verdict.DIFFERENT: f"different: farther than {MARGIN} nats from 0",
-        Verdict.INCONCLUSIVE: f"inconclusive against a margin of {MARGIN} nats",
+        Verdict.EQUIVALENT: f"equivalent: closer than {MARGIN} nats to 0{bounds}",
+        Verdict.DIFFERENT: f"different: farther than {MARGIN} nats from 0{bounds}",
+        Verdict.INCONCLUSIVE: f"inconclusive against a margin of {MARGIN} nats{bounds}",
     }[verdict]
     return arms.contrast(
         Term.STATIC, static, ln, ln, verdict=verdict, choice=choice, note=note,
@@ -670,7 +813,7 @@ def _phi_dyn(arms: _Arms, plain: _Arm, static: _Arm, choice: str, ln: _Arm) -> l
     if benefit.low is None or benefit.low <= MARGIN:
         more |= {
             "verdict": Verdict.UNDEFINED,
-            "note": f"undefined: no benefit of LN at this size ({_why_undefined(benefit)})",
+            "note": f"undefined, because no benefit of LN is established ({_why_undefined(benefit)})",
         }
         undefined = Interval(float("nan"), None, None, benefit.n, benefit.n_clusters)
         return [arms.comparison(Term.SHARE, ln, undefined, "seed", len(seeds), **more)]
@@ -754,11 +897,11 @@ def _can_choose(arms: Sequence[_Arm]) -> bool:
 
 
 def _check_settings(losses: pd.DataFrame) -> None:
-    """Refuse an arm whose runs differ in a setting; only a gain measured at the start may differ by seed."""
+    """Refuse an arm whose runs differ in a setting; only a gain or an alpha measured at the start may differ."""
     for arm, table in losses.groupby("arm"):
         for name in _settings_in(losses):
             values = sorted(table[name].dropna().unique())
-            if len(values) > 1 and name != "gain":
+            if len(values) > 1 and name not in ("gain", "mlp_out_scale"):
                 raise UserError(
                     f"runs of arm {arm!r} differ in {name} ({values[0]:g} and {values[-1]:g}), but an arm has"
                     " one setting and several seeds: move the runs of one setting to another study"
@@ -838,5 +981,5 @@ def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     return _Arm(
         str(first["arm"]), variant, lineages[variant], str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},
-        str(first.get("rate", "")),
+        str(first.get("rate", "")), bool(first.get("matched", False)), float(first.get("uniform", math.inf)),
     )  # fmt: skip

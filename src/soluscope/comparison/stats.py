@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 from scipy.stats import t as student_t
 
 Floats = NDArray[np.float64]
@@ -373,13 +373,17 @@ def _rounding(value: Callable[[Floats], Floats], per_cluster: Floats) -> float:
     error is the largest resulting change of the number. So a difference of two large numbers has the
     rounding error of large numbers, and a small number from small sums has a small rounding error.
     """
-    moves = np.random.default_rng(0).choice(
-        [-ROUNDING, ROUNDING], (N_ROUNDINGS, per_cluster.shape[1])
-    )
+    moves = _moves(per_cluster.shape[1])
     total, size = per_cluster.sum(axis=0), np.abs(per_cluster).sum(axis=0)
     moved = value(np.vstack([total, total + moves * size]))
     distances = np.abs(moved[1:] - moved[0])
     return float(distances[np.isfinite(distances)].max(initial=0.0))
+
+
+@lru_cache(maxsize=256)
+def _moves(n_sums: int) -> Floats:
+    """Return random moves of each sum by one rounding error, up or down, [move sum]."""
+    return np.random.default_rng(0).choice([-ROUNDING, ROUNDING], (N_ROUNDINGS, n_sums))
 
 
 def _ends(
@@ -425,7 +429,7 @@ def _z(level: float, n_units: float) -> Floats:
 
     Source: Hesterberg 2015, "What teachers should know about the bootstrap", expanded percentiles.
     """
-    one_side = np.sqrt(n_units / (n_units - 1)) * student_t.ppf((1 + level) / 2, n_units - 1)
+    one_side = np.sqrt(n_units / (n_units - 1)) * stdtrit(n_units - 1, (1 + level) / 2)
     return np.array([-one_side, one_side])
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -93,14 +93,15 @@ def from_cache(cache: TokenCache, split: Split, ctx: int, n_tokens: int, name: s
     )
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the tokens of each text; a <|BOS|> spelt out in a text is plain text."""
+def encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield the tokens of each text; a <|BOS|> spelt out in a text is plain text."""
     tokenizer.encode_special_tokens = True
-    return [encode(tokenizer, text) for text in texts]
+    for text in texts:
+        yield encode(tokenizer, text)
 
 
 def from_tokens(
-    texts: Sequence[Sequence[int]],
+    texts: Iterable[Sequence[int]],
     tokenizer: Tokenizer,
     bos: int,
     ctx: int,
@@ -110,17 +111,23 @@ def from_tokens(
 ) -> Stream:
     """Cut each text's tokens into its own rows, and return about `n_tokens` tokens from as many texts as possible.
 
-    Rows of fewer than `fewest` tokens are left out: a single token after BOS has no target.
+    Texts are read until their first rows are enough. Rows of fewer than `fewest` tokens are left out: a single
+    token after BOS has no target.
 
     Raises:
         UserError: if no text has 2 tokens or more.
     """
-    parts = []
+    n_rows = max(1, n_tokens // ctx)
+    n_texts, parts = 0, list[tuple[int, int, Sequence[int]]]()
     for number, ids in enumerate(texts):
         cuts = range(0, len(ids), ctx - 1)
-        parts += [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
+        of_text = [(turn, number, ids[cut : cut + ctx - 1]) for turn, cut in enumerate(cuts)]
+        parts += (part for part in of_text if len(part[2]) >= fewest)
+        n_texts += len(ids) >= fewest
+        if n_texts == n_rows:
+            break
     # The first row of every text, then every second row: even few tokens come from many texts.
-    parts = sorted(part for part in parts if len(part[2]) >= fewest)[: max(1, n_tokens // ctx)]
+    parts = sorted(parts, key=lambda part: part[:2])[:n_rows]
     rows = [(number, ids) for turn, number, ids in sorted(parts, key=lambda part: part[1::-1])]
     if all(len(ids) < 2 for _, ids in rows):
         raise UserError(
@@ -183,8 +190,8 @@ def _make(
         case "prefixes":
             return from_rows(list(_prefixes(cache, ctx, n_tokens)), bos, ctx, name)
         case "prose" | "code":
-            texts = _library_tokens(name, *sorted(cache.meta["shares"].items()), tokenizer.to_str())
-            return from_tokens(texts, tokenizer, bos, ctx, n_tokens, name)
+            shares = tuple(sorted(cache.meta["shares"].items()))
+            return _from_library(name, shares, tokenizer.to_str(), bos, ctx, n_tokens)
         case "sentences":
             return from_rows(_sentences(tokenizer, ctx, n_tokens), bos, ctx, name)
         case "repeated" | "random":
@@ -251,16 +258,18 @@ def _words(
 
 
 @lru_cache(maxsize=4)
-def _library_tokens(kind: str, *words: Any) -> list[list[int]]:
-    """Return the tokens of `standard_library`'s texts, which all runs of a study share.
-
-    Args:
-        kind: as for `standard_library`.
-        words: the (name, share) pairs of the splits, and then the tokenizer as JSON.
-    """
-    *shares, tokenizer_json = words
+def _from_library(
+    kind: str,
+    shares: tuple[tuple[str, float], ...],
+    tokenizer_json: str,
+    bos: int,
+    ctx: int,
+    n_tokens: int,
+) -> Stream:
+    """Return the stream of `standard_library`'s texts, which all runs of a study share."""
     tokenizer = from_bytes(tokenizer_json.encode(), "cannot read the tokenizer")
-    return encoded(standard_library(kind, **dict(shares)), tokenizer)
+    texts = encoded(standard_library(kind, **dict(shares)), tokenizer)
+    return from_tokens(texts, tokenizer, bos, ctx, n_tokens, kind)
 
 
 def standard_library(kind: str, select: float, report: float) -> Iterator[str]:

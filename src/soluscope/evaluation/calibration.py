@@ -109,7 +109,7 @@ def _estimate(run: HookedRun, measured: Measured, gate: Gate, level: float) -> I
     """Return the number that a gate tests, with its interval."""
     if gate.quantity in measured.tokens:
         table = token_table(run, measured)
-        here = table[POSITIONS[gate.positions](table["pos"])]
+        here = table[POSITIONS[gate.positions](table["pos"].to_numpy())]
         return cluster_bootstrap(here[gate.quantity], here["string"], gate.statistic, level=level)
     wanted = (gate.quantity, gate.group, gate.x)
     for estimate in measured.estimates:

@@ -15,6 +15,7 @@ runs/<study>/results.jsonl                         all records of the study, com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
@@ -27,7 +28,7 @@ import pandas as pd
 
 from soluscope import plugins, results
 from soluscope.bars import Bars, Say, bars
-from soluscope.comparison.compare import SETTINGS, Lineage, chosen_arms, compare, confirm
+from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, compare, confirm
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
@@ -99,12 +100,12 @@ def evaluate(folder: Path, config: EvalConfig, say: Say = answer, step: Step | N
         return write_results(study_dir)
 
 
-def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> set[str]:
-    """Measure the losses of a study's runs at its select seeds, and return the names of the chosen arms.
+def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> Choices:
+    """Measure the losses of a study's runs at its select seeds, and choose arms.
 
     Raises:
         Busy: if another process evaluates the study, unless config.wait is true.
-        UserError: for the reasons that `evaluate` and `comparison.compare.chosen_arms` give.
+        UserError: for the reasons that `evaluate` and `comparison.compare.choices` give.
     """
     with _held(study_dir, config):
         finished = finished_runs(study_dir)
@@ -114,13 +115,17 @@ def choose(study_dir: Path, config: EvalConfig, say: Say = answer) -> set[str]:
         _evaluate_runs(runs, config, say)
         losses = [read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in runs]
         lineages = _lineages(run.facts for run in runs)
-        return chosen_arms(pd.concat(losses, ignore_index=True), lineages, seeds)
+        return choices(pd.concat(losses, ignore_index=True), lineages, seeds)
 
 
 def select_seeds(runs: Iterable[Run]) -> frozenset[int]:
     """Return the seeds that any of a study's runs names as select seeds. Pretrained models name none."""
     trained = (run for run in runs if read_origin(run.dir) is None)
     return frozenset(seed for run in trained for seed in run.config.select_seeds)
+
+
+def _has_only_losses(run: Run, seeds: frozenset[int]) -> bool:
+    return read_origin(run.dir) is None and (run.config.seed in seeds or not run.config.probes)
 
 
 def _is_for_choosing(run: Run, seeds: frozenset[int]) -> bool:
@@ -355,9 +360,17 @@ def _lineages(compared: Iterable[Facts]) -> dict[str, Lineage]:
 def _settings(run: Run) -> dict[str, float | str]:
     """Return the settings that distinguish a run's arm from other arms; nan for a setting it does not have."""
     facts, config = run.facts, run.config
-    family = replace(config, seed=0, train=replace(config.train, lr=None))
-    settings: dict[str, Any] = {name: getattr(facts, name) for name in SETTINGS}
-    settings |= {"family": family.hash, "rate": rate_origin(config)}
+    one_scale = replace(config.model, mlp_out_scale=1.0)
+    family = replace(config, seed=0, train=replace(config.train, lr=None), model=one_scale)
+    settings: dict[str, Any] = {name: getattr(facts, name, None) for name in SETTINGS}
+    if getattr(config.mid, "gain", None) == "init":
+        settings["matched_kappa"] = config.mid.epsilon(config.model.d_mlp) * config.model.d_mlp**2
+    settings |= {
+        "family": family.hash,
+        "rate": rate_origin(config),
+        "matched": isinstance(config.model.mlp_out_scale, str),
+        "uniform": math.log(facts.d_vocab),
+    }
     return {name: np.nan if value is None else value for name, value in settings.items()}
 
 
@@ -371,7 +384,7 @@ def _evaluate_runs(
     """
     seeds = select_seeds(finished_runs(runs[0].dir.parent)) if runs else frozenset()
     asked = {
-        run.dir.name: replace(config, probes=[]) if _is_for_choosing(run, seeds) else config
+        run.dir.name: replace(config, probes=[]) if _has_only_losses(run, seeds) else config
         for run in runs
     }
     n_at_once = 1 if step else min(_at_once(runs, config), len(runs))

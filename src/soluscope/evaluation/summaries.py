@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from soluscope.comparison.stats import (
     MIN_CLUSTERS,
@@ -29,7 +30,10 @@ from soluscope.text import plural
 
 CURVE_POINTS = 24
 
-POSITIONS: dict[str, Callable[[pd.Series], Any]] = {
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.floating]
+
+POSITIONS: dict[str, Callable[[NDArray[np.int64]], Bools]] = {
     "not BOS": lambda pos: pos > 0,
     "BOS": lambda pos: pos == 0,
     "1": lambda pos: pos == 1,
@@ -114,13 +118,13 @@ def against_untrained(
         seed: seed of the resampling.
     """
     (here, estimates), (there, others) = trained, untrained
-    content = POSITIONS["not BOS"](here["pos"])
+    content = POSITIONS["not BOS"](here["pos"].to_numpy())
+    string = here["string"].to_numpy()[content]
     for name, quantity in probe.quantities.items():
-        if quantity.curve or not there.loc[content, name].notna().any():
+        now, before = (side[name].to_numpy()[content] for side in (here, there))
+        if quantity.curve or np.isnan(before).all():
             continue
         row = replace(base, quantity=name, unit=quantity.unit)
-        string = here.loc[content, "string"]
-        now, before = here.loc[content, name], there.loc[content, name]
         for statistic in quantity.statistics:
             alone = cluster_bootstrap(before, string, statistic, n_draws=1)
             found = statistic_difference(now, before, string, statistic, n_draws, seed)
@@ -138,8 +142,8 @@ def against_untrained(
                 each.sums, each.value, other.sums, other.value, each.n, n_draws, seed
             )
         else:
-            now = bootstrap_sums(each.sums, each.value, each.n, n_draws=1)
-            found = replace(now, value=now.value - alone.value, low=None, high=None)
+            after = bootstrap_sums(each.sums, each.value, each.n, n_draws=1)
+            found = replace(after, value=after.value - alone.value, low=None, high=None)
         yield _twin(row, alone.value, found)
 
 
@@ -154,28 +158,32 @@ def _twin(base: Untrained, value: float, found: Interval) -> Untrained:
 def _quantity_rows(
     table: pd.DataFrame, name: str, quantity: Quantity, base: Measurement, make: _Summary
 ) -> Iterator[Measurement]:
+    pos, string, values = (table[column].to_numpy() for column in ("pos", "string", name))
+
+    def of_tokens(which: Bools, statistic: str, row: Measurement) -> Measurement:
+        return make.of_tokens(values[which], string[which], statistic, row)
+
     if quantity.curve:
-        last = int(table["pos"].max())
-        for pos in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
-            yield make.of_tokens(
-                table[table["pos"] == pos], name, "mean", replace(base, x=float(pos))
-            )
+        last = int(pos.max())
+        for at in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
+            yield of_tokens(pos == at, "mean", replace(base, x=float(at)))
         return
+    has_value = ~np.isnan(values)
     for positions, mask in POSITIONS.items():
-        here = table[mask(table["pos"])]
-        if here[name].notna().any():
+        here = mask(pos) & has_value
+        if here.any():
             for statistic in quantity.statistics:
-                yield make.of_tokens(here, name, statistic, replace(base, positions=positions))
-    content = table[(table["pos"] > 0) & table[name].notna()]
+                yield of_tokens(here, statistic, replace(base, positions=positions))
+    content = POSITIONS["not BOS"](pos) & has_value
     for column in quantity.split_by:
-        if n_distinct(content[column]) < 4:
+        split = table[column].to_numpy()
+        if n_distinct(split[content]) < 4:
             continue  # too few distinct values for quartiles
-        edges = content[column].quantile([0.25, 0.5, 0.75])
-        quartile = pd.Series(np.searchsorted(edges, content[column]), index=content.index)
+        quartile = np.searchsorted(np.nanquantile(split[content], [0.25, 0.5, 0.75]), split)
         # With ties some quartiles are empty; the remaining quartiles keep their names.
-        for q in sorted(quartile.unique()):
+        for q in np.unique(quartile[content]):
             row = replace(base, group=f"{column} Q{q + 1}")
-            yield make.of_tokens(content[quartile == q], name, "mean", row)
+            yield of_tokens(content & (quartile == q), "mean", row)
 
 
 class _Summary:
@@ -185,14 +193,12 @@ class _Summary:
         self.cluster, self.n_draws, self.seed = cluster, n_draws, seed
 
     def of_tokens(
-        self, table: pd.DataFrame, name: str, statistic: str, base: Measurement
+        self, values: Floats, string: NDArray[np.int64], statistic: str, base: Measurement
     ) -> Measurement:
-        table = table[table[name].notna()]
-        values = table[name]
-        interval = cluster_bootstrap(values, table["string"], statistic, self.n_draws, self.seed)
+        interval = cluster_bootstrap(values, string, statistic, self.n_draws, self.seed)
         least = least_clusters(statistic)
         row = self._filled(replace(base, statistic=statistic), interval, least)
-        if n_distinct(values) == 1 and interval.n_clusters >= MIN_CLUSTERS:
+        if n_distinct(values[~np.isnan(values)]) == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context and a static norm has one gain, so there is no variation to resample.
             return replace(row, low=None, high=None, constant=True, note=base.note)
         return row

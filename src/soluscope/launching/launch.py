@@ -6,6 +6,7 @@ Finished runs are not repeated, and interrupted runs resume. The run folders sho
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from soluscope.config import Config, EvalConfig, check, differences, load_evalua
 from soluscope.config_help import help_lines
 from soluscope.errors import UserError
 from soluscope.launching import jobs
-from soluscope.launching.sweep import Sweep, choosing, read_sweep, reporting
+from soluscope.launching.sweep import Sweep, choosing, read_sweep, reporting, searching
 from soluscope.report.plan import cannot_reject
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
@@ -72,6 +73,8 @@ class Evaluate:
     report: bool
     dashboard: str | None = None
     """Entity and project of the study's dashboard in wandb; None: it is not saved."""
+    may_diverge: bool = False
+    """True in a search, which tries rates that are too high: a diverged run is left out."""
 
     def to_json(self) -> str:
         """Return this work as one line of JSON, which `after_from_json` reads."""
@@ -83,7 +86,7 @@ class Evaluate:
         Raises:
             UserError: if jobs have failed or are not finished; the message names them.
         """
-        _check_done(self.study_dir, self.jobs)
+        _check_done(self.study_dir, self.jobs, self.may_diverge)
         if not self.report:
             answer(f"{self.study_dir}: {jobs.counted(['done'] * len(self.jobs))}")
             return
@@ -102,7 +105,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class SecondStage:
-    """Second stage of a sweep with select seeds: choose arms and train them at the sweep's own seeds."""
+    """Work after the jobs at select seeds: further points of a search, or the chosen arms at other seeds."""
 
     does: ClassVar[str] = "chooses arms and starts their jobs"
 
@@ -125,7 +128,7 @@ class SecondStage:
         if self.plan is None:
             launch(self.path, self.words, retry=self.retry)
         else:
-            _second_stage(self.plan, self.retry)
+            _next_stage(self, self.plan, self.retry)
 
 
 def after_from_json(text: str) -> Evaluate | SecondStage:
@@ -139,6 +142,7 @@ def after_from_json(text: str) -> Evaluate | SecondStage:
         EvalConfig(**values["evaluation"]),
         values["report"],
         values["dashboard"],
+        values["may_diverge"],
     )
 
 
@@ -154,7 +158,7 @@ class _Plan:
     sweep: Sweep
     """With select seeds: the arms at the seeds that are reported."""
     first: Sweep | None
-    """The arms at the select seeds; None without such seeds."""
+    """The arms at the select seeds; None without such seeds. With a search: the points tried and the next ones."""
 
     @property
     def sweeps(self) -> list[Sweep]:
@@ -236,7 +240,11 @@ def _read(path: Path, words: Sequence[str]) -> _Plan:
     )
     sweep = read_sweep(path, others)
     evaluation = replace(evaluation, wait=config.wait or evaluation.wait)
-    first = choosing(sweep) if sweep.select_seeds else None
+    first = None
+    if sweep.search is not None:
+        first = searching(sweep, {})
+    elif sweep.select_seeds:
+        first = choosing(sweep)
     return _Plan(config, engine, params, evaluation, sweep, first)
 
 
@@ -272,7 +280,7 @@ def _task(plan: _Plan, config: Config) -> jobs.Task:
     evaluation = plan.evaluation
     if not plan.config.report or evaluation.out is not None:
         return jobs.Task(config)
-    if config.seed in config.select_seeds:
+    if config.seed in config.select_seeds or not config.probes:
         evaluation = replace(evaluation, probes=[])
     return jobs.Task(config, evaluation)
 
@@ -286,34 +294,57 @@ def _is_probed(task: jobs.Task) -> bool:
     return is_evaluated(Run(task.config.run_dir), task.evaluation)
 
 
-def _second_stage(plan: _Plan, retry: bool) -> None:
-    """Choose arms by their losses at the select seeds, train them at the sweep's own seeds, and report them."""
+def _next_stage(work: SecondStage, plan: _Plan, retry: bool) -> None:
+    """Train the next points of a search, or the arms that are chosen at the select seeds, and report them."""
     from soluscope.evaluation import suite
 
     assert plan.first is not None
-    study_dir = plan.sweep.study_dir
-    _check_done(study_dir, [jobs.job_of(config) for config in plan.first.configs])
-    here = {config.arm for config in plan.sweep.configs}
-    arms = suite.choose(study_dir, plan.evaluation, say) & here
+    study_dir, tried = plan.sweep.study_dir, plan.first
+    _check_done(
+        study_dir, [jobs.job_of(config) for config in tried.configs], tried.search is not None
+    )
+    choices = suite.choose(study_dir, plan.evaluation, say)
+    losses = {**choices.losses, **dict.fromkeys(_diverged(tried), math.inf)}
+    if plan.sweep.search is not None:
+        tried = searching(plan.sweep, losses)
+        if {config.run_name for config in tried.configs} - {c.run_name for c in plan.first.configs}:
+            _run(plan, tried, retry, replace(work, plan=replace(plan, first=tried)))
+            return
+    here = {config.arm for config in tried.configs}
+    arms = here & choices.arms
     say(f"chosen at the select seeds: {', '.join(sorted(arms))} ({len(arms)} of {len(here)} arms)")
-    chosen = reporting(plan.sweep, arms)
-    _run(plan, chosen, retry, _evaluation(plan, plan.first, chosen))
+    chosen = reporting(plan.sweep, replace(choices, losses=losses))
+    _run(plan, chosen, retry, _evaluation(plan, tried, chosen))
+
+
+def _diverged(sweep: Sweep) -> list[str]:
+    """Return the arms with a run whose loss diverged."""
+    return [config.arm for config in sweep.configs if Run(config.run_dir).has_diverged()]
 
 
 def _evaluation(plan: _Plan, *sweeps: Sweep) -> Evaluate:
     listed = tuple(jobs.job_of(config) for sweep in sweeps for config in sweep.configs)
     launched = plan.config
     return Evaluate(
-        plan.sweep.study_dir, listed, plan.evaluation, launched.report, launched.wandb.dashboard
+        plan.sweep.study_dir,
+        listed,
+        plan.evaluation,
+        launched.report,
+        launched.wandb.dashboard,
+        plan.sweep.search is not None,
     )
 
 
-def _check_done(study_dir: Path, listed: Sequence[jobs.Job]) -> None:
+def _check_done(study_dir: Path, listed: Sequence[jobs.Job], may_diverge: bool) -> None:
     """Refuse to continue while jobs have failed or are not finished.
+
+    With `may_diverge`, diverged runs are left out.
 
     Raises:
         UserError: naming these jobs.
     """
+    if may_diverge:
+        listed = [job for job in listed if not Run(study_dir / job.run).has_diverged()]
     standings = [jobs.standing(study_dir, job) for job in listed]
     behind = [
         f"{job.run} ({now.error or now.state})"

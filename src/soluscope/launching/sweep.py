@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soluscope import plugins
 from soluscope.config import Config, check, load_config, shipped_dir, short_name
 from soluscope.errors import UserError
+from soluscope.launching.search import Search, every, read_search
 from soluscope.reading import AsWritten, as_word, read_yaml
+
+if TYPE_CHECKING:  # the comparison imports numpy and scipy
+    from soluscope.comparison.compare import Choices
 
 MOST_JOBS = 10_000
 _NAMED = ("variant", "arm", "seed", "study", "tag")
@@ -34,7 +38,10 @@ class Sweep:
     parameters: Mapping[str, tuple[Any, ...]]
     """The grid: values by dotted key, without the keys that `words` overrides and with the tag."""
     configs: tuple[Config, ...]
-    """One configuration per job, in the order of the parameters; the last parameter varies fastest."""
+    """One configuration per job, in the order of the parameters; the last parameter varies fastest. With a search:
+    the arms before it, at the reported seeds."""
+    search: Search | None = None
+    """The search for each arm's best settings at the select seeds."""
 
     @property
     def study_dir(self) -> Path:
@@ -85,7 +92,7 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
         UserError: if the file is not a grid or the grid is empty, a parameter is unknown, two jobs have the
             same id or folder, the jobs have several studies, or a seed is also a select seed.
     """
-    file = read_yaml(path, AsWritten)
+    file, words = _preset(path, read_yaml(path, AsWritten), words)
     grid: Any = file.get("parameters")
     check(file.get("method") == "grid" and isinstance(grid, dict),
           f"{path} is not a sweep: it needs 'method: grid' and 'parameters:'")  # fmt: skip
@@ -106,9 +113,41 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
     sweep = _grid(path, words, axes)
     asked, seeds = sweep.select_seeds, {config.seed for config in sweep.configs}
     both = sorted(seeds & set(asked))
+    if "tune" in file:
+        check(
+            bool(asked), f"{path} has tune:, which needs select_seeds: give some in its parameters"
+        )
+        sweep = replace(sweep, search=read_search(path, file["tune"]))
     check(not both, f"seed {', '.join(map(str, both))} is among seed= and select_seeds=: a seed at which arms are "
           "chosen must not be reported")  # fmt: skip
     return sweep
+
+
+def _preset(
+    path: Path, file: dict[str, Any], words: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a sweep file and the words after the preset that `size=` names has replaced parts of both.
+
+    A preset has parameters and axes that replace those of the file, and may have `words` for every job.
+    """
+    presets: Any = file.pop("presets", {})
+    kept, chosen = [], None
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "size" and value in presets:
+            chosen = presets[value]
+        else:
+            kept.append(word)
+    if chosen is None:
+        return file, [*words]
+    unknown = sorted(chosen.keys() - {"parameters", "tune", "words"})
+    check(
+        not unknown,
+        f"{path}: a preset has {', '.join(unknown)}, but only parameters, tune and words are known",
+    )
+    for key in ("parameters", "tune"):
+        file[key] = {**file.get(key, {}), **chosen.get(key, {})}
+    return file, [*chosen.get("words", []), *kept]
 
 
 def _grid(path: Path, words: Sequence[str], axes: Mapping[str, tuple[Any, ...]]) -> Sweep:
@@ -123,9 +162,42 @@ def choosing(sweep: Sweep) -> Sweep:
     return _grid(sweep.path, words, {**sweep.parameters, "seed": tuple(sweep.select_seeds)})
 
 
-def reporting(sweep: Sweep, arms: Collection[str]) -> Sweep:
-    """Return the second stage of a sweep with select seeds: the chosen arms at its own seeds."""
-    return replace(sweep, configs=tuple(config for config in sweep.configs if config.arm in arms))
+def searching(sweep: Sweep, losses: Mapping[str, float]) -> Sweep:
+    """Return the first stage of a sweep with a search: all points tried so far and the next ones, at select seeds.
+
+    Args:
+        sweep: a sweep with a search.
+        losses: loss of each arm that has one, on the select split at the select seeds.
+    """
+    assert sweep.search is not None
+    tried = [sweep.search.tried(arm, losses) for arm in choosing(sweep).configs]
+    configs = tuple(every(point for known, new in tried for point in [*known, *new]))
+    _check_apart(sweep.path, configs)
+    return replace(sweep, configs=configs)
+
+
+def reporting(sweep: Sweep, choices: Choices) -> Sweep:
+    """Return the second stage of a sweep with select seeds: the chosen arms at its own seeds.
+
+    With a search, these are points of the arms' surfaces, and the points of the line. Only the best point of each
+    surface is probed; the losses of the other points are measured.
+    """
+    search = sweep.search
+    if search is None:
+        configs = [config for config in sweep.configs if config.arm in choices.arms]
+    else:
+        configs = []
+        for arm in sweep.configs:
+            points, _ = search.tried(arm, choices.losses)
+            configs += [
+                replace(point, probes=point.arm in choices.best)
+                for point in points
+                if point.arm in choices.arms
+            ]
+            configs += search.on_line(arm)
+    found = tuple(every(configs))
+    _check_apart(sweep.path, found)
+    return replace(sweep, configs=found)
 
 
 def _axes(path: Path, grid: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple]]:  # type: ignore[type-arg]

@@ -166,7 +166,7 @@ PROBE = Probe(
         ),
     ),
     one_layer=True,
-    tested="Z const",
+    tested="Z and g const",
     measure=measure,
     known=known,
     quantities={

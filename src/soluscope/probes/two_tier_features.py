@@ -87,6 +87,8 @@ FEW = 16
 """Largest number of neurons needed by a feature of the first tier; the second tier needs more."""
 MAX_REMOVED = 200
 """Maximum number of tokens per half at which a feature's direction is removed, evenly spaced."""
+MATRIX_NUMBERS = 1_000_000
+"""Largest number of entries of the correlation matrices that are solved at once (8 MB)."""
 HALVES_AGREE = 2**0.5
 """Factor on the spread of the mean of two AUROCs, which treats the two as one number.
 
@@ -382,15 +384,15 @@ def _fit(values: Floats, holds: Bools, sizes: NDArray[np.int64]) -> tuple[Floats
     weights = np.zeros((len(holds), n_neurons, len(sizes)))
     ridge = n_neurons / n * np.eye(n_neurons)
     weights[:, :, -1] = solve(correlation + ridge, difference.T, assume_a="pos").T
-    for feature, order in enumerate(best_first):
-        for position, k in enumerate(sizes[:-1]):
-            chosen = order[:k]
-            ridge = k / n * np.eye(k)
-            weights[feature, chosen, position] = solve(
-                correlation[np.ix_(chosen, chosen)] + ridge,
-                difference[feature, chosen],
-                assume_a="pos",
-            )
+    for position, k in enumerate(sizes[:-1]):
+        n_at_once = max(1, MATRIX_NUMBERS // int(k) ** 2)
+        for first in range(0, len(holds), n_at_once):
+            chosen = best_first[first : first + n_at_once, :k]  # [feature k]
+            matrix = correlation[chosen[:, :, None], chosen[:, None, :]] + k / n * np.eye(k)
+            wanted = np.take_along_axis(difference[first : first + n_at_once], chosen, axis=1)
+            fitted = solve(matrix, wanted[:, :, None], assume_a="pos")[:, :, 0]
+            here = weights[first : first + n_at_once, :, position]
+            np.put_along_axis(here, chosen, fitted, axis=1)
     return weights, unit
 
 

@@ -43,6 +43,7 @@ def blocks(
         *_figure(compared, look),
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
+        *([Paragraph(left, style="soft")] if (left := words.not_shown(all_records)) else []),
     ]
 
 
@@ -85,7 +86,8 @@ def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]
         drawn = figures.relative([row for row in rows if row.arm in shown], shown, chains, look)
         remark = (
             "Left of 0 is better. Thick bar: 95% interval for these models; thin bar: for new seeds too (arrow: it "
-            "continues). Dotted: steps from SoLU to LayerNorm."
+            "continues). Dotted: steps from SoLU to LayerNorm. kappa = eps d_mlp^2: near 0, LayerNorm's gain "
+            "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant."
         )
         remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
         caption = f"Loss minus the loss of {rows[0].against}"
@@ -125,7 +127,8 @@ def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
 def _compared(label: str, rows: Sequence[Comparison], unit: str, decimals: int) -> Tile:
     if not rows:
         return Tile(label, "not measured", ["an arm that it needs is missing"])
-    value = span((row.value for row in rows), decimals)
+    known = [f"{row.value:.{decimals}f}" for row in rows if row.value is not None]
+    value = " and ".join(known[:2]) + ", ..." * (len(known) > 2)
     named = len(rows) > 1
     lines = [f"{row.arm}: {estimate(row, decimals)}" for row in rows] if named else []
     if not named:
@@ -139,7 +142,7 @@ def _compared(label: str, rows: Sequence[Comparison], unit: str, decimals: int) 
 
 def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[str]) -> Tile:
     """Return the tile on r and the spread of log g; without numbers if the probe is not validated."""
-    label = "Does the gain vary? Median r; spread (sd) of log g"
+    label = "Does the gain vary? Median r (0: one gain for all tokens, 1: a true LayerNorm); sd of log g"
     standing = controls.standing(all_records, "engagement")
     if standing != "passed":
         why = "failed a control" if standing == "failed" else "has not been validated on controls"
@@ -160,8 +163,11 @@ def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[s
         f"{arm}: {'not settled' if verdicts[arm] == 'open' else verdicts[arm]} (r {r[arm]}, sd {spread[arm]})"
         for arm in known
     ]
-    every = [row.value for arm in known for row in engagement(records, arm, "not BOS")]
-    return Tile(label, span(every), _first(lines))
+    return Tile(
+        label,
+        " and ".join(map(r.__getitem__, known[:2])) + ", ..." * (len(known) > 2),
+        _first(lines),
+    )
 
 
 def _first(lines: Sequence[str]) -> list[str]:

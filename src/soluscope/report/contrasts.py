@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from soluscope.report import controls, meaning
 from soluscope.report.blocks import Block, Paragraph, Table, fold
-from soluscope.report.findings import number, number_key, per_token, settings, span
+from soluscope.report.findings import number, number_key, per_token, settings, span, twins
 from soluscope.results import Measurement, Number, Record, Untrained, of_kind
 
+MOST_RATIO = 1000
+"""Ratio above which only this bound is shown: the interval has almost no width."""
 N_SHOWN = 12
 """Number of contrasts in view; the others are folded."""
 
@@ -55,7 +57,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
                     for rows in (each.here, each.there)
                 ),
                 number(each.difference),
-                "" if each.ratio is None else f"{each.ratio:.1f}",
+                "" if each.ratio is None else _ratio(each.ratio),
             ]
         )
     heads = [
@@ -114,8 +116,7 @@ def _references(records: Sequence[Record], arm: str) -> list[str]:
     known = settings(records)
     of = known[arm]
     alike = {name: each for name, each in known.items() if each.size == of.size}
-    twins = [name for name, each in alike.items() if of.twin and each.variant == of.twin]
-    return [*twins, *(name for name, each in alike.items() if each.role == "plain")]
+    return [*twins(records, arm), *(name for name, each in alike.items() if each.role == "plain")]
 
 
 def _before(
@@ -123,6 +124,10 @@ def _before(
 ) -> list[str]:
     twins = [untrained[key] for row in rows if (key := number_key(row)) in untrained]
     return [f"untrained {span(each.value for each in twins)}"] if twins else []
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value < MOST_RATIO else f"above {MOST_RATIO}"
 
 
 def _mean(rows: Sequence[Number]) -> float:

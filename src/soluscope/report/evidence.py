@@ -28,6 +28,7 @@ from soluscope.report.blocks import (
 )
 from soluscope.report.findings import (
     NO_COST,
+    SCALED_SIZE,
     SHARE_OF_LOSS,
     SIGNIFICANT,
     VARIES,
@@ -40,6 +41,7 @@ from soluscope.report.findings import (
     measured,
     number,
     per_token,
+    rescaled,
     seeds,
     side_of_zero,
     span,
@@ -56,18 +58,10 @@ MEANINGS = (
     "which many neurons share.",
 )
 PER_NEURON, DIFFUSE_CODES = "one gain for each neuron", "diffuse codes at the others' gain"
-SCALED_SIZE = "|o| / |r0|"
 NO_SHARE = 0.01
 """Threshold below which a share or a correlation counts as 0, as `NO_COST` for the loss."""
 CONSTANTS = ("geometric mean", "best constant")
 """Constants that a freeze puts in the gain's place."""
-DOMINATES = 5.0
-"""Least |o| / |r0| at which ln_final swallows a change of the gain.
-
-The stream after the MLP is r0 + o, and g multiplies o. ln_final keeps its direction only, which turns by at most
-|r0| / |o| (in radians) for each unit of log gain, where o is the longer: less than .2 from here on. A change
-of the gain that costs nothing then shows only that ln_final rescales each token anyway."""
-
 Verdict = Literal["consistent", "inconsistent", "not settled"]
 MARKS: dict[Verdict, str] = {"consistent": "pass", "inconsistent": "fail", "not settled": "open"}
 OPEN: tuple[Verdict, ...] = tuple(["not settled"] * len(HYPOTHESES))
@@ -257,6 +251,12 @@ def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
     observed = [f"best static arm minus this arm {_observed(static)}"]
     if phi is not None:
         observed.insert(0, "undefined" if phi.value is None else _observed([phi]))
+    if ratios := rescaled(records, static[0].against):
+        observed.append(
+            f"best static arm: {SCALED_SIZE} {_observed(ratios)}: ln_final gives it a scale for each token, so a "
+            "zero is open"
+        )
+        where = _unless_zero(where)
     dyn = _if_above(where)
     none = _OPPOSITE[dyn]  # below 0: the static arm is even better
     return Seen(tuple(observed), (none, none, none, dyn, dyn))
@@ -347,14 +347,12 @@ def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
 
 def _swallowed(records: Sequence[Record], arm: str, observed: list[str]) -> bool:
     """Return whether ln_final swallows changes of the gain in this arm, and add that to the observations."""
-    rows = measured(records, "scale_freeze", SCALED_SIZE, arm, "median")
-    bounds = envelope(rows)
-    if bounds is None or bounds[1] < DOMINATES:
-        return False
-    observed.append(
-        f"{SCALED_SIZE} {_observed(rows)}: ln_final swallows changes of the gain, so a zero is open"
-    )
-    return True
+    ratios = rescaled(records, arm)
+    if ratios:
+        observed.append(
+            f"{SCALED_SIZE} {_observed(ratios)}: ln_final swallows changes of the gain, so a zero is open"
+        )
+    return bool(ratios)
 
 
 def _unless_zero(where: Side) -> Side:
@@ -445,8 +443,9 @@ EVIDENCE = (
         ("about 0",) * 3 + ("interval above 0",) * 2,
         "about 0: the best static arm is equivalent (closer than .005 nats) or better. Above 0: the intervals of "
         "Phi_dyn and of its numerator both lie above 0, and the corrected p is below .05. If both hold, the "
-        "difference is too small to matter, and the verdict is not settled. It compares with the static arms "
-        "that were trained. There is no gate, because planted models are not trained.",
+        "difference is too small to matter, and the verdict is not settled. Where |o| / |r0| of the static arm is "
+        "above 5, ln_final gives that arm a scale for each token, and a zero is not settled. It compares with the "
+        "static arms that were trained. There is no gate, because planted models are not trained.",
         see=_phi_dyn,
     ),
     Evidence(

@@ -12,9 +12,10 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from soluscope.report.findings import by_stream, estimate, number, number_key
@@ -59,6 +60,9 @@ N = TypeVar("N", bound=Number)
 Key = tuple[str, ...]
 """Key of a panel: quantity, group, stream, in that order."""
 Panels = dict[Key, list[N]]
+Trace = dict[str, Any]
+SCALE = "Viridis"
+"""Colours of the lines of an ordered setting."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,17 @@ def styles(rows: Iterable[Record]) -> dict[str, Style]:
             COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[(i + i // n) % len(DASHES)]
         )
         for i, arm in enumerate(arms)
+    }
+
+
+def ramp(lines: Sequence[str]) -> dict[str, Style]:
+    """Assign a style to each line of an ordered setting, from light to dark."""
+    shades = sample_colorscale(
+        SCALE, [0.15 + 0.85 * i / max(1, len(lines) - 1) for i in range(len(lines))]
+    )
+    return {
+        line: Style(shade, SYMBOLS[i % len(SYMBOLS)], "solid")
+        for i, (line, shade) in enumerate(zip(lines, shades, strict=True))
     }
 
 
@@ -375,7 +390,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
                 _add(figure, _band(line, look[arm], len(lines)), index)
         for arm, seed in in_order:
             line, style, label = lines[arm, seed], look[arm], html.escape(arm)
-            trace = go.Scatter(
+            trace = _scatter(
                 x=[row.x for row in line],
                 y=[None if spec.log_y and not row.value else row.value for row in line],
                 mode="lines",
@@ -406,7 +421,7 @@ def _rings_before(
     rows: Sequence[Number],
     heights: Sequence[float],
     untrained: Mapping[tuple[object, ...], Untrained],
-) -> go.Scatter | None:
+) -> Trace | None:
     """Draw the numbers before training as grey rings; return None without such numbers."""
     places = {
         height: untrained[key]
@@ -415,7 +430,7 @@ def _rings_before(
     }
     if not places:
         return None
-    return go.Scatter(
+    return _scatter(
         x=[each.value for each in places.values()],
         y=list(places),
         mode="markers",
@@ -522,7 +537,7 @@ def relative(
     places = {row.arm: row.value for row in rows} | {reference: 0.0}
     for chain in chains:
         if all(arm in places for arm in chain):
-            steps = go.Scatter(
+            steps = _scatter(
                 x=[places[arm] for arm in chain],
                 y=[names.index(arm) for arm in chain],
                 mode="lines",
@@ -538,7 +553,8 @@ def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     """Draw the benefit of LN, its steps and `static - LN`, one panel per arm with a per-token norm."""
     panels: Panels[Comparison] = {}
     for row in of_kind(rows, Comparison):
-        if row.term in (Term.BENEFIT, Term.STATIC, Term.STEP) and row.lr is None:
+        main = row.lr is None and not row.design
+        if main and row.term in (Term.BENEFIT, Term.STATIC, Term.STEP):
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(term_name(row) for rows in panels.values() for row in rows)
     return _forest(panels, list(names), term_name, look)
@@ -585,7 +601,7 @@ def _arrows(
     frame: Sequence[float],
     colours: Sequence[str],
     upright: bool = False,
-) -> go.Scatter | None:
+) -> Trace | None:
     """Draw an arrow at each border of the frame where the frame cuts an interval; return None without a cut."""
     along, across = ("y", "x") if upright else ("x", "y")
     down, up = ("triangle-down", "triangle-up") if upright else ("triangle-left", "triangle-right")
@@ -599,8 +615,8 @@ def _arrows(
     if not cuts:
         return None
     ends, at, symbols, of = zip(*cuts, strict=True)
-    return go.Scatter(
-        {along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
+    return _scatter(
+        **{along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
         marker={"symbol": symbols, "size": 9, "color": of},
     )  # fmt: skip
 
@@ -630,7 +646,7 @@ def _intervals(
     width: float = 1.6,
     marked: bool = True,
     upright: bool = False,
-) -> go.Scatter:
+) -> Trace:
     """Draw points with bars, horizontal at the heights `places`, or upright; an open mark has no interval."""
     along, across = ("y", "x") if upright else ("x", "y")
     values = [row.value if row.value is not None else float("nan") for row in rows]
@@ -649,8 +665,8 @@ def _intervals(
         "thickness": width,
         "width": 0,
     }
-    return go.Scatter(
-        {along: values, across: list(places), f"error_{along}": bars},
+    return _scatter(
+        **{along: values, across: list(places), f"error_{along}": bars},
         mode="markers",
         marker={
             "color": style.colour,
@@ -664,7 +680,7 @@ def _intervals(
     )
 
 
-def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -> go.Scatter:
+def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -> Trace:
     """Draw points with upright bars, joined by a thin line in the order of `x`.
 
     `named` contains the names that are already in the legend; this line's name is added to it.
@@ -672,9 +688,9 @@ def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -
     line = sorted(points, key=lambda point: point.x)
     rows, x = [point.number for point in line], [point.x for point in line]
     trace = _intervals(rows, x, style, width=1, upright=True)
+    trace["marker"]["size"] = 6
     trace.update(
         mode="lines+markers",
-        marker_size=6,
         line={"color": style.colour, "width": 1, "dash": style.dash},
         name=html.escape(name),
         legendgroup=html.escape(name),
@@ -684,9 +700,9 @@ def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -
     return trace
 
 
-def _ring(point: Point, style: Style) -> go.Scatter:
+def _ring(point: Point, style: Style) -> Trace:
     """Draw a ring around a chosen point."""
-    return go.Scatter(
+    return _scatter(
         x=[point.x],
         y=[point.number.value],
         mode="markers",
@@ -700,10 +716,15 @@ def _gap(end: float | None, value: float) -> float:
     return 0.0 if end is None else end - value
 
 
-def _band(line: Sequence[Measurement], style: Style, n_lines: int) -> go.Scatter:
+def _scatter(**fields: Any) -> Trace:
+    """Return a trace as plotly's JSON: a `go.Scatter` would be validated here and again when it is added."""
+    return {"type": "scatter", **fields}
+
+
+def _band(line: Sequence[Measurement], style: Style, n_lines: int) -> Trace:
     """Draw a line's intervals as a band, the lighter the more lines the panel has."""
     x = [row.x for row in line]
-    return go.Scatter(
+    return _scatter(
         x=x + x[::-1],
         y=[row.high for row in line] + [row.low for row in reversed(line)],
         fill="toself",
@@ -745,12 +766,12 @@ def _grid(
         rows=n_rows,
         cols=n_columns,
         subplot_titles=titles,
+        figure=go.Figure(layout={"template": _template(nticks_x=5 if n_columns == 1 else 3)}),
         shared_xaxes="all" if shared_x else False,
         vertical_spacing=gap / inner if n_rows > 1 else 0,
         horizontal_spacing=0.09 if curves else 0.04,
     )
     figure.update_layout(
-        template=_template(nticks_x=5 if n_columns == 1 else 3),
         height=height,
         autosize=True,
         margin={"l": 60, "r": 16, "t": top, "b": bottom},
@@ -863,6 +884,6 @@ def _at(index: int) -> dict[str, int]:
     return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
 
 
-def _add(figure: go.Figure, trace: go.Scatter | None, index: int) -> None:
+def _add(figure: go.Figure, trace: Trace | None, index: int) -> None:
     if trace is not None:
         figure.add_trace(trace, **_at(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -158,6 +159,14 @@ def _by_setting(setting: Setting) -> tuple[str | float, ...]:
     return setting.variant, *values
 
 
+SCALED_SIZE = "|o| / |r0|"
+DOMINATES = 5.0
+"""Least |o| / |r0| at which ln_final swallows a change of the gain.
+
+The stream after the MLP is r0 + o, and g multiplies o. ln_final keeps its direction only, which turns by at most
+|r0| / |o| (in radians) for each unit of log gain, where o is the longer: less than .2 from here on. A change
+of the gain that costs nothing then shows only that ln_final rescales each token anyway."""
+
 # --- arms by their role in the comparison ---------------------------------------------------------
 
 
@@ -166,11 +175,36 @@ def per_token(records: Iterable[Record]) -> list[str]:
     return [arm for arm, each in settings(records).items() if each.role == "per_token"]
 
 
-def twins(records: Iterable[Record]) -> list[str]:
-    """Return the sorted names of the static twins of arms with a per-token norm: they have one gain."""
+def twins(records: Iterable[Record], of: str | None = None) -> list[str]:
+    """Return the sorted names of the static twins of an arm with a per-token norm; without `of`, of all such arms.
+
+    A twin has one gain, which was matched to the arm's norm before training. An arm of the twin's variant with
+    another gain is no twin, unless it is the only arm of that variant.
+    """
     known = settings(records)
-    variants = {each.twin for each in known.values() if each.role == "per_token"} - {""}
-    return sorted(arm for arm, each in known.items() if each.variant in variants)
+    normed = [each for arm, each in known.items() if each.role == "per_token" and of in (None, arm)]
+    found = set()
+    for norm in normed:
+        alike = {
+            arm: each.values
+            for arm, each in known.items()
+            if norm.twin and (each.variant, each.size) == (norm.twin, norm.size)
+        }
+        kappa = norm.values.get("kappa", math.nan)
+        matched = {
+            arm
+            for arm, values in alike.items()
+            if math.isclose(values.get("matched_kappa", math.inf), kappa, rel_tol=1e-6)
+        }
+        found |= matched or (set(alike) if len(alike) == 1 else set())
+    return sorted(found)
+
+
+def rescaled(records: Sequence[Record], arm: str) -> list[Measurement]:
+    """Return |o| / |r0| by seed where ln_final rescales the MLP's output at each token, and [] elsewhere."""
+    rows = measured(records, "scale_freeze", SCALED_SIZE, arm, "median")
+    bounds = envelope(rows)
+    return [] if bounds is None or bounds[1] < DOMINATES else rows
 
 
 def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:
@@ -197,11 +231,12 @@ def per_token_by_kappa(records: Sequence[Record]) -> list[str]:
 
 
 def at_one_rate(records: Sequence[Record]) -> list[str]:
-    """Return the arms trained at one learning rate only, in studies that compare rates, gains or kappas."""
+    """Return the arms trained at one rate that was not tuned for them, if rates, gains or kappas are compared."""
     points = of_kind(records, ChoicePoint)
     if not points and not any(by_kappa(of_one) for of_one in sizes(records).values()):
         return []
-    return sorted(settings(records).keys() - {p.arm for p in points if p.setting == "lr"})
+    untuned = {arm for arm, each in settings(records).items() if each.rate}
+    return sorted(untuned - {p.arm for p in points if p.setting == "lr"})
 
 
 def runs_of(records: Iterable[Record]) -> set[str]:
@@ -224,12 +259,16 @@ def comparisons(
     arm: str | None = None,
     against: str | None = None,
     cluster: str = "seed",
+    design: str = "",
 ) -> list[Comparison]:
-    """Return the comparisons of a term between arms at their own best rates; by default for new seeds."""
+    """Return the comparisons of a term between arms at their own best points; by default for new seeds.
+
+    With a design, the arms follow its rule for the scale of the MLP's output.
+    """
     return [
         each
         for each in of_kind(records, Comparison)
-        if (each.term, each.cluster, each.lr) == (term, cluster, None)
+        if (each.term, each.cluster, each.lr, each.design) == (term, cluster, None, design)
         and (arm is None or each.arm == arm)
         and (against is None or each.against == against)
     ]

@@ -89,6 +89,8 @@ def _sentence(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[U
     bounds = envelope(rows)
     if bounds is None:
         return f"{text} over {seeds(len(rows))}, without an interval."
+    if bounds[0] == bounds[1] and len({number(row.value or 0.0) for row in rows}) == 1:
+        return f"{text} in each of {seeds(len(rows))}{_change(words, rows, before)}."
     each = (
         "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach from"
     )

@@ -24,9 +24,10 @@ TERMS = {
         "benefit that the best static arm does not reach, and so needs a per-token gain."
     ),
     "The intervals.": (
-        "All intervals are 95%. An interval for these models comes from resampling the held-out documents. An "
-        "interval for new seeds also contains the spread between training seeds; a claim about a variant needs "
-        "this interval. The untrained twin of a run is the same model before training, on the same text."
+        "Intervals are 95%, those of equivalence tests and of negative controls 90%. An interval for these models "
+        "comes from resampling the held-out documents. An interval for new seeds also contains the spread between "
+        "training seeds; a claim about a variant needs this interval. The untrained twin of a run is the same "
+        "model before training, on the same text."
     ),
     "Confirmatory and exploratory.": (
         "Two families of tests are confirmatory, with corrected p-values: the tests of Phi_dyn, and the tests of "

@@ -14,6 +14,7 @@ from soluscope.report import (
     methods,
     paragraph,
     pretrained,
+    robustness,
     tokens,
     tuning,
 )
@@ -92,6 +93,12 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("loss", "Loss", arms.loss()),
         Section("training", "Training", arms.training(), "training"),
         Section("tuning", "Tuning", tuning.blocks(records, arms.look), "tuning"),
+        Section(
+            "robustness", "Robustness to the learning rate", robustness.blocks(records), "tuning"
+        ),
+        Section(
+            "designs", "At a fixed scale of the MLP's output", robustness.designs(records), "tuning"
+        ),
         Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
         Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
         Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
@@ -175,7 +182,7 @@ class _Arms:
         rows = [
             row
             for row in of_kind(self.records, Comparison)
-            if row.term in shown and row.cluster == "seed" and row.lr is None
+            if row.term in shown and row.cluster == "seed" and row.lr is None and not row.design
         ]
         if not rows:
             return []

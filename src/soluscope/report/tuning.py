@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from soluscope.report import words
 from soluscope.report.blocks import Block, Paragraph, Table, fold, plot
-from soluscope.report.figures import Point, Style, along
+from soluscope.report.figures import Point, Style, along, ramp
 from soluscope.report.findings import (
     at_one_rate,
     by_kappa,
@@ -38,25 +38,27 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     result: list[Block] = [Paragraph(text, style="warn") for text in warnings]
     result.append(
         Paragraph(
-            "Loss on the select split against the tried settings. The select split is used for choosing only; "
-            "nothing is reported on its documents. The setting with the least mean loss is marked by a ring, "
-            "and the rest of this page compares it. A learning rate is chosen among the rates that have all "
-            "seeds of their curve (the table lists the other rates too); if no rate has all seeds, all rates "
-            "are compared over their common seeds. A gain (the constant gain of a static arm) is chosen over "
-            "the seeds common to all gains. Without common seeds no setting is chosen. Bars are for new seeds "
-            "on these documents; an arrow marks a bar that continues. An optimum is reliable only inside its "
-            "grid, and a grid needs at least three points."
+            "Loss on the select split against the tried settings. The select split is used for choosing, and for "
+            "the curves of the tab Training; no comparison is made on its documents. A ring marks the setting with "
+            "the least mean loss; the best arm of each curve is compared on this page. A learning rate is chosen "
+            "among the rates that have all seeds of their curve (the table lists the other rates too); if no rate "
+            "has all seeds, all rates are compared over their common seeds. A gain (the constant gain of a static "
+            "arm) is chosen over the seeds common to all gains. Without common seeds no setting is chosen. Bars "
+            "are for new seeds on these documents; an arrow marks a bar that continues. An optimum is reliable "
+            "only inside its grid, and of two points one is always at an edge."
         )
     )
     result += _one_rate(records)
     for size, of_one in sizes(records).items():
         curves = of_kind(of_one, ChoicePoint)
+        on_lr = [point for point in curves if point.setting == "lr" and point.eligible]
         rates: dict[str, list[Point]] = {}
-        for point in curves:
-            if point.setting == "lr" and point.eligible:
+        for point in on_lr:
+            if not _is_surface(point, on_lr):
                 rates.setdefault(point.variant, []).append(_chosen_on(point))
         drawn = along(rates, "learning rate", look, titles(of_one), one_scale=True)
         result += plot(drawn, of_size("Loss against the learning rate", size))
+        result += _surfaces([p for p in on_lr if _is_surface(p, on_lr)], size)
         gained = [point for point in curves if point.setting == "gain"]
         gains = {_rates(of_one, [point.arm for point in gained]): list(map(_chosen_on, gained))}
         lines = {point.chosen_arm: point.variant for point in gained}
@@ -75,6 +77,30 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     ]
     heads = ["arm", "setting", "loss on select [95%, new seeds]", "seeds", "note"]
     return [*result, *fold("Table: all tried settings", [Table(heads, tried)])]
+
+
+def _is_surface(point: ChoicePoint, curves: Iterable[ChoicePoint]) -> bool:
+    """Return whether the rate of a point's arm was tuned together with the scale of the MLP's output."""
+    alike = (each for each in curves if each.chosen_arm == point.chosen_arm)
+    return len({each.out_scale for each in alike}) > 1
+
+
+def _surfaces(points: Sequence[ChoicePoint], size: str) -> list[Block]:
+    """Draw each arm's losses against the rate, with one line for each scale of the MLP's output."""
+    scales = sorted({point.out_scale for point in points})
+    line_of = {scale: f"output times {scale:.3g}" for scale in scales}
+    panels: dict[str, list[Point]] = {}
+    for point in points:
+        at = Point(point.x, point, line_of[point.out_scale], ringed=point.arm == point.chosen_arm)
+        panels.setdefault(point.chosen_arm, []).append(at)
+    drawn = along(
+        panels, "learning rate", ramp([*line_of.values()]), {v: v for v in line_of.values()}, one_scale=True
+    )  # fmt: skip
+    return plot(
+        drawn,
+        of_size("Loss against the learning rate and the scale of the MLP's output", size),
+        "One panel for each arm, named by its best point, and one line for each scale alpha in alpha post W_out.",
+    )
 
 
 def _chosen_on(point: ChoicePoint) -> Point:
@@ -151,9 +177,10 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
 
 
 def _one_rate(records: list[Record]) -> list[Block]:
-    """List all arms trained at one rate only; the headline lists only their variants if there are many."""
+    """List the arms trained at one untuned rate only; the headline lists only their variants if there are many."""
     arms = at_one_rate(records)
-    return [Paragraph(f"Trained at one rate only: {listed(arms)}.", style="soft")] * bool(arms)
+    text = f"Trained at one untuned rate only: {listed(arms)}."
+    return [Paragraph(text, style="soft")] * bool(arms)
 
 
 def _rates(records: list[Record], arms: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls, plan, pretrained
+from soluscope.report import controls, plan, pretrained, robustness
 from soluscope.report.findings import (
     NO_COST,
     SIGNIFICANT,
@@ -27,6 +27,7 @@ from soluscope.report.findings import (
     number,
     per_token,
     remarks,
+    rescaled,
     runs_of,
     seeds,
     seeds_of,
@@ -35,6 +36,7 @@ from soluscope.report.findings import (
     sizes,
     span,
     tuned,
+    twins,
 )
 from soluscope.results import (
     MARGIN,
@@ -118,6 +120,28 @@ def certainty(records: list[Record]) -> list[str]:
     elif any(row.n_candidates > 1 for row in static):
         result.append("the static arm was chosen at seeds that are not reported")
     return result
+
+
+def not_shown(records: list[Record]) -> str:
+    """Return a sentence on what the study leaves open: its scale, and arms and measurements that it lacks."""
+    known = settings(tuned(records))
+    normed = [each for each in known.values() if each.role == "per_token"]
+    if not normed:
+        return ""
+    values = normed[0].values
+    scale = ", ".join(
+        f"{name} {values[name]:,.0f}"
+        for name in ("n_layers", "d_model", "d_mlp", "tokens")
+        if name in values
+    )
+    parts = [f"whether this holds at another size or after longer training ({scale} here)"]
+    there = {each.variant for each in known.values()}
+    missing = {s.variant: s for each in normed for s in each.chain if s.variant not in there}
+    if missing:
+        steps = listed([f"{name} ({step.adds})" for name, step in sorted(missing.items())])
+        parts.append(f"the separate steps of the chain through {steps}, which was not trained")
+    parts.append("whether a readout that is trained again with one gain would keep the loss (P7)")
+    return f"Not shown: {'; '.join(parts)}."
 
 
 def in_view(sentences: Sequence[str], n: int) -> list[str]:
@@ -220,8 +244,8 @@ def one_rate(records: list[Record]) -> str:
         return ""
     if len(arms) > N_NAMED:
         variants = sorted({each.variant for each in records if each.arm in arms and each.variant})
-        return f"Trained at one rate only: {len(arms)} arms of {', '.join(variants)}."
-    return f"Trained at one rate only: {listed(arms)}."
+        return f"Trained at one untuned rate only: {len(arms)} arms of {', '.join(variants)}."
+    return f"Trained at one untuned rate only: {listed(arms)}."
 
 
 def _headline(records: list[Record]) -> list[str]:
@@ -236,6 +260,7 @@ def _headline(records: list[Record]) -> list[str]:
     for benefit in benefits:
         sentences += [_benefit(records, benefit), *_phi_dyn(records, benefit.arm)]
         sentences += [*_static(records, benefit.arm), *_twins(records, benefit.arm)]
+    sentences += robustness.sentences(records)
     for arm in arms:
         for probe, summarise in SUMMARISED.items():
             if controls.standing(records, probe) == "passed":
@@ -365,6 +390,8 @@ def _verdict(records: list[Record], benefit: Comparison, arm: str) -> str:
             "an arm whose scale is held out of the gradient, and a readout that is trained again with one gain. "
             "soluscope does not have these yet."
         )
+    if phi.high < 0 and static is not None and rescaled(records, static.against):
+        return f"{lowers}, but a static gain lowers it more. ln_final gives that static arm a scale for each token."
     if phi.high < 0:
         return f"{lowers}, but a static gain lowers it more: no per-token scale is needed."
     return f"{lowers}. It is not shown that the static arms miss any part of this."
@@ -411,9 +438,21 @@ def _phi_dyn(records: list[Record], arm: str) -> list[str]:
 def _static(records: list[Record], arm: str) -> list[str]:
     return [
         f"Loss of the best static arm minus loss of {arm}: {signed(row.value or 0.0)} nats per token "
-        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}){_then(remarks(row))}.{_optimism(row)}"
+        f"({_interval(row)} for new seeds and documents, {seeds(row.n)}){_then(remarks(row))}."
+        f"{_supplied(records, row.against)}{_optimism(row)}"
         for row in comparisons(records, Term.STATIC, arm)
     ]
+
+
+def _supplied(records: list[Record], static: str) -> str:
+    """Return a sentence on a static arm in which ln_final rescales each token; empty for other arms."""
+    rows = rescaled(records, static)
+    if not rows:
+        return ""
+    return (
+        f" In {static} the MLP writes {span(row.value for row in rows)} times the residual stream's norm, so "
+        "ln_final gives this arm a scale for each token too. Equal losses do not show that none is needed."
+    )
 
 
 def _then(text: str) -> str:
@@ -425,21 +464,17 @@ def _optimism(row: Comparison) -> str:
     """Return a sentence on the choice of the static arm at the reported seeds; empty if it was made elsewhere."""
     if row.optimism == 0.0:
         return ""
-    chosen = f" It was chosen among {row.n_candidates} arms at the seeds that are reported, which favours it"
-    if row.optimism is None:
-        return f"{chosen} by an unknown amount. select_seeds= avoids this."
-    return (
-        f"{chosen}: if these arms were equally good, the choice alone would make it look {row.optimism:.4f} nats "
-        "better than it is. select_seeds= avoids this."
-    )
+    chosen = f" It was chosen among {row.n_candidates} arms at the reported seeds. This can flatter it by "
+    amount = "an unknown amount" if row.optimism is None else f"{row.optimism:.4f} nats"
+    return f"{chosen}{amount}; with select_seeds= it cannot."
 
 
 def _twins(records: list[Record], arm: str) -> list[str]:
     """Return sentences on the trained arms that differ from `arm` only in having one gain for all tokens."""
-    twin = settings(records)[arm].twin
+    found = twins(records, arm)
     sentences = []
     for row in comparisons(records, Term.DIFFERENCE, against=arm):
-        if row.variant != twin:
+        if row.arm not in found:
             continue
         judged = ""
         if row.low is not None and row.high is not None and max(-row.low, row.high) < MARGIN:
@@ -467,7 +502,7 @@ def _engagement(records: list[Record], arm: str) -> list[str]:
         text += ")"
     text += f"; median r {span(row.value for row in content)}"
     if top := measured(records, "engagement", "r", arm, "q99"):
-        text += f", r at 99% of the tokens at most {span(row.value for row in top)}"
+        text += f"; r is below {span(row.value for row in top)} at 99% of the tokens"
     text += ", where 0 means one gain for all tokens and 1 a true LayerNorm"
     groups = ("BOS", "1", "2-15", ">=16")
     labels = {
@@ -478,7 +513,12 @@ def _engagement(records: list[Record], arm: str) -> list[str]:
         for group in groups
         if (rows := engagement(records, arm, group))
     ]
-    return [f"{text}; by position: {', '.join(by_position)}." if by_position else f"{text}."]
+    if not by_position:
+        return [f"{text}."]
+    is_same = len(by_position) > 1 and len({part.rsplit(" ", 1)[1] for part in by_position}) == 1
+    return [
+        f"{text}; {'the same at every position' if is_same else f'by position: {listed(by_position)}'}."
+    ]
 
 
 def _freeze(records: list[Record], arm: str) -> list[str]:

@@ -29,7 +29,7 @@ from filelock import Timeout
 
 from soluscope import plugins
 from soluscope.config import Config, differences, read_config, to_yaml
-from soluscope.errors import UserError
+from soluscope.errors import Diverged, UserError
 from soluscope.files import (
     Whole,
     check_links,
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from soluscope.runs.weights import Facts
     from soluscope.variants import Variant
 
+DIVERGED = "diverged"
+"""Kind of a failure in failed.json: the loss diverged, so another try would end in the same way."""
 LOCK_PATIENCE_S = 1.0
 """Seconds for which `lock` tries, because a process that only tests the lock holds it for an instant."""
 HOLDER = ".held_by.json"
@@ -282,12 +284,22 @@ class Run:
         last = lines[-1]
         reason = last if isinstance(error, UserError) else f"{type(error).__name__}: {last}"
         with contextlib.suppress(UserError, OSError):
-            write_text(self.dir / "failed.json", json.dumps({"error": reason}) + "\n")
+            content = {"error": reason} | (
+                {"kind": DIVERGED} if isinstance(error, Diverged) else {}
+            )
+            write_text(self.dir / "failed.json", json.dumps(content) + "\n")
 
     def failure(self) -> str | None:
         """Return the last line of the error that ended the run's last try, or None without such an error."""
+        return self._failed("error")
+
+    def has_diverged(self) -> bool:
+        """Return whether the run's last try ended because its loss diverged."""
+        return self._failed("kind") == DIVERGED
+
+    def _failed(self, key: str) -> str | None:
         try:
-            return read_json(self.dir / "failed.json", dict[str, str], "")["error"]
+            return read_json(self.dir / "failed.json", dict[str, str], "")[key]
         except (UserError, KeyError):
             return None
 

@@ -165,9 +165,11 @@ def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
     wanted = {
         "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
         "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
-        "ln_eps": model.ln_eps, "mlp_out_scale": model.mlp_out_scale, "lr": train.lr, "steps": train.steps,
+        "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
         "tokens": train.steps * train.batch_size * model.ctx,
     }  # fmt: skip
+    if not isinstance(model.mlp_out_scale, str):
+        wanted["mlp_out_scale"] = model.mlp_out_scale
     for name in ("bos", "eos", "pad"):
         if not 0 <= getattr(facts, name) < facts.d_vocab:
             raise UserError(

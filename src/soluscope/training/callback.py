@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from soluscope.config import Config
-from soluscope.errors import Stopped, UserError
+from soluscope.errors import Diverged, Stopped
 from soluscope.files import replacing, write_text
 from soluscope.model import Activations, LanguageModel
 from soluscope.runs.folder import Run
@@ -145,7 +145,7 @@ class TrainingCallback(lightning.Callback):
         reach the same decision.
 
         Raises:
-            UserError: if a loss has diverged or a gradient is not finite; the message names the first such
+            Diverged: if a loss has diverged or a gradient is not finite; the message names the first such
                 step, its batch, and the last good checkpoint.
         """
         both = trainer.strategy.reduce(torch.stack([both for _, both in self.losses]))
@@ -164,7 +164,7 @@ class TrainingCallback(lightning.Callback):
             rows = rows_in_order(self.config.seed, first_row, size, self.n_rows)
             saved = self.saved_step >= 0
             checkpoint = f"{self.run.checkpoint}, step {self.saved_step}" if saved else "none yet"
-            raise UserError(
+            raise Diverged(
                 f"the {what} at step {step} of {self.config.run_name} (batch of train rows "
                 f"{', '.join(map(str, rows[:4]))}, …; last good checkpoint: {checkpoint}): "
                 f"lower train.lr, now {self.config.train.lr:g}"

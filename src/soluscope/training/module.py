@@ -15,6 +15,7 @@ from soluscope.model import LanguageModel
 from soluscope.runs.weights import build_model
 from soluscope.training.device import on_cuda
 from soluscope.training.init_from import load_origin
+from soluscope.training.out_scale import set_out_scale
 from soluscope.training.static_gain import set_gain
 
 if TYPE_CHECKING:  # training does not require jaxtyping
@@ -31,6 +32,7 @@ class TrainingModule(lightning.LightningModule):
         self.model = build_model(config, cache.meta["d_vocab"])
         load_origin(self.model, config, cache)
         set_gain(self.model, config, cache)
+        set_out_scale(self.model, config, cache)
         self.grad_norm = torch.tensor(math.nan)
         compiled = on_cuda(config) if config.train.compile is None else config.train.compile
         self.loss = torch.compile(self.model.loss) if compiled else self.model.loss

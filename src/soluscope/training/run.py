@@ -240,7 +240,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
         precision=config.train.precision, device="cuda" if on_cuda(config) else "cpu",
         config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
-        init_from=origin_of(config), mlp_out_scale=config.model.mlp_out_scale,
+        init_from=origin_of(config), mlp_out_scale=float(model.mlp(0).out_scale),
     )  # fmt: skip
 
 

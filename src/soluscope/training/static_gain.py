@@ -36,7 +36,7 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
         if isinstance(gain, str) and gain == "init" and norm.gain.isfinite():
             continue
         if isinstance(gain, str) and gain == "init":
-            mid = _first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
+            mid = first_rows(model, config, cache)[f"blocks.{index}.mlp.hook_mid"]
             content = mid[:, 1:].flatten(0, 1)  # [token d_mlp], BOS left out
             gain = gain_matching_rms(norm, content, config.mid.epsilon(config.model.d_mlp))
         elif isinstance(gain, str):
@@ -45,7 +45,8 @@ def set_gain(model: LanguageModel, config: Config, cache: TokenCache) -> None:
 
 
 @torch.no_grad()
-def _first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Activations:
+def first_rows(model: LanguageModel, config: Config, cache: TokenCache) -> Activations:
+    """Return a model's activations on the first training tokens of its seed, by hook name."""
     rows = cache.rows("train", config.model.ctx)
     n_rows = max(1, INIT_TOKENS // config.model.ctx)
     first = batch_rows(config.seed, 0, n_rows, len(rows))
