@@ -9,10 +9,12 @@ import pytest
 from conftest import ROOT, run_python
 
 from soluscope import results
+from soluscope.comparison.compare import Choices
 from soluscope.errors import UserError
 from soluscope.launching import jobs, launch
 from soluscope.launching.sweep import choosing, read_sweep, reporting
 from soluscope.results import OfRun, Term, of_kind
+from soluscope.runs.folder import Run
 
 SWEEP = """method: grid
 parameters:
@@ -132,7 +134,8 @@ def test_the_stages_are_the_grid_at_other_seeds_and_a_part_of_the_grid(path: Pat
     alone = read_sweep(path, ["seed=100", "select_seeds=[101]"])
     of_seed = {config.arm: replace(config, select_seeds=[100]) for config in alone.configs}
     assert all(of_seed[c.arm] == c for c in first.configs)
-    part = reporting(sweep, {sweep.configs[0].arm})
+    chosen = frozenset({sweep.configs[0].arm})
+    part = reporting(sweep, Choices(chosen, chosen, {}))
     assert {config.arm for config in part.configs} == {sweep.configs[0].arm}
     assert {config.seed for config in part.configs} == {0, 1}
 
@@ -161,3 +164,103 @@ def test_wandbs_agents_are_refused_in_one_line(path: Path, tmp_path: Path) -> No
     assert done.returncode == 2
     assert done.stderr.startswith("error: select_seeds= trains some arms only, but engine=wandb")
     assert done.stderr.count("\n") == 1
+
+
+SEARCH = """method: grid
+parameters:
+  study: {value: searched}
+  size: {value: tiny}
+  corpus.max_mb: {value: 1}
+  train.steps: {value: 12}
+  select_seeds: {value: [100]}
+  seed: {values: [0]}
+  arm: {values: [solu, solu_ln mid.kappa=4e-5, solu_frozen_ln mid.kappa=4e-5]}
+tune:
+  axes:
+    train.lr: {start: [0.004], least: 0.002, most: 0.008}
+    model.mlp_out_scale: {start: [1], least: 0.5, most: 1}
+  designs: [{}, {model.mlp_out_scale: 1}, {model.mlp_out_scale: baseline}]
+  line: {key: train.lr, values: [0.002, 0.004, 0.008], at: {model.mlp_out_scale: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the study of a sweep with a search, launched once inline."""
+    folder = tmp_path_factory.mktemp("searched")
+    (folder / "searched.yaml").write_text(SEARCH)
+    given = [word for word in words(folder) if word != "report=off"]
+    launch.launch(folder / "searched.yaml", given)
+    return folder / "searched"
+
+
+@pytest.mark.slow
+def test_a_search_ends_with_every_best_point_inside_its_axes_or_at_their_ends(
+    searched: Path,
+) -> None:
+    points = of_kind(results.read(searched / "results.jsonl"), results.ChoicePoint)
+    chosen = [each for each in points if each.arm == each.chosen_arm and each.setting == "lr"]
+    assert len(chosen) == 3
+    for best in chosen:
+        beside = {p.x for p in points if p.chosen_arm == best.arm and p.out_scale == best.out_scale}
+        wanted = {best.x / 2, best.x * 2}
+        assert {x for x in wanted if 0.002 <= x <= 0.008} <= beside
+
+
+@pytest.mark.slow
+def test_the_reported_arms_are_compared_in_every_design_and_along_the_line(searched: Path) -> None:
+    records = results.read(searched / "results.jsonl")
+    compared = of_kind(records, results.Comparison)
+    static = {row.design for row in compared if row.term is Term.STATIC}
+    assert static == {"", "alpha 1", "alpha matched"}
+    of_line = [row for row in compared if row.term is Term.SENSITIVITY]
+    assert len(of_line) == 3
+    assert all("3 rates from 0.002 to 0.008" in row.note and row.n == 1 for row in of_line)
+    steps = [row.value or 0.0 for row in compared if row.term is Term.SENSITIVITY_STEP]
+    ends = {row.variant: row.value or 0.0 for row in of_line}
+    assert sum(steps) == pytest.approx(ends["solu"] - ends["solu_ln"], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_only_the_best_points_at_the_reported_seeds_are_probed(searched: Path) -> None:
+    probed = {path.parents[1].name for path in searched.glob("*/probes/engagement.jsonl")}
+    measured = {path.parents[1].name for path in searched.glob("*/probes/loss.jsonl")}
+    assert len(probed) == 3
+    assert all("-s0-" in name for name in probed)
+    assert len(measured) == len(list(searched.glob("*/done.json"))) > 20
+
+
+@pytest.mark.slow
+def test_the_same_command_ends_the_search_where_it_was(
+    searched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in searched.glob("*/model.safetensors")}
+    given = [word for word in words(searched.parent) if word != "report=off"]
+    launch.launch(searched.parent / "searched.yaml", given)
+    assert {
+        path: path.stat().st_mtime_ns for path in searched.glob("*/model.safetensors")
+    } == before
+    assert "Robustness to the learning rate" in (searched / "report.html").read_text()
+
+
+def test_a_diverged_run_ends_a_plain_sweep_and_not_a_search(tmp_path: Path) -> None:
+    text = SEARCH.replace("searched", "far").replace(
+        "solu, solu_ln mid.kappa=4e-5, solu_frozen_ln mid.kappa=4e-5", "solu"
+    )
+    text = text.replace(
+        "start: [0.004], least: 0.002, most: 0.008", "start: [1.0e+9], least: 1, most: 1.0e+9"
+    )
+    (tmp_path / "far.yaml").write_text(
+        text.replace("values: [0.002, 0.004, 0.008]", "values: [0.004]")
+    )
+    words_here = [
+        *words(tmp_path),
+        "train.warmup_steps=0",
+        "train.log_every=1",
+        "train.lr_rest=1e9",
+    ]
+    with pytest.raises(UserError, match=r"no finished run|0 done"):
+        launch.launch(tmp_path / "far.yaml", words_here)
+    failed = [Run(path.parent) for path in tmp_path.glob("far/*/failed.json")]
+    assert failed
+    assert all(run.has_diverged() for run in failed)

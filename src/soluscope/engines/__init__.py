@@ -48,3 +48,5 @@ class Engine:
     does not stop the other jobs. With a scheduler, the function may return before the jobs have ended; it then
     prints how to follow them.
     """
+    at_once: Callable[[Any, Sweep], int] | None = None
+    """Function that returns how many jobs run at once on this machine. None: the jobs run elsewhere."""

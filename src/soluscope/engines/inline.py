@@ -198,4 +198,4 @@ class _Watched:
         self._trained(name, completed, f"{loss} {speed}")
 
 
-ENGINE = Engine(params=Params, check=check, run=run)
+ENGINE = Engine(params=Params, check=check, run=run, at_once=at_once)

@@ -451,13 +451,29 @@ def _print_plan(plan: _Plan) -> None:
         f"{jobs.counted(states)}; to go: {left_tokens:,.0f} tokens, {left_flops:.2e} FLOPs",
         highlight=False,
     )
+    if states.count("done") < len(states) and plan.engine.at_once is not None:
+        console.print(_hours(plan, sweep, left_tokens), highlight=False)
+    if plan.sweep.search is not None:
+        console.print(
+            "These are the first points of a search. It continues from the best ones until each has a worse one on "
+            "either side, which takes about three times as many jobs again.",
+            highlight=False,
+        )
     arms: dict[str, set[int]] = {}
     for config in plan.sweep.configs:
         arms.setdefault(config.arm, set()).add(config.seed)
     if plan.first:
         n = len({config.seed for config in plan.sweep.configs})
+        search = plan.sweep.search
+        chosen = f"the chosen arms, at most {len(arms)},"
+        if search is not None:
+            designs = f"{len(search.designs)} {plural(len(search.designs), 'design')}"
+            chosen = f"the best points of {len(arms)} arms in {designs}"
+            chosen += (
+                f" and {len(search.line.values)} points of the line of each" if search.line else ""
+            )
         console.print(
-            f"Then the chosen arms, at most {len(arms)}, are trained at {n} {plural(n, 'seed')} that are reported.",
+            f"Then {chosen} are trained at {n} {plural(n, 'seed')} that are reported.",
             highlight=False,
         )
     tested = {
@@ -467,6 +483,21 @@ def _print_plan(plan: _Plan) -> None:
     }
     if tested and (few := cannot_reject(min(map(len, arms.values())), len(tested))):
         console.print(few, highlight=False)
+
+
+def _hours(plan: _Plan, sweep: Sweep, left_tokens: float) -> str:
+    """Return a sentence on the time that training the rest takes here, from timed steps of the first job."""
+    from soluscope.training.timing import seconds_per_step
+
+    config = sweep.configs[0]
+    n_at_once = plan.engine.at_once(plan.params, sweep)
+    seconds = seconds_per_step(config, _d_vocab(config), alone=n_at_once == 1)
+    steps = left_tokens / jobs.job_of(config).tokens_a_step
+    hours = steps * seconds / n_at_once / 3600
+    return (
+        f"Training takes about {hours:.2g} hours here: {n_at_once} {plural(n_at_once, 'job')} at once, "
+        f"{1000 * seconds:.0f} ms per step of {config.run_name}. Probing comes on top."
+    )
 
 
 def _d_vocab(config: Config) -> int:

@@ -766,7 +766,7 @@ def _grid(
         rows=n_rows,
         cols=n_columns,
         subplot_titles=titles,
-        figure=go.Figure(layout={"template": _template(nticks_x=5 if n_columns == 1 else 3)}),
+        figure=go.Figure(layout={"template": _template(nticks_x=5 if n_columns == 1 else 4)}),
         shared_xaxes="all" if shared_x else False,
         vertical_spacing=gap / inner if n_rows > 1 else 0,
         horizontal_spacing=0.09 if curves else 0.04,
