@@ -5,15 +5,25 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from conftest import tiny_config, train_silently
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.errors import UserError
-from soluscope.norms import DetachedLayerNorm, LayerNorm, StaticNorm, gain_matching_rms
+from soluscope.hooked.convert import load_untrained
+from soluscope.norms import (
+    DetachedLayerNorm,
+    LayerNorm,
+    RunningLayerNorm,
+    StaticNorm,
+    gain_matching_rms,
+)
 from soluscope.results import Step
+from soluscope.runs.folder import Run
 from soluscope.runs.weights import build_model
 from soluscope.training.module import parameter_groups
 from soluscope.variants import chain_of, check_variant, twin_of
@@ -45,7 +55,7 @@ def rough_model(name, dtype=torch.float32, *words):
     norm = model.mlp(0).ln
     if isinstance(norm, StaticNorm):
         norm.gain.fill_(20.0)
-    return model
+    return model.eval()
 
 
 def some_tokens(n_rows=3, ctx=32):
@@ -134,7 +144,9 @@ def test_what_stands_in_the_middle_is_never_computed_below_fp32(name, dtype):
     model, record = rough_model(name), {}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(some_tokens(), record)
-    assert all(tensor.dtype == torch.float32 for tensor in record.values())
+    stages = [tensor for label, tensor in record.items() if ".mlp." in label]
+    assert len(stages) >= 3
+    assert all(tensor.dtype == torch.float32 for tensor in stages)
 
 
 def seeded() -> torch.Generator:
@@ -163,6 +175,8 @@ def test_every_parameter_has_a_finite_gradient(name):
     model = rough_model(name, torch.float64)
     model.loss(some_tokens(), BOS).backward()
     for label, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, label
         assert parameter.grad.isfinite().all(), label
         assert parameter.grad.abs().max() > 0 or "attn.b_K" in label, label
@@ -193,6 +207,33 @@ def test_learned_gain_starts_at_the_matched_gain_and_has_no_weight_decay():
     groups = parameter_groups(model, config)
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decays[id(norm.log_factor)] == 0
+
+
+def test_running_gain_follows_the_batches_in_training_alone():
+    norm = RunningLayerNorm(8, eps=1e-3).double()
+    norm.gain.fill_(7.0)
+    batches = torch.rand(4, 2, 5, 8, dtype=torch.float64, generator=seeded())
+    log_gain = math.log(7)
+    for mid in batches:
+        by_hand = np.log(1 / np.sqrt(mid.numpy().var(-1) + 1e-3)).mean()
+        log_gain += 0.01 * (by_hand - log_gain)
+        norm(mid)
+        assert norm.present_gain().item() == pytest.approx(math.exp(log_gain), rel=1e-12)
+    norm.eval()
+    norm(batches[0])
+    with torch.no_grad():
+        norm.train()(batches[0])
+    assert norm.present_gain().item() == pytest.approx(math.exp(log_gain), rel=1e-12)
+    assert not norm.log_factor.requires_grad
+
+
+def test_a_run_with_a_running_gain_keeps_it_and_begins_with_the_matched_one(tmp_path):
+    run = Run(train_silently(tiny_config(tmp_path, "variant=solu_ema", "mid.kappa=4e-5")))
+    norm = run.load_model().mlp(0).ln
+    assert run.facts.gain == pytest.approx(norm.present_gain().item())
+    assert norm.present_gain().item() != norm.gain.item()
+    before = load_untrained(run, "cpu")
+    assert before.blocks[0].mlp.ln.present_gain().item() == norm.gain.item()
 
 
 @pytest.mark.parametrize("name", ["solu_ln", "solu_frozen_ln"])

@@ -191,7 +191,7 @@ class LearnedGain(StaticNorm):
     """
 
     centres = False
-    affine_part = ()
+    affine_part: ClassVar[tuple[str, ...]] = ()
     learned = ("log_factor",)
 
     def __init__(self, length: int) -> None:
@@ -203,6 +203,38 @@ class LearnedGain(StaticNorm):
 
     def forward(self, mid: Mid) -> Mid:
         return mid * self.present_gain()
+
+
+class RunningLayerNorm(LearnedGain):
+    """LayerNorm with one gain for all tokens, which follows the batches in training and is constant afterwards.
+
+    Before each pass of training, log_factor moves a part of the way to the value at which the gain is the geometric
+    mean of 1 / sqrt(var + eps) over the batch's tokens. No gradient reaches it.
+    """
+
+    centres = True
+    affine_part = ("w", "b")
+    SHARE: ClassVar[float] = 0.01
+    """Part of the way that one pass moves log_factor."""
+
+    def __init__(self, length: int, eps: float) -> None:
+        super().__init__(length)
+        self.followed_eps = eps
+        self.log_factor.requires_grad_(False)
+
+    def forward(self, mid: Mid) -> Mid:
+        centred = self.centred(mid)
+        if self.training and torch.is_grad_enabled():
+            self._follow(centred.detach())
+        return torch.addcmul(self.b, centred, self.present_gain() * self.w)
+
+    @torch.no_grad()
+    def _follow(self, centred: Mid) -> None:
+        log_gain = -(centred.square().mean(dim=-1) + self.followed_eps).log().mean() / 2
+        if torch.distributed.is_initialized():  # each process has a part of the batch
+            torch.distributed.all_reduce(log_gain)
+            log_gain /= torch.distributed.get_world_size()
+        self.log_factor.lerp_(log_gain - self.gain.log(), self.SHARE)
 
 
 def gain_matching_rms(norm: StaticNorm, mid: Float[Tensor, "token d_mlp"], eps: float) -> float:
