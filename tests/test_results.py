@@ -42,6 +42,7 @@ from soluscope.results import (
     Provenance,
     Quantity,
     Record,
+    Registered,
     Setting,
     Step,
     Term,
@@ -121,6 +122,7 @@ FULL: list[Record] = [
         **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,
         n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
     ),
+    Registered(**ALL, sha256="0123", at="2026-11-29", departures=("seeds",)),
 ]  # fmt: skip
 """One record of each kind, with no field left at its default."""
 

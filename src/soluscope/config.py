@@ -468,6 +468,11 @@ def _determining(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def determining(config: Config) -> dict[str, Any]:
+    """Return the settings that affect a run's results, by dotted key."""
+    return _determining(asdict(config))
+
+
 def differences(a: Config, b: Config) -> list[str]:
     """Return `key=a's value there, b's value here` for each differing setting that affects the results."""
     left, right = _determining(asdict(a)), _determining(asdict(b))

@@ -461,11 +461,25 @@ class Provenance(Record):
     """Settings of the optimizer, named as below `train.` in a configuration, that all runs share."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Registered(Record):
+    """The registration of a study, whose plan was written before any run at a reported seed."""
+
+    kind: ClassVar[str] = "registration"
+
+    sha256: str
+    """Checksum of the plan."""
+    at: str
+    """Time of the registration, UTC."""
+    departures: tuple[str, ...] = ()
+    """Differences between the plan and what was done."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
-        FalsePositives, ProbeWords, Provenance,
+        FalsePositives, ProbeWords, Provenance, Registered,
     )
 }  # fmt: skip
 

@@ -33,6 +33,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--status", type=Path, metavar="STUDY", help="show the states of a study's jobs, live in a terminal"
     )  # fmt: skip
+    parser.add_argument(
+        "--preregister",
+        action="store_true",
+        help="write the study's plan with a checksum before any run at a reported seed; then stop",
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run failed jobs again")
     return parser
 
@@ -41,7 +46,7 @@ def run(arguments: list[str]) -> None:
     """Run `soluscope sweep`."""
     options = build_parser().parse_intermixed_args(arguments)
     if options.status is not None:
-        if options.words or options.dry_run or options.retry_failed:
+        if options.words or options.dry_run or options.retry_failed or options.preregister:
             build_parser().error(
                 "--status takes a study and nothing else, as in: --status runs/first"
             )
@@ -51,7 +56,8 @@ def run(arguments: list[str]) -> None:
     if len(sweeps) != 1:
         build_parser().error(f"{len(sweeps)} sweeps given, wanted one, as in: soluscope sweep demo")
     words = [word for word in options.words if word not in sweeps]
-    launch.launch(find_sweep(sweeps[0]), words, options.dry_run, options.retry_failed)
+    path = find_sweep(sweeps[0])
+    launch.launch(path, words, options.dry_run, options.retry_failed, options.preregister)
 
 
 COMMAND = Command(build_parser, run)

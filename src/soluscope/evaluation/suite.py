@@ -59,7 +59,8 @@ from soluscope.evaluation.stored import (
 )
 from soluscope.evaluation.summaries import stored_words
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
-from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, of_kind
+from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, Registered, of_kind
+from soluscope.runs import registration
 from soluscope.runs.folder import Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
@@ -300,6 +301,7 @@ def write_results(study_dir: Path) -> Path:
     if losses:
         table = pd.concat(losses, ignore_index=True)
         facts = [run.facts for run in compared]
+        records += _registered(study_dir, compared)
         records += provenance.of_study(study_dir, facts, [run.config.train for run in compared])
         records += compare(study_dir.name, table, commit(), _lineages(facts), seeds)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
@@ -310,6 +312,22 @@ def write_results(study_dir: Path) -> Path:
     path = study_dir / "results.jsonl"
     results.write(path, _words_once(records))
     return path
+
+
+def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:
+    """Return the study's registration, with the difference between its seeds and those of the runs, or []."""
+    found = registration.read(study_dir)
+    if found is None:
+        return []
+    seeds = {run.config.seed for run in compared}
+    planned = {*found.plan.get("seeds", []), *found.plan.get("select_seeds", [])}
+    left = [f"seeds: registered {sorted(planned)}, there are {sorted(seeds)}"] * (seeds != planned)
+    return [
+        Registered(
+            study=study_dir.name, commit=commit(), sha256=found.sha256, at=found.at,
+            departures=(*found.departures, *left),
+        )
+    ]  # fmt: skip
 
 
 def _new_to(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:

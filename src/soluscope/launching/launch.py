@@ -16,9 +16,10 @@ from soluscope import plugins
 from soluscope.config import Config, EvalConfig, check, differences, load_evaluation, load_typed
 from soluscope.config_help import help_lines
 from soluscope.errors import UserError
-from soluscope.launching import jobs
+from soluscope.launching import jobs, registering
 from soluscope.launching.sweep import Sweep, choosing, read_sweep, reporting, searching
 from soluscope.report.plan import cannot_reject
+from soluscope.runs import registration
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
 from soluscope.text import plural
@@ -50,6 +51,8 @@ class LaunchConfig:
     """Engine that runs the jobs: name of a file in engines/. The keys of each engine are listed below."""
     report: bool = True
     """true: each job probes its run, and a report is written. `eval.*` are the keys of `soluscope probe`."""
+    depart: str | None = None
+    """Reason for launching something else than the study's preregistration; the report lists it. null: refuse."""
     wait: bool = False
     """true: wait while another launch or evaluation of the study is at work. false: refuse."""
     wandb: ToWandb = field(default_factory=ToWandb)
@@ -165,7 +168,13 @@ class _Plan:
         return [self.sweep] if self.first is None else [self.first, self.sweep]
 
 
-def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool = False) -> None:
+def launch(
+    path: Path,
+    words: Sequence[str],
+    dry_run: bool = False,
+    retry: bool = False,
+    preregister: bool = False,
+) -> None:
     """Run the jobs of a sweep that are not done, then probe and report the study.
 
     With select seeds, the arms are first trained at these seeds. Then the arms with the least loss on the select
@@ -177,6 +186,7 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
             (`eval.n_tokens=4000`); all other words apply to every run.
         dry_run: print the jobs with their tokens and FLOPs, and stop.
         retry: run failed jobs again; otherwise they stay failed.
+        preregister: write the study's plan with a checksum, and stop. Later launches must follow it.
 
     Raises:
         Busy: if another launch of the study is at work, unless the words have wait=yes.
@@ -185,6 +195,10 @@ def launch(path: Path, words: Sequence[str], dry_run: bool = False, retry: bool 
     plan = _read(path, words)
     for sweep in plan.sweeps:
         _check_study(sweep)
+    if preregister:
+        _preregister(plan)
+        return
+    _check_registration(plan, write=not dry_run)
     if dry_run:
         _print_plan(plan)
         return
@@ -220,7 +234,8 @@ def _read(path: Path, words: Sequence[str]) -> _Plan:
             "the sweep starts torchrun for each job with several train.devices"
         )
     launch_words, others = _pick_out(
-        words, tuple(f"{name}=" for name in ("engine", "report", "wait", "wandb.dashboard"))
+        words,
+        tuple(f"{name}=" for name in ("engine", "report", "wait", "depart", "wandb.dashboard")),
     )
     config = load_typed(LaunchConfig, launch_words)
     evaluating, others = _pick_out(others, ("eval.",))
@@ -483,6 +498,47 @@ def _print_plan(plan: _Plan) -> None:
     }
     if tested and (few := cannot_reject(min(map(len, arms.values())), len(tested))):
         console.print(few, highlight=False)
+
+
+def _preregister(plan: _Plan) -> None:
+    """Write the study's plan.
+
+    Raises:
+        UserError: if the study has runs at reported seeds, or is registered already.
+    """
+    sweep = plan.sweep
+    if early := registering.begun(sweep):
+        raise UserError(
+            f"{sweep.study_dir} has runs at reported seeds already ({', '.join(early[:3])}), so a plan would come "
+            "after them: set study= for a new study"
+        )
+    made = registration.register(sweep.study_dir, registering.plan_of(sweep, plan.evaluation))
+    answer(
+        f"registered: {sweep.study_dir / registration.NAME}",
+        f"sha256 of the plan: {made.sha256}",
+        "Publish this checksum, for example in a commit, before you launch the sweep.",
+    )
+
+
+def _check_registration(plan: _Plan, write: bool) -> None:
+    """Refuse a launch that differs from the study's registered plan, or store the reason for it.
+
+    Raises:
+        UserError: naming the first difference, unless a reason is given.
+    """
+    registered = registration.read(plan.sweep.study_dir)
+    if registered is None:
+        return
+    differing = registering.departures(registered, plan.sweep, plan.evaluation)
+    if differing and plan.config.depart is None:
+        more = f", and {len(differing) - 1} more differences" if len(differing) > 1 else ""
+        path = plan.sweep.study_dir / registration.NAME
+        raise UserError(
+            f"this launch departs from {path}: {differing[0]}{more}. Launch what was registered, or give "
+            "depart='the reason', which the report lists"
+        )
+    if differing and write:
+        registration.depart(plan.sweep.study_dir, registered, differing, plan.config.depart or "")
 
 
 def _hours(plan: _Plan, sweep: Sweep, left_tokens: float) -> str:

@@ -42,6 +42,8 @@ class Sweep:
     the arms before it, at the reported seeds."""
     search: Search | None = None
     """The search for each arm's best settings at the select seeds."""
+    predictions: tuple[str, ...] = ()
+    """Predictions with their reasons, one sentence each, for the registration."""
 
     @property
     def study_dir(self) -> Path:
@@ -113,6 +115,12 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
     sweep = _grid(path, words, axes)
     asked, seeds = sweep.select_seeds, {config.seed for config in sweep.configs}
     both = sorted(seeds & set(asked))
+    predictions = file.get("predictions") or []
+    check(
+        isinstance(predictions, list) and all(isinstance(each, str) for each in predictions),
+        f"{path}: predictions must be a list of sentences, not {predictions}",
+    )
+    sweep = replace(sweep, predictions=tuple(predictions))
     if "tune" in file:
         check(
             bool(asked), f"{path} has tune:, which needs select_seeds: give some in its parameters"

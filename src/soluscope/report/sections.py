@@ -61,6 +61,7 @@ from soluscope.results import (
     Provenance,
     Quantity,
     Record,
+    Registered,
     Term,
     Untrained,
     of_kind,
@@ -111,6 +112,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
+        Section("registration", "Preregistration", _registration(records), "data"),
         Section("provenance", "Runs and code", _provenance(records, arms.identifiers), "data"),
         Section("paragraph", "Methods paragraph and BibTeX", paragraph.blocks(records), "data"),
     ]
@@ -572,6 +574,23 @@ def _before(untrained: Untrained | None) -> list[str]:
         return []
     change = replace(untrained, value=untrained.difference)
     return [f"untrained {number(untrained.value)}; change {estimate(change)}"]
+
+
+def _registration(records: list[Record]) -> list[Block]:
+    """State whether the analysis followed the registered plan, and list each departure."""
+    result: list[Block] = []
+    for each in of_kind(records, Registered):
+        followed = (
+            "It lists these departures:" if each.departures else "No departure from it is known."
+        )
+        result += [
+            Paragraph(
+                f"The plan of this study was registered at {each.at}, before any run at a reported seed. Its "
+                f"sha256 is {each.sha256}. {followed}"
+            ),
+            *([Bullets(each.departures)] if each.departures else []),
+        ]
+    return result
 
 
 def _provenance(records: list[Record], identifiers: Mapping[str, str]) -> list[Block]:

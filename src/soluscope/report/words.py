@@ -48,6 +48,7 @@ from soluscope.results import (
     Number,
     OfRun,
     Record,
+    Registered,
     Term,
     Verdict,
     of_kind,
@@ -111,6 +112,10 @@ def certainty(records: list[Record]) -> list[str]:
         counted = f" (effective number {effective:.0f})" if effective is not None else ""
         result.append(f"{documents:,} held-out {plural(documents, 'document')}{counted}")
     result.append(controls.summary(records))
+    for made in of_kind(records, Registered):
+        n = len(made.departures)
+        followed = f"{n} {plural(n, 'departure')} from the plan" if n else "the plan was followed"
+        result.append(f"preregistered {made.at[:10]}, sha256 {made.sha256[:12]}: {followed}")
     static = comparisons(trained, Term.STATIC)
     known = [row.optimism for row in static if row.optimism is not None]
     if static and len(known) < len(static):
