@@ -169,7 +169,7 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
     assert "n_tokens: 300\n" in eval_cfg
     assert "soluscope report runs/demo" in report_help
     assert "soluscope sweep variants" in launch_help
-    assert "demo, gain, kappa, lr, sizes, smoke, variants" in launch_help
+    assert "demo, gain, headline, kappa, lr, sizes, smoke, variants" in launch_help
     assert "\n  ray.cpus " in launch_help
     assert not list(tmp_path.iterdir())
 

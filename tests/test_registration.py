@@ -1,4 +1,4 @@
-"""Registrations: a plan is written before any run at a reported seed, and what departs from it is named."""
+"""Registrations: a plan is written before any run at a reported seed, and departures from it are named."""
 
 from __future__ import annotations
 

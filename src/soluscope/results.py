@@ -472,7 +472,7 @@ class Registered(Record):
     at: str
     """Time of the registration, UTC."""
     departures: tuple[str, ...] = ()
-    """Differences between the plan and what was done."""
+    """Differences between the plan and the study."""
 
 
 KINDS: dict[str, type[Record]] = {

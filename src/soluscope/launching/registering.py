@@ -28,7 +28,7 @@ NOT_PLANNED = ("jobs", "device", "prepared", "out", "wandb", "wait")
 
 
 def plan_of(sweep: Sweep, evaluation: EvalConfig) -> dict[str, Any]:
-    """Return the plan of a sweep: what is estimated, from which runs, and by which rules."""
+    """Return the plan of a sweep: its estimands, runs, settings and rules."""
     settings = [determining(config) for config in sweep.configs]
     shared = {
         key: value

@@ -67,7 +67,7 @@ def rounded(value: float) -> float:
 
 
 def next_places(axes: Sequence[Axis], losses: Mapping[Place, float]) -> list[Place]:
-    """Return the points to train next; none if the search has ended.
+    """Return the points to train next. The list is empty once the search has ended.
 
     Args:
         axes: the settings that are searched.

@@ -128,7 +128,7 @@ def certainty(records: list[Record]) -> list[str]:
 
 
 def not_shown(records: list[Record]) -> str:
-    """Return a sentence on what the study leaves open: its scale, and arms and measurements that it lacks."""
+    """Return a sentence on the open questions: the study's scale, and the arms and measurements that it lacks."""
     known = settings(tuned(records))
     normed = [each for each in known.values() if each.role == "per_token"]
     if not normed:
@@ -139,13 +139,13 @@ def not_shown(records: list[Record]) -> str:
         for name in ("n_layers", "d_model", "d_mlp", "tokens")
         if name in values
     )
-    parts = [f"whether this holds at another size or after longer training ({scale} here)"]
+    parts = [f"models of another size or after longer training ({scale} here)"]
     there = {each.variant for each in known.values()}
     missing = {s.variant: s for each in normed for s in each.chain if s.variant not in there}
     if missing:
         steps = listed([f"{name} ({step.adds})" for name, step in sorted(missing.items())])
         parts.append(f"the separate steps of the chain through {steps}, which was not trained")
-    parts.append("whether a readout that is trained again with one gain would keep the loss (P7)")
+    parts.append("the loss of a readout that is trained again with one gain (P7)")
     return f"Not shown: {'; '.join(parts)}."
 
 

@@ -53,7 +53,7 @@ def register(study_dir: Path, plan: dict[str, Any]) -> Registration:
 
 
 def read(study_dir: Path) -> Registration | None:
-    """Return a study's registration, or None if it was not registered.
+    """Return a study's registration. Without one, the result is None.
 
     Raises:
         UserError: if the file cannot be read, or its plan was changed.
@@ -82,7 +82,7 @@ def checksum_of(plan: Mapping[str, Any]) -> str:
 
 
 def differences(registered: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each entry of a plan that differs from what is done now. Entries of one side only count."""
+    """Return a line for each entry that differs between a registered plan and the present one."""
     left, right = dict(flatten(registered)), dict(flatten(now))
     return [
         f"{key}: registered {_shown(left.get(key))}, now {_shown(right.get(key))}"
