@@ -194,6 +194,7 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
     assert before == {p: p.stat().st_mtime_ns for p in run.dir.rglob("*") if p.name != ".lock"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
     alone: Run, runs_dir: Path, tmp_path: Path
@@ -213,6 +214,7 @@ def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
     assert "1 job: 1 failed" in complaint.splitlines()[-1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_that_wait_for_the_first_end_when_it_refuses_to_start(
     alone: Run, runs_dir: Path

@@ -137,7 +137,7 @@ def test_a_run_whose_evaluation_fails_in_its_job_is_evaluated_after_the_last_job
     assert "[1/1] solu-s0: probed" in told
 
 
-@pytest.mark.parametrize("n_jobs", [1, 2])
+@pytest.mark.parametrize("n_jobs", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_sweeps_jobs_are_evaluated_right_after_their_training(
     n_jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

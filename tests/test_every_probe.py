@@ -497,7 +497,9 @@ def test_every_token_of_a_text_has_a_row(tiny_study, n_tokens):
     assert rows["value"].notna().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16]
+)
 def test_a_model_below_fp32_is_measured_in_fp32_and_keeps_its_dtype(tiny_study, dtype):
     text = ["import os and then some", "def f(x): return x"]
     low = load(tiny_study / "solu_ln-s0").to(dtype, print_details=False)

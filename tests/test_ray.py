@@ -81,6 +81,7 @@ def test_a_sweep_on_ray_has_the_weights_of_training_inline(local: SimpleNamespac
     assert {config.run_name: weights(config) for config in sound} == inline
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_that_fails_is_told_and_the_others_go_on(local: SimpleNamespace) -> None:
     states = {

@@ -133,6 +133,7 @@ def test_a_sweep_ends_done_with_the_weights_that_one_process_gives(
     assert f"{tmp_path / 'smoke'}: 2 jobs: 2 done\n" in logs(tmp_path / "smoke")
 
 
+@pytest.mark.long
 def test_a_job_at_its_time_limit_is_requeued_and_ends_bit_equal(
     cluster: Path, tokens: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +220,7 @@ def waits_for(job: str) -> set[str]:
     return set(re.findall(r"afterany:(\d+)", shown))
 
 
+@pytest.mark.long
 def test_a_job_submitted_twice_is_trained_once(
     cluster: Path,
     tokens: Path,

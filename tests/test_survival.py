@@ -174,11 +174,11 @@ def long_configs(runs_dir: Path, study: str) -> tuple[Config, ...]:
     ("way", "number"),
     [
         ("run", "SIGTERM"),
-        ("inline.jobs=1", "SIGTERM"),
-        ("inline.jobs=2", "SIGTERM"),
+        pytest.param("inline.jobs=1", "SIGTERM", marks=pytest.mark.long),
+        pytest.param("inline.jobs=2", "SIGTERM", marks=pytest.mark.long),
         ("inline.jobs=2", "SIGINT"),
-        ("engine=ray", "SIGTERM"),
-        ("engine=ray", "SIGINT"),
+        pytest.param("engine=ray", "SIGTERM", marks=pytest.mark.long),
+        pytest.param("engine=ray", "SIGINT", marks=pytest.mark.long),
     ],
 )
 def test_a_stop_saves_and_the_same_command_goes_on(
