@@ -1807,6 +1807,15 @@ def test_a_static_arm_matched_to_another_kappa_is_no_twin():
     assert findings.twins(sweep(arms, told), "solu_ln-b") == []
 
 
+def test_the_first_screen_says_which_questions_stay_open():
+    made = sweep({"solu": 3.1, "solu_frozen_ln": 3.04, "solu_ln": 3.02}, {})
+    left = words.not_shown(made)
+    assert "d_model 64, d_mlp 256, tokens 1,843,200 here" in left
+    assert "solu_gain (what solu_gain adds), which this study lacks" in left
+    assert left in text(rendered(made))
+    assert words.not_shown(sweep({"gelu": 3.0, "solu": 3.1}, {})) == ""
+
+
 def test_kappas_at_one_rate_are_said_to_be():
     arms = {"solu": 3.1, "solu_gain": 3.06, "solu_ln-a": 3.02, "solu_ln-b": 3.05}
     told = {arm: {"rate": BY_HAND} for arm in arms}

@@ -202,7 +202,8 @@ def test_a_search_ends_with_every_best_point_inside_its_axes_or_at_their_ends(
     chosen = [each for each in points if each.arm == each.chosen_arm and each.setting == "lr"]
     assert len(chosen) == 3
     for best in chosen:
-        beside = {p.x for p in points if p.chosen_arm == best.arm and p.out_scale == best.out_scale}
+        of_arm = [p for p in points if p.setting == "lr" and p.chosen_arm == best.arm]
+        beside = {p.x for p in of_arm if p.out_scale == best.out_scale}
         wanted = {best.x / 2, best.x * 2}
         assert {x for x in wanted if 0.002 <= x <= 0.008} <= beside
 

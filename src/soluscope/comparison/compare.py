@@ -157,6 +157,12 @@ class _Arms:
         return [sorted(alike, key=lambda arm: arm.place) for alike in by_family.values()]
 
     @cached_property
+    def main(self) -> _Arms:
+        """Return the arms that are compared at their best points; a matched alpha belongs to its design."""
+        kept = tuple(arm for arm in self.arms if not arm.matched)
+        return replace(self, arms=kept) if self.designs else self
+
+    @cached_property
     def designs(self) -> list[_Arms]:
         """Return the arms of each fixed design: with alpha 1, and with alpha matched; empty with one alpha."""
         if len({arm.out_scale for arm in self.arms}) < 2:
@@ -418,12 +424,17 @@ def compare(
         _read(study, table, commit, size, lineages, select_seeds)
         for size, table in _by_size(losses)
     ]
-    compared = [each for arms in sizes for each in _compared(arms)]
+    compared = [each for arms in sizes for each in _compared(arms.main)]
     records: list[Record] = [*_adjust_primary(compared)]
     for arms in sizes:
         for design in arms.designs:
             records += [each for each in _compared(design) if each.term is not Term.LOSS]
-        records += [*sensitivities(arms), *_tuning(arms), *_no_choices(arms), *_settings(arms)]
+        records += [
+            *sensitivities(arms),
+            *_tuning(arms.main),
+            *_no_choices(arms.main),
+            *_settings(arms),
+        ]
     return records
 
 
@@ -454,13 +465,16 @@ def choices(
     chosen, best, known = set[str](), set[str](), dict[str, float]()
     for size, table in _by_size(losses):
         arms = _read("", table, "", size, lineages, select_seeds)
-        for alike in arms.not_chosen:
+        for alike in [
+            *arms.main.not_chosen,
+            *(each for d in arms.designs for each in d.not_chosen),
+        ]:
             raise UserError(
                 f"no choice is possible between {', '.join(arm.name for arm in alike)}: they share no select seed; "
                 "give all arms the same select_seeds"
             )
-        best |= {arm.name for arm in arms.to_report}
-        for design in [arms, *arms.designs]:
+        best |= {arm.name for arm in arms.main.to_report}
+        for design in [arms.main, *arms.designs]:
             chosen |= {arm.name for arm in design.to_report}
         known |= {
             arm.name: float(np.mean([*arm.select.values()]))
@@ -679,6 +693,7 @@ def _settings(arms: _Arms) -> list[Setting]:
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
             label=arm.lineage.label, rate=arm.rate, family=arm.family,
+            design="alpha matched" if arm.matched and arms.designs else "",
             n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms

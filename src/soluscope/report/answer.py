@@ -165,7 +165,7 @@ def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[s
     ]
     return Tile(
         label,
-        " and ".join(map(r.__getitem__, known[:2])) + ", ..." * (len(known) > 2),
+        "; ".join(map(r.__getitem__, known[:2])) + ", ..." * (len(known) > 2),
         _first(lines),
     )
 

@@ -82,11 +82,12 @@ def tuned(records: Sequence[Record]) -> list[Record]:
 
 
 def at_best_rate(records: Sequence[Record]) -> list[Record]:
-    """Return all records except records of arms whose learning rate was not chosen."""
+    """Return all records except records of arms whose learning rate was not chosen, or of a fixed design alone."""
     if isinstance(records, Records):
         return records.once(at_best_rate, lambda: Records(at_best_rate([*records])))
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
+    passed_over |= {arm for arm, setting in settings(records).items() if setting.design}
     return [record for record in records if record.arm not in passed_over]
 
 

@@ -144,7 +144,7 @@ def not_shown(records: list[Record]) -> str:
     missing = {s.variant: s for each in normed for s in each.chain if s.variant not in there}
     if missing:
         steps = listed([f"{name} ({step.adds})" for name, step in sorted(missing.items())])
-        parts.append(f"the separate steps of the chain through {steps}, which was not trained")
+        parts.append(f"the separate steps of the chain through {steps}, which this study lacks")
     parts.append("the loss of a readout that is trained again with one gain (P7)")
     return f"Not shown: {'; '.join(parts)}."
 

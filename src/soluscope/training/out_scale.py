@@ -39,7 +39,8 @@ def set_out_scale(model: LanguageModel, config: Config, cache: TokenCache) -> No
     )
     for layer, scale in enumerate(matched):
         # Blocks in order: the residual stream of a block depends on the alpha of the blocks before it.
-        scale.fill_(_share(baseline, config, cache, layer) / _share(model, config, cache, layer))
+        ratio = _share(baseline, config, cache, layer) / _share(model, config, cache, layer)
+        scale.fill_(float(f"{ratio:.6g}"))  # the same number whatever the number of threads
 
 
 def _baseline() -> str:
