@@ -29,7 +29,18 @@ from soluscope import plugins, report, results
 from soluscope.comparison.compare import Lineage
 from soluscope.comparison.stats import Interval, equivalence
 from soluscope.errors import UserError
-from soluscope.report import evidence, figures, findings, meaning, names, page, tokens, words
+from soluscope.report import (
+    answer,
+    evidence,
+    figures,
+    findings,
+    meaning,
+    names,
+    page,
+    tokens,
+    words,
+)
+from soluscope.report.blocks import Table
 from soluscope.report.packing import unpacked
 from soluscope.results import (
     HELD_OUT,
@@ -1805,6 +1816,28 @@ def test_a_static_arm_matched_to_another_kappa_is_no_twin():
     assert [re.findall(r"solu_\w+-(\w)", each)[:2] for each in said] == [["a", "a"], ["b", "b"]]
     told["solu_frozen_ln-b"] = {"gain": 8.0}
     assert findings.twins(sweep(arms, told), "solu_ln-b") == []
+
+
+def glance(records: list[Record]) -> list[list[str]]:
+    """Return the lines of the table at a glance; [] without one."""
+    shown = answer.blocks(records, findings.tuned(records), figures.styles(records))
+    found = [each for each in shown if isinstance(each, Table)]
+    return [[str(cell) for cell in line] for each in found for line in each.lines]
+
+
+def test_a_table_shows_each_layer_norm_at_a_glance_beside_its_untrained_twin():
+    made = sweep({"solu": 3.1, "solu_frozen_ln": 3.04, "solu_ln": 3.02}, {})
+    frozen = number("scale_freeze", "frozen at geometric mean", 0.00116, statistic="mean")
+    shared = {each.name for each in fields(Untrained)} & {each.name for each in fields(Measurement)}
+    before = Untrained(**{name: getattr(frozen, name) for name in shared}, difference=0.00117)
+    size = number("scale_freeze", "|o| / |r0|", 24.7, statistic="median")
+    measured = [frozen, replace(before, value=-0.00001), size]
+    lines = glance([*made, *measured, *passed("scale_freeze")])
+    assert ["freezing the gain costs, nats", "0.0012 (0.0000)"] in lines
+    assert ["|mlp_out| / |resid_mid|", "24.7"] in lines
+    assert lines[-1][0].startswith("training with one gain instead costs")
+    assert lines[-1][1].startswith("0.02")
+    assert not glance([*made, *measured])  # without controls nothing is cited
 
 
 def test_the_first_screen_says_which_questions_stay_open():

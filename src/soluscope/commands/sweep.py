@@ -52,6 +52,10 @@ def run(arguments: list[str]) -> None:
             )
         jobs.follow(options.status)
         return
+    if options.preregister and options.dry_run:
+        build_parser().error(
+            "--preregister writes the plan and --dry-run writes nothing: give one of them"
+        )
     sweeps = [word for word in options.words if is_path(word)]
     if len(sweeps) != 1:
         build_parser().error(f"{len(sweeps)} sweeps given, wanted one, as in: soluscope sweep demo")

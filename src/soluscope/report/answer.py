@@ -5,24 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from soluscope.report import controls, figures, pretrained, words
-from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Tile, Tiles, plot
+from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Table, Tile, Tiles, plot
 from soluscope.report.figures import Style
 from soluscope.report.findings import (
+    SCALED_SIZE,
     comparisons,
     engagement,
     estimate,
     gain_varies,
     measured,
     normed,
+    number_key,
     seeds,
     settings,
     sizes,
     span,
+    twins,
 )
-from soluscope.results import Comparison, Record, Term
+from soluscope.results import Comparison, Measurement, Record, Term, Untrained, of_kind
 
 N_ARMS = 9
 """Largest number of arms in the figure; with more arms, it shows the chain and the baselines only."""
+GLANCE = {
+    "sd of log g": ("engagement", "log gain", "sd", 4),
+    "freezing the gain costs, nats": ("scale_freeze", "frozen at geometric mean", "mean", 4),
+    "the same with ln_final's scale frozen": (
+        "scale_freeze", "frozen at geometric mean, final norm frozen", "mean", 4,
+    ),
+    "|mlp_out| / |resid_mid|": ("scale_freeze", SCALED_SIZE, "median", 1),
+}  # fmt: skip
+"""Lines of the table at a glance: a probe, its quantity, the statistic, and the decimals shown."""
 N_LINES = 3
 """Largest number of arms that a tile lists."""
 
@@ -44,6 +56,7 @@ def blocks(
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
         *([Paragraph(left, style="soft")] if (left := words.not_shown(all_records)) else []),
+        *_glance(all_records, compared),
     ]
 
 
@@ -122,6 +135,53 @@ def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
             ]
         )
     ]
+
+
+def _glance(all_records: list[Record], records: list[Record]) -> list[Block]:
+    """Return a table with a column for each arm with a per-token norm: its gain, and the cost of doing without it.
+
+    The numbers of the untrained models follow in parentheses. Probes that are not validated are left out.
+    """
+    arms = normed(records)
+    untrained = {number_key(each): each for each in of_kind(all_records, Untrained)}
+    lines = []
+    for name, (probe, quantity, statistic, decimals) in GLANCE.items():
+        if controls.standing(all_records, probe) == "passed":
+            rows = [measured(records, probe, quantity, arm, statistic) for arm in arms]
+            lines.append([name, *(_with_untrained(untrained, each, decimals) for each in rows)])
+    if not lines:
+        return []
+    retrained = [
+        [
+            estimate(row, 4)
+            for row in comparisons(records, Term.DIFFERENCE, against=arm)
+            if row.arm in twins(records, arm)
+        ]
+        for arm in arms
+    ]
+    costs = ["; ".join(each) or "not trained" for each in retrained]
+    lines.append(["training with one gain instead costs, nats [95%, new seeds]", *costs])
+    lead = (
+        "g is the gain of LayerNorm. In parentheses: the same model before training. Where |mlp_out| / |resid_mid| "
+        "is above 5, ln_final rescales each token, so freezing the gain costs little whatever the gain does."
+    )
+    return [
+        Paragraph(lead, "Each LayerNorm at a glance.", "soft"),
+        Table(["", *arms], lines, n_text=1),
+    ]
+
+
+def _with_untrained(
+    untrained: Mapping[tuple[object, ...], Untrained],
+    rows: Sequence[Measurement],
+    decimals: int | None,
+) -> str:
+    """Return the numbers of an arm's runs, and in parentheses those of their initialisations."""
+    if not rows:
+        return "not measured"
+    before = [untrained[key].value for row in rows if (key := number_key(row)) in untrained]
+    after = span((row.value for row in rows), decimals)
+    return after + (f" ({span(before, decimals)})" if before else "")
 
 
 def _compared(label: str, rows: Sequence[Comparison], unit: str, decimals: int) -> Tile:

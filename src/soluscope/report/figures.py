@@ -562,7 +562,7 @@ def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
 
 def term_name(row: Comparison) -> str:
     """Return a comparison's label in figures and tables; a step is labelled by the two variants it connects."""
-    return " - ".join(row.step) if row.term is Term.STEP else str(row.term)
+    return " to ".join(row.step) if row.term is Term.STEP else str(row.term)
 
 
 def _forest(

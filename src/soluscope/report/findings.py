@@ -397,7 +397,7 @@ def number(value: float | None, decimals: int | None = None) -> str:
     if value is None:
         return "undefined"
     if decimals is not None:
-        return f"{value:.{decimals}f}"
+        return f"{round(value, decimals) + 0.0:.{decimals}f}"  # no "-0.00"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
 
 

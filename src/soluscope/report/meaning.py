@@ -89,12 +89,14 @@ def _sentence(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[U
     bounds = envelope(rows)
     if bounds is None:
         return f"{text} over {seeds(len(rows))}, without an interval."
-    if bounds[0] == bounds[1] and len({number(row.value or 0.0) for row in rows}) == 1:
-        return f"{text} in each of {seeds(len(rows))}{_change(words, rows, before)}."
-    each = (
-        "95% interval" if len(rows) == 1 else f"the 95% intervals of {seeds(len(rows))} reach from"
-    )
-    text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
+    shown = {number(value or 0.0) for value in (*bounds, *(row.value for row in rows))}
+    if len(shown) == 1:
+        text += f" in each of {seeds(len(rows))}" if len(rows) > 1 else ""
+    else:
+        each = "95% interval"
+        if len(rows) > 1:
+            each = f"the 95% intervals of {seeds(len(rows))} reach from"
+        text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
     if judged := _judged(words, first, bounds):
         text += f": {judged}"
     return f"{text}{_change(words, rows, before)}."

@@ -507,7 +507,7 @@ def _engagement(records: list[Record], arm: str) -> list[str]:
         text += ")"
     text += f"; median r {span(row.value for row in content)}"
     if top := measured(records, "engagement", "r", arm, "q99"):
-        text += f"; r is below {span(row.value for row in top)} at 99% of the tokens"
+        text += f"; r is at most {span(row.value for row in top)} at 99% of the tokens"
     text += ", where 0 means one gain for all tokens and 1 a true LayerNorm"
     groups = ("BOS", "1", "2-15", ">=16")
     labels = {
