@@ -1820,7 +1820,7 @@ def test_a_static_arm_matched_to_another_kappa_is_no_twin():
 
 def glance(records: list[Record]) -> list[list[str]]:
     """Return the lines of the table at a glance; [] without one."""
-    shown = answer.blocks(records, findings.tuned(records), figures.styles(records))
+    shown = answer.glance(records, findings.tuned(records))
     found = [each for each in shown if isinstance(each, Table)]
     return [[str(cell) for cell in line] for each in found for line in each.lines]
 

@@ -56,7 +56,6 @@ def blocks(
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
         *([Paragraph(left, style="soft")] if (left := words.not_shown(all_records)) else []),
-        *_glance(all_records, compared),
     ]
 
 
@@ -137,7 +136,7 @@ def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
     ]
 
 
-def _glance(all_records: list[Record], records: list[Record]) -> list[Block]:
+def glance(all_records: list[Record], records: list[Record]) -> list[Block]:
     """Return a table with a column for each arm with a per-token norm: its gain, and the cost of doing without it.
 
     The numbers of the untrained models follow in parentheses. Probes that are not validated are left out.
@@ -165,10 +164,7 @@ def _glance(all_records: list[Record], records: list[Record]) -> list[Block]:
         "g is the gain of LayerNorm. In parentheses: the same model before training. Where |mlp_out| / |resid_mid| "
         "is above 5, ln_final rescales each token, so freezing the gain costs little whatever the gain does."
     )
-    return [
-        Paragraph(lead, "Each LayerNorm at a glance.", "soft"),
-        Table(["", *arms], lines, n_text=1),
-    ]
+    return [Paragraph(lead, style="soft"), Table(["", *arms], lines, n_text=1)]
 
 
 def _with_untrained(

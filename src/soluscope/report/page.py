@@ -93,8 +93,10 @@ def _parts(records: list[Record], identifiers: Mapping[str, str]) -> list[Sectio
         Bullets(others[:N_SENTENCES]),
         *fold(f"{len(hidden)} more", [Bullets(hidden)] if hidden else []),
     ]
+    glance = answer.glance(records, tuned(records))
     return [
         Section("first", "", first),
+        *([Section("glance", "Each LayerNorm at a glance", glance)] if glance else []),
         Section("findings", "Findings", below),
         *sections.build(records, identifiers),
     ]
