@@ -267,7 +267,7 @@ def test_plain_solu_being_better_means_nothing_to_explain():
 def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
     sentences = words.headline(make_rows(n_seeds=2, worse={"solu-s1": 0.03}))
     assert sentences[0].startswith(
-        "It is not settled whether the norm of solu_ln lowers the loss (2 seeds)"
+        "2 seeds do not settle whether LayerNorm lowers the loss (solu_ln)"
     )
     joined = " ".join(sentences)
     assert (
@@ -279,7 +279,7 @@ def test_two_seeds_that_differ_leave_the_sign_open_and_are_called_two_seeds():
 def test_one_seed_settles_nothing():
     sentences = words.headline(make_rows(n_seeds=1))
     assert sentences[0].startswith(
-        "It is not settled whether the norm of solu_ln lowers the loss (1 seed)"
+        "1 seed does not settle whether LayerNorm lowers the loss (solu_ln)"
     )
     joined = " ".join(sentences)
     assert "With one seed, results describe these trained models, not their variants." in joined

@@ -99,7 +99,7 @@ FULL: list[Record] = [
     Setting(
         **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln", label="SoLU + LN",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
-        rate="was set by hand", design="alpha matched", family="0123", only_tried=True,
+        rate="was set by hand", matched=True, family="0123", only_tried=True,
     ),
     GateResult(
         **ALL, **NUMBER, probe="engagement", control="pinned", section="C3", passed=True,

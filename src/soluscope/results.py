@@ -373,8 +373,8 @@ class Setting(Record):
     """The variant's name for people: `SoLU + LN`. Empty: it has none."""
     rate: str = ""
     """Why the learning rate cannot be taken for tuned, as in "was set by hand"; empty if it can."""
-    design: str = ""
-    """The fixed design that the arm belongs to, if it is compared in that design alone."""
+    matched: bool = False
+    """True if the arm's alpha is matched to the baseline, so that it is compared in that design alone."""
     family: str = ""
     """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
 

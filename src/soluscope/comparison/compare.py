@@ -693,7 +693,7 @@ def _settings(arms: _Arms) -> list[Setting]:
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
             label=arm.lineage.label, rate=arm.rate, family=arm.family,
-            design="alpha matched" if arm.matched and arms.designs else "",
+            matched=arm.matched and bool(arms.designs),
             n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
         for arm in arms.arms

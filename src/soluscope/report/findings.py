@@ -87,7 +87,7 @@ def at_best_rate(records: Sequence[Record]) -> list[Record]:
         return records.once(at_best_rate, lambda: Records(at_best_rate([*records])))
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
-    passed_over |= {arm for arm, setting in settings(records).items() if setting.design}
+    passed_over |= {arm for arm, setting in settings(records).items() if setting.matched}
     return [record for record in records if record.arm not in passed_over]
 
 

@@ -360,19 +360,19 @@ def _n_of_loss(records: list[Record], arm: str) -> int:
 
 def _verdict(records: list[Record], benefit: Comparison, arm: str) -> str:
     """Return the verdict on the benefit of one arm's norm; the sentence calls the arm `arm`."""
-    n = seeds(benefit.n)
+    n, do = seeds(benefit.n), "does" if benefit.n == 1 else "do"
     phi = next(iter(comparisons(records, Term.SHARE, benefit.arm)), None)
     if benefit.low is None or benefit.high is None:
         return (
-            f"It is not settled whether the norm of {arm} lowers the loss ({n}): no interval can be given "
-            "for new seeds."
+            f"{n} {do} not settle whether LayerNorm lowers the loss ({arm}): no interval can be given for new "
+            "seeds."
         )
     if benefit.high < 0:
         return f"Smearing has nothing to explain at this size ({arm}, {n}): plain SoLU has the lower loss."
     if benefit.low <= 0:
         return (
-            f"It is not settled whether the norm of {arm} lowers the loss ({n}): the interval for new "
-            "seeds and documents contains 0, so there is no established benefit to explain."
+            f"{n} {do} not settle whether LayerNorm lowers the loss ({arm}): the interval for new seeds and "
+            "documents contains 0, so no benefit is established that could be explained."
         )
     lowers = f"The norm of {arm} lowers the loss ({n})"
     if phi is None:
