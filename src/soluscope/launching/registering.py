@@ -7,12 +7,11 @@ from typing import Any
 
 from soluscope.config import EvalConfig, determining
 from soluscope.launching.sweep import Sweep
+from soluscope.report.findings import SIGNIFICANT
 from soluscope.results import MARGIN, Term
 from soluscope.runs import registration
 from soluscope.runs.folder import Run
 
-LEVEL = 0.05
-"""Largest corrected p of a difference that counts as shown."""
 ESTIMANDS = (
     Term.BENEFIT,
     Term.STATIC,
@@ -43,7 +42,7 @@ def plan_of(sweep: Sweep, evaluation: EvalConfig) -> dict[str, Any]:
         "select_seeds": list(sweep.select_seeds),
         "seeds": sorted({config.seed for config in sweep.configs}),
         "splits": {"chosen on": "select", "reported on": "report"},
-        "thresholds": {"margin, nats per token": MARGIN, "level": LEVEL, "correction": CORRECTION},
+        "thresholds": {"margin, nats per token": MARGIN, "level": SIGNIFICANT, "correction": CORRECTION},
         "settings": shared,
         "evaluation": {k: v for k, v in asdict(evaluation).items() if k not in NOT_PLANNED},
         "predictions": list(sweep.predictions),

@@ -35,7 +35,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
                 f"Here: {found[0].note.split(';')[0]}."
             ),
             *plot(_lines(of_one, found), "Loss on the report split against the learning rate"),
-            _table(["arm", "rate sensitivity, nats [95%, new seeds]", "seeds", "note"],
+            Table(["arm", "rate sensitivity, nats [95%, new seeds]", "seeds", "note"],
                    [[row.arm, *_cells(row)] for row in found]),
         ]  # fmt: skip
         steps = comparisons(of_one, Term.SENSITIVITY_STEP)
@@ -45,7 +45,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
                     "The steps of the chain: sensitivity of the arm before a step minus that of the arm after it. "
                     "They add up to the difference between plain SoLU and the arm with a per-token norm."
                 ),
-                _table(
+                Table(
                     ["arm", "step", "adds", "sensitivity removed, nats [95%, new seeds]", "seeds", "note"],
                     [[row.arm, " to ".join(row.step), row.adds, *_cells(row)] for row in steps],
                 ),
@@ -73,7 +73,7 @@ def designs(records: Sequence[Record]) -> list[Block]:
         ]
         if lines:
             heads = ["arm", "term", "against", "estimate [95%, new seeds]", "seeds", "note"]
-            result += [Paragraph(f"{design}: {meaning}"), _table(heads, lines)]
+            result += [Paragraph(f"{design}: {meaning}"), Table(heads, lines)]
     return result
 
 
@@ -115,7 +115,3 @@ def _lines(records: Sequence[Record], found: Sequence[Comparison]) -> go.Figure:
 
 def _cells(row: Comparison) -> list[str]:
     return [estimate(row, 4), str(row.n), row.note]
-
-
-def _table(heads: Sequence[str], lines: Sequence[list[str]]) -> Table:
-    return Table(list(heads), [[*line] for line in lines])

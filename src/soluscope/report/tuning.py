@@ -52,13 +52,14 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     for size, of_one in sizes(records).items():
         curves = of_kind(of_one, ChoicePoint)
         on_lr = [point for point in curves if point.setting == "lr" and point.eligible]
+        on_surfaces = _with_several_scales(on_lr)
         rates: dict[str, list[Point]] = {}
         for point in on_lr:
-            if not _is_surface(point, on_lr):
+            if point.chosen_arm not in on_surfaces:
                 rates.setdefault(point.variant, []).append(_chosen_on(point))
         drawn = along(rates, "learning rate", look, titles(of_one), one_scale=True)
         result += plot(drawn, of_size("Loss against the learning rate", size))
-        result += _surfaces([p for p in on_lr if _is_surface(p, on_lr)], size)
+        result += _surfaces([p for p in on_lr if p.chosen_arm in on_surfaces], size)
         gained = [point for point in curves if point.setting == "gain"]
         gains = {_rates(of_one, [point.arm for point in gained]): list(map(_chosen_on, gained))}
         lines = {point.chosen_arm: point.variant for point in gained}
@@ -79,10 +80,12 @@ def blocks(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
     return [*result, *fold("Table: all tried settings", [Table(heads, tried)])]
 
 
-def _is_surface(point: ChoicePoint, curves: Iterable[ChoicePoint]) -> bool:
-    """Return whether the rate of a point's arm was tuned together with the scale of the MLP's output."""
-    alike = (each for each in curves if each.chosen_arm == point.chosen_arm)
-    return len({each.out_scale for each in alike}) > 1
+def _with_several_scales(points: Iterable[ChoicePoint]) -> set[str]:
+    """Return the chosen arms whose rate was tuned together with the scale of the MLP's output."""
+    scales: dict[str, set[float]] = {}
+    for point in points:
+        scales.setdefault(point.chosen_arm, set()).add(point.out_scale)
+    return {arm for arm, found in scales.items() if len(found) > 1}
 
 
 def _surfaces(points: Sequence[ChoicePoint], size: str) -> list[Block]:

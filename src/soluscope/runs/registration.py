@@ -39,7 +39,7 @@ def register(study_dir: Path, plan: dict[str, Any]) -> Registration:
     """Write a study's registration.
 
     Raises:
-        UserError: if the study is registered already, or has a run at a reported seed.
+        UserError: if the study is registered already.
     """
     path = study_dir / NAME
     if path.exists():
