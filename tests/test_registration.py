@@ -134,6 +134,16 @@ def test_a_changed_plan_is_refused(path: Path) -> None:
         registration.read(path.parent / "first")
 
 
+@pytest.mark.parametrize("seeds", [3, [[1]], ["1"], None, [True], {"a": 1}])
+def test_a_plan_with_broken_seeds_is_refused_in_one_line(path: Path, seeds: object) -> None:
+    found = registered(path)
+    plan = {**found.plan, "seeds": seeds}
+    content = {"plan": plan, "sha256": registration.checksum_of(plan), "at": found.at}
+    (path.parent / "first" / registration.NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="seeds is not a list of whole numbers"):
+        registration.read(path.parent / "first")
+
+
 def test_the_report_says_whether_the_plan_was_followed() -> None:
     made = Registered(study="s", sha256="ab" * 32, at="2026-11-29T00:00:00+00:00")
     assert (

@@ -320,7 +320,7 @@ def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:
     if found is None:
         return []
     seeds = {run.config.seed for run in compared}
-    planned = {*found.plan.get("seeds", []), *found.plan.get("select_seeds", [])}
+    planned = {*found.plan["seeds"], *found.plan["select_seeds"]}
     left = [f"seeds: registered {sorted(planned)}, there are {sorted(seeds)}"] * (seeds != planned)
     return [
         Registered(

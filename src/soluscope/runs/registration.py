@@ -65,6 +65,10 @@ def read(study_dir: Path) -> Registration | None:
     found = read_json(path, Registration, remedy)
     if found.sha256 != checksum_of(found.plan):
         raise UserError(f"{path} was changed: its plan does not have its sha256; {remedy}")
+    for key in ("seeds", "select_seeds"):
+        seeds = found.plan.get(key)
+        if not (isinstance(seeds, list) and all(type(each) is int for each in seeds)):
+            raise UserError(f"{path} is broken: {key} is not a list of whole numbers; {remedy}")
     return found
 
 
