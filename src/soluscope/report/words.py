@@ -456,7 +456,7 @@ def _supplied(records: list[Record], static: str) -> str:
         return ""
     return (
         f" In {static} the MLP writes {span(row.value for row in rows)} times the residual stream's norm, so "
-        "ln_final gives this arm a scale for each token too. Equal losses do not show that none is needed."
+        "ln_final gives this arm a scale for each token too. Equal losses do not show that one gain is enough."
     )
 
 
