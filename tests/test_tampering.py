@@ -28,6 +28,7 @@ import yaml
 from conftest import tiny_config, train_silently
 
 from soluscope.commands import run
+from soluscope.runs import registration
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +46,11 @@ VALUES: dict[str, Any] = {
     "hostile": HOSTILE, "surrogate": "\ud800", "list": [1], "object": {"a": {"b": []}},
 }  # fmt: skip
 """Values that are put in the place of a value of a file."""
-FREE = {"commit", "versions", "device", "role", "twin", "chain", "hooked_act_fn"}
-"""Keys of model.json that state the origin of a run; another plausible value cannot be recognised."""
+FREE = {"commit", "versions", "device", "role", "twin", "chain", "hooked_act_fn", "departures"}
+"""Keys that state an origin; another plausible value cannot be recognised."""
+
+OPTIONAL = {registration.NAME}
+"""Files that a study need not have, so that nobody can tell that one was removed."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +256,12 @@ def cases(study: Path, every: bool = False) -> list[Case]:
             continue  # the other run stays whole
         damages = [(what, written(content)) for what, content in whole_file(path.read_bytes(), rng)]
         damages = damages if every else rng.sample(damages, 5)
-        damages += PLACES.items() if every else rng.sample([*PLACES.items()], 2)
+        places = [
+            (what, apply)
+            for what, apply in PLACES.items()
+            if name not in OPTIONAL or what != "removed"
+        ]
+        damages += places if every else rng.sample(places, 2)
         damages += of_format(path)
         if path.suffix in {".json", ".jsonl", ".yaml"} and path.name != "tokenizer.json":
             n_values = N_VALUES.get(path.name, 4) * (4 if every else 1)
@@ -326,10 +335,12 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a study of two runs, trained, probed with two probes, and reported."""
+    """Return a study of two runs, registered, trained, probed with two probes, and reported."""
     runs = tmp_path_factory.mktemp("tampering") / "runs"
     for variant in ("solu", "solu_ln"):
         train_silently(tiny_config(runs, "study=small", f"variant={variant}"))
+    plan = {"arms": ["solu", "solu_ln"], "seeds": [0], "select_seeds": [1], "estimand": {"a": 0.1}}
+    registration.register(runs / "small", plan)
     assert answer("probe", runs / "small", *PROBE) == 0
     assert answer("report", runs / "small") == 0
     return runs / "small"

@@ -69,6 +69,10 @@ def read(study_dir: Path) -> Registration | None:
         seeds = found.plan.get(key)
         if not (isinstance(seeds, list) and all(type(each) is int for each in seeds)):
             raise UserError(f"{path} is broken: {key} is not a list of whole numbers; {remedy}")
+    try:
+        datetime.fromisoformat(found.at)
+    except ValueError as error:
+        raise UserError(f"{path} is broken: at is not a time in ISO format; {remedy}") from error
     return found
 
 
