@@ -326,6 +326,58 @@ def test_a_variant_computes_what_it_declares(name):
     check_variant(name, config.mid, config.model.d_mlp)
 
 
+def middle_of(name, d_mlp, **params):
+    """Return the function from pre to post of a variant in fp64, with weights and biases drawn at random."""
+    variant = plugins.pick("soluscope.variants", name)
+    settings = replace(variant.params(), **params)
+    activation, norm = variant.activation(d_mlp, settings), variant.build_norm(d_mlp, settings)
+    generator = seeded()
+    for parameter in norm.parameters():
+        parameter.data = torch.rand(parameter.shape, generator=generator) + 0.5
+    norm.double()
+    return lambda pre: norm(activation(pre))
+
+
+def some_pre(d_mlp=32):
+    return torch.randn(6, d_mlp, dtype=torch.float64, generator=seeded())
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_where_the_softmaxs_denominator_is_d_mlp():
+    """Elhage et al. 2022, section 4.3, at one kappa; adding a constant to x sets the denominator."""
+    solu_ln, ln_exp = middle_of("solu_ln", 32), middle_of("ln_exp", 32)
+    pre = some_pre()
+    at_n = pre - pre.logsumexp(-1, keepdim=True) + math.log(32)
+    torch.testing.assert_close(ln_exp(at_n), solu_ln(at_n), rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(ln_exp(pre), solu_ln(pre), rtol=1e-2)  # epsilon counts at kappa 41.9
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_at_any_denominator_without_epsilon():
+    solu_ln, ln_exp = (middle_of(name, 32, kappa=1e-14) for name in ("solu_ln", "ln_exp"))
+    torch.testing.assert_close(ln_exp(some_pre()), solu_ln(some_pre()), rtol=1e-10, atol=1e-10)
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_with_each_tokens_own_epsilon():
+    solu_ln = middle_of("solu_ln", 32, eps=1e-3)
+    for pre in some_pre():
+        z = pre.exp().sum().item()
+        ln_exp = middle_of("ln_exp", 32, eps=1e-3 * (z / 32) ** 2)
+        torch.testing.assert_close(ln_exp(pre), solu_ln(pre), rtol=1e-12, atol=1e-14)
+
+
+def test_x_exp_x_is_computed_neuron_by_neuron_and_held_at_e_to_the_30():
+    expu = plugins.pick("soluscope.variants", "expu").activation(32, None)
+    pre = some_pre().requires_grad_()
+    torch.testing.assert_close(expu(pre), pre * pre.exp() / 32, rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(expu(pre).sum(), pre)
+    torch.testing.assert_close(gradient, (1 + pre) * pre.exp() / 32, rtol=1e-13, atol=1e-15)
+    far = torch.tensor([-1e3, 0.0, 31.0, 1e3], requires_grad=True)
+    values = expu(far)
+    wanted = torch.tensor([0, 0, 31 * math.exp(30) / 32, 1e3 * math.exp(30) / 32])
+    torch.testing.assert_close(values, wanted, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(LayerNorm(4, 1e-5)(values).square().sum(), far)
+    assert gradient.isfinite().all()
+
+
 def test_a_variant_that_is_not_there_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'solu_frozen_ln'"):
         plugins.pick("soluscope.variants", "solu_frozn_ln")

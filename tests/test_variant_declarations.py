@@ -200,7 +200,7 @@ def test_a_false_declaration_is_refused_by_the_conversion_too(added):
     with pytest.raises(
         UserError, match="HiddenEpsilon: its denominator differs from the declared eps=None"
     ):
-        to_hooked(trained, facts_for("solu_rms"), variant)
+        to_hooked(trained, facts_for("solu_rms"))
 
 
 def test_an_rms_norm_of_a_variants_own_converts_and_has_its_engagement(added):
@@ -208,7 +208,7 @@ def test_an_rms_norm_of_a_variants_own_converts_and_has_its_engagement(added):
     config = config_of("mid.kappa=.1")
     check_variant(NAME, config.mid, config.model.d_mlp)
     trained = LanguageModel(config.model, variant, config.mid, D_VOCAB, 0).double()
-    run = observe(to_hooked(trained, facts_for("solu_rms"), variant), stream_of(some_tokens()))
+    run = observe(to_hooked(trained, facts_for("solu_rms")), stream_of(some_tokens()))
     assert (run.centres, run.eps) == (False, pytest.approx(0.1 / 128**2))
     square = run.mid.square().mean(-1)
     torch.testing.assert_close(run.engagement, square / (square + run.eps), rtol=1e-12, atol=0)
