@@ -18,7 +18,7 @@ from soluscope.errors import UserError
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import to_hooked
 from soluscope.model import LanguageModel
-from soluscope.norms import FrozenRMSNorm, LayerNorm, PerTokenNorm
+from soluscope.norms import DynamicTanh, FrozenRMSNorm, LayerNorm, PerTokenNorm
 from soluscope.variants import ACT_FNS, Variant, check_variant
 from soluscope.variants._parts import LayerNormParams, solu
 
@@ -133,6 +133,24 @@ ODD = {
     "no norm as per_token": (
         {"build_norm": None, "hooked_act_fn": "solu"},
         "has role='per_token', but its norm implies role='plain'",
+    ),
+    "a scale for each neuron that is not declared": (
+        {
+            "build_norm": odd(
+                DynamicTanh,
+                __init__=lambda self, d_mlp, eps: DynamicTanh.__init__(self, d_mlp),
+                one_scale=True,
+            )
+        },
+        r"the mid norm Odd gives denominators of shape \[8, 32\] for 8 tokens: return one per token, \[8, 1\]",
+    ),
+    "a scale for each neuron as static": (
+        {"build_norm": lambda d_mlp, params: DynamicTanh(d_mlp), "role": "static"},
+        "has role='static', but its norm implies role='other'",
+    ),
+    "no nonlinearity": (
+        {"nonlinearity": None},
+        "the declaration has both or neither of nonlinearity and build_nonlinearity",
     ),
     "a twin that is not there": (
         {"twin": "solu_gian"},

@@ -40,7 +40,9 @@ class HookedMidNorm(MidNorm):
     declaration, tensors and formulas under their plain names.
     """
 
-    hook_scale: HookPoint  # [batch pos 1], the denominator
+    hook_scale: (
+        HookPoint  # the denominator: [batch pos 1], or [batch pos d_mlp] if one_scale is False
+    )
     hook_normalized: HookPoint  # [batch pos d_mlp], before w and b
 
     @classmethod

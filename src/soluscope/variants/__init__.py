@@ -158,11 +158,20 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
             f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: the name must end in "
             "_ln with a mid norm, and must not without a mid norm"
         )
-    kind = "plain" if norm is None else "static" if norm.eps is None else "per_token"
+    kind = _kind(norm)
     if variant.role not in ("baseline", "other", kind):
         raise UserError(
             f"variant {name} has role={variant.role!r}, but its norm implies role={kind!r}: change the role"
         )
+
+
+def _kind(norm: MidNorm | None) -> str:
+    """Return the role that a mid norm implies."""
+    if norm is None:
+        return "plain"
+    if not norm.one_scale:
+        return "other"
+    return "static" if norm.eps is None else "per_token"
 
 
 def _checked(name: str, field: str, other: str) -> str:

@@ -32,6 +32,11 @@ def solu(pre: Tensor) -> Tensor:
     return pre * pre.softmax(dim=-1)
 
 
+def solu_in_blocks(pre: Tensor, n_blocks: int) -> Tensor:
+    """Apply x * softmax(x) with a softmax over each of `n_blocks` blocks of neurons. [... d_mlp] -> same."""
+    return solu(pre.unflatten(-1, (n_blocks, -1))).flatten(-2)
+
+
 def exponential_unit(d_mlp: int, params: Any) -> Callable[[Tensor], Tensor]:
     """Return the function x e^x / N with N = `d_mlp`: SoLU with N in place of softmax's denominator Z.
 
@@ -77,6 +82,10 @@ class NormParams:
             return self.eps
         return (SOLU_1L_KAPPA if self.kappa is None else self.kappa) / d_mlp**2
 
+    def dose(self, d_mlp: int) -> float:
+        """Return kappa: epsilon times the square of the number of neurons that share a softmax."""
+        return self.epsilon(d_mlp) * d_mlp**2
+
 
 @dataclass(frozen=True)
 class LayerNormParams(NormParams):
@@ -84,6 +93,33 @@ class LayerNormParams(NormParams):
 
     affine: bool = True
     """false: no weight gamma and no bias beta of each neuron."""
+
+
+@dataclass(frozen=True)
+class BlockParams(NormParams):
+    """Parameters of SoLU and LayerNorm within blocks of neurons."""
+
+    n_blocks: int = 4
+    """Number of blocks of equal size. Softmax and LayerNorm act within each block."""
+
+    def check(self, d_mlp: int) -> None:
+        """Refuse a number of blocks that does not divide the neurons.
+
+        Raises:
+            UserError: if a block has fewer than two neurons, or blocks differ in size.
+        """
+        if self.n_blocks < 1 or d_mlp % self.n_blocks or d_mlp // self.n_blocks < 2:
+            raise UserError(
+                f"mid.n_blocks={self.n_blocks} does not cut d_mlp={d_mlp} into equal blocks of two neurons or "
+                "more: set it to a divisor of d_mlp"
+            )
+
+    def epsilon(self, d_mlp: int) -> float:
+        """Return the epsilon: eps, or kappa over the square of a block's width, on which SoLU's outputs depend."""
+        return super().epsilon(d_mlp // self.n_blocks)
+
+    def dose(self, d_mlp: int) -> float:
+        return super().epsilon(d_mlp // self.n_blocks) * (d_mlp // self.n_blocks) ** 2
 
 
 @dataclass(frozen=True)
