@@ -81,8 +81,7 @@ def _steps(
     """Return our step and HookedTransformer's: same weights, batch, optimizer and clipping, no Lightning."""
     ours = TrainingModule(config, cache).to(device)
     facts = facts_of(config, cache, ours.model)
-    variant = plugins.pick("soluscope.variants", config.variant)
-    hooked = to_hooked(TrainingModule(config, cache).model, facts, variant, device).train()
+    hooked = to_hooked(TrainingModule(config, cache).model, facts, device).train()
     rows = cache.rows("train", config.model.ctx)
     tokens = torch.from_numpy(rows[batch_rows(0, 0, config.train.batch_size, len(rows))]).to(device)
     bf16 = torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")

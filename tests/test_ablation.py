@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_convert import hooked_for
 from test_every_probe import stream_of
-from test_every_variant import VARIANTS, some_tokens
+from test_every_variant import ONE_SCALE, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope.hooked.ablation import (
@@ -44,7 +44,7 @@ def small_model(n_layers=1, act_fn="solu_ln", eps=1e-5, peaked=1.0, **options):
     return model
 
 
-MODELS = {variant: lambda variant=variant: hooked_for(variant)[1] for variant in VARIANTS} | {
+MODELS = {variant: lambda variant=variant: hooked_for(variant)[1] for variant in ONE_SCALE} | {
     "final RMSNorm": lambda: small_model(final_rms=True),
     "RMSNorm everywhere": lambda: small_model(normalization_type="RMS"),
     "no mid norm, RMSNorm": lambda: small_model(act_fn="gelu", normalization_type="RMS"),

@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_config, train_silently
 from test_convert import hooked_for
 from test_every_probe import stream_of
-from test_every_variant import VARIANTS, some_tokens
+from test_every_variant import ONE_SCALE, some_tokens
 from test_on_device import numbers
 
 from soluscope import plugins
@@ -50,7 +50,7 @@ def test_the_probes_of_the_gain_are_read_in_blocks() -> None:
     assert {"engagement", "gain_variation"} <= {*PER_TOKEN}
 
 
-@pytest.mark.parametrize("model", [*PLANTED, *VARIANTS])
+@pytest.mark.parametrize("model", [*PLANTED, *ONE_SCALE])
 @pytest.mark.parametrize("name", PER_TOKEN)
 def test_blocks_of_one_row_give_exactly_the_numbers_of_the_whole_run(name: str, model: str) -> None:
     run, measure = run_of(model), plugins.pick("soluscope.probes", name).measure

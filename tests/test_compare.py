@@ -827,6 +827,20 @@ def test_settings_and_roles_are_stored_so_that_names_need_not_be_parsed():
         assert (each.variant, each.n) == (name, 8)
 
 
+def test_an_arm_of_role_other_is_compared_and_changes_no_other_record():
+    """The arms have the lowest and the highest loss of all, and two gains, so any choice would be visible."""
+    told = {"expu-a": {"gain": 8.0}, "expu-b": {"gain": 9.0}}
+    losses = make_losses(SIX | {"expu-a": 2.5, "expu-b": 3.9}, settings=told)
+    rows = compare("study", losses, "abc", expu=Lineage("other", "", chain("expu")))
+    about = [each for each in rows if each.arm in told]
+    rest = [each for each in rows if each.arm not in told]
+    assert rest == compare("study", losses[~losses["arm"].isin(told)], "abc")
+    differences = {(row.arm, row.against) for row in terms(about, Term.DIFFERENCE)}
+    assert differences == {(arm, of) for arm in told for of in ("gelu", "solu", "solu_ln")}
+    assert {row.term for row in of_kind(about, Comparison)} == {Term.LOSS, Term.DIFFERENCE}
+    assert {each.role for each in of_kind(about, Setting)} == {"other"}
+
+
 def test_a_gain_that_was_measured_by_seed_is_one_setting():
     losses = make_losses({"solu_gain": 3.06}, n_seeds=3)
     losses["gain"] = losses.seed.map({0: 38.0, 1: 39.0, 2: 41.0})

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_config, train_silently
 from test_convert import facts_for, hooked_for
-from test_every_variant import BOS, PER_TOKEN, SOLU, VARIANTS, some_tokens
+from test_every_variant import BOS, ONE_SCALE, PER_TOKEN, SOLU, VARIANTS, some_tokens
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import soluscope
@@ -18,8 +18,9 @@ from soluscope import plugins, results
 from soluscope.config import EvalConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.evaluation.fitting import misfit
 from soluscope.evaluation.summaries import summarise, token_table
-from soluscope.hooked.ablation import loss_at_gain
+from soluscope.hooked.ablation import Ablation, loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
 from soluscope.probes import words_of
@@ -80,6 +81,9 @@ def test_a_probe_gives_the_answers_worked_by_hand(name):
 def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, variant):
     probe = plugins.pick("soluscope.probes", name)
     _, hooked = hooked_for(variant)
+    if why := misfit(probe, hooked):
+        assert (probe.one_scale, variant in ONE_SCALE) == (True, False), why
+        return
     run = observe(hooked, stream_for(probe))
     measured = probe.measure(run)
     split_columns = {c for q in probe.quantities.values() for c in q.split_by}
@@ -90,6 +94,17 @@ def test_a_probe_gives_one_value_a_token_for_each_quantity_it_declares(name, var
     assert all(row.unit for row in rows)
     assert {row.quantity for row in rows} <= probe.quantities.keys() | probe.estimates.keys()
     assert {len(values) for values in measured.neurons.values()} <= {run.mid.shape[1]}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PROBES if not plugins.pick("soluscope.probes", n).one_scale]
+)
+def test_a_probe_that_needs_no_gain_gives_the_same_numbers_without_one(name):
+    probe = plugins.pick("soluscope.probes", name)
+    run = observe(hooked_for("solu_ln")[1], stream_for(probe))
+    without = dataclasses.replace(run, scale=torch.full_like(run.scale, torch.nan), eps=None)
+    wanted, found = (token_table(each, probe.measure(each)) for each in (run, without))
+    pd.testing.assert_frame_equal(found, wanted)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -188,6 +203,18 @@ def test_observed_losses_are_the_models_own_and_nan_without_a_target():
     assert loss[0, 4].isnan()
     assert loss[:, -1].isnan().all()
     torch.testing.assert_close(loss[1:, :-1].float(), wanted[1:].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ONE_SCALE])
+def test_a_token_whose_neurons_have_different_scales_has_no_gain_and_no_r(variant):
+    run = observe(hooked_for(variant)[1], stream_of(some_tokens()))
+    for values in (run.scale, run.gain, run.engagement, run.mlp(run.resid_mid).scale):
+        assert values.shape == run.pos.shape
+        assert values.isnan().all()
+    tokens = torch.arange(5)
+    for edit in (Ablation(run).mid, Ablation(run).pre):
+        with pytest.raises(ValueError, match="several scales, so the closed form does not hold"):
+            edit(tokens)
 
 
 def test_padding_is_not_observed_and_changes_nothing():
@@ -317,7 +344,7 @@ def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
     assert changes[1e-6] > 1e-2
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PER_TOKEN])
+@pytest.mark.parametrize("variant", [v for v in ONE_SCALE if v not in PER_TOKEN])
 def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
     table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
     for column in (

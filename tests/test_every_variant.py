@@ -17,6 +17,7 @@ from soluscope.errors import UserError
 from soluscope.hooked.convert import load_untrained
 from soluscope.norms import (
     DetachedLayerNorm,
+    DynamicTanh,
     LayerNorm,
     RunningLayerNorm,
     StaticNorm,
@@ -38,9 +39,11 @@ NORMS = {
     if (variant := plugins.pick("soluscope.variants", name)).build_norm
 }
 NORMED = [*NORMS]
+ONE_SCALE = [name for name in VARIANTS if name not in NORMS or NORMS[name].one_scale]
+WITH_GAIN = [name for name in NORMED if name in ONE_SCALE]
 PER_TOKEN = [name for name, norm in NORMS.items() if norm.eps is not None]
-STATIC = [name for name in NORMED if name not in PER_TOKEN]
-CENTRED = [name for name, norm in NORMS.items() if norm.centres]
+STATIC = [name for name in WITH_GAIN if name not in PER_TOKEN]
+CENTRED = [name for name in WITH_GAIN if NORMS[name].centres]
 SOLU = [name for name in VARIANTS if plugins.pick("soluscope.variants", name).nonlinearity is solu]
 D_VOCAB, BOS = 500, 0
 
@@ -195,8 +198,9 @@ def test_scale_without_gradient_has_the_outputs_of_layer_norm_and_the_gradient_a
     assert not torch.allclose(there, wanted)
 
 
-def test_learned_gain_starts_at_the_matched_gain_and_has_no_weight_decay():
-    config = load_config(["variant=solu_scalar", "size=tiny"])
+@pytest.mark.parametrize("name", ["solu_scalar", "solu_dyt"])
+def test_learned_gain_starts_at_the_matched_gain_and_has_no_weight_decay(name):
+    config = load_config([f"variant={name}", "size=tiny"])
     model = build_model(config, 300)
     norm = model.mlp(0).ln
     norm.gain.fill_(7.0)
@@ -324,6 +328,105 @@ def test_a_chain_in_a_circle_and_a_member_that_is_not_there_are_refused(monkeypa
 def test_a_variant_computes_what_it_declares(name):
     config = load_config([f"variant={name}", "size=tiny"])
     check_variant(name, config.mid, config.model.d_mlp)
+
+
+def middle_of(name, d_mlp, **params):
+    """Return the function from pre to post of a variant in fp64, with weights and biases drawn at random."""
+    variant = plugins.pick("soluscope.variants", name)
+    settings = replace(variant.params(), **params)
+    activation, norm = variant.activation(d_mlp, settings), variant.build_norm(d_mlp, settings)
+    generator = seeded()
+    for parameter in norm.parameters():
+        parameter.data = torch.rand(parameter.shape, generator=generator) + 0.5
+    norm.double()
+    return lambda pre: norm(activation(pre))
+
+
+def some_pre(d_mlp=32):
+    return torch.randn(6, d_mlp, dtype=torch.float64, generator=seeded())
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_where_the_softmaxs_denominator_is_d_mlp():
+    """Elhage et al. 2022, section 4.3, at one kappa; adding a constant to x sets the denominator."""
+    solu_ln, ln_exp = middle_of("solu_ln", 32), middle_of("ln_exp", 32)
+    pre = some_pre()
+    at_n = pre - pre.logsumexp(-1, keepdim=True) + math.log(32)
+    torch.testing.assert_close(ln_exp(at_n), solu_ln(at_n), rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(ln_exp(pre), solu_ln(pre), rtol=1e-2)  # epsilon counts at kappa 41.9
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_at_any_denominator_without_epsilon():
+    solu_ln, ln_exp = (middle_of(name, 32, kappa=1e-14) for name in ("solu_ln", "ln_exp"))
+    torch.testing.assert_close(ln_exp(some_pre()), solu_ln(some_pre()), rtol=1e-10, atol=1e-10)
+
+
+def test_layer_norm_of_solu_is_that_of_x_exp_x_with_each_tokens_own_epsilon():
+    solu_ln = middle_of("solu_ln", 32, eps=1e-3)
+    for pre in some_pre():
+        z = pre.exp().sum().item()
+        ln_exp = middle_of("ln_exp", 32, eps=1e-3 * (z / 32) ** 2)
+        torch.testing.assert_close(ln_exp(pre), solu_ln(pre), rtol=1e-12, atol=1e-14)
+
+
+def test_x_exp_x_is_computed_neuron_by_neuron_and_held_at_e_to_the_30():
+    expu = plugins.pick("soluscope.variants", "expu").activation(32, None)
+    pre = some_pre().requires_grad_()
+    torch.testing.assert_close(expu(pre), pre * pre.exp() / 32, rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(expu(pre).sum(), pre)
+    torch.testing.assert_close(gradient, (1 + pre) * pre.exp() / 32, rtol=1e-13, atol=1e-15)
+    far = torch.tensor([-1e3, 0.0, 31.0, 1e3], requires_grad=True)
+    values = expu(far)
+    wanted = torch.tensor([0, 0, 31 * math.exp(30) / 32, 1e3 * math.exp(30) / 32])
+    torch.testing.assert_close(values, wanted, rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(LayerNorm(4, 1e-5)(values).square().sum(), far)
+    assert gradient.isfinite().all()
+
+
+def test_blocks_are_separate_models_of_solu_and_layer_norm():
+    """Each block of 8 neurons computes what solu_ln computes with 8 neurons, its own weights and the same kappa."""
+    block, solu_ln = (
+        plugins.pick("soluscope.variants", name) for name in ("solu_block", "solu_ln")
+    )
+    norm = block.build_norm(32, block.params(kappa=0.5, n_blocks=4)).double()
+    for parameter in norm.parameters():
+        parameter.data = torch.rand(32, dtype=torch.float64, generator=seeded())
+    pre = some_pre()
+    post = norm(block.activation(32, block.params(n_blocks=4))(pre))
+    one = solu_ln.build_norm(8, solu_ln.params(kappa=0.5)).double()
+    for start in range(0, 32, 8):
+        part = slice(start, start + 8)
+        one.w.data, one.b.data = norm.w[part].detach(), norm.b[part].detach()
+        torch.testing.assert_close(post[:, part], one(solu(pre[:, part])), rtol=1e-12, atol=1e-14)
+
+
+def test_the_dose_of_blocks_is_epsilon_times_the_square_of_their_width():
+    params = plugins.pick("soluscope.variants", "solu_block").params(kappa=32, n_blocks=4)
+    assert params.epsilon(128) == pytest.approx(32 / 32**2)
+    assert params.dose(128) == pytest.approx(32)
+
+
+@pytest.mark.parametrize("n_blocks", [0, 5, 128])
+def test_blocks_that_do_not_divide_the_neurons_are_refused(n_blocks):
+    config = load_config(["variant=solu_block", "size=tiny", f"mid.n_blocks={n_blocks}"])
+    with pytest.raises(UserError, match=rf"mid.n_blocks={n_blocks} does not cut d_mlp=128 into"):
+        check_variant("solu_block", config.mid, 128)
+
+
+def test_dynamic_tanh_is_linear_in_small_activations_and_bounded_by_its_weights():
+    norm = DynamicTanh(4).double()
+    norm.gain.fill_(3.0)
+    with torch.no_grad():
+        norm.log_factor.fill_(math.log(2))  # alpha is 6
+        norm.w.copy_(torch.tensor([1.0, 2, 3, 4]))
+        norm.b.fill_(0.5)
+    mid = torch.tensor([0.0, 1e-9, 0.1, 50], dtype=torch.float64, requires_grad=True)
+    wanted = torch.tensor([0.5, 0.5 + 12e-9, 0.5 + 3 * math.tanh(0.6), 4.5]).to(mid)
+    torch.testing.assert_close(norm(mid), wanted, rtol=1e-6, atol=0)
+    scale = norm.denominator(mid)
+    by_hand = torch.tensor([1 / 6, 1 / 6, 0.1 / math.tanh(0.6), 50]).to(mid)
+    torch.testing.assert_close(scale, by_hand, rtol=1e-6, atol=0)
+    (slope,) = torch.autograd.grad(norm.affine(mid / scale).sum(), mid)
+    torch.testing.assert_close(slope[:2], torch.tensor([6.0, 12]).double(), rtol=1e-9, atol=0)
 
 
 def test_a_variant_that_is_not_there_is_answered_with_the_nearest():

@@ -30,7 +30,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import MODEL_ALIASES
 
 import soluscope
-from soluscope import plugins, results
+from soluscope import results
 from soluscope.errors import UserError
 from soluscope.export import _lens_state, export, load
 from soluscope.hooked.convert import SoluscopeTransformer
@@ -356,21 +356,19 @@ def test_the_weights_are_the_runs_own_and_hold_tensors_only(run, study, pushed):
 def test_a_nonlinearity_that_is_nearly_transformer_lenss_is_refused(study):
     run = Run(study / "gelu-s0")
     model, facts = run.load_model(), run.facts
-    variant = plugins.pick("soluscope.variants", "gelu")
-    near = replace(variant, nonlinearity=lambda x: torch.nn.functional.gelu(x, approximate="tanh"))
+    assert _lens_state(model, facts)
+    model.mlp(0).nonlinearity = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     with pytest.raises(UserError, match="nonlinearity"):
-        _lens_state(model, facts, near)
-    assert _lens_state(model, facts, variant)
+        _lens_state(model, facts)
 
 
 @pytest.mark.parametrize("words", [{"eps": 1.1e-5}, {"ln_eps": 1e-6}])
 def test_an_epsilon_that_transformer_lens_would_replace_is_refused(study, words):
     run = Run(study / LENS)
     model, facts = run.load_model(), run.facts
-    variant = plugins.pick("soluscope.variants", "solu_ln")
-    assert _lens_state(model, facts, variant)
+    assert _lens_state(model, facts)
     with pytest.raises(UserError, match="epsilon"):
-        _lens_state(model, replace(facts, **words), variant)
+        _lens_state(model, replace(facts, **words))
 
 
 def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
@@ -378,7 +376,7 @@ def test_a_model_that_computes_otherwise_for_any_other_reason_is_refused(study):
     model, facts = run.load_model(), run.facts
     model.mlp(0).ln.forward = lambda mid: mid  # a difference that no rule covers
     with pytest.raises(UserError, match="differs"):
-        _lens_state(model, facts, plugins.pick("soluscope.variants", "solu_ln"))
+        _lens_state(model, facts)
 
 
 # --- runs that others have changed ----------------------------------------------------------------

@@ -33,8 +33,7 @@ def hooked_at_start(config: Config) -> HookedTransformer:
     """Return a run's converted model before its first step."""
     cache = prepare(config)
     model = TrainingModule(config, cache).model
-    variant = plugins.pick("soluscope.variants", config.variant)
-    return to_hooked(model, facts_of(config, cache, model), variant)
+    return to_hooked(model, facts_of(config, cache, model))
 
 
 def share(config: Config, layer: int = 0) -> float:

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from scipy.integrate import quad
 from scipy.special import lambertw
 from test_convert import hooked_for
-from test_every_variant import BOS, CENTRED, NORMED, PER_TOKEN, STATIC, VARIANTS, some_tokens
+from test_every_variant import (
+    BOS,
+    CENTRED,
+    NORMED,
+    ONE_SCALE,
+    PER_TOKEN,
+    STATIC,
+    WITH_GAIN,
+    some_tokens,
+)
 
 from soluscope import plugins
 from soluscope.comparison.stats import bootstrap_sums
@@ -26,7 +35,7 @@ pytestmark = pytest.mark.arithmetic
 
 SOLU_1L = Path(__file__).parents[2] / "shared" / "data" / "solu1l" / "activations.npz"
 MLP = "blocks.0.mlp."
-ONE_GAIN = [v for v in VARIANTS if v not in PER_TOKEN]
+ONE_GAIN = [v for v in ONE_SCALE if v not in PER_TOKEN]
 
 
 def probe_named(name):
@@ -112,7 +121,7 @@ def test_engagement_is_the_gains_elasticity_whether_the_norm_centres_or_not(cent
     assert values["residual"].max() < 1e-12
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ONE_SCALE)
 def test_post_is_affine_in_mid_and_the_fit_leaves_what_polyfit_leaves(variant):
     _, _, run = observed(variant, n_rows=2)
     assert probe_named("engagement").measure(run).tokens["residual"].max() < 1e-12
@@ -299,7 +308,7 @@ def test_shares_in_solu_1l_are_section_7s():
         ("solu_ln", 1e-12),
         ("solu_ln", 1e-4),
         ("solu_ln", 1e2),
-        *((variant, None) for variant in NORMED),
+        *((variant, None) for variant in WITH_GAIN),
     ],
 )
 def test_scaled_activations_through_the_mid_norm_are_the_closed_form(variant, eps, factor):
@@ -315,7 +324,7 @@ def test_scaled_activations_through_the_mid_norm_are_the_closed_form(variant, ep
         assert error == pytest.approx(value.item(), rel=1e-7, abs=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ONE_SCALE)
 def test_a_scaled_residual_stream_is_what_hooks_give(variant):
     hooked, tokens, run = observed(variant)
     hooks = [("blocks.0.hook_resid_mid", lambda resid, hook: 2 * resid)]
@@ -497,7 +506,7 @@ def test_loss_without_centring_is_what_brute_force_hooks_give(variant):
         assert values[name].abs().nanmean() > 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ONE_SCALE)
 def test_centring_is_removable_from_what_the_mlp_writes(variant):
     """((a - m) gamma) W_out = sum_j a_j v_j up to rounding, by a loop over neurons at one token."""
     _, _, run = observed(variant)
@@ -508,7 +517,7 @@ def test_centring_is_removable_from_what_the_mlp_writes(variant):
     same(total, ((a - a.mean()) * gamma) @ W_out, 1e-12)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in CENTRED])
+@pytest.mark.parametrize("variant", [v for v in ONE_SCALE if v not in CENTRED])
 def test_what_does_not_centre_has_no_centring_to_lose(variant):
     values = probe_named("centring").measure(observed(variant)[2]).tokens
     assert values["mean left in"].isnan().all()

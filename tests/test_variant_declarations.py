@@ -18,7 +18,7 @@ from soluscope.errors import UserError
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import to_hooked
 from soluscope.model import LanguageModel
-from soluscope.norms import FrozenRMSNorm, LayerNorm, PerTokenNorm
+from soluscope.norms import DynamicTanh, FrozenRMSNorm, LayerNorm, PerTokenNorm
 from soluscope.variants import ACT_FNS, Variant, check_variant
 from soluscope.variants._parts import LayerNormParams, solu
 
@@ -134,6 +134,24 @@ ODD = {
         {"build_norm": None, "hooked_act_fn": "solu"},
         "has role='per_token', but its norm implies role='plain'",
     ),
+    "a scale for each neuron that is not declared": (
+        {
+            "build_norm": odd(
+                DynamicTanh,
+                __init__=lambda self, d_mlp, eps: DynamicTanh.__init__(self, d_mlp),
+                one_scale=True,
+            )
+        },
+        r"the mid norm Odd gives denominators of shape \[8, 32\] for 8 tokens: return one per token, \[8, 1\]",
+    ),
+    "a scale for each neuron as static": (
+        {"build_norm": lambda d_mlp, params: DynamicTanh(d_mlp), "role": "static"},
+        "has role='static', but its norm implies role='other'",
+    ),
+    "no nonlinearity": (
+        {"nonlinearity": None},
+        "the declaration has both or neither of nonlinearity and build_nonlinearity",
+    ),
     "a twin that is not there": (
         {"twin": "solu_gian"},
         "has twin='solu_gian': no variant called 'solu_gian'. Did you mean 'solu_gain'?",
@@ -200,7 +218,7 @@ def test_a_false_declaration_is_refused_by_the_conversion_too(added):
     with pytest.raises(
         UserError, match="HiddenEpsilon: its denominator differs from the declared eps=None"
     ):
-        to_hooked(trained, facts_for("solu_rms"), variant)
+        to_hooked(trained, facts_for("solu_rms"))
 
 
 def test_an_rms_norm_of_a_variants_own_converts_and_has_its_engagement(added):
@@ -208,7 +226,7 @@ def test_an_rms_norm_of_a_variants_own_converts_and_has_its_engagement(added):
     config = config_of("mid.kappa=.1")
     check_variant(NAME, config.mid, config.model.d_mlp)
     trained = LanguageModel(config.model, variant, config.mid, D_VOCAB, 0).double()
-    run = observe(to_hooked(trained, facts_for("solu_rms"), variant), stream_of(some_tokens()))
+    run = observe(to_hooked(trained, facts_for("solu_rms")), stream_of(some_tokens()))
     assert (run.centres, run.eps) == (False, pytest.approx(0.1 / 128**2))
     square = run.mid.square().mean(-1)
     torch.testing.assert_close(run.engagement, square / (square + run.eps), rtol=1e-12, atol=0)

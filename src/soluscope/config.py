@@ -511,9 +511,7 @@ def _differing(config: Config, words: Sequence[str]) -> list[str]:
     for values, each in ((here, config), (there, preset)):
         if hasattr(each.mid, "epsilon"):  # a default, an epsilon and a kappa may mean the same
             del values["mid.eps"]
-            values["mid.kappa"] = float(
-                f"{each.mid.epsilon(each.model.d_mlp) * each.model.d_mlp**2:.4g}"
-            )
+            values["mid.kappa"] = float(f"{each.mid.dose(each.model.d_mlp):.4g}")
     return [
         f"{key}={there.get(key)}, here {here.get(key)}"
         for key in sorted(here.keys() | there.keys())

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from soluscope.hooked.convert import SoluscopeTransformer
     from soluscope.model import LanguageModel
     from soluscope.runs.weights import Facts
-    from soluscope.variants import Variant
 
 OWN = ("model.json", "model.safetensors", "done.json")
 """Files of the run that are copied byte for byte."""
@@ -90,7 +89,7 @@ def load(folder: str | Path, device: str = "cpu") -> SoluscopeTransformer:
     from soluscope.hooked.convert import load_tokenizer, to_hooked
 
     run = Run(Path(folder))
-    model = to_hooked(run.load_model(), run.facts, run.variant, device)
+    model = to_hooked(run.load_model(), run.facts, device)
     model.set_tokenizer(load_tokenizer(run.dir / "tokenizer.json", run.facts))
     return model
 
@@ -150,7 +149,7 @@ def _write(run: Run, folder: Path, repo: str | None) -> str | None:
     )  # fmt: skip
     weights, obstacle = f"{facts.run}_final.pth", None
     try:
-        lens_state = _lens_state(trained, facts, run.variant)
+        lens_state = _lens_state(trained, facts)
     except UserError as error:
         obstacle = str(error)
     else:
@@ -178,7 +177,7 @@ def _json(values: dict[str, Any]) -> str:
 # --- the files for TransformerLens ----------------------------------------------------------------
 
 
-def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[str, Tensor]:
+def _lens_state(trained: LanguageModel, facts: Facts) -> dict[str, Tensor]:
     """Return the state of a HookedTransformer of TransformerLens that computes this model.
 
     At the end, its stages are compared with those of the trained model, so that a variant with a difference
@@ -212,7 +211,9 @@ def _lens_state(trained: LanguageModel, facts: Facts, variant: Variant) -> dict[
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     pre = torch.randn(64, facts.d_mlp, dtype=torch.float64, generator=generator)
-    if not torch.allclose(variant.nonlinearity(pre), lens.blocks[0].mlp.act_fn(pre), atol=1e-9):
+    if not torch.allclose(
+        trained.mlp(0).nonlinearity(pre), lens.blocks[0].mlp.act_fn(pre), atol=1e-9
+    ):
         raise UserError(f"its nonlinearity differs from TransformerLens's {facts.hooked_act_fn}")
     state = trained.folded()
     masks = {name for name, _ in lens.named_buffers()}

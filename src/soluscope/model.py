@@ -80,7 +80,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, variant: Variant, params: Any) -> None:
         super().__init__()
         d_model, d_mlp = config.d_model, config.d_mlp
-        self.nonlinearity = variant.nonlinearity
+        self.nonlinearity = variant.activation(d_mlp, params)
         self.out_scale: float | Tensor
         if isinstance(
             config.mlp_out_scale, str

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # training does not require jaxtyping
 
     Mid = Float[Tensor, "*batch d_mlp"]
     PerToken = Float[Tensor, "*batch 1"]
+    PerNeuron = Float[Tensor, "*batch d_mlp"]
 
 
 class MidNorm(nn.Module):
@@ -30,7 +31,12 @@ class MidNorm(nn.Module):
     """
 
     centres: ClassVar[bool]
-    """True if the mean over neurons is subtracted from mid."""
+    """True if the mean over neurons, or over the neurons of each block, is subtracted from mid."""
+    n_blocks: int = 1
+    """Number of blocks of equal size, in the order of the neurons. Each block has its own mean and scale."""
+    one_scale: ClassVar[bool] = True
+    """True if one number for each token divides all of its neurons. If False, the denominator has a value for each
+    neuron, the run has no gain or r, and probes that need them are left out."""
     affine_part: ClassVar[tuple[str, ...]]
     """Parameters applied after the division: ("w", "b"), ("w",), ("b",) or (). w has one weight per neuron,
     and b has one bias per neuron."""
@@ -38,7 +44,7 @@ class MidNorm(nn.Module):
     """Other parameters, which change the gain in training."""
     eps: float | None = None
     """Epsilon of a per-token denominator, sqrt(mean square of the centred mid + eps). None: the
-    denominator is one constant for all tokens."""
+    denominator is one constant for all tokens, or `one_scale` is False."""
     w: nn.Parameter
     b: nn.Parameter
 
@@ -63,7 +69,7 @@ class MidNorm(nn.Module):
         """Return `mid`, minus its mean over neurons if the norm centres."""
         return mid - mid.mean(dim=-1, keepdim=True) if self.centres else mid
 
-    def denominator(self, centred: Mid) -> PerToken:
+    def denominator(self, centred: Mid) -> PerToken | PerNeuron:
         """Return the divisor of each token's centred activations."""
         raise NotImplementedError
 
@@ -124,6 +130,27 @@ class RMSNorm(PerTokenNorm):
 
     def forward(self, mid: Mid) -> Mid:
         return F.rms_norm(mid, self.w.shape, self.w, self.eps)  # one call, same formula
+
+
+class BlockLayerNorm(MidNorm):
+    """LayerNorm within blocks of neurons: each block has its own mean and variance; w and b are per neuron."""
+
+    centres = True
+    affine_part = ("w", "b")
+    one_scale = False
+
+    def __init__(self, length: int, eps: float, n_blocks: int) -> None:
+        super().__init__(length)
+        self.n_blocks, self.block_eps = n_blocks, eps
+
+    def centred(self, mid: Mid) -> Mid:
+        blocks: Tensor = mid.unflatten(-1, (self.n_blocks, -1))
+        return (blocks - blocks.mean(dim=-1, keepdim=True)).flatten(-2)
+
+    def denominator(self, centred: Mid) -> PerNeuron:
+        blocks: Tensor = centred.unflatten(-1, (self.n_blocks, -1))
+        scale = (blocks.square().mean(dim=-1, keepdim=True) + self.block_eps).sqrt()
+        return scale.expand_as(blocks).flatten(-2)
 
 
 class StaticNorm(MidNorm):
@@ -237,6 +264,28 @@ class RunningLayerNorm(LearnedGain):
         self.log_factor.lerp_(log_gain - self.gain.log(), self.SHARE)
 
 
+class DynamicTanh(LearnedGain):
+    """w tanh(alpha mid) + b: a constant slope alpha, learned in training, and neurons that saturate at 1.
+
+    The scale of a neuron, mid / tanh(alpha mid), grows with its activation from 1 / alpha on. alpha is gain
+    exp(log_factor); `mid.gain=init` matches the rms of alpha mid, before the tanh.
+
+    Source: Zhu et al. 2025, "Transformers without Normalization".
+    """
+
+    affine_part = ("w", "b")
+    one_scale = False
+
+    def denominator(self, centred: Mid) -> PerNeuron:
+        squashed = (self.present_gain() * centred).tanh()
+        is_flat = squashed == 0
+        ratio = centred / squashed.masked_fill(is_flat, 1)
+        return torch.where(is_flat, self.present_gain().reciprocal(), ratio)
+
+    def forward(self, mid: Mid) -> Mid:
+        return self.affine((self.present_gain() * mid).tanh())
+
+
 def gain_matching_rms(norm: StaticNorm, mid: Float[Tensor, "token d_mlp"], eps: float) -> float:
     """Return the gain that makes the output rms of `norm` equal to that of its `matched_to` norm.
 
@@ -279,16 +328,20 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
         parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) + 0.5)
     if isinstance(norm, StaticNorm):
         norm.gain.fill_(3.0)
-    centred = mid - mid.mean(dim=-1, keepdim=True) if norm.centres else mid
+    blocks = mid.unflatten(-1, (norm.n_blocks, -1))
+    centred = (blocks - blocks.mean(dim=-1, keepdim=True)).flatten(-2) if norm.centres else mid
     denominator = norm.denominator(centred)
-    if denominator.shape != (8, 1):
+    wanted_shape, each = ((8, 1), "token") if norm.one_scale else ((8, d_mlp), "neuron")
+    if denominator.shape != wanted_shape:
         raise UserError(
             f"the mid norm {name} gives denominators of shape {[*denominator.shape]} for 8 tokens: "
-            "return one per token, [8, 1]"
+            f"return one per {each}, {[*wanted_shape]}"
         )
     normalized = centred / denominator
     affine = normalized * getattr(norm, "w", 1.0) + getattr(norm, "b", 0.0)
-    if norm.eps is None:
+    if not norm.one_scale:
+        wanted, meaning = denominator, "one_scale=False"
+    elif norm.eps is None:
         wanted, meaning = denominator[:1].expand(8, 1), "eps=None, one constant for all tokens"
     else:
         wanted = (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()

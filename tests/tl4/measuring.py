@@ -68,6 +68,8 @@ def _measured(observed: Callable[[str], HookedRun]) -> Numbers:
                 runs[stream] = runs.get(stream) or observed(stream)
             except UserError:  # this model has no such stream, on either side
                 continue
+            if probe.one_scale and bool(runs[stream].scale.isnan().all()):
+                continue
             for key, values in _numbers(probe, runs[stream]):
                 found[f"{name} | {stream} | {key}"] = np.asarray(values, dtype=np.float64)
     for stream, run in runs.items():

@@ -110,9 +110,8 @@ def rough_model(variant, *words):
 
 
 def bridged(model, variant):
-    one, norm = plugins.pick("soluscope.variants", variant), model.mlp(0).ln
-    state = model.state_dict()
-    made = bridge.to_bridge(state, one.nonlinearity, one.hooked_act_fn, [norm], LN_EPS)
+    act_fn, mlp = plugins.pick("soluscope.variants", variant).hooked_act_fn, model.mlp(0)
+    made = bridge.to_bridge(model.state_dict(), mlp.nonlinearity, act_fn, [mlp.ln], LN_EPS)
     return bridge.HookedBridge(made)
 
 

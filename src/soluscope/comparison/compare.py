@@ -64,7 +64,7 @@ class Lineage:
     """A variant's role in the comparison, as its file declares it."""
 
     role: str
-    """`baseline`, `plain`, `static` (one gain for all tokens) or `per_token`."""
+    """`baseline`, `plain`, `static` (one gain for all tokens), `per_token`, or `other` (never a reference)."""
     twin: str
     """The variant that differs only in having one gain for all tokens; empty if there is none."""
     chain: tuple[Step, ...]
@@ -527,7 +527,9 @@ def _tuning(arms: _Arms) -> list[ChoicePoint | Comparison]:
         if len(family) > 1:
             records += _surface(arms, family)
     for variant in sorted({arm.variant for arm in arms.tuned}):
-        static = [arm for arm in _of_variant(arms.tuned, variant) if "gain" in arm.settings]
+        static = [
+            arm for arm in _static(_of_variant(arms.tuned, variant)) if "gain" in arm.settings
+        ]
         if len({arm.settings["gain"] for arm in static}) > 1 and _choosing(*static):
             records += _curve(arms, "gain", static)
     for ln in _per_token(arms.tuned):

@@ -13,6 +13,7 @@ from soluscope import plugins
 from soluscope.config import EvalConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.evaluation.fitting import misfit
 from soluscope.evaluation.summaries import about_run, stored_words, summarise, token_table
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import SoluscopeTransformer
@@ -50,7 +51,7 @@ def probe(
     """
     names = list(probes) if probes is not None else plugins.names(PACKAGE)
     chosen = {name: plugins.pick(PACKAGE, name) for name in names}
-    for name, why in _cannot(chosen, model.cfg.n_layers).items():
+    for name, why in _cannot(chosen, model).items():
         if probes is not None:
             raise UserError(f"{name} is {why}")
         del chosen[name]
@@ -81,7 +82,7 @@ def probe(
     return frame[["probe", "quantity", "string", "pos", "token", "text", "value"]], figures
 
 
-def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
+def _cannot(chosen: dict[str, Probe], model: Any) -> dict[str, str]:
     """Return the probes that cannot be measured on your own text, each with the reason."""
     why = {}
     for name, chosen_probe in chosen.items():
@@ -89,8 +90,8 @@ def _cannot(chosen: dict[str, Probe], n_layers: int) -> dict[str, str]:
             why[name] = (
                 "measured on pairs of prompts, not on your own text: leave it out of probes="
             )
-        elif chosen_probe.one_layer and n_layers > 1:
-            why[name] = f"exact for one layer only, and the model has {n_layers}"
+        elif reason := misfit(chosen_probe, model):
+            why[name] = reason
     return why
 
 

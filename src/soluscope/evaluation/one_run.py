@@ -24,6 +24,7 @@ from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
 from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.evaluation import pretrained_run
+from soluscope.evaluation.fitting import misfit
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import load_again, read_origin
 from soluscope.evaluation.stored import (
@@ -273,9 +274,8 @@ def _probe_records(
     probe: Probe = plugins.pick(PACKAGE, name)
     words = stored_words(name, probe, about["study"])
     left_out = partial(LeftOut, **about, probe=name)
-    n_layers = observed.model.cfg.n_layers
-    if probe.one_layer and n_layers > 1:
-        return [words, left_out(note=f"exact for one layer only, and the model has {n_layers}")]
+    if why := misfit(probe, observed.model):
+        return [words, left_out(note=why)]
     records: list[Record] = []
     tables = {}
     twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=probe.streams[0])
@@ -319,6 +319,7 @@ def token_values(run: HookedRun, about: dict[str, Any]) -> list[TokenValue]:
             text=readable(text.vocab[int(text.tokens[index])]),
         )
         for name, (unit, values) in columns.items()
+        if not values.isnan().all()  # the gain and r of a norm without one scale
         for index, value in enumerate(values.tolist())
     ]  # fmt: skip
 

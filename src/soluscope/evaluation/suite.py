@@ -382,7 +382,7 @@ def _settings(run: Run) -> dict[str, float | str]:
     family = replace(config, seed=0, train=replace(config.train, lr=None), model=one_scale)
     settings: dict[str, Any] = {name: getattr(facts, name, None) for name in SETTINGS}
     if getattr(config.mid, "gain", None) == "init":
-        settings["matched_kappa"] = config.mid.epsilon(config.model.d_mlp) * config.model.d_mlp**2
+        settings["matched_kappa"] = config.mid.dose(config.model.d_mlp)
     settings |= {
         "family": family.hash,
         "rate": rate_origin(config),

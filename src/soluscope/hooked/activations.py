@@ -60,7 +60,7 @@ class Stages(NamedTuple):
     pre: Float[Tensor, "*place d_mlp"]
     mid: Float[Tensor, "*place d_mlp"]
     scale: Float[Tensor, "*place"]
-    """Denominator of the mid norm; ones without a mid norm."""
+    """Denominator of the mid norm; ones without a mid norm, nan if neurons of a token have different ones."""
     post: Float[Tensor, "*place d_mlp"]
     out: Float[Tensor, "*place d_model"]
     """Output of the MLP, which is added to the residual stream; b_out included."""
@@ -124,10 +124,11 @@ class HookedRun(Text):
     mid: Float[Tensor, "token d_mlp"]
     post: Float[Tensor, "token d_mlp"]
     scale: Float[Tensor, " token"]
-    """Denominator of the mid norm (hook_scale); ones without a mid norm."""
+    """Denominator of the mid norm (hook_scale); ones without a mid norm, nan if neurons of a token have different
+    ones. The gain and r are then nan too."""
     resid_mid: Float[Tensor, "token d_model"]
     eps: float | None
-    """Epsilon inside the denominator; None for a constant denominator, and without a mid norm."""
+    """Epsilon inside the denominator; None for a constant denominator, several scales, or no mid norm."""
     centres: bool
     """Centring of the mid norm: True if it subtracts the mean over neurons; False without a mid norm."""
     readout: Readout
@@ -144,11 +145,14 @@ class HookedRun(Text):
     def engagement(self) -> Float[Tensor, " token"]:
         """Return r = s2 / (s2 + eps), fp64: 0 for a constant gain, 1 for a LayerNorm without epsilon.
 
+        nan where a token has no one scale.
+
         r and the gain are each computed from s2, never the gain from r: at a tiny epsilon r rounds to 1
         (protocol.md section 8.8).
         """
         s2 = self.s2
-        return torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
+        r = torch.zeros_like(s2) if self.eps is None else s2 / (s2 + self.eps)
+        return r.masked_fill(self.scale.isnan(), torch.nan)
 
     @property
     def s2(self) -> Float[Tensor, " token"]:
@@ -298,7 +302,7 @@ def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
             "loss": loss.where(target >= 0, torch.nan),
             "pre": cache[f"{prefix}mlp.hook_pre"], "post": post,
             "mid": cache[f"{prefix}mlp.hook_mid"] if has_norm else post,
-            "scale": cache[f"{prefix}mlp.ln.hook_scale"].squeeze(-1) if has_norm else post.new_ones(tokens.shape),
+            "scale": _one_scale(cache[f"{prefix}mlp.ln.hook_scale"]) if has_norm else post.new_ones(tokens.shape),
             "resid_mid": cache[f"{prefix}hook_resid_mid"],
         }  # fmt: skip
         kept = keep.flatten().nonzero().squeeze(-1)  # once: each use of a mask waits for the device
@@ -334,6 +338,18 @@ def _declared(norm: Any) -> tuple[bool, float | None]:
     if isinstance(ours, MidNorm):
         return ours.centres, ours.eps
     return CENTRES[type(norm).__name__], norm.eps
+
+
+def has_one_scale(model: Any) -> bool:
+    """Return whether one number per token divides the neurons of the last MLP; True without a mid norm."""
+    norm = getattr(model.blocks[-1].mlp, "ln", None)
+    ours = getattr(norm, "original_component", norm)
+    return not isinstance(ours, MidNorm) or ours.one_scale
+
+
+def _one_scale(scale: Float[Tensor, "*place n"]) -> Float[Tensor, "*place"]:
+    """Return the scale of each token, or nan where each neuron has its own."""
+    return scale.squeeze(-1) if scale.shape[-1] == 1 else scale[..., 0].clone().fill_(torch.nan)
 
 
 def rows_at_once(width: int, d_vocab: int) -> int:
@@ -375,7 +391,7 @@ def _mlp(block: Any) -> Mlp:
         watch = norm.hook_scale.register_forward_hook(lambda *args: seen.append(args[-1]))
         post = norm(mid)
         watch.remove()
-        return seen[0].squeeze(-1).expand(mid.shape[:-1]), post
+        return _one_scale(seen[0]).expand(mid.shape[:-1]), post
 
     return Mlp(
         ln2=ln2, W_in=_weight(mlp.W_in), b_in=_weight(mlp.b_in), nonlinearity=mlp.act_fn,

@@ -96,7 +96,7 @@ def load(run_dir: str | Path) -> HookedBridge:
     run = Run(Path(run_dir))
     trained, facts = run.load_model(), run.facts
     norms = [trained.mlp(layer).ln for layer in range(facts.n_layers)]
-    nonlinearity, act_fn = run.variant.nonlinearity, facts.hooked_act_fn
+    nonlinearity, act_fn = trained.mlp(0).nonlinearity, facts.hooked_act_fn
     model = HookedBridge(to_bridge(trained.folded(), nonlinearity, act_fn, norms, facts.ln_eps))
     model.facts = facts
     check_agreement(trained, model)

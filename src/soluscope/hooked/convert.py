@@ -28,7 +28,6 @@ from soluscope.model import Activations, LanguageModel
 from soluscope.norms import MidNorm, check_norm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts, initial_model
-from soluscope.variants import Variant
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Largest difference between the two models, relative to the largest value of the stage."""
@@ -41,7 +40,9 @@ class HookedMidNorm(MidNorm):
     declaration, tensors and formulas under their plain names.
     """
 
-    hook_scale: HookPoint  # [batch pos 1], the denominator
+    hook_scale: (
+        HookPoint  # the denominator: [batch pos 1], or [batch pos d_mlp] if one_scale is False
+    )
     hook_normalized: HookPoint  # [batch pos d_mlp], before w and b
 
     @classmethod
@@ -198,7 +199,7 @@ def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
 def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
     """Load the model of a `Run`, as `load` does from its folder."""
     run.check_links()
-    hooked = to_hooked(run.load_model(), run.facts, run.variant, device)
+    hooked = to_hooked(run.load_model(), run.facts, device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     hooked.run_dir = run.dir.absolute()  # a notebook may change its working directory
     return hooked
@@ -209,12 +210,10 @@ def load_untrained(run: Run, device: str = "cpu") -> SoluscopeTransformer | None
     if run.config.init_dir is not None:
         return None
     initial = initial_model(run.config, run.load_model(), run.facts.d_vocab)
-    return to_hooked(initial, run.facts, run.variant, device)
+    return to_hooked(initial, run.facts, device)
 
 
-def to_hooked(
-    trained: LanguageModel, facts: Facts, variant: Variant, device: str = "cpu"
-) -> SoluscopeTransformer:
+def to_hooked(trained: LanguageModel, facts: Facts, device: str = "cpu") -> SoluscopeTransformer:
     """Convert `trained` to a HookedTransformer of the same dtype, and compare the two on random tokens.
 
     Raises:
@@ -233,7 +232,7 @@ def to_hooked(
         move_to_device=False,
     )  # fmt: skip
     for layer, block in enumerate(hooked.blocks):
-        block.mlp.act_fn = variant.nonlinearity
+        block.mlp.act_fn = trained.mlp(layer).nonlinearity
         norm = trained.mlp(layer).ln
         if norm is not None:
             check_norm(norm, facts.d_mlp)

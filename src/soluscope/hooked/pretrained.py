@@ -380,9 +380,8 @@ def _variants_by_act_fn() -> dict[str, str]:
     for name in plugins.names("soluscope.variants"):
         variant: Variant = plugins.pick("soluscope.variants", name)
         act_fn, build_norm = variant.hooked_act_fn, variant.build_norm
-        same_mid = torch.allclose(
-            SUPPORTED_ACTIVATIONS[act_fn](pre), variant.nonlinearity(pre), atol=1e-9
-        )
+        activation = variant.activation(8, variant.params())
+        same_mid = torch.allclose(SUPPORTED_ACTIVATIONS[act_fn](pre), activation(pre), atol=1e-9)
         same_norm = build_norm is None or build_norm(8, variant.params()).is_layer_norm
         if same_mid and same_norm and (act_fn not in variants or act_fn == name):
             variants[act_fn] = name

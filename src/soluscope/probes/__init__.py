@@ -95,6 +95,9 @@ class Probe:
     one_layer: bool = False
     """True for a probe that is exact, or meaningful, only in a one-layer model. Deeper models skip it,
     with a record of its name; the other probes read a deeper model's last layer."""
+    one_scale: bool = False
+    """True for a probe that needs one gain for each token. A model whose mid norm divides the neurons of a token by
+    different numbers skips it, with a record of its name."""
     tested: str = ""
     """Name of the quantity or estimate whose rate of false positives is measured. If the probe is
     confirmatory, its change by training is tested."""

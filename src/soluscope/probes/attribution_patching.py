@@ -241,6 +241,7 @@ PROBE = Probe(
             )
         ),
     ),
+    one_scale=True,
     tested="share of detaching the gain",
     measure=measure,
     known=known,

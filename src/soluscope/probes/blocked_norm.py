@@ -141,6 +141,7 @@ PROBE = Probe(
         Gate("pinned", "own gains, matched, 4 blocks", within=0.001),
     ),
     one_layer=True,
+    one_scale=True,
     tested="own gains, matched, 4 blocks",
     measure=measure,
     known=known,

@@ -141,6 +141,7 @@ PROBE = Probe(
         Gate("uniform", "RMS, gain matched", within=0.001),
     ),
     one_layer=True,
+    one_scale=True,
     tested="mean left in",
     measure=measure,
     known=known,

@@ -355,6 +355,7 @@ PROBE = Probe(
         ),
         Gate("monosemantic", "diffuse and high", within=0.01),
     ),
+    one_scale=True,
     tested=PARTIAL,
     shuffle="scale",
     measure=measure,

@@ -126,6 +126,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 PROBE = Probe(
     __doc__,
+    one_scale=True,
     tested="r",
     gates=(
         Gate("smear_shared", "r", above=0.5, statistic="median", truth=1.0),

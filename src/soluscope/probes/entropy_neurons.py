@@ -437,6 +437,7 @@ PROBE = Probe(
             )
         ),
     ),
+    one_scale=True,
     tested="mean TE - DE",
     measure=measure,
     known=known,

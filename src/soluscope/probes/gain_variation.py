@@ -149,6 +149,7 @@ PROBE = Probe(
         Gate("bos_gain", "sd of log gain", within=0.01),
         Gate("bos_gain", "AICc(log) - AICc(1/n): mean with BOS (as published)", above=10.0),
     ),
+    one_scale=True,
     tested="sd of log gain",
     confirmatory=True,
     measure=PerToken(_curves, _estimates),

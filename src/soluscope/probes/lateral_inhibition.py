@@ -166,6 +166,7 @@ PROBE = Probe(
         ),
     ),
     one_layer=True,
+    one_scale=True,
     tested="Z and g const",
     measure=measure,
     known=known,

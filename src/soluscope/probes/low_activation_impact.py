@@ -498,6 +498,7 @@ PROBE = Probe(
             for negative in ("pinned", "uniform", "monosemantic")
         ),
     ),
+    one_scale=True,
     tested=f"{REMOVED}, D",
     measure=measure,
     known=known,

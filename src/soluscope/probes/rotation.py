@@ -330,6 +330,7 @@ PROBE = Probe(
         Gate("pinned", "longest step, added by the gain: token", within=0.01),
         Gate("pinned", "longest step, added by the gain: random", within=0.01),
     ),
+    one_scale=True,
     tested="longest step, added by the gain: token",
     measure=measure,
     known=known,

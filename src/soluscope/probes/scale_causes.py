@@ -288,6 +288,7 @@ PROBE = Probe(
         Gate("smear_shared", "corr(log g, log K)", above=0.9, truth=1.0),
         *(Gate("uniform", f"covariance with log s: {name}", within=0.01) for name in TERMS),
     ),
+    one_scale=True,
     tested="corr(log g, log K)",
     confirmatory=True,
     shuffle="scale",

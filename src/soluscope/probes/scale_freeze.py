@@ -272,6 +272,7 @@ PROBE = Probe(
         Gate("smear_shared", SCALED_SIZE, below=0.01),
     ),
     one_layer=True,
+    one_scale=True,
     tested="frozen at best constant",
     measure=measure,
     known=known,

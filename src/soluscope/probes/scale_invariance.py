@@ -163,6 +163,7 @@ PROBE = Probe(
             for control in ("uniform", "pinned")
         ),
     ),
+    one_scale=True,
     tested="relative change of O at 2",
     measure=measure,
     known=known,

@@ -289,6 +289,7 @@ PROBE = Probe(
         ),
     ),
     one_layer=True,
+    one_scale=True,
     tested="denoise: gain",
     measure=measure,
     known=known,

@@ -268,6 +268,7 @@ PROBE = Probe(
         ),
     ),
     one_layer=True,
+    one_scale=True,
     tested="swap, signed",
     measure=measure,
     known=known,

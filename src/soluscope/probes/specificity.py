@@ -344,6 +344,7 @@ PROBE = Probe(
             for negative in ("smear_shared", "pinned", "monosemantic")
         ),
     ),
+    one_scale=True,
     tested="A (gain only)",
     confirmatory=True,
     shuffle="tokens",

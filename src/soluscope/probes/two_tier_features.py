@@ -457,6 +457,7 @@ PROBE = Probe(
         Gate("monosemantic", "tier gap: mid", within=0.01, group="token"),
         Gate("monosemantic", "tier gap: post", within=0.01, group="token"),
     ),
+    one_scale=True,
     tested="AUROC above chance: post",
     shuffle="tokens",
     measure=measure,

@@ -17,8 +17,8 @@ from soluscope.results import ChoicePoint, Comparison, NoChoice, Record, Records
 
 KINDS = {"static": ", static gain", "per_token": ", live"}
 """Kinds of gain by role, as they follow a label."""
-ORDER = ("plain", "static", "per_token", "baseline")
-"""Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, then the baselines."""
+ORDER = ("plain", "static", "per_token", "other", "baseline")
+"""Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, others, the baselines."""
 LONGEST = 80
 """Largest number of characters of a file's name."""
 

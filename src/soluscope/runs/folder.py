@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 from filelock import Timeout
 
-from soluscope import plugins
 from soluscope.config import Config, differences, read_config, to_yaml
 from soluscope.errors import Diverged, UserError
 from soluscope.files import (
@@ -45,7 +44,6 @@ from soluscope.terminal import say
 if TYPE_CHECKING:
     from soluscope.model import LanguageModel
     from soluscope.runs.weights import Facts
-    from soluscope.variants import Variant
 
 DIVERGED = "diverged"
 """Kind of a failure in failed.json: the loss diverged, so another try would end in the same way."""
@@ -127,12 +125,6 @@ class Run:
         if self.config_file.is_file():  # a pretrained model has none
             check_facts(self.dir, self.config, facts)
         return facts
-
-    @property
-    def variant(self) -> Variant:
-        """Return the variant that the run's configuration names."""
-        variant: Variant = plugins.pick("soluscope.variants", self.config.variant)
-        return variant
 
     @property
     def config_file(self) -> Path:

@@ -311,7 +311,7 @@ def _config(config: Config) -> dict[str, Any]:
     return {
         "variant": config.variant, "seed": config.seed, "study": config.study, "size": config.size,
         "data": config.data, "arm_name": config.arm, "config": config.hash,
-        "lr": train.lr, "kappa": mid.epsilon(model.d_mlp) * model.d_mlp**2 if dosed else None,
+        "lr": train.lr, "kappa": mid.dose(model.d_mlp) if dosed else None,
         "gain": gain, "d_model": model.d_model, "d_mlp": model.d_mlp, "n_layers": model.n_layers,
         "ctx": model.ctx, "steps": train.steps, "batch_size": train.batch_size,
         "tokens": train.steps * train.batch_size * model.ctx, "resolved": for_others(asdict(config)),

@@ -45,13 +45,17 @@ class NoParams:
 class Variant:
     """The function from `pre` to `post`: post = norm(nonlinearity(pre)), each [batch pos d_mlp]."""
 
-    nonlinearity: Callable[[Tensor], Tensor]
     hooked_act_fn: str
     """TransformerLens's act_fn, one of ACT_FNS. With a mid norm it must end in `_ln`, because hook_mid
     exists only then."""
-    role: Literal["baseline", "plain", "static", "per_token"]
+    role: Literal["baseline", "plain", "static", "per_token", "other"]
     """Use of the variant in a comparison. static: one gain for all tokens, a candidate for the best static
-    arm. per_token: a per-token gain. plain: SoLU without a norm. baseline: not SoLU."""
+    arm. per_token: a per-token gain. plain: SoLU without a norm. baseline: not SoLU. other: compared with the arms
+    of these roles, but no arm is compared with it, and it is no candidate for any choice."""
+    nonlinearity: Callable[[Tensor], Tensor] | None = None
+    """Function from pre to mid. None: `build_nonlinearity` makes it."""
+    build_nonlinearity: Callable[[int, Any], Callable[[Tensor], Tensor]] | None = None
+    """Function from d_mlp and the parameters to the nonlinearity, if the nonlinearity depends on them."""
     build_norm: Callable[[int, Any], MidNorm] | None = None
     """Function from d_mlp and the parameters to the mid norm. None: post is mid."""
     params: type = NoParams
@@ -65,6 +69,20 @@ class Variant:
     """Name of the previous variant in the chain. Empty: the variant is the root of the chain."""
     twin: str = ""
     """Name of the same variant with one gain for all tokens instead of a per-token gain. Empty: none exists."""
+
+    def activation(self, d_mlp: int, params: Any) -> Callable[[Tensor], Tensor]:
+        """Return the nonlinearity for `d_mlp` neurons and these parameters.
+
+        Raises:
+            UserError: if the variant declares none, or two.
+        """
+        if self.nonlinearity is not None and self.build_nonlinearity is None:
+            return self.nonlinearity
+        if self.nonlinearity is None and self.build_nonlinearity is not None:
+            return self.build_nonlinearity(d_mlp, params)
+        raise UserError(
+            "the declaration has both or neither of nonlinearity and build_nonlinearity: give one of them"
+        )
 
 
 def chain_of(name: str) -> tuple[Step, ...]:
@@ -122,12 +140,13 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
     twin_of(name)
     variant: Variant = plugins.pick("soluscope.variants", name)
     norm = None
-    if variant.build_norm is not None:
-        try:
+    try:
+        variant.activation(d_mlp, params)
+        if variant.build_norm is not None:
             norm = variant.build_norm(d_mlp, params)
             check_norm(norm, d_mlp)
-        except UserError as error:
-            raise UserError(f"variant {name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"variant {name}: {error}") from error
     if variant.hooked_act_fn not in ACT_FNS:
         raise UserError(
             f"variant {name} has hooked_act_fn={variant.hooked_act_fn!r}, but TransformerLens has only "
@@ -139,11 +158,20 @@ def check_variant(name: str, params: Any, d_mlp: int) -> None:
             f"variant {name} has {state} and hooked_act_fn={variant.hooked_act_fn!r}: the name must end in "
             "_ln with a mid norm, and must not without a mid norm"
         )
-    kind = "plain" if norm is None else "static" if norm.eps is None else "per_token"
-    if variant.role not in ("baseline", kind):
+    kind = _kind(norm)
+    if variant.role not in ("baseline", "other", kind):
         raise UserError(
             f"variant {name} has role={variant.role!r}, but its norm implies role={kind!r}: change the role"
         )
+
+
+def _kind(norm: MidNorm | None) -> str:
+    """Return the role that a mid norm implies."""
+    if norm is None:
+        return "plain"
+    if not norm.one_scale:
+        return "other"
+    return "static" if norm.eps is None else "per_token"
 
 
 def _checked(name: str, field: str, other: str) -> str:

@@ -1,9 +1,11 @@
-"""Parts that several variants share: the two nonlinearities and the parameters of the norms."""
+"""Parts that several variants share: the nonlinearities and the parameters of the norms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from soluscope.errors import UserError
 from soluscope.reading import FilePath, only_seed_in_braces
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
 
 SOLU_1L_KAPPA = 41.94304
 """eps * d_mlp^2 of the pretrained SoLU-1L: 1e-5 * 2048^2 (protocol.md section 1.4)."""
+
+LARGEST_EXPONENT = 30.0
+"""Pre-activation from which x e^x is continued as a line through 0, x e^30, so that it cannot overflow."""
 
 
 def gelu(pre: Tensor) -> Tensor:
@@ -25,6 +30,30 @@ def gelu(pre: Tensor) -> Tensor:
 def solu(pre: Tensor) -> Tensor:
     """Apply x * softmax(x) over neurons. [... d_mlp] -> same. Source: Elhage et al. 2022, section 4.2."""
     return pre * pre.softmax(dim=-1)
+
+
+def solu_in_blocks(pre: Tensor, n_blocks: int) -> Tensor:
+    """Apply x * softmax(x) with a softmax over each of `n_blocks` blocks of neurons. [... d_mlp] -> same."""
+    return solu(pre.unflatten(-1, (n_blocks, -1))).flatten(-2)
+
+
+def exponential_unit(d_mlp: int, params: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function x e^x / N with N = `d_mlp`: SoLU with N in place of softmax's denominator Z.
+
+    Z is N if all pre-activations are 0, and nearly N before training. With N in its place each neuron depends only
+    on its own pre-activation, and the dose kappa and a constant gain have the same meaning as for SoLU.
+
+    In fp32 e^x overflows at x = 88.7, and the square of x e^x, which a norm needs, at x = 40.7. Beyond x = 30 the
+    exponential is therefore held at e^30, so values, squares and gradients stay finite. A neuron at 30 has 10^14
+    times the activation of a neuron at 1, so no model that trains well comes near the bound.
+
+    Source: Elhage et al. 2022, section 4.3; the bound is ours.
+    """
+    return partial(_exponential, d_mlp=d_mlp)
+
+
+def _exponential(pre: Tensor, d_mlp: int) -> Tensor:
+    return pre * pre.clamp(max=LARGEST_EXPONENT).exp() / d_mlp
 
 
 @dataclass(frozen=True)
@@ -53,6 +82,10 @@ class NormParams:
             return self.eps
         return (SOLU_1L_KAPPA if self.kappa is None else self.kappa) / d_mlp**2
 
+    def dose(self, d_mlp: int) -> float:
+        """Return kappa: epsilon times the square of the number of neurons that share a softmax."""
+        return self.epsilon(d_mlp) * d_mlp**2
+
 
 @dataclass(frozen=True)
 class LayerNormParams(NormParams):
@@ -60,6 +93,33 @@ class LayerNormParams(NormParams):
 
     affine: bool = True
     """false: no weight gamma and no bias beta of each neuron."""
+
+
+@dataclass(frozen=True)
+class BlockParams(NormParams):
+    """Parameters of SoLU and LayerNorm within blocks of neurons."""
+
+    n_blocks: int = 4
+    """Number of blocks of equal size. Softmax and LayerNorm act within each block."""
+
+    def check(self, d_mlp: int) -> None:
+        """Refuse a number of blocks that does not divide the neurons.
+
+        Raises:
+            UserError: if a block has fewer than two neurons, or blocks differ in size.
+        """
+        if self.n_blocks < 1 or d_mlp % self.n_blocks or d_mlp // self.n_blocks < 2:
+            raise UserError(
+                f"mid.n_blocks={self.n_blocks} does not cut d_mlp={d_mlp} into equal blocks of two neurons or "
+                "more: set it to a divisor of d_mlp"
+            )
+
+    def epsilon(self, d_mlp: int) -> float:
+        """Return the epsilon: eps, or kappa over the square of a block's width, on which SoLU's outputs depend."""
+        return super().epsilon(d_mlp // self.n_blocks)
+
+    def dose(self, d_mlp: int) -> float:
+        return super().epsilon(d_mlp // self.n_blocks) * (d_mlp // self.n_blocks) ** 2
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,10 @@ class Edits:
                 f"{shape[1]} neurons, or one value for each pair, {shape}"
             )
         gain = self.run.gain
+        if kind != "post" and gain.isnan().any():
+            raise ValueError(
+                f"{kind}: a token has several scales, so the closed form does not hold: edit hook_post"
+            )
         if kind != "post" and self.run.eps is None and gain.max() > 1.001 * gain.min():
             raise ValueError(
                 f"{kind}: the mid norm's gain varies, but the run has no epsilon to recompute it from: edit "
