@@ -65,6 +65,9 @@ def _page(name: str) -> str:
     lines += [_escaped(introduction), "", "## Formula", ""]
     formula = re.search(r"^Formula:\n(.*?)^\w", str(probe.docstring), re.MULTILINE | re.DOTALL)
     lines += ["```text", textwrap.dedent(formula[1]).strip() if formula else "", "```", ""]
+    lines += ["## Answers", "", f"By the number {_escaped(probe.tested)}:", ""]
+    lines += [f"- {answer.label}: {_escaped(answer.text)}" for answer in probe.answers]
+    lines.append("")
     for heading in ("reading", "pitfalls", "source"):
         lines += [f"## {heading.capitalize()}", "", _escaped(getattr(probe, heading)), ""]
     lines += ["## Quantities", "", "| quantity | unit | meaning |", "| --- | --- | --- |"]

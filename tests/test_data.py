@@ -30,6 +30,7 @@ from tokenizers import Tokenizer, decoders, models
 from soluscope import files as all_files
 from soluscope import plugins
 from soluscope.config import Config, load_config
+from soluscope.data import cache as cache_module
 from soluscope.data import streams, tokenizer
 from soluscope.data.cache import (
     SPLITS,
@@ -759,6 +760,26 @@ def test_incomplete_copy_in_a_study_is_made_again_and_no_other_tokens_replace_it
     (study / "data.json").write_text("{}")
     with pytest.raises(UserError, match=r"data.json lacks key, path, tokenizer_hash: .* delete it"):
         of_study(study)
+
+
+@pytest.mark.parametrize("patience_s", [HANGS_AFTER_S, 0.0])
+def test_only_a_long_wait_for_another_process_is_reported(
+    patience_s: float, tmp_path: Path, cache: TokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of one sweep that start together wait for each other; nothing is wrong then."""
+    said, reported = [], threading.Event()
+    monkeypatch.setattr(cache_module, "say", lambda line: (said.append(line), reported.set()))
+    monkeypatch.setattr(cache_module, "_PATIENCE_S", patience_s)
+    study = tmp_path / "study"
+    study.mkdir()
+    waits = threading.Thread(target=share_with_study, args=(cache, study))
+    with all_files.file_lock(study / ".data.lock"):
+        waits.start()
+        reported.wait(0.3 if patience_s else HANGS_AFTER_S)
+    waits.join(timeout=HANGS_AFTER_S)
+    assert (study / "tokenizer.json").is_file()
+    line = "waiting: another process is writing the study's tokenizer"
+    assert said == ([] if patience_s else [line])
 
 
 # Sources

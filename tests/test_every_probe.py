@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _records import number, words
 from conftest import tiny_config, train_silently
 from test_convert import facts_for, hooked_for
 from test_every_variant import BOS, ONE_SCALE, PER_TOKEN, SOLU, VARIANTS, some_tokens
@@ -23,10 +26,11 @@ from soluscope.evaluation.summaries import summarise, token_table
 from soluscope.hooked.ablation import Ablation, loss_at_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
 from soluscope.hooked.convert import load
-from soluscope.probes import words_of
+from soluscope.probes import answers_of, words_of
 from soluscope.probes._tokens import start_of_each_part
 from soluscope.probes.gain_variation import fits
-from soluscope.results import GateResult, LeftOut, Measurement, of_kind
+from soluscope.report import meaning
+from soluscope.results import Answer, GateResult, LeftOut, Measurement, of_kind
 from soluscope.runs.weights import load_facts
 
 pytestmark = pytest.mark.arithmetic
@@ -133,6 +137,12 @@ Background, for readers of the file.
 Question:
     Is it so?
 
+Answers:
+    above 0.5: It is
+        so.
+    below -.1: No.
+    -.1 to 0.5: Hardly.
+
 Formula:
     a;
     b
@@ -160,9 +170,66 @@ def test_a_probes_words_are_its_modules_docstring():
         "pitfalls": "None: known.",
         "source": "A paper",
     }
+    assert answers_of(WORDS) == (
+        Answer("No.", None, -0.1),
+        Answer("Hardly.", -0.1, 0.5),
+        Answer("It is so.", 0.5, None),
+    )
 
 
-@pytest.mark.parametrize("heading", ["Question", "Formula", "Reading", "Pitfalls", "Source"])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("", "are for numbers below -0.1, above 0.5: give each number one answer"),
+        ("-.1 to 0.4: Hardly.", "below -0.1, between -0.1 and 0.4, above 0.5: give each"),
+        ("-.1 to 0.6: Hardly.", "below -0.1, between -0.1 and 0.6, above 0.5: give each"),
+        ("above -.1: Hardly.", "below -0.1, above -0.1, above 0.5: give each"),
+    ],
+)
+def test_answers_that_leave_out_a_number_or_give_it_two_are_refused(fault, said):
+    with pytest.raises(UserError, match=f"the answers of probe 'P99: A name' .*{re.escape(said)}"):
+        answers_of(WORDS.replace("-.1 to 0.5: Hardly.", fault))
+
+
+def test_an_answer_without_a_range_is_refused():
+    with pytest.raises(UserError, match="begin with 'Yes': begin each answer with a range"):
+        answers_of(WORDS.replace("    above 0.5: It is", "    Yes\n    above 0.5: It is"))
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_answers_its_question_for_each_result_on_a_control(name):
+    """Results that a positive and a negative control ask for have different answers, and each has one answer."""
+    probe = plugins.pick("soluscope.probes", name)
+    quantity = (probe.quantities | probe.estimates)[probe.tested]
+    answers: dict[bool, set[str]] = {True: set(), False: set()}
+    for gate in probe.gates:
+        if (gate.quantity, gate.statistic) != (probe.tested, quantity.statistics[0]) or gate.group:
+            continue
+        if gate.within is None:
+            low = -math.inf if gate.above is None else gate.above
+            high = math.inf if gate.below is None else gate.below
+        else:
+            low, high = gate.around - gate.within, gate.around + gate.within
+        (answer,) = (each for each in probe.answers if each.overlaps(low, high))
+        answers[gate.within is None].add(answer.text)
+    assert not answers[True] & answers[False]
+    assert all(each.text.endswith(".") for each in probe.answers)
+    assert len({each.text for each in probe.answers}) == len(probe.answers) >= 2
+    margins = [margin for word, margin in meaning.NEGLIGIBLE.items() if word in quantity.unit]
+    bounds = {abs(each.low) for each in probe.answers if each.low is not None}
+    assert bounds == {*margins} or not margins
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_no_answer_claims_smearing(name):
+    """Each main number is the same in a planted model without smearing, so it cannot show smearing alone."""
+    answers = plugins.pick("soluscope.probes", name).answers
+    assert not re.search("smear|smuggl|needs? a per-token", " ".join(each.text for each in answers))
+
+
+@pytest.mark.parametrize(
+    "heading", ["Question", "Answers", "Formula", "Reading", "Pitfalls", "Source"]
+)
 @pytest.mark.parametrize("fault", ["no heading", "no text"])
 def test_a_docstring_without_one_of_the_words_is_refused_in_one_line(heading, fault):
     before, body = WORDS.split(f"{heading}:\n")
@@ -191,6 +258,66 @@ def test_a_probe_passes_its_controls(name, gates):
     rows = of_kind(results.read(gates(name)), GateResult)
     assert rows
     assert [row for row in rows if not row.passed] == []
+
+
+RIGHT = {
+    "attribution_patching": {
+        "smear_shared": "passes through the mid norm's gain",
+        "pinned": "does not come from the mid norm's gain",
+    },
+    "centring": {
+        "centring": "The loss rises",
+        "uniform": "The loss stays the same",
+        "monosemantic": "The loss stays the same",
+    },
+    "entropy_neurons": {
+        "entropy_neuron": "lowers the entropy",
+        "uniform": "does not change the entropy",
+        "monosemantic": "does not change the entropy",
+    },
+    "gain_variation": {"smear_shared": "varies by more than 10%", "bos_gain": "one constant"},
+    "low_activation_impact": {
+        "smear_shared": "costs more loss with the per-token gain",
+        "disjoint": "costs more loss with the per-token gain",
+        "pinned": "changes the loss as much",
+        "monosemantic": "changes the loss as much",
+        "uniform": "changes the loss as much",
+    },
+    "scale_freeze": {
+        "smear_shared": "The loss rises",
+        "ceiling": "The loss rises",
+        "magnitude": "The loss rises",
+        "pinned": "The loss stays the same",
+        "uniform": "The loss stays the same",
+        "absorbed": "The loss stays the same",
+    },
+    "scale_patching": {
+        "or_gate": "towards the clean prompt's answer",
+        "smear_shared": "away from the clean prompt's answer",
+        "and_gate": "not enough",
+        "uniform": "not enough",
+        "pinned": "not enough",
+    },
+    "specificity": {"smear_graded": "less related", "centring": "neither less nor more related"},
+}
+"""Answers on planted models, by their construction (protocol.md section 6)."""
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_answer_on_a_planted_model_is_the_one_that_was_planted(name, gates):
+    of_probe = words(name)
+    statistic = of_probe.quantities[name_of := of_probe.tested].statistics[0]
+    answered = {}
+    for gate in of_kind(results.read(gates(name)), GateResult):
+        if gate.measured in (name_of, f"{name_of} ({statistic})"):
+            row = number(
+                name, name_of, gate.value, low=gate.low, high=gate.high, unit=gate.unit, statistic=statistic
+            )  # fmt: skip
+            (answered[gate.control],) = meaning.sentences(of_probe, [row], [row.arm])
+    assert answered.keys() == RIGHT[name].keys()
+    for control, right in RIGHT[name].items():
+        (answer,) = (each.text for each in of_probe.answers if right in each.text)
+        assert answered[control].startswith(f"solu_ln: {answer} ")
 
 
 def test_observed_losses_are_the_models_own_and_nan_without_a_target():

@@ -233,7 +233,9 @@ RACE = """
 import sys, time
 from pathlib import Path
 from soluscope.config import load_config
+from soluscope.data import cache as caches
 from soluscope.data.cache import prepare, share_with_study
+caches._PATIENCE_S = 0  # each process that waits says so at once
 config = load_config(sys.argv[3:])
 meet = Path(sys.argv[1])
 (meet / sys.argv[2]).touch()

@@ -56,6 +56,10 @@ PROBE = '''"""P99: Largest activation
 Question:
     How large is the largest activation after the norm?
 
+Answers:
+    above 1: It is larger than 1.
+    below 1: It is smaller than 1.
+
 Formula:
     max_j |post_j|, over the neurons j of a token
 

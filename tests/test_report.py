@@ -877,12 +877,51 @@ def test_the_terminal_table_has_a_line_on_the_controls(rows):
         (-0.0012, 0.0005, "below 0, but possibly by less than 0.001, which would not matter"),
     ],
 )
-def test_a_difference_means_no_more_than_its_interval(value, half, said):
-    one = words_of("scale_freeze")
+def test_a_difference_of_an_earlier_version_means_no_more_than_its_interval(value, half, said):
+    """A study that was probed by an earlier version has no answers."""
+    one = replace(words_of("scale_freeze"), answers=())
     found = number("scale_freeze", "frozen at best constant", value, half)
     (sentence,) = meaning.sentences(one, [found], [found.arm])
     assert sentence.startswith(f"solu_ln, natural: mean of frozen at best constant is {value:.3g}")
     assert sentence.endswith(f"): {said}.")
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "said"),
+    [
+        (0.02, 0.005, "The loss rises when every token gets the same gain; "),
+        (-0.02, 0.005, "The loss falls when every token gets the same gain. "),
+        (0.0002, 0.0005, "The loss stays the same when every token gets the same gain; "),
+        (
+            0.001,
+            0.005,
+            "Not settled: the number may be below -0.001 or between -0.001 and 0.001 or above 0.001. ",
+        ),
+        (
+            0.0012,
+            0.0005,
+            "Not settled: the number may be between -0.001 and 0.001 or above 0.001. ",
+        ),
+    ],
+)
+def test_the_meaning_begins_with_an_answer_that_holds_for_the_whole_interval(value, half, said):
+    one = words_of("scale_freeze")
+    found = number("scale_freeze", "frozen at best constant", value, half)
+    (sentence,) = meaning.sentences(one, [found], [found.arm])
+    assert sentence.startswith(f"solu_ln: {said}")
+    evidence = (
+        f'The mean of "frozen at best constant" on natural text is {value:.3g} nats (95% interval '
+    )
+    assert sentence.endswith(f"{evidence}{value - half:.3g} to {value + half:.3g}).")
+
+
+def test_an_answer_is_about_the_tested_quantity_alone():
+    one = words_of("scale_freeze")
+    other = number("scale_freeze", "diffuse codes at the others' gain", 0.02, 0.005)
+    (sentence,) = meaning.sentences(one, [other], [other.arm])
+    assert sentence.startswith(
+        "solu_ln, natural: mean of diffuse codes at the others' gain is 0.02"
+    )
 
 
 def before_training(row: Measurement, value: float, half: float = 0.001) -> Untrained:
@@ -938,13 +977,12 @@ def test_the_seeds_are_judged_together_and_the_twin_by_itself():
     assert (
         "is -0.01 to 0.01 nats (the 95% intervals of 2 seeds reach from -0.011 to 0.011)" in first
     )
-    assert first.endswith("the sign is not settled.")
-    assert second.startswith("solu_frozen_ln")
-    assert second.endswith("above 0.")
+    assert first.startswith("solu_ln: Not settled: ")
+    assert second.startswith("solu_frozen_ln: The loss rises")
 
 
 def test_a_share_that_cannot_be_below_0_is_not_called_above_0():
-    one = words_of("engagement")
+    one = replace(words_of("engagement"), answers=())
     share = {"unit": "share", "statistic": "median"}
     low, high = (number("engagement", "r", value, 0.001, **share) for value in (0.03, 0.9))
     assert meaning.sentences(one, [low], [RUN.arm])[0].endswith("(95% interval 0.029 to 0.031).")
@@ -960,8 +998,8 @@ def test_each_stream_is_told_of_where_none_is_natural():
         for stream, value in (("pairs: names", 0.4), ("pairs: subjects", 0.0))
     ]
     first, second = meaning.sentences(one, found, [RUN.arm])
-    assert first.startswith("solu_ln, pairs: names: ")
-    assert second.startswith("solu_ln, pairs: subjects: ")
+    assert '"denoise: gain" on the text "pairs: names" is 0.4 ' in first
+    assert '"denoise: gain" on the text "pairs: subjects" is 0 ' in second
     natural = [replace(row, stream="natural") for row in found[:1]]
     assert len(meaning.sentences(one, [*found, *natural], [RUN.arm])) == 1
 
@@ -997,9 +1035,9 @@ def test_only_what_is_the_same_at_every_token_needs_no_interval():
 def test_without_an_interval_nothing_is_judged():
     one = words_of("scale_freeze")
     bare = number("scale_freeze", "frozen at best constant", 0.1, low=None, high=None)
-    assert meaning.sentences(one, [bare], [RUN.arm])[0].endswith(
-        "nats over 1 seed, without an interval."
-    )
+    (sentence,) = meaning.sentences(one, [bare], [RUN.arm])
+    assert sentence.startswith("solu_ln: Not settled: there is no interval. ")
+    assert sentence.endswith("nats over 1 seed, without an interval.")
 
 
 def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():

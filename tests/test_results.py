@@ -28,6 +28,7 @@ from soluscope.files import (
 )
 from soluscope.results import (
     KINDS,
+    Answer,
     ChoicePoint,
     Comparison,
     FalsePositives,
@@ -117,6 +118,7 @@ FULL: list[Record] = [
         },
         figures=(Figure("r by token", ("r",), "curve", streams=("natural", "code"), relative=True),),
         gates=(Gate("pinned", "r", above=0.5, truth=0.9, x=2.0), Gate("uniform", "r", within=0.01)),
+        answers=(Answer("Little.", None, 0.5), Answer("Far.", 0.5, None)),
     ),
     Provenance(
         **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,

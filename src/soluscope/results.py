@@ -126,6 +126,38 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """An answer to a probe's question, for main numbers between two bounds."""
+
+    text: str
+    """One sentence."""
+    low: float | None = None
+    high: float | None = None
+    """None: no bound on this side."""
+
+    @property
+    def label(self) -> str:
+        """The range of numbers that the answer is for, in words."""
+        if self.low is None:
+            return "any number" if self.high is None else f"below {self.high:g}"
+        return (
+            f"above {self.low:g}"
+            if self.high is None
+            else f"between {self.low:g} and {self.high:g}"
+        )
+
+    def overlaps(self, low: float, high: float) -> bool:
+        """Return whether an interval contains numbers that the answer is for."""
+        above = self.low is None or high > self.low
+        return above and (self.high is None or low < self.high)
+
+    def holds(self, low: float, high: float) -> bool:
+        """Return whether the answer is for every number of an interval."""
+        inside = self.low is None or low > self.low
+        return inside and (self.high is None or high < self.high)
+
+
+@dataclass(frozen=True)
 class Figure:
     """Specification of a figure of a probe's rows; the report draws it.
 
@@ -435,6 +467,9 @@ class ProbeWords(Record):
     """The probe's columns and estimates, by name."""
     figures: tuple[Figure, ...] = ()
     gates: tuple[Gate, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    """Answers to the question by ranges of the tested quantity, lowest range first. Empty in a study of an
+    earlier version."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,8 @@ _FORMAT = 3  # increase it when the same corpus and settings would give differen
 _CHECKED = ".checked.json"
 _RESTORE = "copy it again, or delete it and give the training command again"
 _LARGEST_UINT16_VOCAB = 65_535
+_PATIENCE_S = 10.0
+"""Seconds that a process waits for another process before it says so. Jobs that start together wait for less."""
 _BATCH_BYTES = 1 << 20
 _MOST_NAMED = 20  # documents named on stderr for one reason, so that they do not fill the terminal
 
@@ -861,10 +863,10 @@ def _check_not_empty(config: Config, corpus: _Corpus, n_documents: dict[Split, i
 
 @contextlib.contextmanager
 def _lock(path: Path, doing: str) -> Iterator[None]:
-    """Hold the lock file `path`, after waiting for another process that holds it."""
+    """Hold the lock file `path`, after waiting for another process that holds it; a long wait is reported."""
     file = file_lock(path)
     try:
-        held = file.acquire(timeout=0)
+        held = file.acquire(timeout=_PATIENCE_S)
     except Timeout:
         say(f"waiting: another process {doing}")
         held = file.acquire()

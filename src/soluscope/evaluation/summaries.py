@@ -55,7 +55,7 @@ def stored_words(name: str, probe: Probe, study: str) -> ProbeWords:
         study=study, commit=commit(), probe=name, name=probe.name, section=probe.section,
         question=probe.question, formula=probe.formula, reading=probe.reading, pitfalls=probe.pitfalls,
         source=probe.source, tested=probe.tested, quantities=probe.quantities | probe.estimates,
-        figures=probe.figures, gates=probe.gates,
+        figures=probe.figures, gates=probe.gates, answers=probe.answers,
     )  # fmt: skip
 
 

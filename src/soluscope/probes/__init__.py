@@ -12,13 +12,14 @@ This file itself imports no torch, because a configuration is checked against th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from soluscope.errors import UserError
-from soluscope.results import Figure, Gate, Quantity
+from soluscope.results import Answer, Figure, Gate, Quantity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ class Probe:
     """A measurement, its description and its known answers.
 
     Raises:
-        UserError: if the docstring lacks its title or a section.
+        UserError: if the docstring lacks its title or a section, or its answers leave out a number.
     """
 
     docstring: str | None = field(repr=False)
@@ -113,6 +114,8 @@ class Probe:
     """Heading in the report, in the terms of the papers."""
     question: str = field(init=False)
     """One sentence."""
+    answers: tuple[Answer, ...] = field(init=False)
+    """Answers to the question by ranges of the tested quantity, lowest range first."""
     formula: str = field(init=False)
     """Computation, in plain text."""
     reading: str = field(init=False)
@@ -124,14 +127,19 @@ class Probe:
     def __post_init__(self) -> None:
         for word, text in words_of(self.docstring).items():
             object.__setattr__(self, word, text)
+        object.__setattr__(self, "answers", answers_of(self.docstring))
 
 
-SECTIONS = ("Question", "Formula", "Reading", "Pitfalls", "Source")
+SECTIONS = ("Question", "Answers", "Formula", "Reading", "Pitfalls", "Source")
 """Headings in the docstring of a probe's module."""
+NL = "\n"
+_NUMBER = r"-?\d*\.?\d+"
+_RANGE = re.compile(rf"(?:above ({_NUMBER})|below ({_NUMBER})|({_NUMBER}) to ({_NUMBER})): +(.+)")
+_EXAMPLE = "'above 0.01: one sentence', '-0.01 to 0.01: ...' and 'below -0.01: ...'"
 
 
 def words_of(docstring: str | None) -> dict[str, str]:
-    """Return the sections of a probe's module docstring, each on one line.
+    """Return the sections of a probe's module docstring, each on one line; `answers_of` returns the answers.
 
     The first line is `P1: name`. Each heading in `SECTIONS` has a separate line, ends with a colon and
     is followed by its indented text. Text without indentation is for readers of the file only.
@@ -147,12 +155,52 @@ def words_of(docstring: str | None) -> dict[str, str]:
             f"the docstring of a probe begins with {first_line!r}: begin it with 'P1: name'"
         )
     words = {"section": title[1], "name": title[2]}
-    for heading in SECTIONS:
-        body = re.search(rf"^{heading}:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
-        if body is None or not body[1].strip():
-            raise UserError(
-                f"the docstring of probe {first_line!r} lacks {heading!r}: write '{heading}:' on a separate "
-                f"line and indent the text below it; the sections are {', '.join(SECTIONS)}"
-            )
-        words[heading.lower()] = " ".join(body[1].split())
+    words |= {heading.lower(): " ".join(_body(text, heading).split()) for heading in SECTIONS}
+    del words["answers"]
     return words
+
+
+def answers_of(docstring: str | None) -> tuple[Answer, ...]:
+    """Return the answers of a probe's module docstring, lowest range first.
+
+    An answer begins on a new line with the range of the tested quantity that it is for: `above 0.01: `,
+    `-0.01 to 0.01: ` or `below -0.01: `.
+
+    Raises:
+        UserError: if the section is missing, a line has no range, or there is a number with no answer or two.
+    """
+    text = docstring or ""
+    of_probe = f"the answers of probe {text.partition(NL)[0]!r}"
+    found: list[Answer] = []
+    for line in filter(None, map(str.strip, _body(text, "Answers").splitlines())):
+        if part := _RANGE.fullmatch(line):
+            above, below, low, high = (None if x is None else float(x) for x in part.groups()[:4])
+            found.append(
+                Answer(part[5], above if low is None else low, below if high is None else high)
+            )
+        elif found:
+            found[-1] = replace(found[-1], text=f"{found[-1].text} {line}")
+        else:
+            raise UserError(
+                f"{of_probe} begin with {line!r}: begin each answer with a "
+                f"range of the tested quantity, as in {_EXAMPLE}"
+            )
+    found.sort(key=lambda answer: -math.inf if answer.low is None else answer.low)
+    ends = [answer.high for answer in found[:-1]] == [answer.low for answer in found[1:]]
+    if not ends or found[0].low is not None or found[-1].high is not None:
+        raise UserError(
+            f"{of_probe} are for numbers "
+            f"{', '.join(answer.label for answer in found)}: give each number one answer, as in {_EXAMPLE}"
+        )
+    return tuple(found)
+
+
+def _body(text: str, heading: str) -> str:
+    """Return the indented lines below a heading of a probe's docstring."""
+    body = re.search(rf"^{heading}:\n((?:[ ]+.*\n?|\n)*)", text, re.MULTILINE)
+    if body is None or not body[1].strip():
+        raise UserError(
+            f"the docstring of probe {text.partition(NL)[0]!r} lacks {heading!r}: write '{heading}:' on a "
+            f"separate line and indent the text below it; the sections are {', '.join(SECTIONS)}"
+        )
+    return body[1]

@@ -9,6 +9,12 @@ Question:
     How well does the gradient predict the effect of ablating a neuron on the loss, and does its error come
     from the mid norm's gain?
 
+Answers:
+    above 0.01: A part of the gradient's prediction passes through the mid norm's gain; whether that part
+        improves the prediction, the errors with the gain live and detached show.
+    below 0.01: The gradient's error does not come from the mid norm's gain: with the gain detached, the
+        gradient predicts nearly the same effects.
+
 Formula:
     After the norm: -h_j dl/dh_j (first order) or E_p[delta] - delta_y + Var_p[delta] / 2 (second order),
     delta the change of the logits, against l(post_j = 0) - l;

@@ -7,6 +7,12 @@ mean in, keeps the trained weights, and measures the change of the loss.
 Question:
     Does the loss rise if the mid norm does not subtract each token's mean over neurons?
 
+Answers:
+    above 0.001: The loss rises when the norm leaves the mean in; a model trained without centring may avoid
+        this.
+    -0.001 to 0.001: The loss stays the same when the norm leaves the mean in.
+    below -0.001: The loss falls when the norm leaves the mean in.
+
 Formula:
     dL_t = l_t(gamma g' a + beta') - l_t, g' = g, or (mean a^2 + eps)^(-1/2), or the latter times a constant;
     ((a - m) gamma) W_out = sum_j a_j v_j, v_j = gamma_j W_out[j] - mean_i gamma_i W_out[i]

@@ -10,6 +10,12 @@ the random positions. The corrected score uses K_dla, which no gain can change.
 Question:
     Is the gain higher at tokens whose MLP attribution is high but spread over many neurons?
 
+Answers:
+    above 0.01: The gain is higher at tokens whose MLP attribution is high and spread over many neurons.
+    -0.01 to 0.01: The gain is neither higher nor lower at tokens whose MLP attribution is high and spread over
+        many neurons.
+    below -0.01: The gain is lower at tokens whose MLP attribution is high and spread over many neurons.
+
 Formula:
     c_tj = h_tj W_out[j].u_y / S;
     K_dla = (sum |c|)^2 / sum c^2;

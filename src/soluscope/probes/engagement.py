@@ -3,6 +3,14 @@
 Question:
     Does the mid LayerNorm scale each token by its own activations, or all tokens by one constant?
 
+Answers:
+    above 0.5: At most tokens the norm scales a token mainly by the size of that token's own activations;
+        whether the gain then differs between tokens, the spread of the log gain shows.
+    0.05 to 0.5: At the typical token epsilon and the token's own activations set the gain together, and epsilon
+        has the larger part.
+    below 0.05: At most tokens the gain is nearly the same, because epsilon pins it or because the norm has one
+        gain; at other tokens it may be far lower.
+
 Formula:
     r = s2 / (s2 + eps) = Vq / (Vq + kappa), s2 the population variance of a = mid over neurons, Vq = s2
     d_mlp^2;

@@ -8,6 +8,14 @@ other neurons, exceeds the effect of its output on the logits.
 Question:
     Are there neurons that act by changing a norm's scale rather than by writing to the logits?
 
+Answers:
+    above 0.001: Neurons act through ln_final's scale: when a neuron is removed, the change of that scale raises
+        the entropy, on average over neurons.
+    -0.001 to 0.001: On average over neurons, the change of ln_final's scale when a neuron is removed does not
+        change the entropy; single neurons may still act this way.
+    below -0.001: Neurons act through ln_final's scale: when a neuron is removed, the change of that scale
+        lowers the entropy, on average over neurons.
+
 Formula:
     TE - DE: change of entropy at post_j = 0 with ln_final live, minus the change with its scale frozen;
     LogitVar_j = Var_v cos(w_j, u_v);

@@ -7,6 +7,12 @@ when the component is removed and ln_final rescales.
 Question:
     Does direct logit attribution give the true direct effect of the MLP and of each neuron?
 
+Answers:
+    above 1: Direct logit attribution is off by more than the MLP's true direct effect itself, so it does not
+        measure that effect.
+    0.01 to 1: Direct logit attribution is off by more than 1% of the MLP's true direct effect.
+    below 0.01: Direct logit attribution gives the MLP's true direct effect, to within 1%.
+
 Formula:
     NMAE = sum |DLA - true| / sum |true|;
     DLA = h W_out . u_y / S;

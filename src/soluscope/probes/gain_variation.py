@@ -8,6 +8,11 @@ have this defect. The probe computes all four aggregations from the same activat
 Question:
     How much does the gain vary, and does it grow with the prompt, as the hackathon study reported?
 
+Answers:
+    above 0.1: Within a text the gain varies by more than 10% (BOS left out).
+    0.01 to 0.1: Within a text the gain varies by less than 10% (BOS left out).
+    below 0.01: Within a text the gain is one constant: it varies by less than 1% (BOS left out).
+
 Formula:
     g_n against the number n of tokens in a prompt: the last token's gain, the mean without BOS, the mean with
     BOS, and 1/std of the whole [pos d_mlp] tensor;

@@ -13,6 +13,14 @@ Question:
     Do neurons act on each other through SoLU's softmax or through the norm, or is the MLP a
     pointwise unit?
 
+Answers:
+    above 0.001: The MLP is not a pointwise unit: the loss rises when the softmax's denominator and the gain are
+        both constant.
+    -0.001 to 0.001: The MLP is as good as a pointwise unit: the loss stays the same when the softmax's
+        denominator and the gain are both constant.
+    below -0.001: A pointwise unit does better than this MLP: the loss falls when the softmax's denominator and
+        the gain are both constant.
+
 Formula:
     off-diagonal share = off / (off + on), off = sum_i |x_i| p_i (1 - p_i),
     on = sum_i p_i |1 + x_i (1 - p_i)|;

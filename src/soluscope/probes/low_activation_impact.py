@@ -22,6 +22,15 @@ Question:
     Do activations that are small before LayerNorm carry loss after it, and does the per-token gain
     cause this?
 
+Answers:
+    above 0.001: Removing the small activations (a token's lowest nine tenths) costs more loss with the
+        per-token gain than with one gain for all tokens.
+    -0.001 to 0.001: Removing the small activations (a token's lowest nine tenths) changes the loss as much with
+        one gain for all tokens as with the per-token gain; fewer neurons than the top tenth may still behave
+        differently.
+    below -0.001: Removing the small activations (a token's lowest nine tenths) costs less loss with the
+        per-token gain than with one gain for all tokens.
+
 Formula:
     dl_tj = l_t(post_tj = 0 or its mean) - l_t;
     lift = E[|dl| | lowest tenth of |a|] / E[|dl|];

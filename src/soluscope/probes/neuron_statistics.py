@@ -10,6 +10,14 @@ Question:
     Are the neurons a basis in which activations are sparse, heavy-tailed and explained by the token,
     and does the norm change that?
 
+Answers:
+    above 0.5: The current token explains more than half of a neuron's variance before the norm, on average over
+        neurons.
+    0.01 to 0.5: The current token explains less than half of a neuron's variance before the norm, on average
+        over neurons.
+    below 0.01: The current token explains less than 1% of a neuron's variance before the norm, on average over
+        neurons.
+
 Formula:
     median over neurons of skewness, excess kurtosis and density (E|x|)^2 / E x^2;
     mean over neurons of token information, Cov(x, the token's mean in other documents) / Var(x);

@@ -14,6 +14,12 @@ Question:
     When the residual stream turns away from a token's direction, does the MLP's output turn
     smoothly or in steps?
 
+Answers:
+    above 0.01: The gain adds steps: the longest step of the MLP's output is longer than with the gain held.
+    -0.01 to 0.01: The gain adds no step: the longest step of the MLP's output is the same with the gain held.
+    below -0.01: The gain makes the turn smoother: the longest step of the MLP's output is shorter than with the
+        gain held.
+
 Formula:
     path |resid| (u cos theta + v sin theta), theta in [0, pi], 256 steps;
     D = |O(theta) - O(0)| / |O(0)|;

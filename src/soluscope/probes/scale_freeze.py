@@ -4,6 +4,13 @@ Question:
     Does the loss rise when every token gets the same gain instead of its per-token gain, and is it the gain of
     diffuse codes that matters?
 
+Answers:
+    above 0.001: The loss rises when every token gets the same gain; whether the gain of diffuse codes is the
+        cause, this number does not show.
+    -0.001 to 0.001: The loss stays the same when every token gets the same gain; where the MLP's output is far
+        longer than the rest of the residual stream, this shows nothing about the mid norm.
+    below -0.001: The loss falls when every token gets the same gain.
+
 Formula:
     dL_t = l_t(g = c) - l_t(g = g_t), c = exp(mean log g) over tokens that are not BOS, or the
     constant with the lowest mean loss on the other documents;

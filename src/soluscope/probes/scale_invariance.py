@@ -6,6 +6,12 @@ stream has one meaning (Jorgensen). Epsilon breaks this invariance.
 Question:
     Does a direction mean the same at any length, at the input of the MLP and across its mid norm?
 
+Answers:
+    above 0.01: A direction of the residual stream does not mean the same to the MLP at twice the length: the
+        output changes by more than 1%.
+    below 0.01: A direction of the residual stream means the same to the MLP at twice the length: the output
+        changes by less than 1%; the mid norm is tested by another number.
+
 Formula:
     |n(lambda a)| / |n(a)| = lambda sqrt((s2 + eps) / (lambda^2 s2 + eps)): 1 at every lambda where
     r = s2 / (s2 + eps) is 1 (invariant), lambda where r is 0 (linear);

@@ -15,6 +15,14 @@ Question:
     Does the gain carry the difference between a prompt and its corruption, alone or together with the
     direction?
 
+Answers:
+    above 0.01: The clean prompt's gain alone moves the corrupt prompt's answer towards the clean prompt's
+        answer.
+    -0.01 to 0.01: The clean prompt's gain alone is not enough to move the corrupt prompt's answer; whether the
+        gain is necessary, noising shows.
+    below -0.01: The clean prompt's gain alone moves the corrupt prompt's answer away from the clean prompt's
+        answer.
+
 Formula:
     n = g L u;
     m = logit[y+] - logit[y-] before the answer;

@@ -8,6 +8,12 @@ Question:
     Does a token need its own gain, or is the gain of a similar token, or half or twice its own gain,
     as good?
 
+Answers:
+    above 0.001: The gain of a similar token is worse than the token's own gain: the loss rises.
+    -0.001 to 0.001: The gain of a similar token is as good as the token's own gain; if similar tokens have
+        nearly equal gains, this shows nothing.
+    below -0.001: The gain of a similar token is better than the token's own gain: the loss falls.
+
 Formula:
     l(g_u) - l(g_t), where u has the position group (1, 2 to 15, from 16), stream and fifth of the
     surprisal of t;

@@ -17,6 +17,12 @@ halves chose counts twice, with one feature or with two, and a neuron that a sin
 Question:
     Are a neuron's weak activations less related to its feature after the mid norm than before it?
 
+Answers:
+    above 0.01: The gain alone makes a neuron's weak activations less related to its feature.
+    -0.01 to 0.01: The gain alone makes a neuron's weak activations neither less nor more related to its
+        feature.
+    below -0.01: The gain alone makes a neuron's weak activations more related to its feature.
+
 Formula:
     A = mean over neurons of mean over weak bins b of P(f | a_j in b) - P(f | post_j in b), with
     post = g a, a - m or g (a - m);

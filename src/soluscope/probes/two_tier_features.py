@@ -16,6 +16,11 @@ Question:
     Are there features that can be decoded only from many neurons together, and do they occur where
     the gain is high?
 
+Answers:
+    above 0.01: The features can be decoded from all neurons together; how many neurons they need, and at which
+        gain they occur, other numbers show.
+    below 0.01: The features cannot be decoded even from all neurons together, so there are no tiers to compare.
+
 Formula:
     distribution index = least k with AUROC_k - 1/2 >= .95 (AUROC_N - 1/2), for probes (C + k/T)^-1
     (difference of class means) on the k neurons with the largest standardised difference; AUROC_k is

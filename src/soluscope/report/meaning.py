@@ -1,5 +1,9 @@
 """Sentences on the meaning of a probe's result. They claim no more than the intervals support.
 
+A sentence begins with the probe's own answer to its question, if all seeds' intervals lie in the range of numbers
+that the answer is for. The number and its interval follow as evidence. A study of an earlier version has no
+answers; its sentences give the number, and its side of 0 or of a control's threshold.
+
 The intervals are for these trained models on other documents, so each sentence is about these models.
 Claims about a variant need the paired differences.
 """
@@ -84,22 +88,50 @@ def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Me
 
 def _sentence(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
     first = rows[0]
-    name = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
-    text = f"{first.arm}, {first.stream}: {name} is {span(r.value for r in rows)} {first.unit}"
     bounds = envelope(rows)
+    change = "" if bounds is None else _change(words, rows, before)
+    if words.answers and first.quantity == words.tested:
+        return f"{first.arm}: {_answer(words, bounds)} {_evidence(rows, bounds)}{change}."
+    name = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
+    text = f"{first.arm}, {first.stream}: {name} is {_estimate(rows, bounds)}"
+    if bounds is not None and (judged := _judged(words, first, bounds)):
+        text += f": {judged}"
+    return f"{text}{change}."
+
+
+def _answer(words: ProbeWords, bounds: tuple[float, float] | None) -> str:
+    """Return the answer that holds for the whole interval, or "Not settled" with the ranges that it allows."""
     if bounds is None:
-        return f"{text} over {seeds(len(rows))}, without an interval."
+        return "Not settled: there is no interval."
+    for answer in words.answers:
+        if answer.holds(*bounds):
+            return answer.text
+    allowed = [answer.label for answer in words.answers if answer.overlaps(*bounds)]
+    return f"Not settled: the number may be {' or '.join(allowed)}."
+
+
+def _evidence(rows: Sequence[Measurement], bounds: tuple[float, float] | None) -> str:
+    """Return the main number on its text, with the intervals of its seeds, as a sentence without a full stop."""
+    first = rows[0]
+    text = "natural text" if first.stream == "natural" else f'the text "{first.stream}"'
+    name = (
+        f'The {first.statistic} of "{first.quantity}"' if first.statistic else f'"{first.quantity}"'
+    )
+    return f"{name} on {text} is {_estimate(rows, bounds)}"
+
+
+def _estimate(rows: Sequence[Measurement], bounds: tuple[float, float] | None) -> str:
+    """Return the seeds' values and the bounds of their intervals."""
+    text = f"{span(row.value for row in rows)} {rows[0].unit}"
+    if bounds is None:
+        return f"{text} over {seeds(len(rows))}, without an interval"
     shown = {number(value or 0.0) for value in (*bounds, *(row.value for row in rows))}
     if len(shown) == 1:
-        text += f" in each of {seeds(len(rows))}" if len(rows) > 1 else ""
-    else:
-        each = "95% interval"
-        if len(rows) > 1:
-            each = f"the 95% intervals of {seeds(len(rows))} reach from"
-        text += f" ({each} {number(bounds[0])} to {number(bounds[1])})"
-    if judged := _judged(words, first, bounds):
-        text += f": {judged}"
-    return f"{text}{_change(words, rows, before)}."
+        return f"{text} in each of {seeds(len(rows))}" if len(rows) > 1 else text
+    each = "95% interval"
+    if len(rows) > 1:
+        each = f"the 95% intervals of {seeds(len(rows))} reach from"
+    return f"{text} ({each} {number(bounds[0])} to {number(bounds[1])})"
 
 
 def _change(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
