@@ -27,6 +27,12 @@ Source: protocol.md section 4."""
 HELD_OUT = "loss on held-out documents"
 """Quantity of the training curves: the mean over the same tokens of the select split in every run."""
 
+SIGNIFICANT = 0.05
+"""Largest corrected p of a difference that counts as shown."""
+
+DIFFUSE = 4.0
+"""Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
+
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 T = TypeVar("T")
@@ -63,8 +69,27 @@ class Term(StrEnum):
     """Mean over common learning rates of the loss of `arm` above its loss at its best rate."""
     SENSITIVITY_STEP = "step of the rate sensitivity"
     """One step of the chain to `arm`: the sensitivity before it minus that after it."""
+    WHERE = "static - LN at some tokens"
+    """`STATIC` at the tokens of `group`: of one quartile, at BOS, at all others."""
+    CONTRAST = "contrast of static - LN between tokens"
+    """`STATIC` at some tokens minus that at other tokens; `group` names both."""
     PROBE = "probe"
     """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
+
+
+class Where(StrEnum):
+    """The tokens at which a trained static arm loses more than an arm with a per-token norm."""
+
+    DIFFUSE = "at high gain and diffuse codes"
+    """At tokens of high gain, and of these at the diffuse codes rather than at others: as H-smear predicts."""
+    HIGH_GAIN = "at high gain, whatever the code"
+    """At tokens of high gain, and no more at their diffuse codes than at others: as H-dyn alone predicts."""
+    ALL_DIFFUSE = "at high gain, where all codes are equally diffuse"
+    """At tokens of high gain, which have no other codes, so that H-smear and H-dyn predict the same."""
+    CODE_OPEN = "at high gain; not settled at which codes"
+    NOT_HIGH_GAIN = "not at high gain"
+    """The arms differ at tokens of high gain no more than at others."""
+    OPEN = "not settled"
 
 
 class Grid(StrEnum):
@@ -341,6 +366,23 @@ class Comparison(Number):
     probe: str = ""
     quantity: str = ""
     """For a `PROBE`: the probe's tested quantity."""
+    group: str = ""
+    """For a `WHERE` or a `CONTRAST`: the tokens, such as `log gain Q4`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located(Record):
+    """The verdict on the tokens at which the best static arm `against` loses more than `arm`."""
+
+    kind: ClassVar[str] = "located"
+
+    against: str
+    where: Where
+    n: Whole
+    """Number of seeds."""
+    agreement: float | None = None
+    """Correlation over tokens of a seed's log gain with the mean over the other seeds; None with one seed."""
+    size: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,8 +557,8 @@ class Registered(Record):
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
-        Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
-        FalsePositives, ProbeWords, Provenance, Registered,
+        Measurement, Untrained, LeftOut, TokenValue, Comparison, Located, ChoicePoint, NoChoice, Setting,
+        GateResult, FalsePositives, ProbeWords, Provenance, Registered,
     )
 }  # fmt: skip
 

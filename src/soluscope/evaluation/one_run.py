@@ -43,6 +43,7 @@ from soluscope.evaluation.summaries import (
     summarise,
     token_table,
 )
+from soluscope.evaluation.token_losses import token_losses
 from soluscope.evaluation.wandb_probes import send_probes
 from soluscope.files import reason, replacing
 from soluscope.hooked.ablation import loss_at_post
@@ -167,6 +168,8 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
             records = [_loss(observed, folder, about, config)]
         elif name == "tokens":
             records = token_values(next(iter(observed.blocks("natural"))), about)
+            table = token_losses(model, observed.cache, config)
+            _write_parquet(folder / "tokens.parquet", table)
         else:
             records = _probe_records(name, observed, folder, about, config)
         store(folder, name, records)

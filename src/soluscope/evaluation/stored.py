@@ -19,6 +19,7 @@ from soluscope.data import streams
 from soluscope.data.cache import study_facts
 from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
+from soluscope.evaluation.token_losses import INTEGERS, NUMBERS
 from soluscope.files import checksum, digest, read_json, reason, write_text
 from soluscope.results import Record
 from soluscope.runs.folder import Run
@@ -173,6 +174,29 @@ def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
         say(f"{name} is recomputed: {error}")
         return False
     return True
+
+
+def read_token_losses(folder: Path, run: Run) -> pd.DataFrame | None:
+    """Return a run's losses by token, as `token_losses` made them, or None without them.
+
+    Raises:
+        UserError: if the file is broken.
+    """
+    path = folder / "tokens.parquet"
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+        integers, numbers = table[[*INTEGERS]].to_numpy(), table[[*NUMBERS]].to_numpy()
+        if not np.issubdtype(integers.dtype, np.integer) or numbers.dtype != np.float32:
+            raise ValueError("its columns have other types")
+        if not len(table) or not np.isfinite(numbers).all() or not (table["k_eff"] > 0).all():
+            raise ValueError("its numbers are not finite")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table
 
 
 def read_losses(folder: Path, run: Run) -> pd.DataFrame:

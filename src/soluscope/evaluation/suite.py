@@ -7,6 +7,7 @@ runs/<study>/<run>/probes/<probe>-neurons.parquet  one row per neuron, for probe
 runs/<study>/<run>/probes/<probe>.jsonl            the probe's description, then its measurements; written
                                                    last, so its presence means that the probe is done
 runs/<study>/<run>/probes/loss.parquet             one row per document, which comparisons resample
+runs/<study>/<run>/probes/tokens.parquet           one row per token, which comparisons by token read
 runs/<study>/<run>/probes/SHA256SUMS               checksums of these files
 runs/<study>/<run>/.probes.new/                    results with other settings or code, until they are complete
 runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
@@ -29,6 +30,7 @@ import pandas as pd
 from soluscope import plugins, results
 from soluscope.bars import Bars, Say, bars
 from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, compare, confirm
+from soluscope.comparison.where import where
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
@@ -55,6 +57,7 @@ from soluscope.evaluation.stored import (
     probe_files,
     read_losses,
     read_stored,
+    read_token_losses,
     store,
 )
 from soluscope.evaluation.summaries import stored_words
@@ -303,7 +306,9 @@ def write_results(study_dir: Path) -> Path:
         facts = [run.facts for run in compared]
         records += _registered(study_dir, compared)
         records += provenance.of_study(study_dir, facts, [run.config.train for run in compared])
-        records += compare(study_dir.name, table, commit(), _lineages(facts), seeds)
+        comparisons = compare(study_dir.name, table, commit(), _lineages(facts), seeds)
+        reported = [run for run in compared if not _is_for_choosing(run, seeds)]
+        records += [*comparisons, *where(comparisons, partial(_by_token, reported))]
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
@@ -312,6 +317,13 @@ def write_results(study_dir: Path) -> Path:
     path = study_dir / "results.jsonl"
     results.write(path, _words_once(records))
     return path
+
+
+def _by_token(runs: Iterable[Run], arm: str) -> dict[int, pd.DataFrame]:
+    """Return the losses by token of an arm's runs, by seed."""
+    of_arm = [run for run in runs if run.facts.arm == arm]
+    tables = {run.facts.seed: read_token_losses(run.dir / "probes", run) for run in of_arm}
+    return {seed: table for seed, table in tables.items() if table is not None}
 
 
 def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:

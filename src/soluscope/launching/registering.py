@@ -7,8 +7,7 @@ from typing import Any
 
 from soluscope.config import EvalConfig, determining
 from soluscope.launching.sweep import Sweep
-from soluscope.report.findings import SIGNIFICANT
-from soluscope.results import MARGIN, Term
+from soluscope.results import MARGIN, SIGNIFICANT, Term
 from soluscope.runs import registration
 from soluscope.runs.folder import Run
 
@@ -17,11 +16,12 @@ ESTIMANDS = (
     Term.STATIC,
     Term.SHARE,
     Term.STEP,
+    Term.CONTRAST,
     Term.SENSITIVITY,
     Term.SENSITIVITY_STEP,
 )
 """The terms of the comparison that answer the study's questions (protocol.md section 4)."""
-CORRECTION = "Holm, over the arms with a per-token norm"
+CORRECTION = "Holm, over the arms with a per-token norm; and over the contrasts between tokens of all these arms"
 NOT_PLANNED = ("jobs", "device", "prepared", "out", "wandb", "wait")
 """Settings of an evaluation without effect on its numbers."""
 

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.hooked.activations import HookedRun
-
-DIFFUSE = 4.0
-"""Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
+from soluscope.results import DIFFUSE
 
 
 def diffuse(run: HookedRun) -> Bool[Tensor, " token"]:

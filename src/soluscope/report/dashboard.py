@@ -52,6 +52,7 @@ SECTIONS = {
     "loss": "Loss of each run",
     "differences": "Paired differences",
     "terms": "Benefit of LN and its terms",
+    "where": "Where the arms differ",
     "dose": "Dose",
     "training": "Training",
 }
@@ -216,7 +217,7 @@ def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
         "how sure": "; ".join(words.certainty(list(records))),
     }
     for row in of_kind(records, Comparison):
-        if row.cluster != "seed":
+        if row.cluster != "seed" or row.term is Term.WHERE:
             continue
         key = "/".join(part for part in (_term(row), row.arm, _reference(row)) if part)
         result[key] = row.note if row.value is None else row.value
@@ -371,7 +372,7 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
                 panels.curves("loss", log_y=True),
                 panels.bars("report_loss"),
                 *panels.figure("Final loss with intervals", BARS),
-                *panels.sections("loss", "differences", "terms"),
+                *panels.sections("loss", "differences", "terms", "where"),
             ],
             is_open=True,
         ),

@@ -30,7 +30,6 @@ from soluscope.report.findings import (
     NO_COST,
     SCALED_SIZE,
     SHARE_OF_LOSS,
-    SIGNIFICANT,
     VARIES,
     Gain,
     Side,
@@ -46,7 +45,7 @@ from soluscope.report.findings import (
     side_of_zero,
     span,
 )
-from soluscope.results import Comparison, Number, Record, Term
+from soluscope.results import SIGNIFICANT, Comparison, Located, Number, Record, Term, Where, of_kind
 from soluscope.results import Verdict as Settled
 
 HYPOTHESES = ("H0-opt", "H-aff", "H-static-smuggle", "H-dyn", "H-smear")
@@ -262,6 +261,25 @@ def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
     return Seen(tuple(observed), (none, none, none, dyn, dyn))
 
 
+def _where(records: Sequence[Record], arm: str) -> Seen | None:
+    """Judge at which tokens the best static arm loses more than this arm, both trained.
+
+    A difference that is not at tokens of high gain may be at others, so it does not count against H-dyn.
+    """
+    found = next((each for each in of_kind(records, Located) if each.arm == arm), None)
+    if found is None:
+        return None
+    observed = [str(found.where)]
+    observed += [
+        f"{row.group} {_observed([row])}" for row in comparisons(records, Term.CONTRAST, arm)
+    ]
+    dyn, smear = _AT[found.where]
+    if found.where is Where.NOT_HIGH_GAIN and rescaled(records, found.against):
+        observed.append("ln_final gives the static arm a scale for each token, so a zero is open")
+        smear = "not settled"
+    return Seen(tuple(observed), ("not settled",) * 3 + (dyn, smear))
+
+
 def _low_set(records: Sequence[Record], arm: str) -> Seen | None:
     """Judge the loss that the lowest activations carry, and the part that one gain for all would not have.
 
@@ -360,6 +378,15 @@ def _unless_zero(where: Side) -> Side:
     return where if where == "above" else "open"
 
 
+_AT: dict[Where, tuple[Verdict, Verdict]] = {
+    Where.DIFFUSE: ("consistent", "consistent"),
+    Where.HIGH_GAIN: ("consistent", "inconsistent"),
+    Where.ALL_DIFFUSE: ("consistent", "consistent"),
+    Where.CODE_OPEN: ("consistent", "not settled"),
+    Where.NOT_HIGH_GAIN: ("not settled", "inconsistent"),
+    Where.OPEN: ("not settled", "not settled"),
+}
+"""Verdicts on H-dyn and H-smear by the tokens at which the static arm loses more."""
 _IF_VARIES: dict[Gain, Verdict] = {
     "varies": "consistent", "one constant": "inconsistent", "open": "not settled",
 }  # fmt: skip
@@ -447,6 +474,18 @@ EVIDENCE = (
         "above 5, ln_final gives that arm a scale for each token, and a zero is not settled. It compares with the "
         "static arms that were trained. There is no gate, because planted models are not trained.",
         see=_phi_dyn,
+    ),
+    Evidence(
+        "P8",
+        "where: the tokens at which the best static arm loses more",
+        ("any",) * 3 + ("at high gain", "at high gain and diffuse codes"),
+        "the tokens are sorted by the gain and K_eff of the other seeds. The static arm loses more at high gain "
+        "if the interval for new seeds of the top quarter lies above 0, and so does its contrast with the other "
+        "tokens at equal loss, with a corrected p below .05. It does so at diffuse codes if the same holds for the "
+        "upper half by K_eff of these tokens, at equal gain. A contrast counts as 0 where it is equivalent to 0 "
+        "(.005 nats) or below 0. A difference at tokens of lower gain does not count against H-dyn. Where |o| / "
+        "|r0| of the static arm is above 5, a 0 is not settled. There is no gate: planted models are not trained.",
+        see=_where,
     ),
     Evidence(
         "P9",

@@ -560,8 +560,20 @@ def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     return _forest(panels, list(names), term_name, look)
 
 
+def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
+    """Draw the best static arm minus LN by tokens, one panel per arm with a per-token norm."""
+    panels: Panels[Comparison] = {}
+    for row in of_kind(rows, Comparison):
+        if row.term in (Term.WHERE, Term.CONTRAST):
+            panels.setdefault((row.arm, "", ""), []).append(row)
+    names = dict.fromkeys(row.group for rows in panels.values() for row in rows)
+    return _forest(panels, list(names), lambda row: row.group, look)
+
+
 def term_name(row: Comparison) -> str:
     """Return a comparison's label in figures and tables; a step is labelled by the two variants it connects."""
+    if row.group:
+        return f"{Term.STATIC}, {row.group}"
     return " to ".join(row.step) if row.term is Term.STEP else str(row.term)
 
 

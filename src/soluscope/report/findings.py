@@ -29,8 +29,6 @@ IDLE, FEW = 0.05, 0.01
 """r below which a token's gain is at its ceiling, and the share of the loss that may lie at other tokens."""
 SHARE_OF_LOSS = f"share of loss where r is above {IDLE}"
 """Estimate of the probe `engagement`."""
-SIGNIFICANT = 0.05
-"""Largest corrected p of a difference that counts as shown."""
 NO_COST = 0.001
 """Threshold below which a change of the loss counts as none, in nats per token (protocol.md section 7, P4)."""
 
@@ -285,7 +283,8 @@ def remarks(row: Comparison) -> str:
 def for_these_models(records: Iterable[Record], of: Comparison) -> Comparison | None:
     """Return the same comparison with the interval for other documents, or None without such a record."""
     same = comparisons(records, of.term, of.arm, of.against, cluster="document")
-    return next((each for each in same if each.step == of.step), None)
+    alike = (each for each in same if (each.step, each.group) == (of.step, of.group))
+    return next(alike, None)
 
 
 def by_stream(row: Measurement) -> tuple[bool, str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from soluscope import results
 from soluscope.errors import UserError
-from soluscope.report.findings import SIGNIFICANT, comparisons, seeds
-from soluscope.results import MARGIN, Measurement, Record, Term, of_kind
+from soluscope.report.findings import comparisons, seeds
+from soluscope.results import MARGIN, SIGNIFICANT, Measurement, Record, Term, of_kind
 from soluscope.terminal import console
 
 POWER = 0.8

@@ -17,6 +17,7 @@ from soluscope.report import (
     robustness,
     tokens,
     tuning,
+    where,
 )
 from soluscope.report.blocks import (
     Badge,
@@ -90,6 +91,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("pretrained", "Pretrained", pretrained.blocks(arms.records)),
         Section("evidence", "Hypotheses and evidence", evidence.blocks(arms.records)),
         Section("terms", "Phi_dyn and its terms", arms.terms()),
+        Section("where", "Where the arms differ", where.blocks(arms.records, arms.look)),
         Section("differences", "Paired differences", arms.differences()),
         Section("loss", "Loss", arms.loss()),
         Section("training", "Training", arms.training(), "training"),

@@ -41,7 +41,9 @@ from soluscope.results import (
 from soluscope.terminal import shown
 
 NOT_PROBES = ("loss", "training", "pretrained")
-TERMS = (Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.PROBE)
+TERMS = (
+    Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.CONTRAST, Term.WHERE, Term.PROBE,
+)  # fmt: skip
 """Terms of the comparisons, in the order of their lines."""
 
 

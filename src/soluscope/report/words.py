@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls, plan, pretrained, robustness
+from soluscope.report import controls, plan, pretrained, robustness, where
 from soluscope.report.findings import (
     NO_COST,
-    SIGNIFICANT,
     Choice,
     at_one_rate,
     by_kappa,
@@ -40,6 +39,7 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     MARGIN,
+    SIGNIFICANT,
     ChoicePoint,
     Comparison,
     Grid,
@@ -265,6 +265,7 @@ def _headline(records: list[Record]) -> list[str]:
     for benefit in benefits:
         sentences += [_benefit(records, benefit), *_phi_dyn(records, benefit.arm)]
         sentences += [*_static(records, benefit.arm), *_twins(records, benefit.arm)]
+    sentences += where.sentences(records)
     sentences += robustness.sentences(records)
     for arm in arms:
         for probe, summarise in SUMMARISED.items():

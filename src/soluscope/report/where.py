@@ -1,0 +1,101 @@
+"""The tokens at which the best static arm loses more than an arm with a per-token norm.
+
+Source: protocol.md section 4, "Where".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from soluscope.comparison.where import CONTRASTS, HIGH_GAIN
+from soluscope.report import figures
+from soluscope.report.blocks import Block, Bullets, Paragraph, Table, plot
+from soluscope.report.figures import Style
+from soluscope.report.findings import (
+    comparisons,
+    estimate,
+    for_these_models,
+    number,
+    of_size,
+    remarks,
+    rescaled,
+    seeds,
+    sizes,
+)
+from soluscope.results import Comparison, Located, Record, Term, Where, of_kind
+
+LEAD = (
+    "Loss of the best static arm minus loss of the arm with LayerNorm, both trained, token by token. Tokens are "
+    "sorted by LayerNorm's log gain and by K_eff, the number of neurons that share a token's code: Q4 has the "
+    "highest values. Lower and upper: the halves by K_eff of tokens with equal gain. Each run's tokens are sorted "
+    "by the means over the other seeds. H-dyn predicts that the static arm loses more at high gain, and H-smear "
+    "that it does so at high gain and high K_eff. Two contrasts test this, at equal loss; their p-values are "
+    "corrected over all arms, and all other rows are exploratory. Bars as above."
+)
+MEANINGS = {
+    Where.DIFFUSE: "The static arm loses more at tokens of high gain, and of these at the diffuse codes, as "
+    "H-smear predicts.",
+    Where.HIGH_GAIN: "The static arm loses more at tokens of high gain, and no more at their diffuse codes than "
+    "at others. H-dyn predicts this, and H-smear does not.",
+    Where.ALL_DIFFUSE: "The static arm loses more at tokens of high gain. Their codes are all equally diffuse, so "
+    "this does not distinguish H-smear from H-dyn.",
+    Where.CODE_OPEN: "The static arm loses more at tokens of high gain. It is not settled at which codes.",
+    Where.NOT_HIGH_GAIN: "The static arm loses no more at tokens of high gain than at others, so there is no sign "
+    "of H-smear here.",
+    Where.OPEN: "It is not settled at which tokens the arms differ.",
+}  # fmt: skip
+"""Meaning of each verdict in words."""
+
+
+def blocks(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]:
+    """Return the verdicts, the differences by their tokens, and their table; empty without losses by token."""
+    rows = [row for term in (Term.CONTRAST, Term.WHERE) for row in comparisons(records, term)]
+    if not rows:
+        return []
+    lines = []
+    for row in rows:
+        fixed = for_these_models(records, row)
+        numbers = [estimate(row, 4), estimate(fixed, 4) if fixed else "", str(row.n)]
+        verdict = "" if row.verdict is None else str(row.verdict)
+        lines.append([f"{row.arm}: {row.group}", *numbers, verdict, remarks(row)])
+    heads = ["", "static minus LN, nats [95%, new seeds and documents]", "[95%, these models]", "seeds",
+             "against .005 nats", "note"]  # fmt: skip
+    result: list[Block] = [Bullets(sentences(records)), Paragraph(LEAD)]
+    for size, of_one in sizes(records).items():
+        result += plot(figures.where(of_one, look), of_size("Static minus LN by tokens", size))
+    return [*result, Table(heads, lines)]
+
+
+def sentences(records: Sequence[Record]) -> list[str]:
+    """Return sentences on each arm with a per-token norm: where the static arm loses more, with the numbers."""
+    return [
+        f"Where {each.against} differs from {each.arm} ({seeds(each.n)}): {MEANINGS[each.where]}"
+        f"{_supplied(records, each)}{_numbers(records, each)}{_agreement(each)}"
+        for each in of_kind(records, Located)
+    ]
+
+
+def _supplied(records: Sequence[Record], each: Located) -> str:
+    """Return a sentence on a static arm in which ln_final rescales each token; empty for other arms."""
+    if each.where is not Where.NOT_HIGH_GAIN or not rescaled(records, each.against):
+        return ""
+    return f" But ln_final gives {each.against} a scale for each token, so this does not show that none is needed."
+
+
+def _numbers(records: Sequence[Record], each: Located) -> str:
+    rows = comparisons(records, Term.WHERE, each.arm) + comparisons(
+        records, Term.CONTRAST, each.arm
+    )
+    known: dict[str, Comparison] = {row.group: row for row in rows}
+    shown = [
+        f"{name} {estimate(known[name], 4)}" for name in (HIGH_GAIN, *CONTRASTS) if name in known
+    ]
+    return f" Differences in nats [95%, new seeds]: {'; '.join(shown)}." if shown else ""
+
+
+def _agreement(each: Located) -> str:
+    if each.agreement is None:
+        return ""
+    return (
+        f" Log gains correlate by {number(each.agreement, 2)} with the mean over the other seeds."
+    )
