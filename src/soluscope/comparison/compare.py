@@ -973,9 +973,10 @@ def _read(
             raise UserError(
                 f"run {name!r} of {study!r} lacks the select or the report split: probe it again"
             )
-        arm = arms.setdefault(
-            str(first["arm"]), _arm(losses[losses["arm"] == first["arm"]], lineages)
-        )
+        name_of_arm = str(first["arm"])
+        if name_of_arm not in arms:
+            arms[name_of_arm] = _arm(losses[losses["arm"] == name_of_arm], lineages)
+        arm = arms[name_of_arm]
         if seed in arm.report or seed in arm.select:
             raise UserError(
                 f"run {name!r} is a second run of arm {arm.name!r} with seed {seed}: move it to another study"

@@ -620,7 +620,13 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
     Source: Holm 1979; protocol.md section 5.
     """
-    return dict(zip(p, _adjusted(list(p.values()), "holm").tolist(), strict=True))
+    adjusted = np.array([*p.values()], dtype=np.float64)
+    order = adjusted.argsort()  # nan is last
+    ranked = adjusted[order][: np.isfinite(adjusted).sum()]
+    # statsmodels gives the same numbers, but collects Python's garbage at each call, which takes half a second
+    stepped = np.maximum.accumulate(ranked * np.arange(len(ranked), 0, -1))
+    adjusted[order[: len(ranked)]] = np.minimum(stepped, 1)
+    return dict(zip(p, adjusted.tolist(), strict=True))
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
@@ -637,16 +643,12 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
 
     Source: Benjamini and Hochberg 1995; protocol.md section 5.
     """
-    return _adjusted(p, "fdr_bh")
-
-
-def _adjusted(p: ArrayLike, method: str) -> Floats:
     from statsmodels.stats.multitest import multipletests  # 1 s to import
 
     adjusted = np.array(p, dtype=np.float64)
     tested = ~np.isnan(adjusted)
     if tested.any():
-        adjusted[tested] = multipletests(adjusted[tested], method=method)[1]
+        adjusted[tested] = multipletests(adjusted[tested], method="fdr_bh")[1]
     return adjusted
 
 
