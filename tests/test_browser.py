@@ -270,6 +270,29 @@ def test_the_first_screen_holds_the_answer_with_its_figure_tiles_and_certainty(v
     assert bottom(tab, "#figure-1") <= 800
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_table_of_controls_shows_all_probes_beside_each_other(visit, width):
+    """A phone has room for some of the columns; the names of the controls stay in view while the others scroll."""
+    probes = plugins.names("soluscope.probes")
+    planted = plugins.names("soluscope.controls")
+    gates = [replace(each, control=one) for one in planted for each in passed(*probes)]
+    tab = visit(page.render([LN, RUN, *map(words, probes), *gates]), width=width)
+    tab.locator(f"{TABS}[href='#methods']").click()
+    table = tab.locator("table.grid")
+    assert table.locator("thead th").count() == 1 + len(probes)
+    hidden = table.evaluate(
+        "each => each.parentElement.scrollWidth - each.parentElement.clientWidth"
+    )
+    assert hidden == 0 or width < 1280
+    name = table.locator("tbody th").first
+    left = name.bounding_box()["x"]
+    table.evaluate("each => each.parentElement.scrollBy(1000, 0)")
+    assert name.bounding_box()["x"] == pytest.approx(left, abs=1)
+    last = table.locator("thead th").last.bounding_box()
+    assert last["x"] + last["width"] <= width
+    assert table.locator("td div").first.get_attribute("aria-label") == "C- pass"
+
+
 def test_a_probe_is_one_screen(visit):
     """A probe of eight arms: question, verdict, figure and folds, each with three panels and all its controls."""
     arms = [replace(LN, arm=f"arm {i}", label=f"SoLU + LN, arm {i}") for i in range(8)]

@@ -162,7 +162,7 @@ class Answer:
 
     @property
     def label(self) -> str:
-        """The range of numbers that the answer is for, in words."""
+        """Return the range of numbers that the answer is for, in words."""
         if self.low is None:
             return "any number" if self.high is None else f"below {self.high:g}"
         return (

@@ -10,8 +10,8 @@ Question:
     from the mid norm's gain?
 
 Answers:
-    above 0.01: A part of the gradient's prediction passes through the mid norm's gain; whether that part
-        improves the prediction, the errors with the gain live and detached show.
+    above 0.01: A part of the gradient's prediction passes through the mid norm's gain; the errors with the gain
+        live and detached show if that part helps.
     below 0.01: The gradient's error does not come from the mid norm's gain: with the gain detached, the
         gradient predicts nearly the same effects.
 

@@ -4,10 +4,10 @@ Question:
     Does the mid LayerNorm scale each token by its own activations, or all tokens by one constant?
 
 Answers:
-    above 0.5: At most tokens the norm scales a token mainly by the size of that token's own activations;
-        whether the gain then differs between tokens, the spread of the log gain shows.
-    0.05 to 0.5: At the typical token epsilon and the token's own activations set the gain together, and epsilon
-        has the larger part.
+    above 0.5: At most tokens the norm scales a token mainly by the size of its activations; the spread of the
+        log gain shows how much the gain differs between tokens.
+    0.05 to 0.5: At the typical token epsilon and the token's activations set the gain together, and epsilon has
+        the larger part.
     below 0.05: At most tokens the gain is nearly the same, because epsilon pins it or because the norm has one
         gain; at other tokens it may be far lower.
 

@@ -8,9 +8,8 @@ Question:
     Does direct logit attribution give the true direct effect of the MLP and of each neuron?
 
 Answers:
-    above 1: Direct logit attribution is off by more than the MLP's true direct effect itself, so it does not
-        measure that effect.
-    0.01 to 1: Direct logit attribution is off by more than 1% of the MLP's true direct effect.
+    above 0.5: Direct logit attribution is off by more than half of the MLP's true direct effect.
+    0.01 to 0.5: Direct logit attribution is off by more than 1% of the MLP's true direct effect.
     below 0.01: Direct logit attribution gives the MLP's true direct effect, to within 1%.
 
 Formula:

@@ -4,10 +4,9 @@ Question:
     Why is a token's gain high: small pre-activations, a flat softmax, or many neurons at once?
 
 Answers:
-    above 0.01: The gain is higher at tokens where more neurons share the size of the activations.
-    -0.01 to 0.01: The gain is neither higher nor lower at tokens where more neurons share the size of the
-        activations.
-    below -0.01: The gain is lower at tokens where more neurons share the size of the activations.
+    above 0.01: The gain is higher at tokens whose activations are spread over more neurons.
+    -0.01 to 0.01: The gain is neither higher nor lower at tokens whose activations are spread over more neurons.
+    below -0.01: The gain is lower at tokens whose activations are spread over more neurons.
 
 Formula:
     With a = x softmax(x), s the standard deviation of a over N neurons, and xmax > 0 (so that the

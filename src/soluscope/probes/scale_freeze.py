@@ -5,8 +5,8 @@ Question:
     diffuse codes that matters?
 
 Answers:
-    above 0.001: The loss rises when every token gets the same gain; whether the gain of diffuse codes is the
-        cause, this number does not show.
+    above 0.001: The loss rises when every token gets the same gain; this number does not show that the gain of
+        diffuse codes is the cause.
     -0.001 to 0.001: The loss stays the same when every token gets the same gain; where the MLP's output is far
         longer than the rest of the residual stream, this shows nothing about the mid norm.
     below -0.001: The loss falls when every token gets the same gain.

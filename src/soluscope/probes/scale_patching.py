@@ -18,8 +18,8 @@ Question:
 Answers:
     above 0.01: The clean prompt's gain alone moves the corrupt prompt's answer towards the clean prompt's
         answer.
-    -0.01 to 0.01: The clean prompt's gain alone is not enough to move the corrupt prompt's answer; whether the
-        gain is necessary, noising shows.
+    -0.01 to 0.01: The clean prompt's gain alone is not enough to move the corrupt prompt's answer; noising
+        shows if the gain is necessary.
     below -0.01: The clean prompt's gain alone moves the corrupt prompt's answer away from the clean prompt's
         answer.
 

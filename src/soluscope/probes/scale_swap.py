@@ -9,10 +9,10 @@ Question:
     as good?
 
 Answers:
-    above 0.001: The gain of a similar token is worse than the token's own gain: the loss rises.
-    -0.001 to 0.001: The gain of a similar token is as good as the token's own gain; if similar tokens have
-        nearly equal gains, this shows nothing.
-    below -0.001: The gain of a similar token is better than the token's own gain: the loss falls.
+    above 0.001: The gain of a similar token is worse than the per-token gain: the loss rises.
+    -0.001 to 0.001: The gain of a similar token is as good as the per-token gain; if similar tokens have nearly
+        equal gains, this shows nothing.
+    below -0.001: The gain of a similar token is better than the per-token gain: the loss falls.
 
 Formula:
     l(g_u) - l(g_t), where u has the position group (1, 2 to 15, from 16), stream and fifth of the

@@ -69,6 +69,8 @@ class Line:
     text: str
     style: str
     """Class in the style sheet. For a class in `MARKS`, the sign is shown before the text."""
+    words: str = ""
+    """Words for a short `text`: for screen readers, for the pointer, and for the saved table."""
 
 
 Cell = str | Sequence[str | Line]
@@ -79,12 +81,14 @@ Cell = str | Sequence[str | Line]
 class Table(Block):
     """A table that scrolls inside its own box."""
 
-    heads: Sequence[str]
+    heads: Sequence[str | Line]
     lines: Sequence[Sequence[Cell]]
     n_text: int = 1
     """Number of leading columns whose text wraps; it also wraps in columns with the heading `note`."""
     styles: Sequence[str] = ()
     """Class of each column in the style sheet; replaces `n_text` if given."""
+    style: str = ""
+    """Class of the table in the style sheet."""
 
 
 @dataclass(frozen=True)

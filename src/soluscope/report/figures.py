@@ -198,7 +198,7 @@ def along(
             Intervals for these models on other documents are thick bars.
         x_title: name of the setting; its axis is logarithmic.
         look: a style for each line.
-        names: name of each line in the legend.
+        names: name of each line in the legend. Lines of one name have one entry, which shows and hides them all.
         one_scale: True if the panels share the range of their vertical axes.
 
     Returns:
@@ -219,11 +219,13 @@ def along(
             joined = [point for point in on_line if not _of_these_models(point.number)]
             if fixed:
                 x, rows = [point.x for point in fixed], [point.number for point in fixed]
-                _add(figure, _intervals(rows, x, style, 5, marked=False, upright=True), index)
+                bars = _intervals(rows, x, style, 5, marked=False, upright=True)
+                _add(figure, bars | {"legendgroup": html.escape(names[line])}, index)
             _add(figure, _joined(joined, style, names[line], named), index)
             for point in joined:
                 if point.ringed:
-                    _add(figure, _ring(point, style), index)
+                    ring = _ring(point, style) | {"legendgroup": html.escape(names[line])}
+                    _add(figure, ring, index)
         tried = sorted({point.x for point in points})
         ticks = {"tickvals": tried, "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40}
         figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(index))

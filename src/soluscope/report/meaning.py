@@ -107,6 +107,8 @@ def _answer(words: ProbeWords, bounds: tuple[float, float] | None) -> str:
         if answer.holds(*bounds):
             return answer.text
     allowed = [answer.label for answer in words.answers if answer.overlaps(*bounds)]
+    if not 0 < len(allowed) < len(words.answers):
+        return "Not settled: the interval leaves every answer open."
     return f"Not settled: the number may be {' or '.join(allowed)}."
 
 

@@ -41,30 +41,50 @@ def terms() -> list[Block]:
     return [Paragraph(text, lead) for lead, text in TERMS.items()]
 
 
+SIGNS = {"C+": "+", "C-": "\u2212", "C+/C-": "\u00b1"}
+"""Signs of the effects that a control asks for, in the table of probes and controls."""
+
+
 def controls_table(records: Sequence[Record]) -> list[Block]:
-    """Return a table of probes and control models with pass or fail; empty if no probe ran on controls."""
+    """Return a table of control models and probes with pass or fail; empty if no probe ran on controls.
+
+    A column is as narrow as the probe's number, so that all probes fit on a screen.
+    """
     gates = of_kind(records, GateResult)
     if not gates:
         return []
-    planted = dict.fromkeys(gate.control for gate in sorted(gates, key=controls.by_section))
-    lines = []
-    for probe in controls.in_order(records, {gate.probe for gate in gates}):
-        by_control = controls.gates(records, probe)
-        cells = (by_control.get(control) for control in planted)
-        lines.append([probe, *([_verdict(of_one)] if of_one else "" for of_one in cells)])
+    planted = {gate.control: gate.section for gate in sorted(gates, key=controls.by_section)}
+    probes = controls.in_order(records, {gate.probe for gate in gates})
+    heads = [_head(records, probe) for probe in probes]
+    by_probe = [controls.gates(records, probe) for probe in probes]
+    lines = [
+        [f"{control} ({section})", *([_verdict(each[control])] if control in each else "" for each in by_probe)]
+        for control, section in planted.items()
+    ]  # fmt: skip
     lead = (
-        "A control is a planted model whose answer is known. C+: the probe must find its effect; C-: it must find "
-        "none. The numbers are in the sections of the probes."
+        "A control is a planted model whose answer is known. One row for each control, one column for each probe. "
+        "+: the probe must find its effect; \u2212: it must find none; \u00b1: it must find an effect in one of "
+        "its numbers and none in another. \u2713: passed; \u2717: failed. The numbers are in the sections of the "
+        "probes."
     )
     return [
         Paragraph(lead),
         Paragraph(f"{controls.summary(records)}."),
-        Table(["probe", *planted], lines),
+        Table(["control", *heads], lines, style="grid"),
+        Paragraph(f"{'; '.join(head.words for head in heads)}.", style="soft"),
     ]
+
+
+def _head(records: Sequence[Record], probe: str) -> Line:
+    """Return a probe's number, with its name as words; the name alone without a stored description."""
+    words = controls.words_of(records, probe)
+    if words is None:
+        return Line(probe, "", probe)
+    return Line(words.section, "", f"{words.section} {words.name}")
 
 
 def _verdict(gates: Sequence[GateResult]) -> Line:
     failed = controls.failed(gates)
-    return Line(
-        f"{controls.sign(gates)} {'FAIL' if failed else 'pass'}", "fail" if failed else "pass"
-    )
+    sign = controls.sign(gates)
+    style = "fail" if failed else "pass"
+    return Line(SIGNS[sign], style, f"{sign} {'FAIL' if failed else 'pass'}")

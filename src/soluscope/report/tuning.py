@@ -141,6 +141,7 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
             name: [] for name in (Term.LOSS, Term.STATIC, Term.SHARE, "median r")
         }
         lines: dict[str, Style] = {}
+        legend: dict[str, str] = {}
         undefined: list[str] = []
         for variant, kappas in of_variants.items():
             for term in (Term.LOSS, Term.STATIC, Term.SHARE):
@@ -157,9 +158,10 @@ def dose(records: list[Record], look: Mapping[str, Style]) -> list[Block]:
             seeds = {point.line for point in panels["median r"]}
             names = [variant, *sorted(seeds - lines.keys())]
             lines |= dict.fromkeys(names, look[next(iter(kappas))])
+            legend |= dict.fromkeys(names, variant)
             without = {row.arm for row in comparisons(of_one, Term.SHARE) if row.value is None}
             undefined += [f"{kappa:.3g}" for arm, kappa in kappas.items() if arm in without]
-        drawn = along(panels, "kappa", lines, {line: line for line in lines})
+        drawn = along(panels, "kappa", lines, legend)
         at = ", ".join(undefined)
         remark = (
             f"Phi_dyn is undefined at kappa {at}; the reasons are in the tab Answer."

@@ -100,7 +100,8 @@
     link.click();
   };
   const cell = of => {
-    const text = of.innerText.trim().replace(/\s*\n\s*/g, "; ");
+    const words = [...of.querySelectorAll("[aria-label]")].map(each => each.getAttribute("aria-label"));
+    const text = words.join("; ") || of.innerText.trim().replace(/\s*\n\s*/g, "; ");
     // A spreadsheet would run a text that starts like a formula.
     const safe = /^[=@\t]|^[+-](?![\d.])/.test(text) ? "'" + text : text;
     return `"${safe.replace(/"/g, '""')}"`;
