@@ -41,7 +41,7 @@ class MidNorm(nn.Module):
     """Parameters applied after the division: ("w", "b"), ("w",), ("b",) or (). w has one weight per neuron,
     and b has one bias per neuron."""
     bos_apart: ClassVar[bool] = False
-    """True if BOS has a constant of its own, `bos_gain`. The norm then needs to know which tokens are BOS."""
+    """True if BOS has a separate constant, `bos_gain`. The norm then needs to know which tokens are BOS."""
     is_bos: Bool[Tensor, "*batch pos"] | None = None
     """Mask of BOS, read if `bos_apart`. The last positions count, if it has more than mid. None: mid has whole rows
     [batch pos d_mlp], and BOS is at position 0."""

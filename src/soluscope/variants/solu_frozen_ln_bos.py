@@ -32,5 +32,5 @@ VARIANT = Variant(
     build_norm=build_norm,
     params=StaticParams,
     after="solu_frozen_ln",
-    adds="a constant of its own for BOS",
+    adds="a separate constant for BOS",
 )
