@@ -9,6 +9,7 @@ from test_every_variant import (
     CENTRED,
     D_VOCAB,
     NORMED,
+    NORMS,
     ONE_SCALE,
     STATIC,
     VARIANTS,
@@ -16,7 +17,7 @@ from test_every_variant import (
     rough_model,
     some_tokens,
 )
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformerConfig, TransformerLensKeyValueCache
 
 from soluscope import plugins
 from soluscope.errors import UserError
@@ -82,6 +83,24 @@ def test_hooks_come_in_transformer_lenss_order(name):
     assert cache["blocks.0.mlp.ln.hook_scale"].shape == (3, 32, 1 if name in ONE_SCALE else 128)
 
 
+@pytest.mark.parametrize("name", [n for n in NORMED if NORMS[n].bos_apart])
+def test_bos_keeps_its_constant_behind_padding_and_in_a_row_that_is_read_in_parts(name):
+    _, hooked = hooked_for(name)
+    tokens = some_tokens()
+    whole = hooked(tokens)
+    padding = torch.full((3, 4), 2)
+    mask = torch.cat([padding * 0, torch.ones_like(tokens)], dim=1)[:, :32]
+    padded = hooked(torch.cat([padding, tokens], dim=1)[:, :32], attention_mask=mask)
+    torch.testing.assert_close(padded[:, 4:], whole[:, :28], rtol=1e-9, atol=1e-9)
+    cache = TransformerLensKeyValueCache.init_cache(hooked.cfg, "cpu", 3)
+    parts = [
+        hooked(part, past_kv_cache=cache, attention_mask=torch.ones_like(part))
+        for part in tokens.split((10, 1, 21), dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(hooked(tokens), whole, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", WITH_GAIN)
 def test_the_gain_is_one_over_hook_scale_and_normalized_comes_before_gamma_and_beta(name):
     _, hooked = hooked_for(name)
@@ -92,7 +111,9 @@ def test_the_gain_is_one_over_hook_scale_and_normalized_comes_before_gamma_and_b
     norm = hooked.blocks[0].mlp.ln
     if name in STATIC:
         gain = 20 * (norm.log_factor.exp().item() if norm.learned else 1)
-        torch.testing.assert_close(scale, torch.full_like(scale, 1 / gain))
+        torch.testing.assert_close(scale[:, 1:], torch.full_like(scale[:, 1:], 1 / gain))
+        at_bos = 35 if norm.bos_apart else gain
+        torch.testing.assert_close(scale[:, 0], torch.full_like(scale[:, 0], 1 / at_bos))
     gamma, beta = getattr(norm, "w", 1.0), getattr(norm, "b", 0.0)
     post = cache["blocks.0.mlp.ln.hook_normalized"] * gamma + beta
     torch.testing.assert_close(cache["blocks.0.mlp.hook_post"], post)

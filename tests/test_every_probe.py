@@ -473,7 +473,8 @@ def test_freezing_a_pinned_gain_costs_nothing_and_an_active_one_does():
 
 @pytest.mark.parametrize("variant", [v for v in ONE_SCALE if v not in PER_TOKEN])
 def test_freezing_a_gain_that_is_constant_changes_nothing(variant):
-    table = freeze(observe(hooked_for(variant)[1], stream_of(some_tokens(20))))
+    run = observe(hooked_for(variant)[1], stream_of(some_tokens(20)))
+    table = freeze(run)[~run.is_bos.numpy()]  # BOS may have another constant
     for column in (
         "frozen at geometric mean",
         "frozen at geometric mean, final norm frozen",

@@ -13,11 +13,13 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from soluscope import plugins
 from soluscope.config import load_config
+from soluscope.data.cache import prepare
 from soluscope.errors import UserError
 from soluscope.hooked.convert import load_untrained
 from soluscope.norms import (
     DetachedLayerNorm,
     DynamicTanh,
+    FrozenBosLayerNorm,
     LayerNorm,
     RunningLayerNorm,
     StaticNorm,
@@ -26,7 +28,7 @@ from soluscope.norms import (
 from soluscope.results import Step
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import build_model
-from soluscope.training.module import parameter_groups
+from soluscope.training.module import TrainingModule, parameter_groups
 from soluscope.variants import chain_of, check_variant, twin_of
 from soluscope.variants._parts import solu
 
@@ -58,6 +60,8 @@ def rough_model(name, dtype=torch.float32, *words):
     norm = model.mlp(0).ln
     if isinstance(norm, StaticNorm):
         norm.gain.fill_(20.0)
+    if isinstance(norm, FrozenBosLayerNorm):
+        norm.bos_gain.fill_(35.0)
     return model.eval()
 
 
@@ -265,7 +269,8 @@ def test_matched_gain_gives_the_output_the_rms_of_the_norm_it_is_matched_to(name
     for parameter in norm.parameters():
         parameter.data = torch.full_like(parameter, float(parameter is getattr(norm, "w", None)))
     mid = torch.rand(64, 128, generator=seeded()).square() / 128
-    norm.gain.fill_(gain_matching_rms(norm, mid, eps=1e-4))
+    for buffer in norm.buffers():
+        buffer.fill_(gain_matching_rms(norm, mid, eps=1e-4))
     wanted = norm.matched_to(128, 1e-4)(mid)
     assert norm(mid).square().mean().item() == pytest.approx(
         wanted.square().mean().item(), rel=1e-4
@@ -427,6 +432,34 @@ def test_dynamic_tanh_is_linear_in_small_activations_and_bounded_by_its_weights(
     torch.testing.assert_close(scale, by_hand, rtol=1e-6, atol=0)
     (slope,) = torch.autograd.grad(norm.affine(mid / scale).sum(), mid)
     torch.testing.assert_close(slope[:2], torch.tensor([6.0, 12]).double(), rtol=1e-9, atol=0)
+
+
+def test_bos_has_its_own_constant_at_the_first_position_or_where_the_mask_says():
+    norm = rough_model("solu_frozen_ln_bos", torch.float64).mlp(0).ln
+    mid = torch.rand(2, 3, 128, dtype=torch.float64, generator=seeded())
+    centred = mid - mid.mean(-1, keepdim=True)
+    masks = torch.tensor([[1, 0, 0], [1, 0, 0]]), torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]])
+    for marked, is_bos in ((False, masks[0]), (True, masks[1])):
+        norm.is_bos = is_bos.bool() if marked else None
+        gain = torch.where(is_bos[:, -3:, None] == 1, 35.0, 20.0)  # the mask's last three positions
+        wanted = gain * centred * norm.w + norm.b
+        torch.testing.assert_close(norm(mid), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_each_of_two_constants_is_matched_to_its_own_tokens(tmp_path):
+    """All BOS tokens are equal before training, so the matched constant is the gain that LayerNorm has there."""
+    words = ("mid.kappa=.05", "seed=3")
+    bos = tiny_config(tmp_path, "variant=solu_frozen_ln_bos", *words)
+    cache = prepare(bos)
+    norm = TrainingModule(bos, cache).model.mlp(0).ln
+    live = TrainingModule(tiny_config(tmp_path, "variant=solu_ln", *words), cache).model
+    one = TrainingModule(tiny_config(tmp_path, "variant=solu_frozen_ln", *words), cache).model
+    record = {}
+    live(torch.from_numpy(cache.rows("train", 32)[np.arange(2)]), record)
+    gain = record["blocks.0.mlp.ln.hook_scale"][:, 0].reciprocal()
+    torch.testing.assert_close(gain, norm.bos_gain.expand(2, 1), rtol=1e-4, atol=0)
+    assert norm.gain == one.mlp(0).ln.gain
+    assert abs(norm.bos_gain / norm.gain - 1) > 1e-3
 
 
 def test_a_variant_that_is_not_there_is_answered_with_the_nearest():

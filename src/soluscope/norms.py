@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from soluscope.errors import UserError
 
 if TYPE_CHECKING:  # training does not require jaxtyping
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
     Mid = Float[Tensor, "*batch d_mlp"]
     PerToken = Float[Tensor, "*batch 1"]
@@ -40,6 +40,11 @@ class MidNorm(nn.Module):
     affine_part: ClassVar[tuple[str, ...]]
     """Parameters applied after the division: ("w", "b"), ("w",), ("b",) or (). w has one weight per neuron,
     and b has one bias per neuron."""
+    bos_apart: ClassVar[bool] = False
+    """True if BOS has a separate constant, `bos_gain`. The norm then needs to know which tokens are BOS."""
+    is_bos: Bool[Tensor, "*batch pos"] | None = None
+    """Mask of BOS, read if `bos_apart`. The last positions count, if it has more than mid. None: mid has whole rows
+    [batch pos d_mlp], and BOS is at position 0."""
     learned: ClassVar[tuple[str, ...]] = ()
     """Other parameters, which change the gain in training."""
     eps: float | None = None
@@ -181,6 +186,27 @@ class FrozenLayerNorm(StaticNorm):
 
     def forward(self, mid: Mid) -> Mid:
         return torch.addcmul(self.b, self.centred(mid), self.gain * self.w)  # same, in fewer passes
+
+
+class FrozenBosLayerNorm(StaticNorm):
+    """LayerNorm with one constant denominator for BOS and another for all other tokens."""
+
+    centres = True
+    affine_part = ("w", "b")
+    bos_apart = True
+    bos_gain: Tensor
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.register_buffer("bos_gain", torch.tensor(torch.nan))
+
+    def denominator(self, centred: Mid) -> PerToken:
+        places, n_pos = centred.shape[:-1], centred.shape[-2]
+        is_bos = self.is_bos
+        if is_bos is None:
+            is_bos = torch.arange(n_pos, device=centred.device) == 0
+        gain = torch.where(is_bos[..., -n_pos:], self.bos_gain, self.gain)
+        return gain.reciprocal().expand(places)[..., None]
 
 
 class FrozenRMSNorm(StaticNorm):
@@ -326,8 +352,8 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     mid *= torch.logspace(-2, 1, 8, dtype=torch.float64)[:, None]  # tokens of different sizes
     for parameter in norm.parameters():
         parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) + 0.5)
-    if isinstance(norm, StaticNorm):
-        norm.gain.fill_(3.0)
+    for value, buffer in enumerate(norm.buffers(), start=3):
+        buffer.fill_(value)  # different, so that a second constant shows
     blocks = mid.unflatten(-1, (norm.n_blocks, -1))
     centred = (blocks - blocks.mean(dim=-1, keepdim=True)).flatten(-2) if norm.centres else mid
     denominator = norm.denominator(centred)
@@ -342,7 +368,10 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     if not norm.one_scale:
         wanted, meaning = denominator, "one_scale=False"
     elif norm.eps is None:
-        wanted, meaning = denominator[:1].expand(8, 1), "eps=None, one constant for all tokens"
+        wanted, meaning = denominator[-1:].expand(8, 1), "eps=None, one constant for all tokens"
+        if norm.bos_apart:
+            wanted = torch.cat([denominator[:1], wanted[1:]])
+            meaning = "bos_apart=True, one constant for all tokens but the first"
     else:
         wanted = (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
         meaning = f"eps={norm.eps:g}, sqrt(mean square + eps)"

@@ -104,8 +104,8 @@ def rough_model(variant, *words):
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    if hasattr(model.mlp(0).ln, "gain"):
-        model.mlp(0).ln.gain.fill_(20.0)
+    for buffer in model.mlp(0).ln.buffers() if model.mlp(0).ln else ():
+        buffer.fill_(20.0)
     return model.eval()
 
 
@@ -139,7 +139,7 @@ def test_a_probe_sees_what_the_training_model_computes(variant):
     trained = rough_model(variant)
     run = observe(bridged(trained, variant), some_stream())
     assert_sees_what_was_trained(run, trained)
-    stages = run.mlp(run.resid_mid)
+    stages = run.mlp(run.resid_mid, run.is_bos)
     torch.testing.assert_close(stages.post, run.post, rtol=1e-5, atol=1e-5)
 
 

@@ -74,16 +74,23 @@ class Mlp:
     W_in: Float[Tensor, "d_model d_mlp"]
     b_in: Float[Tensor, " d_mlp"]
     nonlinearity: Callable[[Tensor], Tensor]
-    norm: Callable[[Tensor], tuple[Tensor, Tensor]] | None
-    """Function from mid to (scale [*place], post); None without a mid norm."""
+    norm: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] | None
+    """Function from mid and the mask of BOS [*place] to (scale [*place], post); None without a mid norm."""
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"]
 
     @torch.no_grad()
-    def __call__(self, resid_mid: Float[Tensor, "*place d_model"]) -> Stages:
+    def __call__(
+        self,
+        resid_mid: Float[Tensor, "*place d_model"],
+        is_bos: Bool[Tensor, "*place"] | None = None,
+    ) -> Stages:
+        """Return the stages of the MLP; without `is_bos` no token counts as BOS."""
         pre = self.ln2(resid_mid) @ self.W_in + self.b_in
         mid = self.nonlinearity(pre)
-        scale, post = (mid.new_ones(mid.shape[:-1]), mid) if self.norm is None else self.norm(mid)
+        scale, post = mid.new_ones(mid.shape[:-1]), mid
+        if self.norm is not None:
+            scale, post = self.norm(mid, is_bos)
         return Stages(pre, mid, scale, post, post @ self.W_out + self.b_out)
 
 
@@ -207,7 +214,7 @@ def planted(
     mid = mid.double()
     n_rows, width, d_mlp = mid.shape
 
-    def norm(mid: Tensor) -> tuple[Tensor, Tensor]:
+    def norm(mid: Tensor, is_bos: Tensor | None = None) -> tuple[Tensor, Tensor]:
         centred = mid - mid.mean(-1, keepdim=True)
         scale = torch.full_like(mid[..., 0], 1 / gain)
         if eps is not None:
@@ -385,8 +392,13 @@ def _mlp(block: Any) -> Mlp:
     parts = copy.deepcopy(nn.ModuleList([block.ln2, block.mlp]))
     ln2, mlp = cast(Any, parts)
     norm: Any = getattr(mlp, "ln", None)
+    ours = getattr(norm, "original_component", norm)
 
-    def through(mid: Tensor) -> tuple[Tensor, Tensor]:
+    def through(mid: Tensor, is_bos: Tensor | None) -> tuple[Tensor, Tensor]:
+        if isinstance(ours, MidNorm):
+            ours.is_bos = (
+                mid.new_zeros(mid.shape[:-1], dtype=torch.bool) if is_bos is None else is_bos
+            )
         seen: list[Tensor] = []
         watch = norm.hook_scale.register_forward_hook(lambda *args: seen.append(args[-1]))
         post = norm(mid)

@@ -148,7 +148,19 @@ class SoluscopeTransformer(HookedTransformer):
                 f"the input has {n_tokens} tokens, and the model has ctx={self.cfg.n_ctx} positions, BOS "
                 "included: shorten the prompt, or lower max_new_tokens"
             )
+        self._mark_bos(n_tokens, pos_offset, attention_mask)
         return super().get_residual(embed, pos_offset, prepend_bos, attention_mask, *args, **kwargs)
+
+    def _mark_bos(self, n_tokens: int, pos_offset: int, attention_mask: Tensor | None) -> None:
+        """Mark BOS for the mid norms that have a constant for it, after padding or in a later part of a row."""
+        is_bos = None
+        if attention_mask is not None:
+            is_bos = (attention_mask == 1) & (attention_mask.cumsum(-1) == 1)
+        elif pos_offset:
+            is_bos = torch.arange(n_tokens, device=self.unembed.W_U.device) == 0
+        for norm in self.modules():
+            if isinstance(norm, MidNorm) and norm.bos_apart:
+                norm.is_bos = is_bos
 
     def init_weights(self) -> None:
         """Refuse to draw new matrices beside the norms and biases of a trained model."""

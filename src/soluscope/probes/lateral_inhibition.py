@@ -124,7 +124,7 @@ def _posts(run: HookedRun, log_z: Tensor) -> dict[str, Tensor]:
         scale, post = (torch.ones_like(run.scale), mid)
         if run.mlp.norm is not None:
             with torch.no_grad():
-                scale, post = run.mlp.norm(mid)
+                scale, post = run.mlp.norm(mid, run.is_bos)
         if cell:
             posts[cell] = post
         if run.eps is not None:

@@ -109,8 +109,8 @@ def _mid_errors(run: HookedRun, factor: float) -> dict[str, Tensor]:
 
 
 def _residual_errors(run: HookedRun, chosen: Tensor, factor: float) -> dict[str, Tensor]:
-    resid = run.resid_mid[chosen]
-    original, other = (run.mlp(scaled).post.double() for scaled in (resid, factor * resid))
+    resid, is_bos = run.resid_mid[chosen], run.is_bos[chosen]
+    original, other = (run.mlp(scaled, is_bos).post.double() for scaled in (resid, factor * resid))
     W_out = run.mlp.W_out.double()
     values: dict[str, Tensor] = {}
     errors = iter(RESIDUAL_ERRORS)

@@ -178,7 +178,11 @@ class Edits:
             raise ValueError(
                 f"{kind}: a token has several scales, so the closed form does not hold: edit hook_post"
             )
-        if kind != "post" and self.run.eps is None and gain.max() > 1.001 * gain.min():
+        is_bos = self.run.is_bos  # BOS may have another constant
+        varies = any(
+            len(part) and part.max() > 1.001 * part.min() for part in (gain[is_bos], gain[~is_bos])
+        )
+        if kind != "post" and self.run.eps is None and varies:
             raise ValueError(
                 f"{kind}: the mid norm's gain varies, but the run has no epsilon to recompute it from: edit "
                 "hook_post, or use a LayerNorm, an RMSNorm or a constant gain"
