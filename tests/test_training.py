@@ -118,7 +118,7 @@ def without_speed(run_dir):
 
 @pytest.mark.parametrize("at", [37, 52])  # right after a checkpoint; with 15 steps lost after it
 def test_a_killed_run_goes_on_bit_for_bit_as_if_it_had_not_been(tmp_path, at):
-    words = ["variant=solu_ln", "train.steps=100", "train.checkpoint_every=37"]
+    words = ["variant=solu_ln", "train.steps=100", "train.checkpoint_every=37", "train.snapshots=9"]
     whole = train_silently(tiny_config(tmp_path, "study=whole", *words))
     assert killed(tmp_path, at, "study=killed", *words) == -signal.SIGKILL
     interrupted = tmp_path / "killed" / "solu_ln-s0"
@@ -130,6 +130,11 @@ def test_a_killed_run_goes_on_bit_for_bit_as_if_it_had_not_been(tmp_path, at):
     assert left.keys() == right.keys()
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert without_speed(whole) == without_speed(interrupted)
+    kept = [
+        json.loads((run / "done.json").read_text())["snapshots"] for run in (whole, interrupted)
+    ]
+    assert kept[0] == kept[1]
+    assert [*kept[0]] == ["1", "2", "3", "5", "8", "13", "22", "36", "60"]
 
 
 def test_sigterm_saves_where_it_was(tmp_path):

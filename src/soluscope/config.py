@@ -191,6 +191,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl, and between checks for a diverged loss."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    snapshots: int = 0
+    """Number of log-spaced steps whose weights are kept beside the final ones, for curves of the training dynamics.
+    The first is step 1. 0: none."""
     val_tokens: int = 20_000
     """Maximum number of tokens of each validation split on which the final loss is measured."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -248,6 +251,10 @@ class TrainConfig:
                 0 <= getattr(self, name) < 1,
                 f"train.{name}={getattr(self, name)} must be in [0, 1)",
             )
+        check(
+            0 <= self.snapshots <= self.steps,
+            f"train.snapshots={self.snapshots} must be between 0 and train.steps={self.steps}",
+        )
         share = self.final_lr_share
         check(0 <= share <= 1, f"train.final_lr_share={share} must be in [0, 1]")
         check(self.weight_decay >= 0, f"train.weight_decay={self.weight_decay} must be 0 or more")
@@ -367,8 +374,12 @@ class EvalConfig:
     """Logging of the results to wandb. null: as the run was trained, if this user trained it here; else off."""
     wait: bool = False
     """true: wait while another process evaluates the study. false: refuse."""
+    step: int | None = None
+    """Training step whose weights are evaluated: one of the steps that train.snapshots kept, or 0. The results are
+    written to the folder <study>-step<step> beside the study, unless out= names one. null: the final weights."""
 
     def __post_init__(self) -> None:
+        check(self.step is None or self.step >= 0, f"step={self.step} must be 0 or more")
         for name in ("n_tokens", "n_loss_tokens", "n_draws"):
             check(getattr(self, name) >= 100, f"{name}={getattr(self, name)} must be 100 or more")
         check(self.n_draws <= MOST_DRAWS, f"n_draws={self.n_draws} must be at most {MOST_DRAWS:,}")
@@ -401,6 +412,7 @@ class PretrainedConfig(EvalConfig):
             self.out is None,
             f"out={self.out} is for trained runs: for a pretrained model set runs_dir= instead",
         )
+        check(self.step is None, f"step={self.step} is for trained runs: omit it here")
         check(
             self.wandb in (None, "off"),
             f"wandb={self.wandb} is for trained runs: omit it for a pretrained model",
@@ -452,7 +464,8 @@ class ReportConfig:
 # Keys that change results by rounding at most, so a run may be resumed with other values of them. Two of
 # them set the path of the tokens; the study's data.json makes sure that its runs share their tokens.
 _PLACES = ("study", "tag", "probes", "runs_dir", "wandb", "select_seeds", "tokens.cache_dir", "tokens.prepared",
-           "train.rates", "train.tuned", "train.log_every", "train.checkpoint_every", "train.device",
+           "train.rates", "train.tuned", "train.log_every", "train.checkpoint_every", "train.snapshots",
+           "train.device",
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 

@@ -33,6 +33,13 @@ SIGNIFICANT = 0.05
 DIFFUSE = 4.0
 """Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
 
+DYNAMICS = "dynamics"
+"""Name in the place of a probe's, of a run's numbers at the steps whose weights it kept."""
+UNPINNED = 0.5
+"""Median r from which a LayerNorm counts as no longer pinned by its epsilon."""
+CROSSES = f"tokens at which the median r crosses {UNPINNED}"
+"""Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
+
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 T = TypeVar("T")
@@ -73,6 +80,10 @@ class Term(StrEnum):
     """`STATIC` at the tokens of `group`: of one quartile, at BOS, at all others."""
     CONTRAST = "contrast of static - LN between tokens"
     """`STATIC` at some tokens minus that at other tokens; `group` names both."""
+    GAP = "gap during training"
+    """Loss of `arm` minus loss of `against` after `x` tokens of training."""
+    SINCE = "change of the gap"
+    """`GAP` at the end of the stretch of training in `group`, minus that at its beginning."""
     PROBE = "probe"
     """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
 
@@ -367,7 +378,9 @@ class Comparison(Number):
     quantity: str = ""
     """For a `PROBE`: the probe's tested quantity."""
     group: str = ""
-    """For a `WHERE` or a `CONTRAST`: the tokens, such as `log gain Q4`."""
+    """For a `WHERE` or a `CONTRAST`: the tokens, such as `log gain Q4`. For a `SINCE`: the stretch of training."""
+    x: float | None = None
+    """For a `GAP`: the number of training tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

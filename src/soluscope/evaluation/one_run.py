@@ -23,7 +23,7 @@ from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
 from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
-from soluscope.evaluation import pretrained_run
+from soluscope.evaluation import dynamics, pretrained_run
 from soluscope.evaluation.fitting import misfit
 from soluscope.evaluation.loss import document_losses, mean_loss
 from soluscope.evaluation.pretrained_run import load_again, read_origin
@@ -51,7 +51,15 @@ from soluscope.hooked.activations import HookedRun, Text, check_model, observe, 
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.probes import Measured, Probe
 from soluscope.probes._per_token import PerToken
-from soluscope.results import HELD_OUT, LeftOut, Measurement, Record, TokenValue, Untrained
+from soluscope.results import (
+    DYNAMICS,
+    HELD_OUT,
+    LeftOut,
+    Measurement,
+    Record,
+    TokenValue,
+    Untrained,
+)
 from soluscope.runs.folder import Busy, Run
 from soluscope.text import readable
 from soluscope.workers import tell, tell_step
@@ -76,13 +84,17 @@ def is_evaluated(run: Run, config: EvalConfig) -> bool:
     """Return whether a run has all results of this configuration, made by the present code."""
     folder, origin = run.dir / "probes", read_origin(run.dir)
     return made_with(folder) == made_now(rests_on(run, config)) and all(
-        is_measured(folder, run, name, lambda text: None) for name in _results_of(config, origin)
+        is_measured(folder, run, name, lambda text: None)
+        for name in _results_of(run, config, origin)
     )
 
 
-def _results_of(config: EvalConfig, origin: pretrained_run.Origin | None) -> list[str]:
+def _results_of(run: Run, config: EvalConfig, origin: pretrained_run.Origin | None) -> list[str]:
     """Return the names of the results of a run."""
-    return [*(() if origin else ("training",)), "loss", "tokens", *asked_probes(config)]
+    of_training = [] if origin else ["training"]
+    if of_training and run.snapshots() and config.step is None:
+        of_training.append(DYNAMICS)
+    return [*of_training, "loss", "tokens", *asked_probes(config)]
 
 
 def asked_probes(config: EvalConfig) -> Sequence[str]:
@@ -147,14 +159,15 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
     """Write the results of a run that `folder` lacks."""
     origin = read_origin(run.dir)
     waiting = [
-        name for name in _results_of(config, origin) if not is_measured(folder, run, name, say)
+        name for name in _results_of(run, config, origin) if not is_measured(folder, run, name, say)
     ]
     if not waiting:
         return
     about = about_run(run.facts, pretrained=origin is not None)
-    model = (
-        load_again(run, origin, device_of(config)) if origin else load_run(run, device_of(config))
-    )
+    if config.step is not None:
+        about["study"] = run.dir.parent.name
+    device = device_of(config)
+    model = load_again(run, origin, device) if origin else load_run(run, device, config.step)
     check_model(model)
     observed = _Observed(model, tokens_of(run, config.prepared), config, run)
     for number, name in enumerate(waiting):
@@ -162,6 +175,8 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
         records: Sequence[Record]
         if name == "training":
             records = training_points(run, about)
+        elif name == DYNAMICS:
+            records = _dynamics(run, observed, folder, about, config)
         elif name == "loss" and origin:
             records = _pretrained(observed, folder, origin, about, config)
         elif name == "loss":
@@ -343,6 +358,19 @@ def _loss(
     _write_parquet(folder / "loss.parquet", table)
     base = Measurement(**about, probe="loss", quantity="", value=None, unit="")
     return mean_loss(table[table["split"] == "report"], base, config)
+
+
+def _dynamics(
+    run: Run, observed: _Observed, folder: Path, about: dict[str, Any], config: EvalConfig
+) -> list[Measurement]:
+    """Save the losses by document at the steps whose weights the run kept, and return its numbers there."""
+    stream = streams.make(
+        "natural", observed.cache, observed.tokenizer, run.facts.ctx, dynamics.N_TOKENS, config.seed
+    )
+    base = Measurement(**about, probe=DYNAMICS, quantity="", value=None, unit="", stream="natural")
+    records, table = dynamics.dynamics(run, stream, base, config, device_of(config))
+    _write_parquet(folder / f"{DYNAMICS}.parquet", table)
+    return records
 
 
 def _pretrained(

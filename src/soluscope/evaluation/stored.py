@@ -21,7 +21,7 @@ from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
 from soluscope.evaluation.token_losses import INTEGERS, NUMBERS
 from soluscope.files import checksum, digest, read_json, reason, write_text
-from soluscope.results import Record
+from soluscope.results import DYNAMICS, Record
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import code_hash
 
@@ -193,6 +193,27 @@ def read_token_losses(folder: Path, run: Run) -> pd.DataFrame | None:
         if not len(table) or not np.isfinite(numbers).all() or not (table["k_eff"] > 0).all():
             raise ValueError("its numbers are not finite")
     except Exception as error:  # pyarrow's own errors, and a table with other columns
+        raise UserError(
+            f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
+        ) from error
+    return table
+
+
+def read_dynamics(folder: Path, run: Run) -> pd.DataFrame | None:
+    """Return a run's losses by step and document, as `dynamics` made them, or None without them.
+
+    Raises:
+        UserError: if the file is broken.
+    """
+    path = folder / f"{DYNAMICS}.parquet"
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+        numbers = table[["tokens", "document", "loss_sum", "n_tokens"]].to_numpy(float)
+        if not len(table) or not np.isfinite(numbers).all() or not (table["n_tokens"] > 0).all():
+            raise ValueError("its numbers are not finite, or of no tokens")
+    except Exception as error:  # pyarrow's own errors, and a table with other columns or types
         raise UserError(
             f"{path} is broken ({reason(error)}): compute it again with 'soluscope probe {run.dir}'"
         ) from error

@@ -17,7 +17,7 @@ runs/<study>/results.jsonl                         all records of the study, com
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -30,12 +30,14 @@ import pandas as pd
 from soluscope import plugins, results
 from soluscope.bars import Bars, Say, bars
 from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, compare, confirm
+from soluscope.comparison.dynamics import dynamics
 from soluscope.comparison.where import where
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
 from soluscope.evaluation import provenance
 from soluscope.evaluation.calibration import check_gates, false_positives
+from soluscope.evaluation.dynamics import steps_of
 from soluscope.evaluation.elsewhere import check_writable, linked
 from soluscope.evaluation.one_run import (
     Step,
@@ -55,6 +57,7 @@ from soluscope.evaluation.stored import (
     PACKAGE,
     current,
     probe_files,
+    read_dynamics,
     read_losses,
     read_stored,
     read_token_losses,
@@ -205,10 +208,31 @@ def _held(study_dir: Path, config: EvalConfig) -> AbstractContextManager[None]:
 def _writable_runs(folder: Path, config: EvalConfig, say: Say) -> list[Run]:
     """Return the finished runs in `folder`, or with out= the folders in which they are evaluated instead."""
     runs = finished_runs(folder, say)
-    if config.out is not None:
-        runs = linked(runs, Path(config.out))
+    out = config.out
+    if config.step is not None:
+        _check_step(runs, config.step)
+        study_dir = runs[0].dir.resolve().parent
+        out = out or str(study_dir.with_name(f"{study_dir.name}-step{config.step}"))
+    if out is not None:
+        runs = linked(runs, Path(out))
     check_writable(runs)
     return runs
+
+
+def _check_step(runs: Iterable[Run], step: int) -> None:
+    """Refuse a step of which a run has no weights, before anything is computed.
+
+    Raises:
+        UserError: naming the run and its steps.
+    """
+    for run in runs:
+        kept = [] if read_origin(run.dir) else steps_of(run)
+        if step not in kept:
+            steps = ", ".join(map(str, kept)) or "none"
+            raise UserError(
+                f"{run.dir} has no weights of step {step}: set step= to one of its steps ({steps}), or train with "
+                "train.snapshots="
+            )
 
 
 def calibrate(what: str, config: EvalConfig, folder: Path | None, say: Say = answer) -> None:
@@ -308,7 +332,11 @@ def write_results(study_dir: Path) -> Path:
         records += provenance.of_study(study_dir, facts, [run.config.train for run in compared])
         comparisons = compare(study_dir.name, table, commit(), _lineages(facts), seeds)
         reported = [run for run in compared if not _is_for_choosing(run, seeds)]
-        records += [*comparisons, *where(comparisons, partial(_by_token, reported))]
+        by_token, by_step = (
+            partial(_tables, reported, read) for read in (read_token_losses, read_dynamics)
+        )
+        records += [*comparisons, *where(comparisons, by_token)]
+        records += dynamics(records, by_step)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
@@ -319,10 +347,12 @@ def write_results(study_dir: Path) -> Path:
     return path
 
 
-def _by_token(runs: Iterable[Run], arm: str) -> dict[int, pd.DataFrame]:
-    """Return the losses by token of an arm's runs, by seed."""
+def _tables(
+    runs: Iterable[Run], read: Callable[[Path, Run], pd.DataFrame | None], arm: str
+) -> dict[int, pd.DataFrame]:
+    """Return the tables that `read` reads for an arm's runs, by seed."""
     of_arm = [run for run in runs if run.facts.arm == arm]
-    tables = {run.facts.seed: read_token_losses(run.dir / "probes", run) for run in of_arm}
+    tables = {run.facts.seed: read(run.dir / "probes", run) for run in of_arm}
     return {seed: table for seed, table in tables.items() if table is not None}
 
 

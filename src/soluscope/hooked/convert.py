@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
-from soluscope.norms import MidNorm, check_norm
+from soluscope.norms import MidNorm, StaticNorm, check_norm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts, initial_model
 
@@ -199,22 +200,48 @@ class SoluscopeTransformer(HookedTransformer):
         return twin
 
 
-def load(run_dir: str | Path, device: str = "cpu") -> SoluscopeTransformer:
+def load(run_dir: str | Path, device: str = "cpu", step: int | None = None) -> SoluscopeTransformer:
     """Load the model of a finished run as a HookedTransformer, with its tokenizer and its `facts`.
 
+    Args:
+        run_dir: the run's folder.
+        device: `cpu` or `cuda`.
+        step: training step whose weights are loaded, one of the steps that train.snapshots kept; 0 is the model
+            before training. None: the final weights.
+
     Raises:
-        UserError: if the run does not exist, is not finished or is broken, or if the two models disagree.
+        UserError: if the run does not exist, is not finished or is broken, if it has no weights of that step, or if
+            the two models disagree.
     """
-    return load_run(Run(Path(run_dir)), device)
+    return load_run(Run(Path(run_dir)), device, step)
 
 
-def load_run(run: Run, device: str = "cpu") -> SoluscopeTransformer:
+def load_run(run: Run, device: str = "cpu", step: int | None = None) -> SoluscopeTransformer:
     """Load the model of a `Run`, as `load` does from its folder."""
     run.check_links()
-    hooked = to_hooked(run.load_model(), run.facts, device)
+    hooked = to_hooked(*_at_step(run, step), device)
     hooked.set_tokenizer(load_tokenizer(run.tokenizer, run.facts))
     hooked.run_dir = run.dir.absolute()  # a notebook may change its working directory
     return hooked
+
+
+def _at_step(run: Run, step: int | None) -> tuple[LanguageModel, Facts]:
+    """Return a run's model after a training step, and the facts about it.
+
+    Raises:
+        UserError: if there are no such weights. Step 0 of a run that began with another run's weights has none.
+    """
+    facts = run.facts
+    if step is None or step == facts.steps:
+        return run.load_model(), facts
+    if step == 0 and run.config.init_dir is None:
+        model = initial_model(run.config, run.load_model(), facts.d_vocab)
+    else:
+        model = run.load_model(step)
+    norm = model.mlp(0).ln
+    gain = norm.present_gain().item() if isinstance(norm, StaticNorm) else None
+    tokens = step * facts.tokens // facts.steps
+    return model, replace(facts, steps=step, tokens=tokens, gain=gain)
 
 
 def load_untrained(run: Run, device: str = "cpu") -> SoluscopeTransformer | None:

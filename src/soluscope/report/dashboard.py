@@ -55,6 +55,7 @@ SECTIONS = {
     "where": "Where the arms differ",
     "dose": "Dose",
     "training": "Training",
+    "dynamics": "Dynamics",
 }
 """Titles on the dashboard for the sections of the report's page that have figures."""
 NO_PHI_DYN = (
@@ -180,7 +181,7 @@ def _table(records: Sequence[Record]) -> list[list[Any]]:
     lines: list[list[Any]] = []
     for row in records:
         if isinstance(row, Comparison):
-            named = {"term": _term(row), "against": row.against, "x": row.lr, "p": row.p}
+            named = {"term": _term(row), "against": row.against, "x": row.lr or row.x, "p": row.p}
             named |= {"p_adj": row.p_adj, "verdict": row.verdict, "note": remarks(row)}
         elif isinstance(row, ChoicePoint):
             named = {"term": f"select loss by {row.setting}", "against": row.chosen_arm, "x": row.x}
@@ -217,7 +218,7 @@ def _final(records: Sequence[Record]) -> dict[str, float | str | None]:
         "how sure": "; ".join(words.certainty(list(records))),
     }
     for row in of_kind(records, Comparison):
-        if row.cluster != "seed" or row.term is Term.WHERE:
+        if row.cluster != "seed" or row.term in (Term.WHERE, Term.GAP):
             continue
         key = "/".join(part for part in (_term(row), row.arm, _reference(row)) if part)
         result[key] = row.note if row.value is None else row.value
@@ -400,7 +401,7 @@ def _sections(records: Sequence[Record], drawn: dict[str, go.Figure]) -> list[Se
             panels=[
                 panels.curves("grad_norm", log_y=True),
                 panels.curves("tokens_per_s", log_y=False),
-                *panels.sections("tuning", "training"),
+                *panels.sections("tuning", "training", "dynamics"),
             ],
         ),
         ws.Section(name="Probes", panels=panels.probes()),

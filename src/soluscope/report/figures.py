@@ -575,7 +575,7 @@ def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
 def term_name(row: Comparison) -> str:
     """Return a comparison's label in figures and tables; a step is labelled by the two variants it connects."""
     if row.group:
-        return f"{Term.STATIC}, {row.group}"
+        return f"{row.term if row.term is Term.SINCE else Term.STATIC}, {row.group}"
     return " to ".join(row.step) if row.term is Term.STEP else str(row.term)
 
 

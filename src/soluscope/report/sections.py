@@ -8,6 +8,7 @@ from dataclasses import replace
 from soluscope.report import (
     contrasts,
     controls,
+    dynamics,
     evidence,
     figures,
     meaning,
@@ -52,6 +53,7 @@ from soluscope.report.findings import (
     twins,
 )
 from soluscope.results import (
+    DYNAMICS,
     HELD_OUT,
     Comparison,
     Figure,
@@ -69,7 +71,7 @@ from soluscope.results import (
 )
 from soluscope.text import plural
 
-NOT_PROBES = {"loss", "training", pretrained.PROBE}
+NOT_PROBES = {"loss", "training", DYNAMICS, pretrained.PROBE}
 N_MEANINGS = 1
 """Number of sentences on a probe's result in view; the others are folded."""
 CLICK = "Click an arm in the legend to hide it; double-click shows it alone."
@@ -95,6 +97,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("differences", "Paired differences", arms.differences()),
         Section("loss", "Loss", arms.loss()),
         Section("training", "Training", arms.training(), "training"),
+        Section("dynamics", "Dynamics", dynamics.blocks(arms.records, arms.look), "training"),
         Section("tuning", "Tuning", tuning.blocks(records, arms.look), "tuning"),
         Section(
             "robustness", "Robustness to the learning rate", robustness.blocks(records), "tuning"

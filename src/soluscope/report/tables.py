@@ -29,6 +29,7 @@ from soluscope.report.findings import (
 )
 from soluscope.report.names import file_name
 from soluscope.results import (
+    DYNAMICS,
     FalsePositives,
     GateResult,
     Measurement,
@@ -40,9 +41,10 @@ from soluscope.results import (
 )
 from soluscope.terminal import shown
 
-NOT_PROBES = ("loss", "training", "pretrained")
+NOT_PROBES = ("loss", "training", DYNAMICS, "pretrained")
 TERMS = (
-    Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.CONTRAST, Term.WHERE, Term.PROBE,
+    Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.CONTRAST, Term.WHERE,
+    Term.SINCE, Term.PROBE,
 )  # fmt: skip
 """Terms of the comparisons, in the order of their lines."""
 

@@ -4,6 +4,7 @@ config.yaml            the resolved configuration, which is enough to repeat the
 checkpoints/last.ckpt  Lightning's checkpoint, for resuming
 model.safetensors      final weights under TransformerLens's names
 model.json             facts about the model (`Facts`)
+snapshots/             weights at earlier steps, STEP.safetensors; done.json has their checksums
 metrics.jsonl          loss by step and tokens
 done.json              written last; without this file the run is not finished
 failed.json            the reason why the last try failed, deleted when the next try begins
@@ -60,7 +61,7 @@ OF_STUDY = (
     "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
-OF_RUN = ("checkpoints", "probes", ".probes.new", "tokenizer")
+OF_RUN = ("checkpoints", "snapshots", "probes", ".probes.new", "tokenizer")
 """Names of a run's own folders."""
 MetricsRow = dict[str, int | float]
 """Row of metrics.jsonl: `step`, `tokens`, `loss`, and other numbers of that step."""
@@ -77,6 +78,8 @@ class Done(TypedDict, total=False):
     epochs: float
     weights_bytes: Whole
     weights_sha256: str
+    snapshots: dict[str, str]
+    """Checksum of each snapshot's weights, by its step."""
 
 
 @dataclass(frozen=True)
@@ -149,18 +152,38 @@ class Run:
         """Return the path of the tokenizer of the run's study."""
         return self.dir.parent / "tokenizer.json"
 
-    def load_model(self) -> LanguageModel:
-        """Return the trained model of a finished run.
+    def snapshot(self, step: int) -> Path:
+        """Return the path of the weights after `step` steps of training."""
+        return self.dir / "snapshots" / f"{step}.safetensors"
+
+    def snapshots(self) -> dict[int, str]:
+        """Return the checksums of a finished run's snapshots by their steps, in order."""
+        done = self.done()
+        kept = {} if done is None else done.get("snapshots", {})
+        return {int(step): kept[step] for step in sorted(filter(str.isdecimal, kept), key=int)}
+
+    def load_model(self, step: int | None = None) -> LanguageModel:
+        """Return the trained model of a finished run, or the model after `step` steps of its training.
 
         Raises:
-            UserError: if there is no finished run, the weights are truncated, or their shapes do not fit
-                the run's configuration.
+            UserError: if there is no finished run, no snapshot of that step, the weights are truncated, or their
+                shapes do not fit the run's configuration.
         """
         from soluscope.runs.weights import load_weights
 
         facts = self.facts  # first, because its error explains that there is no finished run
+        if step is not None and step != facts.steps:
+            kept = self.snapshots()
+            if step not in kept:
+                steps = ", ".join(map(str, [*kept, facts.steps]))
+                raise UserError(
+                    f"{self.dir} has no weights of step {step}: set step= to one of its steps ({steps}), or "
+                    "train with train.snapshots="
+                )
+            return load_weights(self.snapshot(step), self.dir, self.config, facts, kept[step])
         done = self.done()
-        return load_weights(self.dir, self.config, facts, done and done.get("weights_sha256"))
+        sha256 = done and done.get("weights_sha256")
+        return load_weights(self.weights, self.dir, self.config, facts, sha256)
 
     def done(self) -> Done | None:
         """Return the content of done.json if the run is finished and all its files are complete, else None."""

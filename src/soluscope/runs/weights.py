@@ -119,11 +119,16 @@ def lineage(variant: str) -> dict[str, Any]:
 
 def save_model(run_dir: Path, model: LanguageModel, facts: Facts) -> None:
     """Write the final weights and the facts, each atomically."""
+    save_weights(run_dir / "model.safetensors", model)
+    write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
+
+
+def save_weights(path: Path, model: LanguageModel) -> None:
+    """Write a model's tensors, constant gains included."""
     state = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    write_bytes(run_dir / "model.safetensors", save(state))
-    write_text(run_dir / "model.json", json.dumps(asdict(facts), indent=1) + "\n")
+    write_bytes(path, save(state))
 
 
 def load_facts(run_dir: Path) -> Facts:
@@ -185,11 +190,12 @@ def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
 
 
 def load_weights(
-    run_dir: Path, config: Config, facts: Facts, sha256: str | None = None
+    path: Path, run_dir: Path, config: Config, facts: Facts, sha256: str | None = None
 ) -> LanguageModel:
-    """Return the trained model of a finished run, after checking every tensor's name and shape.
+    """Return a model of a finished run, after checking every tensor's name and shape.
 
     Args:
+        path: the final weights, or a snapshot.
         run_dir: the run's folder.
         config: the run's configuration.
         facts: the facts of model.json.
@@ -199,7 +205,6 @@ def load_weights(
         UserError: if the weights are truncated, changed or not finite, or their shapes do not fit the run's
             configuration.
     """
-    path = run_dir / "model.safetensors"
     again = f"delete {run_dir / 'done.json'} and run the training command again"
     try:
         if not path.is_file():
@@ -228,7 +233,7 @@ def load_weights(
             )
     if sha256 is not None and not has_checksum(path, sha256):
         raise UserError(
-            f"{path} is not the file that was written at the end of training (its sha256 differs from the one "
+            f"{path} is not the file that was written by the training (its sha256 differs from the one "
             f"in done.json): copy it again, or {again}"
         )
     return model.eval()

@@ -21,7 +21,8 @@ from soluscope.errors import Diverged, Stopped
 from soluscope.files import replacing, write_text
 from soluscope.model import Activations, LanguageModel
 from soluscope.runs.folder import Run
-from soluscope.training import held_out
+from soluscope.runs.weights import save_weights
+from soluscope.training import held_out, snapshots
 from soluscope.training.batches import rows_in_order
 from soluscope.training.device import set_threads
 from soluscope.training.processes import is_lost
@@ -71,6 +72,8 @@ class TrainingCallback(lightning.Callback):
         self.losses: list[tuple[int, Tensor]] = []
         """(step, [loss, gradient norm]) for each step since the last check."""
         self.saved_step = -1
+        self.kept_steps = frozenset(snapshots.steps(config.train))
+        """Steps after which the weights are kept."""
         self.seconds = 0.0
         self.has_begun = False
         """True once the checkpoint, if any, is loaded."""
@@ -123,6 +126,10 @@ class TrainingCallback(lightning.Callback):
         self.part = 0.0
         step, train = trainer.global_step, self.config.train
         last = step == train.steps
+        if (
+            step in self.kept_steps and trainer.is_global_zero
+        ):  # before the checkpoint, see snapshots.py
+            save_weights(self.run.snapshot(step), module.model)
         log, save = step % train.log_every == 0 or last, step % train.checkpoint_every == 0 or last
         if log or save:
             loss = self._check_losses(trainer)

@@ -39,6 +39,7 @@ from soluscope.runs.weights import (
     save_model,
     versions,
 )
+from soluscope.training import snapshots
 from soluscope.training.batches import Batches
 from soluscope.training.callback import TrainingCallback, stops_held_back
 from soluscope.training.device import check_memory, on_cuda, set_threads, with_precision
@@ -218,6 +219,8 @@ def _finish(
         "weights_bytes": run.weights.stat().st_size, "weights_sha256": checksum(run.weights),
         "epochs": round(config.train.steps * config.train.batch_size / n_rows, 3),
     }  # fmt: skip
+    if kept := snapshots.checksums(run, config.train):
+        done["snapshots"] = kept
     tracker.finish(done, asdict(facts))
     write_text(run.dir / "done.json", json.dumps(done) + "\n")
 
