@@ -487,7 +487,7 @@ def test_the_best_constant_is_the_minimum_over_all_other_strings(final_norm):
     """The reference is scipy's minimiser. The targets are the model's own guesses, so its gain is too low."""
     from scipy.optimize import minimize_scalar
 
-    from soluscope.probes.scale_freeze import _best_constant
+    from soluscope.hooked.ablation import best_gain, log_best_gain_on_others
 
     _, hooked = hooked_for("solu_gain")
     tokens = some_tokens(40)
@@ -496,9 +496,12 @@ def test_the_best_constant_is_the_minimum_over_all_other_strings(final_norm):
             tokens[:, pos + 1] = hooked(tokens[:, : pos + 1])[:, -1].argmax(-1)
     run = observe(hooked, stream_of(tokens))
     start = run.gain.log()
-    found = _best_constant(run, start, final_norm) - start
-    for string in (0, 17, 39):
-        others = run.subset(~run.is_bos & (run.target >= 0) & (run.string != string))
+    found = log_best_gain_on_others(run, final_norm) - start
+    on_all = np.log(best_gain(run, final_norm)) - start[0].item()
+    for string in (0, 17, 39, None):
+        others = run.subset(
+            ~run.is_bos & (run.target >= 0) & (run.string != (-1 if string is None else string))
+        )
 
         def mean_loss(shift, others=others):
             gains = others.gain[:, None] * np.exp(shift)
@@ -506,7 +509,8 @@ def test_the_best_constant_is_the_minimum_over_all_other_strings(final_norm):
 
         wanted = minimize_scalar(mean_loss, bounds=(-0.7, 0.7), method="bounded").x
         assert wanted > 0.1
-        assert found[run.string == string].unique().item() == pytest.approx(wanted, abs=0.01)
+        of_string = on_all if string is None else found[run.string == string].unique().item()
+        assert of_string == pytest.approx(wanted, abs=0.01)
 
 
 # --- streams and bad input ------------------------------------------------------------------------

@@ -450,6 +450,37 @@ class PretrainedConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
+class RemoveConfig:
+    n_tokens: int = 10_000
+    """Approximate number of tokens of the report split on which losses are measured."""
+    n_fit_tokens: int = 20_000
+    """Approximate number of tokens of the select split on which the gain and the readout are fitted. A quarter of
+    its documents chooses the penalty of the refit."""
+    n_draws: int = 2000
+    """Bootstrap resamples for each interval."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the models run. auto: a GPU if torch finds one."""
+    prepared: FilePath | None = None
+    """Folder of a token cache to use. null: the study's copy of the held-out tokens."""
+    wait: bool = False
+    """true: wait while another process evaluates the study. false: refuse."""
+
+    def __post_init__(self) -> None:
+        check(self.n_fit_tokens >= 100, f"n_fit_tokens={self.n_fit_tokens} must be 100 or more")
+        self.evaluation  # noqa: B018 (it checks the other values)
+
+    @property
+    def evaluation(self) -> EvalConfig:
+        """Return the settings that a removal shares with an evaluation."""
+        return EvalConfig(
+            n_tokens=self.n_tokens, n_draws=self.n_draws, seed=self.seed, device=self.device,
+            prepared=self.prepared, wait=self.wait,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     out: FilePath | None = None
     """Folder of the report, if you may not write to the study's folder. null: the study's folder."""

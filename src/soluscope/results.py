@@ -103,6 +103,30 @@ class Where(StrEnum):
     OPEN = "not settled"
 
 
+class Removed(StrEnum):
+    """Step of the removal of a trained model's per-token gain.
+
+    Its number is the loss after the step minus the loss of the trained model.
+    """
+
+    FROZEN = "Phi_inf"
+    """All tokens have the one gain that is best for the loss; nothing else changes."""
+    REFIT = "Phi_ro"
+    """The same, and the readout after the gain is fitted again."""
+
+
+class Order(StrEnum):
+    """Relation of two steps of a removal.
+
+    The later step can change more weights, so its number is at most the earlier one's.
+    """
+
+    HOLDS = "holds"
+    VIOLATED = "violated"
+    """The interval of the earlier number minus the later one is wholly below 0: a fit missed its optimum."""
+    OPEN = "not settled"
+
+
 class Grid(StrEnum):
     """Position of the chosen setting on its grid."""
 
@@ -340,6 +364,38 @@ class TokenValue(OfRun, Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfRemoval(Number):
+    """A number of the removal of a trained model's per-token gain, in nats per token on the report split."""
+
+    step: Removed
+    before: Removed | None = None
+    """Earlier step. With it, the value is the number of that step minus that of `step`."""
+    against: Literal["as trained", "same adaptation"] = "as trained"
+    """The model whose loss is subtracted: the trained model, or the trained model with its per-token gain after the
+    same adaptation (a readout that is fitted again)."""
+    final_norm: Literal["live", "frozen"] = "live"
+    """Treatment of ln_final: `frozen` holds its scale at the value in the trained model."""
+    untrained: bool = False
+    """True: the same number of the run's own initialisation."""
+    order: Order | None = None
+    """With `before`: relation of the two steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal(OfRun, OfRemoval):
+    """A number of the removal in one run, with the interval for other documents."""
+
+    kind: ClassVar[str] = "removal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalOfArm(OfRemoval):
+    """The mean of the same number over the seeds of an arm, with the interval for new seeds and documents."""
+
+    kind: ClassVar[str] = "removal of an arm"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Number):
     """A difference between arms, with the interval for new seeds or for new documents (`cluster`)."""
 
@@ -571,7 +627,7 @@ KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, Located, ChoicePoint, NoChoice, Setting,
-        GateResult, FalsePositives, ProbeWords, Provenance, Registered,
+        GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm,
     )
 }  # fmt: skip
 

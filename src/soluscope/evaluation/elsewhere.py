@@ -10,7 +10,15 @@ from soluscope.errors import UserError
 from soluscope.files import MARK, write_text
 from soluscope.runs.folder import Run, check_study_links
 
-WRITTEN = {"probes", "results.jsonl", "report.html", "wandb", "wandb.json", "failed.json"}
+WRITTEN = {
+    "probes",
+    "removal",
+    "results.jsonl",
+    "report.html",
+    "wandb",
+    "wandb.json",
+    "failed.json",
+}
 """Names of files and folders that are not linked, because evaluation writes them or does not need them."""
 
 

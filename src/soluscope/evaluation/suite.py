@@ -11,6 +11,7 @@ runs/<study>/<run>/probes/tokens.parquet           one row per token, which comp
 runs/<study>/<run>/probes/SHA256SUMS               checksums of these files
 runs/<study>/<run>/.probes.new/                    results with other settings or code, until they are complete
 runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
+runs/<study>/<run>/removal/                        results of `soluscope remove` (removing.py)
 runs/<study>/results.jsonl                         all records of the study, comparisons included
 """
 
@@ -35,7 +36,7 @@ from soluscope.comparison.where import where
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
-from soluscope.evaluation import provenance
+from soluscope.evaluation import provenance, removed
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.dynamics import steps_of
 from soluscope.evaluation.elsewhere import check_writable, linked
@@ -325,6 +326,7 @@ def write_results(study_dir: Path) -> Path:
         else:
             compared.append(run)
             losses.append(read_losses(folder, run).assign(**_settings(run)))
+    records += removed.of_study(runs)
     if losses:
         table = pd.concat(losses, ignore_index=True)
         facts = [run.facts for run in compared]

@@ -52,15 +52,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soluscope.hooked.ablation import FINAL_NORMS, FinalNorm, loss_at_gain, loss_at_post
+from soluscope.hooked.ablation import (
+    FINAL_NORMS,
+    FinalNorm,
+    log_best_gain_on_others,
+    loss_at_gain,
+    loss_at_post,
+)
 from soluscope.hooked.activations import HookedRun, planted
 from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._tokens import diffuse
-
-REACH = 0.7
-"""Margin of the search for the best constant beyond the range of the tokens' gains, in log gain."""
-N_FAR, N_NEAR = 21, 21
-"""Number of constants tried over the whole range, and around the best of these."""
 
 
 def measure(run: HookedRun) -> Measured:
@@ -80,7 +81,7 @@ def measure(run: HookedRun) -> Measured:
     others = _others_gain(run)
     columns: dict[str, Tensor] = {}
     for final_norm, how in FINAL_NORMS.items():
-        best = _best_constant(run, geomean, final_norm)
+        best = log_best_gain_on_others(run, final_norm)
         gains = torch.stack([log_gain, geomean, best, others.nan_to_num(0.0)], dim=-1).exp()
         losses = loss_at_gain(run, gains.to(run.post.dtype), final_norm).double()
         changes = losses[:, 1:] - losses[:, :1]
@@ -147,49 +148,6 @@ def _sizes(run: HookedRun) -> dict[str, Tensor]:
         MLP_SIZE: mlp_out.norm(dim=-1) / run.resid_mid.double().norm(dim=-1),
         SCALED_SIZE: scaled.norm(dim=-1) / rest.norm(dim=-1),
     }
-
-
-def _best_constant(run: HookedRun, start: Tensor, final_norm: FinalNorm) -> Tensor:
-    """Return the log of the constant with the lowest mean loss on all strings except the token's. [token]
-
-    The loss is computed at constants from `REACH` below the lowest log gain to `REACH` above the highest,
-    then at `N_NEAR` constants around the best of these, and summed by string. For each string the sum over
-    the other strings is minimised over the near constants, and between them by the parabola through the
-    lowest three.
-    """
-    scored = run.scored
-    some = run.subset(scored)
-    if not len(some.pos):
-        return start
-    _, owner = run.string.unique(return_inverse=True)
-    centre = float(start[0])
-    spread = some.gain.double().log() - centre
-
-    def others(shifts: Tensor) -> Tensor:
-        """Return the sum of losses on all other strings, [string shift]."""
-        gains = (centre + shifts).exp().to(run.post.dtype).expand(len(some.pos), -1)
-        losses = loss_at_gain(some, gains, final_norm).double()  # [token shift]
-        sums = losses.new_zeros(int(owner.max()) + 1, len(shifts))
-        sums.index_add_(0, owner[scored], losses)
-        return sums.sum(0) - sums if len(sums) > 1 else sums
-
-    def evenly(low: float, high: float, n: int) -> Tensor:
-        """Return the same values on each device: they are computed on the CPU."""
-        return torch.linspace(low, high, n, dtype=start.dtype).to(run.device)
-
-    far = evenly(float(spread.min()) - REACH, float(spread.max()) + REACH, N_FAR)
-    best = int(others(far).sum(0).argmin())
-    low, high = far[max(0, best - 1)], far[min(N_FAR - 1, best + 1)]
-    near = evenly(float(low), float(high), N_NEAR)
-    sums = others(near)
-    lowest = sums.argmin(-1)  # [string]
-    inside = lowest.clamp(1, N_NEAR - 2)[:, None]
-    left, middle, right = (sums.gather(-1, inside + k).squeeze(-1) for k in (-1, 0, 1))
-    bend = left - 2 * middle + right
-    vertex = (0.5 * (left - right) / bend).clamp(-1, 1)
-    refined = (lowest == inside.squeeze(-1)) & (bend > 0)  # no parabola at an end of the grid
-    offset = vertex.where(refined, torch.zeros_like(vertex))
-    return start + (near[lowest] + offset * (near[1] - near[0]))[owner]
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:

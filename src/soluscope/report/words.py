@@ -49,6 +49,7 @@ from soluscope.results import (
     OfRun,
     Record,
     Registered,
+    Removal,
     Term,
     Verdict,
     of_kind,
@@ -145,7 +146,8 @@ def not_shown(records: list[Record]) -> str:
     if missing:
         steps = listed([f"{name} ({step.adds})" for name, step in sorted(missing.items())])
         parts.append(f"the separate steps of the chain through {steps}, which this study lacks")
-    parts.append("the loss of a readout that is trained again with one gain (P7)")
+    if not of_kind(records, Removal):
+        parts.append("the loss of a readout that is fitted again with one gain (soluscope remove)")
     return f"Not shown: {'; '.join(parts)}."
 
 
@@ -393,8 +395,7 @@ def _verdict(records: list[Record], benefit: Comparison, arm: str) -> str:
         return (
             f"{lowers}, and the static arms trained here do not reach all of this (corrected p = "
             f"{static.p_adj:.2g}). That does not yet show that a scale for each token is needed: it also takes "
-            "an arm whose scale is held out of the gradient, and a readout that is trained again with one gain. "
-            "soluscope does not have these yet."
+            "trained models that keep a cost when they are adapted to one gain (soluscope remove)."
         )
     if phi.high < 0 and static is not None and rescaled(records, static.against):
         return f"{lowers}, but a static gain lowers it more. ln_final gives that static arm a scale for each token."

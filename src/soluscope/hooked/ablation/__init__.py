@@ -23,6 +23,7 @@ the intervals are narrower than that, so a tolerance makes them both faster and 
 Source: protocol.md section 8.
 """
 
+from soluscope.hooked.ablation.best_gain import best_gain, log_best_gain_on_others
 from soluscope.hooked.ablation.bounds import Bounds
 from soluscope.hooked.ablation.changes import Ablation, Changes
 from soluscope.hooked.ablation.readout import FINAL_NORMS, FinalNorm, Stage
@@ -35,7 +36,9 @@ __all__ = [
     "Changes",
     "FinalNorm",
     "Stage",
+    "best_gain",
     "disjoint_mean",
+    "log_best_gain_on_others",
     "loss_at_gain",
     "loss_at_post",
 ]

@@ -1,0 +1,162 @@
+"""Removal of the per-token gain from trained models: the loss after each step, and whether the steps are in order.
+
+Source: protocol.md section 7, P7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from soluscope.report.blocks import Block, Bullets, Cell, Paragraph, Table
+from soluscope.report.findings import estimate, seeds
+from soluscope.results import (
+    MARGIN,
+    OfRemoval,
+    Order,
+    Record,
+    Removal,
+    RemovalOfArm,
+    Removed,
+    of_kind,
+)
+
+MEANINGS = {
+    Removed.FROZEN: "one gain for all tokens, the best one on the select split; nothing else changes",
+    Removed.REFIT: "the same, and W_out, b_out, gamma and beta are fitted again on the select split",
+}
+LEAD = (
+    "Each trained model with a per-token gain gets one gain for all tokens. The numbers are its losses on the "
+    "report split after this, minus its loss as trained, in nats per token. A later step can change more weights, "
+    "so its number is at most the earlier one's if both fits found their optimum. A refit also continues the "
+    "training of the readout. So the last column but one subtracts the loss of the same model with its per-token "
+    "gain kept and its readout fitted in the same way: the difference is the worth of the per-token gain. A number "
+    "near 0 there shows that one gain is enough for this trained model. A number above 0 does not show that a "
+    "per-token gain is needed, because the weights before the readout were not trained again."
+)
+FINAL = {
+    "live": "ln_final live: it rescales each token separately, whatever the mid norm does.",
+    "frozen": "ln_final's scale held at its value in the trained model: the refit is then a convex problem.",
+}
+
+
+def blocks(records: Sequence[Record]) -> list[Block]:
+    """Return the numbers of each arm after each step, with warnings; empty without a removal."""
+    rows = _rows(records)
+    if not rows:
+        return []
+    result: list[Block] = [Paragraph(text, style="warn") for text in warnings(records)]
+    result += [Paragraph(LEAD), Bullets(sentences(records))]
+    for final_norm, meaning in FINAL.items():
+        lines = [
+            _line(rows, of_kind(records, Removal), arm, step, final_norm)
+            for arm in dict.fromkeys(row.arm for row in rows)
+            for step in Removed
+            if _find(rows, arm, step, final_norm)
+        ]
+        heads = ["arm", "step", "minus the loss as trained", "by seed [95%, other documents]",
+                 "step before minus this step", "minus the same adaptation with the gain kept", "note"]  # fmt: skip
+        if lines:
+            result += [Paragraph(meaning), Table(heads, lines, n_text=2)]
+    return result
+
+
+def warnings(records: Sequence[Record]) -> list[str]:
+    """Return a sentence for each pair of steps whose order is violated."""
+    return [
+        f"{row.arm}, ln_final {row.final_norm}: {row.step} is above {row.before} by "
+        f"{estimate(_turned(row), 4)} nats, which is the wrong order: the fit of {row.step} missed its optimum, or "
+        "does not hold for other documents. More text (n_fit_tokens) may help."
+        for row in _rows(records)
+        if row.order == Order.VIOLATED
+    ]
+
+
+def sentences(records: Sequence[Record]) -> list[str]:
+    """Return, for each arm, a sentence on the cost of one gain after each step, with ln_final live."""
+    rows = _rows(records)
+    result = []
+    for arm in dict.fromkeys(row.arm for row in rows):
+        first = _find(rows, arm, Removed.FROZEN)
+        last = _find(rows, arm, Removed.REFIT, against="same adaptation")
+        if first is None:
+            continue
+        before = _find(rows, arm, Removed.FROZEN, untrained=True)
+        changes = f"with one gain for all tokens the loss changes by {estimate(first, 4)} nats"
+        text = f"{arm} ({_basis(first)}): {changes}"
+        text += f" (before training by {estimate(before, 4)})" if before else ""
+        if last:
+            text += f"; between two refitted readouts the difference is {estimate(last, 4)}"
+        result.append(f"{text}. {_verdict(last or first)}")
+    return result
+
+
+def _verdict(row: OfRemoval) -> str:
+    """Return what a number says about the per-token gain, from its interval and the margin."""
+    if row.low is None or row.high is None:
+        return "Without an interval this settles nothing."
+    if row.high < MARGIN:
+        return f"One gain is enough here, to within {MARGIN} nats."
+    if row.low > MARGIN:
+        return "At this step the per-token gain is worth more than the margin; further training may make up for it."
+    return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
+
+
+def _basis(row: OfRemoval) -> str:
+    return seeds(row.n) if isinstance(row, RemovalOfArm) else "1 seed, interval for other documents"
+
+
+def _rows(records: Iterable[Record]) -> list[OfRemoval]:
+    """Return the means over the seeds of each arm, or the run's numbers of an arm with one seed."""
+    of_arms = of_kind(records, RemovalOfArm)
+    averaged = {row.arm for row in of_arms}
+    return [*of_arms, *(row for row in of_kind(records, Removal) if row.arm not in averaged)]
+
+
+def _find(
+    rows: Sequence[OfRemoval],
+    arm: str,
+    step: Removed,
+    final_norm: str = "live",
+    against: str = "as trained",
+    untrained: bool = False,
+) -> OfRemoval | None:
+    wanted = (arm, step, final_norm, against, untrained, None)
+    fields = ("arm", "step", "final_norm", "against", "untrained", "before")
+    return next(
+        (row for row in rows if tuple(getattr(row, name) for name in fields) == wanted), None
+    )
+
+
+def _line(
+    rows: Sequence[OfRemoval], of_runs: Sequence[Removal], arm: str, step: Removed, final_norm: str
+) -> list[Cell]:
+    """Return the table's line of a step of an arm."""
+    found = _find(rows, arm, step, final_norm)
+    same = _find(rows, arm, step, final_norm, against="same adaptation")
+    by_seed = [
+        row
+        for row in of_runs
+        if (row.arm, row.step, row.final_norm, row.against, row.untrained, row.before)
+        == (arm, step, final_norm, "as trained", False, None)
+    ]
+    falls = [
+        f"{estimate(row, 4)}: {row.order}"
+        for row in rows
+        if (row.arm, row.step, row.final_norm) == (arm, step, final_norm) and row.before
+    ]
+    return [
+        arm,
+        [step, MEANINGS[step]],
+        estimate(found, 4) if found else "",
+        [f"s{row.seed}: {estimate(row, 4)}" for row in by_seed],
+        falls,
+        estimate(same, 4) if same else "",
+        [f"s{row.seed}: {row.note}" for row in by_seed if row.note],
+    ]
+
+
+def _turned(row: OfRemoval) -> OfRemoval:
+    """Return a difference with its sign changed."""
+    low, high = (None if each is None else -each for each in (row.high, row.low))
+    return replace(row, value=None if row.value is None else -row.value, low=low, high=high)
