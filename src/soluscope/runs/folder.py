@@ -62,7 +62,7 @@ OF_STUDY = (
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
 OF_RUN = (
-    "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "tokenizer",
+    "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "neurons", "tokenizer",
 )  # fmt: skip
 """Names of a run's own folders."""
 MetricsRow = dict[str, int | float]
