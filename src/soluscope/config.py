@@ -438,6 +438,42 @@ class PretrainedConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
+class NeuronsConfig:
+    """Settings of `soluscope neurons`."""
+
+    n_tokens: int = 1_000_000
+    """Approximate number of held-out tokens to read, evenly spread over the report split; at most all of it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the models run. auto: a GPU if torch finds one."""
+    prepared: FilePath | None = None
+    """Folder of a token cache to read. null: the study's copy of the held-out tokens."""
+
+    def __post_init__(self) -> None:
+        check(self.n_tokens >= 100, f"n_tokens={self.n_tokens} must be 100 or more")
+
+
+@dataclass(frozen=True)
+class PretrainedNeuronsConfig(NeuronsConfig):
+    """Settings of `soluscope neurons` for a pretrained model."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model's repository. null: the main branch."""
+    data: str | None = None
+    """Source of the text, as in 'soluscope probe'."""
+    corpus: AsWritten = None
+    """Parameters of the source, as in training."""
+    runs_dir: FilePath = "runs"
+    """Folder in which the model's study is created. The study is named after the model."""
+
+    def probing(self) -> PretrainedConfig:
+        """Return the settings that create the model's run folder, as 'soluscope probe' does."""
+        return PretrainedConfig(
+            prepared=self.prepared, revision=self.revision, data=self.data, corpus=self.corpus,
+            runs_dir=self.runs_dir,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     out: FilePath | None = None
     """Folder of the report, if you may not write to the study's folder. null: the study's folder."""

@@ -14,7 +14,13 @@ from itertools import pairwise
 from omegaconf import MISSING
 
 from soluscope import plugins
-from soluscope.config import Config, EvalConfig, PretrainedConfig
+from soluscope.config import (
+    Config,
+    EvalConfig,
+    NeuronsConfig,
+    PretrainedConfig,
+    PretrainedNeuronsConfig,
+)
 
 NARROW = 80
 """Columns of a terminal below which meanings are written under the keys instead of beside them."""
@@ -44,6 +50,13 @@ def eval_help() -> str:
     more = [line for line in help_lines(PretrainedConfig) if line not in known]
     probes = f"probes: {', '.join(plugins.names('soluscope.probes'))}"
     return "\n".join([*known, "", "with a pretrained model:", *more, "", probes])
+
+
+def neurons_help() -> str:
+    """Return every key of `soluscope neurons`, and the additional keys for a pretrained model."""
+    known = list(help_lines(NeuronsConfig))
+    more = [line for line in help_lines(PretrainedNeuronsConfig) if line not in known]
+    return "\n".join([*known, "", "with a pretrained model:", *more])
 
 
 def help_lines(schema: type, prefix: str = "") -> Iterator[str]:

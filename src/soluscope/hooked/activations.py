@@ -26,6 +26,8 @@ from soluscope.norms import MidNorm
 ROWS_AT_ONCE = 16
 LOGITS_AT_ONCE = 2**26
 """Largest number of logits per forward pass, to limit memory: 256 MB in fp32."""
+NUMBERS_AT_ONCE = 2**20
+"""Largest number of activations of one stage per forward pass without logits."""
 
 CENTRES = {
     "LayerNorm": True, "LayerNormPre": True, "RMSNorm": False, "RMSNormPre": False,
@@ -249,10 +251,15 @@ def observe(model: Any, stream: Stream) -> HookedRun:
 
 
 @torch.no_grad()
-def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
+def observe_blocks(model: Any, stream: Stream, *, with_loss: bool = True) -> Iterator[HookedRun]:
     """Yield the same activations in blocks of whole rows, one for each forward pass.
 
     A model below fp32 is measured in fp32, with its rounded weights.
+
+    Args:
+        model: the model.
+        stream: rows of tokens.
+        with_loss: False to leave out the unembedding, most of the time of a small model. Every loss is then nan.
 
     Raises:
         UserError: if the model has no MLP, an unsupported final or mid norm, or weights that are not
@@ -274,24 +281,25 @@ def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
         names |= {f"{prefix}mlp.hook_mid", f"{prefix}mlp.ln.hook_scale"}
     centres, eps = _declared(norm)
     readout, mlp = _readout(model, block), _mlp(block)
-    step = rows_at_once(stream.tokens.shape[1], model.cfg.d_vocab)
+    width = stream.tokens.shape[1]
+    step = (
+        rows_at_once(width, model.cfg.d_vocab)
+        if with_loss
+        else max(1, NUMBERS_AT_ONCE // (width * mlp.W_in.shape[1]))
+    )
+    stop = {} if with_loss else {"stop_at_layer": model.cfg.n_layers}
     for start in range(0, len(stream.tokens), step):
         rows = slice(start, start + step)
         logits, cache = model.run_with_cache(
-            stream.tokens[rows].to(model.cfg.device), names_filter=names.__contains__
+            stream.tokens[rows].to(model.cfg.device), names_filter=names.__contains__, **stop
         )
+        post = cache[f"{prefix}mlp.hook_post"]
         tokens, string, keep = (
-            part[rows].to(logits.device) for part in (stream.tokens, stream.string, stream.keep)
+            part[rows].to(post.device) for part in (stream.tokens, stream.string, stream.keep)
         )
         target = F.pad(tokens[:, 1:], (0, 1), value=-1)
         target = target.where(F.pad(keep[:, 1:], (0, 1)) & (target != stream.bos), -1)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-            target.flatten(),
-            ignore_index=-1,
-            reduction="none",
-        ).view(target.shape)
-        post = cache[f"{prefix}mlp.hook_post"]
+        loss = _losses(logits, target) if with_loss else post.new_full(target.shape, torch.nan)
         part = {
             "tokens": tokens, "target": target, "string": string,
             "pos": torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape),
@@ -306,6 +314,18 @@ def observe_blocks(model: Any, stream: Stream) -> Iterator[HookedRun]:
             stream=stream.name, eps=eps, centres=centres, readout=readout, mlp=mlp, vocab=stream.vocab,
             **{name: tensor.flatten(0, 1)[kept] for name, tensor in part.items()},
         )  # fmt: skip
+
+
+def _losses(
+    logits: Float[Tensor, "row pos d_vocab"], target: Int[Tensor, "row pos"]
+) -> Float[Tensor, "row pos"]:
+    """Return the cross-entropy of each target; 0 without a target."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+        target.flatten(),
+        ignore_index=-1,
+        reduction="none",
+    ).view(target.shape)
 
 
 def _at_least_fp32(model: Any) -> Any:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from soluscope.hooked.activations import CENTRES
 from soluscope.hooked.convert import SoluscopeTransformer
+from soluscope.neurons.logits import effect_on_logits, extremes
 from soluscope.notebook.arguments import check_loaded, vocabulary, whole
 from soluscope.text import readable
 
@@ -42,28 +40,13 @@ def logit_effect(model: SoluscopeTransformer, neuron: int, n: int = 10) -> pd.Da
     check_loaded(model)
     neuron = whole("neuron", neuron, 0, model.cfg.d_mlp - 1)
     n = whole("n", n, 1, model.cfg.d_vocab)
-    effect, texts = _effect(model, neuron), vocabulary(model)
-    order = effect.argsort(descending=True, stable=True)
+    effect, texts = effect_on_logits(model, torch.tensor([neuron])), vocabulary(model)
     tables = []
-    for side, of_side in {"highest": order[:n], "lowest": order.flip(0)[:n]}.items():
-        tokens = of_side.tolist()
+    for side, (tokens, logits) in extremes(effect, n).items():
         columns = {
-            "token": tokens,
-            "text": [readable(texts[token]) for token in tokens],
-            "logit": effect[of_side].tolist(),
+            "token": tokens[0].tolist(),
+            "text": [readable(texts[token]) for token in tokens[0].tolist()],
+            "logit": logits[0].tolist(),
         }
         tables.append(pd.DataFrame({"side": side} | columns))
     return pd.concat(tables, ignore_index=True)
-
-
-@torch.no_grad()
-def _effect(model: SoluscopeTransformer, neuron: int) -> Float[Tensor, " d_vocab"]:
-    """Return B on the CPU in fp64."""
-    final = model.ln_final
-    written: Tensor = model.blocks[-1].mlp.W_out[neuron].cpu().double()
-    if CENTRES[type(final).__name__]:
-        written = written - written.mean()
-    if (weight := getattr(final, "w", None)) is not None:  # a folded norm has none
-        written = written * weight.cpu().double()
-    W_U: Tensor = model.unembed.W_U.cpu().double()
-    return written @ W_U

@@ -156,10 +156,10 @@ def _candidates(run: HookedRun) -> Iterator[tuple[str, str, Bools]]:
         yield name, "text", holds
     for name in BEFORE:
         yield f"after: {name}", "context", np.roll(looks[name], 1) & ~starts
-    yield from _in_brackets([texts[i] for i in index], starts)
+    yield from in_brackets([texts[i] for i in index], starts)
 
 
-def _in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bools]]:
+def in_brackets(texts: list[str], starts: Bools) -> Iterator[tuple[str, str, Bools]]:
     """Yield features of brackets: inside one, before a comma in it (left in a list), and after a comma (right)."""
     inside, later = (np.zeros(len(texts), dtype=bool) for _ in range(2))
     commas: list[bool] = []  # one entry per open bracket: True after a comma in it

@@ -62,7 +62,7 @@ OF_STUDY = (
     "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
-OF_RUN = ("checkpoints", "probes", ".probes.new", "tokenizer")
+OF_RUN = ("checkpoints", "probes", ".probes.new", "tokenizer", "neurons")
 """Names of a run's own folders."""
 MetricsRow = dict[str, int | float]
 """Row of metrics.jsonl: `step`, `tokens`, `loss`, and other numbers of that step."""

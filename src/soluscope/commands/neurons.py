@@ -1,0 +1,51 @@
+"""Store what every neuron of a study's runs fires on, before and after the mid norm.
+
+    soluscope neurons runs/first
+    soluscope neurons runs/first/solu_ln-s0 n_tokens=200000
+    soluscope neurons solu-1l data=stdlib
+
+Arguments are a folder or a pretrained model's name, and settings as key=value. For each run, its model and its
+initialisation are read; the results are in the run's folder neurons/. The same command resumes an interrupted one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from soluscope.commands import Command, Parser
+from soluscope.config import NeuronsConfig, PretrainedNeuronsConfig, load_typed
+from soluscope.config_help import neurons_help
+from soluscope.errors import UserError
+from soluscope.terminal import answer, say
+
+
+def build_parser() -> Parser:
+    """Return the parser of `soluscope neurons`."""
+    parser = Parser(__doc__, neurons_help)
+    parser.add_argument("folder", help="a study, a run, or a pretrained model's name")
+    parser.add_argument("words", nargs="*", default=[], help="key=value")
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """Run `soluscope neurons`."""
+    options = build_parser().parse_intermixed_args(arguments)
+    folder = Path(options.folder)
+    is_study = folder.is_dir() and not (folder / "config.json").is_file()
+    schema = NeuronsConfig if is_study else PretrainedNeuronsConfig
+    config = load_typed(schema, options.words)
+    if not folder.is_dir() and len(folder.parts) > 1 and folder.parent.is_dir():
+        raise UserError(f"no folder {folder}: name a study or a run, as in runs/demo")
+    from soluscope.neurons.compute import (
+        compute,
+        compute_pretrained,
+    )  # late: --help answers at once
+
+    if isinstance(config, PretrainedNeuronsConfig):
+        runs = compute_pretrained(options.folder, config, say)
+    else:
+        runs = compute(folder, config, say)
+    answer(f"neurons of {len(runs)} runs are stored in {runs[0].dir.parent}")
+
+
+COMMAND = Command(build_parser, run)
