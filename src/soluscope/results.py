@@ -27,6 +27,9 @@ Source: protocol.md section 4."""
 HELD_OUT = "loss on held-out documents"
 """Quantity of the training curves: the mean over the same tokens of the select split in every run."""
 
+RATINGS = "rating"
+"""Folder of people's ratings in a study's folder, and name of the file of their records in it."""
+
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 T = TypeVar("T")
@@ -65,6 +68,23 @@ class Term(StrEnum):
     """One step of the chain to `arm`: the sensitivity before it minus that after it."""
     PROBE = "probe"
     """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
+
+
+class Rating(StrEnum):
+    """Quantity that people's ratings of neurons estimate."""
+
+    SHARE = "share interpretable"
+    """Share of an arm's neurons that people call interpretable; `untrained` is the share before training."""
+    DIFFERENCE = "difference of shares"
+    """Share of `arm` minus share of `against`."""
+    STAGES = "after minus before the norm"
+    """Share of `arm` with the activations after the mid norm minus that with the activations before it."""
+    BETWEEN = "kappa between raters"
+    WITHIN = "kappa with oneself"
+    KNOWN = "right on planted neurons"
+    """Share of right answers to neurons that are made to have an answer."""
+    DETECTABLE = "difference found in 85% of cases"
+    SECONDS = "median seconds per neuron"
 
 
 class Grid(StrEnum):
@@ -477,11 +497,29 @@ class Registered(Record):
     """Differences between the plan and the study."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rated(Number):
+    """A number from people's blind ratings of neurons."""
+
+    kind: ClassVar[str] = "rating"
+
+    term: Rating
+    mode: str = ""
+    """Examples that people saw: `top`, the largest activations, or `full`, the whole range."""
+    stage: str = ""
+    """Activations that people saw: `mid` or `post`."""
+    against: str = ""
+    """The arm that `arm` is compared with, or the second of two raters."""
+    rater: str = ""
+    untrained: bool = False
+    """True for neurons of the models before training."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, ChoicePoint, NoChoice, Setting, GateResult,
-        FalsePositives, ProbeWords, Provenance, Registered,
+        FalsePositives, ProbeWords, Provenance, Registered, Rated,
     )
 }  # fmt: skip
 
