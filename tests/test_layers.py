@@ -91,7 +91,7 @@ ORDER = (
     "errors", "terminal", "bars", "cores", "workers", "files", "text", "plugins", "results", "reading",
     "config", "config_help", "memory", "wandb_client", "norms", "variants", "model", "data", "comparison",
     "runs", "training", "hooked", "probes", "controls", "removal", "report", "evaluation", "neurons", "notebook",
-    "export", "launching", "engines", "commands", "__main__",
+    "rating", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and the entries before it."""
 

@@ -39,6 +39,8 @@ UNPINNED = 0.5
 """Median r from which a LayerNorm counts as no longer pinned by its epsilon."""
 CROSSES = f"tokens at which the median r crosses {UNPINNED}"
 """Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
+RATINGS = "rating"
+"""Folder of people's ratings in a study's folder, and name of the file of their records in it."""
 
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
@@ -125,6 +127,23 @@ class Order(StrEnum):
     VIOLATED = "violated"
     """The interval of the earlier number minus the later one is wholly below 0: a fit missed its optimum."""
     OPEN = "not settled"
+
+
+class Rating(StrEnum):
+    """Quantity that people's ratings of neurons estimate."""
+
+    SHARE = "share interpretable"
+    """Share of an arm's neurons that people call interpretable; `untrained` is the share before training."""
+    DIFFERENCE = "difference of shares"
+    """Share of `arm` minus share of `against`."""
+    STAGES = "after minus before the norm"
+    """Share of `arm` with the activations after the mid norm minus that with the activations before it."""
+    BETWEEN = "kappa between raters"
+    WITHIN = "kappa with oneself"
+    KNOWN = "right on planted neurons"
+    """Share of right answers to neurons that are made to have an answer."""
+    DETECTABLE = "difference found in 85% of cases"
+    SECONDS = "median seconds per neuron"
 
 
 class Grid(StrEnum):
@@ -623,11 +642,29 @@ class Registered(Record):
     """Differences between the plan and the study."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rated(Number):
+    """A number from people's blind ratings of neurons."""
+
+    kind: ClassVar[str] = "rating"
+
+    term: Rating
+    mode: str = ""
+    """Examples that people saw: `top`, the largest activations, or `full`, the whole range."""
+    stage: str = ""
+    """Activations that people saw: `mid` or `post`."""
+    against: str = ""
+    """The arm that `arm` is compared with, or the second of two raters."""
+    rater: str = ""
+    untrained: bool = False
+    """True for neurons of the models before training."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, Comparison, Located, ChoicePoint, NoChoice, Setting,
-        GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm,
+        GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, Rated,
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ runs/<study>/<run>/probes/SHA256SUMS               checksums of these files
 runs/<study>/<run>/.probes.new/                    results with other settings or code, until they are complete
 runs/<study>/.controls/controls-<probe>.jsonl      the probe's results on models with known answers
 runs/<study>/<run>/removal/                        results of `soluscope remove` (removing.py)
+runs/<study>/rating/rating.jsonl                   people's ratings of neurons, if there are any
 runs/<study>/results.jsonl                         all records of the study, comparisons included
 """
 
@@ -66,7 +67,15 @@ from soluscope.evaluation.stored import (
 )
 from soluscope.evaluation.summaries import stored_words
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
-from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, Registered, of_kind
+from soluscope.results import (
+    RATINGS,
+    FalsePositives,
+    GateResult,
+    ProbeWords,
+    Record,
+    Registered,
+    of_kind,
+)
 from soluscope.runs import registration
 from soluscope.runs.folder import Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
@@ -342,6 +351,8 @@ def write_results(study_dir: Path) -> Path:
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
+    if (study_dir / RATINGS / f"{RATINGS}.jsonl").is_file():
+        records += read_stored(study_dir / RATINGS, RATINGS, study_dir)
     for other in beside:
         records += _new_to(records, results.read(Path(other) / "results.jsonl"))
     path = study_dir / "results.jsonl"

@@ -15,6 +15,7 @@ from soluscope.report import (
     methods,
     paragraph,
     pretrained,
+    rating,
     removal,
     robustness,
     tokens,
@@ -117,6 +118,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
     sections += [
         Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
+        Section("rating", "Blind rating", rating.blocks(records), "neurons"),
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
         Section("registration", "Preregistration", _registration(records), "data"),
