@@ -88,8 +88,8 @@ def _removable(folder: Path, say: Say) -> list[Run]:
             say(f"{run.dir.name} is left out: exact for one layer, has {run.facts.n_layers}")
     if not runs:
         raise UserError(
-            f"no run in {folder} has one layer and a mid norm with a gain for each token: train a variant with the role "
-            "per_token first (docs/protocol.md, section 3)"
+            f"no run in {folder} has one layer and a mid norm with a gain for each token: train a variant with the "
+            "role per_token first (docs/protocol.md, section 3)"
         )
     return runs
 
