@@ -352,8 +352,8 @@ def check_norm(norm: MidNorm, d_mlp: int) -> None:
     mid *= torch.logspace(-2, 1, 8, dtype=torch.float64)[:, None]  # tokens of different sizes
     for parameter in norm.parameters():
         parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64, generator=generator) + 0.5)
-    for value, buffer in enumerate(norm.buffers(), start=3):
-        buffer.fill_(value)  # different, so that a second constant shows
+    for number, buffer in enumerate(norm.buffers(), start=3):
+        buffer.fill_(number)  # different, so that a second constant shows
     blocks = mid.unflatten(-1, (norm.n_blocks, -1))
     centred = (blocks - blocks.mean(dim=-1, keepdim=True)).flatten(-2) if norm.centres else mid
     denominator = norm.denominator(centred)
