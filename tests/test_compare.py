@@ -284,7 +284,7 @@ def test_the_static_arm_is_chosen_on_select_even_where_report_disagrees():
     assert row.value == pytest.approx(0.03, abs=0.001)
     assert row.against == "solu_gain-c4"
     assert row.choice.startswith("solu_gain-c4, chosen on the select split: ")
-    assert "solu_gain-c79 3." in row.choice
+    assert "solu_gain-c79 (3." in row.choice
 
 
 def test_every_solu_ln_arm_has_its_own_contrasts():
