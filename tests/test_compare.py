@@ -214,7 +214,7 @@ def test_the_primary_family_is_corrected_for_every_solu_ln_arm():
             assert row.p_adj == pytest.approx(stats.holm(p)[name])
         assert find(rows, term, arm="solu_ln-k42").p_adj == pytest.approx(4 / 256)
     note = find(rows, Term.SHARE, arm="solu_ln-k42").note
-    assert "sign-flip p of its numerator = 0.00781; Holm-adjusted p = 0.0156 over" in note
+    assert "sign-flip p of its numerator = 0.00781; Holm-adjusted p = 0.0156 over 2 arms" in note
 
 
 def test_an_undefined_phi_dyn_has_no_p_and_its_numerator_stays_in_the_family():
@@ -284,7 +284,7 @@ def test_the_static_arm_is_chosen_on_select_even_where_report_disagrees():
     assert row.value == pytest.approx(0.03, abs=0.001)
     assert row.against == "solu_gain-c4"
     assert row.choice.startswith("solu_gain-c4, chosen on the select split: ")
-    assert "solu_gain-c79 3." in row.choice
+    assert "solu_gain-c79 (3." in row.choice
 
 
 def test_every_solu_ln_arm_has_its_own_contrasts():
@@ -719,7 +719,7 @@ def test_two_points_are_no_grid():
     curve = {row.arm: (row.grid, row.note) for row in curve_points(rows, "gain")}
     assert curve == {
         "solu_gain-a": (None, ""),
-        "solu_gain-b": (Grid.TOO_FEW, "chosen over 8 seeds, too few for a grid: 2"),
+        "solu_gain-b": (Grid.TOO_FEW, "chosen over 8 seeds, 2 points are too few for a grid"),
     }
 
 

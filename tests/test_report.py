@@ -233,9 +233,12 @@ def test_the_twin_with_one_gain_is_named_and_called_close_only_within_the_margin
         " ".join(words.headline(make_rows(SIX | {"solu_frozen_ln": loss}, 8, seed_noise=0.0005)))
         for loss in (SIX["solu_ln"] + 0.001, SIX["solu_ln"] + 0.02)
     )
-    assert "trained with one gain for all tokens (solu_frozen_ln)" in near
-    assert re.search(r"tokens \(solu_frozen_ln\).*8 seeds\); this is within 0.005 nats of 0", near)
-    assert not re.search(r"instead \(solu_frozen_ln\).*8 seeds\), closer", far)
+    begins = "The static twin of solu_ln is solu_frozen_ln, trained with one gain for all tokens. Its loss minus"
+    assert begins in near
+    assert begins in far
+    close = "8 seeds); this is within 0.005 nats of 0"
+    assert close in near.split(begins)[1]
+    assert close not in far
 
 
 def test_the_documents_counted_are_those_of_the_loss(rows):
@@ -611,6 +614,57 @@ def test_two_arms_never_share_a_name(labelled, swept):
     assert names.arms(alike)["solu_ln-k0"] == "SoLU + LN, live (solu_ln-k0)"
 
 
+def test_texts_on_the_page_have_the_names_of_arms_and_not_their_identifiers(labelled):
+    arms = "|".join(re.escape(arm) for arm in names.arms(labelled) if "-" in arm)
+    body = re.sub(rf"<td[^>]*>(?:{arms})</td>", "", text(rendered(labelled)))  # beside the name
+    assert re.findall(rf"(?<![\w.-])(?:{arms})(?![\w-])", body) == []
+    static = next(row for row in names.named(labelled) if getattr(row, "term", "") == Term.STATIC)
+    assert static.choice.startswith("SoLU, static gain 8, chosen on the select split: ")
+    assert re.search(r"SoLU, static gain 32 \(3\.\d{4}\)", static.choice)
+
+
+def test_a_setting_in_a_text_on_the_page_has_its_plain_name():
+    told = replace(
+        LN, label="SoLU + LN", note="", rate="was tuned with mid.kappa=41.94, here 4e-05"
+    )
+    (named,) = names.named([told])
+    assert named.rate == "was tuned with kappa 41.94, here 4e-05"
+
+
+def test_an_arm_has_one_entry_in_the_legend_of_the_doses_for_all_its_seeds(labelled):
+    kappas = ("solu_ln", "solu_ln-k0")
+    seeds = [
+        number("engagement", "r", 0.1 + seed, arm=arm, run=f"{arm}-s{seed}", seed=seed, statistic="median")
+        for arm in kappas for seed in (0, 1)
+    ]  # fmt: skip
+    (dose,) = drawn([*labelled, *seeds], "Dose: kappa")
+    (entry,) = (trace.name for trace in dose.data if trace.name and trace.showlegend is not False)
+    assert entry == "SoLU + LN, live"
+    of_seeds = [trace for trace in dose.data if "seed" in str(trace.text)]
+    assert {trace.legendgroup for trace in of_seeds} == {entry}
+    for seed in (0, 1):
+        assert any(f"SoLU + LN, kappa 41.9, seed {seed}" in str(trace.text) for trace in of_seeds)
+
+
+def test_the_table_of_controls_has_a_short_sign_with_words_for_each_result():
+    asked = [
+        words_of("engagement"),
+        gate("engagement", "smear_shared", "above 0.5"),
+        gate("engagement", "pinned", "within 0.01 of 0", passed=False),
+        gate("unknown", "pinned", "above 0.5"),
+        gate("unknown", "pinned", "within 0.01 of 0"),
+    ]
+    body = text(rendered([LN, *asked])).split("<h2>Probes on control models</h2>")[1]
+    head, first, second = re.findall("<tr>.*?</tr>", body.split("</table>")[0], flags=re.S)
+    assert 'aria-label="P1 LayerNorm engagement"' in head
+    assert ">P1</div>" in head
+    assert ">unknown</div>" in head
+    for line, words_ in ((first, ["C+ pass"]), (second, ["C- FAIL", "C+/C- pass"])):
+        assert re.findall('aria-label="(.*?)"', line) == words_
+    assert "\u2717 \u2212</div>" in second
+    assert "\u2713 \u00b1</div>" in second
+
+
 def test_the_first_screen_has_an_answer_a_figure_three_facts_and_their_certainty(labelled):
     page_text = rendered([*labelled, *CITED])
     first = page_text.split("</section>")[0]
@@ -812,7 +866,7 @@ def test_what_was_left_out_is_named_with_its_reason():
     assert "Left out: solu_ln (exact for one layer only)." in shown
     rows.append(replace(rows[0], run="solu_ln-s1", seed=1))
     shown = section([*rows, replace(gone, stream="code")], "scale_freeze")
-    assert "Left out on code text: solu_ln-s0 (exact for one layer only)." in shown
+    assert "Left out on code text: solu_ln, seed 0 (exact for one layer only)." in shown
 
 
 def test_the_terminal_matrix_has_each_probe_against_each_control():
@@ -892,11 +946,7 @@ def test_a_difference_of_an_earlier_version_means_no_more_than_its_interval(valu
         (0.02, 0.005, "The loss rises when every token gets the same gain; "),
         (-0.02, 0.005, "The loss falls when every token gets the same gain. "),
         (0.0002, 0.0005, "The loss stays the same when every token gets the same gain; "),
-        (
-            0.001,
-            0.005,
-            "Not settled: the number may be below -0.001 or between -0.001 and 0.001 or above 0.001. ",
-        ),
+        (0.001, 0.005, "Not settled: the interval leaves every answer open. "),
         (
             0.0012,
             0.0005,
@@ -1427,13 +1477,13 @@ def test_with_one_dose_a_variant_only_the_dots_are_drawn_and_the_caption_has_the
     doses = figures.doses([*rows, replace(twin, **gain), replace(rows[0], value=300.0, **gain)])
     assert (
         doses.caption()
-        == "Dose (kappa, or the gain of arms without an epsilon): solu_gain gain 316, solu_ln kappa 41.9."
+        == "Dose (kappa, or the gain of arms without an epsilon): solu_gain: gain 316; solu_ln: kappa 41.9."
     )
     spec = Figure("", ("r",), statistic="median")
     assert not figures.against_dose(rows, spec, figures.styles(rows), doses).data
     shown = section([*rows, replace(twin, **gain)], "engagement")
     assert (
-        "Dose (kappa, or the gain of arms without an epsilon): solu_gain gain 316, solu_ln kappa 41.9."
+        "Dose (kappa, or the gain of arms without an epsilon): solu_gain: gain 316; solu_ln: kappa 41.9."
         in shown
     )
     assert "against the dose" not in shown
@@ -1798,7 +1848,7 @@ def test_two_rates_are_called_no_grid():
     arms, told = tuned(**OPTIMA)
     arms = {arm: loss for arm, loss in arms.items() if arm.endswith(("lr0.002", "lr0.004"))}
     first = words.headline(sweep(arms, told))[0]
-    assert first.startswith("Fewer than three learning rates are not a grid")
+    assert first.startswith("Fewer than three learning rates were tried")
     assert all(arm in first for arm in ("gelu-lr0.002", "solu-lr0.004", "solu_ln-lr0.002"))
     assert first.count("(0.002, 0.004)") == 1
 

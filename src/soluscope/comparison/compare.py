@@ -230,7 +230,7 @@ class _Arms:
             return chosen, f"{chosen.name}, the only candidate"
         return chosen, (
             f"{chosen.name}, chosen on the select split: "
-            + ", ".join(f"{name} {loss:.4f}" for name, loss in sorted(losses.items()))
+            + ", ".join(f"{name} ({loss:.4f})" for name, loss in sorted(losses.items()))
         )
 
     def optimism(self, candidates: Sequence[_Arm]) -> float | None:
@@ -572,7 +572,7 @@ def _curve(
         else Grid.UPPER_EDGE if at == max(settings)
         else Grid.INSIDE
     )  # fmt: skip
-    where = f"{grid}: {len(settings)}" if grid is Grid.TOO_FEW else grid
+    where = f"{len(settings)} points are {grid}" if grid is Grid.TOO_FEW else grid
     losses = _select(eligible)
     n_seeds = len(losses[chosen.name])
     points = []
@@ -719,7 +719,8 @@ def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
         if not asked or record.arm not in family:
             return record
         p, p_adj = family[record.arm], adjusted[record.arm]
-        note = f"Holm-adjusted p = {p_adj:.3g} over {', '.join(family)}"
+        tested = plural(len(family), "arm")
+        note = f"Holm-adjusted p = {p_adj:.3g} over {len(family)} {tested} with a per-token norm"
         if record.term is Term.SHARE:
             note = f"sign-flip p of its numerator = {p:.3g}; {note}"
         return replace(record, p=p, p_adj=p_adj, note=_also(record.note, note))

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from soluscope.report.findings import by_stream, estimate, number, number_key
+from soluscope.report.findings import by_stream, estimate, number, number_key, run_name
 from soluscope.results import (
     ChoicePoint,
     Comparison,
@@ -30,6 +30,7 @@ from soluscope.results import (
     Untrained,
     of_kind,
 )
+from soluscope.text import plural
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish; yellow is hard to see on white and omitted.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
@@ -277,11 +278,18 @@ class Doses:
         return {variant for variant, values in seen.items() if len(values) >= FEWEST_DOSES}
 
     def caption(self) -> str:
-        """Return a text with each arm's dose; empty if a variant has several, which are drawn instead."""
-        if not self.arms or self.several():
+        """Return a text with the dose of each arm whose name lacks it.
+
+        The text is empty if a variant has several doses, which are drawn instead.
+        """
+        each = [
+            f"{arm}: {dose.name} {number(dose.value)}"
+            for arm, (_, dose) in self.arms.items()
+            if f"{dose.name} " not in arm
+        ]
+        if not each or self.several():
             return ""
-        each = (f"{arm} {dose.name} {dose.value:.3g}" for arm, (_, dose) in self.arms.items())
-        return f"Dose (kappa, or the gain of arms without an epsilon): {', '.join(each)}."
+        return f"Dose (kappa, or the gain of arms without an epsilon): {'; '.join(each)}."
 
 
 def doses(rows: Iterable[Record]) -> Doses:
@@ -438,7 +446,7 @@ def _rings_before(
         mode="markers",
         marker={"symbol": "circle-open", "size": 10, "color": "#555555", "line": {"width": 1.5}},
         text=[
-            html.escape(f"{each.run}, untrained: {number(each.value)} {each.unit}")
+            html.escape(f"{run_name(each)}, untrained: {number(each.value)} {each.unit}")
             for each in places.values()
         ],
         hovertemplate="%{text}<extra></extra>",
@@ -667,8 +675,9 @@ def _intervals(
     known = [row.low is not None and row.high is not None for row in rows]
     texts = []
     for row in rows:
-        name = row.run if isinstance(row, Measurement) else row.arm
-        unit = f"{row.n_clusters} {row.cluster}s" if row.cluster else f"n = {row.n}"
+        name = run_name(row) if isinstance(row, Measurement) else row.arm
+        n = row.n_clusters
+        unit = f"{n} {plural(n, row.cluster)}" if row.cluster else f"n = {row.n}"
         texts.append(html.escape(f"{name}: {estimate(row)} {row.unit}, {unit}"))
     bars = {
         "type": "data",

@@ -11,6 +11,7 @@ from soluscope.results import (
     HELD_OUT,
     ChoicePoint,
     Comparison,
+    LeftOut,
     Measurement,
     Number,
     OfRun,
@@ -241,6 +242,11 @@ def at_one_rate(records: Sequence[Record]) -> list[str]:
 def runs_of(records: Iterable[Record]) -> set[str]:
     """Return the names of the run folders that the records are about."""
     return {record.run for record in records if isinstance(record, OfRun)}
+
+
+def run_name(row: Measurement | Untrained | LeftOut) -> str:
+    """Return the name of a run for people: its arm and its seed."""
+    return row.arm if row.seed is None else f"{row.arm}, seed {row.seed}"
 
 
 def seeds_of(records: Iterable[Record], arm: str) -> int:

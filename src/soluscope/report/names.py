@@ -28,6 +28,7 @@ KINDS = {"static": ", static gain", "per_token": ", live"}
 """Kinds of gain by role, as they follow a label."""
 ORDER = ("plain", "static", "per_token", "other", "baseline")
 """Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, others, the baselines."""
+_SETTING = re.compile(r"\b[a-z]+\.([a-z_]+)=")
 LONGEST = 80
 """Largest number of characters of a file's name."""
 
@@ -35,17 +36,25 @@ LONGEST = 80
 def arms(records: Sequence[Record]) -> dict[str, str]:
     """Return the name of each arm by its identifier, in the order of the arms on the page.
 
-    If two compared arms would have the same name, the identifier follows in parentheses. It also follows the
-    name of an arm whose learning rate was not chosen.
+    The learning rate follows the name of an arm whose rate was not chosen. If two arms would have the same name,
+    the identifier follows in parentheses.
     """
     known = settings(records)
     compared = settings(at_best_rate(records)).keys()
     names = {
         arm: _name(known[arm], list(known.values())) for arm in sorted(known, key=_rank(known))
     }
-    uses = Counter(name for arm, name in names.items() if arm in compared)
+    for arm, name in names.items():
+        if arm not in compared and name != arm and "lr" in known[arm].values:
+            names[arm] = f"{name}, rate {_number(known[arm].values['lr'])}"
+    uses = Counter(names.values())
+    uses_here = Counter(name for arm, name in names.items() if arm in compared)
+
+    def is_alone(arm: str) -> bool:
+        return (uses_here if arm in compared else uses)[names[arm]] == 1
+
     return {
-        arm: name if name == arm or (arm in compared and uses[name] == 1) else f"{name} ({arm})"
+        arm: name if name == arm or is_alone(arm) else f"{name} ({arm})"
         for arm, name in names.items()
     }
 
@@ -53,7 +62,7 @@ def arms(records: Sequence[Record]) -> dict[str, str]:
 def named(records: Sequence[Record]) -> list[Record]:
     """Return the records with names in place of identifiers, in the order of the arms on the page.
 
-    Run folders, notes and texts on choices keep the identifiers.
+    Notes and texts on choices name the arms too. Run folders keep their names.
     """
     of_arm = arms(records)
     of_variant = {
@@ -64,11 +73,31 @@ def named(records: Sequence[Record]) -> list[Record]:
     if len(set(of_variant.values())) < len(of_variant):
         of_variant = {}
     places = {name: place for place, name in enumerate(of_arm.values())}
-    result = [_named(record, of_arm, of_variant) for record in records]
+    in_text = _in_text(of_arm)
+    result = [_named(record, of_arm, of_variant, in_text) for record in records]
     return Records(sorted(result, key=lambda record: places.get(record.arm, len(places))))
 
 
-def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, str]) -> Record:
+def _in_text(of_arm: Mapping[str, str]) -> Callable[[str], str]:
+    """Return a function that puts arms' names in place of their identifiers in a text.
+
+    A setting such as `mid.kappa=4e-5` becomes `kappa 4e-5`.
+    """
+    known = "|".join(map(re.escape, sorted(of_arm, key=len, reverse=True)))
+    arm = re.compile(rf"(?<![\w.-])(?:{known or '(?!)'})(?![\w-]|\.\w)")
+
+    def replaced(text: str) -> str:
+        return _SETTING.sub(r"\1 ", arm.sub(lambda found: of_arm[found[0]], text))
+
+    return replaced
+
+
+def _named(
+    record: Record,
+    of_arm: Mapping[str, str],
+    of_variant: Mapping[str, str],
+    in_text: Callable[[str], str],
+) -> Record:
     def arm(name: str) -> str:
         return of_arm.get(name, name)
 
@@ -79,14 +108,15 @@ def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, s
     if isinstance(record, Comparison):
         changed["against"], changed["tuned_arm"] = arm(record.against), arm(record.tuned_arm)
         changed["step"] = tuple(map(variant, record.step))
+        changed["note"], changed["choice"] = in_text(record.note), in_text(record.choice)
     elif isinstance(record, Located):
         changed["against"] = arm(record.against)
     elif isinstance(record, ChoicePoint):
-        changed["chosen_arm"] = arm(record.chosen_arm)
+        changed["chosen_arm"], changed["note"] = arm(record.chosen_arm), in_text(record.note)
     elif isinstance(record, NoChoice):
-        changed["arms"] = tuple(map(arm, record.arms))
+        changed["arms"], changed["note"] = tuple(map(arm, record.arms)), in_text(record.note)
     elif isinstance(record, Setting):
-        changed["twin"] = variant(record.twin)
+        changed["twin"], changed["rate"] = variant(record.twin), in_text(record.rate)
         changed["chain"] = tuple(Step(variant(step.variant), step.adds) for step in record.chain)
     if all(getattr(record, name) == value for name, value in changed.items()):
         return record
@@ -113,7 +143,7 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}".replace("e-0", "e-")
+    return f"{value:.3g}".replace("e-0", "e-") if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:

@@ -49,6 +49,7 @@ from soluscope.report.findings import (
     of_size,
     per_token,
     remarks,
+    run_name,
     sizes,
     streams,
     tuned,
@@ -442,16 +443,17 @@ class _Arms:
         for record in self.records:
             if isinstance(record, OfRun):
                 runs.setdefault(record.arm, set()).add(record.run)
-        left: dict[tuple[str, str], dict[str, list[str]]] = {}
+        left: dict[tuple[str, str], dict[str, list[LeftOut]]] = {}
         for each in of_kind(self.records, LeftOut):
             if each.probe == name:
                 of_reason = left.setdefault((each.stream, each.note), {})
-                of_reason.setdefault(each.arm, []).append(each.run)
+                of_reason.setdefault(each.arm, []).append(each)
         result: list[Block] = []
         for (stream, note), by_arm in left.items():
             names: list[str] = []
             for arm, gone in by_arm.items():
-                names += [arm] if set(gone) == runs[arm] else sorted(gone)
+                whole = {each.run for each in gone} == runs[arm]
+                names += [arm] if whole else sorted(map(run_name, gone))
             on = f" on {stream} text" if stream else ""
             result.append(Paragraph(f"Left out{on}: {listed(names)} ({note}).", style="soft"))
         return result

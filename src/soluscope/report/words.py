@@ -178,7 +178,7 @@ def edges(records: list[Record]) -> list[str]:
     if two:
         tried = "; ".join(f"{listed(arms)} ({grid})" for grid, arms in two.items())
         sentences.append(
-            "Fewer than three learning rates are not a grid, and a better rate may lie outside them: "
+            "Fewer than three learning rates were tried, and a better rate may lie outside them: "
             f"{tried}."
         )
     if at := _at_edges(gains):
@@ -487,9 +487,9 @@ def _twins(records: list[Record], arm: str) -> list[str]:
         if row.low is not None and row.high is not None and max(-row.low, row.high) < MARGIN:
             judged = f"; this is within {MARGIN} nats of 0"
         sentences.append(
-            f"The static twin of {arm}, trained with one gain for all tokens ({row.arm}), has a loss that "
-            f"differs from {arm}'s by {signed(row.value or 0.0)} nats per token ({_interval(row)} for new "
-            f"seeds and documents, {seeds(row.n)}){judged}."
+            f"The static twin of {arm} is {row.arm}, trained with one gain for all tokens. Its loss minus that of "
+            f"{arm} is {signed(row.value or 0.0)} nats per token ({_interval(row)} for new seeds and documents, "
+            f"{seeds(row.n)}){judged}."
         )
     return sentences
 
