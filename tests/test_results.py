@@ -37,19 +37,27 @@ from soluscope.results import (
     GateResult,
     Grid,
     LeftOut,
+    Located,
     Measurement,
     NoChoice,
+    Order,
     ProbeWords,
     Provenance,
     Quantity,
+    Rated,
+    Rating,
     Record,
     Registered,
+    Removal,
+    RemovalOfArm,
+    Removed,
     Setting,
     Step,
     Term,
     TokenValue,
     Untrained,
     Verdict,
+    Where,
 )
 
 SMALL = Measurement(
@@ -90,7 +98,7 @@ FULL: list[Record] = [
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
         n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", design="alpha 1", lr=0.001,
         tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
-        adds="a scale", probe="engagement", quantity="r",
+        adds="a scale", probe="engagement", quantity="r", group="log gain Q4", x=2.0,
     ),
     ChoicePoint(
         **ALL, **NUMBER, setting="lr", x=0.001, chosen_arm="solu_ln", eligible=False,
@@ -123,6 +131,19 @@ FULL: list[Record] = [
     Provenance(
         **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,
         n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
+    ),
+    Located(**ALL, against="solu_gain", where=Where.DIFFUSE, n=3, agreement=0.5, size="d_model 64"),
+    Removal(
+        **ALL, **NUMBER, **RUN, step=Removed.REFIT, before=Removed.FROZEN, against="same adaptation",
+        final_norm="frozen", untrained=True, order=Order.HOLDS,
+    ),
+    RemovalOfArm(
+        **ALL, **NUMBER, step=Removed.REFIT, before=Removed.FROZEN, against="same adaptation",
+        final_norm="frozen", untrained=True, order=Order.HOLDS,
+    ),
+    Rated(
+        **ALL, **NUMBER, term=Rating.DIFFERENCE, mode="top", stage="mid", against="solu", rater="A",
+        untrained=True,
     ),
     Registered(**ALL, sha256="0123", at="2026-11-29", departures=("seeds",)),
 ]  # fmt: skip

@@ -33,6 +33,9 @@ SIGNIFICANT = 0.05
 DIFFUSE = 4.0
 """Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
 
+HIGH_GAIN = "log gain Q4"
+"""Tokens of a `WHERE` whose log gain is in its top quarter."""
+
 DYNAMICS = "dynamics"
 """Name in the place of a probe's, of a run's numbers at the steps whose weights it kept."""
 UNPINNED = 0.5

@@ -26,6 +26,7 @@ from soluscope.comparison.stats import Floats
 from soluscope.errors import UserError
 from soluscope.results import (
     DIFFUSE,
+    HIGH_GAIN,
     MARGIN,
     SIGNIFICANT,
     Comparison,
@@ -44,7 +45,6 @@ ALL, BOS = "not BOS", "BOS"
 BY_GAIN = tuple(f"log gain Q{q}" for q in range(1, 5))
 BY_K = tuple(f"K_eff Q{q}" for q in range(1, 5))
 BY_BOTH = tuple(f"{quartile}, K_eff {half}" for quartile in BY_GAIN for half in ("lower", "upper"))
-HIGH_GAIN = BY_GAIN[-1]
 DIFFUSE_CODES = BY_BOTH[-1]
 OF_GAIN = "log gain Q4 minus Q1 to Q3, at equal loss"
 OF_CODE = "log gain Q4: K_eff upper minus lower, at equal gain and loss"

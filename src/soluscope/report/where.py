@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from soluscope.comparison.where import CONTRASTS, HIGH_GAIN
 from soluscope.report import figures
 from soluscope.report.blocks import Block, Bullets, Paragraph, Table, plot
 from soluscope.report.figures import Style
@@ -22,7 +21,7 @@ from soluscope.report.findings import (
     seeds,
     sizes,
 )
-from soluscope.results import Comparison, Located, Record, Term, Where, of_kind
+from soluscope.results import HIGH_GAIN, Located, Record, Term, Where, of_kind
 
 LEAD = (
     "Loss of the best static arm minus loss of the arm with LayerNorm, both trained, token by token. Tokens are "
@@ -83,13 +82,10 @@ def _supplied(records: Sequence[Record], each: Located) -> str:
 
 
 def _numbers(records: Sequence[Record], each: Located) -> str:
-    rows = comparisons(records, Term.WHERE, each.arm) + comparisons(
-        records, Term.CONTRAST, each.arm
-    )
-    known: dict[str, Comparison] = {row.group: row for row in rows}
-    shown = [
-        f"{name} {estimate(known[name], 4)}" for name in (HIGH_GAIN, *CONTRASTS) if name in known
-    ]
+    by_tokens = comparisons(records, Term.WHERE, each.arm)
+    rows = [row for row in by_tokens if row.group == HIGH_GAIN]
+    rows += comparisons(records, Term.CONTRAST, each.arm)
+    shown = [f"{row.group} {estimate(row, 4)}" for row in rows]
     return f" Differences in nats [95%, new seeds]: {'; '.join(shown)}." if shown else ""
 
 
