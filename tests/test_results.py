@@ -36,6 +36,7 @@ from soluscope.results import (
     GateResult,
     Grid,
     LeftOut,
+    Located,
     Measurement,
     NoChoice,
     ProbeWords,
@@ -49,6 +50,7 @@ from soluscope.results import (
     TokenValue,
     Untrained,
     Verdict,
+    Where,
 )
 
 SMALL = Measurement(
@@ -89,8 +91,9 @@ FULL: list[Record] = [
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
         n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", design="alpha 1", lr=0.001,
         tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
-        adds="a scale", probe="engagement", quantity="r",
+        adds="a scale", probe="engagement", quantity="r", group="log gain Q4", x=3.5,
     ),
+    Located(**ALL, against="solu_gain", where=Where.DIFFUSE, n=8, agreement=0.5, size="d_model 64"),
     ChoicePoint(
         **ALL, **NUMBER, setting="lr", x=0.001, chosen_arm="solu_ln", eligible=False,
         grid=Grid.LOWER_EDGE, out_scale=0.5, design="alpha 1", size="d_model 64",

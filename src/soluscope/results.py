@@ -40,6 +40,14 @@ UNPINNED = 0.5
 CROSSES = f"tokens at which the median r crosses {UNPINNED}"
 """Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
 
+HIGH_GAIN = "log gain Q4"
+"""Group of the tokens of high gain."""
+CONTRASTS = (
+    "log gain Q4 minus Q1 to Q3, at equal loss",
+    "log gain Q4: K_eff upper minus lower, at equal gain and loss",
+)
+"""Groups of the two contrasts between tokens: of the gain, and of the code at high gain."""
+
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")
 T = TypeVar("T")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from soluscope.comparison.where import CONTRASTS, HIGH_GAIN
 from soluscope.report import figures
 from soluscope.report.blocks import Block, Bullets, Paragraph, Table, plot
 from soluscope.report.figures import Style
@@ -22,7 +21,16 @@ from soluscope.report.findings import (
     seeds,
     sizes,
 )
-from soluscope.results import Comparison, Located, Record, Term, Where, of_kind
+from soluscope.results import (
+    CONTRASTS,
+    HIGH_GAIN,
+    Comparison,
+    Located,
+    Record,
+    Term,
+    Where,
+    of_kind,
+)
 
 LEAD = (
     "Loss of the best static arm minus loss of the arm with LayerNorm, both trained, token by token. Tokens are "
