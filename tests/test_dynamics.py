@@ -117,6 +117,17 @@ def test_a_step_that_was_not_kept_is_refused(trained: Path):
         suite.evaluate(trained, replace(SMALL, step=3))
 
 
+def test_names_in_done_that_are_no_steps_are_left_out(trained: Path, tmp_path: Path):
+    study = Path(shutil.copytree(trained, tmp_path / "kept"))
+    run = Run(study / "solu_ln-s0")
+    done = json.loads((run.dir / "done.json").read_text())
+    more = dict.fromkeys(
+        ["0", "12", "99", "007", "-1", "../2", "9" * 5000, "\u0663"], "no checksum"
+    )
+    (run.dir / "done.json").write_text(json.dumps(done | {"snapshots": done["snapshots"] | more}))
+    assert list(run.snapshots()) == KEPT
+
+
 @pytest.mark.parametrize("damage", ["changed", "cut", "linked", "gone"])
 def test_a_damaged_snapshot_is_refused_by_its_name(trained: Path, tmp_path: Path, damage: str):
     study = Path(shutil.copytree(trained, tmp_path / "kept"))

@@ -33,9 +33,6 @@ SIGNIFICANT = 0.05
 DIFFUSE = 4.0
 """Fewest effective neurons of a diffuse code. With fewer, one neuron has over a quarter of the code's square."""
 
-HIGH_GAIN = "log gain Q4"
-"""Tokens of a `WHERE` whose log gain is in its top quarter."""
-
 DYNAMICS = "dynamics"
 """Name in the place of a probe's, of a run's numbers at the steps whose weights it kept."""
 UNPINNED = 0.5
@@ -44,6 +41,14 @@ CROSSES = f"tokens at which the median r crosses {UNPINNED}"
 """Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
 RATINGS = "rating"
 """Folder of people's ratings in a study's folder, and name of the file of their records in it."""
+
+HIGH_GAIN = "log gain Q4"
+"""Group of the tokens of high gain."""
+CONTRASTS = (
+    "log gain Q4 minus Q1 to Q3, at equal loss",
+    "log gain Q4: K_eff upper minus lower, at equal gain and loss",
+)
+"""Groups of the two contrasts between tokens: of the gain, and of the code at high gain."""
 
 Direction = Literal["higher", "lower", "neither"]
 R = TypeVar("R", bound="Record")

@@ -25,6 +25,7 @@ from soluscope.comparison import stats
 from soluscope.comparison.stats import Floats
 from soluscope.errors import UserError
 from soluscope.results import (
+    CONTRASTS,
     DIFFUSE,
     HIGH_GAIN,
     MARGIN,
@@ -46,9 +47,7 @@ BY_GAIN = tuple(f"log gain Q{q}" for q in range(1, 5))
 BY_K = tuple(f"K_eff Q{q}" for q in range(1, 5))
 BY_BOTH = tuple(f"{quartile}, K_eff {half}" for quartile in BY_GAIN for half in ("lower", "upper"))
 DIFFUSE_CODES = BY_BOTH[-1]
-OF_GAIN = "log gain Q4 minus Q1 to Q3, at equal loss"
-OF_CODE = "log gain Q4: K_eff upper minus lower, at equal gain and loss"
-CONTRASTS = (OF_GAIN, OF_CODE)
+OF_GAIN, OF_CODE = CONTRASTS
 PLACE = ["document", "pos", "token"]
 """Columns that identify a token."""
 N_BINS = 8

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 DIVERGED = "diverged"
 """Kind of a failure in failed.json: the loss diverged, so another try would end in the same way."""
+MOST_DIGITS = 12
+"""Digits of a step from which a name in done.json is none."""
 LOCK_PATIENCE_S = 1.0
 """Seconds for which `lock` tries, because a process that only tests the lock holds it for an instant."""
 HOLDER = ".held_by.json"
@@ -159,10 +161,18 @@ class Run:
         return self.dir / "snapshots" / f"{step}.safetensors"
 
     def snapshots(self) -> dict[int, str]:
-        """Return the checksums of a finished run's snapshots by their steps, in order."""
+        """Return the checksums of a finished run's snapshots by their steps, in order.
+
+        Names in done.json that are no steps before the last one are left out.
+        """
         done = self.done()
         kept = {} if done is None else done.get("snapshots", {})
-        return {int(step): kept[step] for step in sorted(filter(str.isdecimal, kept), key=int)}
+        steps = sorted(int(name) for name in kept if name.isdecimal() and len(name) < MOST_DIGITS)
+        return {
+            step: kept[str(step)]
+            for step in steps
+            if str(step) in kept and 0 < step < self.facts.steps
+        }
 
     def load_model(self, step: int | None = None) -> LanguageModel:
         """Return the trained model of a finished run, or the model after `step` steps of its training.
