@@ -13,7 +13,16 @@ from itertools import chain, count
 from typing import Any
 
 from soluscope.report.findings import at_best_rate, settings
-from soluscope.results import ChoicePoint, Comparison, NoChoice, Record, Records, Setting, Step
+from soluscope.results import (
+    ChoicePoint,
+    Comparison,
+    NoChoice,
+    OfRemoval,
+    Record,
+    Records,
+    Setting,
+    Step,
+)
 
 KINDS = {"static": ", static gain", "per_token": ", live"}
 """Kinds of gain by role, as they follow a label."""
@@ -70,6 +79,8 @@ def _named(record: Record, of_arm: Mapping[str, str], of_variant: Mapping[str, s
     if isinstance(record, Comparison):
         changed["against"], changed["tuned_arm"] = arm(record.against), arm(record.tuned_arm)
         changed["step"] = tuple(map(variant, record.step))
+    elif isinstance(record, OfRemoval):
+        changed["against"] = arm(record.against)
     elif isinstance(record, ChoicePoint):
         changed["chosen_arm"] = arm(record.chosen_arm)
     elif isinstance(record, NoChoice):
