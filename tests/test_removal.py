@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _records import number
 from conftest import tiny_config, train_silently
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
@@ -262,6 +263,27 @@ def test_steps_in_the_wrong_order_are_flagged_on_the_page():
     assert len(section.warnings(rows)) == 2
     assert "by 0.1000" in section.warnings(rows)[0]
     assert not section.warnings(of_run(tables(), BASE, 200, 0))
+
+
+def test_no_sentence_says_that_one_gain_is_enough_where_ln_final_rescales_each_token():
+    arm = {"arm": "a", "run": "r"}
+    small, large = (
+        [number("scale_freeze", "|o| / |r0|", size, statistic="median", **arm)]
+        for size in (1.0, 20.0)
+    )
+    enough = "One gain is enough here"
+    for shift, size, wanted in (
+        (-0.07, small, enough),
+        (-0.07, large, "this does not show that one gain is enough"),
+        (-0.07, [], "only if ln_final does not rescale each token"),
+        (0.0, small, "worth more than the margin"),
+    ):
+        given = tables()
+        tuned = given["fine_tuned-700-0.3"]
+        given["fine_tuned-700-0.3"] = tuned.assign(**{"one gain": tuned["one gain"] + shift})
+        (sentence,) = section.sentences([*of_run(given, BASE, 200, 0), *size])
+        assert wanted in sentence
+        assert (enough in sentence) == (wanted == enough)
 
 
 def test_an_arm_has_the_mean_over_its_seeds_and_an_interval_for_new_seeds():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from soluscope.report.blocks import Block, Bullets, Cell, Paragraph, Table
-from soluscope.report.findings import estimate, seeds
+from soluscope.report.findings import SCALED_SIZE, estimate, measured, rescaled, seeds
 from soluscope.results import (
     MARGIN,
     OfRemoval,
@@ -32,9 +32,9 @@ LEAD = (
     "weights, so its number is at most the earlier one's if both fits found their optimum. A refit and "
     "further training also improve the model in other ways. So another column subtracts the loss of the same "
     "model with its per-token gain kept and the same adaptation: the difference is the worth of the per-token "
-    "gain. A number near 0 there shows that one gain is enough for this trained model. A number above 0 after "
-    "a refit does not show that a per-token gain is needed, because the weights before the readout are not "
-    "trained again."
+    "gain. A number near 0 there shows that one gain is enough for this trained model, unless ln_final "
+    "rescales each token anyway (|o| / |r0| above 5, see P4). A number above 0 after a refit does not show "
+    "that a per-token gain is needed, because the weights before the readout are not trained again."
 )
 FINAL = {
     "live": "ln_final live: it rescales each token separately, whatever the mid norm does.",
@@ -91,24 +91,34 @@ def sentences(records: Sequence[Record]) -> list[str]:
         last = first
         for row in rows:
             if (row.arm, row.final_norm, row.against) == (arm, "live", "same adaptation"):
-                after = f"after {row.n_tuned:,} tokens of further training of both" * bool(
-                    row.n_tuned
-                )
-                text += f"; {after or 'between two refitted readouts'} the difference is {estimate(row, 4)}"
+                text += f"; {_adapted(row)} the difference is {estimate(row, 4)}"
                 last = row
-        result.append(f"{text}. {_verdict(last)}")
+        result.append(f"{text}. {_verdict(last, records)}")
     return result
 
 
-def _verdict(row: OfRemoval) -> str:
-    """Return what a number says about the per-token gain, from its interval and the margin."""
+def _verdict(row: OfRemoval, records: Sequence[Record]) -> str:
+    """Return the meaning of a number for the per-token gain, from its interval, the margin and the MLP's size."""
     if row.low is None or row.high is None:
         return "Without an interval this settles nothing."
-    if row.high < MARGIN:
-        return f"One gain is enough here, to within {MARGIN} nats."
     if row.low > MARGIN:
-        return "At this step the per-token gain is worth more than the margin; further training may make up for it."
-    return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
+        return "The per-token gain is worth more than the margin here; more further training may make up for it."
+    if row.high >= MARGIN:
+        return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
+    if rescaled(records, row.arm):
+        return "ln_final rescales each token anyway, so this does not show that one gain is enough."
+    if not measured(records, "scale_freeze", SCALED_SIZE, row.arm, "median"):
+        return (
+            f"This is below the margin of {MARGIN} nats. It shows that one gain is enough "
+            "only if ln_final does not rescale each token anyway, which the probe scale_freeze measures."
+        )
+    return f"One gain is enough here, to within {MARGIN} nats."
+
+
+def _adapted(row: OfRemoval) -> str:
+    if row.n_tuned:
+        return f"after {row.n_tuned:,} tokens of further training of both"
+    return "between two refitted readouts"
 
 
 def _basis(row: OfRemoval) -> str:
