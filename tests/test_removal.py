@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _records import number
 from conftest import tiny_config, train_silently
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax
@@ -225,11 +226,13 @@ def table(one: np.ndarray, own: np.ndarray | None = None) -> pd.DataFrame:
     return pd.DataFrame({"document": document} | columns)
 
 
-def tables(shift: float = 0.0, refit_cost: float = 0.1) -> dict[Removed, pd.DataFrame]:
+def tables(shift: float = 0.0, refit_cost: float = 0.1) -> dict[str, pd.DataFrame]:
     noise = np.random.default_rng(0).normal(size=80) / 100
+    tuned = table(0.05 + noise, noise - 0.02)[["document", "one gain", "own gains"]]
     return {
-        Removed.FROZEN: table(0.2 + shift + noise),
-        Removed.REFIT: table(refit_cost + shift + noise, noise),
+        "frozen": table(0.2 + shift + noise),
+        "refit": table(refit_cost + shift + noise, noise),
+        "fine_tuned-700-0.3": tuned.assign(**{"from the start: static": noise + 0.01}),
     }
 
 
@@ -239,7 +242,7 @@ def test_the_numbers_of_a_run_are_means_of_its_tables():
         for row in of_run(tables(), BASE, 200, 0)
         if row.final_norm == "live"
     }
-    mean = tables()[Removed.FROZEN]["one gain"].mean()
+    mean = tables()["frozen"]["one gain"].mean()
     assert rows[Removed.FROZEN, None, "as trained"].value == pytest.approx(mean)
     assert rows[Removed.REFIT, None, "as trained"].value == pytest.approx(mean - 0.1)
     same = rows[Removed.REFIT, None, "same adaptation"]
@@ -247,21 +250,46 @@ def test_the_numbers_of_a_run_are_means_of_its_tables():
     fall = rows[Removed.REFIT, Removed.FROZEN, "as trained"]
     assert (fall.value, fall.order) == (pytest.approx(0.1), Order.HOLDS)
     assert (fall.n, fall.n_clusters, fall.cluster) == (80, 40, "document")
+    fall = rows[Removed.FINE_TUNED, Removed.REFIT, "as trained"]
+    assert (fall.value, fall.order, fall.n_tuned) == (pytest.approx(0.05), Order.HOLDS, 700)
+    assert rows[Removed.FINE_TUNED, None, "same adaptation"].value == pytest.approx(0.07)
+    assert rows[Removed.FINE_TUNED, None, "static"].value == pytest.approx(0.04)
 
 
 def test_steps_in_the_wrong_order_are_flagged_on_the_page():
     rows = of_run(tables(refit_cost=0.3), BASE, 200, 0)
-    orders = {row.order for row in rows if row.before}
+    orders = {row.order for row in rows if row.before is Removed.FROZEN}
     assert orders == {Order.VIOLATED}
     assert len(section.warnings(rows)) == 2
     assert "by 0.1000" in section.warnings(rows)[0]
     assert not section.warnings(of_run(tables(), BASE, 200, 0))
 
 
+def test_no_sentence_says_that_one_gain_is_enough_where_ln_final_rescales_each_token():
+    arm = {"arm": "a", "run": "r"}
+    small, large = (
+        [number("scale_freeze", "|o| / |r0|", size, statistic="median", **arm)]
+        for size in (1.0, 20.0)
+    )
+    enough = "One gain is enough here"
+    for shift, size, wanted in (
+        (-0.07, small, enough),
+        (-0.07, large, "this does not show that one gain is enough"),
+        (-0.07, [], "only if ln_final does not rescale each token"),
+        (0.0, small, "worth more than the margin"),
+    ):
+        given = tables()
+        tuned = given["fine_tuned-700-0.3"]
+        given["fine_tuned-700-0.3"] = tuned.assign(**{"one gain": tuned["one gain"] + shift})
+        (sentence,) = section.sentences([*of_run(given, BASE, 200, 0), *size])
+        assert wanted in sentence
+        assert (enough in sentence) == (wanted == enough)
+
+
 def test_an_arm_has_the_mean_over_its_seeds_and_an_interval_for_new_seeds():
     base = RemovalOfArm(study="s", arm="a", value=None, unit="nats / token", step=Removed.FROZEN)
     first = next(iter(of_arm([tables(), tables(shift=0.02)], base)))
-    mean = tables()[Removed.FROZEN]["one gain"].mean()
+    mean = tables()["frozen"]["one gain"].mean()
     assert first.value == pytest.approx(mean + 0.01)
     assert (first.n, first.cluster) == (2, "seed")
     assert first.high - first.value > 0.01 * 12  # Student's t with one degree of freedom
@@ -270,20 +298,17 @@ def test_an_arm_has_the_mean_over_its_seeds_and_an_interval_for_new_seeds():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """Return a study of one run with a per-token gain and one without, whose gain was removed."""
+    """Return a study of a run with a per-token gain, its twin and plain SoLU, after the removal of the gain."""
     runs_dir = tmp_path_factory.mktemp("removal")
-    for variant in ("solu_ln", "solu"):
-        config = (
-            tiny_config(runs_dir, f"variant={variant}", "study=s", "mid.kappa=4e-5")
-            if (variant == "solu_ln")
-            else tiny_config(runs_dir, f"variant={variant}", "study=s")
-        )
+    for variant in ("solu_ln", "solu_frozen_ln", "solu"):
+        kappa = [] if variant == "solu" else ["mid.kappa=4e-5"]
+        config = tiny_config(runs_dir, f"variant={variant}", "study=s", *kappa)
         train_silently(config)
     remove(runs_dir / "s", CONFIG, lambda text: None)
     return runs_dir / "s"
 
 
-CONFIG = RemoveConfig(n_tokens=2000, n_fit_tokens=2000, n_draws=100)
+CONFIG = RemoveConfig(n_tokens=2000, n_fit_tokens=1500, n_draws=100, fine_tune_tokens=2 * 8 * 32)
 
 
 def test_the_command_writes_records_that_the_report_shows(study):
@@ -292,11 +317,15 @@ def test_the_command_writes_records_that_the_report_shows(study):
     records = results.read(study / "results.jsonl")
     found = of_kind(records, Removal)
     assert {row.run for row in found} == {"solu_ln-s0"}
-    assert {(row.step, row.final_norm) for row in found} == {
-        (step, norm) for step in Removed for norm in ("live", "frozen")
+    both = {(step, norm) for step in (Removed.FROZEN, Removed.REFIT) for norm in ("live", "frozen")}
+    assert {(row.step, row.final_norm) for row in found} == {*both, (Removed.FINE_TUNED, "live")}
+    assert {row.against for row in found if row.step is Removed.FINE_TUNED} == {
+        "as trained",
+        "same adaptation",
+        "solu_frozen_ln",
     }
     assert {row.step for row in found if row.untrained} == {Removed.FROZEN}
-    frozen_rows = tables_in(study / "solu_ln-s0" / "removal")[Removed.FROZEN]
+    frozen_rows = tables_in(study / "solu_ln-s0" / "removal")["frozen"]
     (live,) = (
         row
         for row in found
@@ -322,6 +351,38 @@ def test_a_removal_is_resumed_and_gives_the_same_numbers(study, tmp_path):
     remove(copy, CONFIG, told.append)
     assert told == ["[1/1] solu_ln-s0: done already"]
     assert (copy / "results.jsonl").read_text() == (study / "results.jsonl").read_text()
+
+
+def test_further_training_begins_at_the_model_with_one_gain_and_its_loss_is_that_of_the_trained_run(
+    study,
+):
+    """The reference is the model of the training code on the same rows, without hooks and closed forms."""
+    from soluscope.data.cache import of_study
+    from soluscope.data.streams import from_cache
+    from soluscope.removal.fine_tune import configurations
+    from soluscope.runs.folder import Run
+    from soluscope.training.module import TrainingModule
+
+    run, cache = Run(study / "solu_ln-s0"), of_study(study)
+    tables = tables_in(run.dir / "removal")
+    tuned = next(path for path in study.with_name("s-removed").glob("solu_frozen_ln-*"))
+    rows = from_cache(cache, "report", 32, 2000, "natural").tokens
+    gain = Run(tuned).config.mid.gain
+
+    @torch.no_grad()
+    def mean_loss(model) -> float:
+        losses = model.loss(rows, cache.meta["bos"], reduction="none")[:, 1:]
+        return float(losses[rows[:, 2:] != cache.meta["bos"]].double().mean())
+
+    one, kept = configurations(run, gain, 2, 0.3)
+    trained = mean_loss(run.load_model())
+    before = mean_loss(TrainingModule(one, cache).model)
+    assert before - trained == pytest.approx(tables["frozen"]["one gain"].mean(), abs=1e-5)
+    assert mean_loss(TrainingModule(kept, cache).model) == trained
+    after = mean_loss(Run(tuned).load_model())
+    assert Run(tuned).facts.init_from.run == "s/solu_ln-s0"
+    (name,) = (name for name in tables if name.startswith("fine_tuned"))
+    assert after - trained == pytest.approx(tables[name]["one gain"].mean(), abs=1e-5)
 
 
 def test_a_study_without_a_per_token_gain_is_refused(study, tmp_path):

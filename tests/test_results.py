@@ -146,6 +146,14 @@ FULL: list[Record] = [
         untrained=True,
     ),
     Registered(**ALL, sha256="0123", at="2026-11-29", departures=("seeds",)),
+    Removal(
+        **ALL, **NUMBER, **RUN, step=Removed.REFIT, before=Removed.FROZEN, against="same adaptation", n_tuned=700,
+        final_norm="frozen", untrained=True, order=Order.HOLDS,
+    ),
+    RemovalOfArm(
+        **ALL, **NUMBER, step=Removed.FINE_TUNED, before=Removed.REFIT, against="solu_frozen_ln", n_tuned=700,
+        final_norm="frozen", untrained=True, order=Order.VIOLATED,
+    ),
 ]  # fmt: skip
 """One record of each kind, with no field left at its default."""
 

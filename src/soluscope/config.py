@@ -456,6 +456,11 @@ class RemoveConfig:
     n_fit_tokens: int = 20_000
     """Approximate number of tokens of the select split on which the gain and the readout are fitted. A quarter of
     its documents chooses the penalty of the refit."""
+    fine_tune_tokens: int | None = None
+    """Tokens of the further training with one gain, and of the same training with the per-token gain kept. null: a
+    tenth of the run's own. 0: no further training."""
+    lr_share: float = 0.3
+    """Peak learning rate of the further training, as a share of the run's."""
     n_draws: int = 2000
     """Bootstrap resamples for each interval."""
     seed: int = 0
@@ -469,6 +474,11 @@ class RemoveConfig:
 
     def __post_init__(self) -> None:
         check(self.n_fit_tokens >= 100, f"n_fit_tokens={self.n_fit_tokens} must be 100 or more")
+        check(
+            self.fine_tune_tokens is None or self.fine_tune_tokens >= 0,
+            f"fine_tune_tokens={self.fine_tune_tokens} must be 0 or more",
+        )
+        check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)
 
     @property

@@ -123,6 +123,8 @@ class Removed(StrEnum):
     """All tokens have the one gain that is best for the loss; nothing else changes."""
     REFIT = "Phi_ro"
     """The same, and the readout after the gain is fitted again."""
+    FINE_TUNED = "Phi_ft"
+    """One gain for all tokens, and all weights are trained further."""
 
 
 class Order(StrEnum):
@@ -397,9 +399,12 @@ class OfRemoval(Number):
     step: Removed
     before: Removed | None = None
     """Earlier step. With it, the value is the number of that step minus that of `step`."""
-    against: Literal["as trained", "same adaptation"] = "as trained"
-    """The model whose loss is subtracted: the trained model, or the trained model with its per-token gain after the
-    same adaptation (a readout that is fitted again)."""
+    against: str = "as trained"
+    """The model whose loss is subtracted. `as trained`: the trained model. `same adaptation`: the model with its
+    per-token gain after the same adaptation (a refit, or further training). Otherwise an arm with one gain from the
+    start of its training."""
+    n_tuned: Whole = 0
+    """Number of tokens of the further training, for `FINE_TUNED`."""
     final_norm: Literal["live", "frozen"] = "live"
     """Treatment of ln_final: `frozen` holds its scale at the value in the trained model."""
     untrained: bool = False

@@ -4,8 +4,8 @@
     soluscope remove runs/demo/solu_ln-s0 n_fit_tokens=50000
 
 Arguments are a folder, settings as key=value, and YAML files of settings. The steps are: one gain for all tokens
-(Phi_inf), and a readout that is fitted again (Phi_ro). The same command resumes an interrupted removal. The report
-shows the results in its own section.
+(Phi_inf), a readout that is fitted again (Phi_ro), and further training (Phi_ft). The same command resumes an
+interrupted removal. The report shows the results in a separate section.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from soluscope.evaluation.stored import read_stored
-from soluscope.removal.numbers import NAMES, of_arm
+from soluscope.removal.numbers import in_order, of_arm
 from soluscope.results import Record, RemovalOfArm, Removed
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import commit
@@ -18,10 +18,10 @@ UNTRAINED = "untrained"
 """Name of the files with the first step in the run's own initialisation."""
 
 
-def tables_in(folder: Path, n_steps: int = len(NAMES)) -> dict[Removed, pd.DataFrame]:
-    """Return the stored tables of the first `n_steps` steps."""
-    names = {step: folder / f"{name}.parquet" for step, name in [*NAMES.items()][:n_steps]}
-    return {step: pd.read_parquet(path) for step, path in names.items() if path.is_file()}
+def tables_in(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the stored tables of the trained model by the names of their results, in the order of the steps."""
+    names = [path.stem for path in folder.glob("*.jsonl") if path.stem != UNTRAINED]
+    return {name: pd.read_parquet(folder / f"{name}.parquet") for name in in_order(names)}
 
 
 def of_study(runs: Sequence[Run]) -> list[Record]:

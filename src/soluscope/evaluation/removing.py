@@ -2,6 +2,7 @@
 
 runs/<study>/<run>/removal/<step>.parquet   losses minus the loss as trained, one row per token
 runs/<study>/<run>/removal/<step>.jsonl     the numbers of the step; written last
+runs/<study>-removed/                       the models that are trained further, as runs of another study
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ from soluscope.evaluation.stored import current, is_measured, rests_on, store
 from soluscope.evaluation.suite import finished_runs, select_seeds, write_results
 from soluscope.evaluation.summaries import about_run
 from soluscope.files import digest
+from soluscope.hooked.ablation import best_gain
 from soluscope.hooked.activations import HookedRun, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
-from soluscope.removal.losses import Losses, frozen, refitted
-from soluscope.removal.numbers import NAMES, of_run
+from soluscope.removal.fine_tune import configurations, steps_for, with_one_gain
+from soluscope.removal.losses import Losses, fine_tuned, frozen, refitted
+from soluscope.removal.numbers import STEPS, name_of_tuning, of_run, step_of
 from soluscope.results import Removal, Removed
 from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import code_hash
 from soluscope.terminal import answer
+from soluscope.training.run import train
 
 
 def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
@@ -96,18 +100,19 @@ def _removable(folder: Path, say: Say) -> list[Run]:
 
 def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     """Compute the steps that a run's folder lacks."""
-    code = code_hash("removal/", "evaluation/removing.py")
+    code = code_hash("removal/", "training/", "model.py", "evaluation/removing.py")
     shared = digest([rests_on(run, config.evaluation), config.n_fit_tokens, code])
     with current(run.dir / FOLDER, shared, say) as folder:
-        waiting = [name for name in _names(run) if not is_measured(folder, run, name, say)]
+        texts = _Texts(run, config)
+        results = texts.results()
+        waiting = [name for name in results if not is_measured(folder, run, name, say)]
         if not waiting:
             say("done already")
-            return
-        texts = _Texts(run, config)
         base = Removal(**about_run(run.facts), value=None, unit="nats / token", step=Removed.FROZEN)
         for name in waiting:
-            say(f"{name} ({_RESULTS[name][1]})")
-            losses = _RESULTS[name][0](texts)
+            told, compute = results[name]
+            say(f"{name} ({told})")
+            losses = compute()
             losses.table.to_parquet(folder / f"{name}.parquet")
             store(folder, name, _records(folder, name, losses, base, config))
 
@@ -115,22 +120,21 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
 def _records(
     folder: Path, name: str, losses: Losses, base: Removal, config: RemoveConfig
 ) -> Sequence[Removal]:
-    """Return the numbers of the step `name`, whose table and earlier tables lie in `folder`."""
+    """Return the numbers of the result `name`; earlier tables lie in `folder`."""
+    tables = {each: table for each, table in tables_in(folder).items() if each in STEPS}
     if name == UNTRAINED:
-        tables = {Removed.FROZEN: losses.table}
-    else:
-        tables = tables_in(folder, 1 + [*NAMES.values()].index(name))
-    last = [*tables][-1]
-    rows = of_run(tables, replace(base, untrained=name == UNTRAINED), config.n_draws, config.seed)
+        tables, base = {}, replace(base, untrained=True)
+    tables["frozen" if name == UNTRAINED else name] = losses.table
+    step, n_tuned = step_of([*tables][-1])
     return [
         replace(row, note=losses.notes[row.final_norm] if row.before is None else "")
-        for row in rows
-        if row.step == last
+        for row in of_run(tables, base, config.n_draws, config.seed)
+        if (row.step, row.n_tuned) == (step, n_tuned)
     ]
 
 
 class _Texts:
-    """The activations of a run's model on the report split and on the select split, each computed once."""
+    """A run's model on the report split and on the select split, and its results on them."""
 
     def __init__(self, run: Run, config: RemoveConfig) -> None:
         self.run, self.config = run, config
@@ -141,31 +145,64 @@ class _Texts:
     def trained(self) -> tuple[HookedRun, HookedRun]:
         """Return the trained model's activations on the report split and on the select split."""
         if self._trained is None:
-            self._trained = self._of(load_run(self.run, self.device))
+            model = load_run(self.run, self.device)
+            self._trained = self._on_report(model), self._on_select(model)
         return self._trained
 
-    def untrained(self) -> tuple[HookedRun, HookedRun]:
-        """Return the same of the run's own initialisation."""
+    def results(self) -> dict[str, tuple[str, Callable[[], Losses]]]:
+        """Return the results of the run by name, in their order: a remark, and the function that computes each.
+
+        A run that began with another run's weights has no initialisation.
+        """
+        frozen_step, refit_step = STEPS
+        found: dict[str, tuple[str, Callable[[], Losses]]] = {
+            frozen_step: ("one gain for all tokens", lambda: frozen(*self.trained())),
+            refit_step: ("the readout is fitted again", lambda: refitted(*self.trained())),
+        }
+        if self.run.config.init_dir is None:
+            found[UNTRAINED] = (
+                "one gain in its initialisation",
+                lambda: frozen(*self._untrained()),
+            )
+        if self.run.facts.twin and self.steps:
+            n_tokens = self.steps * self.run.config.train.batch_size * self.run.facts.ctx
+            name = name_of_tuning(n_tokens, self.config.lr_share)
+            found[name] = ("two models are trained further", self._fine_tuned)
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the further training; 0 for none."""
+        n_tokens = self.config.fine_tune_tokens
+        return 0 if n_tokens == 0 else steps_for(self.run, n_tokens)
+
+    def _untrained(self) -> tuple[HookedRun, HookedRun]:
         model = load_untrained(self.run, self.device)
         assert model is not None
-        return self._of(model)
+        return self._on_report(model), self._on_select(model)
 
-    def _of(self, model: SoluscopeTransformer) -> tuple[HookedRun, HookedRun]:
-        ctx, c = self.run.facts.ctx, self.config
-        width = min(ctx, max(streams.FEWEST_TOKENS, c.n_tokens // streams.N_ROWS))
-        report = streams.from_cache(self.cache, "report", width, c.n_tokens, "natural")
-        choosing = streams.from_cache(self.cache, "select", ctx, c.n_fit_tokens, "select")
-        return observe(model, report), observe(model, choosing)
+    def _fine_tuned(self) -> Losses:
+        """Return the losses after further training with one gain, and with the per-token gain kept."""
+        report, choosing = self.trained()
+        gain = float(
+            f"{best_gain(choosing):.6g}"
+        )  # the same setting when a killed training is resumed
+        one, own = (
+            self._on_report(load_run(Run(train(config)), self.device))
+            for config in configurations(self.run, gain, self.steps, self.config.lr_share)
+        )
+        from_start = {
+            run.facts.arm: self._on_report(load_run(run, self.device))
+            for run in with_one_gain(self.run, finished_runs(self.run.dir.parent))
+        }
+        note = f"one gain of {gain:g}; peak rate {self.config.lr_share:g} of the run's"
+        return Losses(fine_tuned(report, one, own, from_start), {"live": note})
 
+    def _on_report(self, model: SoluscopeTransformer) -> HookedRun:
+        n_tokens = self.config.n_tokens
+        width = min(self.run.facts.ctx, max(streams.FEWEST_TOKENS, n_tokens // streams.N_ROWS))
+        return observe(model, streams.from_cache(self.cache, "report", width, n_tokens, "natural"))
 
-_RESULTS: dict[str, tuple[Callable[[_Texts], Losses], str]] = {
-    NAMES[Removed.FROZEN]: (lambda texts: frozen(*texts.trained()), "one gain for all tokens"),
-    NAMES[Removed.REFIT]: (lambda texts: refitted(*texts.trained()), "the readout is fitted again"),
-    UNTRAINED: (lambda texts: frozen(*texts.untrained()), "one gain in its initialisation"),
-}
-"""Results of a run by the names of their files, in the order in which they are made."""
-
-
-def _names(run: Run) -> list[str]:
-    """Return the names of a run's results. A run that began with another run's weights has no initialisation."""
-    return [name for name in _RESULTS if name != UNTRAINED or run.config.init_dir is None]
+    def _on_select(self, model: SoluscopeTransformer) -> HookedRun:
+        ctx, n_tokens = self.run.facts.ctx, self.config.n_fit_tokens
+        return observe(model, streams.from_cache(self.cache, "select", ctx, n_tokens, "select"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 ONE_GAIN, OWN_GAINS = "one gain", "own gains"
 """Columns of a table of losses: one gain for all tokens, and per-token gains after the same adaptation."""
+FROM_START = "from the start: "
+"""Beginning of the names of columns of arms that had one gain from the start of their training."""
 N_PARTS = 4
 """One of this many documents chooses the penalty of the refit; the other documents are fitted."""
 
@@ -60,6 +63,26 @@ def refitted(report: HookedRun, choosing: HookedRun) -> Losses:
             told.append(f"{name}: {_about(found)}")
         notes[final_norm] = "; ".join(told)
     return Losses(_table(report, columns), notes)
+
+
+def fine_tuned(
+    report: HookedRun, one: HookedRun, own: HookedRun, from_start: Mapping[str, HookedRun]
+) -> pd.DataFrame:
+    """Return the losses after further training, with ln_final live.
+
+    Args:
+        report: activations of the model as trained, on the report split.
+        one: activations of the model that was trained further with one gain, on the same text.
+        own: activations of the model that was trained further with its per-token gain.
+        from_start: activations of arms that had one gain from the start, by the arm's name.
+    """
+    models = {ONE_GAIN: one, OWN_GAINS: own} | {
+        f"{FROM_START}{arm}": run for arm, run in from_start.items()
+    }
+    trained = report.loss[report.scored].double()
+    return _table(
+        report, {name: run.loss[run.scored].double() - trained for name, run in models.items()}
+    )
 
 
 def _about(found: Refit) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -12,13 +12,33 @@ from numpy.typing import NDArray
 
 from soluscope.comparison.stats import Interval, cluster_bootstrap, seeds_and_documents
 from soluscope.hooked.ablation import FINAL_NORMS
-from soluscope.removal.losses import ONE_GAIN, OWN_GAINS
+from soluscope.removal.losses import FROM_START, ONE_GAIN, OWN_GAINS
 from soluscope.results import OfRemoval, Order, Removal, RemovalOfArm, Removed
 
 T = TypeVar("T", bound=OfRemoval)
 
-NAMES = {Removed.FROZEN: "frozen", Removed.REFIT: "refit"}
-"""Name of each step's files in a run's folder of results, in the order of the steps."""
+STEPS = {"frozen": Removed.FROZEN, "refit": Removed.REFIT}
+"""The first steps by the names of their files in a run's folder of results, in their order."""
+TUNED = "fine_tuned"
+"""Beginning of the names of files with further training; the number of tokens and the rate's share follow."""
+
+
+def name_of_tuning(n_tokens: int, lr_share: float) -> str:
+    """Return the name of the files with further training."""
+    return f"{TUNED}-{n_tokens}-{lr_share:g}"
+
+
+def step_of(name: str) -> tuple[Removed, int]:
+    """Return the step whose results have this name, and the number of tokens of its further training."""
+    if name in STEPS:
+        return STEPS[name], 0
+    return Removed.FINE_TUNED, int(name.split("-")[1])
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of results in the order of their steps, and by the number of tokens of further training."""
+    steps = [*Removed]
+    return sorted(names, key=lambda name: (steps.index(step_of(name)[0]), step_of(name)[1], name))
 
 
 @dataclass(frozen=True)
@@ -28,32 +48,43 @@ class Line:
     step: Removed
     final_norm: Literal["live", "frozen"]
     values: NDArray[np.float64]
+    n_tuned: int = 0
     before: Removed | None = None
-    against: Literal["as trained", "same adaptation"] = "as trained"
+    against: str = "as trained"
 
 
-def lines(tables: Mapping[Removed, pd.DataFrame]) -> Iterator[Line]:
-    """Yield the numbers of the steps whose tables are given."""
+def lines(tables: Mapping[str, pd.DataFrame]) -> Iterator[Line]:
+    """Yield the numbers of the steps whose tables are given by name, in their order."""
     for final_norm, how in FINAL_NORMS.items():
         earlier: tuple[Removed, NDArray[np.float64]] | None = None
-        for step, table in tables.items():
+        for name, table in tables.items():
+            if (
+                f"{ONE_GAIN}{how}" not in table
+            ):  # further training changes ln_final, so its scale is not held
+                continue
+            step, n_tuned = step_of(name)
             one = table[f"{ONE_GAIN}{how}"].to_numpy()
-            yield Line(step, final_norm, one)
+            line = Line(step, final_norm, one, n_tuned)
+            yield line
             if f"{OWN_GAINS}{how}" in table:
                 kept = table[f"{OWN_GAINS}{how}"].to_numpy()
-                yield Line(step, final_norm, one - kept, against="same adaptation")
+                yield replace(line, values=one - kept, against="same adaptation")
+            for column in table.columns[table.columns.str.startswith(FROM_START)]:
+                other = table[column].to_numpy()
+                yield replace(line, values=one - other, against=column.removeprefix(FROM_START))
             if earlier:
-                yield Line(step, final_norm, earlier[1] - one, before=earlier[0])
-            earlier = step, one
+                yield replace(line, values=earlier[1] - one, before=earlier[0])
+            if step is not Removed.FINE_TUNED:
+                earlier = step, one
 
 
 def of_run(
-    tables: Mapping[Removed, pd.DataFrame], base: Removal, n_draws: int, seed: int
+    tables: Mapping[str, pd.DataFrame], base: Removal, n_draws: int, seed: int
 ) -> list[Removal]:
     """Return the numbers of one run, with intervals from resampling its documents.
 
     Args:
-        tables: a table of losses for each step.
+        tables: tables of losses by the names of their results, in the order of `in_order`.
         base: fields that all records share.
         n_draws: number of resamples.
         seed: seed of the resampling.
@@ -64,21 +95,21 @@ def of_run(
         found = cluster_bootstrap(line.values, documents, n_draws=n_draws, seed=seed)
         row = replace(
             base, step=line.step, before=line.before, against=line.against,
-            final_norm=line.final_norm, cluster="document", n_effective=found.n_effective,
+            final_norm=line.final_norm, n_tuned=line.n_tuned, cluster="document", n_effective=found.n_effective,
         )  # fmt: skip
         result.append(_filled(row, found))
     return result
 
 
 def of_arm(
-    seeds: Sequence[Mapping[Removed, pd.DataFrame]], base: RemovalOfArm
+    seeds: Sequence[Mapping[str, pd.DataFrame]], base: RemovalOfArm
 ) -> Iterator[RemovalOfArm]:
     """Yield the means over the seeds of an arm, with intervals for new seeds and documents.
 
     Numbers of steps that a seed lacks are left out, and so is everything if the seeds have different documents.
     """
-    shared = [step for step in NAMES if all(step in tables for tables in seeds)]
-    tables = [{step: each[step] for step in shared} for each in seeds]
+    shared = in_order(name for name in seeds[0] if all(name in tables for tables in seeds))
+    tables = [{name: each[name] for name in shared} for each in seeds]
     owners = [next(iter(each.values()))["document"].to_numpy() for each in tables if each]
     if len(owners) < 2 or any(not np.array_equal(owners[0], other) for other in owners[1:]):
         return
@@ -89,7 +120,7 @@ def of_arm(
         found, line = seeds_and_documents(sums, counts), of_seeds[0]
         row = replace(
             base, step=line.step, before=line.before, against=line.against,
-            final_norm=line.final_norm, cluster="seed",
+            final_norm=line.final_norm, n_tuned=line.n_tuned, cluster="seed",
         )  # fmt: skip
         yield _filled(row, found)
 

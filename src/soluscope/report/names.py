@@ -18,6 +18,7 @@ from soluscope.results import (
     Comparison,
     Located,
     NoChoice,
+    OfRemoval,
     Record,
     Records,
     Setting,
@@ -109,7 +110,7 @@ def _named(
         changed["against"], changed["tuned_arm"] = arm(record.against), arm(record.tuned_arm)
         changed["step"] = tuple(map(variant, record.step))
         changed["note"], changed["choice"] = in_text(record.note), in_text(record.choice)
-    elif isinstance(record, Located):
+    elif isinstance(record, Located | OfRemoval):
         changed["against"] = arm(record.against)
     elif isinstance(record, ChoicePoint):
         changed["chosen_arm"], changed["note"] = arm(record.chosen_arm), in_text(record.note)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from soluscope.report.blocks import Block, Bullets, Cell, Paragraph, Table
-from soluscope.report.findings import estimate, seeds
+from soluscope.report.findings import SCALED_SIZE, estimate, measured, rescaled, seeds
 from soluscope.results import (
     MARGIN,
     OfRemoval,
@@ -24,15 +24,17 @@ from soluscope.results import (
 MEANINGS = {
     Removed.FROZEN: "one gain for all tokens, the best one on the select split; nothing else changes",
     Removed.REFIT: "the same, and W_out, b_out, gamma and beta are fitted again on the select split",
+    Removed.FINE_TUNED: "one gain, and all weights are trained further",
 }
 LEAD = (
     "Each trained model with a per-token gain gets one gain for all tokens. The numbers are its losses on the "
-    "report split after this, minus its loss as trained, in nats per token. A later step can change more weights, "
-    "so its number is at most the earlier one's if both fits found their optimum. A refit also continues the "
-    "training of the readout. So the last column but one subtracts the loss of the same model with its per-token "
-    "gain kept and its readout fitted in the same way: the difference is the worth of the per-token gain. A number "
-    "near 0 there shows that one gain is enough for this trained model. A number above 0 does not show that a "
-    "per-token gain is needed, because the weights before the readout were not trained again."
+    "report split after this, minus its loss as trained, in nats per token. A later step can change more "
+    "weights, so its number is at most the earlier one's if both fits found their optimum. A refit and "
+    "further training also improve the model in other ways. So another column subtracts the loss of the same "
+    "model with its per-token gain kept and the same adaptation: the difference is the worth of the per-token "
+    "gain. A number near 0 there shows that one gain is enough for this trained model, unless ln_final "
+    "rescales each token anyway (|o| / |r0| above 5, see P4). A number above 0 after a refit does not show "
+    "that a per-token gain is needed, because the weights before the readout are not trained again."
 )
 FINAL = {
     "live": "ln_final live: it rescales each token separately, whatever the mid norm does.",
@@ -49,13 +51,15 @@ def blocks(records: Sequence[Record]) -> list[Block]:
     result += [Paragraph(LEAD), Bullets(sentences(records))]
     for final_norm, meaning in FINAL.items():
         lines = [
-            _line(rows, of_kind(records, Removal), arm, step, final_norm)
-            for arm in dict.fromkeys(row.arm for row in rows)
-            for step in Removed
-            if _find(rows, arm, step, final_norm)
+            _line(rows, of_kind(records, Removal), found)
+            for found in rows
+            if found.final_norm == final_norm and _is_main(found)
         ]
-        heads = ["arm", "step", "minus the loss as trained", "by seed [95%, other documents]",
-                 "step before minus this step", "minus the same adaptation with the gain kept", "note"]  # fmt: skip
+        heads = [
+            "arm", "step", "minus the loss as trained", "by seed [95%, other documents]",
+            "step before minus this step", "minus the same adaptation with the gain kept",
+            "minus one gain from the start", "note",
+        ]  # fmt: skip
         if lines:
             result += [Paragraph(meaning), Table(heads, lines, n_text=2)]
     return result
@@ -78,28 +82,43 @@ def sentences(records: Sequence[Record]) -> list[str]:
     result = []
     for arm in dict.fromkeys(row.arm for row in rows):
         first = _find(rows, arm, Removed.FROZEN)
-        last = _find(rows, arm, Removed.REFIT, against="same adaptation")
         if first is None:
             continue
         before = _find(rows, arm, Removed.FROZEN, untrained=True)
         changes = f"with one gain for all tokens the loss changes by {estimate(first, 4)} nats"
         text = f"{arm} ({_basis(first)}): {changes}"
         text += f" (before training by {estimate(before, 4)})" if before else ""
-        if last:
-            text += f"; between two refitted readouts the difference is {estimate(last, 4)}"
-        result.append(f"{text}. {_verdict(last or first)}")
+        last = first
+        for row in rows:
+            if (row.arm, row.final_norm, row.against) == (arm, "live", "same adaptation"):
+                text += f"; {_adapted(row)} the difference is {estimate(row, 4)}"
+                last = row
+        result.append(f"{text}. {_verdict(last, records)}")
     return result
 
 
-def _verdict(row: OfRemoval) -> str:
-    """Return what a number says about the per-token gain, from its interval and the margin."""
+def _verdict(row: OfRemoval, records: Sequence[Record]) -> str:
+    """Return the meaning of a number for the per-token gain, from its interval, the margin and the MLP's size."""
     if row.low is None or row.high is None:
         return "Without an interval this settles nothing."
-    if row.high < MARGIN:
-        return f"One gain is enough here, to within {MARGIN} nats."
     if row.low > MARGIN:
-        return "At this step the per-token gain is worth more than the margin; further training may make up for it."
-    return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
+        return "The per-token gain is worth more than the margin here; more further training may make up for it."
+    if row.high >= MARGIN:
+        return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
+    if rescaled(records, row.arm):
+        return "ln_final rescales each token anyway, so this does not show that one gain is enough."
+    if not measured(records, "scale_freeze", SCALED_SIZE, row.arm, "median"):
+        return (
+            f"This is below the margin of {MARGIN} nats. It shows that one gain is enough "
+            "only if ln_final does not rescale each token anyway, which the probe scale_freeze measures."
+        )
+    return f"One gain is enough here, to within {MARGIN} nats."
+
+
+def _adapted(row: OfRemoval) -> str:
+    if row.n_tuned:
+        return f"after {row.n_tuned:,} tokens of further training of both"
+    return "between two refitted readouts"
 
 
 def _basis(row: OfRemoval) -> str:
@@ -107,51 +126,55 @@ def _basis(row: OfRemoval) -> str:
 
 
 def _rows(records: Iterable[Record]) -> list[OfRemoval]:
-    """Return the means over the seeds of each arm, or the run's numbers of an arm with one seed."""
+    """Return the means over the seeds of each arm, or the run's numbers of an arm with one seed, step by step."""
     of_arms = of_kind(records, RemovalOfArm)
     averaged = {row.arm for row in of_arms}
-    return [*of_arms, *(row for row in of_kind(records, Removal) if row.arm not in averaged)]
+    rows = [*of_arms, *(row for row in of_kind(records, Removal) if row.arm not in averaged)]
+    steps = [*Removed]
+    return sorted(rows, key=lambda row: (steps.index(row.step), row.n_tuned))
+
+
+def _is_main(row: OfRemoval) -> bool:
+    """Return whether a number is a trained model's loss after a step minus its loss as trained."""
+    return row.against == "as trained" and row.before is None and not row.untrained
 
 
 def _find(
-    rows: Sequence[OfRemoval],
-    arm: str,
-    step: Removed,
-    final_norm: str = "live",
-    against: str = "as trained",
-    untrained: bool = False,
+    rows: Sequence[OfRemoval], arm: str, step: Removed, untrained: bool = False
 ) -> OfRemoval | None:
-    wanted = (arm, step, final_norm, against, untrained, None)
+    """Return an arm's number of a step with ln_final live, minus the loss as trained."""
+    wanted = (arm, step, "live", "as trained", untrained, None)
     fields = ("arm", "step", "final_norm", "against", "untrained", "before")
     return next(
         (row for row in rows if tuple(getattr(row, name) for name in fields) == wanted), None
     )
 
 
-def _line(
-    rows: Sequence[OfRemoval], of_runs: Sequence[Removal], arm: str, step: Removed, final_norm: str
-) -> list[Cell]:
+def _line(rows: Sequence[OfRemoval], of_runs: Sequence[Removal], found: OfRemoval) -> list[Cell]:
     """Return the table's line of a step of an arm."""
-    found = _find(rows, arm, step, final_norm)
-    same = _find(rows, arm, step, final_norm, against="same adaptation")
-    by_seed = [
-        row
-        for row in of_runs
-        if (row.arm, row.step, row.final_norm, row.against, row.untrained, row.before)
-        == (arm, step, final_norm, "as trained", False, None)
+
+    def alike(row: OfRemoval) -> bool:
+        fields = ("arm", "step", "final_norm", "n_tuned", "untrained")
+        return all(getattr(row, name) == getattr(found, name) for name in fields)
+
+    by_seed = [row for row in of_runs if alike(row) and _is_main(row)]
+    others = [row for row in rows if alike(row) and not _is_main(row)]
+    falls = [f"{estimate(row, 4)}: {row.order}" for row in others if row.before]
+    same = [estimate(row, 4) for row in others if row.against == "same adaptation"]
+    from_start = [
+        f"{row.against}: {estimate(row, 4)}"
+        for row in others
+        if row.against not in ("as trained", "same adaptation")
     ]
-    falls = [
-        f"{estimate(row, 4)}: {row.order}"
-        for row in rows
-        if (row.arm, row.step, row.final_norm) == (arm, step, final_norm) and row.before
-    ]
+    tokens = [f"{found.n_tuned:,} tokens"] * bool(found.n_tuned)
     return [
-        arm,
-        [step, MEANINGS[step]],
-        estimate(found, 4) if found else "",
+        found.arm,
+        [found.step, MEANINGS[found.step], *tokens],
+        estimate(found, 4),
         [f"s{row.seed}: {estimate(row, 4)}" for row in by_seed],
         falls,
-        estimate(same, 4) if same else "",
+        same,
+        from_start,
         [f"s{row.seed}: {row.note}" for row in by_seed if row.note],
     ]
 
