@@ -51,7 +51,9 @@ def test_a_command_that_launches_a_sweep_is_one(command, tmp_path):
     assert ("sha256 of the plan:" if "--preregister" in command else "to go:") in done.stdout
 
 
-@pytest.mark.parametrize("command", [*OF["probe"], *OF["report"], *OF["export"], *OF["sweep"]])
+@pytest.mark.parametrize(
+    "command", [*OF["probe"], *OF["report"], *OF["export"], *OF["sweep"], *OF["neurons"]]
+)
 def test_the_words_of_other_commands_are_accepted_by_their_parsers(command):
     name, *words = shlex.split(command)
     plugins.pick("soluscope.commands", name).build_parser().parse_intermixed_args(words)

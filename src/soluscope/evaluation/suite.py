@@ -61,7 +61,7 @@ from soluscope.evaluation.summaries import stored_words
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import FalsePositives, GateResult, ProbeWords, Record, Registered, of_kind
 from soluscope.runs import registration
-from soluscope.runs.folder import Busy, Run, check_study_links, lock
+from soluscope.runs.folder import FOUND_NEURONS, Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
 from soluscope.text import plural
@@ -293,6 +293,7 @@ def write_results(study_dir: Path) -> Path:
         if not _is_for_choosing(run, seeds):
             for path in sorted(folder.glob("*.jsonl")):
                 records += read_stored(folder, path.stem, study_dir)
+            records += _found_neurons(run, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
@@ -312,6 +313,13 @@ def write_results(study_dir: Path) -> Path:
     path = study_dir / "results.jsonl"
     results.write(path, _words_once(records))
     return path
+
+
+def _found_neurons(run: Run, study_dir: Path) -> list[Record]:
+    """Return the neurons of a run that the report shows; none before 'soluscope neurons'."""
+    path = run.dir / FOUND_NEURONS
+    has_some = path.is_file() and path.stat().st_size > 0
+    return results.read(path, study_dir) if has_some else []
 
 
 def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:

@@ -21,7 +21,7 @@ N_VALUES = 20
 """Largest number of values in the text alternative of a figure."""
 TABS = {
     "answer": "Answer", "training": "Training", "tuning": "Tuning", "dose": "Dose", "probes": "Probes",
-    "tokens": "Tokens", "methods": "Methods and controls", "data": "Data and provenance",
+    "tokens": "Tokens", "neurons": "Neurons", "methods": "Methods and controls", "data": "Data and provenance",
 }  # fmt: skip
 """Labels of the page's tabs, in their order; a tab without sections is left out."""
 
@@ -53,6 +53,15 @@ class Source(Block):
     """A text to copy, as it was written; one click selects all of it."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Link(Block):
+    """A link to another page of the study."""
+
+    text: str
+    path: str
+    """Relative to the report's folder."""
 
 
 @dataclass(frozen=True)

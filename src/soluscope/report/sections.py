@@ -12,6 +12,7 @@ from soluscope.report import (
     figures,
     meaning,
     methods,
+    neurons,
     paragraph,
     pretrained,
     robustness,
@@ -110,6 +111,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
     sections += [
         Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
+        Section("neurons", "Neurons", neurons.blocks(arms.records), "neurons"),
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
         Section("registration", "Preregistration", _registration(records), "data"),
