@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from test_report import make_rows
 from torch import Tensor
 
-from soluscope import UserError, plugins
+import soluscope
+from soluscope import UserError, plugins, results
 from soluscope.config import NeuronsConfig
 from soluscope.controls import Planted
 from soluscope.hooked.activations import HookedRun, observe, observe_blocks
@@ -35,6 +38,9 @@ from soluscope.neurons.schema import (
     TOP,
 )
 from soluscope.neurons.selection import NONE, SampleByRange, TopByDocument
+from soluscope.report import neurons as report_neurons
+from soluscope.report import page
+from soluscope.results import NeuronFound, of_kind
 
 GATE = 1e-9
 
@@ -359,8 +365,6 @@ def study(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stored_examples_are_those_of_the_model(study: Path) -> None:
-    import soluscope
-
     neurons = stored.read(study / "solu_ln-s0")
     model = soluscope.load(study / "solu_ln-s0")
     assert neurons.about.n_neurons == model.cfg.d_mlp
@@ -425,3 +429,44 @@ def test_examples_number_their_groups() -> None:
     order = table[["neuron", "stage", "range", "rank"]].copy()
     order["stage"] = [STAGES.index(stage) for stage in order["stage"]]
     assert order.equals(order.sort_values(list(order.columns), ignore_index=True))
+
+
+# --- the report and the notebook ------------------------------------------------------------------
+
+
+def test_the_report_shows_neurons_found_on_one_half_and_text_of_the_other(study: Path) -> None:
+    path = stored.place(study / "solu_ln-s0", "trained") / "found.jsonl"
+    records = of_kind(results.read(path), NeuronFound)
+    neurons = stored.read(study / "solu_ln-s0")
+    rules_before = neurons.rules[neurons.rules["side"] == "mid"].set_index("neuron")
+    readable_ones = [each for each in records if each.quantity == "most readable"]
+    best = rules_before["chosen_f1"].nlargest(len(readable_ones))
+    assert [rules_before["chosen_f1"][each.neuron] for each in readable_ones] == best.tolist()
+    for each in records:
+        assert each.f1_mid == pytest.approx(rules_before["f1_mid"][each.neuron], nan_ok=True)
+        of_half = [one for one in neurons.top(each.neuron, "post") if one.half == 1]
+        wanted = of_half[0].tokens[of_half[0].peak] if of_half else ""
+        assert each.text == wanted
+    (link, _, fold) = report_neurons.blocks(list(records))
+    assert link.path == "neurons/index.html"
+    assert len(fold.blocks) == 2 * len({each.quantity for each in records})
+    html = page.render([*make_rows(), *(replace(each, text="<script>") for each in records)])
+    assert 'href="neurons/index.html"' in html
+    assert "\u00ab&lt;script&gt;\u00bb" in html
+
+
+def test_a_card_has_the_activations_of_hooks_and_the_stored_examples(study: Path) -> None:
+    model = soluscope.load(study / "solu_ln-s0")
+    card = soluscope.neuron(model, 3, "import <os>")
+    _, cache = model.run_with_cache(model.to_tokens("import <os>"))
+    for stage in STAGES:
+        wanted = cache[f"blocks.0.mlp.hook_{stage}"][0, 1:, 3]
+        assert card.activations[stage] == pytest.approx(wanted.tolist(), rel=1e-5, abs=1e-7)
+    assert "".join(card.tokens).replace("\u2423", " ") == "import <os>"
+    assert card.examples[0] == stored.read(study / "solu_ln-s0").top(3, "post")[0]
+    shown = card._repr_html_()
+    assert "<os>" not in shown
+    assert "highest logits" in shown
+    assert "neuron 3 of solu_ln-s0" in repr(card)
+    with pytest.raises(UserError, match="text='' has no tokens"):
+        soluscope.neuron(model, 3, "")

@@ -52,7 +52,12 @@ def test_a_command_that_launches_a_sweep_is_one(command, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [*OF["probe"], *OF["remove"], *OF["report"], *OF["export"], *OF["sweep"]]
+    "command",
+    [
+        each
+        for name in ("probe", "remove", "neurons", "report", "export", "sweep")
+        for each in OF[name]
+    ],
 )
 def test_the_words_of_other_commands_are_accepted_by_their_parsers(command):
     name, *words = shlex.split(command)

@@ -6,6 +6,7 @@
     table, figures = soluscope.probe(model, "some text")
     tokens = soluscope.tokens(model, "report")           # held-out tokens of the model's study
     soluscope.top_examples(model, neuron=5)              # text at which a neuron is most active
+    soluscope.neuron(model, 5, "some text")              # a neuron's card
     soluscope.logit_effect(model, neuron=5)              # tokens that the neuron raises and lowers
     soluscope.quantities()                               # everything that the probes measure
     soluscope.study("runs/demo")                         # a study's results: tables and figures
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from soluscope.hooked.convert import load as load
     from soluscope.notebook.examples import top_examples as top_examples
     from soluscope.notebook.logits import logit_effect as logit_effect
+    from soluscope.notebook.neuron import neuron as neuron
     from soluscope.notebook.quantities import quantities as quantities
     from soluscope.notebook.study import study as study
     from soluscope.notebook.tokens import tokens as tokens
@@ -42,6 +44,7 @@ _WHERE = {
     "tokens": "notebook.tokens",
     "top_examples": "notebook.examples",
     "logit_effect": "notebook.logits",
+    "neuron": "notebook.neuron",
     "quantities": "notebook.quantities",
     "study": "notebook.study",
 }

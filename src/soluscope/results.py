@@ -428,6 +428,30 @@ class RemovalOfArm(OfRemoval):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeuronFound(OfRun, Record):
+    """A neuron that the report shows: found on one half of the documents; numbers and text are of the other."""
+
+    kind: ClassVar[str] = "neuron"
+
+    quantity: str
+    """List of the neuron: the most readable neurons, or the neurons that the norm changes most."""
+    place: Whole
+    """Place in the list, from 0."""
+    neuron: Whole
+    rule: str
+    """The neuron's best rule before the norm."""
+    f1_mid: float | None
+    f1_post: float | None
+    drop: float | None
+    """Share of the neuron's active tokens that fit the rule, before minus after the norm."""
+    before: str
+    """Text before the token of the example."""
+    text: str
+    """The token at which the neuron is most active."""
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Number):
     """A difference between arms, with the interval for new seeds or for new documents (`cluster`)."""
 
@@ -676,8 +700,8 @@ class Rated(Number):
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
-        Measurement, Untrained, LeftOut, TokenValue, Comparison, Located, ChoicePoint, NoChoice, Setting,
-        GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, Rated,
+        Measurement, Untrained, LeftOut, TokenValue, NeuronFound, Comparison, Located, ChoicePoint, NoChoice,
+        Setting, GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, Rated,
     )
 }  # fmt: skip
 

@@ -1,11 +1,12 @@
-"""Store what every neuron of a study's runs fires on, before and after the mid norm.
+"""Store the examples, rules and effects of every neuron of a study's runs, and write pages about them.
 
     soluscope neurons runs/first
     soluscope neurons runs/first/solu_ln-s0 n_tokens=200000
     soluscope neurons solu-1l data=stdlib
 
 Arguments are a folder or a pretrained model's name, and settings as key=value. For each run, its model and its
-initialisation are read; the results are in the run's folder neurons/. The same command resumes an interrupted one.
+initialisation are read. The results are in the run's folder neurons/, and the pages in the study's. The same
+command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -36,16 +37,15 @@ def run(arguments: list[str]) -> None:
     config = load_typed(schema, options.words)
     if not folder.is_dir() and len(folder.parts) > 1 and folder.parent.is_dir():
         raise UserError(f"no folder {folder}: name a study or a run, as in runs/demo")
-    from soluscope.neurons.compute import (
-        compute,
-        compute_pretrained,
-    )  # late: --help answers at once
+    # Imported late, so that --help and mistakes are answered at once.
+    from soluscope.neurons.compute import compute, compute_pretrained
+    from soluscope.neurons.site import build
 
     if isinstance(config, PretrainedNeuronsConfig):
         runs = compute_pretrained(options.folder, config, say)
     else:
         runs = compute(folder, config, say)
-    answer(f"neurons of {len(runs)} runs are stored in {runs[0].dir.parent}")
+    answer(f"neurons: {build(runs[0].dir.parent)}")
 
 
 COMMAND = Command(build_parser, run)

@@ -77,7 +77,7 @@ from soluscope.results import (
     of_kind,
 )
 from soluscope.runs import registration
-from soluscope.runs.folder import Busy, Run, check_study_links, lock
+from soluscope.runs.folder import FOUND_NEURONS, Busy, Run, check_study_links, lock
 from soluscope.runs.weights import Facts, code_hash, commit
 from soluscope.terminal import answer, console
 from soluscope.text import plural
@@ -330,6 +330,7 @@ def write_results(study_dir: Path) -> Path:
         if not _is_for_choosing(run, seeds):
             for path in sorted(folder.glob("*.jsonl")):
                 records += read_stored(folder, path.stem, study_dir)
+            records += _found_neurons(run, study_dir)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
@@ -367,6 +368,13 @@ def _tables(
     of_arm = [run for run in runs if run.facts.arm == arm]
     tables = {run.facts.seed: read(run.dir / "probes", run) for run in of_arm}
     return {seed: table for seed, table in tables.items() if table is not None}
+
+
+def _found_neurons(run: Run, study_dir: Path) -> list[Record]:
+    """Return the neurons of a run that the report shows; none before 'soluscope neurons'."""
+    path = run.dir / FOUND_NEURONS
+    has_some = path.is_file() and path.stat().st_size > 0
+    return results.read(path, study_dir) if has_some else []
 
 
 def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:

@@ -7,13 +7,17 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from soluscope import results
 from soluscope.config import NeuronsConfig, PretrainedNeuronsConfig
 from soluscope.data.cache import Split, TokenCache, study_facts
 from soluscope.data.streams import Stream
@@ -21,15 +25,18 @@ from soluscope.data.tokenizer import from_bytes, texts_of
 from soluscope.errors import UserError
 from soluscope.evaluation.one_run import check_device, device_of, n_threads, threads, tokens_of
 from soluscope.evaluation.pretrained_run import load_again, make_run, read_origin
-from soluscope.evaluation.suite import finished_runs
+from soluscope.evaluation.suite import finished_runs, write_results
+from soluscope.evaluation.summaries import about_run
 from soluscope.files import digest, replacing_folder, write_text
 from soluscope.hooked.activations import check_model
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.neurons import describe, logits, look
+from soluscope.neurons.found import found
 from soluscope.neurons.scan import Scanned, scan
 from soluscope.neurons.schema import PARTS, STAGES, SUMS, Part
 from soluscope.neurons.stored import About, Neurons, is_complete, place, sums_of
-from soluscope.runs.folder import Run
+from soluscope.results import Record
+from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import code_hash
 from soluscope.terminal import answer
 from soluscope.text import plural, readable
@@ -40,12 +47,12 @@ COMPUTES = (
     "data/", "hooked/", "model.py", "norms.py", "text.py", "variants/", "probes/_features.py",
     "probes/low_activation_impact.py",
     *(f"neurons/{name}.py" for name in
-      ("compute", "describe", "logits", "look", "rules", "scale", "scan", "schema", "selection")),
+      ("compute", "describe", "found", "logits", "look", "rules", "scale", "scan", "schema", "selection")),
 )  # fmt: skip
 """Source files that decide the stored numbers."""
 SPLIT: Split = "report"
-ROWS_OF_GROUP = 2048
-"""Lines of examples.parquet that are read together: those of about ten neurons."""
+NEURONS_OF_GROUP = 16
+"""Number of neurons whose lines are written, and can be read, together."""
 
 
 def compute(folder: Path, config: NeuronsConfig, say: Callable[[str], None] = answer) -> list[Run]:
@@ -67,6 +74,11 @@ def compute(folder: Path, config: NeuronsConfig, say: Callable[[str], None] = an
     for run in runs:
         with run.lock(), threads(n_threads()):
             _of_run(run, config, say)
+    study_dir = runs[0].dir.parent
+    if (study_dir / "results.jsonl").is_file():
+        with lock(study_dir):
+            write_results(study_dir)
+        say(f"'soluscope report {study_dir}' shows the most readable neurons in the report")
     return runs
 
 
@@ -105,7 +117,9 @@ def _of_run(run: Run, config: NeuronsConfig, say: Callable[[str], None]) -> None
         check_model(model)
         scanned, tables = of_model(model, stream)
         about = _about(model, part, scanned, cache, hashes[part])
-        _write(folder, about, tables, stream.vocab, names)
+        texts = [readable(text) for text in stream.vocab]
+        of_run = about_run(model.facts, pretrained=origin is not None)
+        _write(folder, about, tables, texts, names, found(tables, texts, of_run))
         say(
             f"{run.dir.name}, {part}: {about.n_neurons} neurons on {scanned.n_tokens:,} tokens of "
             f"{scanned.n_documents} {plural(scanned.n_documents, 'document')}"
@@ -156,11 +170,12 @@ def _about(
 
 
 def _write(
-    folder: Path, about: About, tables: dict[str, pd.DataFrame], vocab: Iterable[str], names: list[str]
+    folder: Path, about: About, tables: dict[str, pd.DataFrame], texts: list[str], names: list[str],
+    records: Iterable[Record],
 ) -> None:  # fmt: skip
     """Store a part in place of an earlier one."""
     contents = {
-        "vocabulary": [readable(text) for text in vocab], "documents": names, "about": asdict(about),
+        "vocabulary": texts, "documents": names, "about": asdict(about),
     }  # fmt: skip
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -168,20 +183,22 @@ def _write(
             for name, content in contents.items():
                 write_text(beside / f"{name}.json", json.dumps(content) + "\n")
             for name, table in tables.items():
-                table.to_parquet(
-                    beside / f"{name}.parquet", index=False, compression="zstd",
-                    row_group_size=_group_size(table),
-                )  # fmt: skip
+                _write_table(beside / f"{name}.parquet", table)
+            results.write(beside / "found.jsonl", records)
             write_text(beside / SUMS, sums_of(beside))
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; free disk space") from error
 
 
-def _group_size(table: pd.DataFrame) -> int:
-    """Return the number of lines that are read together; those of one neuron are never more."""
-    most = int(np.bincount(table["neuron"]).max(initial=1))
-    return max(ROWS_OF_GROUP, most)
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table in groups of whole neurons, which a reader can read alone."""
+    content = pa.Table.from_pandas(table, preserve_index=False)
+    firsts = np.arange(0, int(table["neuron"].max()) + 1, NEURONS_OF_GROUP)
+    bounds = [*np.searchsorted(table["neuron"], firsts).tolist(), len(table)]
+    with pq.ParquetWriter(path, content.schema, compression="zstd") as writer:
+        for start, stop in pairwise(bounds):
+            writer.write_table(content.slice(start, stop - start))
 
 
 def _rests_on(run: Run, part: Part, config: NeuronsConfig, cache: TokenCache) -> str:

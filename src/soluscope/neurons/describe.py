@@ -76,7 +76,8 @@ def best_rules(scanned: Scanned) -> pd.DataFrame:
     and level with the highest F1 are chosen on the documents of even rank. All numbers are measured on the others.
 
     Returns:
-        The columns neuron, side (`mid` or `post`), rule and kind, and for each stage s of mid and post:
+        The columns neuron, side (`mid` or `post`), rule, kind, `chosen_f1` (of the rule on the documents of even
+        rank, where it was chosen), and for each stage s of mid and post:
 
         - level_s, precision_s, recall_s, f1_s: the level is the best one at that stage for this rule.
         - consistent_s: the share of the tokens in each range at which the rule holds, a list of ten; nan for an
@@ -84,7 +85,8 @@ def best_rules(scanned: Scanned) -> pd.DataFrame:
         - above_s: the same share in all ranges above the first together.
 
         `drop` is above_mid - above_post, the signature of section 6.4 of the SoLU paper: after the norm, more of
-        the tokens that activate the neuron do not fit its rule. A neuron without a rule has an empty name and nan.
+        the tokens that activate the neuron do not fit its rule. `chosen_drop` is the same on the documents of even
+        rank. A neuron without a rule has an empty name and nan.
     """
     counts = {stage: _array(scanned.counts[stage]) for stage in SIDES}
     return pd.concat(
@@ -96,14 +98,20 @@ def _of_side(side: Stage, counts: dict[Stage, Floats], rules: Rules) -> pd.DataF
     n_rules = len(rules.names)
     f1 = _scores(counts[side][0], n_rules)[2]  # [rule level neuron]
     n_neurons = f1.shape[2]
+    every = np.arange(n_neurons)
     best = np.where(np.isnan(f1), -1.0, f1).max(axis=1).argmax(axis=0)  # the first of equal rules
-    found = np.isfinite(f1[best, :, np.arange(n_neurons)]).any(axis=1)
-    table = pd.DataFrame({"neuron": np.arange(n_neurons), "side": side})
+    found = np.isfinite(f1[best, :, every]).any(axis=1)
+    table = pd.DataFrame({"neuron": every, "side": side})
     table["rule"] = np.where(found, np.array(rules.names, dtype=object)[best], "")
+    table["chosen_f1"] = np.where(found, np.nanmax(f1[best, :, every], axis=1, initial=-1), np.nan)
     table["kind"] = np.where(found, np.array(rules.kinds, dtype=object)[best], "")
     for stage in SIDES:
         table = table.join(_measured(stage, counts[stage], best, found))
     table["drop"] = table["above_mid"] - table["above_post"]
+    above = [
+        _ratio(*(counts[stage][0][row, 1, every] for row in (best, n_rules))) for stage in SIDES
+    ]
+    table["chosen_drop"] = np.where(found, above[0] - above[1], np.nan)
     return table
 
 

@@ -14,7 +14,7 @@ from soluscope.data.streams import Stream
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, observe_blocks
 from soluscope.neurons.scale import of_rows
-from soluscope.neurons.scan import Scanned
+from soluscope.neurons.scan import Scanned, halves
 from soluscope.neurons.schema import CONTEXT, STAGES, TOP
 from soluscope.neurons.selection import NONE
 from soluscope.probes.low_activation_impact import surrogate
@@ -27,9 +27,9 @@ PAIRS_AT_ONCE = 1024
 def examples(model: Any, stream: Stream, scanned: Scanned) -> pd.DataFrame:
     """Return the chosen examples, one per line, ordered by neuron, stage, range and rank.
 
-    Columns: neuron, stage, range (`TOP`, or 0 to 9 from the lowest), rank, document, row, pos, tokens (of the
-    window), peak (index in it), pre, mid, post (of the window), effect, D (nats; nan without a target), k_eff,
-    gain, engagement.
+    Columns: neuron, stage, range (`TOP`, or 0 to 9 from the lowest), rank, document, half (of the documents: rules
+    are chosen on half 0), row, pos, tokens (of the window), peak (index in it), pre, mid, post (of the window),
+    effect, D (nats; nan without a target), k_eff, gain, engagement.
     """
     chosen = _chosen(scanned)
     width = stream.tokens.shape[1]
@@ -49,6 +49,7 @@ def examples(model: Any, stream: Stream, scanned: Scanned) -> pd.DataFrame:
         parts.append(_of_block(block, t, neurons, scanned.log_gain).assign(chosen=here.numpy()))
     table = pd.concat(parts, ignore_index=True).sort_values("chosen", ignore_index=True)
     table["row"] = (columns[1] // width).numpy()
+    table["half"] = halves(stream).flatten()[columns[1]].numpy()
     for name in ("neuron", "range", "rank"):
         table[name] = chosen[name].cpu().numpy()
     table["stage"] = [STAGES[number] for number in chosen["stage"].tolist()]

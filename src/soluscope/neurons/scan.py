@@ -116,8 +116,7 @@ def scan(model: Any, stream: Stream, look: FirstLook | None = None) -> Scanned:
         stage: _OfStage(look.scales[stage], stream.tokens.numel(), n_columns) for stage in STAGES
     }
     place_of = stream.keep.flatten().nonzero().squeeze(-1)
-    documents, rank = stream.string.unique(return_inverse=True)
-    half = (rank % 2).flatten()[place_of]
+    half = halves(stream).flatten()[place_of]
     done, n_tokens, log_gain = 0, 0, 0.0
     for block in observe_blocks(model, stream, with_loss=False):
         here = slice(done, done + len(block.pos))
@@ -132,7 +131,7 @@ def scan(model: Any, stream: Stream, look: FirstLook | None = None) -> Scanned:
             if stage in SIDES:
                 of_stage.count(ranges, columns, half[here].to(block.device)[kept])
     return Scanned(
-        n_tokens, len(documents), look.scales,
+        n_tokens, len(stream.string.unique()), look.scales,
         top={stage: each.top.result() for stage, each in stages.items()},
         sample={stage: each.sample.result() for stage, each in stages.items()},
         histogram={stage: each.histogram.view(-1, N_BINS) for stage, each in stages.items()},
@@ -140,6 +139,12 @@ def scan(model: Any, stream: Stream, look: FirstLook | None = None) -> Scanned:
         rules=of_rules, counts={stage: stages[stage].counts for stage in SIDES},
         log_gain=log_gain / n_tokens,
     )  # fmt: skip
+
+
+def halves(stream: Stream) -> Int[Tensor, "row pos"]:
+    """Return 0 for the tokens of documents of even rank, on which rules are chosen, and 1 for the others."""
+    rank: Tensor = stream.string.unique(return_inverse=True)[1]
+    return rank % 2
 
 
 def _extras(run: HookedRun) -> Float[Tensor, "token 3"]:

@@ -14,6 +14,7 @@ The files of a part, all in runs/STUDY/RUN/neurons/PART/:
     logits.parquet      one line per neuron, side and rank: the tokens that the neuron raises and lowers most
     vocabulary.json     the text of each token, with escapes for characters that cannot be seen
     documents.json      the name of each document
+    found.jsonl         the neurons that the report shows, as records
     about.json          `About`
     SHA256SUMS          checksums of these files, written last
 """
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from soluscope.errors import UserError
 from soluscope.files import Whole, check_links, checksum, has_checksum, read_json, reason
@@ -34,7 +37,7 @@ from soluscope.neurons.schema import FOLDER, N_RANGES, PARTS, STAGES, SUMS, TOP,
 
 TABLES = ("examples", "neurons", "rules", "logits")
 CONTENT = (
-    *(f"{name}.parquet" for name in TABLES), "vocabulary.json", "documents.json", "about.json"
+    *(f"{name}.parquet" for name in TABLES), "vocabulary.json", "documents.json", "about.json", "found.jsonl",
 )  # fmt: skip
 
 
@@ -79,6 +82,8 @@ class Example:
     rank: int
     """Place among the top examples, or in the random order of the range, from 0."""
     document: str
+    half: int
+    """Half of the documents: rules are chosen on half 0 and measured on half 1."""
     row: int
     pos: int
     tokens: tuple[str, ...]
@@ -168,15 +173,13 @@ class Neurons:
             each for each in self.examples(neuron) if each.stage == stage and each.range == number
         ]
 
-    def tables(self, columns: list[str]) -> Iterator[pd.DataFrame]:
-        """Yield these columns of examples.parquet in parts of whole neurons, for a reader of all examples."""
-        import pyarrow.parquet as pq
-
+    def groups(self) -> Iterator[pd.DataFrame]:
+        """Yield examples.parquet in groups of whole neurons, for a reader of all examples."""
         try:
             file = pq.ParquetFile(self.folder / "examples.parquet")
-            for part in range(file.num_row_groups):
-                yield file.read_row_group(part, columns=columns).to_pandas()
-        except Exception as error:
+            for number in range(file.num_row_groups):
+                yield file.read_row_group(number).to_pandas()
+        except (OSError, pa.ArrowException) as error:
             raise self._broken("examples.parquet", error) from error
 
     def _example(self, row: dict[Any, Any]) -> Example:
@@ -184,7 +187,8 @@ class Neurons:
         return Example(
             neuron=int(row["neuron"]), stage=STAGES[STAGES.index(row["stage"])],
             range=None if number == TOP else number, rank=int(row["rank"]),
-            document=self.documents[int(row["document"])], row=int(row["row"]), pos=int(row["pos"]),
+            document=self.documents[int(row["document"])], half=int(row["half"]),
+            row=int(row["row"]), pos=int(row["pos"]),
             tokens=tuple(self.vocabulary[token] for token in row["tokens"]), peak=int(row["peak"]),
             activations={stage: tuple(map(float, row[stage])) for stage in STAGES},
             **{name: float(row[name]) for name in ("effect", "D", "k_eff", "gain", "engagement")},

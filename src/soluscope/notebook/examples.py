@@ -15,6 +15,7 @@ from soluscope.config import EvalConfig
 from soluscope.errors import UserError
 from soluscope.hooked.activations import rows_at_once
 from soluscope.hooked.convert import SoluscopeTransformer
+from soluscope.neurons.selection import TopByDocument
 from soluscope.notebook.arguments import check_loaded, vocabulary, whole
 from soluscope.notebook.tokens import rows_of
 from soluscope.plugins import check_name
@@ -197,16 +198,11 @@ def _largest(
 
     Of equal activations the first in reading order is chosen.
     """
-    by_document: dict[int, tuple[int, int]] = {}
     places = kept.nonzero()  # [place 2], in reading order
-    order = activation[kept].argsort(descending=True, stable=True)
-    for (row, pos), document in zip(
-        places[order].tolist(), owner[kept][order].tolist(), strict=True
-    ):
-        if len(by_document) == n:
-            break
-        by_document.setdefault(document, (row, pos))
-    return list(by_document.values())
+    top = TopByDocument(n, 1, activation)
+    top.add(activation[kept][:, None], owner[kept], torch.arange(len(places)))
+    _, chosen = top.result()
+    return [(row, pos) for row, pos in places[chosen[:, 0]].tolist()]
 
 
 def _joined(texts: Iterable[str]) -> str:

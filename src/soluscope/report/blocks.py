@@ -56,6 +56,15 @@ class Source(Block):
 
 
 @dataclass(frozen=True)
+class Link(Block):
+    """A link to another page of the study."""
+
+    text: str
+    path: str
+    """Relative to the report's folder."""
+
+
+@dataclass(frozen=True)
 class Bullets(Block):
     """A list of sentences."""
 

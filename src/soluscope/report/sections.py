@@ -13,6 +13,7 @@ from soluscope.report import (
     figures,
     meaning,
     methods,
+    neurons,
     paragraph,
     pretrained,
     rating,
@@ -119,6 +120,7 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
     sections += [arms.probe(name) for name in controls.in_order(records, probes)]
     sections += [
         Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
+        Section("neurons", "Neurons", neurons.blocks(arms.records), "neurons"),
         Section("rating", "Blind rating", rating.blocks(records), "neurons"),
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),

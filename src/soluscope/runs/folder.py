@@ -60,13 +60,15 @@ ASK_PATIENCE_S = 0.05
 
 OF_STUDY = (
     "sweep.json", "preregistration.json", "tokenizer.json", "data.json", "tokens", "results.jsonl", "report.html",
-    "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
+    "neurons", "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
 OF_RUN = (
     "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "neurons", "tokenizer",
 )  # fmt: skip
 """Names of a run's own folders."""
+FOUND_NEURONS = Path("neurons") / "trained" / "found.jsonl"
+"""File in a run's folder with the neurons that the report shows."""
 MetricsRow = dict[str, int | float]
 """Row of metrics.jsonl: `step`, `tokens`, `loss`, and other numbers of that step."""
 
