@@ -78,6 +78,7 @@ def _listening(port: int) -> socket.socket:
     result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         result.bind((HOST, port))
+        result.listen()  # a browser may come as soon as the address is printed
     except OSError as error:
         result.close()
         raise UserError(
