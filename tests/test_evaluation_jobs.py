@@ -72,7 +72,7 @@ def test_runs_side_by_side_have_the_files_of_one_process(trained: Path, tmp_path
     assert contents(beside) == contents(alone)
 
 
-@pytest.mark.parametrize("n_jobs", [1, 2])
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_run_that_cannot_be_evaluated_stops_no_other_and_is_one_line(
     n_jobs: int, trained: Path, tmp_path: Path
 ) -> None:

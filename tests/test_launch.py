@@ -294,6 +294,7 @@ def test_a_job_waits_while_another_process_is_at_work_on_it(
     assert "waiting, because another process is at work on it" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_full_disk_is_no_failure_of_the_runs_and_the_same_command_goes_on(runs_dir: Path) -> None:
     before = weights(runs_dir)
     for config in read_sweep(SMOKE, here(runs_dir)).configs:

@@ -176,7 +176,7 @@ def long_configs(runs_dir: Path, study: str) -> tuple[Config, ...]:
         ("run", "SIGTERM"),
         pytest.param("inline.jobs=1", "SIGTERM", marks=pytest.mark.long),
         pytest.param("inline.jobs=2", "SIGTERM", marks=pytest.mark.long),
-        ("inline.jobs=2", "SIGINT"),
+        pytest.param("inline.jobs=2", "SIGINT", marks=pytest.mark.long),
         pytest.param("engine=ray", "SIGTERM", marks=pytest.mark.long),
         pytest.param("engine=ray", "SIGINT", marks=pytest.mark.long),
     ],

@@ -116,7 +116,8 @@ def without_speed(run_dir):
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
 
 
-@pytest.mark.parametrize("at", [37, 52])  # right after a checkpoint; with 15 steps lost after it
+# right after a checkpoint; with 15 steps lost after it
+@pytest.mark.parametrize("at", [pytest.param(37, marks=pytest.mark.long), 52])
 def test_a_killed_run_goes_on_bit_for_bit_as_if_it_had_not_been(tmp_path, at):
     words = ["variant=solu_ln", "train.steps=100", "train.checkpoint_every=37", "train.snapshots=9"]
     whole = train_silently(tiny_config(tmp_path, "study=whole", *words))
