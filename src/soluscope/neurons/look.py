@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from soluscope.data.streams import Stream
@@ -19,6 +21,8 @@ from soluscope.neurons.schema import CONTEXT, STAGES, TOP
 from soluscope.neurons.selection import NONE
 from soluscope.probes.low_activation_impact import surrogate
 
+NUMBERS = ("effect", "D", "k_eff", "gain", "engagement")
+"""Numbers of an example, in the order of `_effects`."""
 PAIRS_AT_ONCE = 1024
 """Number of examples whose effects are computed at once."""
 
@@ -38,7 +42,8 @@ def examples(model: Any, stream: Stream, scanned: Scanned) -> pd.DataFrame:
     columns = [chosen[name].cpu() for name in ("neuron", "place")]
     at = index.cpu() * width + columns[1] % width  # place in the chosen rows
     order = at.argsort(stable=True)
-    parts, done, first = [], 0, 0
+    found = _empty(len(at))
+    done, first = 0, 0
     for block in observe_blocks(model, of_rows(stream, rows.cpu()), with_loss=False):
         places = kept[done : done + len(block.pos)]
         done += len(block.pos)
@@ -46,14 +51,28 @@ def examples(model: Any, stream: Stream, scanned: Scanned) -> pd.DataFrame:
         here, first = order[first:last], last
         t = torch.searchsorted(places, at[here]).to(block.device)
         neurons = columns[0][here].to(block.device)
-        parts.append(_of_block(block, t, neurons, scanned.log_gain).assign(chosen=here.numpy()))
-    table = pd.concat(parts, ignore_index=True).sort_values("chosen", ignore_index=True)
+        for name, values in _of_block(block, t, neurons, scanned.log_gain).items():
+            found[name][here.numpy()] = values.numpy(force=True)
+    table = pd.DataFrame({name: chosen[name].cpu().numpy() for name in ("neuron", "range", "rank")})
+    table["stage"] = [STAGES[number] for number in chosen["stage"].tolist()]
     table["row"] = (columns[1] // width).numpy()
     table["half"] = halves(stream).flatten()[columns[1]].numpy()
-    for name in ("neuron", "range", "rank"):
-        table[name] = chosen[name].cpu().numpy()
-    table["stage"] = [STAGES[number] for number in chosen["stage"].tolist()]
-    return table.drop(columns="chosen")
+    lengths = found.pop("length").tolist()
+    for name, values in found.items():
+        is_window = values.ndim == 2
+        table[name] = (
+            [row[:n] for row, n in zip(values, lengths, strict=True)] if is_window else values
+        )
+    return table
+
+
+def _empty(n: int) -> dict[str, NDArray[Any]]:
+    """Return arrays for `n` examples, so that the passes over blocks leave no small arrays behind in memory."""
+    windows: dict[str, Any] = {"tokens": np.int32, **dict.fromkeys(STAGES, np.float32)}
+    numbers: dict[str, Any] = dict.fromkeys(("document", "pos", "peak", "length"), np.int64)
+    numbers |= dict.fromkeys(NUMBERS, np.float64)
+    found = {name: np.zeros((n, 2 * CONTEXT + 1), dtype) for name, dtype in windows.items()}
+    return found | {name: np.zeros(n, dtype) for name, dtype in numbers.items()}
 
 
 def _chosen(scanned: Scanned) -> dict[str, Int[Tensor, " example"]]:
@@ -71,28 +90,20 @@ def _chosen(scanned: Scanned) -> dict[str, Int[Tensor, " example"]]:
     return dict(zip(("neuron", "stage", "range", "rank", "place"), found, strict=True))
 
 
-def _of_block(run: HookedRun, t: Tensor, neurons: Tensor, log_gain: float) -> pd.DataFrame:
-    """Return the examples at the tokens `t` of a block, with one neuron each."""
+def _of_block(run: HookedRun, t: Tensor, neurons: Tensor, log_gain: float) -> dict[str, Tensor]:
+    """Return the arrays of `_empty` for the examples at the tokens `t` of a block, with one neuron each."""
     start, stop = _windows(run, t)
     offsets = torch.arange(2 * CONTEXT + 1, device=run.device)
     inside = (start[:, None] + offsets).clamp_max(len(run.pos) - 1)
-    lengths = (stop - start).tolist()
-
-    def cut(values: Tensor) -> list[Any]:
-        return [row[:n] for row, n in zip(values.cpu().numpy(), lengths, strict=True)]
-
-    table: dict[str, Any] = {
-        "document": run.string[t].cpu(), "pos": run.pos[t].cpu(), "tokens": cut(run.tokens[inside].int()),
-        "peak": (t - start).cpu(),
-        **{stage: cut(getattr(run, stage)[inside, neurons[:, None]].float()) for stage in STAGES},
+    found = {
+        "document": run.string[t], "pos": run.pos[t], "peak": t - start, "length": stop - start,
+        "tokens": run.tokens[inside],
+        **{stage: getattr(run, stage)[inside, neurons[:, None]] for stage in STAGES},
     }  # fmt: skip
-    effects = [
-        _effects(run.subset(some), of_some, log_gain)
-        for some, of_some in zip(t.split(PAIRS_AT_ONCE), neurons.split(PAIRS_AT_ONCE), strict=True)
-    ]
-    for number, name in enumerate(("effect", "D", "k_eff", "gain", "engagement")):
-        table[name] = torch.cat([part[number] for part in effects]).cpu() if effects else []
-    return pd.DataFrame(table)
+    pairs = zip(t.split(PAIRS_AT_ONCE), neurons.split(PAIRS_AT_ONCE), strict=True)
+    effects = [_effects(run.subset(some), of_some, log_gain) for some, of_some in pairs]
+    columns = map(torch.cat, zip(*effects, strict=True))
+    return found | dict(zip(NUMBERS, columns, strict=True))
 
 
 def _windows(run: HookedRun, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +118,7 @@ def _windows(run: HookedRun, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _effects(run: HookedRun, neurons: Tensor, log_gain: float) -> tuple[Tensor, ...]:
-    """Return the effect, D, K, gain and engagement at tokens, with one neuron each.
+    """Return `NUMBERS` at tokens, with one neuron each.
 
     The effect is the change of the token's loss when the neuron's hook_post is set to 0. D is the effect minus the
     same effect in the static surrogate, the same model with one gain for all tokens (protocol.md, P9).

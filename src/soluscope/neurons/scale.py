@@ -14,7 +14,7 @@ from soluscope.data.streams import Stream
 from soluscope.hooked.activations import HookedRun, observe_blocks
 from soluscope.neurons.schema import N_RANGES, STAGES, Stage
 
-NUMBERS = 2**24
+NUMBERS = 2**23
 """Largest number of activations of one stage in the first look."""
 N_PEAKS = 5
 """Number of a neuron's strongest tokens in the first look, from which rules about single tokens are made."""
