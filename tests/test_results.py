@@ -39,6 +39,7 @@ from soluscope.results import (
     LeftOut,
     Located,
     Measurement,
+    NeuronFound,
     NoChoice,
     Order,
     ProbeWords,
@@ -133,13 +134,9 @@ FULL: list[Record] = [
         n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
     ),
     Located(**ALL, against="solu_gain", where=Where.DIFFUSE, n=3, agreement=0.5, size="d_model 64"),
-    Removal(
-        **ALL, **NUMBER, **RUN, step=Removed.REFIT, before=Removed.FROZEN, against="same adaptation",
-        final_norm="frozen", untrained=True, order=Order.HOLDS,
-    ),
-    RemovalOfArm(
-        **ALL, **NUMBER, step=Removed.REFIT, before=Removed.FROZEN, against="same adaptation",
-        final_norm="frozen", untrained=True, order=Order.HOLDS,
+    NeuronFound(
+        **ALL, **RUN, quantity="most readable", place=2, neuron=42, rule="capitals", f1_mid=0.9, f1_post=0.5,
+        drop=0.25, before="import ", text="os", after="\n",
     ),
     Rated(
         **ALL, **NUMBER, term=Rating.DIFFERENCE, mode="top", stage="mid", against="solu", rater="A",
