@@ -58,11 +58,11 @@ def examples(model: Any, stream: Stream, scanned: Scanned) -> pd.DataFrame:
     table["row"] = (columns[1] // width).numpy()
     table["half"] = halves(stream).flatten()[columns[1]].numpy()
     lengths = found.pop("length").tolist()
-    for name, values in found.items():
-        is_window = values.ndim == 2
-        table[name] = (
-            [row[:n] for row, n in zip(values, lengths, strict=True)] if is_window else values
-        )
+    for name, filled in found.items():
+        if filled.ndim == 1:
+            table[name] = filled
+        else:  # windows
+            table[name] = pd.Series([row[:n] for row, n in zip(filled, lengths, strict=True)])
     return table
 
 
@@ -71,8 +71,9 @@ def _empty(n: int) -> dict[str, NDArray[Any]]:
     windows: dict[str, Any] = {"tokens": np.int32, **dict.fromkeys(STAGES, np.float32)}
     numbers: dict[str, Any] = dict.fromkeys(("document", "pos", "peak", "length"), np.int64)
     numbers |= dict.fromkeys(NUMBERS, np.float64)
-    found = {name: np.zeros((n, 2 * CONTEXT + 1), dtype) for name, dtype in windows.items()}
-    return found | {name: np.zeros(n, dtype) for name, dtype in numbers.items()}
+    found: dict[str, NDArray[Any]] = {name: np.zeros(n, dtype) for name, dtype in numbers.items()}
+    shape = (n, 2 * CONTEXT + 1)
+    return found | {name: np.zeros(shape, dtype) for name, dtype in windows.items()}
 
 
 def _chosen(scanned: Scanned) -> dict[str, Int[Tensor, " example"]]:
@@ -95,15 +96,16 @@ def _of_block(run: HookedRun, t: Tensor, neurons: Tensor, log_gain: float) -> di
     start, stop = _windows(run, t)
     offsets = torch.arange(2 * CONTEXT + 1, device=run.device)
     inside = (start[:, None] + offsets).clamp_max(len(run.pos) - 1)
-    found = {
+    found: dict[str, Tensor] = {
         "document": run.string[t], "pos": run.pos[t], "peak": t - start, "length": stop - start,
         "tokens": run.tokens[inside],
         **{stage: getattr(run, stage)[inside, neurons[:, None]] for stage in STAGES},
     }  # fmt: skip
     pairs = zip(t.split(PAIRS_AT_ONCE), neurons.split(PAIRS_AT_ONCE), strict=True)
     effects = [_effects(run.subset(some), of_some, log_gain) for some, of_some in pairs]
-    columns = map(torch.cat, zip(*effects, strict=True))
-    return found | dict(zip(NUMBERS, columns, strict=True))
+    for number, name in enumerate(NUMBERS):
+        found[name] = torch.cat([part[number] for part in effects])
+    return found
 
 
 def _windows(run: HookedRun, t: Tensor) -> tuple[Tensor, Tensor]:
