@@ -26,6 +26,8 @@ def browser() -> Iterator[Any]:
     with api.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
+        for context in [*found.contexts]:
+            context.close()
         found.close()
 
 
