@@ -56,7 +56,8 @@ def press(tab: Any, *keys: str) -> None:
 
 
 def begin(tab: Any, name: str) -> None:
-    tab.keyboard.type(name)  # the field has the focus
+    tab.locator("#name:focus").wait_for()  # the page gives it the focus
+    tab.keyboard.type(name)
     press(tab, "Enter")
 
 
