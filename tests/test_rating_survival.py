@@ -67,7 +67,7 @@ class Browser:
 
 
 def rate_until_killed(address: str, name: str, first: int, confirmed: list[int]) -> None:
-    """Rate one neuron after another, and note each place whose rating the server has confirmed."""
+    """Send one answer after another, and note each place whose rating the server has confirmed."""
     try:
         browser = Browser(address, name)
         for place in range(first, 10_000):

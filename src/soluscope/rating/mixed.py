@@ -6,10 +6,9 @@ integrated out on a grid. The share of a cell is its mean over neurons and over 
 so it is on the scale of the plain shares. Raters are fixed: two or three people do not determine how much
 people differ.
 
-Intervals come from the normal approximation at the posterior mode. In simulations of 60 neurons per arm with
-1, 2 and 3 raters (200 draws each), 97.5%, 93.5% and 92.5% of those of a difference contained the truth. Of the
-variational intervals of statsmodels' BinomialBayesMixedGLM, which treats raters as random, 83% did with two
-raters (60 draws), because they ignore that effects depend on each other.
+Intervals come from the normal approximation at the posterior mode; protocol.md has their simulated coverage. Of
+the variational intervals of statsmodels' BinomialBayesMixedGLM, which treats raters as random, 83% of those of a
+difference contained the truth with two raters (60 draws), because they ignore that effects depend on each other.
 
 Source: protocol.md section 9.1.
 """
