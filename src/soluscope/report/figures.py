@@ -355,7 +355,7 @@ def _dots(
     untrained = {number_key(each): each for each in before}
     one_scale = _have_one_unit(panels)
     drawn = [row for rows in panels.values() for row in rows]
-    figure = _grid(panels, row_height=24 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
+    figure = _grid(panels, row_height=20 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
@@ -885,7 +885,7 @@ def _have_one_size(panels: Panels[N]) -> bool:
 
 def _arm_height(n_arms: int) -> int:
     """Return the height of an arm's line in pixels: room for a label of two lines, unless there are many arms."""
-    return 27 if n_arms <= MANY_ARMS else 20
+    return 26 if n_arms <= MANY_ARMS else 20
 
 
 def _mark_zero(
