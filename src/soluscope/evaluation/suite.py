@@ -469,14 +469,15 @@ def _evaluate_runs(
         for run in runs
     }
     n_at_once = 1 if step else min(_at_once(runs, config), len(runs))
+    beside = [run for run in runs if n_at_once > 1 and not is_evaluated(run, asked[run.dir.name])]
+    if len(beside) == 1:
+        beside = []  # another process would take seconds to start
     with bars(dict.fromkeys(asked, 1.0), say) as shown:
         probing = _Probing(runs, shown, say, step)
-        beside = []
         for run in runs:
-            name = run.dir.name
-            if n_at_once > 1 and not is_evaluated(run, asked[name]):
-                beside.append(run)
+            if run in beside:
                 continue
+            name = run.dir.name
             probing.began(name)
             try:
                 evaluate_run(
