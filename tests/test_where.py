@@ -69,7 +69,7 @@ def tables(
         seed: seed of the random numbers.
         n_documents: number of documents, one row each.
         width: tokens per row, BOS included.
-        noise: standard deviation of each run's own part of a token's loss.
+        noise: standard deviation, over runs, of a token's loss.
         of_luck: how much of the norm's own luck at a token its gain follows.
         codes: function from log gain to log K_eff; by default correlated with it.
     """

@@ -8,7 +8,6 @@ unpacks it as data. All text from data is inserted as text nodes.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 import shutil
@@ -22,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, PrefixLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, PrefixLoader
 
 from soluscope.errors import UserError
 from soluscope.files import check_links, replacing_folder, write_text
 from soluscope.neurons import stored
 from soluscope.neurons.schema import BINS_BELOW, FOLDER, N_RANGES, SIDES, STAGES, TOP, Stage
 from soluscope.neurons.stored import Neurons
+from soluscope.report.templates import environment, hashes
 
 N_WORDS = 12
 """Number of a neuron's most frequent peak tokens that the search finds, for each stage."""
@@ -109,7 +109,7 @@ def _write(folder: Path, study: str, found: list[Neurons], has_report: bool) -> 
     manifest = {"runs": runs, "group": GROUP, "below": BINS_BELOW}
     template = _environment().get_template
     page = template("neurons/neurons.html.j2").render(
-        study=study, manifest=_packed(manifest), help=HELP, hashes=_hashes, has_report=has_report,
+        study=study, manifest=_packed(manifest), help=HELP, hashes=hashes, has_report=has_report,
         script=template("neurons/neurons.js").render(),
         style=template("report/style.css").render() + template("neurons/neurons.css").render(),
     )  # fmt: skip
@@ -236,21 +236,10 @@ def _packed(content: Any) -> str:
     return base64.b64encode(zlib.compress(text.encode(), 6)).decode()
 
 
-def _hashes(*contents: str) -> str:
-    """Return the sources of a content security policy that allow elements with exactly these contents."""
-    sums = (base64.b64encode(hashlib.sha256(each.encode()).digest()) for each in contents)
-    return " ".join(f"'sha256-{each.decode()}'" for each in sums)
-
-
 @cache
 def _environment() -> Environment:
     """Return the templates of the site and of the report, whose style sheet the site shares."""
     packages = {"neurons": "soluscope.neurons", "report": "soluscope.report"}
-    return Environment(
-        loader=PrefixLoader({name: PackageLoader(package) for name, package in packages.items()}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return environment(
+        PrefixLoader({name: PackageLoader(package) for name, package in packages.items()})
     )

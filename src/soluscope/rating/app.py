@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -24,6 +24,7 @@ from soluscope.rating.database import LONGEST, Database, NotSaved, name_of
 from soluscope.rating.guard import Guard, Session
 from soluscope.rating.plan import order
 from soluscope.rating.settings import FULL
+from soluscope.report.templates import environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTION = (
@@ -220,10 +221,4 @@ def _file(name: str, kind: str) -> Callable[[Request], Response]:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("soluscope.rating"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return environment(PackageLoader("soluscope.rating"))

@@ -214,7 +214,7 @@ def _known(
 def _template(
     source: Source, neurons: Iterator[Neuron], mode: str, stage: str, config: PlanConfig
 ) -> list[Example]:
-    """Return the examples of the next neuron that has enough; empty if none is left."""
+    """Return the examples of the next neuron that has enough; empty if every neuron is used."""
     for neuron in neurons:
         at = stage if stage in source.stages(neuron.arm) else "post"
         examples = source.examples(neuron, at, mode)

@@ -5,20 +5,19 @@ The templates escape all text that comes from data. The same records give the sa
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Mapping
 from functools import cache
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from soluscope.report import answer, figures, names, packing, sections, tokens, words
 from soluscope.report.blocks import MARKS, TABS, Bullets, Section, flat, fold
 from soluscope.report.figures import min_width
 from soluscope.report.findings import at_best_rate, tuned
+from soluscope.report.templates import environment, hashes
 from soluscope.results import Record
 
 N_SENTENCES = 10
@@ -54,7 +53,7 @@ def render(records: list[Record]) -> str:
         map_styles=sorted(set(re.findall(r'getElementById\("([0-9a-f]{64})"\)', get_plotlyjs()))),
         draw=template("draw.js").render(),
         style=template("style.css").render() + tokens.style(blocks),
-        hashes=_hashes,
+        hashes=hashes,
         colour_class=tokens.colour_class,
         marks=MARKS,
     )
@@ -66,22 +65,9 @@ def _licence(library: str) -> str:
     return " ".join(comment[1].replace("*", " ").split()) if comment else ""
 
 
-def _hashes(*contents: str) -> str:
-    """Return the sources of a content security policy that allow elements with exactly these contents."""
-    sums = (base64.b64encode(hashlib.sha256(each.encode()).digest()) for each in contents)
-    return " ".join(f"'sha256-{each.decode()}'" for each in sums)
-
-
 @cache
 def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("soluscope.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    return environment(PackageLoader("soluscope.report"))
 
 
 def _parts(records: list[Record], identifiers: Mapping[str, str]) -> list[Section]:

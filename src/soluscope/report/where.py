@@ -78,7 +78,10 @@ def _supplied(records: Sequence[Record], each: Located) -> str:
     """Return a sentence on a static arm in which ln_final rescales each token; empty for other arms."""
     if each.where is not Where.NOT_HIGH_GAIN or not rescaled(records, each.against):
         return ""
-    return f" But ln_final gives {each.against} a scale for each token, so this does not show that none is needed."
+    return (
+        f" But ln_final gives {each.against} a scale for each token, so equal losses here do not show that one "
+        "gain is enough."
+    )
 
 
 def _numbers(records: Sequence[Record], each: Located) -> str:
