@@ -31,10 +31,11 @@ try:
         elif word == "exit":
             sys.exit(int(others[0]))
         elif word == "long":
-            save(f"begun-{others[0]}")
             try:
+                save(f"begun-{others[0]}")
                 time.sleep(600)
             except KeyboardInterrupt:
+                time.sleep(.5)  # the end of stdin sends another SIGTERM
                 save(f"saved-{others[0]}")
                 raise
         else:

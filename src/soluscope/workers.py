@@ -212,7 +212,7 @@ def works() -> Iterator[str]:
     During a piece, SIGTERM and the end of the launching process raise KeyboardInterrupt, unless the piece handles
     SIGTERM itself.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt_once)
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     busy, alone = threading.Event(), threading.Event()
     threading.Thread(target=_listen, args=(lines, busy, alone), daemon=True).start()
@@ -223,6 +223,12 @@ def works() -> Iterator[str]:
         yield line
         busy.clear()
         tell()
+
+
+def _interrupt_once(*_: Any) -> None:
+    """Raise KeyboardInterrupt. A second signal is ignored: it would interrupt a piece that saves its work."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def tell(**message: Any) -> None:
