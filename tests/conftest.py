@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from soluscope import plugins
+from soluscope import commands, plugins
 from soluscope.config import Config, load_config
 
 # A second thread does not speed up models this small. Where other processes use the cores, the threads
@@ -65,6 +67,32 @@ def run_python(*words: str | Path, **options: Any) -> subprocess.CompletedProces
         text=True,
         timeout=HANGS_AFTER_S,
         **options,
+    )
+
+
+def command(
+    name: str, *words: str | Path, cwd: str | Path = ".", status: int | None = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run `soluscope name words` in this process, where everything is imported, and capture its output.
+
+    Args:
+        name: the command.
+        words: its words.
+        cwd: folder to run it in.
+        status: exit status that it must have; None for any.
+    """
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        chdir(cwd),
+        redirect_stdout(out),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as end,
+    ):
+        commands.run(name, [str(word) for word in words])
+    assert isinstance(end.value.code, int)
+    assert status in (None, end.value.code), errors.getvalue()
+    return subprocess.CompletedProcess(
+        [name, *words], end.value.code, out.getvalue(), errors.getvalue()
     )
 
 

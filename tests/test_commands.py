@@ -333,7 +333,7 @@ def test_study_that_was_moved_is_evaluated_anywhere_or_names_prepared(
     data = json.loads((study / "data.json").read_text())
     moved = data | {"path": f"runs/.tokens/{data['key']}"}  # relative to the folder of the training
     (study / "data.json").write_text(json.dumps(moved))
-    config = EvalConfig(probes=[], n_tokens=1000, n_loss_tokens=1000, n_draws=100)
+    config = EvalConfig(probes=[], n_tokens=1000, n_loss_tokens=1000, n_draws=100, jobs=1)
     evaluate(study, config, lambda line: None)
     first = (study / "results.jsonl").read_bytes()
     assert not (tmp_path / "runs").exists()

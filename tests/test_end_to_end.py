@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT, command
 
 from soluscope import plugins, results
 from soluscope.evaluation import suite
@@ -27,13 +28,16 @@ from soluscope.results import (
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
 VARIANTS = ["gelu", "solu", "solu_frozen_ln", "solu_ln"]
 """A baseline, the start of solu_ln's chain, and solu_ln with its static twin."""
 
 
+WORDS = ["n_tokens=600", "n_loss_tokens=2000", "n_draws=200"]
+"""Settings of each evaluation."""
+
+
 def run(folder, *words):
-    """Run a command in `folder` without network: its proxy does not exist."""
+    """Run a command in `folder` as a process without network: its proxy does not exist."""
     nowhere = dict.fromkeys(
         ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
     )
@@ -56,13 +60,13 @@ def study(tmp_path_factory, gates):
     for probe in {*plugins.names("soluscope.probes")} - {"gain_variation", "engagement"}:
         shutil.copy(gates(probe), here / suite.CONTROLS)
     words = ["study=e2e", "size=tiny", "train.lr=4e-3", "train.steps=25", "corpus.max_mb=2", "train.threads=1",
-             "eval.n_tokens=1000", "eval.n_loss_tokens=2000", "eval.n_draws=200"]  # fmt: skip
+             *(f"eval.{word}" for word in WORDS)]  # fmt: skip
     sweep = yaml.safe_load((ROOT / "sweeps" / "demo.yaml").read_text())
     del sweep["parameters"]["arm"]
     sweep["parameters"]["variant"] = {"values": VARIANTS}
     (folder / "demo.yaml").write_text(yaml.safe_dump(sweep))
     first = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
-    again = run(folder, ROOT / "sweeps" / "launch.py", "demo.yaml", *words)
+    again = command("sweep", "demo.yaml", *words, cwd=folder)
     return here, first, again
 
 
@@ -134,7 +138,7 @@ def test_a_sweep_ends_with_five_lines_and_soluscope_report_shows_the_table(study
     assert len(lines) == len(begins)
     assert all(line.startswith(begin) for line, begin in zip(lines, begins, strict=True))
     assert first.stdout == again.stdout
-    shown = run(folder.parents[1], ROOT / "eval" / "report.py", "runs/e2e")
+    shown = command("report", "runs/e2e", cwd=folder.parents[1])
     assert "solu_frozen_ln" in shown.stdout
     assert "report: runs/e2e/report.html" in shown.stdout
 
@@ -158,14 +162,7 @@ def test_probing_the_same_models_again_gives_the_same_rows_bit_for_bit(study, tm
     shutil.rmtree(copy / "solu_ln-s0" / "probes")
     cache = json.loads((copy / "data.json").read_text())["path"]
     shutil.copytree(study[0].parents[1] / Path(cache).parent, tmp_path / Path(cache).parent)
-    run(
-        tmp_path,
-        ROOT / "eval" / "run.py",
-        "runs/e2e",
-        "n_tokens=1000",
-        "n_loss_tokens=2000",
-        "n_draws=200",
-    )
+    command("probe", "runs/e2e", *WORDS, cwd=tmp_path)
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 
@@ -182,9 +179,8 @@ def test_probing_one_probe_again_leaves_the_others_alone(study, tmp_path):
     shutil.copytree(study[0], copy)
     (copy / "solu-s0" / "probes" / "engagement.jsonl").unlink()
     tokens = Path(json.loads((copy / "data.json").read_text())["path"])
-    words = ["probes=[engagement]", "n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     prepared = f"prepared={study[0].parents[1] / tokens}"
-    done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
+    done = command("probe", "runs/e2e", "probes=[engagement]", *WORDS, prepared, cwd=tmp_path)
     n_runs = 2 * len(VARIANTS)
     assert f"{n_runs - 1} of {n_runs} runs: probed already" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
@@ -197,10 +193,8 @@ def test_other_tokens_than_those_trained_on_are_refused(study, tmp_path):
     (copy / "data.json").write_text(json.dumps(data | {"key": "another"}))
     (copy / "solu-s0" / "probes" / "loss.jsonl").unlink()
     tokens = study[0].parents[1] / data["path"]
-    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200", f"prepared={tokens}"]
-    command = [sys.executable, ROOT / "eval" / "run.py", "runs/e2e", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    words = [*WORDS, f"prepared={tokens}"]
+    done = command("probe", "runs/e2e", *words, cwd=tmp_path, status=2)
     assert "was trained on the tokens another" in done.stderr.splitlines()[-1]
 
 
@@ -210,8 +204,7 @@ def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(
     for path in (copy / "solu-s0" / "probes").glob("*"):
         if path.name not in ("made_with.json", "training.jsonl"):
             path.unlink()
-    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
-    run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e/gelu-s0", *words)
+    command("probe", "runs/e2e/gelu-s0", *WORDS, cwd=tmp_path)
     records = results.read(copy / "results.jsonl")
     assert {each.run for each in of_kind(records, Measurement)} == {
         f"{variant}-s{seed}" for variant in VARIANTS for seed in (0, 1)
@@ -222,15 +215,15 @@ def test_false_positives_are_kept_for_the_report_and_controls_are_not_asked_twic
     copy = tmp_path / "runs" / "e2e"
     shutil.copytree(study[0], copy)
     words = ("probes=[scale_invariance]", "runs/e2e")
-    asked = run(tmp_path, ROOT / "eval" / "run.py", "--false-positives", *words)
+    asked = command("probe", "--false-positives", *words, cwd=tmp_path)
     assert "false-positives of scale_invariance" in asked.stderr
-    again = run(tmp_path, ROOT / "eval" / "run.py", "--false-positives", *words)
+    again = command("probe", "--false-positives", *words, cwd=tmp_path)
     assert again.stderr == ""
     assert again.stdout == asked.stdout
     kept = of_kind(results.read(copy / "results.jsonl"), FalsePositives)
     assert {each.source for each in kept} == {"untrained models", "shuffled labels"}
     assert all(each.n == 200 for each in kept)
-    controls = run(tmp_path, ROOT / "eval" / "run.py", "--controls", *words)
+    controls = command("probe", "--controls", *words, cwd=tmp_path)
     assert controls.stderr == ""
     assert "pinned" in controls.stdout
 
@@ -242,9 +235,8 @@ def test_a_changed_probe_is_made_anew_and_the_others_stay(study, tmp_path):
     stamps = json.loads(mark.read_text())
     mark.write_text(json.dumps(stamps | {"probes/engagement.py": "another"}))
     tokens = Path(json.loads((copy / "data.json").read_text())["path"])
-    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200"]
     prepared = f"prepared={study[0].parents[1] / tokens}"
-    done = run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words, prepared)
+    done = command("probe", "runs/e2e", *WORDS, prepared, cwd=tmp_path)
     assert "solu-s0: engagement has changed and is recomputed" in done.stderr
     assert "solu-s0: 1 result to compute" in done.stderr
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
@@ -265,21 +257,17 @@ def test_what_an_older_version_left_in_a_run_is_made_again_and_refused_elsewhere
     for path in old.glob("*.jsonl"):
         path.write_text(OLD)
     (old / "made_with.json").write_text('{"shared": "of the older version"}')
-    words = ["n_tokens=1000", "n_loss_tokens=2000", "n_draws=200", f"prepared={tokens}"]
-    command = [sys.executable, ROOT / "eval" / "run.py", "runs/e2e/gelu-s0", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    words = [*WORDS, f"prepared={tokens}"]
+    done = command("probe", "runs/e2e/gelu-s0", *words, cwd=tmp_path, status=2)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "was written by another version" in line
     assert line.endswith("create it with 'soluscope probe runs/e2e'")
-    run(tmp_path, ROOT / "eval" / "run.py", "runs/e2e", *words)
+    command("probe", "runs/e2e", *words, cwd=tmp_path)
     assert (copy / "results.jsonl").read_bytes() == (study[0] / "results.jsonl").read_bytes()
 
 
 def test_a_folder_without_runs_is_refused_before_anything_is_asked(tmp_path):
     (tmp_path / "empty").mkdir()
-    words = [ROOT / "eval" / "run.py", "--controls", "empty"]
-    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    done = command("probe", "--controls", "empty", cwd=tmp_path, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: no finished run in empty")
     assert not (tmp_path / "empty" / ".controls").exists()

@@ -137,7 +137,7 @@ def test_a_run_whose_evaluation_fails_in_its_job_is_evaluated_after_the_last_job
     assert "[1/1] solu-s0: probed" in told
 
 
-@pytest.mark.parametrize("n_jobs", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("n_jobs", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_sweeps_jobs_are_evaluated_right_after_their_training(
     n_jobs: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +148,7 @@ def test_a_sweeps_jobs_are_evaluated_right_after_their_training(
     told = capsys.readouterr().err.splitlines()
     assert "2 of 2 runs: probed already" in told
     launch(path, [*words, "study=after", "report=off"])
-    evaluate(tmp_path / "runs" / "after", CONFIG, lambda line: None)
+    evaluate(tmp_path / "runs" / "after", replace(CONFIG, jobs=n_jobs), lambda line: None)
     jobs, after = (results_of(tmp_path / "runs" / study) for study in ("jobs", "after"))
     assert jobs == after
     study = tmp_path / "runs" / "jobs"

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from _hub import LARGE, Hub
-from conftest import ROOT, VARIANTS, run_python, tiny_config, train_silently
+from conftest import VARIANTS, command, run_python, tiny_config, train_silently
 from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from test_every_variant import NORMS
@@ -562,15 +562,18 @@ def test_a_push_that_is_refused_leaves_nothing_anywhere(
 
 
 def refused(*words: str | Path, **environment: str) -> str:
-    """Return the only line that the refused command prints."""
+    """Return the only line that the refused command prints. The hub's client reads HF_HOME only at its import."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ.keys() - kept.keys():
             patch.delenv(name)
         for name, value in environment.items():
             patch.setenv(name, value)
-        done = run_python(ROOT / "train" / "export.py", *words)
-    assert done.returncode == 2, done.stdout + done.stderr
+        if "HF_HOME" in environment:
+            done = run_python("-m", "soluscope", "export", *words)
+        else:
+            done = command("export", *words, status=2)
+    assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     return line
 
@@ -605,8 +608,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(study, tmp_path):
 
 def test_the_command_exports_into_an_empty_folder_and_says_what_loads_it(study, tmp_path):
     (tmp_path / "out").mkdir()
-    done = run_python(ROOT / "train" / "export.py", study / "solu_gain-s0", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = command("export", study / "solu_gain-s0", tmp_path / "out")
     assert "only soluscope loads it: its mid norm is Gain" in done.stdout
     assert isinstance(load(tmp_path / "out"), SoluscopeTransformer)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

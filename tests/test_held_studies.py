@@ -23,7 +23,13 @@ from soluscope.evaluation.suite import evaluate
 from soluscope.launching.launch import launch
 from soluscope.runs.folder import Busy, Run, holder, lock
 
-SMALL = {"probes": ["engagement"], "n_tokens": 500, "n_loss_tokens": 1000, "n_draws": 100}
+SMALL = {
+    "probes": ["engagement"],
+    "n_tokens": 500,
+    "n_loss_tokens": 1000,
+    "n_draws": 100,
+    "jobs": 1,
+}
 SMOKE = ROOT / "sweeps" / "smoke.yaml"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from _launching import until
-from conftest import HANGS_AFTER_S, ROOT, run_python
+from conftest import HANGS_AFTER_S, ROOT, command, run_python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +38,11 @@ def here(runs_dir: Path, *words: str) -> list[str]:
     return [*places, "wandb=off", "train.threads=1", "train.precision=fp32", *words]
 
 
+def launch_here(runs_dir: Path, *words: str, retry: bool = False) -> None:
+    """Launch the smoke sweep without a report, in this process."""
+    launch(SMOKE, here(runs_dir, "report=off", "inline.jobs=1", *words), retry=retry)
+
+
 def standings(runs_dir: Path, *words: str) -> dict[str, jobs.Standing]:
     configs = read_sweep(SMOKE, here(runs_dir, *words)).configs
     return {config.run_name: standing(config.study_dir, job_of(config)) for config in configs}
@@ -47,7 +52,7 @@ def standings(runs_dir: Path, *words: str) -> dict[str, jobs.Standing]:
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return runs of the smoke sweep, launched once inline without a report. Copy them before you change them."""
     runs_dir = tmp_path_factory.mktemp("launched")
-    launch(SMOKE, here(runs_dir, "report=off"))
+    launch_here(runs_dir)
     return runs_dir
 
 
@@ -86,7 +91,7 @@ def test_what_is_done_is_not_done_again_and_what_was_lost_is(
     lost, kept = runs_dir / "smoke" / "solu-s1", runs_dir / "smoke" / "solu-s0" / "done.json"
     shutil.rmtree(lost)
     made = kept.stat().st_mtime_ns
-    launch(SMOKE, here(runs_dir, "report=off"))
+    launch_here(runs_dir)
     assert "smoke: 4 jobs: 3 done, 1 waiting" in capsys.readouterr().err
     assert kept.stat().st_mtime_ns == made
     assert weights(runs_dir) == before
@@ -188,43 +193,42 @@ def test_the_status_shows_jobs_that_have_no_folder_yet_and_runs_made_by_hand(
     saved = (hand / "config.yaml").read_text()
     (hand / "config.yaml").write_text(saved.replace("tag: ''", "tag: hand"))
     hand.rename(study / "solu_ln-s1-hand")
-    shown = run_python(LAUNCH, "--status", study).stdout
+    shown = command("sweep", "--status", study).stdout
     assert "5 jobs: 4 done, 1 waiting" in shown
     assert "solu_ln-s1-hand" in shown
     assert re.search(r"solu-s1 .*waiting.* 0/12", shown)
 
 
-def failing(runs_dir: Path) -> list[str]:
-    """Return words with which every job diverges at once."""
-    return here(runs_dir, "report=off", "train.lr=1e9", "train.lr_rest=1e9", "train.log_every=1")
+FAILING = ("train.lr=1e9", "train.lr_rest=1e9", "train.log_every=1")
+"""Words with which every job diverges at once."""
 
 
 def test_a_job_that_fails_stops_no_other_and_is_run_again_only_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError) as told:
-        launch(SMOKE, failing(tmp_path))
+        launch_here(tmp_path, *FAILING)
     assert "4 jobs: 4 failed" in str(told.value)
     assert "--retry-failed" in str(told.value)
     assert "\n" not in str(told.value)
-    found = standings(tmp_path, *failing(tmp_path)[-3:])
+    found = standings(tmp_path, *FAILING)
     assert {now.state for now in found.values()} == {"failed"}
     assert all("lower train.lr" in str(now.error) for now in found.values())
     config = tmp_path / "smoke" / "solu-s0" / "config.yaml"
     before = config.stat().st_mtime_ns
     with pytest.raises(UserError, match="4 failed"):
-        launch(SMOKE, failing(tmp_path))
+        launch_here(tmp_path, *FAILING)
     assert config.stat().st_mtime_ns == before, (
         "a failed job was tried again without --retry-failed"
     )
     with pytest.raises(UserError, match="4 failed"):
-        launch(SMOKE, failing(tmp_path), retry=True)
+        launch_here(tmp_path, *FAILING, retry=True)
     assert config.stat().st_mtime_ns > before
     capsys.readouterr()
 
 
 def test_more_seeds_join_a_study_of_the_same_sweep(runs_dir: Path) -> None:
-    launch(SMOKE, here(runs_dir, "report=off", "seed=2"))
+    launch_here(runs_dir, "seed=2")
     names = [job.run for job in jobs.listed(runs_dir / "smoke")]
     assert sorted(names) == sorted(f"{v}-s{s}" for v in ("solu", "solu_ln") for s in (0, 1, 2))
 
@@ -325,15 +329,13 @@ def test_what_keeps_a_job_from_starting_is_in_its_status(
 
 
 def test_auto_precision_is_that_in_which_the_run_or_its_study_was_begun(runs_dir: Path) -> None:
-    words = [
-        word for word in here(runs_dir, "report=off") if not word.startswith("train.precision")
-    ]
+    words = [word for word in here(runs_dir) if not word.startswith("train.precision")]
     begun = runs_dir / "smoke" / "solu-s0"
     shutil.rmtree(runs_dir / "smoke" / "solu-s1")
     for path in runs_dir.glob("smoke/*/config.yaml"):
         path.write_text(path.read_text().replace("precision: fp32", "precision: bf16"))
     (begun / "done.json").unlink()
-    launch(SMOKE, words)
+    launch(SMOKE, [*words, "report=off", "inline.jobs=1"])
     for name in ("solu-s0", "solu-s1"):
         assert read_config(runs_dir / "smoke" / name / "config.yaml").train.precision == "bf16"
 
@@ -355,8 +357,7 @@ def test_a_status_is_given_where_one_configuration_was_cut(runs_dir: Path) -> No
     cut = study / "solu-s0" / "config.yaml"
     cut.write_text(cut.read_text()[:50])
     (study / "solu-s1" / "done.json").write_text("{}")
-    shown = run_python(LAUNCH, "--status", study)
-    assert shown.returncode == 0, shown.stderr
+    shown = command("sweep", "--status", study)
     assert "4 jobs: 3 done, 1 resume" in shown.stdout  # a done.json without losses is broken
 
 
@@ -382,8 +383,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_status_2_before_any_job_starts(
     words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    told = run_python(LAUNCH, SMOKE, *here(tmp_path / "runs"), *words)
-    assert told.returncode == 2
+    told = command("sweep", SMOKE, *here(tmp_path / "runs"), *words, status=2)
     assert told.stderr.startswith("error: ")
     assert told.stderr.count("\n") == 1
     assert MISTAKES[words] in told.stderr
@@ -429,11 +429,12 @@ def test_jobs_of_several_vocabularies_are_refused_before_any_job_starts(tmp_path
 
 
 def test_a_status_of_nothing_is_refused(tmp_path: Path) -> None:
-    assert "no folder" in run_python(LAUNCH, "--status", tmp_path / "none").stderr
-    assert "no runs in" in run_python(LAUNCH, "--status", tmp_path).stderr
-    assert (
-        "takes a study and nothing else" in run_python(LAUNCH, "--status", tmp_path, "a=b").stderr
-    )
+    for words, message in (
+        ((tmp_path / "none",), "no folder"),
+        ((tmp_path,), "no runs in"),
+        ((tmp_path, "a=b"), "takes a study and nothing else"),
+    ):
+        assert message in command("sweep", "--status", *words, status=2).stderr
 
 
 def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(

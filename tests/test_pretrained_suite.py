@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python
+from conftest import command
 from test_pretrained import config_of, reference, repository, tokenizer_files, weights_of
 from tokenizers import Tokenizer, models
 
@@ -89,8 +89,7 @@ def probed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         asked = (f"probes=[{','.join(PROBES)}]", *SMALL)
-        done = run_python(ROOT / "eval" / "run.py", "solu-tiny", *asked, cwd=root)
-    assert done.returncode == 0, done.stderr
+        done = command("probe", "solu-tiny", *asked, cwd=root)
     return root, done
 
 
@@ -186,8 +185,7 @@ def test_the_second_time_nothing_is_made_anew_and_a_study_is_shown_beside(copied
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = (f"probes=[{','.join(PROBES)}]", *SMALL, "study=runs/first")
-    done = run_python(ROOT / "eval" / "run.py", "solu-tiny", *asked, cwd=copied)
-    assert done.returncode == 0, done.stderr
+    done = command("probe", "solu-tiny", *asked, cwd=copied)
     assert done.stderr == "solu-tiny: probed already\n"
     after = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
     assert {path.name for path in after if after[path] != before.get(path)} == {"results.jsonl"}

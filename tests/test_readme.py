@@ -5,15 +5,14 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, command
 
 from soluscope import plugins
 from soluscope.config import load_config
 from soluscope.norms import PerTokenNorm, check_norm
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
 PAGES = README + "".join(
@@ -27,40 +26,30 @@ OF = {
 }
 
 
-def soluscope(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "soluscope", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("line", OF["train"])
+def test_a_training_command_is_one(line):
+    words = [*shlex.split(line), *([] if "--help" in line or "--cfg" in line else ["--cfg"])]
+    command(*words, cwd=ROOT)
 
 
-@pytest.mark.parametrize("command", OF["train"])
-def test_a_training_command_is_one(command):
-    words = [
-        *shlex.split(command),
-        *([] if "--help" in command or "--cfg" in command else ["--cfg"]),
-    ]
-    done = soluscope(*words)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("command", [c for c in OF["sweep"] if "--status" not in c])
-def test_a_command_that_launches_a_sweep_is_one(command, tmp_path):
-    words = [*shlex.split(command), f"runs_dir={tmp_path}"]
-    stops = "--dry-run" in command or "--preregister" in command
-    done = soluscope(*words, *([] if stops else ["--dry-run"]))
-    assert done.returncode == 0, done.stderr
-    assert ("sha256 of the plan:" if "--preregister" in command else "to go:") in done.stdout
+@pytest.mark.parametrize("line", [line for line in OF["sweep"] if "--status" not in line])
+def test_a_command_that_launches_a_sweep_is_one(line, tmp_path):
+    words = [*shlex.split(line), f"runs_dir={tmp_path}"]
+    stops = "--dry-run" in line or "--preregister" in line
+    done = command(*words, *([] if stops else ["--dry-run"]), cwd=ROOT)
+    assert ("sha256 of the plan:" if "--preregister" in line else "to go:") in done.stdout
 
 
 @pytest.mark.parametrize(
-    "command",
+    "line",
     [
         each
         for name in ("probe", "remove", "neurons", "rate", "report", "export", "sweep")
         for each in OF[name]
     ],
 )
-def test_the_words_of_other_commands_are_accepted_by_their_parsers(command):
-    name, *words = shlex.split(command)
+def test_the_words_of_other_commands_are_accepted_by_their_parsers(line):
+    name, *words = shlex.split(line)
     plugins.pick("soluscope.commands", name).build_parser().parse_intermixed_args(words)
 
 
@@ -74,8 +63,8 @@ def test_the_readmes_commands_run_as_they_stand(tmp_path):
     names = "train sweep probe remove report neurons plan export"
     assert [line.split()[0] for line in ours] == names.split()
     for line in ours:
-        command = [sys.executable, "-m", "soluscope", *shlex.split(line)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        words = [sys.executable, "-m", "soluscope", *shlex.split(line)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
     assert (tmp_path / "runs/first/report.html").is_file()
     assert (tmp_path / "out/README.md").is_file()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import command
 
 from soluscope import results
 from soluscope.comparison.compare import Choices
@@ -28,7 +28,6 @@ parameters:
   arm: {values: [solu, solu_ln, solu_gain mid.gain=1, solu_gain mid.gain=8]}
 """
 N_ARMS = 8
-LAUNCH = ROOT / "sweeps" / "launch.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +43,7 @@ def words(runs_dir: Path, *others: str) -> list[str]:
         "eval.probes=[engagement]",
         "eval.n_tokens=500",
         "eval.n_loss_tokens=2000",
+        "eval.jobs=1",
         "report=off",
     )
     return [
@@ -53,6 +53,7 @@ def words(runs_dir: Path, *others: str) -> list[str]:
         "train.threads=1",
         "train.precision=fp32",
         "train.device=cpu",
+        "inline.jobs=1",
         *others,
     ]
 
@@ -159,9 +160,8 @@ def test_wandbs_agents_are_refused_in_one_line(path: Path, tmp_path: Path) -> No
     )
     here = tmp_path / "agents.yaml"
     here.write_text(text)
-    places = [word for word in words(tmp_path) if not word.startswith("wandb=")]
-    done = run_python(LAUNCH, here, *places, "engine=wandb")
-    assert done.returncode == 2
+    places = [word for word in words(tmp_path) if not word.startswith(("wandb=", "inline."))]
+    done = command("sweep", here, *places, "engine=wandb", status=2)
     assert done.stderr.startswith("error: select_seeds= trains some arms only, but engine=wandb")
     assert done.stderr.count("\n") == 1
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import command
 
 from soluscope import terminal
 from soluscope.commands import run_command
@@ -83,8 +83,7 @@ def test_status_shows_the_escapes_of_failed_json(tiny_study: Path, tmp_path: Pat
     for run_dir in study.glob("*-s0"):
         (run_dir / "done.json").unlink()
         (run_dir / "failed.json").write_text(json.dumps({"error": text}))
-    shown = run_python(ROOT / "sweeps" / "launch.py", "--status", study)
-    assert shown.returncode == 0
+    shown = command("sweep", "--status", study)
     assert "owned" in shown.stdout
     unseen = {c for c in shown.stdout + shown.stderr if not c.isprintable()}
     assert unseen <= {"\n"}
@@ -93,9 +92,9 @@ def test_status_shows_the_escapes_of_failed_json(tiny_study: Path, tmp_path: Pat
 def test_names_of_folders_are_shown_escaped(tiny_study: Path, tmp_path: Path) -> None:
     study = tmp_path / "\x1b]0;owned\x07[red]\u202e"
     shutil.copytree(tiny_study / "solu-s0", study / "solu-s0")
-    for words in (("sweeps/launch.py", "--status", study), ("eval/run.py", study), ("eval/report.py", study),
-                  ("eval/run.py", study / "nowhere"), ("train/export.py", study, tmp_path / "out")):  # fmt: skip
-        told = run_python(ROOT / words[0], *words[1:])
+    for words in (("sweep", "--status", study), ("probe", study), ("report", study),
+                  ("probe", study / "nowhere"), ("export", study, tmp_path / "out")):  # fmt: skip
+        told = command(*words, status=None)
         assert "Traceback" not in told.stderr
         assert "owned" in told.stdout + told.stderr
         assert {c for c in told.stdout + told.stderr if not c.isprintable()} <= {"\n"}

@@ -22,7 +22,7 @@ from soluscope.runs.folder import Run
 from soluscope.training.module import TrainingModule
 
 VARIANTS = plugins.names("soluscope.variants")
-SETTINGS = {"n_tokens": 1000, "n_loss_tokens": 1000, "n_draws": 100}
+SETTINGS = {"n_tokens": 1000, "n_loss_tokens": 1000, "n_draws": 100, "jobs": 1}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

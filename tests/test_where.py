@@ -276,7 +276,7 @@ def test_arms_without_losses_by_token_are_left_out():
 
 # --- from runs to the report ----------------------------------------------------------------------
 
-SMALL = EvalConfig(probes=[], n_tokens=200, n_loss_tokens=1000, n_draws=100)
+SMALL = EvalConfig(probes=[], n_tokens=200, n_loss_tokens=1000, n_draws=100, jobs=1)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from soluscope import plugins
@@ -697,7 +697,8 @@ def merge_config(arguments: Sequence[str]) -> DictConfig:
         rate = _rate_of(merged)
         check(rate is not None, f"size {merged.size!r} has no tuned rate for variant {merged.variant!r}: "
               "set train.lr, or add it to train.rates in configs/size/")  # fmt: skip
-        merged = _merge(merged, OmegaConf.create({"train": {"lr": rate}}))
+        with read_write(merged.train):
+            merged.train.lr = rate
     return merged
 
 
@@ -705,12 +706,19 @@ def _rate_of(merged: DictConfig) -> float | None:
     """Return the rate in train.rates of the arm with most settings that `merged` has; None without an arm."""
     rates: dict[int, float] = {}
     for arm, rate in merged.train.rates.items():
-        variant, *words = str(arm).split() or [""]
-        settings = OmegaConf.from_dotlist(words)
-        holds = (OmegaConf.select(merged, key) == value for key, value in flatten(settings))
-        if variant == merged.variant and all(holds):
-            rates[len(words)] = rate
+        variant, settings = _settings_of(str(arm))
+        if variant == merged.variant and all(
+            OmegaConf.select(merged, key) == value for key, value in settings
+        ):
+            rates[len(settings)] = rate
     return rates[max(rates)] if rates else None
+
+
+@cache
+def _settings_of(arm: str) -> tuple[str, list[tuple[str, Any]]]:
+    """Return the variant of an arm in train.rates, and its settings."""
+    variant, *words = arm.split() or [""]
+    return variant, [*flatten(OmegaConf.to_container(OmegaConf.from_dotlist(words)))]
 
 
 def _typed(variant: str, data: str) -> tuple[DictConfig, dict[str, Any]]:

@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -236,8 +236,9 @@ def _parsed(text: str, hint: Any, empty: Any = None) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+@lru_cache(maxsize=256)
 def _compose(text: str) -> yaml.Node | None:
-    """Return the root of a YAML text.
+    """Return the root of a YAML text. The jobs of a sweep share their files and most of their words.
 
     Raises:
         ValueError: if the text is nested too deeply, or has too many values once its aliases are replaced.
