@@ -718,7 +718,8 @@ def _rate_of(merged: DictConfig) -> float | None:
 def _settings_of(arm: str) -> tuple[str, list[tuple[str, Any]]]:
     """Return the variant of an arm in train.rates, and its settings."""
     variant, *words = arm.split() or [""]
-    return variant, [*flatten(OmegaConf.to_container(OmegaConf.from_dotlist(words)))]
+    settings: Any = OmegaConf.to_container(OmegaConf.from_dotlist(words))
+    return variant, [*flatten(settings)]
 
 
 def _typed(variant: str, data: str) -> tuple[DictConfig, dict[str, Any]]:
