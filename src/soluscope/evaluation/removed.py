@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from soluscope.errors import UserError
-from soluscope.evaluation.stored import read_stored
+from soluscope.evaluation.stored import names_in, read_stored
 from soluscope.files import reason
 from soluscope.removal.numbers import in_order, of_arm
 from soluscope.results import Record, RemovalOfArm, Removed
@@ -26,15 +26,14 @@ def remedy(run_dir: Path) -> str:
     return f"create it with 'soluscope remove {run_dir}', or delete it"
 
 
-def names_in(folder: Path) -> list[str]:
+def _ordered(folder: Path) -> list[str]:
     """Return the names of the stored results of the trained model, in the order of the steps.
 
     Raises:
         UserError: if a file has the name of no result.
     """
-    names = [path.stem for path in sorted(folder.glob("*.jsonl")) if path.stem != UNTRAINED]
     try:
-        return in_order(names)
+        return in_order(name for name in names_in(folder) if name != UNTRAINED)
     except ValueError as error:
         raise UserError(f"{folder}: {error}; delete the file") from error
 
@@ -50,7 +49,7 @@ def tables_in(folder: Path, names: Sequence[str] | None = None) -> dict[str, pd.
         UserError: if a table is broken, or is of other tokens than the first one.
     """
     found: dict[str, pd.DataFrame] = {}
-    for name in names_in(folder) if names is None else names:
+    for name in _ordered(folder) if names is None else names:
         path = folder / f"{name}.parquet"
         try:
             table = pd.read_parquet(path)
@@ -83,8 +82,7 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
     arms: dict[str, list[Run]] = {}
     for run in runs:
         folder = run.dir / FOLDER
-        untrained = [UNTRAINED] if (folder / f"{UNTRAINED}.jsonl").is_file() else []
-        names = sorted([*names_in(folder), *untrained])
+        names = names_in(folder)
         for name in names:
             records += read_stored(folder, name, remedy(run.dir))
         if names:

@@ -171,6 +171,12 @@ def _sums(folder: Path) -> dict[str, str]:
     return {file: of_file for of_file, _, file in parts}
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the results in a folder, and of those that its list of checksums has."""
+    listed = {path.name for path in folder.glob("*.jsonl")} | _sums(folder).keys()
+    return sorted(name.removesuffix(".jsonl") for name in listed if name.endswith(".jsonl"))
+
+
 def _files(folder: Path, name: str) -> list[str]:
     return [f"{name}{end}" for end in ENDS if (folder / f"{name}{end}").is_file()]
 

@@ -59,6 +59,7 @@ from soluscope.evaluation.stored import (
     PACKAGE,
     check_sums,
     current,
+    names_in,
     probe_files,
     probing,
     read_dynamics,
@@ -354,7 +355,7 @@ def write_results(study_dir: Path) -> Path:
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
-    if (study_dir / RATINGS / f"{RATINGS}.jsonl").is_file():
+    if RATINGS in names_in(study_dir / RATINGS):
         remedy = f"create it with 'soluscope rate {study_dir} --analyse', or delete it"
         records += read_stored(study_dir / RATINGS, RATINGS, remedy)
     for other in beside:

@@ -217,7 +217,7 @@ class Neurons:
         with self._sound(f"{name}.parquet") as path:
             content = pq.read_table(path, filters=filters)
             check_columns(name, content.schema)
-            table = content.to_pandas()
+            table: pd.DataFrame = content.to_pandas()
             check_values(name, table, self._bounds, whole=filters is None)
             return table
 
@@ -244,7 +244,7 @@ class Neurons:
             raise
         except Exception as error:  # pyarrow has its own errors
             raise UserError(
-                f"{path} is broken ({reason(error)}): {_remedy(self.folder)}"
+                f"{path} is broken ({reason(error)}): delete {self.folder} and {_remedy(self.folder)}"
             ) from error
 
 
