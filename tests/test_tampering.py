@@ -1,8 +1,8 @@
 """Every file of a finished study, damaged in every way: no traceback, no hang, nothing written elsewhere.
 
 The study is trained with snapshots, probed and reported; neurons are stored, a per-token gain is removed, and some
-neurons are rated. In each case one of its files or folders is damaged, and the commands that read it run again. They
-must give the same results, or name the file or its run.
+neurons are rated. In each case one of its files or folders is damaged, and the commands that read it run again.
+They must give the same results, or name the file or its run.
 """
 
 from __future__ import annotations
