@@ -43,7 +43,7 @@ def tables_in(folder: Path, names: Sequence[str] | None = None) -> dict[str, pd.
 
     Args:
         folder: a run's folder of removals.
-        names: names of results; by default all that are stored.
+        names: names of results; by default the names of all stored results.
 
     Raises:
         UserError: if a table is broken, or is of other tokens than the first one.

@@ -152,7 +152,7 @@ def probing(study: Path) -> str:
 
 
 def check_sums(folder: Path, name: str, remedy: str) -> None:
-    """Refuse a result whose files are not those that `SUMS` lists.
+    """Refuse a result whose files have other checksums than in `SUMS`, or are not listed there.
 
     Raises:
         UserError: naming the file.
@@ -172,7 +172,7 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of the results in a folder, and of those that its list of checksums has."""
+    """Return the names of the results that are in a folder or in its list of checksums."""
     listed = {path.name for path in folder.glob("*.jsonl")} | _sums(folder).keys()
     return sorted(name.removesuffix(".jsonl") for name in listed if name.endswith(".jsonl"))
 

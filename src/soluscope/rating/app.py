@@ -205,7 +205,7 @@ def _to(path: str) -> Response:
 
 
 def _broken(_: Request, error: Exception) -> Response:
-    """Answer with the line that says what is wrong with the file of ratings."""
+    """Answer with the error of a broken file of ratings as one line of plain text."""
     return PlainTextResponse(f"{error}\n", 500)
 
 

@@ -286,7 +286,7 @@ class Database:
 
     @contextmanager
     def _sound(self) -> Iterator[None]:
-        """Turn the errors of a broken file into one line that says what to do.
+        """Turn the errors of a broken file into one line with the reason and a remedy.
 
         Raises:
             UserError: with the reason.
@@ -332,7 +332,7 @@ class Database:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
-        # Each rating moves into the file at once, so a copy of the file alone has it.
+        # Each rating moves into the file at once, so a copy of the file alone has all ratings.
         connection.execute("PRAGMA wal_autocheckpoint = 1")
         return connection
 
@@ -403,7 +403,7 @@ def _of_plan(connection: sqlite3.Connection, facts: dict[str, str]) -> str:
 
 
 def _as_rating(number: int, *columns: Any) -> Rating | None:
-    """Return a row as a rating, or None if the rating was taken back.
+    """Return a row as a rating; a rating that was taken back gives None.
 
     Raises:
         ValueError: if the row is not as it was written, or cannot be a rating.
