@@ -24,6 +24,7 @@ from _launching import words_for
 from conftest import HANGS_AFTER_S, ROOT
 
 from soluscope.commands import run
+from soluscope.runs.weights import commit
 
 pytestmark = pytest.mark.slow
 
@@ -158,23 +159,39 @@ def _timeless(value: object) -> object:
     return [_timeless(each) for each in value] if isinstance(value, list) else value
 
 
+class Calm:
+    """Folders with the states before and after each command, none killed, and the commands' durations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.durations: dict[str, float] = {}
+
+    def run(self, command: str) -> float:
+        """Run a command, and before it the command that it follows, unless it has run; return its duration."""
+        if command not in self.durations:
+            before, after = self.before(command), self.after(command)
+            if command in NEEDS:
+                self.run(NEEDS[command])
+                shutil.copytree(self.after(NEEDS[command]), before)
+            else:
+                before.mkdir()
+            shutil.copytree(before, after)
+            self.durations[command] = finish(command, after)
+        return self.durations[command]
+
+    def before(self, command: str) -> Path:
+        return self.folder / f"before-{command}"
+
+    def after(self, command: str) -> Path:
+        return self.folder / f"after-{command}"
+
+
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """Return a folder with the states before and after each command, none killed, and the commands' durations."""
-    folder = tmp_path_factory.mktemp("calm")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
     for name in IMPORTED:
         importlib.import_module(f"soluscope.{name}")
-    durations = {}
-    for command in COMMANDS:
-        before, after = folder / f"before-{command}", folder / f"after-{command}"
-        needed = NEEDS.get(command)
-        if needed:
-            shutil.copytree(folder / f"after-{needed}", before)
-        else:
-            before.mkdir()
-        shutil.copytree(before, after)
-        durations[command] = finish(command, after)
-    return folder, durations
+    commit()  # known before the forks, so that a commit during the test changes no file
+    return Calm(tmp_path_factory.mktemp("calm"))
 
 
 @pytest.mark.parametrize(
@@ -182,15 +199,15 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, floa
     [each if each in SAMPLED else pytest.param(each, marks=pytest.mark.long) for each in COMMANDS],
 )
 def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_was_not(
-    command: str, calm: tuple[Path, dict[str, float]], tmp_path: Path
+    command: str, calm: Calm, tmp_path: Path
 ) -> None:
-    folder, durations = calm
+    duration = calm.run(command)
     moments = random.Random(f"{command} 0")
-    here = Path(shutil.copytree(folder / f"before-{command}", tmp_path / "here"))
+    here = Path(shutil.copytree(calm.before(command), tmp_path / "here"))
     kills, n_whole = [], 0
     while len(kills) < N_KILLS:
         process = start(command, here)
-        wait = moments.uniform(0, 1.05) * durations[command]
+        wait = moments.uniform(0, 1.05) * duration
         process.join(wait)
         if process.exitcode is None:
             kill(process)
@@ -199,16 +216,16 @@ def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_w
             if (
                 exported.is_dir()
             ):  # whole, since it gets its name in one step; a second export is refused
-                assert contents(exported) == contents(folder / "after-export" / "exported")
+                assert contents(exported) == contents(calm.after("export") / "exported")
                 shutil.rmtree(exported)
             continue
         assert process.exitcode == 0, f"{said_by(here).read_text()}; kills: {kills}"
         n_whole += 1  # it ended before it was killed: begin again
         assert n_whole < 3 * N_KILLS + 10
         shutil.rmtree(here)
-        shutil.copytree(folder / f"before-{command}", here)
+        shutil.copytree(calm.before(command), here)
     finish(command, here)
-    wanted, found = contents(folder / f"after-{command}"), contents(here)
+    wanted, found = contents(calm.after(command)), contents(here)
     assert found.keys() == wanted.keys(), f"kills: {kills}"
     differing = [name for name in wanted if wanted[name] != found[name]]
     assert not differing, f"{differing} differ; kills: {kills}"
