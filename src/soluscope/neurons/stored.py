@@ -255,7 +255,7 @@ def read(run_dir: str | Path, part: Part = "trained") -> Neurons:
         UserError: if they are missing, incomplete, or not as they were written.
     """
     folder = place(run_dir, part)
-    check_links(folder, Path(run_dir).parent)
+    check_links(Path(run_dir), Path(run_dir).parent)  # each folder on the way may be a link
     if not is_complete(folder):
         what = "is not as it was written" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}: {_remedy(folder)}")
