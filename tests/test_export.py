@@ -35,7 +35,7 @@ from soluscope.errors import UserError
 from soluscope.export import _lens_state, export, load
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.hooked.pretrained import load_pretrained
-from soluscope.results import Measurement
+from soluscope.results import Measurement, Rated, Rating
 from soluscope.runs.folder import Run
 
 TOKEN = "hf_ours"
@@ -226,6 +226,7 @@ def study(tiny_study, tmp_path_factory) -> Path:
         replace(r, x=3.0, value=0.8125),
         replace(r, run="solu-s0", value=0.6875),
         replace(r, config="another", value=0.5625),
+        Rated(term=Rating.SHARE, study="tiny", arm="solu_ln", rater="ann", value=0.4375, unit="share"),
     ])  # fmt: skip
     return study
 
@@ -479,9 +480,9 @@ def test_the_card_tells_configuration_losses_and_probes(pushed):
     assert "has not been probed yet" not in card
 
 
-def test_the_card_tells_nothing_of_other_runs_configurations_texts_and_curves(pushed):
+def test_an_export_tells_nothing_of_other_runs_configurations_texts_curves_and_raters(pushed):
     card = rendered(pushed[LENS])
-    assert not any(value in card for value in ("0.938", "0.812", "0.688", "0.562"))
+    assert not any(value in card for value in ("0.938", "0.812", "0.688", "0.562", "0.437"))
     stored = results.read(pushed[LENS] / "results.jsonl")
     assert [row.value for row in stored] == [0.25, 0.9375, 0.8125]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -21,8 +22,10 @@ import soluscope
 from soluscope import UserError, plugins, results
 from soluscope.config import NeuronsConfig
 from soluscope.controls import Planted
+from soluscope.evaluation import suite
 from soluscope.hooked.activations import HookedRun, observe, observe_blocks
-from soluscope.neurons import describe, look, rules, stored
+from soluscope.neurons import describe, look, rules, site, stored
+from soluscope.neurons.checking import COLUMNS
 from soluscope.neurons.compute import compute
 from soluscope.neurons.scan import Scanned, scan
 from soluscope.neurons.schema import (
@@ -41,6 +44,7 @@ from soluscope.neurons.selection import NONE, SampleByRange, TopByDocument
 from soluscope.report import neurons as report_neurons
 from soluscope.report import page
 from soluscope.results import NeuronFound, of_kind
+from soluscope.runs.folder import Run
 
 GATE = 1e-9
 
@@ -411,6 +415,54 @@ def test_a_changed_file_is_refused(study: Path, tmp_path: Path, name: str) -> No
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"is not as it was written.*soluscope neurons"):
         stored.read(copy)
+
+
+@pytest.mark.parametrize("name", stored.TABLES)
+def test_a_received_table_with_other_columns_or_numbers_is_refused(
+    study: Path, tmp_path: Path, name: str
+) -> None:
+    """The checksums fit, because whoever changes a table can change them too."""
+    copy = tmp_path / "run"
+    shutil.copytree(study / "solu_ln-s0" / "neurons", copy / "neurons")
+    path = copy / "neurons" / "trained" / f"{name}.parquet"
+    table = pd.read_parquet(path)
+    others = [table.drop(columns=column) for column in COLUMNS[name]]
+    others += [table.assign(**{column: [{"a": 1}] * len(table)}) for column in COLUMNS[name]]
+    others += [table.assign(neuron=table["neuron"] + far) for far in (-1, 10**12)]
+    if name in ("neurons", "rules"):
+        others += [table.iloc[1:], pd.concat([table, table.iloc[:1]])]
+    if name == "examples":
+        changed = {"peak": 41, "document": -1, "range": N_RANGES, "stage": "x"}
+        others += [table.assign(**{column: value}) for column, value in changed.items()]
+        others += [
+            table.iloc[::-1],
+            table.assign(tokens=[tokens[1:] for tokens in table["tokens"]]),
+        ]
+    for other in others:
+        other.to_parquet(path, index=False)
+        path.with_name("SHA256SUMS").write_text(stored.sums_of(path.parent))
+        with pytest.raises(
+            UserError, match=r"(parquet|about\.json) is broken .*: delete "
+        ) as caught:
+            [*site._details(stored.read(copy))]
+        assert "\n" not in str(caught.value)
+
+
+def test_a_changed_list_of_found_neurons_does_not_reach_the_results(
+    study: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    shutil.copytree(study / "solu_ln-s0" / "neurons", run.dir / "neurons")
+    path = run.dir / "neurons" / "trained" / "found.jsonl"
+    wanted = results.read(path)
+    assert suite._found_neurons(run) == wanted
+    path.write_text(path.read_text().replace('"place": 0', '"place": 1'))
+    for damage in (lambda: None, lambda: path.write_bytes(b""), path.unlink):
+        damage()
+        with pytest.raises(
+            UserError, match=r"found\.jsonl is not as it was written.*soluscope neurons"
+        ):
+            suite._found_neurons(run)
 
 
 def test_a_neuron_that_does_not_exist_is_refused(study: Path) -> None:

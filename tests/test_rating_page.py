@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
 import sqlite3
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -450,6 +453,127 @@ def test_a_damaged_database_is_refused_in_one_line(ratings: Database) -> None:
     with pytest.raises(UserError, match=r"ratings\.sqlite") as caught:
         ratings.check(MadeUp(), None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE rating SET interpretable = 1 - interpretable WHERE id = 1",
+        "UPDATE rating SET undone = 1 WHERE id = 2",
+        "UPDATE rating SET rater = 'eve' WHERE id = 2",
+        "UPDATE rating SET seconds = 9e999",
+        "DELETE FROM rating WHERE id = 2",
+        "DELETE FROM rating",
+        "UPDATE item SET arm = run",
+        "UPDATE item SET shown = '[]'",
+        "DELETE FROM item WHERE id = (SELECT max(id) FROM item)",
+        "UPDATE fact SET value = '{}' WHERE name = 'plan'",
+        "DELETE FROM fact WHERE name = 'silent'",
+        "DROP INDEX one_rating",
+        "CREATE TRIGGER t AFTER INSERT ON rating BEGIN DELETE FROM rating; END",
+    ],
+)
+def test_a_value_that_was_changed_in_the_file_is_noticed(ratings: Database, statement: str) -> None:
+    for item in range(2):
+        ratings.rate("ann", item, True, "a rule", 1.5)
+    ratings.check(MadeUp(), None)
+    with sqlite3.connect(ratings.path) as connection:
+        connection.execute(statement)
+    with pytest.raises(UserError, match=r"ratings\.sqlite is broken .*: restore a copy") as caught:
+        ratings.check(MadeUp(), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_sender_with_fitting_checksums_and_hostile_names_is_refused(
+    ratings: Database,
+) -> None:
+    ratings.rate("../x", 0, True, "", 1.0)
+    with pytest.raises(UserError, match="letters, digits"):
+        ratings.ratings()
+
+
+def test_a_copy_of_the_file_alone_has_all_ratings(ratings: Database, tmp_path: Path) -> None:
+    """The server holds the file open, as when it is killed or copied while people rate."""
+    ratings.hold()
+    for item in range(3):
+        ratings.rate("ann", item, False, "", 1.0)
+        copy = Database(tmp_path / f"copy{item}.sqlite")
+        copy.path.write_bytes(ratings.path.read_bytes())
+        assert copy.raters() == {"ann": item + 1}
+
+
+def test_a_process_killed_while_it_draws_a_plan_leaves_no_file_and_the_next_one_draws_it(
+    tmp_path: Path,
+) -> None:
+    def killed(*_: object) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    child = os.fork()
+    if child == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(database, "_of_plan", killed)  # the tables and items are written
+            open_plan(tmp_path, MadeUp(), SMALL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    left = [path.name for path in (tmp_path / "rating").iterdir()]
+    assert any(name.endswith(".part") for name in left)
+    assert "ratings.sqlite" not in left
+    assert open_plan(tmp_path, MadeUp(), SMALL).items()
+    assert {path.name for path in (tmp_path / "rating").iterdir()} == {".lock", "ratings.sqlite"}
+
+
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal"])
+def test_a_pipe_a_folder_or_a_journal_in_the_place_of_a_file_is_refused(
+    drawn: Path, tmp_path: Path, end: str
+) -> None:
+    for make in (os.mkfifo, Path.mkdir, *([Path.touch] if end == "-journal" else [])):
+        study = tmp_path / make.__name__
+        (study / "rating").mkdir(parents=True)
+        path = study / "rating" / "ratings.sqlite"
+        if end:
+            path.write_bytes((drawn / "rating" / "ratings.sqlite").read_bytes())
+        make(Path(f"{path}{end}"))
+        with pytest.raises(UserError, match=rf"ratings\.sqlite{end} .*: move it away") as caught:
+            open_plan(study, MadeUp(), SMALL)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_plan_is_drawn_beside_the_log_of_a_missing_file(tmp_path: Path) -> None:
+    """SQLite would apply the log to the new file."""
+    (tmp_path / "rating").mkdir()
+    (tmp_path / "rating" / "ratings.sqlite-wal").write_bytes(b"ratings")
+    with pytest.raises(UserError, match="may have ratings: restore"):
+        open_plan(tmp_path, MadeUp(), SMALL)
+
+
+@pytest.mark.parametrize("name", ["rating", "rating/ratings.sqlite", "rating/ratings.sqlite-wal"])
+def test_a_link_that_leads_out_of_the_study_is_refused(
+    drawn: Path, tmp_path: Path, name: str
+) -> None:
+    study, outside = tmp_path / "first", tmp_path / "outside"
+    for target in (outside, outside / "missing"):
+        shutil.copytree(drawn, study)
+        outside.mkdir(exist_ok=True)
+        path = study / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        with pytest.raises(UserError, match=rf"{path.name} is a link that leads out of"):
+            open_plan(study, MadeUp(), SMALL)
+        assert not [*outside.iterdir()]
+        shutil.rmtree(study)
+
+
+def test_a_file_that_breaks_while_people_rate_is_answered_in_one_line(
+    visit: Open, ratings: Database
+) -> None:
+    ann = visit("ann")
+    answer(ann, False)
+    with sqlite3.connect(ratings.path) as connection:
+        connection.execute("UPDATE item SET shown = '{'")
+    reply = ann.get("/rate")
+    assert reply.status_code == 500
+    assert reply.text.startswith(f"{ratings.path} is broken (")
+    assert reply.text.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from soluscope.config import RemoveConfig
 from soluscope.controls import _shell
 from soluscope.controls.smear_shared import VOCAB
 from soluscope.errors import UserError
-from soluscope.evaluation.removed import tables_in
+from soluscope.evaluation.removed import of_study, tables_in
 from soluscope.evaluation.removing import remove
 from soluscope.hooked.ablation import best_gain
 from soluscope.hooked.activations import HookedRun, observe, planted
@@ -30,6 +30,7 @@ from soluscope.removal.numbers import of_arm, of_run
 from soluscope.removal.refit import Weights, own_weights, refit, text_of
 from soluscope.report import removal as section
 from soluscope.results import Order, Removal, RemovalOfArm, Removed, of_kind
+from soluscope.runs.folder import Run
 
 BASE = Removal(
     study="s", run="r", arm="a", value=None, unit="nats / token", step=Removed.FROZEN, seed=0
@@ -353,17 +354,58 @@ def test_a_removal_is_resumed_and_gives_the_same_numbers(study, tmp_path):
     assert (copy / "results.jsonl").read_text() == (study / "results.jsonl").read_text()
 
 
+def test_a_changed_table_is_named_and_the_same_command_makes_it_again(study, tmp_path):
+    copy = tmp_path / "s"
+    shutil.copytree(study, copy, symlinks=True)
+    folder = copy / "solu_ln-s0" / "removal"
+    path = folder / "refit.parquet"
+    pd.read_parquet(path).assign(**{"one gain": 0.0}).to_parquet(path)
+    runs = [Run(copy / "solu_ln-s0")]
+    with pytest.raises(
+        UserError, match=r"refit\.parquet is not as it was written.*soluscope remove"
+    ):
+        of_study(runs)
+    remove(copy, CONFIG, lambda text: None)
+    assert (copy / "results.jsonl").read_text() == (study / "results.jsonl").read_text()
+    (folder / "refit.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no results at .*refit\.jsonl: .*soluscope remove"):
+        of_study(runs)
+    (folder / "other.jsonl").touch()
+    with pytest.raises(UserError, match="'other' is not the name of a result"):
+        of_study(runs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.drop(columns="document"),
+        lambda table: table.astype(str),
+        lambda table: table.assign(**{"own gains": np.nan}),
+        lambda table: table.iloc[1:],
+        lambda table: table.iloc[:0],
+        lambda table: table.rename(columns={"one gain": "two gains"}),
+    ],
+)
+def test_a_received_table_that_does_not_fit_is_refused(study, tmp_path, change):
+    folder = tmp_path / "run" / "removal"
+    shutil.copytree(study / "solu_ln-s0" / "removal", folder)
+    path = folder / "refit.parquet"
+    change(pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(UserError, match=r"refit\.parquet is broken .*soluscope remove") as caught:
+        tables_in(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_further_training_begins_at_the_model_with_one_gain_and_its_loss_is_that_of_the_trained_run(
     study,
 ):
     """The reference is the model of the training code on the same rows, without hooks and closed forms."""
-    from soluscope.data.cache import of_study
+    from soluscope.data import cache as tokens
     from soluscope.data.streams import from_cache
     from soluscope.removal.fine_tune import configurations
-    from soluscope.runs.folder import Run
     from soluscope.training.module import TrainingModule
 
-    run, cache = Run(study / "solu_ln-s0"), of_study(study)
+    run, cache = Run(study / "solu_ln-s0"), tokens.of_study(study)
     tables = tables_in(run.dir / "removal")
     tuned = next(path for path in study.with_name("s-removed").glob("solu_frozen_ln-*"))
     rows = from_cache(cache, "report", 32, 2000, "natural").tokens

@@ -232,15 +232,15 @@ def test_results_of_another_version_are_refused_in_one_line_that_says_how_to_mak
 ) -> None:
     path = tmp_path / "demo" / "results.jsonl"
     write_text(path, f"{results.line(SMALL)}\n{line}\n")
-    for study, command in (
-        (None, f"'soluscope probe {path.parent}'"),
-        (Path("runs/x"), "'soluscope probe runs/x'"),
+    for remedy, wanted in (
+        ("", f"create it with 'soluscope probe {path.parent}'"),
+        ("create it with 'soluscope rate runs/x --analyse'",) * 2,
     ):
         with pytest.raises(UserError) as refused:
-            results.read(path, study)
+            results.read(path, remedy)
         message = str(refused.value)
         assert message.startswith(f"{path} was written by another version (line 2 has kind")
-        assert message.endswith(f"create it with {command}")
+        assert message.endswith(wanted)
         assert "\n" not in message
 
 

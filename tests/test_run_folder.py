@@ -368,8 +368,12 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(finished: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [".lock", "probes", "checkpoints", DONE, "metrics.jsonl", "probes/a.jsonl"]
-)
+    "name",
+    [
+        ".lock", "probes", "checkpoints", DONE, "metrics.jsonl", "probes/a.jsonl", "removal/a.parquet",
+        "neurons/trained/about.json",
+    ],
+)  # fmt: skip
 def test_a_run_with_a_link_that_leads_out_is_not_worked_on(
     finished: Run, config: Config, tmp_path: Path, name: str
 ) -> None:
@@ -377,7 +381,7 @@ def test_a_run_with_a_link_that_leads_out_is_not_worked_on(
     outside.mkdir()
     (outside / "precious").write_text("content")
     link = finished.dir / name
-    link.parent.mkdir(exist_ok=True)
+    link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(outside if name in {"probes", "checkpoints"} else outside / "precious")
     assert not finished.at_work()
@@ -390,7 +394,8 @@ def test_a_run_with_a_link_that_leads_out_is_not_worked_on(
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens", ".data.lock", ".sweep", "sweep.json", "data.json", ".controls"]
+    "name",
+    ["tokens", ".data.lock", ".sweep", "sweep.json", "data.json", ".controls", "neurons", "rating"],
 )
 def test_a_study_with_a_link_that_leads_out_is_not_worked_on(
     finished: Run, tmp_path: Path, name: str

@@ -1,7 +1,8 @@
 """Every file of a finished study, damaged in every way: no traceback, no hang, nothing written elsewhere.
 
-The study is trained, probed and reported. In each case one of its files is damaged, and the commands that read
-the file run again. They must give the same results, or name the file or its run.
+The study is trained with snapshots, probed and reported; neurons are stored, a per-token gain is removed, and some
+neurons are rated. In each case one of its files or folders is damaged, and the commands that read it run again.
+They must give the same results, or name the file or its run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import pickle
 import random
 import shutil
 import signal
+import sqlite3
 import struct
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,18 +30,25 @@ import yaml
 from conftest import tiny_config, train_silently
 
 from soluscope.commands import run
+from soluscope.files import checksum
+from soluscope.rating import serve
+from soluscope.rating.database import NAME, Database
 from soluscope.runs import registration
 
 pytestmark = pytest.mark.slow
 
 SEED = 13
-N_PARTS = 8
+N_PARTS = 16
 """Parts into which the cases are divided, so that several processes can share them."""
 HANGS_AFTER_CPU_S = 30
 HANGS_AFTER_S = 300
 """Limits of one command. Both are far above its usual few seconds, because a machine may be busy."""
 RUN = "solu_ln-s0"
 PROBE = ("probes=[engagement,gain_variation]", "n_tokens=600", "n_loss_tokens=1000", "n_draws=100")
+NEURONS = ("n_tokens=600", "device=cpu")
+REMOVE = ("n_tokens=600", "n_fit_tokens=600", "fine_tune_tokens=512", "n_draws=100", "device=cpu")
+RATE = ("n_neurons=2", "modes=[full]", "n_examples=10", "planted=0")
+N_RATINGS = 2
 HOSTILE = "../../x\x1b]0;title\x07\x1b[31m<script>alert(1)</script>${oc.env:HOME}{seed}'\"\\\u202e"
 VALUES: dict[str, Any] = {
     "null": None, "true": True, "negative": -1, "huge": 10**400, "large": 10**30, "float": 1e308,
@@ -51,6 +60,10 @@ FREE = {"commit", "versions", "device", "role", "twin", "chain", "hooked_act_fn"
 
 OPTIONAL = {registration.NAME}
 """Files that a study need not have, so that nobody can tell that one was removed."""
+OUTPUTS = ("neurons/", "report.html")
+"""Files that are written and not read, so that other content has no effect."""
+WHOLE = ("solu-s0/", f"{RUN}/neurons/untrained/")
+"""Files that stay as they are, because they are like those of the other run and of the other part."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,28 @@ PLACES = {
     "link to a copy": linked_outside, "link to a secret": linked_to_secret, "dangling link": dangling,
     "folder": made_a_folder, "pipe": made_a_pipe, "removed": Path.unlink,
 }  # fmt: skip
+FOLDERS = (
+    f"{RUN}/snapshots", f"{RUN}/neurons", f"{RUN}/neurons/trained", f"{RUN}/removal", "neurons", "rating",
+)  # fmt: skip
+"""Folders of the later stages, whose place something else takes."""
+
+
+def instead(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Return a damage that removes a folder and makes something else in its place."""
+
+    def apply(path: Path) -> None:
+        shutil.rmtree(path)
+        make(path)
+
+    return apply
+
+
+PLACES_OF_FOLDERS = {
+    "link to a copy": linked_outside,
+    "dangling link": instead(lambda path: path.symlink_to(_outside(path) / "not there")),
+    "file": instead(Path.touch),
+    "pipe": instead(os.mkfifo),
+}
 
 
 def with_value(content: Any, keys: tuple[Any, ...], value: Any) -> Any:
@@ -235,9 +270,106 @@ def of_format(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
         yield "no column", table.drop(columns="n_tokens").to_parquet
         yield "no rows", table.iloc[:0].to_parquet
         yield "half the rows", table[table["split"] == "select"].to_parquet
+    if path.suffix == ".sqlite":
+        yield from of_database(path)
+    if path.parent.name == "trained" and path.suffix == ".parquet":
+        yield from of_neurons(path)
+    if path.parent.name == "removal" and path.suffix == ".parquet":
+        table = pd.read_parquet(path)
+        for what, changed in (
+            ("no documents", table.drop(columns="document")), ("text", table.astype(str)),
+            ("nan", table.assign(**{"one gain": np.nan})), ("half the rows", table.iloc[::2]),
+            ("no rows", table.iloc[:0]),
+        ):  # fmt: skip
+            yield f"{what}, resealed", resealed(changed)
     if path.suffix == ".ckpt":
         yield "pickle", written(pickle.dumps(Command()))
         yield "pickled object", written(pickle.dumps({"state_dict": Command()}))
+
+
+def resealed(table: pd.DataFrame) -> Callable[[Path], None]:
+    """Return a damage that writes another table, and its checksum."""
+
+    def apply(path: Path) -> None:
+        table.to_parquet(path)
+        sums = path.with_name("SHA256SUMS")
+        lines = [line.partition("  ") for line in sums.read_text().splitlines()]
+        kept = [f"{of_file}  {name}" for of_file, _, name in lines if name != path.name]
+        sums.write_text("\n".join([*kept, f"{checksum(path)}  {path.name}"]) + "\n")
+
+    return apply
+
+
+def of_neurons(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield tables of neurons with other columns, types and numbers, whose checksums fit."""
+    table = pd.read_parquet(path)
+    yield "no neurons, resealed", resealed(table.drop(columns="neuron"))
+    yield "no rows, resealed", resealed(table.iloc[:0])
+    yield "neurons twice, resealed", resealed(pd.concat([table, table]))
+    for column in table.columns:
+        value = table[column].iloc[0]
+        others: list[Any] = [HOSTILE, 10**12, -7, [1], None]
+        if isinstance(value, np.ndarray):
+            others = ["x", [], [10**9]]
+        for other in others:
+            changed = table.assign(**{column: [other] * len(table)})
+            yield f"{column}={other!r:.20}, resealed", resealed(changed)
+
+
+def of_database(path: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Yield databases of ratings with other values, tables and files beside them."""
+
+    def edited(*statements: str) -> Callable[[Path], None]:
+        def apply(at: Path) -> None:
+            with closing(sqlite3.connect(at)) as connection:
+                for each in statements:
+                    connection.execute(each)
+                connection.commit()
+
+        return apply
+
+    quoted = HOSTILE.replace("'", "''")
+    for column in ("rater", "hypothesis", "at"):
+        yield (
+            f"{column} is hostile",
+            edited(f"UPDATE rating SET {column} = '{quoted}' WHERE id = 1"),
+        )
+    yield (
+        "another answer",
+        edited("UPDATE rating SET interpretable = 1 - interpretable WHERE id = 2"),
+    )
+    yield "taken back", edited("UPDATE rating SET undone = 1 WHERE id = 2")
+    yield "endless", edited("UPDATE rating SET seconds = 9e999")
+    yield "fewer ratings", edited("DELETE FROM rating WHERE id = 2")
+    yield "no ratings", edited("DELETE FROM rating")
+    for column in ("arm", "run", "kind", "shown", "mode"):
+        yield f"{column} of an item is hostile", edited(f"UPDATE item SET {column} = '{quoted}'")
+    yield "another neuron", edited("UPDATE item SET neuron = neuron + 1")
+    yield "fewer items", edited("PRAGMA foreign_keys = OFF", "DELETE FROM item WHERE id = 0")
+    for name in ("version", "study", "identity", "plan", "silent", "checksum"):
+        yield (
+            f"{name} is hostile",
+            edited(f"UPDATE fact SET value = '{quoted}' WHERE name = '{name}'"),
+        )
+        yield f"no {name}", edited(f"DELETE FROM fact WHERE name = '{name}'")
+    yield "trigger", edited("CREATE TRIGGER t AFTER INSERT ON rating BEGIN DELETE FROM rating; END")
+    yield (
+        "view",
+        edited("ALTER TABLE item RENAME TO other", "CREATE VIEW item AS SELECT * FROM other"),
+    )
+    yield "no index", edited("DROP INDEX one_rating")
+    yield "not recognised", edited("PRAGMA application_id = 0")
+    for end in ("-wal", "-shm", "-journal"):
+        yield (
+            f"noise in {end}",
+            lambda at, end=end: void(Path(f"{at}{end}").write_bytes(b"\xff" * 9000)),
+        )
+        yield f"folder {end}", lambda at, end=end: Path(f"{at}{end}").mkdir()
+        yield f"pipe {end}", lambda at, end=end: os.mkfifo(f"{at}{end}")
+        yield (
+            f"link {end}",
+            lambda at, end=end: Path(f"{at}{end}").symlink_to(_outside(at) / "secret.txt"),
+        )
 
 
 N_VALUES = {
@@ -252,21 +384,26 @@ def cases(study: Path, every: bool = False) -> list[Case]:
     found: list[Case] = []
     for path in sorted(path for path in study.rglob("*") if path.is_file()):
         name = path.relative_to(study).as_posix()
-        if name.startswith("solu-s0/") or path.name.endswith("lock"):
-            continue  # the other run stays whole
+        if name.startswith(WHOLE) or path.name.endswith("lock"):
+            continue
         damages = [(what, written(content)) for what, content in whole_file(path.read_bytes(), rng)]
         damages = damages if every else rng.sample(damages, 5)
+        damages = damages[: 1 if name.startswith(OUTPUTS) else None]
         places = [
             (what, apply)
             for what, apply in PLACES.items()
             if name not in OPTIONAL or what != "removed"
         ]
         damages += places if every else rng.sample(places, 2)
-        damages += of_format(path)
+        formats = [*of_format(path)]
+        few = path.suffix == ".parquet" and path.parent.name == "trained" and not every
+        damages += rng.sample(formats, 6) if few else formats
         if path.suffix in {".json", ".jsonl", ".yaml"} and path.name != "tokenizer.json":
             n_values = N_VALUES.get(path.name, 4) * (4 if every else 1)
             damages += [(what, written(new)) for what, new in values_of(path, rng, n_values)]
         found += [Case(name, what, apply) for what, apply in damages]
+    for name in FOLDERS:
+        found += [Case(name, what, apply) for what, apply in PLACES_OF_FOLDERS.items()]
     return found
 
 
@@ -317,6 +454,19 @@ def commands_for(case: Case, study: Path, out: Path) -> list[tuple[str | Path, .
         return [("sweep", "--status", study), probe, ("report", study)]
     if "probes" in case.file or ".controls" in case.file:
         return [probe]
+    if case.file.startswith((f"{RUN}/neurons", "neurons")):
+        return [("rate", study, *RATE), ("neurons", run_dir, *NEURONS)]
+    if case.file.startswith(f"{RUN}/removal"):
+        return [probe, ("remove", run_dir, *REMOVE)]
+    if case.file.startswith("rating"):
+        return [
+            ("rate", study, *RATE),
+            ("rate", study, "--analyse"),
+            *([probe] if name == "rating.jsonl" else []),
+        ]
+    if case.file.startswith(f"{RUN}/snapshots"):
+        (run_dir / "probes" / "dynamics.jsonl").unlink()
+        return [probe]
     (run_dir / "probes" / "loss.jsonl").unlink()  # so that the model and the tokens are read
     if name in {"done.json", "config.yaml"}:
         return [probe, ("export", run_dir, out), ("sweep", "--status", study)]
@@ -333,17 +483,35 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_page() -> Iterator[None]:
+    """Let `soluscope rate` end where it would wait for a browser."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve.uvicorn.Server, "run", lambda server, sockets: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a study of two runs, registered, trained, probed with two probes, and reported."""
+    """Return a study of two runs with all stages, of which one run has neurons and a removal."""
     runs = tmp_path_factory.mktemp("tampering") / "runs"
+    study = runs / "small"
     for variant in ("solu", "solu_ln"):
-        train_silently(tiny_config(runs, "study=small", f"variant={variant}"))
+        words = (f"variant={variant}", "model.d_mlp=16", "train.snapshots=2")
+        train_silently(tiny_config(runs, "study=small", *words))
     plan = {"arms": ["solu", "solu_ln"], "seeds": [0], "select_seeds": [1], "estimand": {"a": 0.1}}
-    registration.register(runs / "small", plan)
-    assert answer("probe", runs / "small", *PROBE) == 0
-    assert answer("report", runs / "small") == 0
-    return runs / "small"
+    registration.register(study, plan)
+    assert answer("probe", study, *PROBE) == 0
+    assert answer("neurons", study / RUN, *NEURONS) == 0
+    assert answer("remove", study / RUN, *REMOVE) == 0
+    assert answer("rate", study, *RATE) == 0
+    database = Database(study / "rating" / NAME)
+    for number in range(N_RATINGS):
+        for rater in ("ann", "bob"):
+            assert database.rate(rater, number, number == 0, "a rule", 2.0)
+    assert answer("rate", study, "--analyse") == 0
+    assert answer("report", study) == 0
+    return study
 
 
 def test_there_are_enough_cases(study: Path) -> None:
@@ -359,6 +527,8 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
     copy, outside = root / "runs" / study.name, root / "outside"
     results = copy / "results.jsonl"
     shutil.copytree(study, copy)
+    tuned = study.with_name("small-removed")
+    shutil.copytree(tuned, copy.with_name(tuned.name))
     outside.mkdir()
     (outside / "secret.txt").write_text("aws_secret_access_key = hunter2\n")
     case.apply(copy / case.file)
@@ -385,7 +555,9 @@ def problems_of(case: Case, study: Path, root: Path) -> Iterator[str]:
         is_named = Path(case.file).name in text or RUN in text
         if status == 2 and not is_named:
             yield f"{told}: does not name the file: {text[-300:]!r}"
-        if command[0] == "probe" and not is_named and results.read_bytes() != expected:
+        if command[0] != "probe":  # these commands always name the run
+            is_named = status == 2 or "resealed" in case.damage
+        if not is_named and results.read_bytes() != expected:
             yield f"{told}: silently other results"
     if snapshot(outside) != before:
         yield f"{case.file}, {case.damage}: wrote outside"

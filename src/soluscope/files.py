@@ -33,8 +33,11 @@ MOST_BYTES = 240
 """Longest name of a folder. Most file systems allow 255 bytes, and copies need some for a suffix."""
 MARK = ".study"
 """File in a folder of links, such as one that out= made: the path of the study to which its links lead."""
-_TEMPORARY = re.compile(r"\.(.*)\.([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.part", re.DOTALL)
-"""A temporary name: the final name, the place and the process that gave it (see `_place`), and a random part."""
+_TEMPORARY = re.compile(
+    r"\.(.*)\.([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{8}\.part(?:-wal|-shm)?", re.DOTALL
+)
+"""A temporary name: the final name, the place and the process that gave it (see `_place`), and a random part. The
+ends are those of SQLite's own files."""
 _EARLIER_TEMPORARY = re.compile(r"\.(.*)\.(?:\d+|partial)", re.DOTALL)
 """A temporary name as earlier versions gave it. Only a folder that is locked is searched for it."""
 _ABANDONED_AFTER_S = 24 * 3600
@@ -88,7 +91,7 @@ def reason(error: BaseException) -> str:
 def check_links(path: Path, root: Path) -> None:
     """Refuse a file or folder that contains, or is, a link that leads out of `root`.
 
-    Folders are searched two levels deep, as deep as a run's folder is written. In a folder of links, whose file
+    Folders are searched three levels deep, as deep as a run's folder is written. In a folder of links, whose file
     `MARK` names a study, a link may lead to its own place in that study.
 
     Raises:
@@ -96,7 +99,7 @@ def check_links(path: Path, root: Path) -> None:
     """
     real = Path(os.path.realpath(root))
     try:
-        found = [*_with_content(path, depth=2)]
+        found = [*_with_content(path, depth=3)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}") from error
     for each in found:

@@ -741,20 +741,21 @@ def write(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
-def read(path: Path, study: Path | None = None, whole: bool = False) -> list[Record]:
+def read(path: Path, remedy: str = "", whole: bool = False) -> list[Record]:
     """Read the records of `path`. A line that cannot be read is skipped with a warning on stderr.
 
     Args:
         path: a file of records.
-        study: folder of the study whose evaluation writes the file; by default the file's own folder.
+        remedy: the end of an error's line, which says how to make the file again; by default, a probe of the
+            study in whose folder the file is.
         whole: True to refuse a file with a line that cannot be read.
 
     Raises:
         UserError: if there is no such file, none of its lines can be read, or another version wrote it.
     """
-    command = f"create it with 'soluscope probe {study or path.parent}'"
+    remedy = remedy or f"create it with 'soluscope probe {path.parent}'"
     if not path.is_file():
-        raise UserError(f"no results at {path}: {command}")
+        raise UserError(f"no results at {path}: {remedy}")
     records = []
     for number, content in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -764,16 +765,16 @@ def read(path: Path, study: Path | None = None, whole: bool = False) -> list[Rec
         except ValueError as error:
             problem = f"{path} line {number} is not a record"
             if whole:
-                raise UserError(f"{problem} ({reason(error)}): {command}") from error
+                raise UserError(f"{problem} ({reason(error)}): {remedy}") from error
             say(f"warning: {problem} and is skipped ({reason(error)})")
             continue
         if kind not in KINDS:
             raise UserError(
                 f"{path} was written by another version (line {number} has kind {kind!r}; the kinds of this "
-                f"version are {', '.join(KINDS)}): {command}"
+                f"version are {', '.join(KINDS)}): {remedy}"
             )
     if not records:
-        raise UserError(f"{path} contains no records: {command}")
+        raise UserError(f"{path} contains no records: {remedy}")
     return records
 
 

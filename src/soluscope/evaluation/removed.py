@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from soluscope.evaluation.stored import read_stored
+from soluscope.errors import UserError
+from soluscope.evaluation.stored import names_in, read_stored
+from soluscope.files import reason
 from soluscope.removal.numbers import in_order, of_arm
 from soluscope.results import Record, RemovalOfArm, Removed
 from soluscope.runs.folder import Run
@@ -18,10 +21,55 @@ UNTRAINED = "untrained"
 """Name of the files with the first step in the run's own initialisation."""
 
 
-def tables_in(folder: Path) -> dict[str, pd.DataFrame]:
-    """Return the stored tables of the trained model by the names of their results, in the order of the steps."""
-    names = [path.stem for path in folder.glob("*.jsonl") if path.stem != UNTRAINED]
-    return {name: pd.read_parquet(folder / f"{name}.parquet") for name in in_order(names)}
+def remedy(run_dir: Path) -> str:
+    """Return the end of an error's line about a stored file: the command that makes it again."""
+    return f"create it with 'soluscope remove {run_dir}', or delete it"
+
+
+def _ordered(folder: Path) -> list[str]:
+    """Return the names of the stored results of the trained model, in the order of the steps.
+
+    Raises:
+        UserError: if a file has the name of no result.
+    """
+    try:
+        return in_order(name for name in names_in(folder) if name != UNTRAINED)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; delete the file") from error
+
+
+def tables_in(folder: Path, names: Sequence[str] | None = None) -> dict[str, pd.DataFrame]:
+    """Return the stored tables of the trained model by the names of their results, in the order of the steps.
+
+    Args:
+        folder: a run's folder of removals.
+        names: names of results; by default the names of all stored results.
+
+    Raises:
+        UserError: if a table is broken, or is of other tokens than the first one.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for name in _ordered(folder) if names is None else names:
+        path = folder / f"{name}.parquet"
+        try:
+            table = pd.read_parquet(path)
+            documents, losses = table["document"], table.drop(columns="document")
+            if documents.dtype != np.int64 or not (losses.dtypes == np.float64).all():
+                raise ValueError("its columns have other types")
+            if (
+                not len(table)
+                or not np.isfinite(losses.to_numpy()).all()
+                or "one gain" not in losses
+            ):
+                raise ValueError("its losses are missing or not finite")
+            if not all(documents.equals(each["document"]) for each in found.values()):
+                raise ValueError("its tokens are not those of the earlier steps")
+        except Exception as error:  # pyarrow's own errors, and a table with other columns
+            raise UserError(
+                f"{path} is broken ({reason(error)}): {remedy(folder.parent)}"
+            ) from error
+        found[name] = table
+    return found
 
 
 def of_study(runs: Sequence[Run]) -> list[Record]:
@@ -33,9 +81,10 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
     records: list[Record] = []
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        names = [path.stem for path in sorted((run.dir / FOLDER).glob("*.jsonl"))]
+        folder = run.dir / FOLDER
+        names = names_in(folder)
         for name in names:
-            records += read_stored(run.dir / FOLDER, name, run.dir.parent)
+            records += read_stored(folder, name, remedy(run.dir))
         if names:
             arms.setdefault(run.facts.arm, []).append(run)
     for arm, members in arms.items():

@@ -121,9 +121,10 @@ def _records(
     folder: Path, name: str, losses: Losses, base: Removal, config: RemoveConfig
 ) -> Sequence[Removal]:
     """Return the numbers of the result `name`; earlier tables lie in `folder`."""
-    tables = {each: table for each, table in tables_in(folder).items() if each in STEPS}
+    earlier = [each for each in STEPS if (folder / f"{each}.jsonl").is_file()]
+    tables = {} if name == UNTRAINED else tables_in(folder, earlier)
     if name == UNTRAINED:
-        tables, base = {}, replace(base, untrained=True)
+        base = replace(base, untrained=True)
     tables["frozen" if name == UNTRAINED else name] = losses.table
     step, n_tuned = step_of([*tables][-1])
     return [

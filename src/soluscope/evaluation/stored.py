@@ -130,24 +130,37 @@ def store(folder: Path, name: str, records: Iterable[Record]) -> None:
     write_text(folder / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
 
 
-def read_stored(folder: Path, name: str, study: Path) -> list[Record]:
+def read_stored(folder: Path, name: str, remedy: str) -> list[Record]:
     """Return the records that `store` has written to `folder`, in the folder of the study or of a run of it.
+
+    Args:
+        folder: the folder, with the checksums of its files.
+        name: name of the result.
+        remedy: the end of an error's line, which says how to make the result again.
 
     Raises:
         UserError: if a file of this result is missing, or is not as it was written.
     """
-    records = results.read(folder / f"{name}.jsonl", study, whole=True)
-    _check_sums(folder, name, study)
+    records = results.read(folder / f"{name}.jsonl", remedy, whole=True)
+    check_sums(folder, name, remedy)
     return records
 
 
-def _check_sums(folder: Path, name: str, study: Path) -> None:
+def probing(study: Path) -> str:
+    """Return the end of an error's line about a result that a probe of the study makes again."""
+    return f"create it with 'soluscope probe {study}'"
+
+
+def check_sums(folder: Path, name: str, remedy: str) -> None:
+    """Refuse a result whose files have other checksums than in `SUMS`, or are not listed there.
+
+    Raises:
+        UserError: naming the file.
+    """
     sums, files = _sums(folder), _files(folder, name)
     for file in (f"{name}{end}" for end in ENDS):
         if sums.get(file) != (checksum(folder / file) if file in files else None):
-            raise UserError(
-                f"{folder / file} is not as it was written: create it with 'soluscope probe {study}'"
-            )
+            raise UserError(f"{folder / file} is not as it was written: {remedy}")
 
 
 def _sums(folder: Path) -> dict[str, str]:
@@ -156,6 +169,12 @@ def _sums(folder: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf8", errors="replace") if path.is_file() else ""
     parts = [line.partition("  ") for line in text.splitlines()]
     return {file: of_file for of_file, _, file in parts}
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of the results that are in a folder or in its list of checksums."""
+    listed = {path.name for path in folder.glob("*.jsonl")} | _sums(folder).keys()
+    return sorted(name.removesuffix(".jsonl") for name in listed if name.endswith(".jsonl"))
 
 
 def _files(folder: Path, name: str) -> list[str]:
@@ -167,7 +186,7 @@ def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
     if not (folder / f"{name}.jsonl").is_file():
         return False
     try:
-        _check_sums(folder, name, run.dir.parent)
+        check_sums(folder, name, probing(run.dir.parent))
         if name == "loss" and not (run.dir / ORIGIN).is_file():
             read_losses(folder, run)
     except UserError as error:

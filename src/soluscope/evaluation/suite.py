@@ -57,8 +57,11 @@ from soluscope.evaluation.pretrained_run import ORIGIN, make_run, read_origin
 from soluscope.evaluation.stored import (
     COMPUTES,
     PACKAGE,
+    check_sums,
     current,
+    names_in,
     probe_files,
+    probing,
     read_dynamics,
     read_losses,
     read_stored,
@@ -307,7 +310,7 @@ def _stored(folder: Path, name: str, say: Say) -> list[Record] | None:
     if not (folder / f"{name}.jsonl").is_file():
         return None
     try:
-        return read_stored(folder, name, folder.parent)
+        return read_stored(folder, name, probing(folder.parent))
     except UserError as error:
         say(f"{name}.jsonl is computed again: {error}")
         return None
@@ -317,7 +320,7 @@ def write_results(study_dir: Path) -> Path:
     """Gather the records of all evaluated runs, compare the runs, and write results.jsonl."""
     records: list[Record] = []
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
-        records += read_stored(path.parent, path.stem, study_dir)
+        records += read_stored(path.parent, path.stem, probing(study_dir))
     losses = []
     compared: list[Run] = []
     beside: dict[str, None] = {}
@@ -329,8 +332,8 @@ def write_results(study_dir: Path) -> Path:
             continue  # not evaluated yet, or interrupted before there was anything to compare
         if not _is_for_choosing(run, seeds):
             for path in sorted(folder.glob("*.jsonl")):
-                records += read_stored(folder, path.stem, study_dir)
-            records += _found_neurons(run, study_dir)
+                records += read_stored(folder, path.stem, probing(study_dir))
+            records += _found_neurons(run)
         if origin := read_origin(run.dir):  # other tokens than any trained run's, so not compared
             beside |= dict.fromkeys(origin.beside)
         else:
@@ -352,8 +355,9 @@ def write_results(study_dir: Path) -> Path:
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
-    if (study_dir / RATINGS / f"{RATINGS}.jsonl").is_file():
-        records += read_stored(study_dir / RATINGS, RATINGS, study_dir)
+    if RATINGS in names_in(study_dir / RATINGS):
+        remedy = f"create it with 'soluscope rate {study_dir} --analyse', or delete it"
+        records += read_stored(study_dir / RATINGS, RATINGS, remedy)
     for other in beside:
         records += _new_to(records, results.read(Path(other) / "results.jsonl"))
     path = study_dir / "results.jsonl"
@@ -370,11 +374,19 @@ def _tables(
     return {seed: table for seed, table in tables.items() if table is not None}
 
 
-def _found_neurons(run: Run, study_dir: Path) -> list[Record]:
-    """Return the neurons of a run that the report shows; none before 'soluscope neurons'."""
+def _found_neurons(run: Run) -> list[Record]:
+    """Return the neurons of a run that the report shows; none before 'soluscope neurons'.
+
+    Raises:
+        UserError: if the file is not as it was written.
+    """
     path = run.dir / FOUND_NEURONS
-    has_some = path.is_file() and path.stat().st_size > 0
-    return results.read(path, study_dir) if has_some else []
+    if not path.parent.is_dir():
+        return []
+    remedy = f"compute it with 'soluscope neurons {run.dir}', or delete {path.parent}"
+    check_sums(path.parent, path.stem, remedy)
+    is_empty = path.is_file() and path.stat().st_size == 0  # no neuron has a rule
+    return [] if is_empty else results.read(path, remedy, whole=True)
 
 
 def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:

@@ -211,4 +211,8 @@ def _rests_on(run: Run, part: Part, config: NeuronsConfig, cache: TokenCache) ->
 
 
 def _made_with(folder: Path) -> str:
-    return Neurons(folder).about.made_with
+    """Return the hash with which a part was stored, or nothing for a part that cannot be read."""
+    try:
+        return Neurons(folder).about.made_with
+    except UserError:
+        return ""

@@ -22,17 +22,26 @@ The files of a part, all in runs/STUDY/RUN/neurons/PART/:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from soluscope.errors import UserError
-from soluscope.files import Whole, check_links, checksum, has_checksum, read_json, reason
+from soluscope.files import (
+    Whole,
+    check_links,
+    check_names,
+    checksum,
+    has_checksum,
+    read_json,
+    reason,
+)
+from soluscope.neurons.checking import check_columns, check_values
 from soluscope.neurons.schema import FOLDER, N_RANGES, PARTS, STAGES, SUMS, TOP, Part, Stage
 
 TABLES = ("examples", "neurons", "rules", "logits")
@@ -115,6 +124,14 @@ class Neurons:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.about: About = self._json("about.json", About)
+        with self._sound("about.json"):
+            about = self.about
+            check_names(about.study, about.run, about.arm, about.variant)
+            n_lines = pq.read_metadata(folder / "neurons.parquet").num_rows
+            if about.n_neurons != n_lines:
+                raise ValueError(
+                    f"n_neurons={about.n_neurons}, but neurons.parquet has {n_lines} lines"
+                )
 
     @cached_property
     def vocabulary(self) -> list[str]:
@@ -154,10 +171,7 @@ class Neurons:
                 f"neuron={neuron} is not a whole number from 0 to {self.about.n_neurons - 1}: set neuron= to one"
             )
         table = self._table("examples", [("neuron", "==", neuron)])
-        try:
-            return [self._example(row) for row in table.to_dict("records")]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise self._broken("examples.parquet", error) from error
+        return [self._example(row) for row in table.to_dict("records")]
 
     def top(self, neuron: int, stage: Stage) -> list[Example]:
         """Return the neuron's largest activations at a stage, at most one of each document, the largest first."""
@@ -175,12 +189,17 @@ class Neurons:
 
     def groups(self) -> Iterator[pd.DataFrame]:
         """Yield examples.parquet in groups of whole neurons, for a reader of all examples."""
-        try:
-            file = pq.ParquetFile(self.folder / "examples.parquet")
+        with self._sound("examples.parquet") as path:
+            file = pq.ParquetFile(path)
+            check_columns("examples", file.schema_arrow)
+            last = -1
             for number in range(file.num_row_groups):
-                yield file.read_row_group(number).to_pandas()
-        except (OSError, pa.ArrowException) as error:
-            raise self._broken("examples.parquet", error) from error
+                table = file.read_row_group(number).to_pandas()
+                check_values("examples", table, self._bounds, whole=False)
+                if len(table) and table["neuron"].iloc[0] <= last:
+                    raise ValueError("a neuron is in two groups")
+                last = last if table.empty else table["neuron"].iloc[-1]
+                yield table
 
     def _example(self, row: dict[Any, Any]) -> Example:
         number = int(row["range"])
@@ -195,18 +214,38 @@ class Neurons:
         )  # fmt: skip
 
     def _table(self, name: str, filters: list[tuple[str, str, int]] | None = None) -> pd.DataFrame:
-        try:
-            return pd.read_parquet(self.folder / f"{name}.parquet", filters=filters)
-        except Exception as error:  # pyarrow has its own errors
-            raise self._broken(f"{name}.parquet", error) from error
+        with self._sound(f"{name}.parquet") as path:
+            content = pq.read_table(path, filters=filters)
+            check_columns(name, content.schema)
+            table: pd.DataFrame = content.to_pandas()
+            check_values(name, table, self._bounds, whole=filters is None)
+            return table
+
+    @property
+    def _bounds(self) -> dict[str, int]:
+        return {
+            "neuron": self.about.n_neurons, "token": len(self.vocabulary), "document": len(self.documents),
+        }  # fmt: skip
 
     def _json(self, name: str, kind: Any) -> Any:
         return read_json(self.folder / name, kind, _remedy(self.folder))
 
-    def _broken(self, name: str, error: Exception) -> UserError:
-        return UserError(
-            f"{self.folder / name} is broken ({reason(error)}): {_remedy(self.folder)}"
-        )
+    @contextmanager
+    def _sound(self, name: str) -> Iterator[Path]:
+        """Yield the path of a file; an error of its content becomes one line that names it.
+
+        Raises:
+            UserError: with the reason.
+        """
+        path = self.folder / name
+        try:
+            yield path
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow has its own errors
+            raise UserError(
+                f"{path} is broken ({reason(error)}): delete {self.folder} and {_remedy(self.folder)}"
+            ) from error
 
 
 def read(run_dir: str | Path, part: Part = "trained") -> Neurons:
@@ -216,7 +255,7 @@ def read(run_dir: str | Path, part: Part = "trained") -> Neurons:
         UserError: if they are missing, incomplete, or not as they were written.
     """
     folder = place(run_dir, part)
-    check_links(folder, Path(run_dir).parent)
+    check_links(Path(run_dir), Path(run_dir).parent)  # each folder on the way may be a link
     if not is_complete(folder):
         what = "is not as it was written" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what}: {_remedy(folder)}")
@@ -235,6 +274,8 @@ def place(run_dir: str | Path, part: Part) -> Path:
 
 def is_complete(folder: Path) -> bool:
     """Return whether all files of a part are there as they were written."""
+    if not all((folder / name).is_file() for name in (SUMS, *CONTENT)):  # a pipe would never end
+        return False
     try:
         lines = (folder / SUMS).read_text(encoding="utf8").splitlines()
         sums = dict(line.split("  ", 1)[::-1] for line in lines)

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 from jinja2 import Environment, PackageLoader
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from soluscope.errors import UserError
@@ -52,7 +52,7 @@ def build(database: Database, token: str) -> Guard:
         Route("/style.css", _file("style.css", "text/css")),
         Route("/keys.js", _file("keys.js", "text/javascript")),
     ]
-    return Guard(Starlette(routes=routes), token)
+    return Guard(Starlette(routes=routes, exception_handlers={UserError: _broken}), token)
 
 
 class _Page:
@@ -202,6 +202,11 @@ def _form(request: Request) -> dict[str, str]:
 
 def _to(path: str) -> Response:
     return RedirectResponse(path, status_code=303)
+
+
+def _broken(_: Request, error: Exception) -> Response:
+    """Answer with the error of a broken file of ratings as one line of plain text."""
+    return PlainTextResponse(f"{error}\n", 500)
 
 
 def _page(name: str, status: int = 200, **values: Any) -> Response:

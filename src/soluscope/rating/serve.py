@@ -11,11 +11,12 @@ import uvicorn
 from soluscope.errors import UserError
 from soluscope.files import check_links
 from soluscope.rating import app
-from soluscope.rating.database import NAME, Database
+from soluscope.rating.database import NAME, Database, check_files
 from soluscope.rating.plan import draw
 from soluscope.rating.settings import PlanConfig, RatingConfig
 from soluscope.rating.shown import Source
 from soluscope.results import RATINGS
+from soluscope.runs.folder import lock
 from soluscope.terminal import answer, say
 from soluscope.text import plural
 
@@ -31,11 +32,14 @@ def open_plan(study_dir: Path, source: Source, config: PlanConfig) -> Database:
         UserError: if the database belongs to another study or plan, or the plan cannot be drawn or stored.
     """
     path = study_dir / RATINGS / NAME
-    path.parent.mkdir(exist_ok=True)
     check_links(path.parent, study_dir)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder: move it away")
     database = Database(path)
-    if not path.is_file():
-        database.create(source, config, draw(source, config))
+    with lock(path.parent, wait=True):  # another process may draw the plan at the same moment
+        check_files(path)
+        if not path.exists():
+            database.create(source, config, draw(source, config))
     asked = None if config.of_plan() == PlanConfig().of_plan() else config
     database.check(source, asked)
     return database

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -29,10 +30,17 @@ def name_of_tuning(n_tokens: int, lr_share: float) -> str:
 
 
 def step_of(name: str) -> tuple[Removed, int]:
-    """Return the step whose results have this name, and the number of tokens of its further training."""
+    """Return the step whose results have this name, and the number of tokens of its further training.
+
+    Raises:
+        ValueError: if no results have this name.
+    """
     if name in STEPS:
         return STEPS[name], 0
-    return Removed.FINE_TUNED, int(name.split("-")[1])
+    tuned = re.fullmatch(rf"{TUNED}-(\d{{1,18}})-[\d.e+-]+", name, re.ASCII)
+    if not tuned:
+        raise ValueError(f"{name[:80]!r} is not the name of a result of 'soluscope remove'")
+    return Removed.FINE_TUNED, int(tuned[1])
 
 
 def in_order(names: Iterable[str]) -> list[str]:

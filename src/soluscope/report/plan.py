@@ -113,7 +113,7 @@ def show(study_dir: Path) -> None:
     """
     from rich.table import Table
 
-    needs = list(plan(results.read(study_dir / "results.jsonl", study_dir)))
+    needs = list(plan(results.read(study_dir / "results.jsonl")))
     if not needs:
         raise UserError(
             f"{study_dir} has no comparison with a per-token norm over two seeds or more: train and probe plain "

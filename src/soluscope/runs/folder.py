@@ -60,7 +60,7 @@ ASK_PATIENCE_S = 0.05
 
 OF_STUDY = (
     "sweep.json", "preregistration.json", "tokenizer.json", "data.json", "tokens", "results.jsonl", "report.html",
-    "neurons", "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
+    "neurons", "rating", "slurm", ".controls", ".controls.new", ".controls.old", ".data.lock", ".lock", ".sweep",
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
 OF_RUN = (
