@@ -177,10 +177,14 @@ class Calm:
                 shutil.copytree(self.after(NEEDS[command]), before)
             else:
                 before.mkdir()
-            shutil.copytree(before, self.here)
-            self.durations[command] = finish(command, self.here)
+            self.durations[command] = finish(command, self.fresh(command))
             self.here.rename(after)
         return self.durations[command]
+
+    def fresh(self, command: str) -> Path:
+        """Return the folder `here` in the state before a command."""
+        shutil.rmtree(self.here, ignore_errors=True)
+        return Path(shutil.copytree(self.before(command), self.here))
 
     def before(self, command: str) -> Path:
         return self.folder / f"before-{command}"
@@ -206,7 +210,7 @@ def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_w
 ) -> None:
     duration = calm.run(command)
     moments = random.Random(f"{command} 0")
-    here = Path(shutil.copytree(calm.before(command), calm.here))
+    here = calm.fresh(command)
     kills, n_whole = [], 0
     while len(kills) < N_KILLS:
         process = start(command, here)
@@ -225,11 +229,9 @@ def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_w
         assert process.exitcode == 0, f"{said_by(here).read_text()}; kills: {kills}"
         n_whole += 1  # it ended before it was killed: begin again
         assert n_whole < 3 * N_KILLS + 10
-        shutil.rmtree(here)
-        shutil.copytree(calm.before(command), here)
+        calm.fresh(command)
     finish(command, here)
     wanted, found = contents(calm.after(command)), contents(here)
     assert found.keys() == wanted.keys(), f"kills: {kills}"
     differing = [name for name in wanted if wanted[name] != found[name]]
     assert not differing, f"{differing} differ; kills: {kills}"
-    shutil.rmtree(here)
