@@ -164,6 +164,8 @@ class Calm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.here = folder / "here"
+        """Folder of all commands, killed or not, because a run that starts from another names that run's folder."""
         self.durations: dict[str, float] = {}
 
     def run(self, command: str) -> float:
@@ -175,9 +177,14 @@ class Calm:
                 shutil.copytree(self.after(NEEDS[command]), before)
             else:
                 before.mkdir()
-            shutil.copytree(before, after)
-            self.durations[command] = finish(command, after)
+            self.durations[command] = finish(command, self.fresh(command))
+            self.here.rename(after)
         return self.durations[command]
+
+    def fresh(self, command: str) -> Path:
+        """Return the folder `here` in the state before a command."""
+        shutil.rmtree(self.here, ignore_errors=True)
+        return Path(shutil.copytree(self.before(command), self.here))
 
     def before(self, command: str) -> Path:
         return self.folder / f"before-{command}"
@@ -199,11 +206,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
     [each if each in SAMPLED else pytest.param(each, marks=pytest.mark.long) for each in COMMANDS],
 )
 def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_was_not(
-    command: str, calm: Calm, tmp_path: Path
+    command: str, calm: Calm
 ) -> None:
     duration = calm.run(command)
     moments = random.Random(f"{command} 0")
-    here = Path(shutil.copytree(calm.before(command), tmp_path / "here"))
+    here = calm.fresh(command)
     kills, n_whole = [], 0
     while len(kills) < N_KILLS:
         process = start(command, here)
@@ -222,8 +229,7 @@ def test_a_command_that_is_killed_again_and_again_leaves_the_files_of_one_that_w
         assert process.exitcode == 0, f"{said_by(here).read_text()}; kills: {kills}"
         n_whole += 1  # it ended before it was killed: begin again
         assert n_whole < 3 * N_KILLS + 10
-        shutil.rmtree(here)
-        shutil.copytree(calm.before(command), here)
+        calm.fresh(command)
     finish(command, here)
     wanted, found = contents(calm.after(command)), contents(here)
     assert found.keys() == wanted.keys(), f"kills: {kills}"

@@ -112,6 +112,16 @@ def check_links(path: Path, root: Path) -> None:
             )
 
 
+def check_folder(path: Path) -> None:
+    """Refuse a file, a pipe or a dangling link in the place of a folder; no folder at all is accepted.
+
+    Raises:
+        UserError: naming it.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path} is not a folder: move it away")
+
+
 def _with_content(path: Path, depth: int) -> Iterator[Path]:
     """Yield `path` and, if it is a folder, its content down to `depth` levels."""
     yield path

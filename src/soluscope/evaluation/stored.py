@@ -20,7 +20,7 @@ from soluscope.data.cache import study_facts
 from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
 from soluscope.evaluation.token_losses import INTEGERS, NUMBERS
-from soluscope.files import checksum, digest, read_json, reason, write_text
+from soluscope.files import check_folder, checksum, digest, read_json, reason, write_text
 from soluscope.results import DYNAMICS, Record
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import code_hash
@@ -172,7 +172,12 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of the results that are in a folder or in its list of checksums."""
+    """Return the names of the results that are in a folder or in its list of checksums.
+
+    Raises:
+        UserError: if something else is in the folder's place.
+    """
+    check_folder(folder)
     listed = {path.name for path in folder.glob("*.jsonl")} | _sums(folder).keys()
     return sorted(name.removesuffix(".jsonl") for name in listed if name.endswith(".jsonl"))
 

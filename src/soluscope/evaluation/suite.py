@@ -69,6 +69,7 @@ from soluscope.evaluation.stored import (
     store,
 )
 from soluscope.evaluation.summaries import stored_words
+from soluscope.files import check_folder
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import (
     RATINGS,
@@ -381,6 +382,8 @@ def _found_neurons(run: Run) -> list[Record]:
         UserError: if the file is not as it was written.
     """
     path = run.dir / FOUND_NEURONS
+    for folder in (path.parent.parent, path.parent):
+        check_folder(folder)
     if not path.parent.is_dir():
         return []
     remedy = f"compute it with 'soluscope neurons {run.dir}', or delete {path.parent}"

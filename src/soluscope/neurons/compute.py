@@ -188,7 +188,9 @@ def _write(
             write_text(beside / SUMS, sums_of(beside))
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free disk space") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; free disk space or delete it"
+        ) from error
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:

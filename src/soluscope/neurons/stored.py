@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from soluscope.errors import UserError
 from soluscope.files import (
     Whole,
+    check_folder,
     check_links,
     check_names,
     checksum,
@@ -263,8 +264,14 @@ def read(run_dir: str | Path, part: Part = "trained") -> Neurons:
 
 
 def parts_of(run_dir: str | Path) -> list[Part]:
-    """Return the parts of a run whose neurons are stored."""
-    return [part for part in PARTS if (place(run_dir, part) / SUMS).is_file()]
+    """Return the parts of a run whose neurons are stored, perhaps incompletely.
+
+    Raises:
+        UserError: if something else is in the place of a folder.
+    """
+    for folder in (Path(run_dir) / FOLDER, *(place(run_dir, part) for part in PARTS)):
+        check_folder(folder)
+    return [part for part in PARTS if place(run_dir, part).is_dir()]
 
 
 def place(run_dir: str | Path, part: Part) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from soluscope.errors import UserError
-from soluscope.files import check_links
+from soluscope.files import check_folder, check_links
 from soluscope.rating import app
 from soluscope.rating.database import NAME, Database, check_files
 from soluscope.rating.plan import draw
@@ -33,8 +33,7 @@ def open_plan(study_dir: Path, source: Source, config: PlanConfig) -> Database:
     """
     path = study_dir / RATINGS / NAME
     check_links(path.parent, study_dir)
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent} is not a folder: move it away")
+    check_folder(path.parent)
     database = Database(path)
     with lock(path.parent, wait=True):  # another process may draw the plan at the same moment
         check_files(path)
