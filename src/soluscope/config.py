@@ -58,6 +58,11 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def n_block_weights(d_model: int, d_mlp: int, n_layers: int) -> int:
+    """Return the number of weights in the blocks' matrices, without embeddings, biases and the norms' weights."""
+    return n_layers * (4 * d_model**2 + 2 * d_model * d_mlp)
+
+
 MATCHED = "baseline"
 """Value of model.mlp_out_scale that stands for a number measured before the first step."""
 
@@ -99,7 +104,7 @@ class ModelConfig:
         return self._n_block_weights() + self.d_model * (2 * d_vocab + self.ctx)
 
     def _n_block_weights(self) -> int:
-        return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
+        return n_block_weights(self.d_model, self.d_mlp, self.n_layers)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_mlp", "n_layers"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ class TrainingModule(lightning.LightningModule):
         self.grad_norm = torch.tensor(math.nan)
         compiled = on_cuda(config) if config.train.compile is None else config.train.compile
         penalised = config.train.entropy_penalty != 0
-        loss = partial(loss_and_missing_entropy, self.model) if penalised else self.model.loss
+        loss: Callable[..., Any] = self.model.loss
+        if penalised:
+            loss = partial(loss_and_missing_entropy, self.model)
         self.loss = torch.compile(loss) if compiled else loss
 
     def training_step(

@@ -41,12 +41,14 @@ class SoLU:
         """Return the activations, [... d_mlp] -> same."""
         if self.n_blocks == 1:
             return pre * pre.softmax(dim=-1)
-        blocks = pre.unflatten(-1, (self.n_blocks, -1))
-        return (blocks * blocks.softmax(dim=-1)).flatten(-2)
+        blocks: Tensor = pre.unflatten(-1, (self.n_blocks, -1))
+        result: Tensor = (blocks * blocks.softmax(dim=-1)).flatten(-2)
+        return result
 
     def log_softmax(self, pre: Tensor) -> Tensor:
         """Return the logarithm of the softmax, [... d_mlp] -> [... block neuron]."""
-        return pre.unflatten(-1, (self.n_blocks, -1)).log_softmax(dim=-1)
+        blocks: Tensor = pre.unflatten(-1, (self.n_blocks, -1))
+        return blocks.log_softmax(dim=-1)
 
 
 solu = SoLU()
