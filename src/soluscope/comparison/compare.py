@@ -106,6 +106,11 @@ class _Arm:
     def out_scale(self) -> float:
         return self.settings.get("mlp_out_scale", 1.0)
 
+    @property
+    def is_penalised(self) -> bool:
+        """Return whether the arm's training loss has an entropy penalty; no arm is then compared with it."""
+        return bool(self.settings.get("entropy_penalty", 0.0))
+
 
 @dataclass(frozen=True)
 class _Arms:
@@ -203,7 +208,7 @@ class _Arms:
         """Return the chosen arms: each configuration at its best rate, and each static variant at its best gain."""
         static = {arm.variant for arm in _static(self.tuned)}
         best = (self.best(_of_variant(self.tuned, variant)) for variant in sorted(static))
-        return [arm for arm in self.tuned if arm.variant not in static] + [
+        return [arm for arm in self.tuned if arm.variant not in static or arm.is_penalised] + [
             found[0] for found in best if found is not None
         ]
 
@@ -336,7 +341,8 @@ def _plain(arms: Iterable[_Arm], of: _Arm) -> list[_Arm]:
 
 
 def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
-    return [arm for arm in arms if arm.variant == variant]
+    """Return the arms of a variant, without those that minimise another loss."""
+    return [arm for arm in arms if arm.variant == variant and not arm.is_penalised]
 
 
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
@@ -671,6 +677,8 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
         measured.append((best, by_seed))
     best_of: dict[str, tuple[_Arm, Floats]] = {}
     for arm, by_seed in measured:
+        if arm.is_penalised:
+            continue
         rivals = [arm, *(best_of[arm.variant][:1] if arm.variant in best_of else [])]
         if _choose(rivals)[0] is arm:
             best_of[arm.variant] = arm, by_seed
@@ -1032,7 +1040,7 @@ def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     variant = str(first["variant"])
     settings = table.groupby("run")[_settings_in(table)].first().median()
     lineage = lineages[variant]
-    if settings.get("entropy_penalty", 0.0) > 0 or settings.get("entropy_penalty", 0.0) < 0:
+    if settings.fillna(0).get("entropy_penalty", 0.0):
         # It minimises another loss, so it stands for no role: no arm is compared with it.
         lineage = replace(lineage, role="other")
     return _Arm(

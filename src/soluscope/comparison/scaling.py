@@ -86,7 +86,7 @@ def _closest(n_weights: Floats, losses: Floats) -> PowerLaw:
         curve = PowerLaw(float(losses.mean() - scale * powers.mean()), scale, exponent, centre)
         return float(((curve(n_weights) - losses) ** 2).sum()), curve
 
-    grid = np.linspace(*np.log(EXPONENTS), 41)
+    grid = np.linspace(math.log(EXPONENTS[0]), math.log(EXPONENTS[1]), 41)
     best = int(np.argmin([at(math.exp(place))[0] for place in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
     found = minimize_scalar(

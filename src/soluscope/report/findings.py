@@ -213,7 +213,9 @@ def twins(records: Iterable[Record], of: str | None = None) -> list[str]:
         alike = {
             arm: each.values
             for arm, each in known.items()
-            if norm.twin and (each.variant, each.size) == (norm.twin, norm.size)
+            if norm.twin
+            and (each.variant, each.size) == (norm.twin, norm.size)
+            and not each.values.get("entropy_penalty")
         }
         kappa = norm.values.get("kappa", math.nan)
         matched = {
@@ -413,7 +415,11 @@ def before_norm(records: Sequence[Record], arm: str) -> list[str]:
     return sorted(
         name
         for name, each in known.items()
-        if each.size == of.size and (each.role == "baseline" or each.variant in chain)
+        if each.size == of.size
+        and (
+            each.role == "baseline"
+            or (each.variant in chain and not each.values.get("entropy_penalty"))
+        )
     )
 
 

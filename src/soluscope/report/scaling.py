@@ -78,8 +78,8 @@ def _about(curve: ScalingCurve) -> str:
         return f"The baseline's loss has no fitted curve: {curve.note}.{use}"
     text = (
         f"The baseline's loss over {len(curve.n_weights)} sizes ({seeds(curve.n)}) is about "
-        f"{number(curve.floor)} + {number(curve.scale)} (n / {number(curve.centre)})^-{number(curve.exponent)} nats, with n the number of "
-        f"weights; no size is farther from it than {number(curve.misfit)} nats."
+        f"{number(curve.floor)} + {number(curve.scale)} (n / {number(curve.centre)})^-{number(curve.exponent)} "
+        f"nats, with n the number of weights; no size is farther from it than {number(curve.misfit)} nats."
     )
     return f"{text} {curve.note[:1].upper()}{curve.note[1:]}." if curve.note else text
 
