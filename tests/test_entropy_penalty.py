@@ -1,4 +1,4 @@
-"""The penalty on a peaked SoLU: its value, its gradient, and what it leaves unchanged."""
+"""The penalty on a peaked SoLU: its value, its gradient, and the parts of a run that it does not change."""
 
 from __future__ import annotations
 

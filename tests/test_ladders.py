@@ -1,4 +1,4 @@
-"""Ladders of a gain, an entropy penalty and a width: means over seeds, differences, and what the page shows."""
+"""Ladders of a gain, an entropy penalty and a width: means over seeds, differences, and the page."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class Curve(StrEnum):
 
 
 class Bound(StrEnum):
-    """Whether a multiplier is the number itself or only a bound."""
+    """Relation of a stored multiplier to the number that it estimates."""
 
     NONE = "exact"
     AT_LEAST = "at least"
@@ -665,7 +665,7 @@ class Multiplier(Number):
     n_weights: Whole
     """Weights of the blocks' matrices of the arm's size."""
     bound: Bound = Bound.NONE
-    """Whether `value` is only a bound, because the loss lies outside the baseline's curve."""
+    """Other than `NONE`: `value` is only a bound, because the loss lies outside the baseline's curve."""
     low_is_bound: bool = False
     """True if the interval continues below `low`, the end of the curve."""
     high_is_bound: bool = False

@@ -341,7 +341,7 @@ def _plain(arms: Iterable[_Arm], of: _Arm) -> list[_Arm]:
 
 
 def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
-    """Return the arms of a variant, without those that minimise another loss."""
+    """Return the arms of a variant, without arms that minimise another loss."""
     return [arm for arm in arms if arm.variant == variant and not arm.is_penalised]
 
 

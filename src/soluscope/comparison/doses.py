@@ -1,8 +1,7 @@
 """Ladders: arms that differ in one setting, and their numbers against it.
 
 The settings are a constant gain, the weight of the entropy penalty, and the number of neurons at one d_model. A
-ladder has three doses or more. Its numbers are those that the probes stored for each run. Here they become means
-over seeds, and differences from the ladder's reference dose, paired by seed.
+ladder has three doses or more. The probes stored its numbers for each run. Here they become means over seeds, and differences from the ladder's reference dose, paired by seed.
 
 Source: protocol.md section 7, P25.
 """
@@ -90,7 +89,7 @@ def doses(records: Sequence[Record]) -> list[AtDose]:
 
 
 def dose_of(arm: Setting, setting: Ladder) -> float | None:
-    """Return an arm's value of a ladder's setting; None if the arm belongs to no such ladder."""
+    """Return an arm's value of a ladder's setting, or None for an arm that belongs to no such ladder."""
     penalty = arm.values.get("entropy_penalty", 0.0)
     if setting is Ladder.ENTROPY:
         return penalty

@@ -62,7 +62,7 @@ class PowerLaw:
 
 
 def fit(n_weights: Floats, losses: Floats) -> PowerLaw | None:
-    """Fit a power law with a floor by least squares; return None if the loss does not fall with size.
+    """Fit a power law with a floor by least squares, or return None for a loss that does not fall with size.
 
     Args:
         n_weights: number of weights of each size, [size].
