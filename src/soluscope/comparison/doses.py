@@ -1,7 +1,8 @@
 """Ladders: arms that differ in one setting, and their numbers against it.
 
 The settings are a constant gain, the weight of the entropy penalty, and the number of neurons at one d_model. A
-ladder has three doses or more. The probes stored its numbers for each run. Here they become means over seeds, and differences from the ladder's reference dose, paired by seed.
+ladder has three doses or more. The probes stored its numbers for each run. Here they become means over seeds, and
+differences from the ladder's reference dose, paired by seed.
 
 Source: protocol.md section 7, P25.
 """
