@@ -243,9 +243,13 @@ def reported(sizes: list[OfSize]) -> list:
 def test_sentences_cover_the_number_both_bounds_and_a_missing_curve() -> None:
     texts = page.sentences(reported(planted(lambda n: law(2 * n), noise=1e-4)))
     assert "has the loss of a baseline of 2 times its size [" in texts[1]
-    assert "is better than the largest baseline: its multiplier is at least 1" in texts[-1]
+    assert "lies below that of the largest baseline, so its multiplier is at least 1 [" in texts[-1]
+    assert texts[-1].endswith(", above 1].")
     texts = page.sentences(reported(planted(lambda n: law(n / 2), noise=1e-4)))
-    assert "is worse than the smallest baseline: its multiplier is at most 1" in texts[0]
+    assert (
+        "lies above that of the smallest baseline, so its multiplier is at most 1 [below 1, "
+        in texts[0]
+    )
     few = reported(planted(lambda n: law(2 * n), sizes=SIZES[:3]))
     (section,) = (each for each in build(few) if each.name == "size")
     first = section.blocks[0].items[0]

@@ -245,7 +245,8 @@ def along(
         at = {point.x for point in points}
         tried = [x for x in values if place[x] in at]
         ticks = {
-            "tickvals": [place[x] for x in tried], "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40,
+            "tickvals": [place[x] for x in tried], "tickangle": -40,
+            "ticktext": [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in tried],
         }  # fmt: skip
         title, kind = (x_title, "linear") if ranked else (f"{x_title} (log)", "log")
         figure.update_xaxes(title_text=title, type=kind, **ticks, **_at(index))
@@ -307,7 +308,7 @@ def against_each_other(
             }
             trace["mode"] = "lines+markers+text"
             trace["customdata"] = [html.escape(pair.label) for pair in of_line]
-            trace["texttemplate"], trace["textposition"] = "%{customdata}", "top center"
+            trace["texttemplate"], trace["textposition"] = "%{customdata}", "top right"
             figure.add_trace(trace, **_at(index))
         figure.update_xaxes(title_text=html.escape(title), **_at(index))
         figure.update_yaxes(title_text=html.escape(pairs[0].y.unit), **_at(index))

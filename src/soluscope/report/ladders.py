@@ -70,8 +70,9 @@ def blocks(records: Sequence[Record], setting: Ladder) -> list[Block]:
     look = _look(rows)
     has_proxy = any(row.proxy for row in rows)
     lead = words.lead + MEANING + (PROXY if has_proxy else "")
+    found = sentences(rows)
     return [
-        Bullets(sentences(rows)),
+        *([Bullets(found)] if found else []),
         Paragraph(lead),
         *plot(_curves(records, rows, setting, look), words.caption),
         *_trade_off(rows, look),

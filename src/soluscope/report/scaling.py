@@ -86,15 +86,11 @@ def _about(curve: ScalingCurve) -> str:
 
 def _sentence(row: Multiplier) -> str:
     where = f" at {row.size}" if row.size else ""
-    if row.bound is Bound.AT_LEAST:
+    if row.bound is not Bound.NONE:
+        side, end = ("below", "largest") if row.bound is Bound.AT_LEAST else ("above", "smallest")
         return (
-            f"{row.arm}{where} is better than the largest baseline: its multiplier is at least "
-            f"{number(row.value)}, and how much more is not known."
-        )
-    if row.bound is Bound.AT_MOST:
-        return (
-            f"{row.arm}{where} is worse than the smallest baseline: its multiplier is at most "
-            f"{number(row.value)}, and how much less is not known."
+            f"The loss of {row.arm}{where} lies {side} that of the {end} baseline, so its multiplier is {row.bound} "
+            f"{number(row.value)}{_interval(row)}."
         )
     return f"{row.arm}{where} has the loss of a baseline of {number(row.value)} times its size{_interval(row)}."
 
