@@ -89,8 +89,8 @@ def _sentence(row: Multiplier) -> str:
     if row.bound is not Bound.NONE:
         side, end = ("below", "largest") if row.bound is Bound.AT_LEAST else ("above", "smallest")
         return (
-            f"The loss of {row.arm}{where} lies {side} that of the {end} baseline, so its multiplier is {row.bound} "
-            f"{number(row.value)}{_interval(row)}."
+            f"The loss of {row.arm}{where} lies {side} that of the {end} baseline, so its multiplier is "
+            f"{row.bound} {number(row.value)}{_interval(row)}."
         )
     return f"{row.arm}{where} has the loss of a baseline of {number(row.value)} times its size{_interval(row)}."
 
