@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _records import words
 from scipy import stats as scipy_stats
 from test_compare import LINEAGES, SIX, make_losses, terms
 
@@ -62,6 +63,8 @@ def rows(
 def gains() -> list[Record]:
     """Return three gains with a loss, a largest p and a kurtosis, and arms that belong to no ladder of a gain."""
     records: list[Record] = [
+        words("engagement"),
+        words("neuron_statistics"),
         setting("solu", "solu", "plain"),
         setting("solu_ln", "solu_ln", "per_token", kappa=41.94),
         setting("solu_gain-p", gain=16.0, entropy_penalty=-0.1, role="other"),
@@ -81,7 +84,7 @@ def find(records: list[AtDose], **fields: Any) -> AtDose:
 
 
 def test_a_number_at_a_dose_is_the_mean_over_seeds_with_students_interval() -> None:
-    row = find(doses(gains()), quantity="max p", x=16.0, untrained=False, since=None)
+    row = find(doses(gains()), quantity="max_p", x=16.0, untrained=False, since=None)
     by_seed = 0.1 + np.array(WOBBLE)
     half = scipy_stats.t.ppf(0.975, 2) * scipy_stats.sem(by_seed)
     assert (row.setting, row.n, row.proxy) == (Ladder.GAIN, 3, False)
@@ -103,10 +106,10 @@ def test_differences_from_the_smallest_gain_are_paired_by_seed() -> None:
 
 def test_the_twin_before_training_and_the_proxies_are_marked() -> None:
     found = doses(gains())
-    twin = find(found, quantity="max p", x=1.0, untrained=True)
+    twin = find(found, quantity="max_p", x=1.0, untrained=True)
     assert (twin.value, twin.since) == (0.5, None)
     assert not [row for row in found if row.untrained and row.quantity == "loss"]
-    assert {row.quantity for row in found if row.proxy} == {"excess kurtosis before the norm"}
+    assert {row.quantity for row in found if row.proxy} == {"excess kurtosis: mid"}
 
 
 def test_a_rate_that_was_not_chosen_and_too_few_doses_are_left_out() -> None:
@@ -116,7 +119,7 @@ def test_a_rate_that_was_not_chosen_and_too_few_doses_are_left_out() -> None:
 
 
 def penalties(variant: str = "solu", **values: float) -> list[Record]:
-    records: list[Record] = []
+    records: list[Record] = [words("engagement")]
     for weight in (0.0, -0.1, 0.1, 0.3):
         arm, more = f"{variant}-{weight:g}", {"entropy_penalty": weight} if weight else {}
         records.append(setting(arm, variant, "other" if weight else "plain", **values, **more))
@@ -134,11 +137,12 @@ def test_penalties_are_compared_with_no_penalty() -> None:
 
 def test_gains_with_a_penalty_each_form_ladders_of_their_own() -> None:
     """Two gains with four penalties each: two ladders, which the gain distinguishes; no ladder of two gains."""
-    low, high = penalties("solu_gain", gain=4.0), penalties("solu_gain", gain=64.0)
+    low, high = penalties("solu_gain", gain=4.0), penalties("solu_gain", gain=64.0)  # words twice
     moved = [replace(each, arm=f"{each.arm}-64") for each in high]
     found = doses([*low, *moved])
     assert {row.setting for row in found} == {Ladder.ENTROPY}
     assert {row.fixed for row in found} == {"gain 4", "gain 64"}
+    assert len(found) == len(set(found)) == 2 * (4 + 4 + 3)  # trained, before training, differences
 
 
 def widths() -> list[Record]:
@@ -205,13 +209,13 @@ def section_of(records: list[Record], name: str) -> Any:
 def test_the_gain_section_draws_each_number_its_twin_and_the_trade_off() -> None:
     section = section_of(gains(), "gain")
     found = panels(section)
-    assert list(found) == ["loss", "max p", "excess kurtosis before the norm (proxy)"]
-    drawn = {trace.name: trace for trace in found["max p"]}
+    assert list(found) == ["loss", "max_p", "excess kurtosis: mid (proxy)"]
+    drawn = {trace.name: trace for trace in found["max_p"]}
     assert [*drawn["solu_gain"].x] == [*GAINS]
     assert [*drawn["solu_gain"].y] == pytest.approx([MAX_P[x] + np.mean(WOBBLE) for x in GAINS])
     assert [*drawn[BEFORE].y] == [0.5] * 3
     assert len(found["loss"]) == 1
-    (trade,) = panels(section, 1)["excess kurtosis before the norm"]
+    (trade,) = panels(section, 1)["excess kurtosis: mid"]
     assert [*trade.customdata] == ["1", "16", "316"]
     assert [*trade.y] == pytest.approx([LOSS[x] + np.mean(WOBBLE) for x in GAINS])
     assert [*trade.x] == pytest.approx([10 / x + np.mean(WOBBLE) for x in GAINS])
@@ -219,7 +223,7 @@ def test_the_gain_section_draws_each_number_its_twin_and_the_trade_off() -> None
     assert sentence.startswith(
         "solu_gain: from gain 1 to 316 (3 seeds), these numbers change by: loss -0.1 ["
     )
-    assert "excess kurtosis before the norm (a proxy)" in sentence
+    assert "excess kurtosis: mid (a proxy)" in sentence
     assert "The loss is least at gain 16: 5.0033 [" in sentence
 
 
@@ -227,7 +231,7 @@ def test_penalties_are_equally_far_apart_on_their_axis() -> None:
     section = section_of(penalties(), "entropy")
     axis = section.plots[0].figure.layout.xaxis
     assert (axis.type, [*axis.ticktext]) == ("linear", ["-0.1", "0", "0.1", "0.3"])
-    (trace, _) = panels(section)["exp(H)"]
+    (trace, _) = panels(section)["exp_entropy"]
     assert [*trace.x] == [0, 1, 2, 3]
     assert len(section.plots) == 1  # without a loss and a proxy there is no trade-off
 

@@ -212,6 +212,9 @@ class Quantity:
     split_by: tuple[str, ...] = ()
     """Other columns of the probe. The tokens are also summarised within the quartiles of each."""
     more_smeared_when: Direction = "neither"
+    on_ladders: Literal["", "number", "proxy"] = ""
+    """With `number` or `proxy`, the median (or the estimate) is drawn against a gain, a penalty or a width. A
+    `proxy` stands in for how readable neurons are. Empty: it is not drawn."""
 
 
 @dataclass(frozen=True)

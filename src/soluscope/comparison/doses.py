@@ -19,6 +19,7 @@ from soluscope.results import (
     AtDose,
     Ladder,
     Measurement,
+    ProbeWords,
     Record,
     Setting,
     Untrained,
@@ -42,19 +43,9 @@ class _Quantity:
     proxy: bool = False
 
 
-QUANTITIES = (
-    _Quantity("loss", "loss", "loss", "mean"),
-    _Quantity("max p", "engagement", "max_p", "median"),
-    _Quantity("exp(H)", "engagement", "exp_entropy", "median"),
-    _Quantity("K_eff", "engagement", "k_eff", "median"),
-    _Quantity("r", "engagement", "r", "median"),
-    _Quantity("|o| / |r0|", "scale_freeze", "|o| / |r0|", "median"),
-    _Quantity("rule F1 before the norm", "neurons", READABILITY, "median", proxy=True),
-    _Quantity("excess kurtosis before the norm", "neuron_statistics", "excess kurtosis: mid", "", proxy=True),
-    _Quantity("kurtosis over Gaussian before the norm", "neuron_statistics", "kurtosis over Gaussian: mid", "",
-              proxy=True),
-)  # fmt: skip
-"""Numbers of a ladder, in the order in which they are drawn. The proxies stand in for ratings by people."""
+LOSS = _Quantity("loss", "loss", "loss", "mean")
+RULES = _Quantity(READABILITY, "neurons", READABILITY, "median", proxy=True)
+"""Number of `soluscope neurons`."""
 
 _Key = tuple[object, ...]
 _BySeed = dict[int, float]
@@ -78,14 +69,17 @@ def doses(records: Sequence[Record]) -> list[AtDose]:
         for each in of_kind(records, Setting)
         if each.arm not in left_out and not each.matched and not each.only_tried
     ]
-    numbers = _numbers(records, untrained=False)
-    before = _numbers(records, untrained=True)
+    quantities = _quantities(records)
+    numbers = _numbers(records, quantities, untrained=False)
+    before = _numbers(records, quantities, untrained=True)
     return [
         record
         for setting in Ladder
         for ladders in _ladders(arms, setting).values()
         for key, ladder in ladders.items()
-        for record in _of_ladder(setting, _fixed(key, [*ladders]), ladder, numbers, before)
+        for record in _of_ladder(
+            setting, _fixed(key, [*ladders]), ladder, quantities, numbers, before
+        )
     ]
 
 
@@ -145,11 +139,27 @@ def _fixed(key: _Key, keys: Sequence[_Key]) -> str:
     return ", ".join(f"{str(name).replace('_', ' ')} {value:.4g}" for name, value in own)
 
 
+def _quantities(records: Iterable[Record]) -> list[_Quantity]:
+    """Return the numbers of a ladder in the order in which they are drawn: those of probes as they declare them."""
+    declared = [
+        _Quantity(name, words.probe, name, statistic, quantity.on_ladders == "proxy")
+        for words in of_kind(records, ProbeWords)
+        for name, quantity in words.quantities.items()
+        if quantity.on_ladders
+        for statistic in ("median", "")  # an estimate has no statistic
+    ]
+    every = [
+        LOSS, *(each for each in declared if not each.proxy), RULES,
+        *(each for each in declared if each.proxy),
+    ]  # fmt: skip
+    return list(dict.fromkeys(every))  # each run has the words of its probes
+
+
 def _numbers(
-    records: Iterable[Record], untrained: bool
+    records: Iterable[Record], quantities: Iterable[_Quantity], untrained: bool
 ) -> Mapping[tuple[str, _Quantity], tuple[_BySeed, str]]:
     """Return each arm's numbers by seed, with their unit, trained or before training."""
-    known = {(each.probe, each.quantity, each.statistic): each for each in QUANTITIES}
+    known = {(each.probe, each.quantity, each.statistic): each for each in quantities}
     kind: type[Measurement | Untrained] = Untrained if untrained else Measurement
     result: dict[tuple[str, _Quantity], tuple[_BySeed, str]] = {}
     for row in of_kind(records, kind):
@@ -166,11 +176,12 @@ def _of_ladder(
     setting: Ladder,
     fixed: str,
     ladder: Mapping[float, Setting],
+    quantities: Iterable[_Quantity],
     numbers: Mapping[tuple[str, _Quantity], tuple[_BySeed, str]],
     before: Mapping[tuple[str, _Quantity], tuple[_BySeed, str]],
 ) -> Iterator[AtDose]:
     reference = 0.0 if setting is Ladder.ENTROPY and 0.0 in ladder else min(ladder, key=abs)
-    for quantity in QUANTITIES:
+    for quantity in quantities:
         at_reference, _ = numbers.get((ladder[reference].arm, quantity), ({}, ""))
         for x, arm in ladder.items():
             for untrained, source in ((False, numbers), (True, before)):

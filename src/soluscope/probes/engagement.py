@@ -177,6 +177,7 @@ PROBE = Probe(
                 *("share above 0.05", "share above 0.5"),
             ),
             more_smeared_when="higher",
+            on_ladders="number",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
         "log gain": Quantity("log gain", "spread of the log of the gain over tokens", ("sd",)),
@@ -186,17 +187,24 @@ PROBE = Probe(
             "variance on the scale of kappa: r = vq / (vq + kappa)",
             ("median", "q05", "q95"),
         ),
-        "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
+        "max_p": Quantity(
+            "probability",
+            "largest softmax weight over neurons",
+            ("median", "q95"),
+            on_ladders="number",
+        ),
         "exp_entropy": Quantity(
             "neurons",
             "exp of the softmax's entropy, the number of neurons that share it",
             ("median",),
+            on_ladders="number",
         ),
         "log_z": Quantity("nats", "log of the softmax's denominator", ("median", "q05", "q95")),
         "k_eff": Quantity(
             "neurons",
             "|a|^2 / max(a)^2, the number of neurons that share the norm of a",
             ("median",),
+            on_ladders="number",
         ),
         "residual": Quantity(
             "share of norm",
