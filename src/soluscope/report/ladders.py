@@ -26,8 +26,8 @@ PROXY = (
 )
 MEANING = (
     "Means over seeds; bars are 95% intervals for new seeds on these documents, and exploratory. Grey: the same "
-    "numbers before training. max_p is the largest weight of SoLU's softmax over neurons, exp_entropy the exponential of "
-    "its entropy H, the number of neurons that share it; medians over tokens without BOS. "
+    "numbers before training. max_p is the largest weight of SoLU's softmax over neurons, exp_entropy the "
+    "exponential of its entropy H, the number of neurons that share it; medians over tokens without BOS. "
 )
 
 
