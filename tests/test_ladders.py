@@ -75,6 +75,9 @@ def gains() -> list[Record]:
         records += rows(arm, "loss", "loss", "mean", LOSS[gain])[::2]  # losses have no twin
         records += rows(arm, "engagement", "max_p", "median", MAX_P[gain])
         records += rows(arm, "neuron_statistics", "excess kurtosis: mid", "", 10 / gain)
+        records += [
+            replace(row, value=0.0) for row in rows(arm, "engagement", "r", "median", 0.0)
+        ]  # not drawn
     return records
 
 

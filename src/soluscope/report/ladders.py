@@ -65,6 +65,8 @@ WORDS = {
 def blocks(records: Sequence[Record], setting: Ladder) -> list[Block]:
     """Return the sentences, curves, trade-off and table of a setting's ladders; empty without such a ladder."""
     rows = [row for row in of_kind(records, AtDose) if row.setting is setting]
+    zero = {row.quantity for row in rows} - {row.quantity for row in rows if row.value}
+    rows = [row for row in rows if row.quantity not in zero]  # r, where no arm has an epsilon
     if not rows:
         return []
     words = WORDS[setting]
