@@ -384,13 +384,14 @@ def _found_neurons(run: Run) -> list[Record]:
         UserError: if a file is not as it was written.
     """
     found: list[Record] = []
-    for path in (run.dir / name for name in FOUND_NEURONS):
+    # The lists of neurons are of the trained model, never of its initialisation.
+    for name, kind in zip(FOUND_NEURONS, (Record, Untrained), strict=True):
+        path = run.dir / name
         if path.parent.is_dir():
             remedy = f"compute it with 'soluscope neurons {run.dir}', or delete {path.parent}"
             check_sums(path.parent, path.stem, remedy)
-            is_empty = path.is_file() and path.stat().st_size == 0  # no neuron has a rule
-            rows = [] if is_empty else results.read(path, remedy, whole=True)
-            found += of_kind(rows, Untrained) if found else rows  # a list of an initialisation is not shown
+            is_empty = path.is_file() and path.stat().st_size == 0
+            found += [] if is_empty else of_kind(results.read(path, remedy, whole=True), kind)
     return found
 
 
