@@ -138,7 +138,8 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
     bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
     yield bent, {"residual": [0, 0.5**0.5]}
-    pre = torch.tensor([[math.log(3), 0.0], [1.0, 1.0]]).double()  # p is (3/4, 1/4) and (1/2, 1/2)
+    # p is (3/4, 1/4) and (1/2, 1/2)
+    pre = torch.tensor([[math.log(3), 0.0], [1.0, 1.0]], dtype=torch.float64)
     solu = replace(planted((pre * pre.softmax(-1))[None]), pre=pre)
     yield solu, {"max_p": [3 / 4, 1 / 2], "exp_entropy": [(4 / 3) ** 0.75 * 4**0.25, 2]}
     yield planted(mid, gain=7.0), {"r": [0, 0], "gain": [7, 7], "kappa": [math.nan, math.nan]}
