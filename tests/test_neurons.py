@@ -43,7 +43,7 @@ from soluscope.neurons.schema import (
 from soluscope.neurons.selection import NONE, SampleByRange, TopByDocument
 from soluscope.report import neurons as report_neurons
 from soluscope.report import page
-from soluscope.results import NeuronFound, of_kind
+from soluscope.results import READABILITY, Measurement, NeuronFound, Untrained, of_kind
 from soluscope.runs.folder import Run
 
 GATE = 1e-9
@@ -454,8 +454,14 @@ def test_a_changed_list_of_found_neurons_does_not_reach_the_results(
     run = Run(tmp_path / "run")
     shutil.copytree(study / "solu_ln-s0" / "neurons", run.dir / "neurons")
     path = run.dir / "neurons" / "trained" / "found.jsonl"
-    wanted = results.read(path)
+    twin = run.dir / "neurons" / "untrained" / "found.jsonl"
+    wanted = [*results.read(path), *results.read(twin)]
     assert suite._found_neurons(run) == wanted
+    numbers = {type(row): row for row in wanted if getattr(row, "quantity", "") == READABILITY}
+    for kind, part in ((Measurement, "trained"), (Untrained, "untrained")):
+        rules = stored.read(study / "solu_ln-s0", part=part).rules
+        f1 = rules[rules["side"] == "mid"]["f1_mid"]
+        assert (numbers[kind].value, numbers[kind].n) == (f1.median(), f1.notna().sum())
     path.write_text(path.read_text().replace('"place": 0', '"place": 1'))
     for damage in (lambda: None, lambda: path.write_bytes(b""), path.unlink):
         damage()

@@ -29,16 +29,21 @@ from soluscope.files import (
 from soluscope.results import (
     KINDS,
     Answer,
+    AtDose,
+    Bound,
     ChoicePoint,
     Comparison,
+    Curve,
     FalsePositives,
     Figure,
     Gate,
     GateResult,
     Grid,
+    Ladder,
     LeftOut,
     Located,
     Measurement,
+    Multiplier,
     NeuronFound,
     NoChoice,
     Order,
@@ -52,6 +57,7 @@ from soluscope.results import (
     Removal,
     RemovalOfArm,
     Removed,
+    ScalingCurve,
     Setting,
     Step,
     Term,
@@ -132,6 +138,18 @@ FULL: list[Record] = [
     Provenance(
         **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,
         n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
+    ),
+    AtDose(
+        **ALL, **NUMBER, setting=Ladder.GAIN, x=16.0, since=1.0, quantity="max p", statistic="median",
+        fixed="kappa 41.9", proxy=True, untrained=True,
+    ),
+    ScalingCurve(
+        **ALL, arms=("a", "b"), n_weights=(1000, 4000), n=4, losses=(5.0, 4.0), floor=3.0, scale=1.0, exponent=0.3,
+        centre=2000.0, misfit=0.01,
+    ),
+    Multiplier(
+        **ALL, **NUMBER, curve=Curve.POWER_LAW, against="gelu", n_weights=1000, bound=Bound.AT_LEAST,
+        low_is_bound=True, high_is_bound=True, size="d_model 64",
     ),
     Located(**ALL, against="solu_gain", where=Where.DIFFUSE, n=3, agreement=0.5, size="d_model 64"),
     NeuronFound(

@@ -58,6 +58,11 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def n_block_weights(d_model: int, d_mlp: int, n_layers: int) -> int:
+    """Return the number of weights in the blocks' matrices, without embeddings, biases and the norms' weights."""
+    return n_layers * (4 * d_model**2 + 2 * d_model * d_mlp)
+
+
 MATCHED = "baseline"
 """Value of model.mlp_out_scale that stands for a number measured before the first step."""
 
@@ -99,7 +104,7 @@ class ModelConfig:
         return self._n_block_weights() + self.d_model * (2 * d_vocab + self.ctx)
 
     def _n_block_weights(self) -> int:
-        return self.n_layers * (4 * self.d_model**2 + 2 * self.d_model * self.d_mlp)
+        return n_block_weights(self.d_model, self.d_mlp, self.n_layers)
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_mlp", "n_layers"):
@@ -185,6 +190,10 @@ class TrainConfig:
     """AdamW's decay of the running mean of the squared gradient."""
     weight_decay: float = 0.05
     """Weight decay of matrices and the unembedding. Embeddings, the norms' weights and biases have none."""
+    entropy_penalty: float = 0.0
+    """Weight lambda of a penalty on a peaked SoLU: lambda times (log n - H) is added to the loss. H is the entropy
+    of SoLU's softmax over n neurons, in nats, averaged over tokens without BOS. Above 0 the softmax becomes
+    less peaked, below 0 more peaked. Reported losses do not contain the penalty. 0: no penalty."""
     clip: float = 1.0
     """Maximum norm of the gradient; larger gradients are scaled down."""
     log_every: int = 10
@@ -546,7 +555,7 @@ _PLACES = ("study", "tag", "probes", "runs_dir", "wandb", "select_seeds", "token
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
-_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0}
+_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0, "train.entropy_penalty": 0.0}
 """Settings that were added later, with their defaults, so that runs from before keep their ids."""
 
 
@@ -663,6 +672,13 @@ def to_config(merged: DictConfig) -> Config:
         check(
             getattr(config, name) is not None,
             f"{name}=null: set keys below {name} instead, as listed by --help",
+        )
+    if config.train.entropy_penalty:
+        variant = plugins.pick("soluscope.variants", config.variant)
+        check(
+            variant.has_softmax(config.model.d_mlp, config.mid),
+            f"train.entropy_penalty={config.train.entropy_penalty:g}, but variant {config.variant} has no softmax "
+            "over neurons: set train.entropy_penalty=0, or choose a variant with SoLU",
         )
     return config
 

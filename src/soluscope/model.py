@@ -175,8 +175,16 @@ class LanguageModel(nn.Module):
         """Return the logits, and store the stages in `record`, if given, under TransformerLens's hook names."""
         return self.residual(tokens, record) @ self.unembed.W_U + self.unembed.b_U
 
-    def loss(self, tokens: Int[Tensor, "batch pos"], bos: int, reduction: str = "mean") -> Tensor:
+    def loss(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        bos: int,
+        reduction: str = "mean",
+        record: Activations | None = None,
+    ) -> Tensor:
         """Return the cross-entropy of the next tokens in nats per token, BOS targets left out.
+
+        The stages are stored in `record`, if given, under TransformerLens's hook names.
 
         Returns:
             The mean over targets, or with `reduction="none"` one value per target [batch pos-1], 0 if the
@@ -184,7 +192,9 @@ class LanguageModel(nn.Module):
         """
         targets = tokens[:, 1:]
         targets = targets.masked_fill(targets == bos, -100).flatten()
-        hidden = self.residual(tokens)[:, :-1].flatten(0, 1)  # the last position has no target
+        hidden = self.residual(tokens, record)[:, :-1].flatten(
+            0, 1
+        )  # the last position has no target
         W_U, b_U = self.unembed.W_U.T, self.unembed.b_U
         # In bf16, torch 2.13's chunked loss is wrong by 0.2 nats; micro-batches save memory there instead.
         in_bf16 = torch.is_autocast_enabled(hidden.device.type)

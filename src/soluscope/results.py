@@ -39,6 +39,8 @@ UNPINNED = 0.5
 """Median r from which a LayerNorm counts as no longer pinned by its epsilon."""
 CROSSES = f"tokens at which the median r crosses {UNPINNED}"
 """Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
+READABILITY = "rule F1: mid"
+"""Quantity of `soluscope neurons`: the F1 of a neuron's best rule with its activations before the norm."""
 RATINGS = "rating"
 """Folder of people's ratings in a study's folder, and name of the file of their records in it."""
 
@@ -156,6 +158,33 @@ class Rating(StrEnum):
     SECONDS = "median seconds per neuron"
 
 
+class Ladder(StrEnum):
+    """Setting in which the arms of a ladder differ."""
+
+    GAIN = "gain"
+    """One gain for all tokens."""
+    ENTROPY = "entropy penalty"
+    """Weight of the penalty on a peaked SoLU."""
+    WIDTH = "d_mlp"
+    """Number of neurons, at one d_model."""
+
+
+class Curve(StrEnum):
+    """Curve of the baseline's loss against its number of weights."""
+
+    POWER_LAW = "power law"
+    LOCAL = "between sizes"
+    """Straight lines between the sizes, against the logarithm of the weights."""
+
+
+class Bound(StrEnum):
+    """Relation of a stored multiplier to the number that it estimates."""
+
+    NONE = "exact"
+    AT_LEAST = "at least"
+    AT_MOST = "at most"
+
+
 class Grid(StrEnum):
     """Position of the chosen setting on its grid."""
 
@@ -183,6 +212,9 @@ class Quantity:
     split_by: tuple[str, ...] = ()
     """Other columns of the probe. The tokens are also summarised within the quartiles of each."""
     more_smeared_when: Direction = "neither"
+    on_ladders: Literal["", "number", "proxy"] = ""
+    """With `number` or `proxy`, the median (or the estimate) is drawn against a gain, a penalty or a width. A
+    `proxy` stands in for how readable neurons are. Empty: it is not drawn."""
 
 
 @dataclass(frozen=True)
@@ -579,6 +611,72 @@ class Setting(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtDose(Number):
+    """A number of an arm of a ladder: arms that differ in one setting. The mean over seeds, with its interval."""
+
+    kind: ClassVar[str] = "dose"
+
+    setting: Ladder
+    x: float
+    """The arm's value of the setting."""
+    since: float | None = None
+    """The ladder's reference dose. With it, `value` is the number at `x` minus that at `since`, paired by seed."""
+    quantity: str
+    statistic: str = ""
+    fixed: str = ""
+    """Settings that distinguish this ladder from others of the variant: `kappa 41.9`."""
+    proxy: bool = False
+    """True if the number stands in for how readable neurons are, which only people can judge."""
+    untrained: bool = False
+    """True: the same number of the runs' own initialisations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingCurve(Record):
+    """A power law of the baseline's loss, floor + scale (weights / centre)^-exponent; or `note` says why not."""
+
+    kind: ClassVar[str] = "scaling curve"
+
+    arms: tuple[str, ...]
+    """The baseline at each size, smallest first."""
+    n_weights: tuple[Whole, ...]
+    """Weights of the blocks' matrices at each size, without embeddings, biases and norms."""
+    n: Whole
+    """Number of seeds that all sizes share."""
+    losses: tuple[float, ...] = ()
+    """Mean loss at each size over these seeds, nats per token."""
+    floor: float | None = None
+    """Loss of an endless model, nats per token."""
+    scale: float | None = None
+    """Nats per token."""
+    exponent: float | None = None
+    centre: float | None = None
+    """Geometric mean of the sizes' weights."""
+    misfit: float | None = None
+    """Largest distance of a size's loss from the curve, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiplier(Number):
+    """By how many times larger a baseline has the loss of `arm`; the interval is for new seeds and documents."""
+
+    kind: ClassVar[str] = "multiplier"
+
+    curve: Curve
+    against: str
+    """The baseline of the arm's size."""
+    n_weights: Whole
+    """Weights of the blocks' matrices of the arm's size."""
+    bound: Bound = Bound.NONE
+    """Other than `NONE`: `value` is only a bound, because the loss lies outside the baseline's curve."""
+    low_is_bound: bool = False
+    """True if the interval continues below `low`, the end of the curve."""
+    high_is_bound: bool = False
+    """True if the interval continues above `high`, the end of the curve."""
+    size: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateResult(Number):
     """A probe's result on a model whose answer is known."""
 
@@ -701,7 +799,8 @@ KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, NeuronFound, Comparison, Located, ChoicePoint, NoChoice,
-        Setting, GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, Rated,
+        Setting, AtDose, ScalingCurve, Multiplier, GateResult, FalsePositives, ProbeWords,
+        Provenance, Registered, Removal, RemovalOfArm, Rated,
     )
 }  # fmt: skip
 

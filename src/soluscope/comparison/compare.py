@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from soluscope.comparison import stats
+from soluscope.comparison.scaling import OfSize, scaling
 from soluscope.comparison.stats import Floats, Interval
+from soluscope.config import n_block_weights
 from soluscope.errors import UserError
 from soluscope.files import digest
 from soluscope.results import (
@@ -52,8 +54,9 @@ PRIMARY = (Term.STATIC, Term.SHARE)
 """Terms whose tests form the primary family. `SHARE` is 0 where `STATIC` is 0."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
 """Settings that must be equal for two models to be compared. Sizes are never compared with each other."""
-SETTINGS = (*SIZE, "lr", "kappa", "gain", "matched_kappa", "mlp_out_scale")
-"""Settings stored for each arm; `kappa` and `gain` only where its mid norm has them. `matched_kappa`: the kappa of
+SETTINGS = (*SIZE, "lr", "kappa", "gain", "matched_kappa", "mlp_out_scale", "entropy_penalty")
+"""Settings stored for each arm; `kappa` and `gain` only where its mid norm has them, `entropy_penalty` only where
+it is not 0. `matched_kappa`: the kappa of
 the per-token norm that a static gain was matched to before training."""
 GRID_FROM = 3
 """Least number of points for a curve with an inside. With two points the best one is at an edge."""
@@ -102,6 +105,11 @@ class _Arm:
     @property
     def out_scale(self) -> float:
         return self.settings.get("mlp_out_scale", 1.0)
+
+    @property
+    def is_penalised(self) -> bool:
+        """Return whether the arm's training loss has an entropy penalty; no arm is then compared with it."""
+        return bool(self.settings.get("entropy_penalty", 0.0))
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class _Arms:
         """Return the chosen arms: each configuration at its best rate, and each static variant at its best gain."""
         static = {arm.variant for arm in _static(self.tuned)}
         best = (self.best(_of_variant(self.tuned, variant)) for variant in sorted(static))
-        return [arm for arm in self.tuned if arm.variant not in static] + [
+        return [arm for arm in self.tuned if arm.variant not in static or arm.is_penalised] + [
             found[0] for found in best if found is not None
         ]
 
@@ -333,7 +341,8 @@ def _plain(arms: Iterable[_Arm], of: _Arm) -> list[_Arm]:
 
 
 def _of_variant(arms: Iterable[_Arm], variant: str) -> list[_Arm]:
-    return [arm for arm in arms if arm.variant == variant]
+    """Return the arms of a variant, without arms that minimise another loss."""
+    return [arm for arm in arms if arm.variant == variant and not arm.is_penalised]
 
 
 def _choose(candidates: Sequence[_Arm]) -> tuple[_Arm, dict[str, float]]:
@@ -407,6 +416,7 @@ def compare(
         Choice points of the curves on which a rate or a gain was chosen. Points of rates that lack
         seeds are over the seeds they have, and are not eligible. `NoChoice` for arms that share no
         seed. The `Setting` of each arm.
+        The baseline's curve over the sizes of one shape, and each arm's multiplier (see `scaling`).
         Differences over two seeds or more have the exact sign-flip `p`. `STATIC` and `SHARE` of
         all arms with a per-token norm are the primary family, with `p_adj` after Holm's correction.
 
@@ -435,7 +445,32 @@ def compare(
             *_no_choices(arms.main),
             *_settings(arms),
         ]
-    return records
+    return [*records, *_scaling(sizes)]
+
+
+def _scaling(sizes: Sequence[_Arms]) -> list[Record]:
+    """Return the baseline's curves and the multipliers, for sizes of one shape that saw the same tokens."""
+    shapes: dict[tuple[object, ...], list[OfSize]] = {}
+    for arms in (each.main for each in sizes):
+        best = arms.best([arm for arm in _references(arms.tuned) if _reported(arm)])
+        if best is None:
+            continue
+        shape = best[0].settings
+        key = (
+            shape["d_mlp"] / shape["d_model"],
+            shape["ctx"],
+            shape["tokens"],
+            arms.counts.tobytes(),
+        )
+        known = list(filter(_reported, arms.tuned))
+        n_weights = n_block_weights(*(int(shape[name]) for name in SIZE[:3]))
+        of_size = OfSize(
+            arms.size, n_weights, arms.counts, best[0].name, {arm.name: arm.variant for arm in known},
+            {arm.name: arm.report for arm in known},
+        )  # fmt: skip
+        shapes.setdefault(key, []).append(of_size)
+    about = {"study": sizes[0].study, "commit": sizes[0].commit}
+    return [found for of_shape in shapes.values() for found in scaling(of_shape, about)]
 
 
 @dataclass(frozen=True)
@@ -642,6 +677,8 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
         measured.append((best, by_seed))
     best_of: dict[str, tuple[_Arm, Floats]] = {}
     for arm, by_seed in measured:
+        if arm.is_penalised:
+            continue
         rivals = [arm, *(best_of[arm.variant][:1] if arm.variant in best_of else [])]
         if _choose(rivals)[0] is arm:
             best_of[arm.variant] = arm, by_seed
@@ -728,6 +765,12 @@ def _adjust_primary(compared: list[Comparison]) -> list[Comparison]:
     return [with_p(record) for record in compared]
 
 
+def passed_over(records: Iterable[Record]) -> set[str]:
+    """Return the arms whose learning rate was not chosen."""
+    points = [each for each in of_kind(records, ChoicePoint) if each.setting == "lr"]
+    return {each.arm for each in points if each.arm != each.chosen_arm}
+
+
 def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Comparison]:
     """Test, seed by seed, whether training changed a probe's number in arms with a per-token norm.
 
@@ -746,15 +789,14 @@ def confirm(records: Sequence[Record], tested: Mapping[str, str]) -> list[Compar
 
     Source: protocol.md section 5, "Families".
     """
-    points = [each for each in of_kind(records, ChoicePoint) if each.setting == "lr"]
-    passed_over = {each.arm for each in points if each.arm != each.chosen_arm}
+    left_out = passed_over(records)
     measured = {(each.arm, each.probe) for each in of_kind(records, Measurement)}
     before = of_kind(records, Untrained)
     with_twin = {each.arm for each in before}
     tests = [
         _trained_minus_untrained(before, probe, quantity, arm)
         for arm in sorted(of_kind(records, Setting), key=lambda each: each.arm)
-        if arm.role == "per_token" and arm.arm not in passed_over
+        if arm.role == "per_token" and arm.arm not in left_out
         for probe, quantity in tested.items()
         if (arm.arm, probe) in measured and arm.arm in with_twin
     ]
@@ -997,8 +1039,12 @@ def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     first = table.iloc[0]
     variant = str(first["variant"])
     settings = table.groupby("run")[_settings_in(table)].first().median()
+    lineage = lineages[variant]
+    if settings.fillna(0).get("entropy_penalty", 0.0):
+        # It minimises another loss, so it stands for no role: no arm is compared with it.
+        lineage = replace(lineage, role="other")
     return _Arm(
-        str(first["arm"]), variant, lineages[variant], str(first["config"]), str(first["family"]),
+        str(first["arm"]), variant, lineage, str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},
         str(first.get("rate", "")), bool(first.get("matched", False)), float(first.get("uniform", math.inf)),
     )  # fmt: skip

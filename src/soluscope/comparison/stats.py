@@ -713,7 +713,7 @@ def seeds_and_documents(sums: ArrayLike, counts: ArrayLike, level: float = 0.95)
 
     Source: protocol.md section 5; the sum of the two variances is ours.
     """
-    per_seed, covariance = _per_seed([sums], counts)
+    per_seed, covariance = seed_means([sums], counts)
     n_seeds, n_documents = per_seed.shape[1], len(np.asarray(counts))
     over_seeds = paired_seeds(per_seed[0])
     low, high = None, None
@@ -741,7 +741,7 @@ def fieller(num_sums: ArrayLike, den_sums: ArrayLike, counts: ArrayLike) -> Inte
 
     Source: Fieller 1954; protocol.md section 5.
     """
-    per_seed, covariance = _per_seed([num_sums, den_sums], counts)
+    per_seed, covariance = seed_means([num_sums, den_sums], counts)
     n_seeds, n_documents = per_seed.shape[1], len(np.asarray(counts))
     num, den = per_seed.mean(axis=1)
     ratio = float(num / den) if den else float("nan")
@@ -845,7 +845,7 @@ def equivalence(interval: Interval, margin: float, around: float = 0.0) -> Verdi
     return "inconclusive"
 
 
-def _per_seed(sums: list[ArrayLike], counts: ArrayLike) -> tuple[Floats, Floats]:
+def seed_means(sums: list[ArrayLike], counts: ArrayLike) -> tuple[Floats, Floats]:
     """Return means [quantity seed], and the covariance of their averages for new seeds and documents."""
     stacked = np.stack([np.asarray(each, dtype=np.float64) for each in sums])
     tokens = np.asarray(counts, dtype=np.float64)

@@ -32,6 +32,7 @@ import pandas as pd
 from soluscope import plugins, results
 from soluscope.bars import Bars, Say, bars
 from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, compare, confirm
+from soluscope.comparison.doses import doses
 from soluscope.comparison.dynamics import dynamics
 from soluscope.comparison.where import where
 from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
@@ -78,6 +79,7 @@ from soluscope.results import (
     ProbeWords,
     Record,
     Registered,
+    Untrained,
     of_kind,
 )
 from soluscope.runs import registration
@@ -353,6 +355,7 @@ def write_results(study_dir: Path) -> Path:
         )
         records += [*comparisons, *where(comparisons, by_token)]
         records += dynamics(records, by_step)
+        records += doses(records)
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
@@ -376,20 +379,23 @@ def _tables(
 
 
 def _found_neurons(run: Run) -> list[Record]:
-    """Return the neurons of a run that the report shows; none before 'soluscope neurons'.
+    """Return the neurons of a run that the report shows, and how readable its neurons are; [] without these files.
 
     Raises:
-        UserError: if the file is not as it was written.
+        UserError: if a file is not as it was written.
     """
-    path = run.dir / FOUND_NEURONS
-    for folder in (path.parent.parent, path.parent):
-        check_folder(folder)
-    if not path.parent.is_dir():
-        return []
-    remedy = f"compute it with 'soluscope neurons {run.dir}', or delete {path.parent}"
-    check_sums(path.parent, path.stem, remedy)
-    is_empty = path.is_file() and path.stat().st_size == 0  # no neuron has a rule
-    return [] if is_empty else results.read(path, remedy, whole=True)
+    found: list[Record] = []
+    # The lists of neurons are of the trained model, never of its initialisation.
+    for name, kind in zip(FOUND_NEURONS, (Record, Untrained), strict=True):
+        path = run.dir / name
+        for folder in (path.parent.parent, path.parent):
+            check_folder(folder)
+        if path.parent.is_dir():
+            remedy = f"compute it with 'soluscope neurons {run.dir}', or delete {path.parent}"
+            check_sums(path.parent, path.stem, remedy)
+            is_empty = path.is_file() and path.stat().st_size == 0  # no neuron has a rule
+            found += [] if is_empty else of_kind(results.read(path, remedy, whole=True), kind)
+    return found
 
 
 def _registered(study_dir: Path, compared: Iterable[Run]) -> list[Registered]:
@@ -466,6 +472,7 @@ def _settings(run: Run) -> dict[str, float | str]:
         "rate": rate_origin(config),
         "matched": isinstance(config.model.mlp_out_scale, str),
         "uniform": math.log(facts.d_vocab),
+        "entropy_penalty": facts.entropy_penalty or None,
     }
     return {name: np.nan if value is None else value for name, value in settings.items()}
 

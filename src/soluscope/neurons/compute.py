@@ -31,7 +31,7 @@ from soluscope.files import digest, replacing_folder, write_text
 from soluscope.hooked.activations import check_model
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.neurons import describe, logits, look
-from soluscope.neurons.found import found
+from soluscope.neurons.found import of_part
 from soluscope.neurons.scan import Scanned, scan
 from soluscope.neurons.schema import PARTS, STAGES, SUMS, Part
 from soluscope.neurons.stored import About, Neurons, is_complete, place, sums_of
@@ -119,7 +119,7 @@ def _of_run(run: Run, config: NeuronsConfig, say: Callable[[str], None]) -> None
         about = _about(model, part, scanned, cache, hashes[part])
         texts = [readable(text) for text in stream.vocab]
         of_run = about_run(model.facts, pretrained=origin is not None)
-        _write(folder, about, tables, texts, names, found(tables, texts, of_run))
+        _write(folder, about, tables, texts, names, of_part(part, tables, texts, of_run))
         say(
             f"{run.dir.name}, {part}: {about.n_neurons} neurons on {scanned.n_tokens:,} tokens of "
             f"{scanned.n_documents} {plural(scanned.n_documents, 'document')}"

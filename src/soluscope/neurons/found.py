@@ -7,13 +7,29 @@ from typing import Any
 
 import pandas as pd
 
-from soluscope.neurons.schema import SIDES, TOP
-from soluscope.results import NeuronFound
+from soluscope.neurons.schema import SIDES, TOP, Part
+from soluscope.results import READABILITY, Measurement, NeuronFound, Record, Untrained
 
 N_FOUND = 10
 """Number of neurons in each list."""
 LISTS = {"most readable": "chosen_f1", "most changed by the norm": "chosen_drop"}
 """Column of the rules, computed on half 0 of the documents, by which the neurons of each list are found."""
+
+
+def of_part(
+    part: Part, tables: dict[str, pd.DataFrame], texts: list[str], about: dict[str, Any]
+) -> list[Record]:
+    """Return the records of a stored part: how readable the neurons are, and the lists of the trained part."""
+    rules = tables["rules"]
+    f1 = rules.loc[rules["side"] == SIDES[0], "f1_mid"].dropna()
+    number = about | {
+        "probe": "neurons", "quantity": READABILITY, "statistic": "median", "stream": "natural", "unit": "F1",
+        "value": float(f1.median()) if len(f1) else None, "n": len(f1),
+        "note": "neurons without a rule are left out; neurons of one model are not independent: no interval",
+    }  # fmt: skip
+    if part == "untrained":
+        return [Untrained(**number)]
+    return [Measurement(**number), *found(tables, texts, about)]
 
 
 def found(

@@ -16,6 +16,7 @@ Formula:
     d_mlp^2;
     elasticity of g to s is -r;
     sd of log g over tokens;
+    exp(H), H = -sum p log p, p = softmax(x) over neurons;
     share of loss at r above .05 = sum of l where r > .05 / sum of l;
     residual |post - beta - g gamma (a - m)| / |post - beta|, g fitted
 
@@ -67,7 +68,8 @@ def _columns(run: HookedRun) -> dict[str, Tensor]:
         r = s2 / (s2 + eps), where s2 is the population variance of mid, or its mean square if the norm
         does not centre; 0 where the gain is one constant. gain, 1 / hook_scale. kappa = eps * d_mlp^2,
         nan without an epsilon, and Vq = s2 * d_mlp^2, so that r = Vq / (Vq + kappa). max_p and log_z of
-        softmax(pre), nan where the nonlinearity is not SoLU. k_eff = |a|^2 / max(a)^2. residual: the
+        softmax(pre) and exp_entropy, the exponential of its entropy in nats, nan where the nonlinearity is not
+        SoLU. k_eff = |a|^2 / max(a)^2. residual: the
         part of post - beta that the best multiple of gamma * (a - m) does not fit, relative to the norm
         of post - beta; m is 0 where the norm does not centre, and the residual is nan where post =
         beta.
@@ -82,6 +84,7 @@ def _columns(run: HookedRun) -> dict[str, Tensor]:
         "kappa": nothing if run.eps is None else torch.full_like(variance, run.eps * d_mlp**2),
         "vq": variance * d_mlp**2,
         "max_p": pre.softmax(-1).amax(-1) if run.is_solu else nothing,
+        "exp_entropy": _exp_entropy(pre) if run.is_solu else nothing,
         "log_z": pre.logsumexp(-1) if run.is_solu else nothing,
         "k_eff": run.k_eff,
         "residual": _residual(run, centred),
@@ -95,6 +98,12 @@ def _estimates(text: Text, columns: dict[str, Tensor]) -> Iterator[Estimate]:
     yield ratio(SHARE_OF_LOSS, array(above), array(loss), array(text.string))
 
 
+def _exp_entropy(pre: Tensor) -> Tensor:
+    """Return exp(H) of the softmax over neurons: n if n neurons share it equally and no other does. [token]"""
+    log_p = pre.log_softmax(-1)
+    return (-(log_p.exp() * log_p).sum(-1)).exp()
+
+
 def _residual(run: HookedRun, centred: Tensor) -> Tensor:
     """Return the norm of post - beta outside the line along gamma * (a - m), as a share of its norm. [token]"""
     line = run.readout.gamma * centred
@@ -105,7 +114,7 @@ def _residual(run: HookedRun, centred: Tensor) -> Tensor:
 
 
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
-    """Yield runs of two neurons: with an epsilon, uncentred, off the line, and with a constant gain.
+    """Yield runs of two neurons: with an epsilon, uncentred, off the line, with SoLU, and with a constant gain.
 
     Neurons at +1 and -1 have mean 0 and variance 1; at +3 and +1 they have mean 2 and variance 1. A
     norm that does not centre uses the mean squares, 1 and 5. Where a - m is (1, -1), a post of (.4, 0)
@@ -129,6 +138,10 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     yield uncentred, {"r": [1 / 4, 5 / 8], "vq": [4, 20], "residual": [0, 0]}
     bent = replace(with_eps, post=torch.tensor([[0.5, -0.5], [0.4, 0.0]]).double())
     yield bent, {"residual": [0, 0.5**0.5]}
+    # p is (3/4, 1/4) and (1/2, 1/2)
+    pre = torch.tensor([[math.log(3), 0.0], [1.0, 1.0]], dtype=torch.float64)
+    solu = replace(planted((pre * pre.softmax(-1))[None]), pre=pre)
+    yield solu, {"max_p": [3 / 4, 1 / 2], "exp_entropy": [(4 / 3) ** 0.75 * 4**0.25, 2]}
     yield planted(mid, gain=7.0), {"r": [0, 0], "gain": [7, 7], "kappa": [math.nan, math.nan]}
 
 
@@ -165,6 +178,7 @@ PROBE = Probe(
                 *("share above 0.05", "share above 0.5"),
             ),
             more_smeared_when="higher",
+            on_ladders="number",
         ),
         "gain": Quantity("1 / activation", "1 / hook_scale", ("median", "q05", "q95")),
         "log gain": Quantity("log gain", "spread of the log of the gain over tokens", ("sd",)),
@@ -174,12 +188,24 @@ PROBE = Probe(
             "variance on the scale of kappa: r = vq / (vq + kappa)",
             ("median", "q05", "q95"),
         ),
-        "max_p": Quantity("probability", "largest softmax weight over neurons", ("median", "q95")),
+        "max_p": Quantity(
+            "probability",
+            "largest softmax weight over neurons",
+            ("median", "q95"),
+            on_ladders="number",
+        ),
+        "exp_entropy": Quantity(
+            "neurons",
+            "exp of the softmax's entropy, the number of neurons that share it",
+            ("median",),
+            on_ladders="number",
+        ),
         "log_z": Quantity("nats", "log of the softmax's denominator", ("median", "q05", "q95")),
         "k_eff": Quantity(
             "neurons",
             "|a|^2 / max(a)^2, the number of neurons that share the norm of a",
             ("median",),
+            on_ladders="number",
         ),
         "residual": Quantity(
             "share of norm",

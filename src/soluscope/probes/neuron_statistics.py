@@ -366,12 +366,19 @@ PROBE = Probe(
         **_of_stages(
             "sd^4", "excess kurtosis", "excess kurtosis of the median neuron, 0 for a Gaussian"
         ),
+        "excess kurtosis: mid": Quantity(
+            "sd^4",
+            "excess kurtosis of the median neuron, 0 for a Gaussian, mid",
+            on_ladders="proxy",
+        ),
         **_of_stages("share", "density", "(mean |x|)^2 / mean x^2 of the median neuron"),
         **_of_stages(
             "sd^4", "privileged basis", "median kurtosis minus median kurtosis in a rotated basis"
         ),
         "kurtosis over Gaussian: mid": Quantity(
-            "sd^4", "kurtosis minus that with Gaussian pre-activations, median neuron"
+            "sd^4",
+            "kurtosis minus that with Gaussian pre-activations, median neuron",
+            on_ladders="proxy",
         ),
         "kurtosis, post less mid": Quantity(
             "sd^4",

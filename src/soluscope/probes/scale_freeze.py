@@ -259,6 +259,7 @@ PROBE = Probe(
             "ratio",
             "norm of the part of the stream that the gain multiplies over that of the rest, as ln_final centres",
             ("median", "q05", "q95"),
+            on_ladders="number",
         ),
     },
     streams=("natural",),

@@ -20,7 +20,7 @@ MARKS = {"pass": "\u2713", "fail": "\u2717", "open": "?", "none": "\u2013"}
 N_VALUES = 20
 """Largest number of values in the text alternative of a figure."""
 TABS = {
-    "answer": "Answer", "training": "Training", "tuning": "Tuning", "dose": "Dose", "probes": "Probes",
+    "answer": "Answer", "training": "Training", "tuning": "Tuning", "dose": "Dose and size", "probes": "Probes",
     "tokens": "Tokens", "neurons": "Neurons", "methods": "Methods and controls", "data": "Data and provenance",
 }  # fmt: skip
 """Labels of the page's tabs, in their order; a tab without sections is left out."""

@@ -54,6 +54,10 @@ SECTIONS = {
     "terms": "Benefit of LN and its terms",
     "where": "Where the arms differ",
     "dose": "Dose",
+    "gain": "Dose: a constant gain",
+    "entropy": "Dose: an entropy penalty",
+    "width": "Width",
+    "size": "Size",
     "training": "Training",
     "dynamics": "Dynamics",
 }

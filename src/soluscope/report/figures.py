@@ -20,10 +20,13 @@ from plotly.subplots import make_subplots
 
 from soluscope.report.findings import by_stream, estimate, number, number_key, run_name
 from soluscope.results import (
+    AtDose,
+    Bound,
     ChoicePoint,
     Comparison,
     Figure,
     Measurement,
+    Multiplier,
     Number,
     Record,
     Term,
@@ -80,13 +83,17 @@ def styles(rows: Iterable[Record]) -> dict[str, Style]:
 
     Arms of one colour differ in the symbol and in the dash.
     """
-    arms = dict.fromkeys(row.arm for row in rows if row.arm)
+    return styles_of([*dict.fromkeys(row.arm for row in rows if row.arm)])
+
+
+def styles_of(lines: Sequence[str]) -> dict[str, Style]:
+    """Assign a style to each line; lines of one colour differ in the symbol and in the dash."""
     n = len(COLOURS)
     return {
-        arm: Style(
+        line: Style(
             COLOURS[i % n], SYMBOLS[i // n % len(SYMBOLS)], DASHES[(i + i // n) % len(DASHES)]
         )
-        for i, arm in enumerate(arms)
+        for i, line in enumerate(lines)
     }
 
 
@@ -191,16 +198,18 @@ def along(
     look: Mapping[str, Style],
     names: Mapping[str, str],
     one_scale: bool = False,
+    ranked: bool = False,
 ) -> go.Figure:
     """Draw numbers against a setting, such as a learning rate or kappa.
 
     Args:
         panels: points by title. Points with the interval for new seeds, and points of one run, are joined.
             Intervals for these models on other documents are thick bars.
-        x_title: name of the setting; its axis is logarithmic.
+        x_title: name of the setting; its axis is logarithmic, unless `ranked`.
         look: a style for each line.
         names: name of each line in the legend. Lines of one name have one entry, which shows and hides them all.
         one_scale: True if the panels share the range of their vertical axes.
+        ranked: True if the values of the setting are equally far apart, because some are 0 or negative.
 
     Returns:
         A figure; without traces if there are no points.
@@ -208,6 +217,12 @@ def along(
     filled = {title: list(points) for title, points in panels.items() if points}
     if not filled:
         return go.Figure()
+    values = sorted({point.x for points in filled.values() for point in points})
+    place = {x: i if ranked else x for i, x in enumerate(values)}
+    filled = {
+        title: [replace(point, x=place[point.x]) for point in points]
+        for title, points in filled.items()
+    }
     keys = [(title, "", "") for title in filled]
     figure = _grid(keys, row_height=270, curves=True, gap=112)  # labels are slanted
     named: set[str] = set()
@@ -227,9 +242,14 @@ def along(
                 if point.ringed:
                     ring = _ring(point, style) | {"legendgroup": html.escape(names[line])}
                     _add(figure, ring, index)
-        tried = sorted({point.x for point in points})
-        ticks = {"tickvals": tried, "ticktext": [f"{x:.3g}" for x in tried], "tickangle": -40}
-        figure.update_xaxes(title_text=f"{x_title} (log)", type="log", **ticks, **_at(index))
+        at = {point.x for point in points}
+        tried = [x for x in values if place[x] in at]
+        ticks = {
+            "tickvals": [place[x] for x in tried], "tickangle": -40,
+            "ticktext": [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in tried],
+        }  # fmt: skip
+        title, kind = (x_title, "linear") if ranked else (f"{x_title} (log)", "log")
+        figure.update_xaxes(title_text=title, type=kind, **ticks, **_at(index))
         rows = [point.number for point in points]
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
@@ -249,7 +269,98 @@ def _of_these_models(row: Number) -> bool:
 
 
 def _is_loss(row: Number) -> bool:
+    """Return whether a number is a loss or a number of a ladder, whose axis need not begin at 0."""
+    if isinstance(row, AtDose):
+        return row.since is None
     return isinstance(row, ChoicePoint) or (isinstance(row, Comparison) and row.term is Term.LOSS)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two numbers of one arm, drawn against each other."""
+
+    x: Number
+    y: Number
+    line: str
+    label: str
+    """Text beside the point."""
+
+
+def against_each_other(
+    panels: Mapping[str, Sequence[Pair]], look: Mapping[str, Style]
+) -> go.Figure:
+    """Draw pairs of numbers, joined in their order, with the intervals of both; one panel for each title."""
+    filled = {title: list(pairs) for title, pairs in panels.items() if pairs}
+    if not filled:
+        return go.Figure()
+    figure = _grid([(title, "", "") for title in filled], row_height=300, curves=True)
+    named: set[str] = set()
+    for index, (title, pairs) in enumerate(filled.items()):
+        for line in dict.fromkeys(pair.line for pair in pairs):
+            of_line = [pair for pair in pairs if pair.line == line]
+            style = look[line]
+            points = [Point(pair.x.value or 0.0, pair.y, line) for pair in of_line]
+            trace = _joined(points, style, line, named, in_order=True)
+            ends = [(pair.x.high, pair.x.low, pair.x.value or 0.0) for pair in of_line]
+            trace["error_x"] = trace["error_y"] | {
+                "array": [_gap(high, value) for high, _, value in ends],
+                "arrayminus": [-_gap(low, value) for _, low, value in ends],
+            }
+            trace["mode"] = "lines+markers+text"
+            trace["customdata"] = [html.escape(pair.label) for pair in of_line]
+            trace["texttemplate"], trace["textposition"] = "%{customdata}", "top right"
+            figure.add_trace(trace, **_at(index))
+        figure.update_xaxes(title_text=html.escape(title), **_at(index))
+        figure.update_yaxes(title_text=html.escape(pairs[0].y.unit), **_at(index))
+    return figure
+
+
+def bars(
+    rows: Sequence[Multiplier], line_of: Mapping[str, str], look: Mapping[str, Style], base: float
+) -> go.Figure:
+    """Draw multipliers as bars from `base`, grouped by size, with one colour for each line.
+
+    Args:
+        rows: the multipliers.
+        line_of: name of the line of each arm.
+        look: a style for each line.
+        base: value at which the bars begin.
+    """
+    known = [row for row in rows if row.value is not None]
+    if not known:
+        return go.Figure()
+    figure = _grid([("times the baseline's size", "", "")], row_height=270, curves=True)
+    for line in dict.fromkeys(line_of[row.arm] for row in known):
+        of_line = sorted(
+            (row for row in known if line_of[row.arm] == line), key=lambda row: row.n_weights
+        )
+        values = [row.value or 0.0 for row in of_line]
+        trace = {
+            "type": "bar", "x": [f"{row.n_weights:,}" for row in of_line], "base": base,
+            "y": [value - base for value in values], "name": html.escape(line),
+            "marker": {"color": look[line].colour},
+            "error_y": {
+                "type": "data", "symmetric": False, "color": INK, "thickness": 1.2, "width": 3,
+                "array": [_gap(row.high, value) for row, value in zip(of_line, values, strict=True)],
+                "arrayminus": [-_gap(row.low, value) for row, value in zip(of_line, values, strict=True)],
+            },
+            "text": [_BOUND_MARKS[row.bound] for row in of_line], "textposition": "outside",
+            "hovertext": [html.escape(f"{row.arm}: {row.bound} {estimate(row)} times") for row in of_line],
+            "hoverinfo": "text",
+        }  # fmt: skip
+        _add(figure, trace, 0)
+    figure.update_layout(barmode="group")
+    in_order = [f"{n:,}" for n in sorted({row.n_weights for row in known})]
+    figure.update_xaxes(
+        title_text="weights", type="category", categoryorder="array", categoryarray=in_order
+    )
+    figure.update_yaxes(title_text="times")
+    figure.add_hline(y=base, line={"color": INK, "width": 1, "dash": "dot"})
+    return figure
+
+
+_BOUND_MARKS = {Bound.NONE: "", Bound.AT_LEAST: "\u25b2", Bound.AT_MOST: "\u25bc"}
+"""Signs of multipliers that are only bounds."""
 
 
 @dataclass(frozen=True)
@@ -703,12 +814,14 @@ def _intervals(
     )
 
 
-def _joined(points: Sequence[Point], style: Style, name: str, named: set[str]) -> Trace:
-    """Draw points with upright bars, joined by a thin line in the order of `x`.
+def _joined(
+    points: Sequence[Point], style: Style, name: str, named: set[str], in_order: bool = False
+) -> Trace:
+    """Draw points with upright bars, joined by a thin line in the order of `x`, or `in_order` as they are given.
 
     `named` contains the names that are already in the legend; this line's name is added to it.
     """
-    line = sorted(points, key=lambda point: point.x)
+    line = points if in_order else sorted(points, key=lambda point: point.x)
     rows, x = [point.number for point in line], [point.x for point in line]
     trace = _intervals(rows, x, style, width=1, upright=True)
     trace["marker"]["size"] = 6

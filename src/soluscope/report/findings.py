@@ -146,7 +146,7 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
         alike = [other.values for other in known.values() if other.variant == setting.variant]
         differing = [
             f"{name} {setting.values[name]:.3g}"
-            for name in ("kappa", "gain", "mlp_out_scale")
+            for name in ("kappa", "gain", "mlp_out_scale", "entropy_penalty")
             if name in setting.values and len({values.get(name) for values in alike}) > 1
         ]
         result[arm] = arm if setting.label else ", ".join([setting.variant, *differing])
@@ -154,8 +154,33 @@ def titles(records: Sequence[Record]) -> dict[str, str]:
     return {arm: arm if title in several else title for arm, title in result.items()}
 
 
+def series(records: Iterable[Record]) -> dict[str, str]:
+    """Return the name that an arm shares with the same arm at other sizes: its variant and its own settings.
+
+    Only settings that differ within a size are named. A gain that was matched to a per-token norm is named by the
+    kappa of that norm.
+    """
+    known = settings(records)
+    result = {}
+    for arm, of in known.items():
+        alike = [
+            each for each in known.values() if (each.variant, each.size) == (of.variant, of.size)
+        ]
+        own = "matched_kappa" if "matched_kappa" in of.values else "gain"
+        differing = [
+            f"{name.replace('_', ' ')} {of.values[name]:.3g}"
+            for name in ("kappa", own, "entropy_penalty")
+            if name in of.values and len({each.values.get(name) for each in alike}) > 1
+        ]
+        result[arm] = ", ".join([of.variant, *differing])
+    return result
+
+
 def _by_setting(setting: Setting) -> tuple[str | float, ...]:
-    values = (setting.values.get(name, 0.0) for name in ("kappa", "gain", "mlp_out_scale"))
+    values = (
+        setting.values.get(name, 0.0)
+        for name in ("kappa", "gain", "mlp_out_scale", "entropy_penalty")
+    )
     return setting.variant, *values
 
 
@@ -188,7 +213,9 @@ def twins(records: Iterable[Record], of: str | None = None) -> list[str]:
         alike = {
             arm: each.values
             for arm, each in known.items()
-            if norm.twin and (each.variant, each.size) == (norm.twin, norm.size)
+            if norm.twin
+            and (each.variant, each.size) == (norm.twin, norm.size)
+            and not each.values.get("entropy_penalty")
         }
         kappa = norm.values.get("kappa", math.nan)
         matched = {
@@ -388,7 +415,11 @@ def before_norm(records: Sequence[Record], arm: str) -> list[str]:
     return sorted(
         name
         for name, each in known.items()
-        if each.size == of.size and (each.role == "baseline" or each.variant in chain)
+        if each.size == of.size
+        and (
+            each.role == "baseline"
+            or (each.variant in chain and not each.values.get("entropy_penalty"))
+        )
     )
 
 

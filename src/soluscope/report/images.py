@@ -16,7 +16,7 @@ from soluscope.report.names import file_name
 from soluscope.results import Record
 from soluscope.terminal import shown
 
-WHOLE = ("answer", "terms", "differences", "tuning", "dose")
+WHOLE = ("answer", "terms", "differences", "tuning", "dose", "gain", "entropy", "width", "size")
 """Sections of which every figure in view is drawn. Of a probe, only the headline figure is."""
 SCALE = 3
 """Pixels of the PNG per pixel of the SVG: some 300 per inch at the width of a column."""

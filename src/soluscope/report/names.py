@@ -17,10 +17,12 @@ from soluscope.results import (
     ChoicePoint,
     Comparison,
     Located,
+    Multiplier,
     NoChoice,
     OfRemoval,
     Record,
     Records,
+    ScalingCurve,
     Setting,
     Step,
 )
@@ -66,10 +68,10 @@ def named(records: Sequence[Record]) -> list[Record]:
     Notes and texts on choices name the arms too. Run folders keep their names.
     """
     of_arm = arms(records)
+    # An arm with an entropy penalty has the role "other"; the other arms of its variant come later and name it.
+    by_role = sorted(settings(records).values(), key=lambda each: each.role != "other")
     of_variant = {
-        each.variant: each.label + KINDS.get(each.role, "")
-        for each in settings(records).values()
-        if each.label
+        each.variant: each.label + KINDS.get(each.role, "") for each in by_role if each.label
     }
     if len(set(of_variant.values())) < len(of_variant):
         of_variant = {}
@@ -110,7 +112,9 @@ def _named(
         changed["against"], changed["tuned_arm"] = arm(record.against), arm(record.tuned_arm)
         changed["step"] = tuple(map(variant, record.step))
         changed["note"], changed["choice"] = in_text(record.note), in_text(record.choice)
-    elif isinstance(record, Located | OfRemoval):
+    elif isinstance(record, ScalingCurve):
+        changed["arms"] = tuple(map(arm, record.arms))
+    elif isinstance(record, Located | OfRemoval | Multiplier):
         changed["against"] = arm(record.against)
     elif isinstance(record, ChoicePoint):
         changed["chosen_arm"], changed["note"] = arm(record.chosen_arm), in_text(record.note)
@@ -132,12 +136,17 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
     def differs(setting: str) -> bool:
         return setting in of.values and len({each.values.get(setting) for each in alike}) > 1
 
+    penalty = of.values.get("entropy_penalty")
     setting = {"static": "gain", "per_token": "kappa"}.get(of.role, "")
+    if penalty:
+        setting = next((name for name in ("gain", "kappa") if name in of.values), "")
     name = of.label
     if differs(setting):
         name += f", {'static gain' if setting == 'gain' else setting} {_number(of.values[setting])}"
     else:
         name += KINDS.get(of.role, "")
+    if penalty:
+        name += f", entropy penalty {_number(penalty)}"
     if differs("mlp_out_scale"):
         name += f", output times {_number(of.values['mlp_out_scale'])}"
     return name
@@ -154,7 +163,8 @@ def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
     def key(arm: str) -> tuple[Any, ...]:
         of = known[arm]
         role = ORDER.index(of.role) if of.role in ORDER else len(ORDER)
-        values = (of.values.get(name, 0.0) for name in ("kappa", "gain", "mlp_out_scale", "lr"))
+        names = ("kappa", "gain", "mlp_out_scale", "entropy_penalty", "lr")
+        values = (of.values.get(name, 0.0) for name in names)
         return sizes.index(of.size), role, len(of.chain), of.variant, *values, arm
 
     return key

@@ -11,6 +11,7 @@ from soluscope.report import (
     dynamics,
     evidence,
     figures,
+    ladders,
     meaning,
     methods,
     neurons,
@@ -19,6 +20,7 @@ from soluscope.report import (
     rating,
     removal,
     robustness,
+    scaling,
     tokens,
     tuning,
     where,
@@ -61,6 +63,7 @@ from soluscope.results import (
     HELD_OUT,
     Comparison,
     Figure,
+    Ladder,
     LeftOut,
     Measurement,
     OfRun,
@@ -75,7 +78,7 @@ from soluscope.results import (
 )
 from soluscope.text import plural
 
-NOT_PROBES = {"loss", "training", DYNAMICS, pretrained.PROBE}
+NOT_PROBES = {"loss", "training", "neurons", DYNAMICS, pretrained.PROBE}
 N_MEANINGS = 1
 """Number of sentences on a probe's result in view; the others are folded."""
 CLICK = "Click an arm in the legend to hide it; double-click shows it alone."
@@ -110,6 +113,15 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
             "designs", "At a fixed scale of the MLP's output", robustness.designs(records), "tuning"
         ),
         Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
+        Section("gain", "Dose: a constant gain", ladders.blocks(arms.records, Ladder.GAIN), "dose"),
+        Section(
+            "entropy",
+            "Dose: an entropy penalty",
+            ladders.blocks(arms.records, Ladder.ENTROPY),
+            "dose",
+        ),
+        Section("width", "Width", ladders.blocks(arms.records, Ladder.WIDTH), "dose"),
+        Section("size", "Size", scaling.blocks(arms.records), "dose"),
         Section("removal", "Removal of the per-token gain", removal.blocks(arms.records), "probes"),
         Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
         Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),

@@ -41,7 +41,7 @@ from soluscope.results import (
 )
 from soluscope.terminal import shown
 
-NOT_PROBES = ("loss", "training", DYNAMICS, "pretrained")
+NOT_PROBES = ("loss", "training", "neurons", DYNAMICS, "pretrained")
 TERMS = (
     Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.CONTRAST, Term.WHERE,
     Term.SINCE, Term.PROBE,

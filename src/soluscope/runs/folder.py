@@ -67,8 +67,9 @@ OF_RUN = (
     "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "neurons", "tokenizer",
 )  # fmt: skip
 """Names of a run's own folders."""
-FOUND_NEURONS = Path("neurons") / "trained" / "found.jsonl"
-"""File in a run's folder with the neurons that the report shows."""
+FOUND_NEURONS = tuple(Path("neurons") / part / "found.jsonl" for part in ("trained", "untrained"))
+"""Files in a run's folder with the neurons that the report shows, and how readable those of the run and of its
+initialisation are."""
 MetricsRow = dict[str, int | float]
 """Row of metrics.jsonl: `step`, `tokens`, `loss`, and other numbers of that step."""
 

@@ -100,6 +100,8 @@ class Facts:
     """Origin of the initial weights. None: they were random. `steps` and `tokens` do not include it."""
     mlp_out_scale: float = 1.0
     """Constant factor on post W_out; conversion folds it into W_out."""
+    entropy_penalty: float = 0.0
+    """Weight of the penalty on a peaked SoLU in the training loss; 0: none."""
 
     @property
     def kappa(self) -> float | None:
@@ -171,7 +173,7 @@ def check_facts(run_dir: Path, config: Config, facts: Facts) -> None:
         "variant": config.variant, "seed": config.seed, "study": config.study, "d_model": model.d_model,
         "n_heads": model.n_heads, "d_mlp": model.d_mlp, "n_layers": model.n_layers, "ctx": model.ctx,
         "ln_eps": model.ln_eps, "lr": train.lr, "steps": train.steps,
-        "tokens": train.steps * train.batch_size * model.ctx,
+        "entropy_penalty": train.entropy_penalty, "tokens": train.steps * train.batch_size * model.ctx,
     }  # fmt: skip
     if not isinstance(model.mlp_out_scale, str):
         wanted["mlp_out_scale"] = model.mlp_out_scale

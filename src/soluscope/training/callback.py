@@ -116,8 +116,9 @@ class TrainingCallback(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
     ) -> None:
-        # Lightning has already divided the loss by the number of micro-batches.
-        self.part = self.part + outputs["loss"].detach()
+        # Lightning has already divided the loss by the number of micro-batches. With an entropy penalty, the
+        # metrics still show the cross-entropy alone.
+        self.part = self.part + outputs.get("cross_entropy", outputs["loss"]).detach()
         if (index + 1) % self.config.train.micro_batches:
             return
         assert isinstance(self.part, Tensor)

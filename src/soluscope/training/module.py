@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning
@@ -14,6 +16,7 @@ from soluscope.data.cache import TokenCache
 from soluscope.model import LanguageModel
 from soluscope.runs.weights import build_model
 from soluscope.training.device import on_cuda
+from soluscope.training.entropy import loss_and_missing_entropy
 from soluscope.training.init_from import load_origin
 from soluscope.training.out_scale import set_out_scale
 from soluscope.training.static_gain import set_gain
@@ -35,10 +38,25 @@ class TrainingModule(lightning.LightningModule):
         set_out_scale(self.model, config, cache)
         self.grad_norm = torch.tensor(math.nan)
         compiled = on_cuda(config) if config.train.compile is None else config.train.compile
-        self.loss = torch.compile(self.model.loss) if compiled else self.model.loss
+        penalised = config.train.entropy_penalty != 0
+        loss: Callable[..., Any] = self.model.loss
+        if penalised:
+            loss = partial(loss_and_missing_entropy, self.model)
+        self.loss = torch.compile(loss) if compiled else loss
 
-    def training_step(self, tokens: Int[Tensor, "batch pos"], index: int) -> Tensor:
-        return self.loss(tokens, self.bos)
+    def training_step(
+        self, tokens: Int[Tensor, "batch pos"], index: int
+    ) -> Tensor | dict[str, Tensor]:
+        train = self.config.train
+        if not train.entropy_penalty:
+            loss: Tensor = self.loss(tokens, self.bos)
+            return loss
+        loss, missing = self.loss(tokens, self.bos)
+        return {
+            "loss": loss + train.entropy_penalty * missing,
+            # Lightning divides only the loss by the number of micro-batches.
+            "cross_entropy": loss.detach() / train.micro_batches,
+        }
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

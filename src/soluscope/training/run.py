@@ -244,6 +244,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         precision=config.train.precision, device="cuda" if on_cuda(config) else "cpu",
         config=config.hash, commit=commit(), versions=versions(), **lineage(config.variant),
         init_from=origin_of(config), mlp_out_scale=float(model.mlp(0).out_scale),
+        entropy_penalty=config.train.entropy_penalty,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from soluscope import plugins
 from soluscope.errors import UserError
@@ -34,6 +34,17 @@ ACT_FNS = (
 )
 """Values of act_fn that TransformerLens accepts; only solu_ln has a mid norm. The list is repeated here because
 importing TransformerLens is slow."""
+
+
+@runtime_checkable
+class SoftmaxUnit(Protocol):
+    """A nonlinearity with a softmax over neurons."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """Return the activations, [... d_mlp] -> same."""
+
+    def log_softmax(self, pre: Tensor) -> Tensor:
+        """Return the logarithm of the softmax, [... d_mlp] -> [... block neuron]."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,10 @@ class Variant:
     """Name of the previous variant in the chain. Empty: the variant is the root of the chain."""
     twin: str = ""
     """Name of the same variant with one gain for all tokens instead of a per-token gain. Empty: none exists."""
+
+    def has_softmax(self, d_mlp: int, params: Any) -> bool:
+        """Return whether the nonlinearity has a softmax over neurons, whose entropy training can change."""
+        return isinstance(self.activation(d_mlp, params), SoftmaxUnit)
 
     def activation(self, d_mlp: int, params: Any) -> Callable[[Tensor], Tensor]:
         """Return the nonlinearity for `d_mlp` neurons and these parameters.

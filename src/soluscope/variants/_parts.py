@@ -27,14 +27,31 @@ def gelu(pre: Tensor) -> Tensor:
     return gelu(pre)
 
 
-def solu(pre: Tensor) -> Tensor:
-    """Apply x * softmax(x) over neurons. [... d_mlp] -> same. Source: Elhage et al. 2022, section 4.2."""
-    return pre * pre.softmax(dim=-1)
+@dataclass(frozen=True)
+class SoLU:
+    """The function x * softmax(x), with a softmax over all neurons or over each of several blocks of neurons.
+
+    Source: Elhage et al. 2022, sections 4.2 and 4.4.
+    """
+
+    n_blocks: int = 1
+    """Number of blocks of equal size, in the order of the neurons."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        """Return the activations, [... d_mlp] -> same."""
+        if self.n_blocks == 1:
+            return pre * pre.softmax(dim=-1)
+        blocks: Tensor = pre.unflatten(-1, (self.n_blocks, -1))
+        result: Tensor = (blocks * blocks.softmax(dim=-1)).flatten(-2)
+        return result
+
+    def log_softmax(self, pre: Tensor) -> Tensor:
+        """Return the logarithm of the softmax, [... d_mlp] -> [... block neuron]."""
+        blocks: Tensor = pre.unflatten(-1, (self.n_blocks, -1))
+        return blocks.log_softmax(dim=-1)
 
 
-def solu_in_blocks(pre: Tensor, n_blocks: int) -> Tensor:
-    """Apply x * softmax(x) with a softmax over each of `n_blocks` blocks of neurons. [... d_mlp] -> same."""
-    return solu(pre.unflatten(-1, (n_blocks, -1))).flatten(-2)
+solu = SoLU()
 
 
 def exponential_unit(d_mlp: int, params: Any) -> Callable[[Tensor], Tensor]:

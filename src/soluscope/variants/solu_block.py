@@ -14,11 +14,10 @@ Source: Elhage et al. 2022, section 4.4.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from soluscope.variants import Variant
-from soluscope.variants._parts import BlockParams, solu_in_blocks
+from soluscope.variants._parts import BlockParams, SoLU
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 def build_nonlinearity(d_mlp: int, params: BlockParams) -> Callable[[Tensor], Tensor]:
     params.check(d_mlp)
-    return partial(solu_in_blocks, n_blocks=params.n_blocks)
+    return SoLU(params.n_blocks)
 
 
 def build_norm(d_mlp: int, params: BlockParams) -> BlockLayerNorm:
