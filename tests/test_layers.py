@@ -19,7 +19,7 @@ ENTRY_POINTS = (
 )  # fmt: skip
 OPEN_SETS = (
     "soluscope.variants", "soluscope.probes", "soluscope.controls", "soluscope.data.sources",
-    "soluscope.engines", "soluscope.commands",
+    "soluscope.engines", "soluscope.commands", "soluscope.proxies",
 )  # fmt: skip
 SLOW = {"torch", "lightning", "transformer_lens", "transformers", "datasets"}
 
@@ -91,7 +91,7 @@ ORDER = (
     "errors", "terminal", "bars", "cores", "workers", "files", "text", "plugins", "results", "reading",
     "config", "config_help", "memory", "wandb_client", "norms", "variants", "model", "data", "comparison",
     "runs", "training", "hooked", "probes", "controls", "removal", "report", "evaluation", "neurons", "notebook",
-    "rating", "export", "launching", "engines", "commands", "__main__",
+    "proxies", "rating", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and the entries before it."""
 
@@ -157,6 +157,7 @@ MAY_IMPORT = {
     "variants": {"errors", "plugins", "reading", "results", "norms", "variants"},
     "probes": {"errors", "text", "results", "data", "comparison", "hooked", "probes"},
     "controls": {"errors", "data", "controls"},
+    "proxies": {"comparison", "proxies"},
     "report": {"errors", "terminal", "files", "text", "results", "wandb_client", "report"},
 }
 """Allowed imports, for layers to which the order alone allows too much: a probe sees no variant, no

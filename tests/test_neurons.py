@@ -41,9 +41,20 @@ from soluscope.neurons.schema import (
     TOP,
 )
 from soluscope.neurons.selection import NONE, SampleByRange, TopByDocument
+from soluscope.rating import scored
+from soluscope.rating.records import publish_proxies
+from soluscope.rating.settings import ProxyConfig
 from soluscope.report import neurons as report_neurons
 from soluscope.report import page
-from soluscope.results import READABILITY, Measurement, NeuronFound, Untrained, of_kind
+from soluscope.results import (
+    READABILITY,
+    Measurement,
+    NeuronFound,
+    Proxied,
+    ProxyTerm,
+    Untrained,
+    of_kind,
+)
 from soluscope.runs.folder import Run
 
 GATE = 1e-9
@@ -487,6 +498,58 @@ def test_examples_number_their_groups() -> None:
     order = table[["neuron", "stage", "range", "rank"]].copy()
     order["stage"] = [STAGES.index(stage) for stage in order["stage"]]
     assert order.equals(order.sort_values(list(order.columns), ignore_index=True))
+
+
+# --- automatic proxies ----------------------------------------------------------------------------
+
+
+def test_proxies_of_stored_neurons_are_stored_and_not_asked_again(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scored, "PLANTED", ())
+    prompts: list[str] = []
+
+    def complete(prompt: str) -> str:
+        prompts.append(prompt)
+        return "1, 2, 3"
+
+    config = ProxyConfig(n_neurons=25)
+    found = publish_proxies(study, config, complete, say=lambda text: None)
+    assert {each.proxy for each in found} == {*plugins.names("soluscope.proxies")}
+    assert {each.stage for each in found if each.term is ProxyTerm.MEAN} == {*SIDES}
+    assert {each.untrained for each in found if each.term is ProxyTerm.MEAN} == {True, False}
+    n_asked = len(prompts)
+    assert n_asked > 0
+    again = publish_proxies(study, config, complete, say=lambda text: None)
+    assert (again, len(prompts)) == (found, n_asked)
+    neurons = stored.read(study / "solu_ln-s0")
+    folder = study / "rating" / "proxies"
+    scores = scored.of_runs(study, folder, config, complete, [], lambda text: None)
+    f1 = neurons.rules.set_index(["neuron", "side"])
+    for each in scores:
+        if each.trained and each.proxy == "rule_f1":
+            wanted = f1.loc[(each.neuron, each.stage), f"f1_{each.stage}"]
+            assert each.value == (None if math.isnan(wanted) else wanted)
+    assert of_kind(results.read(study / "results.jsonl"), Proxied) == found
+    without = publish_proxies(study, config, say=lambda text: None)
+    assert len({each.proxy for each in without}) == len({each.proxy for each in found}) - 1
+
+
+def test_windows_of_a_proxy_have_the_activations_of_the_stored_examples(study: Path) -> None:
+    neurons = stored.read(study / "solu_ln-s0")
+    (seen,) = scored._of_stored(neurons, [(3, "post")])
+    examples = neurons.examples(3)
+    places = {(each.row, each.pos): each for each in examples}
+    assert len(seen.windows) == len(places)
+    for window in seen.windows:
+        example = places[window.row, window.start + window.peak]
+        assert tuple(neurons.vocabulary[token] for token in window.tokens) == example.tokens
+        assert window.activations.tolist() == list(example.activations["post"])
+        assert window.half == example.half
+    in_upper = [each for number in range(5, 10) for each in neurons.of_range(3, "post", number)]
+    in_lower = [each for number in range(5) for each in neurons.of_range(3, "post", number)]
+    assert all(each.activation >= seen.level * (1 - 1e-6) for each in in_upper)
+    assert all(each.activation <= seen.level * (1 + 1e-6) for each in in_lower)
 
 
 # --- the report and the notebook ------------------------------------------------------------------

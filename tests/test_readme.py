@@ -44,7 +44,7 @@ def test_a_command_that_launches_a_sweep_is_one(line, tmp_path):
     "line",
     [
         each
-        for name in ("probe", "remove", "neurons", "rate", "report", "export", "sweep")
+        for name in ("probe", "remove", "neurons", "rate", "proxy", "report", "export", "sweep")
         for each in OF[name]
     ],
 )

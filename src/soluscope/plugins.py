@@ -23,12 +23,13 @@ def names(package: str) -> list[str]:
 def pick(package: str, name: str) -> Any:
     """Return the object that `package`/`name`.py defines. It is named by the package's singular, in capitals.
 
-    A file of `soluscope.variants` defines VARIANT, and a file of `soluscope.probes` defines PROBE.
+    A file of `soluscope.variants` defines VARIANT, and a file of `soluscope.proxies` defines PROXY.
 
     Raises:
         UserError: if the folder has no such file; the message suggests the nearest name.
     """
-    kind = package.rsplit(".", 1)[-1].removesuffix("s")
+    folder = package.rsplit(".", 1)[-1]
+    kind = f"{folder[:-3]}y" if folder.endswith("ies") else folder.removesuffix("s")
     check_name(kind, name, names(package))
     return getattr(importlib.import_module(f"{package}.{name}"), kind.upper())
 

@@ -43,6 +43,8 @@ READABILITY = "rule F1: mid"
 """Quantity of `soluscope neurons`: the F1 of a neuron's best rule with its activations before the norm."""
 RATINGS = "rating"
 """Folder of people's ratings in a study's folder, and name of the file of their records in it."""
+PROXIES = "proxies"
+"""Name of the file of the automatic proxies' records in `RATINGS`, and of the folder of their numbers there."""
 
 HIGH_GAIN = "log gain Q4"
 """Group of the tokens of high gain."""
@@ -183,6 +185,22 @@ class Bound(StrEnum):
     NONE = "exact"
     AT_LEAST = "at least"
     AT_MOST = "at most"
+
+
+class ProxyTerm(StrEnum):
+    """Number of an automatic proxy, which is not a rating."""
+
+    MEAN = "mean over neurons"
+    DIFFERENCE = "difference of means"
+    """Mean of `arm` minus mean of `against`."""
+    STAGES = "after minus before the norm"
+    """Mean of `arm` at the activations after the mid norm minus that before it, over the same neurons."""
+    TWIN = "AUC, trained against untrained"
+    """Probability that a neuron of `arm` has a higher number than a neuron of the arm before training."""
+    PLANTED = "AUC, one class against four"
+    """Probability that a planted neuron of one class of tokens has a higher number than one of four classes."""
+    RATINGS = "AUC, called interpretable or not"
+    """Probability that a neuron which people call interpretable has a higher number than one which they do not."""
 
 
 class Grid(StrEnum):
@@ -795,12 +813,31 @@ class Rated(Number):
     """True for neurons of the models before training."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Proxied(Number):
+    """A number of an automatic proxy for people's ratings of neurons. A proxy is not a rating."""
+
+    kind: ClassVar[str] = "proxy"
+
+    proxy: str
+    """Name of a file in proxies/."""
+    label: str
+    """The proxy in words."""
+    term: ProxyTerm
+    stage: str = ""
+    """Activations: `mid` or `post`."""
+    against: str = ""
+    """The arm that `arm` is compared with."""
+    untrained: bool = False
+    """True for neurons of the models before training."""
+
+
 KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, NeuronFound, Comparison, Located, ChoicePoint, NoChoice,
         Setting, AtDose, ScalingCurve, Multiplier, GateResult, FalsePositives, ProbeWords,
-        Provenance, Registered, Removal, RemovalOfArm, Rated,
+        Provenance, Registered, Removal, RemovalOfArm, Rated, Proxied,
     )
 }  # fmt: skip
 

@@ -73,6 +73,7 @@ from soluscope.evaluation.summaries import stored_words
 from soluscope.files import check_folder
 from soluscope.memory import OF_PROCESS, check_draws, of_evaluation, of_machine
 from soluscope.results import (
+    PROXIES,
     RATINGS,
     FalsePositives,
     GateResult,
@@ -359,9 +360,10 @@ def write_results(study_dir: Path) -> Path:
         probes = {name: plugins.pick(PACKAGE, name) for name in plugins.names(PACKAGE)}
         tested = {name: probe.tested for name, probe in probes.items() if probe.confirmatory}
         records += confirm(records, tested)
-    if RATINGS in names_in(study_dir / RATINGS):
-        remedy = f"create it with 'soluscope rate {study_dir} --analyse', or delete it"
-        records += read_stored(study_dir / RATINGS, RATINGS, remedy)
+    for name, command in {RATINGS: "rate {} --analyse", PROXIES: "proxy {}"}.items():
+        if name in names_in(study_dir / RATINGS):
+            remedy = f"create it with 'soluscope {command.format(study_dir)}', or delete it"
+            records += read_stored(study_dir / RATINGS, name, remedy)
     for other in beside:
         records += _new_to(records, results.read(Path(other) / "results.jsonl"))
     path = study_dir / "results.jsonl"

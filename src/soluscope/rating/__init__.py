@@ -2,5 +2,6 @@
 
 plan.py draws the items that people judge, and database.py keeps the plan and the ratings. app.py and guard.py
 are the local web page. analysis.py, agreement.py and power.py are the statistics; records.py turns ratings into
-records of the study.
+records of the study. scored.py and calibration.py compute the automatic proxies of `soluscope.proxies` and measure
+how far each agrees with known answers and with ratings.
 """

@@ -1,7 +1,9 @@
-"""The analysis of a study's ratings, stored so that the study's results and its report contain it."""
+"""The analysis of a study's ratings and automatic proxies, stored so that its results and report contain them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from soluscope import results
@@ -9,12 +11,16 @@ from soluscope.errors import UserError
 from soluscope.evaluation.stored import store
 from soluscope.evaluation.suite import write_results
 from soluscope.files import check_links
+from soluscope.proxies import Complete
+from soluscope.rating import calibration, scored
 from soluscope.rating.analysis import analyse
 from soluscope.rating.database import NAME, Database
-from soluscope.report import rating
-from soluscope.results import RATINGS, Rated, Setting, of_kind
+from soluscope.rating.language_model import KEY, over_http
+from soluscope.rating.settings import ProxyConfig
+from soluscope.report import proxies, rating
+from soluscope.results import PROXIES, RATINGS, Proxied, Rated, Record, Setting, of_kind
 from soluscope.runs.weights import commit
-from soluscope.terminal import answer, console
+from soluscope.terminal import answer, console, say
 
 
 def publish(study_dir: Path) -> list[Rated]:
@@ -30,16 +36,61 @@ def publish(study_dir: Path) -> list[Rated]:
         raise UserError(
             f"{database.path} holds no ratings yet: make some with 'soluscope rate {study_dir}'"
         )
-    store(study_dir / RATINGS, RATINGS, found)
     console().print(rating.table(found))
+    _store(study_dir, RATINGS, found)
+    return found
+
+
+def publish_proxies(
+    study_dir: Path,
+    config: ProxyConfig,
+    complete: Complete | None = None,
+    say: Callable[[str], None] = say,
+) -> list[Proxied]:
+    """Compute the numbers of the automatic proxies, store and print them, and add them to results.jsonl.
+
+    Args:
+        study_dir: a study with stored neurons.
+        config: neurons, stages, and the address of a language model.
+        complete: a language model as a Python function, in place of the configuration's.
+        say: function called with a line about each run.
+
+    Raises:
+        UserError: if there are no stored neurons, the language model does not answer, or files cannot be read or
+            written.
+    """
+    if complete is None and config.lm_url:
+        complete = over_http(config.lm_url, config.lm_model, os.environ.get(KEY, ""))
+    folder = study_dir / RATINGS / PROXIES
+    folder.mkdir(parents=True, exist_ok=True)
+    check_links(study_dir / RATINGS, study_dir)
+    database = Database(study_dir / RATINGS / NAME)
+    answers = calibration.answers_of(database.ratings()) if database.path.is_file() else {}
+    rated = [each for each, _ in answers]
+    scores = scored.of_runs(study_dir, folder, config, complete, rated, say)
+    planted = scored.of_planted(folder, config, complete)
+    known = scored.proxies(asks=complete is not None)
+    labels = {name: (proxy.label, proxy.unit) for name, proxy in known.items()}
+    found = [
+        *calibration.records(
+            study_dir.resolve().name, scores, planted, answers, labels, commit(), _reference(study_dir)
+        )
+    ]  # fmt: skip
+    console().print(proxies.table(found))
+    _store(study_dir, PROXIES, found)
+    return found
+
+
+def _store(study_dir: Path, name: str, found: Sequence[Record]) -> None:
+    """Store records in the study and, once it has been probed, in its results.jsonl."""
+    store(study_dir / RATINGS, name, found)
     if any(study_dir.glob("*/probes/loss.jsonl")):
         write_results(study_dir)
         answer(
-            f"the ratings are in {study_dir / 'results.jsonl'}: 'soluscope report {study_dir}' shows them"
+            f"the numbers are in {study_dir / 'results.jsonl'}: 'soluscope report {study_dir}' shows them"
         )
     else:
-        answer(f"the ratings are stored: 'soluscope probe {study_dir}' adds them to the report")
-    return found
+        answer(f"the numbers are stored: 'soluscope probe {study_dir}' adds them to the report")
 
 
 def _reference(study_dir: Path) -> str:

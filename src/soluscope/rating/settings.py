@@ -69,3 +69,31 @@ class RatingConfig(PlanConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(0 <= self.port <= 65535, f"port={self.port} must be from 0 to 65535")
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """Settings of `soluscope proxy`."""
+
+    n_neurons: int = 60
+    """Neurons of each run and of its initialisation, drawn at random. Neurons that people have rated are added."""
+    stages: list[str] = field(default_factory=lambda: [*STAGES])
+    """Activations: mid (before the mid norm), post (after it), or both as [mid,post]."""
+    lm_url: str = ""
+    """Address of a language model with OpenAI's chat API, such as http://127.0.0.1:8080/v1. It receives texts of
+    the study. The environment variable SOLUSCOPE_LM_KEY may hold its key. "": no language model is asked."""
+    lm_model: str = ""
+    """Name of the language model, as its server knows it."""
+    seed: int = 0
+    """Seed with which the neurons are drawn."""
+
+    def __post_init__(self) -> None:
+        check(self.n_neurons >= 1, f"n_neurons={self.n_neurons} must be 1 or more")
+        check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(bool(self.stages), "stages=[] names none: give stages=post or [mid,post]")
+        for each in self.stages:
+            check_name("stage", each, STAGES)
+        check(
+            bool(self.lm_url) == bool(self.lm_model),
+            "lm_url= and lm_model= name a language model together: give both or neither",
+        )

@@ -66,7 +66,7 @@ def table(rows: Sequence[Rated]) -> Printed:
 
     result = Printed()
     for head in ("", "examples", "activations", "estimate", "ratings", "neurons", "note"):
-        result.add_column(Text(head))
+        result.add_column(Text(head), overflow="fold")
     for line in [*_lines(rows), *_agreement(rows)]:
         result.add_row(*(Text(cell if isinstance(cell, str) else "") for cell in line))
     return result

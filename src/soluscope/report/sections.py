@@ -17,6 +17,7 @@ from soluscope.report import (
     neurons,
     paragraph,
     pretrained,
+    proxies,
     rating,
     removal,
     robustness,
@@ -134,6 +135,9 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         Section("tokens", "Token view", tokens.blocks(arms.records), "tokens"),
         Section("neurons", "Neurons", neurons.blocks(arms.records), "neurons"),
         Section("rating", "Blind rating", rating.blocks(records), "neurons"),
+        Section(
+            "proxies", "Automatic proxies, not ratings", proxies.blocks(arms.records), "neurons"
+        ),
         Section("methods", "Terms and intervals", methods.terms(), "methods"),
         Section("controls", "Probes on control models", methods.controls_table(records), "methods"),
         Section("registration", "Preregistration", _registration(records), "data"),
