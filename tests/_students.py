@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from conftest import train_silently
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from torch import Tensor
 
 from soluscope import plugins
 from soluscope.config import Config, load_config
@@ -22,6 +23,7 @@ from soluscope.controls import _shell
 from soluscope.data.cache import prepare
 from soluscope.evaluation import suite
 from soluscope.files import checksum
+from soluscope.model import LanguageModel
 from soluscope.norms import StaticNorm
 from soluscope.results import Record, read
 from soluscope.runs.folder import Run
@@ -97,49 +99,58 @@ class Task:
             ]
         )  # fmt: skip
 
-    def plant(self, seed: int, noise: float, *arm: str) -> None:
-        """Make a finished run of an arm in the study `planted` whose weights are near the planted ones.
+    def plant(self, seeds: Sequence[int], noise: float, *arm: str) -> str:
+        """Make finished runs of an arm whose weights are near the planted ones, one for each seed.
 
         Args:
-            seed: seed of the noise, and of the run.
-            arm: the words of the arm.
+            seeds: seeds of the noise.
             noise: standard deviation of the noise on pre-activations, and on W_out as a share of its rms.
+            arm: the words of the arm.
+
+        Returns:
+            The folder of these runs, with {seed} in place of the seed, for train.init_from.
         """
-        words = ("study=planted", f"seed={seed}", *arm, "train.steps=1", "train.warmup_steps=0")
+        words = ("study=planted", *arm, "train.steps=1", "train.warmup_steps=0")
         run = Run(train_silently(self.config(*words)))
-        model = run.load_model()
+        for seed in seeds:
+            copy = Run(run.dir.with_name(f"{run.dir.name}-near{seed}"))
+            shutil.copytree(run.dir, copy.dir)
+            model = copy.load_model()
+            self._set_weights(model, noise, seed)
+            norm = model.mlp(0).ln
+            if isinstance(norm, StaticNorm):  # measured again, on the planted activations
+                norm.gain.fill_(math.nan)
+                set_gain(model, run.config, prepare(run.config))
+            save_weights(copy.weights, model)
+            done = json.loads((copy.dir / "done.json").read_text())
+            about = {
+                "weights_sha256": checksum(copy.weights),
+                "weights_bytes": copy.weights.stat().st_size,
+            }
+            (copy.dir / "done.json").write_text(json.dumps(done | about))
+        return f"{run.dir}-near{{seed}}"
+
+    @torch.no_grad()
+    def _set_weights(self, model: LanguageModel, noise: float, seed: int) -> None:
+        """Give a model the planted weights with noise; attention writes nothing, and an anchor holds ln_final."""
         n, random = self.d_vocab, torch.Generator().manual_seed(seed)
         pre = torch.cat([self.pre, self.pre[:1]]).float()  # EOS has the code of BOS
         effect = torch.nn.functional.pad(self.effect, (0, 1)).float()
-        pre = pre + noise * torch.randn(pre.shape, generator=random)
-        near = effect + noise * effect.square().mean().sqrt() * torch.randn(
-            effect.shape, generator=random
-        )
-        longest = float((_shell.post(self.pre, self.eps) @ self.effect).norm(dim=-1).max())
-        anchor = ANCHOR * longest
-        block = model.blocks[0]
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.fill_(1.0 if name.endswith(".w") else 0.0)
-            model.embed.W_E[:, :n] = torch.eye(n)
-            seen = block.ln2(model.embed.W_E)
-            block.mlp.W_in.copy_(torch.linalg.lstsq(seen, pre).solution)
-            block.mlp.W_out[:, n : 2 * n] = near
-            block.mlp.b_out[-2], block.mlp.b_out[-1] = anchor / 2**0.5, -anchor / 2**0.5
-            scale = (model.embed.W_E[1] + block.mlp.b_out).std(correction=0)
-            model.unembed.W_U[n : 2 * n] = scale * torch.eye(n)
-            model.unembed.b_U[0] = _shell.BOS_LOGIT
-            if isinstance(block.mlp.ln, StaticNorm):  # measured again, on the planted activations
-                block.mlp.ln.gain.fill_(math.nan)
-                set_gain(model, run.config, prepare(run.config))
-            model.unembed.b_U[-1] = math.log(self.d_vocab / WIDTH) + 2  # EOS is about as frequent
-        save_weights(run.weights, model)
-        done = json.loads((run.dir / "done.json").read_text())
-        done |= {
-            "weights_sha256": checksum(run.weights),
-            "weights_bytes": run.weights.stat().st_size,
-        }
-        (run.dir / "done.json").write_text(json.dumps(done))
+        pre += noise * torch.randn(pre.shape, generator=random)
+        spread = noise * effect.square().mean().sqrt()
+        effect += spread * torch.randn(effect.shape, generator=random)
+        anchor = ANCHOR * float((_shell.post(self.pre, self.eps) @ self.effect).norm(dim=-1).max())
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if name.endswith(".w") else 0.0)
+        model.embed.W_E[:, :n] = torch.eye(n)
+        block, mlp = cast(Any, model.blocks[0]), model.mlp(0)
+        mlp.W_in.copy_(torch.linalg.lstsq(block.ln2(model.embed.W_E), pre).solution)
+        mlp.W_out[:, n : 2 * n] = effect
+        mlp.b_out[-2], mlp.b_out[-1] = anchor / 2**0.5, -anchor / 2**0.5
+        scale = (model.embed.W_E[1] + mlp.b_out).std(correction=0)
+        model.unembed.W_U[n : 2 * n] = scale * torch.eye(n)
+        model.unembed.b_U[0] = _shell.BOS_LOGIT
+        model.unembed.b_U[-1] = 2.5  # EOS is about one token in 32
 
     def compared(self, study: str, config: suite.EvalConfig) -> list[Record]:
         """Evaluate a study in this process, and return its records."""
@@ -148,16 +159,3 @@ class Task:
 
     def train(self, *words: str) -> Path:
         return train_silently(self.config(*words))
-
-
-def weights(run_dir: Path) -> dict[str, Tensor]:
-    return dict(Run(run_dir).load_model().state_dict())
-
-
-def arms(rates: Sequence[float], scales: Sequence[float]) -> list[tuple[str, ...]]:
-    """Return words for each point of a surface of rates and scales of the MLP's output."""
-    return [
-        (f"train.lr={rate}", f"model.mlp_out_scale={scale}", f"tag=lr{rate:g}-alpha{scale:g}")
-        for rate in rates
-        for scale in scales
-    ]

@@ -686,6 +686,10 @@ class Provenance(Record):
     """Commits of the code that trained the runs."""
     training: dict[str, float | str] = field(default_factory=dict)
     """Settings of the optimizer, named as below `train.` in a configuration, that all runs share."""
+    apart: tuple[str, ...] = ()
+    """Settings that the arms are for, or that are tuned for each arm, in which arms of one size differ."""
+    unclaimed: tuple[str, ...] = ()
+    """Other settings in which arms of one size differ, so that their effect is not that of the variants alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

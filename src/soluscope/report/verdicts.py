@@ -47,8 +47,8 @@ DESIGNS = {
 SUPPLIED = {
     "yes": " But ln_final gives that static arm a scale for each token, so this does not show that one gain is "
     "enough.",
-    "unknown": " Whether ln_final gives that static arm a scale for each token was not measured, so this does not "
-    "show that one gain is enough.",
+    "unknown": " It was not measured whether ln_final gives that static arm a scale for each token, so this does "
+    "not show that one gain is enough.",
     "no": "",
 }
 """Sentence after a static arm that does as well as LN, by `rescales`."""
@@ -208,7 +208,7 @@ def _robust(records: Sequence[Record], whole: Comparison) -> str:
         )
     if whole.low is None or whole.high is None:
         return (
-            "How LayerNorm changes the range of good learning rates has no interval for new seeds in "
+            "It is not known for new seeds how LayerNorm changes the range of good learning rates in "
             f"{about}{losses}."
         )
     if whole.verdict is Verdict.EQUIVALENT:
@@ -219,7 +219,7 @@ def _robust(records: Sequence[Record], whole: Comparison) -> str:
     if whole.high < 0:
         more = f", {estimate(_opposite(whole), 4)} less than in {arm}"
         return f"LayerNorm narrows the range of good learning rates in {about}{losses}{more}."
-    return f"Whether LayerNorm widens the range of good learning rates is not settled in {about}{losses}."
+    return f"It is not settled whether LayerNorm widens the range of good learning rates in {about}{losses}."
 
 
 def _parts(records: Sequence[Record], arm: str) -> str:
@@ -238,7 +238,7 @@ def _parts(records: Sequence[Record], arm: str) -> str:
     supplied = {
         "no": "",
         "yes": f" ln_final gives {static} a scale for each token, so the part of one gain may contain it.",
-        "unknown": f" Whether ln_final gives {static} a scale for each token at these rates was not measured.",
+        "unknown": f" It was not measured whether ln_final gives {static} a scale for each token at these rates.",
     }
     return text + supplied[rescales(records, static)]
 

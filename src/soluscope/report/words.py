@@ -46,6 +46,7 @@ from soluscope.results import (
     NoChoice,
     Number,
     OfRun,
+    Provenance,
     Record,
     Registered,
     Removal,
@@ -79,7 +80,7 @@ def headline(records: list[Record]) -> list[str]:
 
 def warnings(records: list[Record]) -> list[str]:
     """Return the reasons why the comparisons may be wrong, the most serious one first."""
-    return [*edges(records), *untuned(records), *unchosen(records)]
+    return [*unclaimed(records), *edges(records), *untuned(records), *unchosen(records)]
 
 
 def answer(records: list[Record]) -> str:
@@ -108,6 +109,8 @@ def certainty(records: list[Record]) -> list[str]:
     if documents:
         counted = f" (effective number {effective:.0f})" if effective is not None else ""
         result.append(f"{documents:,} held-out {plural(documents, 'document')}{counted}")
+    if apart := sorted({name for each in of_kind(records, Provenance) for name in each.apart}):
+        result.append(f"the arms differ in {listed(apart)}")
     result.append(controls.summary(records))
     for made in of_kind(records, Registered):
         n = len(made.departures)
@@ -152,6 +155,18 @@ def in_view(sentences: Sequence[str], n: int) -> list[str]:
     if len(sentences) <= 1 + n:
         return list(sentences)
     return [*sentences[:n], f"{len(sentences) - n} more in the report"]
+
+
+def unclaimed(records: list[Record]) -> list[str]:
+    """Return a warning about settings in which the arms differ beside those that they are for."""
+    names = sorted({name for each in of_kind(records, Provenance) for name in each.unclaimed})
+    if not names:
+        return []
+    return [
+        f"The arms differ in more than their variants and the settings that are tuned for each: {listed(names)}. A "
+        f"difference between arms may come from {'it' if len(names) == 1 else 'these'}. Train the arms with equal "
+        "settings."
+    ]
 
 
 def edges(records: list[Record]) -> list[str]:
