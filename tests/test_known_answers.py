@@ -30,7 +30,7 @@ def trained(control: str, folder: Path, n_seeds: int, plain_scale: float) -> lis
         n_seeds: number of seeds.
         plain_scale: the scale alpha of plain SoLU's MLP output.
     """
-    task = Task(control, folder, 2000)
+    task = Task(control, folder, 1500)
     arms = (
         ("variant=solu", f"model.mlp_out_scale={plain_scale}"),
         ("variant=solu_frozen_ln", "mid.gain=init", f"mid.kappa={task.kappa}"),
@@ -44,7 +44,7 @@ def trained(control: str, folder: Path, n_seeds: int, plain_scale: float) -> lis
                 "study=students", *arm, *held, f"seed={seed}", f"train.init_from={near}",
                 "train.steps=40", "train.warmup_steps=1",
             )  # fmt: skip
-    return task.compared("students", EvalConfig(probes=[], n_loss_tokens=10_000, jobs=1))
+    return task.compared("students", EvalConfig(probes=[], n_loss_tokens=5_000, jobs=1))
 
 
 def only(records: list[Record], term: Term) -> Comparison:
@@ -76,7 +76,7 @@ def test_a_planted_output_scale_is_not_taken_for_a_scale_of_each_token(tmp_path:
 
 def test_a_need_at_single_neurons_is_not_taken_for_smearing(tmp_path: Path) -> None:
     """C15: a scale is needed at tokens of high gain, whose codes have one neuron: H-dyn and not H-smear."""
-    records = trained("magnitude", tmp_path / "c15", n_seeds=8, plain_scale=0.5)
+    records = trained("magnitude", tmp_path / "c15", n_seeds=7, plain_scale=0.5)
     assert (only(records, Term.SHARE).low or 0.0) > 0.8
     (located,) = of_kind(records, Located)
     assert located.where is Where.HIGH_GAIN
