@@ -29,9 +29,9 @@ from soluscope.training.batches import batch_rows
 from soluscope.training.module import parameter_groups, rate
 
 N_STUDIES = 50
-N_SEEDS = (4,)
+N_SEEDS = (4, 6)
 """Numbers of seeds of a study; the pool of runs has enough for the largest."""
-N_STEPS = 10
+N_STEPS = 20
 N_TOKENS = 4000
 """Number of tokens of each held-out split on which a run's losses are measured."""
 CHAIN = (
