@@ -81,7 +81,7 @@ def test_a_planted_output_scale_is_not_taken_for_a_scale_of_each_token(tmp_path:
 
 def test_a_need_at_single_neurons_is_not_taken_for_smearing(tmp_path: Path) -> None:
     """C15: a scale is needed at tokens of high gain, whose codes have one neuron: H-dyn and not H-smear."""
-    records = trained("magnitude", tmp_path / "c15", n_seeds=7, plain_scale=0.5, gains=[0.5])
+    records = trained("magnitude", tmp_path / "c15", n_seeds=7, plain_scale=0.5)
     assert (only(records, Term.SHARE).low or 0.0) > 0.8
     (located,) = (each for each in of_kind(records, Located) if not each.design)
     assert located.where is Where.HIGH_GAIN
