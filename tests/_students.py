@@ -49,7 +49,7 @@ class Task:
             _, cache = planted.run_with_cache(torch.arange(planted.cfg.d_vocab)[:, None])
         self.pre = cache["pre", 0][:, 0]  # [token d_mlp]
         n = planted.cfg.d_vocab
-        # The planted model's W_out writes each logit on a dimension of its own.
+        # The planted model's W_out writes each logit on a separate dimension.
         self.effect = mlp.W_out.detach()[:, n : 2 * n]  # [d_mlp token]
         self.d_vocab, self.d_mlp = n + 1, self.pre.shape[1]
         folder.mkdir(parents=True)

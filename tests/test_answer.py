@@ -1,4 +1,4 @@
-"""The answer's sentences, on tables of typed verdicts: every branch, and what no sentence may claim."""
+"""The answer's sentences, on tables of typed verdicts: every branch, and the claims that no sentence may make."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_no_sentence_calls_a_scale_needless_where_ln_final_supplies_one(size: fl
 
 
 def chain_of(*names: str) -> tuple[Step, ...]:
-    return tuple(Step(name, f"what {name} adds" if i else "") for i, name in enumerate(names))
+    return tuple(Step(name, f"part {name}" if i else "") for i, name in enumerate(names))
 
 
 VARIANTS = [step.variant for step in CHAIN]
@@ -340,7 +340,7 @@ def test_a_missing_arm_joins_the_parts_on_its_two_sides() -> None:
         for each in of_ln(Term.SENSITIVITY_PART, ["solu", "solu_frozen_ln", "solu_ln"])
     }
     assert list(without_det) == [Part.ALL, Part.ONE_GAIN, Part.SCALE]
-    assert without_det[Part.SCALE].adds == "what solu_ln_det adds; what solu_ln adds"
+    assert without_det[Part.SCALE].adds == "part solu_ln_det; part solu_ln"
     without_static = {each.part for each in of_ln(Term.SENSITIVITY_PART, ["solu", "solu_ln"])}
     assert without_static == {Part.ALL, Part.SCALE}
     assert not of_ln(Term.SENSITIVITY_PART, ["solu_frozen_ln", "solu_ln"])  # no plain arm

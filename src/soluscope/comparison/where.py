@@ -108,7 +108,7 @@ def where(compared: Sequence[Record], tables: Tables) -> list[Record]:
     Returns:
         For each arm with a per-token norm: `WHERE` comparisons by quartile of the log gain, of K_eff and of both,
         at BOS and at all other tokens; two `CONTRAST`s, with p after Holm's correction over those of all arms;
-        and the verdict, `Located`. The same for each fixed design, with a correction of its own.
+        and the verdict, `Located`. The same for each fixed design, with a separate correction.
 
     Raises:
         UserError: if two runs were not measured on the same tokens.

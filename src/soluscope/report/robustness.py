@@ -54,7 +54,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
         parts = comparisons(of_one, Term.SENSITIVITY_PART)
         if parts:
             result += [
-                Paragraph("The same steps, by what they need: one gain, a scale for each token, its gradient."),
+                Paragraph("The same steps, in three groups: one gain, a scale for each token, its gradient."),
                 Table(
                     ["arm", "part", "sensitivity removed, nats [95%, new seeds]", "seeds", "note",
                      "against .005 nats"],

@@ -178,7 +178,7 @@ def _beside(records: Sequence[Record], static: Comparison | None) -> str:
 
 
 def robust(records: Sequence[Record]) -> list[str]:
-    """Return, for each chain's last arm, how much less it depends on the learning rate, and what that needs."""
+    """Return, for each chain's last arm, how much less it depends on the learning rate, and its parts."""
     whole = {
         row.arm: row for row in comparisons(records, Term.SENSITIVITY_PART) if row.part is Part.ALL
     }
@@ -223,7 +223,7 @@ def _robust(records: Sequence[Record], whole: Comparison) -> str:
 
 
 def _parts(records: Sequence[Record], arm: str) -> str:
-    """Return sentences on what the robustness of an arm comes with."""
+    """Return sentences on the parts of an arm's robustness."""
     parts = {row.part: row for row in comparisons(records, Term.SENSITIVITY_PART, arm)}
     if Part.ONE_GAIN not in parts:
         return " How much of that comes with one gain for all tokens cannot be measured without a static arm."

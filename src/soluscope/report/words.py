@@ -158,7 +158,7 @@ def in_view(sentences: Sequence[str], n: int) -> list[str]:
 
 
 def unclaimed(records: list[Record]) -> list[str]:
-    """Return a warning about settings in which the arms differ beside those that they are for."""
+    """Return a warning about settings that differ between arms and are no part of any arm."""
     names = sorted({name for each in of_kind(records, Provenance) for name in each.unclaimed})
     if not names:
         return []

@@ -1,4 +1,4 @@
-"""Settings in which the arms of a study differ: those that the arms are for, and all others.
+"""Settings in which the arms of a study differ: the settings that the arms are for, and all others.
 
 An arm claims an effect of its variant and of the variant's parameters; some settings are tuned for each arm. If two
 arms of one size also differ in another setting, such as the weight decay, that may have caused their difference.
