@@ -91,8 +91,8 @@ def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
         assert {each.run for each in about_runs if each.probe == probe} == runs, probe
     assert {each.run for each in of_kind(records, TokenValue)} == runs
     compared = {each.term for each in of_kind(records, Comparison)}
-    one_rate, no_snapshots = {Term.SENSITIVITY, Term.SENSITIVITY_STEP}, {Term.GAP, Term.SINCE}
-    assert compared == set(Term) - one_rate - no_snapshots
+    of_line = {Term.SENSITIVITY, Term.SENSITIVITY_STEP, Term.SENSITIVITY_PART}
+    assert compared == set(Term) - of_line - {Term.GAP, Term.SINCE}  # one rate, and no snapshots
     assert {each.arm for each in of_kind(records, Setting)} == set(VARIANTS)
     assert all(each.commit for each in records)
     assert all(each.config for each in about_runs)

@@ -86,3 +86,13 @@ def test_the_baseline_itself_has_alpha_1(runs_dir: Path) -> None:
 def test_a_number_needs_no_place_in_the_weights(runs_dir: Path) -> None:
     config = tiny_config(runs_dir, "variant=solu", "model.mlp_out_scale=0.5")
     assert "blocks.0.mlp.out_scale" not in build_model(config, 300).state_dict()
+
+
+def test_alpha_may_be_written_without_a_point(runs_dir: Path) -> None:
+    """OmegaConf takes 2 for an integer, which a setting of type float | str refuses."""
+    one, other = (
+        tiny_config(runs_dir, "variant=solu", f"model.mlp_out_scale={text}")
+        for text in ("2", "2.0")
+    )
+    assert one.model.mlp_out_scale == 2.0
+    assert one.hash == other.hash

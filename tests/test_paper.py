@@ -23,7 +23,7 @@ from test_report import BAD, CITED, KEYWORDS, PLACES, make_rows, rendered, spoil
 from soluscope import report, results
 from soluscope.commands import _print_completion
 from soluscope.commands import report as command
-from soluscope.config import TrainConfig
+from soluscope.config import Config, TrainConfig
 from soluscope.data.cache import SPLITS
 from soluscope.errors import UserError
 from soluscope.evaluation import provenance
@@ -279,9 +279,10 @@ def test_the_text_and_the_software_are_those_of_the_runs(tmp_path):
     study = tmp_path / "synthetic"
     study.mkdir()
     (study / "data.json").write_text(json.dumps(data))
-    trained = [TrainConfig(batch_size=8, clip=2.0), TrainConfig(batch_size=8, clip=3.0)]
+    both = [Config(variant=name, train=TrainConfig(lr=0.1, batch_size=8, clip=clip)) for name, clip in
+            (("solu", 2.0), ("solu_ln", 3.0))]  # fmt: skip
     two = [FACTS, replace(FACTS, versions={"torch": "2.1"})]
-    (found,) = provenance.of_study(study, two, trained)
+    (found,) = provenance.of_study(study, two, both)
     assert found.training == {
         "batch_size": 8, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.05, "lr_rest": 1e-3, "warmup_steps": 50,
         "schedule": "cosine", "final_lr_share": 0.1,
@@ -291,6 +292,7 @@ def test_the_text_and_the_software_are_those_of_the_runs(tmp_path):
         study="synthetic", commit=commit(), source="stdlib", documents=dict.fromkeys(SPLITS, 5),
         tokens=dict.fromkeys(SPLITS, 60), d_vocab=512, n_copies=1,
         n_overlapping={"train": 2, "select": 0}, versions={"torch": "2.0, 2.1"}, commits=("c0ffee",),
+        apart=("variant",), unclaimed=("train.clip",),
     )  # fmt: skip
     results.write(study / "results.jsonl", [found, number("engagement", "r", 0.9, config="cafe")])
     assert "PyTorch 2.0" in report.build(study).read_text()

@@ -261,7 +261,10 @@ def test_a_relative_curve_ends_at_one_whatever_its_size(rows):
 
 def test_plain_solu_being_better_means_nothing_to_explain():
     sentences = words.headline(make_rows(SIX | {"solu": 2.95}, n_seeds=8, seed_noise=0.0005))
-    assert sentences[0].startswith("Smearing has nothing to explain at this size")
+    assert sentences[0].startswith(
+        "The norm of solu_ln raises the loss (8 seeds): plain SoLU has the lower loss, so smearing has nothing to "
+        "explain at this size."
+    )
     joined = " ".join(sentences)
     assert "plain SoLU had a loss 0.07" in joined
     assert "undefined, because no benefit of LN is established" in joined
@@ -1626,7 +1629,7 @@ def test_a_sweep_ends_with_the_answer_how_sure_it_is_and_two_commands(
     results.write(tmp_path / "results.jsonl", some)
     assert report.brief(tmp_path, Path("runs/demo")) == [
         f"answer: {words.answer(some)}",
-        f"how sure: {'; '.join(words.certainty(some))}",
+        f"how sure: {'; '.join(words.certainty(some))}. {words.not_shown(some)}",
         f"report: {tmp_path / 'report.html'}",
         f"table: soluscope report {tmp_path}",
         "states of the runs: soluscope sweep --status runs/demo",

@@ -175,6 +175,34 @@ def test_equal_codes_are_judged_by_whether_they_are_diffuse(log_k: float, wanted
     assert OF_CODE not in rows
 
 
+def test_each_fixed_design_has_its_own_verdict_and_its_own_correction():
+    """The same arm has both designs' rows; a design with one arm is not corrected for those of the other."""
+    fixed = replace(STATIC, design="alpha 1", against="static of alpha 1")
+    two = replace(fixed, arm="solu_ln of alpha 1")
+    main, other = tables(at_high_gain), tables()
+    of_arm = {
+        "solu_ln": main["solu_ln"], "solu_frozen_ln": main["solu_frozen_ln"],
+        "static of alpha 1": other["solu_frozen_ln"], "solu_ln of alpha 1": other["solu_ln"],
+    }  # fmt: skip
+    records = where(
+        [STATIC, two, replace(two, arm="again")], (of_arm | {"again": other["solu_ln"]}).__getitem__
+    )
+    verdicts = {(each.design, each.arm): each.where for each in of_kind(records, Located)}
+    assert verdicts[("", "solu_ln")] is Where.HIGH_GAIN
+    assert verdicts[("alpha 1", "solu_ln of alpha 1")] is Where.NOT_HIGH_GAIN
+    rows = [
+        each
+        for each in of_kind(records, Comparison)
+        if each.group == OF_GAIN and each.p is not None
+    ]
+    n_tests = {each.design: each.note.split("over ")[1] for each in rows}
+    assert n_tests == {"": "2 contrasts", "alpha 1": "4 contrasts"}
+    assert {each.design for each in of_kind(records, Comparison) if each.term is Term.WHERE} == {
+        "",
+        "alpha 1",
+    }
+
+
 def test_few_seeds_do_not_settle_where_the_arms_differ():
     for n_seeds in (1, 2, 4):
         verdict, rows = located(tables(at_high_gain, n_seeds))

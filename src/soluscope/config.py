@@ -83,7 +83,7 @@ class ModelConfig:
     """Epsilon of the residual stream's norms (ln1, ln2, ln_final). The mid norm has a separate epsilon."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; for W_pos it is half of this value."""
-    mlp_out_scale: float | str = 1.0
+    mlp_out_scale: float | int | str = 1.0
     """Constant alpha in mlp_out = alpha post W_out + b_out: the size of the MLP's output beside the residual
     stream, and of the change that one optimizer step makes to it. `baseline`: the alpha at which the median of
     |mlp_out| / |resid_mid| starts as in the baseline, plain GELU, with the same seed."""
@@ -121,6 +121,8 @@ class ModelConfig:
             alpha == MATCHED if isinstance(alpha, str) else 0 < alpha < math.inf,
             f"model.mlp_out_scale={alpha} must be a number above 0, or {MATCHED}",
         )
+        if isinstance(alpha, int):  # 2 and 2.0 are one setting with one id
+            object.__setattr__(self, "mlp_out_scale", float(alpha))
 
 
 @dataclass(frozen=True)

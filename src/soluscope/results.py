@@ -48,6 +48,8 @@ PROXIES = "proxies"
 
 HIGH_GAIN = "log gain Q4"
 """Group of the tokens of high gain."""
+BOS_TOKENS = "BOS"
+"""Group of the first position of every row."""
 CONTRASTS = (
     "log gain Q4 minus Q1 to Q3, at equal loss",
     "log gain Q4: K_eff upper minus lower, at equal gain and loss",
@@ -90,6 +92,8 @@ class Term(StrEnum):
     """Mean over common learning rates of the loss of `arm` above its loss at its best rate."""
     SENSITIVITY_STEP = "step of the rate sensitivity"
     """One step of the chain to `arm`: the sensitivity before it minus that after it."""
+    SENSITIVITY_PART = "part of the rate sensitivity"
+    """The steps of one `Part` together."""
     WHERE = "static - LN at some tokens"
     """`STATIC` at the tokens of `group`: of one quartile, at BOS, at all others."""
     CONTRAST = "contrast of static - LN between tokens"
@@ -100,6 +104,21 @@ class Term(StrEnum):
     """`GAP` at the end of the stretch of training in `group`, minus that at its beginning."""
     PROBE = "probe"
     """A probe's number in the trained runs of `arm` minus its number in their own initialisations."""
+
+
+class Part(StrEnum):
+    """Part of the difference in rate sensitivity between the plain arm and an arm with a per-token norm.
+
+    The other parts add up to `ALL`. A chain without a static arm has no `ONE_GAIN`: `SCALE` then contains it.
+    """
+
+    ALL = "all"
+    ONE_GAIN = "one gain for all tokens"
+    """From the plain arm to the last static arm of the chain."""
+    SCALE = "a scale for each token"
+    """From there to the first arm with a per-token norm; `adds` names what that arm adds."""
+    GRADIENT = "the gradient through that scale"
+    """From there to the arm itself."""
 
 
 class Where(StrEnum):
@@ -536,6 +555,8 @@ class Comparison(Number):
     """For a `STEP`: the variant where the step starts and the variant where it ends."""
     adds: str = ""
     """For a `STEP`: the parts that the step adds, in words."""
+    part: Part | None = None
+    """For a `SENSITIVITY_PART`: the part."""
     probe: str = ""
     quantity: str = ""
     """For a `PROBE`: the probe's tested quantity."""
@@ -558,6 +579,8 @@ class Located(Record):
     agreement: float | None = None
     """Correlation over tokens of a seed's log gain with the mean over the other seeds; None with one seed."""
     size: str = ""
+    design: str = ""
+    """Rule for the scale of the MLP's output that both arms follow, as in a `Comparison`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -779,6 +802,10 @@ class Provenance(Record):
     """Commits of the code that trained the runs."""
     training: dict[str, float | str] = field(default_factory=dict)
     """Settings of the optimizer, named as below `train.` in a configuration, that all runs share."""
+    apart: tuple[str, ...] = ()
+    """Settings that the arms are for, or that are tuned for each arm, in which arms of one size differ."""
+    unclaimed: tuple[str, ...] = ()
+    """Other settings in which arms of one size differ, so that their effect is not that of the variants alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from soluscope.results import (
     Grid,
     Measurement,
     NoChoice,
+    Part,
     Record,
     Setting,
     Step,
@@ -267,6 +268,14 @@ class _Arms:
         """Return the loss sums of `a` minus those of `b`, [seed document], nats."""
         return np.stack([a.report[seed] - b.report[seed] for seed in seeds])
 
+    def against_margin(self, a: _Arm, b: _Arm) -> Verdict | None:
+        """Return whether the losses of two arms are equivalent; None without common seeds."""
+        seeds = _shared(a, b)
+        if not seeds:
+            return None
+        tested = stats.seeds_and_documents(self.difference(a, b, seeds), self.counts, level=0.90)
+        return Verdict(stats.equivalence(tested, MARGIN))
+
     def fields(self, arm: _Arm, interval: Interval, cluster: str, n_seeds: int) -> dict[str, Any]:
         """Return the fields that comparisons and points of curves share."""
         return {
@@ -438,7 +447,8 @@ def compare(
     records: list[Record] = [*_adjust_primary(compared)]
     for arms in sizes:
         for design in arms.designs:
-            records += [each for each in _compared(design) if each.term is not Term.LOSS]
+            in_design = [each for each in _compared(design) if each.term is not Term.LOSS]
+            records += _adjust_primary(in_design)
         records += [
             *sensitivities(arms),
             *_tuning(arms.main),
@@ -547,7 +557,8 @@ def _share(arms: _Arms, ln: _Arm, lr: float | None = None) -> list[Comparison]:
     arms_at = arms.at(lr)
     plain, static = arms.best(_plain(arms_at, ln), lr), arms.best(_static(arms_at), lr)
     if plain is not None:
-        records += arms.contrast(Term.BENEFIT, plain[0], ln, ln, choice=plain[1])
+        more = {"choice": plain[1], "verdict": arms.against_margin(plain[0], ln)}
+        records += arms.contrast(Term.BENEFIT, plain[0], ln, ln, **more)
     if static is not None:
         records += _static_minus_ln(arms, *static, ln, _static(arms_at))
     if plain is not None and static is not None:
@@ -691,9 +702,8 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
             for i, step in enumerate(chain[:-1])
             if step.variant in best_of
         ]
-        for (i, before, left), (j, after, right) in pairwise(
-            [*stages, (len(chain) - 1, ln, of_ln)]
-        ):
+        stages.append((len(chain) - 1, ln, of_ln))
+        for (i, before, left), (j, after, right) in pairwise(stages):
             interval = stats.paired_seeds(left - right)
             records.append(
                 arms.comparison(
@@ -702,7 +712,40 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
                     adds="; ".join(step.adds for step in chain[i + 1 : j + 1]), note=f"{ranges}; to {after.name}",
                 )
             )  # fmt: skip
+        if stages[0][1].lineage.role == "plain":
+            records += _parts(arms, stages, ranges)
     return records
+
+
+def _parts(
+    arms: _Arms, stages: Sequence[tuple[int, _Arm, Floats]], ranges: str
+) -> Iterator[Comparison]:
+    """Yield the difference in rate sensitivity between the ends of a chain, and its parts; see `Part`.
+
+    Args:
+        arms: the arms of one size.
+        stages: place in the chain, arm, and sensitivity by seed, from the plain arm to one with a per-token norm.
+        ranges: the common rates in words.
+    """
+    _, ln, _ = stages[-1]
+    static = [k for k, (_, arm, _) in enumerate(stages) if arm.lineage.role == "static"]
+    split = max(static, default=0)
+    ends = {Part.ALL: (0, len(stages) - 1), Part.SCALE: (split, split + 1)}
+    if static:
+        ends[Part.ONE_GAIN] = (0, split)
+    if split + 2 < len(stages):
+        ends[Part.GRADIENT] = (split + 1, len(stages) - 1)
+    chain = ln.lineage.chain
+    for part in filter(ends.__contains__, Part):
+        (i, before, left), (j, after, right) = (stages[k] for k in ends[part])
+        interval = stats.paired_seeds(left - right)
+        tested = stats.paired_seeds(left - right, level=0.90)
+        yield arms.comparison(
+            Term.SENSITIVITY_PART, ln, interval, "seed", len(left), against=before.name, part=part,
+            step=(chain[i].variant, chain[j].variant), p=interval.p if interval.n > 1 else None,
+            verdict=Verdict(stats.equivalence(tested, MARGIN)), note=f"{ranges}; to {after.name}",
+            adds="; ".join(step.adds for step in chain[i + 1 : j + 1]),
+        )  # fmt: skip
 
 
 def _no_choices(arms: _Arms) -> list[NoChoice]:

@@ -25,6 +25,7 @@ from soluscope.comparison import stats
 from soluscope.comparison.stats import Floats
 from soluscope.errors import UserError
 from soluscope.results import (
+    BOS_TOKENS,
     CONTRASTS,
     DIFFUSE,
     HIGH_GAIN,
@@ -42,7 +43,7 @@ from soluscope.results import (
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL, BOS = "not BOS", "BOS"
+ALL, BOS = "not BOS", BOS_TOKENS
 BY_GAIN = tuple(f"log gain Q{q}" for q in range(1, 5))
 BY_K = tuple(f"K_eff Q{q}" for q in range(1, 5))
 BY_BOTH = tuple(f"{quartile}, K_eff {half}" for quartile in BY_GAIN for half in ("lower", "upper"))
@@ -107,15 +108,28 @@ def where(compared: Sequence[Record], tables: Tables) -> list[Record]:
     Returns:
         For each arm with a per-token norm: `WHERE` comparisons by quartile of the log gain, of K_eff and of both,
         at BOS and at all other tokens; two `CONTRAST`s, with p after Holm's correction over those of all arms;
-        and the verdict, `Located`.
+        and the verdict, `Located`. The same for each fixed design, with a separate correction.
 
     Raises:
         UserError: if two runs were not measured on the same tokens.
     """
+    rows = [
+        row
+        for row in of_kind(compared, Comparison)
+        if (row.term, row.cluster, row.lr) == (Term.STATIC, "seed", None)
+    ]
+    return [
+        record
+        for design in dict.fromkeys(row.design for row in rows)
+        for record in _of_design([row for row in rows if row.design == design], tables)
+    ]
+
+
+def _of_design(rows: Sequence[Comparison], tables: Tables) -> list[Record]:
+    """Return the records of the arms of one design; their contrasts are a family of tests."""
     found: list[tuple[Comparison, _Tokens, dict[str, Comparison], list[Comparison]]] = []
-    for row in of_kind(compared, Comparison):
-        main = (row.term, row.cluster, row.lr, row.design) == (Term.STATIC, "seed", None, "")
-        tokens = _tokens(row, tables(row.against), tables(row.arm)) if main else None
+    for row in rows:
+        tokens = _tokens(row, tables(row.against), tables(row.arm))
         if tokens is not None:
             of_seeds, of_documents = _compared(row, tokens)
             found.append((row, tokens, of_seeds, of_documents))
@@ -321,7 +335,7 @@ def _located(row: Comparison, tokens: _Tokens, found: Mapping[str, Comparison]) 
     agreement = tokens.agreement
     return Located(
         study=row.study, arm=row.arm, variant=row.variant, commit=row.commit, config=row.config,
-        against=row.against, size=row.size, n=len(tokens.seeds), agreement=agreement,
+        against=row.against, size=row.size, design=row.design, n=len(tokens.seeds), agreement=agreement,
         where=_verdict(tokens, found),
     )  # fmt: skip
 

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soluscope.config import TrainConfig
+from soluscope.config import Config
 from soluscope.data.cache import SPLITS, Counts
 from soluscope.errors import UserError
 from soluscope.files import Whole, read_json
 from soluscope.results import Provenance
+from soluscope.runs.claims import apart
 from soluscope.runs.weights import Facts, commit
 
 OPTIMIZER = (
@@ -32,7 +33,7 @@ class _Data:
 
 
 def of_study(
-    study_dir: Path, models: Sequence[Facts], trained: Sequence[TrainConfig] = ()
+    study_dir: Path, models: Sequence[Facts], runs: Sequence[Config] = ()
 ) -> list[Provenance]:
     """Return one record about the text, the training and the software of a study's trained models.
 
@@ -47,6 +48,7 @@ def of_study(
     known = {split: data.splits[split] for split in SPLITS if split in data.splits}
     packages = sorted({name for each in models for name in each.versions})
     overlapping = data.dropped_overlapping
+    differing = apart(runs)
     return [
         Provenance(
             study=study_dir.name,
@@ -63,10 +65,12 @@ def of_study(
             },
             commits=tuple(_different(each.commit for each in models)),
             training={
-                name: getattr(trained[0], name)
+                name: getattr(runs[0].train, name)
                 for name in OPTIMIZER
-                if len({getattr(each, name) for each in trained}) == 1
+                if len({getattr(each.train, name) for each in runs}) == 1
             },
+            apart=differing.claimed,
+            unclaimed=differing.unclaimed,
         )
     ]
 

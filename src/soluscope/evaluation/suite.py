@@ -348,7 +348,7 @@ def write_results(study_dir: Path) -> Path:
         table = pd.concat(losses, ignore_index=True)
         facts = [run.facts for run in compared]
         records += _registered(study_dir, compared)
-        records += provenance.of_study(study_dir, facts, [run.config.train for run in compared])
+        records += provenance.of_study(study_dir, facts, [run.config for run in compared])
         comparisons = compare(study_dir.name, table, commit(), _lineages(facts), seeds)
         reported = [run for run in compared if not _is_for_choosing(run, seeds)]
         by_token, by_step = (

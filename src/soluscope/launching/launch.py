@@ -20,6 +20,7 @@ from soluscope.launching import jobs, registering
 from soluscope.launching.sweep import Sweep, choosing, read_sweep, reporting, searching
 from soluscope.report.plan import cannot_reject
 from soluscope.runs import registration
+from soluscope.runs.claims import apart
 from soluscope.runs.folder import Run, check_study_links, lock
 from soluscope.terminal import answer, say
 from soluscope.text import plural
@@ -29,6 +30,8 @@ from soluscope.wandb_client import place
 
 UNFINISHED = ("running", "resume", "waiting")
 """States of jobs that are not done and have not failed."""
+MOST_TIMED_FLOPS = 1e12
+"""Largest step that is timed on a CPU: some seconds each on one core."""
 HELD = ".sweep"
 """Folder in a study whose lock a launch holds until its engine has run the jobs or handed them over."""
 
@@ -468,6 +471,7 @@ def _print_plan(plan: _Plan) -> None:
     )
     if states.count("done") < len(states) and plan.engine.at_once is not None:
         console.print(_hours(plan, sweep, left_tokens), highlight=False)
+    console.print(_apart(plan.sweep), highlight=False)
     if plan.sweep.search is not None:
         console.print(
             "These are the first points of a search. It continues from the best ones until each has a worse one on "
@@ -498,6 +502,18 @@ def _print_plan(plan: _Plan) -> None:
     }
     if tested and (few := cannot_reject(min(map(len, arms.values())), len(tested))):
         console.print(few, highlight=False)
+
+
+def _apart(sweep: Sweep) -> str:
+    """Return a sentence on the settings in which the arms of a sweep differ."""
+    found = apart(sweep.configs)
+    tuned = () if sweep.search is None else tuple(sweep.search.axes)
+    claimed = sorted({*found.claimed, *tuned})
+    text = f"The arms differ in {', '.join(claimed)}" if claimed else "The arms do not differ"
+    if found.unclaimed:
+        others = ", ".join(found.unclaimed)
+        return f"{text}; also in {others}, so a difference may not come from the variants alone."
+    return f"{text}, and in nothing else."
 
 
 def _preregister(plan: _Plan) -> None:
@@ -542,13 +558,24 @@ def _check_registration(plan: _Plan, write: bool) -> None:
 
 
 def _hours(plan: _Plan, sweep: Sweep, left_tokens: float) -> str:
-    """Return a sentence on the time that training the rest takes here, from timed steps of the first job."""
+    """Return a sentence on the time that training the rest takes here, from timed steps of the first job.
+
+    On a CPU, a step of SoLU-1L would take minutes and gigabytes, so it is not timed there.
+    """
+    from soluscope.training.device import on_cuda
     from soluscope.training.timing import seconds_per_step
 
     config = sweep.configs[0]
     n_at_once = plan.engine.at_once(plan.params, sweep)
+    tokens = jobs.job_of(config).tokens_a_step
+    flops = tokens * config.model.training_flops(_d_vocab(config))
+    if flops > MOST_TIMED_FLOPS and not on_cuda(config):
+        return (
+            f"The time is not estimated: a step of {config.run_name} has {flops:.1e} FLOPs, too many to time on a "
+            "CPU. Give the command on the machine with the GPU."
+        )
     seconds = seconds_per_step(config, _d_vocab(config), alone=n_at_once == 1)
-    steps = left_tokens / jobs.job_of(config).tokens_a_step
+    steps = left_tokens / tokens
     hours = steps * seconds / n_at_once / 3600
     return (
         f"Training takes about {hours:.2g} hours here: {n_at_once} {plural(n_at_once, 'job')} at once, "

@@ -19,6 +19,7 @@ ESTIMANDS = (
     Term.CONTRAST,
     Term.SENSITIVITY,
     Term.SENSITIVITY_STEP,
+    Term.SENSITIVITY_PART,
 )
 """The terms of the comparison that answer the study's questions (protocol.md section 4)."""
 CORRECTION = "Holm, over the arms with a per-token norm; and over the contrasts between tokens of all these arms"

@@ -76,7 +76,7 @@ def brief(folder: Path, study_dir: Path) -> list[str]:
     path = _write(folder, records)
     return [
         f"answer: {' '.join([*words.warnings(records), words.answer(records)])}",
-        f"how sure: {'; '.join(words.certainty(records))}",
+        f"how sure: {'; '.join(words.certainty(records))}. {words.not_shown(records)}".rstrip(),
         f"report: {path}",
         f"table: soluscope report {folder}",
         f"states of the runs: soluscope sweep --status {study_dir}",

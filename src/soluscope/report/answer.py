@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from soluscope.report import controls, figures, pretrained, words
+from soluscope.report import controls, figures, pretrained, verdicts, words
 from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Table, Tile, Tiles, plot
 from soluscope.report.figures import Style
 from soluscope.report.findings import (
@@ -22,7 +22,7 @@ from soluscope.report.findings import (
     span,
     twins,
 )
-from soluscope.results import Comparison, Measurement, Record, Term, Untrained, of_kind
+from soluscope.results import Comparison, Measurement, Part, Record, Term, Untrained, of_kind
 
 N_ARMS = 9
 """Largest number of arms in the figure; with more arms, it shows the chain and the baselines only."""
@@ -51,12 +51,19 @@ def blocks(
     """
     return [
         *_warnings(words.warnings(all_records)),
-        Paragraph(words.answer(all_records), style="first"),
+        Paragraph(" ".join(words.first_answer(all_records)), style="first"),
+        *_further(all_records),
         *_figure(compared, look),
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
         *([Paragraph(left, style="soft")] if (left := words.not_shown(all_records)) else []),
     ]
+
+
+def _further(records: Sequence[Record]) -> list[Block]:
+    """Return the rest of the answer: the tokens, and the verdicts at each fixed scale of the MLP's output."""
+    sentences = verdicts.further(pretrained.trained(records))
+    return [Paragraph(" ".join(sentences), style="soft")] if sentences else []
 
 
 def _warnings(texts: Sequence[str]) -> list[Block]:
@@ -117,7 +124,7 @@ def _chains(records: Sequence[Record]) -> list[list[str]]:
 
 
 def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
-    """Return three facts: the benefit of LN, the share that static arms miss, and whether the gain varies."""
+    """Return the facts: the benefit of LN, its share that static arms miss, the gain's variation, and the rates."""
     arms = [*pretrained.arms(records), *normed(records)]
     if not arms:
         return []
@@ -131,9 +138,19 @@ def _tiles(all_records: list[Record], records: list[Record]) -> list[Block]:
                 _compared("Benefit of LayerNorm", benefits, " nats", 4),
                 _compared("Share of it that no static gain reached (Phi_dyn)", shares, "", 2),
                 _gain(all_records, records, arms),
+                *_rates(all_records),
             ]
         )
     ]
+
+
+def _rates(records: Sequence[Record]) -> list[Tile]:
+    """Return the tile on the dependence on the learning rate; none without a line of rates."""
+    rows = [row for row in comparisons(records, Term.SENSITIVITY_PART) if row.part is Part.ALL]
+    if not rows:
+        return []
+    label = "Robustness: loss above that at the best rate, averaged over the rates, in plain SoLU minus in LN"
+    return [_compared(label, rows, " nats", 4)]
 
 
 def glance(all_records: list[Record], records: list[Record]) -> list[Block]:

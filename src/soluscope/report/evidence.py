@@ -266,7 +266,9 @@ def _where(records: Sequence[Record], arm: str) -> Seen | None:
 
     A difference that is not at tokens of high gain may be at others, so it does not count against H-dyn.
     """
-    found = next((each for each in of_kind(records, Located) if each.arm == arm), None)
+    found = next(
+        (each for each in of_kind(records, Located) if each.arm == arm and not each.design), None
+    )
     if found is None:
         return None
     observed = [str(found.where)]

@@ -35,6 +35,7 @@ NO_COST = 0.001
 
 Side = Literal["zero", "above", "below", "open"]
 Gain = Literal["varies", "one constant", "open"]
+Rescales = Literal["yes", "no", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,18 @@ def twins(records: Iterable[Record], of: str | None = None) -> list[str]:
     return sorted(found)
 
 
+def rescales(records: Sequence[Record], arm: str) -> Rescales:
+    """Return whether ln_final rescales the MLP's output at each token of an arm; without numbers it is unknown."""
+    bounds = envelope(measured(records, "scale_freeze", SCALED_SIZE, arm, "median"))
+    if bounds is None:
+        return "unknown"
+    return "no" if bounds[1] < DOMINATES else "yes"
+
+
 def rescaled(records: Sequence[Record], arm: str) -> list[Measurement]:
     """Return |o| / |r0| by seed where ln_final rescales the MLP's output at each token, and [] elsewhere."""
-    rows = measured(records, "scale_freeze", SCALED_SIZE, arm, "median")
-    bounds = envelope(rows)
-    return [] if bounds is None or bounds[1] < DOMINATES else rows
+    is_rescaled = rescales(records, arm) == "yes"
+    return measured(records, "scale_freeze", SCALED_SIZE, arm, "median") if is_rescaled else []
 
 
 def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:
@@ -315,7 +323,7 @@ def remarks(row: Comparison) -> str:
 
 def for_these_models(records: Iterable[Record], of: Comparison) -> Comparison | None:
     """Return the same comparison with the interval for other documents, or None without such a record."""
-    same = comparisons(records, of.term, of.arm, of.against, cluster="document")
+    same = comparisons(records, of.term, of.arm, of.against, cluster="document", design=of.design)
     alike = (each for each in same if (each.step, each.group) == (of.step, of.group))
     return next(alike, None)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from soluscope.report import where
 from soluscope.report.blocks import Block, Paragraph, Table, plot
 from soluscope.report.figures import Point, along, styles
 from soluscope.report.findings import comparisons, estimate, listed, seeds, settings, sizes
@@ -50,11 +51,21 @@ def blocks(records: Sequence[Record]) -> list[Block]:
                     [[row.arm, " to ".join(row.step), row.adds, *_cells(row)] for row in steps],
                 ),
             ]  # fmt: skip
+        parts = comparisons(of_one, Term.SENSITIVITY_PART)
+        if parts:
+            result += [
+                Paragraph("The same steps, in three groups: one gain, a scale for each token, its gradient."),
+                Table(
+                    ["arm", "part", "sensitivity removed, nats [95%, new seeds]", "seeds", "note",
+                     "against .005 nats"],
+                    [[row.arm, str(row.part), *_cells(row), str(row.verdict)] for row in parts],
+                ),
+            ]  # fmt: skip
     return result
 
 
 def designs(records: Sequence[Record]) -> list[Block]:
-    """Return the main comparisons at each fixed design; empty without designs."""
+    """Return the main comparisons and their tokens at each fixed design; empty without designs."""
     result: list[Block] = []
     for design, meaning in DESIGNS.items():
         rows = [
@@ -74,6 +85,7 @@ def designs(records: Sequence[Record]) -> list[Block]:
         if lines:
             heads = ["arm", "term", "against", "estimate [95%, new seeds]", "seeds", "note"]
             result += [Paragraph(f"{design}: {meaning}"), Table(heads, lines)]
+            result += where.of_design(records, design)
     return result
 
 

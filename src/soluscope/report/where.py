@@ -17,10 +17,11 @@ from soluscope.report.findings import (
     number,
     of_size,
     remarks,
-    rescaled,
+    rescales,
     seeds,
     sizes,
 )
+from soluscope.report.verdicts import SUPPLIED
 from soluscope.results import HIGH_GAIN, Located, Record, Term, Where, of_kind
 
 LEAD = (
@@ -48,9 +49,27 @@ MEANINGS = {
 
 def blocks(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]:
     """Return the verdicts, the differences by their tokens, and their table; empty without losses by token."""
-    rows = [row for term in (Term.CONTRAST, Term.WHERE) for row in comparisons(records, term)]
-    if not rows:
+    table = _table(records)
+    if not table:
         return []
+    result: list[Block] = [Bullets(sentences(records)), Paragraph(LEAD)]
+    for size, of_one in sizes(records).items():
+        result += plot(figures.where(of_one, look), of_size("Static minus LN by tokens", size))
+    return [*result, *table]
+
+
+def of_design(records: Sequence[Record], design: str) -> list[Block]:
+    """Return the verdicts and the table of a fixed design; empty without losses by token."""
+    table = _table(records, design)
+    return [Bullets(sentences(records, design)), *table] if table else []
+
+
+def _table(records: Sequence[Record], design: str = "") -> list[Block]:
+    rows = [
+        row
+        for term in (Term.CONTRAST, Term.WHERE)
+        for row in comparisons(records, term, design=design)
+    ]
     lines = []
     for row in rows:
         fixed = for_these_models(records, row)
@@ -59,35 +78,29 @@ def blocks(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]:
         lines.append([f"{row.arm}: {row.group}", *numbers, verdict, remarks(row)])
     heads = ["", "static minus LN, nats [95%, new seeds and documents]", "[95%, these models]", "seeds",
              "against .005 nats", "note"]  # fmt: skip
-    result: list[Block] = [Bullets(sentences(records)), Paragraph(LEAD)]
-    for size, of_one in sizes(records).items():
-        result += plot(figures.where(of_one, look), of_size("Static minus LN by tokens", size))
-    return [*result, Table(heads, lines)]
+    return [Table(heads, lines)] if lines else []
 
 
-def sentences(records: Sequence[Record]) -> list[str]:
+def sentences(records: Sequence[Record], design: str = "") -> list[str]:
     """Return sentences on each arm with a per-token norm: where the static arm loses more, with the numbers."""
     return [
         f"Where {each.against} differs from {each.arm} ({seeds(each.n)}): {MEANINGS[each.where]}"
         f"{_supplied(records, each)}{_numbers(records, each)}{_agreement(each)}"
         for each in of_kind(records, Located)
+        if each.design == design
     ]
 
 
 def _supplied(records: Sequence[Record], each: Located) -> str:
-    """Return a sentence on a static arm in which ln_final rescales each token; empty for other arms."""
-    if each.where is not Where.NOT_HIGH_GAIN or not rescaled(records, each.against):
-        return ""
-    return (
-        f" But ln_final gives {each.against} a scale for each token, so equal losses here do not show that one "
-        "gain is enough."
-    )
+    """Return a sentence on a static arm in which ln_final may rescale each token; empty for other arms."""
+    is_zero = each.where is Where.NOT_HIGH_GAIN
+    return SUPPLIED[rescales(records, each.against)] if is_zero else ""
 
 
 def _numbers(records: Sequence[Record], each: Located) -> str:
-    by_tokens = comparisons(records, Term.WHERE, each.arm)
+    by_tokens = comparisons(records, Term.WHERE, each.arm, design=each.design)
     rows = [row for row in by_tokens if row.group == HIGH_GAIN]
-    rows += comparisons(records, Term.CONTRAST, each.arm)
+    rows += comparisons(records, Term.CONTRAST, each.arm, design=each.design)
     shown = [f"{row.group} {estimate(row, 4)}" for row in rows]
     return f" Differences in nats [95%, new seeds]: {'; '.join(shown)}." if shown else ""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls, plan, pretrained, robustness, where
+from soluscope.report import controls, plan, pretrained, robustness, verdicts, where
 from soluscope.report.findings import (
     NO_COST,
     Choice,
@@ -39,7 +39,6 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     MARGIN,
-    SIGNIFICANT,
     ChoicePoint,
     Comparison,
     Grid,
@@ -47,11 +46,11 @@ from soluscope.results import (
     NoChoice,
     Number,
     OfRun,
+    Provenance,
     Record,
     Registered,
     Removal,
     Term,
-    Verdict,
     of_kind,
 )
 from soluscope.text import plural
@@ -60,8 +59,6 @@ NO_VERDICT = (
     "No verdict on LayerNorm is possible: it needs runs of plain SoLU and of an arm with a per-token norm that "
     "share a seed."
 )
-ARM = "\0"
-"""Placeholder for the name of an arm, in sentences that several arms may share."""
 N_NAMED = 12
 """Largest number of arms that a sentence lists by name. With more arms, it lists their variants."""
 FREEZES = (
@@ -77,29 +74,29 @@ def headline(records: list[Record]) -> list[str]:
     if controls.standing(records, "scale_freeze") == "passed":
         result += [sentence for arm in models for sentence in _freeze(records, arm)]
     if not models or any(isinstance(record, OfRun) for record in trained):
-        result += _headline(trained)
+        result += _headline(trained, pretrained.trained(records))
     return [*result, *_not_summarised(records)]
 
 
 def warnings(records: list[Record]) -> list[str]:
     """Return the reasons why the comparisons may be wrong, the most serious one first."""
-    return [*edges(records), *untuned(records), *unchosen(records)]
+    return [*unclaimed(records), *edges(records), *untuned(records), *unchosen(records)]
 
 
 def answer(records: list[Record]) -> str:
-    """Return the answer to the study's question, which is the verdict of `headline` on each arm.
+    """Return the answer to the study's question in a few sentences, the most important one first."""
+    return " ".join([*first_answer(records), *verdicts.further(pretrained.trained(records))])
 
-    Arms with the same verdict share a sentence. A study of pretrained models alone is answered by the behaviour of
-    the first model's norm.
+
+def first_answer(records: list[Record]) -> list[str]:
+    """Return the first sentences of the answer: the loss at each arm's best settings, and the learning rate.
+
+    A study of pretrained models alone is answered by the behaviour of the first model's norm.
     """
-    trained = pretrained.trained(tuned(records))
+    trained = pretrained.trained(records)
     if pretrained.arms(records) and not any(isinstance(record, OfRun) for record in trained):
-        return next(iter(pretrained.sentences(records)))
-    alike = _grouped(
-        (_verdict(trained, benefit, ARM), benefit.arm) for benefit in _benefits(trained)
-    )
-    sentences = (text.replace(ARM, " and ".join(arms)) for text, arms in alike.items())
-    return " ".join(sentences) or NO_VERDICT
+        return pretrained.sentences(records)[:1]
+    return verdicts.first(trained) or [NO_VERDICT]
 
 
 def certainty(records: list[Record]) -> list[str]:
@@ -112,6 +109,8 @@ def certainty(records: list[Record]) -> list[str]:
     if documents:
         counted = f" (effective number {effective:.0f})" if effective is not None else ""
         result.append(f"{documents:,} held-out {plural(documents, 'document')}{counted}")
+    if apart := sorted({name for each in of_kind(records, Provenance) for name in each.apart}):
+        result.append(f"the arms differ in {listed(apart)}")
     result.append(controls.summary(records))
     for made in of_kind(records, Registered):
         n = len(made.departures)
@@ -156,6 +155,18 @@ def in_view(sentences: Sequence[str], n: int) -> list[str]:
     if len(sentences) <= 1 + n:
         return list(sentences)
     return [*sentences[:n], f"{len(sentences) - n} more in the report"]
+
+
+def unclaimed(records: list[Record]) -> list[str]:
+    """Return a warning about settings that differ between arms and are no part of any arm."""
+    names = sorted({name for each in of_kind(records, Provenance) for name in each.unclaimed})
+    if not names:
+        return []
+    return [
+        f"The arms differ in more than their variants and the settings that are tuned for each: {listed(names)}. A "
+        f"difference between arms may come from {'it' if len(names) == 1 else 'these'}. Train the arms with equal "
+        "settings."
+    ]
 
 
 def edges(records: list[Record]) -> list[str]:
@@ -255,20 +266,26 @@ def one_rate(records: list[Record]) -> str:
     return f"Trained at one untuned rate only: {listed(arms)}."
 
 
-def _headline(records: list[Record]) -> list[str]:
+def _headline(records: list[Record], with_line: list[Record]) -> list[str]:
+    """Return the sentences on trained runs.
+
+    Args:
+        records: the records of the arms that are compared.
+        with_line: these, and the records of arms at other rates and scales of the MLP's output.
+    """
     sentences = [_basis(records)]
     several_kappas = any(by_kappa(of_one) for of_one in sizes(records).values())
     several_gains = any(point.setting == "gain" for point in of_kind(records, ChoicePoint))
     if (several_kappas or several_gains) and (untuned := one_rate(records)):
         sentences.append(untuned)
     arms, benefits = normed(records), _benefits(records)
-    verdicts = [_verdict(records, benefit, benefit.arm) for benefit in benefits]
-    sentences[:0] = verdicts or [NO_VERDICT]
+    judged = [verdicts.tuned(records, each.arm, each.arm) for each in benefits]
+    sentences[:0] = [*(judged or [NO_VERDICT]), *verdicts.robust(with_line)]
     for benefit in benefits:
         sentences += [_benefit(records, benefit), *_phi_dyn(records, benefit.arm)]
         sentences += [*_static(records, benefit.arm), *_twins(records, benefit.arm)]
     sentences += where.sentences(records)
-    sentences += robustness.sentences(records)
+    sentences += robustness.sentences(with_line)
     for arm in arms:
         for probe, summarise in SUMMARISED.items():
             if controls.standing(records, probe) == "passed":
@@ -359,49 +376,6 @@ def _documents(records: list[Record]) -> tuple[int, int, float | None]:
 
 def _n_of_loss(records: list[Record], arm: str) -> int:
     return max((row.n for row in comparisons(records, Term.LOSS, arm)), default=0)
-
-
-def _verdict(records: list[Record], benefit: Comparison, arm: str) -> str:
-    """Return the verdict on the benefit of one arm's norm; the sentence calls the arm `arm`."""
-    n, do = seeds(benefit.n), "does" if benefit.n == 1 else "do"
-    phi = next(iter(comparisons(records, Term.SHARE, benefit.arm)), None)
-    if benefit.low is None or benefit.high is None:
-        return (
-            f"{n} {do} not settle whether LayerNorm lowers the loss ({arm}): no interval can be given for new "
-            "seeds."
-        )
-    if benefit.high < 0:
-        return f"Smearing has nothing to explain at this size ({arm}, {n}): plain SoLU has the lower loss."
-    if benefit.low <= 0:
-        return (
-            f"{n} {do} not settle whether LayerNorm lowers the loss ({arm}): the interval for new seeds and "
-            "documents contains 0, so no benefit is established that could be explained."
-        )
-    lowers = f"The norm of {arm} lowers the loss ({n})"
-    if phi is None:
-        return (
-            f"{lowers}. How much of that needs a per-token scale cannot be measured without a static "
-            "arm."
-        )
-    if phi.value is None:
-        return f"{lowers}, but by too little to measure the share that needs a per-token scale."
-    if phi.low is None or phi.high is None:
-        return f"{lowers}. No interval can be given for the share that needs a per-token scale."
-    static = next(iter(comparisons(records, Term.STATIC, benefit.arm)), None)
-    shown = static is not None and (static.low or 0.0) > 0 and (static.p_adj or 1.0) < SIGNIFICANT
-    if phi.low > 0 and static is not None and shown:
-        if static.verdict is Verdict.EQUIVALENT:
-            return f"{lowers}. The best static arm trained here misses some of it, but too little to matter."
-        return (
-            f"{lowers}, and the static arms trained here do not reach all of this (corrected p = "
-            f"{static.p_adj:.2g}). That does not yet show that a scale for each token is needed: it also takes "
-            "trained models that keep a cost when they are adapted to one gain (soluscope remove)."
-        )
-    if phi.high < 0 and static is not None and rescaled(records, static.against):
-        return f"{lowers}, but a static gain lowers it more. ln_final gives that static arm a scale for each token."
-    if phi.high < 0:
-        return f"{lowers}, but a static gain lowers it more: no per-token scale is needed."
-    return f"{lowers}. It is not shown that the static arms miss any part of this."
 
 
 def _benefit(records: list[Record], benefit: Comparison) -> str:
