@@ -27,8 +27,15 @@ def build_parser() -> Parser:
     parser = Parser(__doc__, neurons_help)
     parser.add_argument("folder", help="a study, a run, or a pretrained model's name")
     parser.add_argument("words", nargs="*", default=[], help="key=value")
-    parser.add_argument(
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument(
         "--serve", action="store_true", help="show stored neurons on any text, in a local page"
+    )
+    actions.add_argument(
+        "--neuronpedia",
+        type=Path,
+        metavar="DIR",
+        help="write stored neurons as Neuronpedia's files, and stop",
     )
     return parser
 
@@ -42,6 +49,14 @@ def run(arguments: list[str]) -> None:
         from soluscope.editor.serve import serve
 
         serve(folder, editor)
+        return
+    if options.neuronpedia:
+        if options.words:
+            raise UserError(f"{options.words[0]}: --neuronpedia has no settings, so omit it")
+        from soluscope.neurons.neuronpedia import export
+
+        export(folder, options.neuronpedia)
+        answer(f"neurons: {options.neuronpedia}")
         return
     is_study = folder.is_dir() and not (folder / "config.json").is_file()
     schema = NeuronsConfig if is_study else PretrainedNeuronsConfig

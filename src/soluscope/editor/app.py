@@ -207,12 +207,21 @@ def number(value: float | None) -> str:
     return "\u2013" if value is None else f"{value:.4g}"
 
 
+def in_a_line(token: str | None) -> str:
+    """Return a token for a cell of the table: a line end as an arrow, and a dash for no token."""
+    return "\u2013" if token is None else token.replace("\n", "\u21b5")
+
+
 def _plain(text: str, status: int) -> Response:
     return Response(f"{text}\n", status, media_type="text/plain")
 
 
 def _page(status: int, **values: Any) -> Response:
-    text = _environment().get_template("editor/editor.html.j2").render(number=number, **values)
+    text = (
+        _environment()
+        .get_template("editor/editor.html.j2")
+        .render(number=number, in_a_line=in_a_line, **values)
+    )
     return HTMLResponse(text, status)
 
 

@@ -74,7 +74,7 @@ def build(study_dir: Path) -> Path:
         check_links(place, study_dir)
     try:
         with replacing_folder(place) as beside:
-            _write(beside, found)
+            write_data(beside, found)
             write_text(beside / PAGE, page(study_dir.name, found, report=report_of(study_dir)))
             shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
@@ -162,8 +162,8 @@ def _script_and_style() -> tuple[str, str]:
     return template("neurons/neurons.js").render(), style
 
 
-def _write(folder: Path, found: list[Neurons]) -> None:
-    """Write the data files."""
+def write_data(folder: Path, found: list[Neurons]) -> None:
+    """Write the data files into the folder of the page."""
     data = folder / DATA
     data.mkdir()
     _data(data, "vocabulary", found[0].vocabulary)

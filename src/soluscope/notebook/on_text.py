@@ -42,7 +42,7 @@ def on_text(model: SoluscopeTransformer, neuron: int, text: str) -> OnText:
     """
     if not isinstance(text, str) or not text:
         raise UserError(f"text={text!r:.60} has no tokens: give a text")
-    rows = model.to_tokens(text).cpu()
+    rows = model.to_tokens(text, truncate=False).cpu()  # a text that is too long must be refused
     if rows.shape[1] > model.cfg.n_ctx:
         raise UserError(
             f"text= has {rows.shape[1]} tokens with BOS, and the model has ctx={model.cfg.n_ctx}: shorten the text"
