@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import uvicorn
+from conftest import HANGS_AFTER_S
 
 import soluscope
 from soluscope import UserError
@@ -23,6 +27,7 @@ from soluscope.neurons import site, stored
 from soluscope.neurons.compute import compute
 from soluscope.neurons.schema import STAGES
 from soluscope.notebook.on_text import on_text
+from soluscope.serving import server
 
 client = pytest.importorskip("starlette.testclient", reason="its client is not installed")
 
@@ -265,14 +270,83 @@ def test_the_served_page_links_to_the_editor_and_allows_its_own_script(
     assert data.content == (study / "neurons" / "data" / "m0.js").read_bytes()
 
 
-def test_pages_of_other_neurons_are_written_again(study: Path) -> None:
+def test_only_pages_of_other_neurons_are_written_again(
+    study: Path, page: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Path] = []
+    monkeypatch.setattr(site, "build", built.append)
+    app.ready(study)
+    assert built == []
     index = study / "neurons" / "index.html"
     before = index.read_text()
-    index.write_text("old")
+    index.write_text(before.replace("m0", "m9") + " ")
     app.ready(study)
-    assert index.read_text() == before
+    assert built == [study]
+    index.write_text(before)
 
 
 def test_a_folder_without_neurons_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no neurons are stored in"):
         app.ready(tmp_path)
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture
+def address(page: Any) -> Iterator[str]:
+    """Return the link to a server of the page, in a thread."""
+    listening = server.listening(0)
+    running = uvicorn.Server(uvicorn.Config(page, lifespan="off", log_config=None, ws="none"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield server.link(listening, TOKEN)
+    running.should_exit = True
+    thread.join()
+    listening.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [420, 1280, 2560])
+def test_a_person_opens_the_editor_from_a_neurons_page(address: str, width: int) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    wrong: list[str] = []
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab.set_default_timeout(1000 * HANGS_AFTER_S)
+        tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        origin = address.partition("/?")[0]
+        tab.on(
+            "request",
+            lambda asked: asked.url.startswith((origin, "data:")) or wrong.append(asked.url),
+        )
+        tab.goto(address)
+        tab.locator(".card .example a").first.click()
+        tab.locator("#numbers").wait_for()
+        text = tab.input_value("#text")
+        assert tab.input_value("#edited") == text
+        assert tab.locator("#numbers tr.changed").count() == 0
+        tab.fill("#text", TEXT)
+        tab.fill("#edited", EDITED)
+        tab.focus("#edited")
+        with tab.expect_navigation():
+            tab.keyboard.press("Control+Enter")
+        assert tab.locator("#numbers tr.changed").count() > 0
+        assert tab.locator("#post .row").count() == 3
+        tab.fill("#text", HOSTILE)
+        tab.fill("#edited", HOSTILE + " x")
+        with tab.expect_navigation():
+            tab.click("button")
+        assert tab.input_value("#text") == HOSTILE
+        assert tab.evaluate("window.ran") is None
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert tab.evaluate(wide) <= 0
+        tab.click("text=Page of this neuron")
+        tab.locator(".card h2").wait_for()
+        browser.close()
+    assert wrong == []

@@ -88,7 +88,7 @@ class _Pages:
         self.found = models.found
 
     def first(self, _: Request) -> Response:
-        """Lead from the link of the terminal to the neurons."""
+        """Show the neurons to a browser that comes from the terminal's link."""
         return RedirectResponse(PAGES, status_code=303)
 
     def neurons(self, _: Request) -> Response:

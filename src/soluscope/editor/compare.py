@@ -1,4 +1,4 @@
-"""A neuron on a text and on an edited text: which tokens belong together, and the differences there."""
+"""A neuron on a text and on an edited text: pairs of tokens, and the differences of the activations there."""
 
 from __future__ import annotations
 
