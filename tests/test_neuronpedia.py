@@ -134,8 +134,8 @@ def lines_of(folder: Path, kind: type[Table]) -> list[Any]:
 
 def test_the_folders_are_those_of_the_documentation(exported: Path) -> None:
     assert sorted(path.name for path in exported.iterdir()) == [
-        "study-solu-ln-s0",
-        "study-solu-ln-s0-untrained",
+        "tiny-solu-ln-s0",
+        "tiny-solu-ln-s0-untrained",
     ]
     for source in exported.glob("*/*"):
         assert source.name in ("0-soluscope-mid", "0-soluscope-post")
@@ -146,7 +146,7 @@ def test_the_folders_are_those_of_the_documentation(exported: Path) -> None:
 
 @pytest.mark.parametrize("stage", SIDES)
 def test_the_lines_fit_the_tables_and_refer_to_each_other(exported: Path, stage: str) -> None:
-    source = exported / "study-solu-ln-s0" / f"0-soluscope-{stage}"
+    source = exported / "tiny-solu-ln-s0" / f"0-soluscope-{stage}"
     found = {
         name: kind.model_validate(json.loads((source / f"{name}.jsonl").read_text()))
         for name, kind in TABLES.items()
@@ -169,7 +169,7 @@ def test_the_lines_fit_the_tables_and_refer_to_each_other(exported: Path, stage:
 @pytest.mark.parametrize("stage", SIDES)
 def test_the_numbers_are_the_stored_ones(run: Path, exported: Path, stage: Any) -> None:
     part = stored.read(run)
-    source = exported / "study-solu-ln-s0" / f"0-soluscope-{stage}"
+    source = exported / "tiny-solu-ln-s0" / f"0-soluscope-{stage}"
     activations = lines_of(source / "activations", Activation)
     neurons = {each.index: each for each in lines_of(source / "features", Neuron)}
     for index in (0, 3, 7):

@@ -112,7 +112,7 @@ class _Pages:
             return _plain(str(error), 404)
         about = self.found[asked.number].about
         stages = [stage for stage in STAGES if stage != "post" or about.has_mid_norm]
-        values = {
+        values: dict[str, Any] = {
             "asked": asked, "key": site.key(asked.number), "most": about.n_neurons - 1, "pages": PAGES,
             "models": [(site.key(number), site.label(each)) for number, each in enumerate(self.found)],
             "has_norm": about.has_mid_norm, "names": NAMES,

@@ -92,7 +92,7 @@ def _about(neurons: Neurons, stage: Stage, keys: Line, n_layers: int) -> dict[st
     about, model = neurons.about, keys["modelId"]
     named = f"{RELEASE}-{stage}"
     when = "before the mid norm" if stage == SIDES[0] else "after the mid norm, if there is one"
-    own = {"creatorId": CREATOR, "visibility": "UNLISTED"}
+    own: Line = {"creatorId": CREATOR, "visibility": "UNLISTED"}
     return {
         "model": own | {
             "id": model, "instruct": False, "displayName": model, "displayNameShort": about.run,

@@ -261,8 +261,9 @@
     state.neuron = {run: next.run.key, neuron: next.neuron};
     reveal();
     choose(next);
-    document.querySelector('#table tr[aria-current="true"]')?.scrollIntoView({block: "nearest"});
+    showLine();
   };
+  const showLine = () => document.querySelector('#table tr[aria-current="true"]')?.scrollIntoView({block: "nearest"});
 
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([key, text]) => element("option", {value: key, text})));
   const showControls = () => {
@@ -291,6 +292,7 @@
     if (!state.neuron && list.length) state.neuron = {run: list[0].run.key, neuron: list[0].neuron};
     reveal();
     drawList();
+    showLine();
     await drawCards();
     document.body.dataset.ready = "true";
   };
