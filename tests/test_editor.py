@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import threading
@@ -19,12 +18,10 @@ from conftest import HANGS_AFTER_S
 
 import soluscope
 from soluscope import UserError
-from soluscope.config import NeuronsConfig
 from soluscope.editor import app
 from soluscope.editor.compare import compare, pairs
 from soluscope.editor.models import Models
 from soluscope.neurons import site, stored
-from soluscope.neurons.compute import compute
 from soluscope.neurons.schema import STAGES
 from soluscope.notebook.on_text import on_text
 from soluscope.serving import server
@@ -35,24 +32,14 @@ TOKEN = "secret-token"
 HOST = "http://127.0.0.1:8000"
 RUN = "solu_ln-s0"
 TEXT, EDITED = "import os\n\nos.path", "import io\n\nos.path"
-HOSTILE = "<script>window.ran = 1</script>\n</textarea><img src=x onerror='window.ran = 1'>"
+TYPED = ("<img src=x onerror=ran=1>", "</textarea><script>\n", "&lt;b&gt;\t'\"")
+"""Texts that must be shown as they are; short, since the model's context is."""
 
 
 @pytest.fixture(scope="module")
-def study(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a study of one run with the neurons of its model and of its initialisation, some tokens hostile."""
-    copy = tmp_path_factory.mktemp("editor") / "study"
-    copy.mkdir()
-    for path in tiny_study.iterdir():
-        if path.is_file() or path.name == "tokens":
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, copy / path.name)
-    shutil.copytree(tiny_study / RUN, copy / RUN)
-    compute(copy, NeuronsConfig(n_tokens=500, device="cpu"), lambda text: None)
-    for part in stored.parts_of(copy / RUN):
-        folder = stored.place(copy / RUN, part)
-        texts = json.loads((folder / "vocabulary.json").read_text())
-        (folder / "vocabulary.json").write_text(json.dumps([HOSTILE, *texts[1:]]))
-        (folder / "SHA256SUMS").write_text(stored.sums_of(folder))
+def study(tiny_neurons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy: Path = tmp_path_factory.mktemp("editor") / "study"
+    shutil.copytree(tiny_neurons, copy)
     return copy
 
 
@@ -137,7 +124,7 @@ def test_a_replaced_token_is_paired_with_its_replacement_also_among_equal_tokens
     assert pairs([5, 5], [5, 5, 5]) == [(0, 0), (1, 1), (None, 2)]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(20))
 def test_every_token_of_both_texts_is_in_one_pair_and_in_order(seed: int) -> None:
     drawn = np.random.default_rng(seed)
     a, b = (drawn.integers(0, 4, size=drawn.integers(0, 12)).tolist() for _ in range(2))
@@ -186,16 +173,16 @@ def test_an_example_fills_the_text_in(study: Path, browser: Any) -> None:
     ).replace('"', "&#34;").replace("'", "&#39;")
 
 
-def test_hostile_texts_are_shown_and_do_not_run(browser: Any) -> None:
-    reply = browser.post(
-        "/editor", data={"of": "m0", "neuron": "3", "text": HOSTILE, "edited": HOSTILE}
-    )
+@pytest.mark.parametrize("text", TYPED)
+def test_hostile_texts_are_shown_and_do_not_run(browser: Any, text: str) -> None:
+    fields = {"of": "m0", "neuron": "3", "text": text, "edited": text}
+    reply = browser.post("/editor", data=fields)
+    assert reply.status_code == 200
     assert "<img" not in reply.text
     assert reply.text.count("<script") == 1  # the page's own
     assert reply.text.count("</textarea>") == 2
-    assert "".join(cells[0] for cells in Table(reply.text).lines).replace(
-        "\u2423", " "
-    ) == HOSTILE.replace("\n", "\u21b5")
+    shown = "".join(cells[0] for cells in Table(reply.text).lines)
+    assert shown.replace("\u2423", " ").replace("\u21b5", "\n") == text
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert "unsafe" not in reply.headers["content-security-policy"]
 
@@ -338,11 +325,12 @@ def test_a_person_opens_the_editor_from_a_neurons_page(address: str, width: int)
             tab.keyboard.press("Control+Enter")
         assert tab.locator("#numbers tr.changed").count() > 0
         assert tab.locator("#post .row").count() == 3
-        tab.fill("#text", HOSTILE)
-        tab.fill("#edited", HOSTILE + " x")
+        tab.fill("#text", TYPED[0])
+        tab.fill("#edited", TYPED[0] + "x")
         with tab.expect_navigation():
             tab.click("button")
-        assert tab.input_value("#text") == HOSTILE
+        assert tab.input_value("#text") == TYPED[0]
+        assert tab.locator("#numbers").count() == 1
         assert tab.evaluate("window.ran") is None
         wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert tab.evaluate(wide) <= 0
