@@ -53,14 +53,14 @@ class Copies(Neurons):
     def _copy(self, table: pd.DataFrame, copy: int) -> pd.DataFrame:
         found = table.assign(neuron=table["neuron"] + copy * self.once)
         random = np.random.default_rng(copy)
-        for name in found.select_dtypes("float").columns.difference(KEPT):
+        for name in found.select_dtypes("float").columns.difference(list(KEPT)):
             found[name] *= random.normal(1, 0.05, len(found))
         return found[found["neuron"] < self.about.n_neurons]
 
 
 def main(run: str, n_neurons: str = "2048", n_arms: str = "6") -> None:
     neurons, n = Copies(stored.read(run).folder, int(n_neurons)), int(n_arms)
-    arms = [neurons] + [_named(neurons, number) for number in range(1, n)]
+    arms: list[Neurons] = [neurons] + [_named(neurons, number) for number in range(1, n)]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         begin = time.process_time()

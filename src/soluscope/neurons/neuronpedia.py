@@ -143,7 +143,10 @@ def _features(neurons: Neurons, stage: Stage, keys: Line) -> Iterator[tuple[int,
 def _activations(neurons: Neurons, stage: Stage, keys: Line) -> Iterator[tuple[int, list[Line]]]:
     """Yield each neuron and its lines of the table Activation."""
     words, documents = neurons.vocabulary, neurons.documents
-    of_neuron = neurons.statistics.set_index("neuron").to_dict("index")
+    of_neuron: dict[Any, Line] = {
+        row["neuron"]: {str(name): cell for name, cell in row.items()}
+        for row in neurons.statistics.to_dict("records")
+    }
     for neuron, rows in _examples(neurons, stage):
         facts = of_neuron[neuron]
         lines = []
