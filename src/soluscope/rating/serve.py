@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from soluscope.errors import UserError
 from soluscope.files import check_links
 from soluscope.rating import app
 from soluscope.rating.database import NAME, Database, check_files
