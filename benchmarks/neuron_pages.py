@@ -39,6 +39,10 @@ class Copies(Neurons):
         self.once = self.about.n_neurons
         self.about = replace(self.about, n_neurons=n)
 
+    @property
+    def _bounds(self) -> dict[str, int]:
+        return super()._bounds | {"neuron": self.once}  # of the tables in the files
+
     def groups(self) -> Any:
         parts = [*super().groups()]
         for copy in range(-(-self.about.n_neurons // self.once)):
