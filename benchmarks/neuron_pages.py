@@ -64,7 +64,7 @@ class Copies(Neurons):
 
 def main(run: str, n_neurons: str = "2048", n_arms: str = "6") -> None:
     neurons, n = Copies(stored.read(run).folder, int(n_neurons)), int(n_arms)
-    arms: list[Neurons] = [neurons] + [_named(neurons, number) for number in range(1, n)]
+    arms: list[Neurons] = [neurons, *(_named(neurons, number) for number in range(1, n))]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         begin = time.process_time()
