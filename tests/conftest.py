@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,6 +114,30 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path
                 words = ("study=tiny", f"variant={variant}", f"seed={seed}")
                 train_silently(tiny_config(runs_dir, *words))
     return runs_dir / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_neurons(
+    tiny_study: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Path:
+    """Return a study of one run with stored neurons and their pages. Copy it before you change it."""
+    from soluscope.config import NeuronsConfig
+    from soluscope.neurons import site
+    from soluscope.neurons.compute import compute
+
+    folder = shared_by_workers(tmp_path_factory, worker_id) / "neurons"
+    folder.mkdir(exist_ok=True)
+    study = folder / "study"
+    with FileLock(folder / ".lock"):
+        if not (study / "neurons").is_dir():
+            for name in ("data.json", "tokenizer.json", "tokens", "solu_ln-s0"):
+                source = tiny_study / name
+                copy = shutil.copytree if source.is_dir() else shutil.copy
+                study.mkdir(exist_ok=True)
+                copy(source, study / name)
+            compute(study, NeuronsConfig(n_tokens=1500, device="cpu"), lambda text: None)
+            site.build(study)
+    return study
 
 
 @pytest.fixture(scope="session")

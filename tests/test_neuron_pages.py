@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import HANGS_AFTER_S
 
 from soluscope import UserError
-from soluscope.config import NeuronsConfig
 from soluscope.neurons import site, stored
-from soluscope.neurons.compute import compute
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -27,11 +26,10 @@ WIDTHS = (420, 1280, 2560)
 
 
 @pytest.fixture(scope="module")
-def study(tiny_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a study with the neurons of one run, of its initialisation, and of a run with hostile tokens."""
+def study(tiny_neurons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a study with the neurons of one run and of its initialisation, and with hostile tokens."""
     copy = tmp_path_factory.mktemp("pages") / "study"
-    shutil.copytree(tiny_study, copy)
-    compute(copy / "solu_ln-s0", NeuronsConfig(n_tokens=1500, device="cpu"), lambda text: None)
+    shutil.copytree(tiny_neurons, copy)
     for part in stored.parts_of(copy / "solu_ln-s0"):
         folder = stored.place(copy / "solu_ln-s0", part)
         texts = json.loads((folder / "vocabulary.json").read_text())
@@ -112,13 +110,56 @@ def test_the_list_is_sorted_filtered_and_searched(visit: Callable[..., Any], stu
 
 
 @needs_browser
+def test_bounds_leave_out_neurons_below_them_and_are_part_of_the_link(
+    visit: Callable[..., Any], study: Path
+) -> None:
+    neurons = stored.read(study / "solu_ln-s0")
+    statistics = neurons.statistics
+    before = neurons.rules[neurons.rules["side"] == "mid"].set_index("neuron")
+    largest = statistics[["kurtosis_mid", "kurtosis_post"]].max(axis=1)
+    columns = {"effect": statistics["effect"], "drop": before["drop"], "kurtosis": largest}
+    tab = visit()
+    for name, column in columns.items():
+        # A bound between two numbers, which rounding to four digits cannot cross.
+        ordered = np.sort(column.dropna().round(12).unique())
+        middle = len(ordered) // 2
+        bound = float(ordered[middle - 1 : middle + 1].mean())
+        tab.fill(f"#{name}", repr(bound))
+        wanted = int((column >= bound).sum())
+        assert 0 < wanted < neurons.about.n_neurons
+        assert tab.locator("#status").text_content() == f"{wanted} neurons match."
+        link = tab.url.partition("#")[2]
+        tab.fill(f"#{name}", "")
+    again = visit(f"#{link}")
+    assert again.locator("#status").text_content() == f"{wanted} neurons match."
+    assert again.input_value(f"#{name}") == repr(bound)
+
+
+@needs_browser
+def test_a_click_on_a_head_sorts_and_a_second_click_turns_the_order(
+    visit: Callable[..., Any], study: Path
+) -> None:
+    tab = visit()
+    effects = stored.read(study / "solu_ln-s0").statistics.set_index("neuron")["effect"].dropna()
+    for order in ("descending", "ascending"):
+        tab.click("#table thead button:text-is('effect')")
+        assert tab.locator("#table th[aria-sort]").text_content() == "effect"
+        assert tab.locator("#table th[aria-sort]").get_attribute("aria-sort") == order
+        shown = effects[[int(each) for each in first_cells(tab)]].round(6).tolist()
+        assert shown == sorted(shown, reverse=order == "descending")
+
+
+@needs_browser
 def test_a_link_opens_a_neuron_with_the_same_rank_beside_it(visit: Callable[..., Any]) -> None:
     tab = visit("#of=m0&neuron=5&beside=m1")
     drawn(tab, "m0", 5)
     heads = tab.locator(".card h2").all_text_contents()
+    assert (
+        tab.locator("#table tr[aria-current] th").text_content() == "5"
+    )  # on its page of the list
     assert heads[0] == "Neuron 5, solu_ln-s0"
     assert heads[1].endswith("solu_ln-s0, untrained")
-    ranks = [text.split(" in ")[0] for text in tab.locator(".card > p").all_text_contents()]
+    ranks = [text.split(" in ")[0] for text in tab.locator(".card > p.soft").all_text_contents()]
     assert ranks[0] == ranks[1]
     assert tab.locator(".card svg[role=img]").count() == 4
 

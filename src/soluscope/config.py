@@ -538,6 +538,19 @@ class PretrainedNeuronsConfig(NeuronsConfig):
 
 
 @dataclass(frozen=True)
+class EditorConfig:
+    """Settings of `soluscope neurons --serve`."""
+
+    port: int = 0
+    """Port of the page on this machine. 0: a free port."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which the models run. auto: a GPU if torch finds one."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.port <= 65535, f"port={self.port} must be from 0 to 65535")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     out: FilePath | None = None
     """Folder of the report, if you may not write to the study's folder. null: the study's folder."""

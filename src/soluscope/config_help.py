@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from soluscope import plugins
 from soluscope.config import (
     Config,
+    EditorConfig,
     EvalConfig,
     NeuronsConfig,
     PretrainedConfig,
@@ -53,10 +54,11 @@ def eval_help() -> str:
 
 
 def neurons_help() -> str:
-    """Return every key of `soluscope neurons`, and the additional keys for a pretrained model."""
+    """Return every key of `soluscope neurons`, with a pretrained model and with --serve."""
     known = list(help_lines(NeuronsConfig))
     more = [line for line in help_lines(PretrainedNeuronsConfig) if line not in known]
-    return "\n".join([*known, "", "with a pretrained model:", *more])
+    served = list(help_lines(EditorConfig))
+    return "\n".join([*known, "", "with a pretrained model:", *more, "", "with --serve:", *served])
 
 
 def help_lines(schema: type, prefix: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from soluscope import plugins
 from soluscope.bars import Say
-from soluscope.config import EvalConfig, NeuronsConfig
+from soluscope.config import EditorConfig, EvalConfig, NeuronsConfig
 from soluscope.cores import omp_threads
 from soluscope.data import streams
 from soluscope.data.cache import TokenCache, of_study, open_cache, study_facts
@@ -138,12 +138,12 @@ def threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_device(config: EvalConfig | NeuronsConfig) -> None:
+def check_device(config: EvalConfig | NeuronsConfig | EditorConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch finds no GPU here: set device=cpu")
 
 
-def device_of(config: EvalConfig | NeuronsConfig) -> str:
+def device_of(config: EvalConfig | NeuronsConfig | EditorConfig) -> str:
     """Return the device on which models are evaluated here: `cpu` or `cuda`."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,6 +30,9 @@ from soluscope.neurons.schema import BINS_BELOW, FOLDER, N_RANGES, SIDES, STAGES
 from soluscope.neurons.stored import Neurons
 from soluscope.report.templates import environment, hashes
 
+PAGE = "index.html"
+DATA = "data"
+"""Folder of the data files, beside the page."""
 N_WORDS = 12
 """Number of a neuron's most frequent peak tokens that the search finds, for each stage."""
 DIGITS = 4
@@ -65,6 +68,26 @@ def build(study_dir: Path) -> Path:
     Raises:
         UserError: if no neurons are stored, the runs have different tokens, or the files cannot be written.
     """
+    found = parts(study_dir)
+    place = study_dir / FOLDER
+    if place.exists():
+        check_links(place, study_dir)
+    try:
+        with replacing_folder(place) as beside:
+            write_data(beside, found)
+            write_text(beside / PAGE, page(study_dir.name, found, report=report_of(study_dir)))
+            shutil.rmtree(place, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror}; free disk space") from error
+    return place / PAGE
+
+
+def parts(study_dir: Path) -> list[Neurons]:
+    """Return all stored neurons of a study, in the order of the site's models.
+
+    Raises:
+        UserError: if no neurons are stored, or the runs have different tokens.
+    """
     found = [
         stored.read(path, part)
         for path in sorted(study_dir.iterdir())
@@ -80,40 +103,76 @@ def build(study_dir: Path) -> Path:
             raise UserError(
                 f"{neurons.folder} and {found[0].folder} have different tokens: delete one of the two"
             )
-    place = study_dir / FOLDER
-    if place.exists():
-        check_links(place, study_dir)
-    has_report = (study_dir / "report.html").is_file()
-    try:
-        with replacing_folder(place) as beside:
-            _write(beside, study_dir.name, found, has_report)
-            shutil.rmtree(place, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror}; free disk space") from error
-    return place / "index.html"
+    return found
 
 
-def _write(folder: Path, study: str, found: list[Neurons], has_report: bool) -> None:
-    data = folder / "data"
+def report_of(study_dir: Path) -> str:
+    """Return the address of a study's report, seen from the page; empty if there is none."""
+    return "../report.html" if (study_dir / "report.html").is_file() else ""
+
+
+def page(study: str, found: list[Neurons], *, report: str = "", editor: str = "") -> str:
+    """Return the site's page.
+
+    Args:
+        study: name of the study.
+        found: the stored neurons that the data files describe, in the same order.
+        report: address of the study's report; empty for no link.
+        editor: address at which a server shows a neuron on any text; empty without a server.
+    """
+    manifest = {
+        "runs": [
+            {"key": key(number), "label": label(each), "hasNorm": each.about.has_mid_norm,
+             "madeWith": each.about.made_with}
+            for number, each in enumerate(found)
+        ],
+        "group": GROUP, "below": BINS_BELOW,
+    }  # fmt: skip
+    script, style = _script_and_style()
+    rendered: str = _environment().get_template("neurons/neurons.html.j2").render(
+        study=study, manifest=_packed(manifest), help=HELP, hashes=hashes, report=report, editor=editor,
+        script=script, style=style,
+    )  # fmt: skip
+    return rendered
+
+
+def key(number: int) -> str:
+    """Return the name by which addresses and data files call a model."""
+    return f"m{number}"
+
+
+def label(neurons: Neurons) -> str:
+    """Return the name of a model on the site."""
+    about = neurons.about
+    return about.run if about.part == "trained" else f"{about.run}, untrained"
+
+
+def policy() -> str:
+    """Return the content security policy under which a server may send the page."""
+    script, style = map(hashes, _script_and_style())
+    return (
+        f"default-src 'none'; script-src 'self' {script}; style-src {style}; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _script_and_style() -> tuple[str, str]:
+    template = _environment().get_template
+    style = template("report/style.css").render() + template("neurons/neurons.css").render()
+    return template("neurons/neurons.js").render(), style
+
+
+def write_data(folder: Path, found: list[Neurons]) -> None:
+    """Write the data files into the folder of the page."""
+    data = folder / DATA
     data.mkdir()
     _data(data, "vocabulary", found[0].vocabulary)
-    runs = []
     for number, neurons in enumerate(found):
-        key, about = f"m{number}", neurons.about
-        _data(data, key, _listed(neurons))
-        _data(data, f"{key}-documents", neurons.documents)
+        name = key(number)
+        _data(data, name, _listed(neurons))
+        _data(data, f"{name}-documents", neurons.documents)
         for group, details in enumerate(_details(neurons)):
-            _data(data, f"{key}-{group}", details)
-        label = about.run if about.part == "trained" else f"{about.run}, untrained"
-        runs.append({"key": key, "label": label, "hasNorm": about.has_mid_norm})
-    manifest = {"runs": runs, "group": GROUP, "below": BINS_BELOW}
-    template = _environment().get_template
-    page = template("neurons/neurons.html.j2").render(
-        study=study, manifest=_packed(manifest), help=HELP, hashes=hashes, has_report=has_report,
-        script=template("neurons/neurons.js").render(),
-        style=template("report/style.css").render() + template("neurons/neurons.css").render(),
-    )  # fmt: skip
-    write_text(folder / "index.html", page)
+            _data(data, f"{name}-{group}", details)
 
 
 def _listed(neurons: Neurons) -> dict[str, list[Any]]:

@@ -188,6 +188,13 @@ class Neurons:
             each for each in self.examples(neuron) if each.stage == stage and each.range == number
         ]
 
+    def windows(self, neuron: int) -> list[list[int]]:
+        """Return the tokens of each example of a neuron, in the order of `examples`."""
+        return [
+            tokens.tolist()
+            for tokens in self._table("examples", [("neuron", "==", neuron)])["tokens"]
+        ]
+
     def groups(self) -> Iterator[pd.DataFrame]:
         """Yield examples.parquet in groups of whole neurons, for a reader of all examples."""
         with self._sound("examples.parquet") as path:

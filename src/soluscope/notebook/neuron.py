@@ -7,20 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
-from soluscope.data.streams import Stream
-from soluscope.errors import UserError
-from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import SoluscopeTransformer
 from soluscope.neurons import stored
 from soluscope.neurons.schema import STAGES, Stage
 from soluscope.neurons.stored import Example
-from soluscope.notebook.arguments import check_loaded, vocabulary, whole
+from soluscope.notebook.arguments import check_loaded, whole
 from soluscope.notebook.examples import LEFT, PLAIN, TEXT
 from soluscope.notebook.logits import logit_effect
+from soluscope.notebook.on_text import on_text
 from soluscope.terminal import shown
-from soluscope.text import readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +100,8 @@ def neuron(model: SoluscopeTransformer, neuron: int, text: str | None = None) ->
     tokens: tuple[str, ...] = ()
     activations: dict[Stage, tuple[float, ...]] = {}
     if text is not None:
-        tokens, activations = _on_text(model, number, text)
+        seen = on_text(model, number, text)
+        tokens, activations = seen.tokens, seen.activations
     rules: pd.DataFrame | None = None
     examples: tuple[Example, ...] = ()
     if model.run_dir is not None and "trained" in stored.parts_of(model.run_dir):
@@ -114,26 +110,6 @@ def neuron(model: SoluscopeTransformer, neuron: int, text: str | None = None) ->
         examples = tuple(neurons.top(number, "post")[:N_EXAMPLES])
     title = f"neuron {number} of {model.facts.run}"
     return Card(title, tokens, activations, logit_effect(model, number), rules, examples)
-
-
-def _on_text(
-    model: SoluscopeTransformer, number: int, text: str
-) -> tuple[tuple[str, ...], dict[Stage, tuple[float, ...]]]:
-    """Return a text's tokens without BOS, and the neuron's activations at them."""
-    if not isinstance(text, str) or not text:
-        raise UserError(f"text={text!r:.60} has no tokens: give a text")
-    rows = model.to_tokens(text).cpu()
-    if rows.shape[1] > model.cfg.n_ctx:
-        raise UserError(
-            f"text= has {rows.shape[1]} tokens with BOS, and the model has ctx={model.cfg.n_ctx}: shorten the text"
-        )
-    kept = torch.ones_like(rows, dtype=torch.bool)
-    run = observe(model, Stream("text", rows, torch.zeros_like(rows), kept, model.facts.bos))
-    texts = vocabulary(model)
-    tokens = tuple(readable(texts[token]) for token in run.tokens[1:].tolist())
-    return tokens, {
-        stage: tuple(getattr(run, stage)[1:, number].double().tolist()) for stage in STAGES
-    }
 
 
 def _coloured(tokens: tuple[str, ...], values: tuple[float, ...]) -> str:

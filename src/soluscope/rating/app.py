@@ -7,11 +7,10 @@ arm, the stage, the run, or on whether an item is planted, untrained or a repeat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 from jinja2 import Environment, PackageLoader
 from starlette.applications import Starlette
@@ -21,10 +20,11 @@ from starlette.routing import Route
 
 from soluscope.errors import UserError
 from soluscope.rating.database import LONGEST, Database, NotSaved, name_of
-from soluscope.rating.guard import Guard, Session
 from soluscope.rating.plan import order
 from soluscope.rating.settings import FULL
 from soluscope.report.templates import environment
+from soluscope.serving.guard import Guard
+from soluscope.serving.requests import constant, form
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTION = (
@@ -38,6 +38,19 @@ FIRINGS = {
 }
 
 
+@dataclass
+class Session:
+    """A browser that has presented the token."""
+
+    rater: str = ""
+    spent: dict[int, float] = field(default_factory=dict)
+    """Seconds before the last pause, by item."""
+    since: tuple[int, float] | None = None
+    """The item in view, and the time at which it came into view."""
+    undone: tuple[bool, str] | None = None
+    """Answer and hypothesis that were just taken back; the form shows them again."""
+
+
 def build(database: Database, token: str) -> Guard:
     """Return the application for the ratings of one study, for browsers with the token."""
     page = _Page(database)
@@ -49,10 +62,11 @@ def build(database: Database, token: str) -> Guard:
         Route("/undo", page.undo, methods=["POST"]),
         Route("/pause", page.pause, methods=["POST"]),
         Route("/paused", page.paused),
-        Route("/style.css", _file("style.css", "text/css")),
-        Route("/keys.js", _file("keys.js", "text/javascript")),
+        Route("/style.css", constant(TEMPLATES / "style.css", "text/css")),
+        Route("/keys.js", constant(TEMPLATES / "keys.js", "text/javascript")),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={UserError: _broken}), token)
+    served = Starlette(routes=routes, exception_handlers={UserError: _broken})
+    return Guard(served, token, "soluscope rate", Session)
 
 
 class _Page:
@@ -71,7 +85,7 @@ class _Page:
     def begin(self, request: Request) -> Response:
         """Begin or resume the ratings of a person."""
         try:
-            name = name_of(_form(request).get("name", ""))
+            name = name_of(form(request).get("name", ""))
         except UserError as error:
             return _page("welcome", 400, rater="", n=len(self.items), problem=str(error))
         session = _session(request)
@@ -88,13 +102,13 @@ class _Page:
 
     def rate(self, request: Request) -> Response:
         """Store an answer and continue with the next neuron."""
-        session, form = _session(request), _form(request)
+        session, sent = _session(request), form(request)
         if not session.rater:
             return _to("/")
         queue, done = self._queue(session.rater)
-        if form.get("place") != str(len(done)) or len(done) == len(queue):
+        if sent.get("place") != str(len(done)) or len(done) == len(queue):
             return _to("/rate")  # the form of another tab, or sent twice
-        answer, hypothesis = form.get("answer"), form.get("hypothesis", "").strip()[:LONGEST]
+        answer, hypothesis = sent.get("answer"), sent.get("hypothesis", "").strip()[:LONGEST]
         if answer not in ("yes", "no"):
             problem = "Choose one of the two answers first."
             return self._current(session, 400, problem, (None, hypothesis))
@@ -194,12 +208,6 @@ def _session(request: Request) -> Session:
     return session
 
 
-def _form(request: Request) -> dict[str, str]:
-    """Return the fields of a form that was sent, each once."""
-    fields = parse_qs(request.scope["body"].decode("utf8", "replace"), keep_blank_values=True)
-    return {name: values[0] for name, values in fields.items()}
-
-
 def _to(path: str) -> Response:
     return RedirectResponse(path, status_code=303)
 
@@ -212,16 +220,6 @@ def _broken(_: Request, error: Exception) -> Response:
 def _page(name: str, status: int = 200, **values: Any) -> Response:
     text = _environment().get_template(f"{name}.html.j2").render({"problem": "", **values})
     return HTMLResponse(text, status)
-
-
-def _file(name: str, kind: str) -> Callable[[Request], Response]:
-    """Return an endpoint that answers with a file of the templates."""
-    content = (TEMPLATES / name).read_bytes()
-
-    def endpoint(_: Request) -> Response:
-        return Response(content, media_type=kind)
-
-    return endpoint
 
 
 @cache

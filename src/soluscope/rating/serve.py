@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from pathlib import Path
-
-import uvicorn
 
 from soluscope.errors import UserError
 from soluscope.files import check_folder, check_links
@@ -17,10 +14,9 @@ from soluscope.rating.settings import PlanConfig, RatingConfig
 from soluscope.rating.shown import Source
 from soluscope.results import RATINGS
 from soluscope.runs.folder import lock
+from soluscope.serving import server
 from soluscope.terminal import answer, say
 from soluscope.text import plural
-
-HOST = "127.0.0.1"
 
 
 def open_plan(study_dir: Path, source: Source, config: PlanConfig) -> Database:
@@ -51,40 +47,12 @@ def serve(study_dir: Path, source: Source, config: RatingConfig) -> None:
         UserError: for the reasons that `open_plan` gives, or if the port is in use.
     """
     database = open_plan(study_dir, source, config)
-    listening = _listening(config.port)
+    listening = server.listening(config.port)
     token = secrets.token_urlsafe(32)
     items = database.items()
     say(f"{len(items)} neurons to rate, in {database.path}")
     for rater, n in database.raters().items():
         say(f"{rater}: {n} of {len(items)} {plural(len(items), 'neuron')} rated")
     say("Open this link in a browser; Ctrl-C ends the page. Answers are saved one by one.")
-    answer(f"http://{HOST}:{listening.getsockname()[1]}/?token={token}")
-    settings = uvicorn.Config(
-        app.build(database, token), lifespan="off", log_config=None, access_log=False, server_header=False,
-        ws="none",
-    )  # fmt: skip
-    try:
-        uvicorn.Server(settings).run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has closed the page
-        pass
-    finally:
-        listening.close()
-
-
-def _listening(port: int) -> socket.socket:
-    """Return a socket on this machine's loopback address.
-
-    Raises:
-        UserError: if the port is in use.
-    """
-    result = socket.socket()
-    result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        result.bind((HOST, port))
-        result.listen()  # a browser may come as soon as the address is printed
-    except OSError as error:
-        result.close()
-        raise UserError(
-            f"port={port} cannot be used ({error.strerror}): omit it, or give another"
-        ) from error
-    return result
+    answer(server.link(listening, token))
+    server.run(app.build(database, token), listening)

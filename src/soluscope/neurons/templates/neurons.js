@@ -51,10 +51,14 @@
     ["effect", "effect", "mean |change of loss| without the neuron at its own tokens, nats"],
     ["D", "D", "mean |effect minus effect under one gain|, nats"],
   ];
+  // A column's least value; the best of two columns counts. An empty field leaves nothing out.
+  const LEAST = {least: ["f1_mid", "f1_post"], drop: ["drop"], effect: ["effect"], kurtosis: ["kurtosis_mid", "kurtosis_post"]};
+  const CONTROLS = ["run", "sort", "order", "query", ...Object.keys(LEAST), "beside"];
   const SORTS = [...COLUMNS, ["change", "change of F1", "F1 after minus F1 before"], ["neuron", "number", ""]];
-  const STAGES = {pre: "before SoLU (pre)", mid: "before the norm (mid)", post: "after the norm (post)"};
+  const STAGES = {pre: "before the nonlinearity (pre)", mid: "before the norm (mid)", post: "after the norm (post)"};
   const PAGE = 50;
-  const state = {run: "", sort: "f1_mid", order: "down", query: "", least: 0, beside: "", neuron: null, stage: "post", page: 0};
+  const state = {run: "", sort: "f1_mid", order: "down", query: "", least: "", drop: "", effect: "", kurtosis: "", beside: "",
+    neuron: null, stage: "post", page: 0};
   let manifest, runs = [], list = [];
 
   const value = (row, key) => key === "change" ? (row.f1_post ?? 0) - (row.f1_mid ?? 0) : row[key];
@@ -68,15 +72,18 @@
   };
   const chosenOf = key => {
     const words = state.query.toLowerCase();
+    const bounds = Object.entries(LEAST).filter(([name]) => state[name] !== "").map(([name, keys]) => [keys, Number(state[name])]);
     return ordered(runs.filter(run => !key || run.key === key).flatMap(run => run.rows).filter(row =>
-      Math.max(row.f1_mid ?? 0, row.f1_post ?? 0) >= state.least && (!words || row.words.includes(words))));
+      bounds.every(([keys, least]) => keys.some(each => row[each] !== null && row[each] >= least))
+      && (!words || row.words.includes(words))));
   };
 
   const readHash = () => {
     const given = new URLSearchParams(location.hash.slice(1));
-    for (const key of ["run", "sort", "order", "query", "beside", "stage"]) state[key] = given.get(key) ?? state[key];
-    state.least = Number(given.get("least") ?? state.least) || 0;
     const number = given.get("neuron");
+    if (given.has("of") && !given.has("run")) state.run = given.get("of");  // a short link shows the neuron in its list
+    for (const key of [...CONTROLS, "stage"]) state[key] = given.get(key) ?? state[key];
+    for (const key of Object.keys(LEAST)) if (!Number.isFinite(Number(state[key]))) state[key] = "";
     state.neuron = number === null ? state.neuron : {run: given.get("of") ?? state.run, neuron: Number(number)};
     if (!SORTS.some(([key]) => key === state.sort)) state.sort = "f1_mid";
     if (!(state.stage in STAGES)) state.stage = "post";
@@ -84,27 +91,44 @@
   };
   const writeHash = () => {
     const given = new URLSearchParams();
-    for (const key of ["run", "sort", "order", "query", "beside", "stage"]) if (state[key]) given.set(key, state[key]);
-    if (state.least) given.set("least", state.least);
+    given.set("run", state.run);  // also if it is empty: all models
+    for (const key of [...CONTROLS, "stage"]) if (state[key]) given.set(key, state[key]);
     if (state.neuron) { given.set("of", state.neuron.run); given.set("neuron", state.neuron.neuron); }
     history.replaceState(null, "", "#" + given);
   };
+
+  const sortBy = key => {
+    state.order = state.sort === key && state.order === "down" ? "up" : "down";
+    state.sort = key;
+    state.page = 0;
+    showControls();
+    drawList();
+    drawCards();
+    [...$("table").tHead.querySelectorAll("[aria-sort] button")].forEach(each => each.focus());
+  };
+  const reveal = () => {
+    const at = list.findIndex(isChosen);
+    if (at >= 0) state.page = Math.floor(at / PAGE);
+  };
+  const isChosen = row => state.neuron !== null && row.run.key === state.neuron.run && row.neuron === state.neuron.neuron;
 
   const drawList = () => {
     list = chosenOf(state.run);
     const pages = Math.max(1, Math.ceil(list.length / PAGE));
     state.page = Math.min(state.page, pages - 1);
     const all = !state.run;
-    const heads = [...(all ? [["", "model", ""]] : []), ["", "neuron", ""], ["", "rule before", "best rule before the norm"],
+    const heads = [...(all ? [["", "model", ""]] : []), ["neuron", "neuron", ""], ["", "rule before", "best rule before the norm"],
       ["", "rule after", "best rule after the norm"], ...COLUMNS];
-    $("table").tHead.replaceChildren(element("tr", {}, ...heads.map(([key, name, title]) =>
-      element("th", {scope: "col", title, text: name, ...(key && key === state.sort
-        ? {"aria-sort": state.order === "down" ? "descending" : "ascending"} : {})}))));
+    $("table").tHead.replaceChildren(element("tr", {}, ...heads.map(([key, name, title]) => {
+      const order = state.order === "down" ? "descending" : "ascending", sorted = key && key === state.sort;
+      const head = element("th", {scope: "col", title, ...(sorted ? {"aria-sort": order} : {})});
+      head.append(key ? element("button", {type: "button", text: name, on: {click: () => sortBy(key)}}) : name);
+      return head;
+    })));
     const rows = list.slice(state.page * PAGE, (state.page + 1) * PAGE);
     $("table").tBodies[0].replaceChildren(...rows.map(row => {
-      const here = state.neuron && state.neuron.run === row.run.key && state.neuron.neuron === row.neuron;
       const link = element("a", {href: "#", text: row.neuron, on: {click: event => { event.preventDefault(); choose(row); }}});
-      return element("tr", {...(here ? {"aria-current": "true"} : {}), on: {click: () => choose(row)}},
+      return element("tr", {...(isChosen(row) ? {"aria-current": "true"} : {}), on: {click: () => choose(row)}},
         ...(all ? [element("td", {class: "rule", text: row.run.label})] : []),
         element("th", {scope: "row"}, link),
         element("td", {class: "rule", text: row.rule_mid || "–"}), element("td", {class: "rule", text: row.rule_post || "–"}),
@@ -133,11 +157,14 @@
     });
     return box;
   };
-  const drawExample = (example, detail, words, documents) => element("div", {class: "example"},
+  // Only a server can run the model: the page that it sends has the address of its editor.
+  const editor = (row, text, example) => document.body.dataset.editor ? [element("a", {text, href: document.body.dataset.editor + "?"
+    + new URLSearchParams({of: row.run.key, neuron: row.neuron, ...(example === undefined ? {} : {example})})})] : [];
+  const drawExample = (example, detail, words, documents, edit) => element("div", {class: "example"},
     element("span", {class: "value", text: shown(example.value, 3), title: "activation of the outlined token"}),
     passage(example, detail.scale[example.stage], words),
     element("span", {class: "source", text: [documents[example.document],
-      `effect ${shown(example.effect, 3)} nats`, `D ${shown(example.D, 3)}`, `K ${shown(example.k_eff, 1)}`].join(" · ")}));
+      `effect ${shown(example.effect, 3)} nats`, `D ${shown(example.D, 3)}`, `K ${shown(example.k_eff, 1)}`].join(" · ")}, ...edit));
 
   const histogram = (counts, label) => {
     const space = "http://www.w3.org/2000/svg", most = Math.log1p(Math.max(...counts));
@@ -156,10 +183,10 @@
     });
     return drawing;
   };
-  const table = (caption, heads, lines) => element("table", {}, element("caption", {class: "unseen", text: caption}),
+  const table = (caption, heads, lines) => element("div", {class: "wide"}, element("table", {}, element("caption", {class: "unseen", text: caption}),
     element("thead", {}, element("tr", {}, ...heads.map(text => element("th", {scope: "col", text})))),
     element("tbody", {}, ...lines.map(([name, ...cells]) => element("tr", {}, element("th", {scope: "row", text: name}),
-      ...cells.map(text => element("td", {text}))))));
+      ...cells.map(text => element("td", {text})))))));
 
   const drawCard = async (row, note) => {
     const run = row.run;
@@ -168,10 +195,13 @@
     const detail = part[row.neuron % manifest.group], stages = run.hasNorm ? ["pre", "mid", "post"] : ["pre", "mid"];
     const stage = stages.includes(state.stage) ? state.stage : "mid";
     const card = element("article", {class: "card"}, element("h2", {text: `Neuron ${row.neuron}, ${run.label}`}),
-      element("p", {class: "soft", text: note}));
-    card.append(table("Rules", ["found", "rule", "F1 before", "F1 after", "precision before", "precision after", "recall before", "recall after"],
-      ["mid", "post"].map(side => [side === "mid" ? "before" : "after", detail.rules[side].rule || "none",
-        ...["f1", "precision", "recall"].flatMap(name => ["mid", "post"].map(at => shown(detail.rules[side][`${name}_${at}`])))])));
+      element("p", {class: "soft"}, note, ...editor(row, "Try a text").flatMap(link => [" · ", link])));
+    for (const side of ["mid", "post"]) {
+      const found = detail.rules[side], when = side === "mid" ? "before" : "after";
+      card.append(element("p", {class: "best"}, `Best rule ${when} the norm: `, element("b", {text: found.rule || "none"})));
+      if (found.rule) card.append(table(`Best rule ${when} the norm`, ["measured", "F1", "precision", "recall"],
+        ["mid", "post"].map(at => [at === "mid" ? "before" : "after", ...["f1", "precision", "recall"].map(name => shown(found[`${name}_${at}`]))])));
+    }
     card.append(table("Share of the tokens in each range at which the rule before the norm holds",
       ["fits the rule, by range", ...Array.from({length: 10}, (_, i) => i + 1)],
       ["mid", "post"].map(at => [at === "mid" ? "before" : "after", ...detail.rules.mid[`consistent_${at}`].map(each => shown(each))])));
@@ -196,7 +226,8 @@
       const found = detail.examples.filter(each => each.stage === stage && each.range === of);
       if (!found.length) continue;
       const heading = of < 0 ? "Largest, one of each document" : `Range ${of + 1} of 10`;
-      card.append(element("h4", {text: heading}), ...found.map(each => drawExample(each, detail, words, documents)));
+      card.append(element("h4", {text: heading}), ...found.map(each => drawExample(each, detail, words, documents,
+        editor(row, "edit", detail.examples.indexOf(each)).flatMap(link => [" · ", link]))));
     }
     return card;
   };
@@ -225,17 +256,18 @@
     drawCards();
   };
   const step = by => {
-    const at = list.findIndex(row => state.neuron && row.run.key === state.neuron.run && row.neuron === state.neuron.neuron);
-    const next = list[Math.max(0, Math.min(list.length - 1, at + by))];
+    const next = list[Math.max(0, Math.min(list.length - 1, list.findIndex(isChosen) + by))];
     if (!next) return;
-    state.page = Math.floor(list.indexOf(next) / PAGE);
+    state.neuron = {run: next.run.key, neuron: next.neuron};
+    reveal();
     choose(next);
-    document.querySelector('#table tr[aria-current="true"]')?.scrollIntoView({block: "nearest"});
+    showLine();
   };
+  const showLine = () => document.querySelector('#table tr[aria-current="true"]')?.scrollIntoView({block: "nearest"});
 
   const options = (select, pairs) => select.replaceChildren(...pairs.map(([key, text]) => element("option", {value: key, text})));
   const showControls = () => {
-    for (const key of ["run", "sort", "order", "query", "least", "beside"]) $(key).value = state[key];
+    for (const key of CONTROLS) $(key).value = state[key];
   };
   const start = async () => {
     manifest = await unpack($("manifest").textContent);
@@ -258,13 +290,15 @@
     showControls();
     list = chosenOf(state.run);
     if (!state.neuron && list.length) state.neuron = {run: list[0].run.key, neuron: list[0].neuron};
+    reveal();
     drawList();
+    showLine();
     await drawCards();
     document.body.dataset.ready = "true";
   };
-  for (const key of ["run", "sort", "order", "query", "least", "beside"]) {
+  for (const key of CONTROLS) {
     $(key).addEventListener("input", () => {
-      state[key] = key === "least" ? Number($(key).value) || 0 : $(key).value;
+      state[key] = $(key).value;
       state.page = 0;
       drawList();
       drawCards();
@@ -273,7 +307,7 @@
   $("controls").addEventListener("submit", event => event.preventDefault());
   $("earlier").addEventListener("click", () => { state.page -= 1; drawList(); });
   $("later").addEventListener("click", () => { state.page += 1; drawList(); });
-  addEventListener("hashchange", () => { readHash(); showControls(); drawList(); drawCards(); });
+  addEventListener("hashchange", () => { readHash(); showControls(); list = chosenOf(state.run); reveal(); drawList(); drawCards(); });
   addEventListener("keydown", event => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape" && document.activeElement !== document.body) { document.activeElement.blur(); return; }

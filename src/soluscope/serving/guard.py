@@ -2,14 +2,13 @@
 
 Refused are requests that name another host (a foreign name that resolves to this machine), that come from
 another origin (another site, or another port of this machine), or that have no session. A policy in every answer
-allows the page's own style and script, and nothing else.
+allows style sheets and scripts of the same address, and nothing else, unless the answer has a policy already.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
@@ -37,26 +36,23 @@ HEADERS = {
 }
 
 
-@dataclass
-class Session:
-    """A browser that has presented the token."""
-
-    rater: str = ""
-    spent: dict[int, float] = field(default_factory=dict)
-    """Seconds before the last pause, by item."""
-    since: tuple[int, float] | None = None
-    """The item in view, and the time at which it came into view."""
-    undone: tuple[bool, str] | None = None
-    """Answer and hypothesis that were just taken back; the form shows them again."""
-
-
 class Guard:
     """An application that answers only requests of a browser that has presented the token."""
 
-    def __init__(self, app: App, token: str) -> None:
+    def __init__(self, app: App, token: str, command: str, new_session: Callable[[], Any]) -> None:
+        """Guard an application.
+
+        Args:
+            app: the application. Its requests have a `session` and a `body` in their scope.
+            token: the secret of the link that opens the page.
+            command: the command that prints this link.
+            new_session: function that returns the state of a browser that has presented the token.
+        """
         self.app = app
         self.token = token
-        self.sessions: dict[str, Session] = {}
+        self.command = command
+        self.new_session = new_session
+        self.sessions: dict[str, Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -67,7 +63,7 @@ class Guard:
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
-        problem = _foreign(scope["method"], headers)
+        problem = _foreign(scope["method"], headers, self.command)
         if problem:
             return await _refuse(send, 403, problem)
         name = f"soluscope-{headers['host'].rpartition(':')[2]}"  # cookies of a host are common to its ports
@@ -79,13 +75,13 @@ class Guard:
                     send, 403, "Too many browsers have opened this page. Start it again."
                 )
             key = secrets.token_urlsafe(32)
-            self.sessions[key] = Session()
+            self.sessions[key] = self.new_session()
             cookie = f"{name}={key}; HttpOnly; SameSite=Strict; Path=/"
         if key not in self.sessions:
             return await _refuse(
                 send,
                 403,
-                "This page needs the link that 'soluscope rate' has printed. Open that link.",
+                f"This page needs the link that '{self.command}' has printed. Open that link.",
             )
         body = await _body(receive)
         if body is None:
@@ -99,14 +95,12 @@ class Guard:
         return first and secrets.compare_digest(given.encode(), self.token.encode())
 
 
-def _foreign(method: str, headers: dict[str, str]) -> str:
+def _foreign(method: str, headers: dict[str, str], command: str) -> str:
     """Return the reason to refuse a request that another site may have made; empty if there is none."""
     host = headers.get("host", "")
     name, _, port = host.rpartition(":")
     if name not in HOSTS or not port.isdigit():
-        return (
-            "This page answers only at 127.0.0.1. Open the link that 'soluscope rate' has printed."
-        )
+        return f"This page answers only at 127.0.0.1. Open the link that '{command}' has printed."
     origin = headers.get("origin")
     if method not in ("GET", "HEAD") and origin != f"http://{host}":
         return "This request comes from another page, and is refused."
@@ -140,14 +134,20 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _with_headers(send: Send, cookie: str = "") -> Send:
-    """Return a `send` that adds the guard's headers to every answer."""
+    """Return a `send` that adds the guard's headers to every answer, where the answer does not have them."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
+            own = [*message.get("headers", ())]
+            known = {name.lower() for name, _ in own}
             added = {**HEADERS, **({"set-cookie": cookie} if cookie else {})}
             message["headers"] = [
-                *message.get("headers", ()),
-                *((name.encode(), value.encode()) for name, value in added.items()),
+                *own,
+                *(
+                    (name.encode(), value.encode())
+                    for name, value in added.items()
+                    if name.encode() not in known
+                ),
             ]
         await send(message)
 
