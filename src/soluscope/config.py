@@ -60,6 +60,8 @@ def check(condition: bool, message: str) -> None:
 
 MATCHED = "baseline"
 """Value of model.mlp_out_scale that stands for a number measured before the first step."""
+CONSTANT = "constant"
+"""Value of model.norms for a model that loses all its per-token scales."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class ModelConfig:
     """Constant alpha in mlp_out = alpha post W_out + b_out: the size of the MLP's output beside the residual
     stream, and of the change that one optimizer step makes to it. `baseline`: the alpha at which the median of
     |mlp_out| / |resid_mid| starts as in the baseline, plain GELU, with the same seed."""
+    norms: Literal["live", "constant"] = "live"
+    """live: norms with a per-token scale keep it. constant: further training (train.init_from) replaces it by a
+    constant in one norm after the other, in its first half. `soluscope remove what=all` trains such models."""
 
     def training_flops(self, d_vocab: int) -> float:
         """Return the floating-point operations per token of a training step's matrix products.
@@ -313,6 +318,12 @@ class Config:
             only_seed_in_braces("train.init_from", self.train.init_from)
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
         check(
+            self.model.norms != CONSTANT
+            or (self.train.init_from is not None and not self.train.snapshots),
+            f"model.norms={self.model.norms} needs the weights of a trained run (train.init_from=) and keeps no "
+            "snapshots (train.snapshots=0): 'soluscope remove what=all' sets both",
+        )
+        check(
             self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
             f"train.init_from={self.train.init_from} is the folder of this run itself: set tag= or study= to train "
             "on in another folder",
@@ -451,14 +462,18 @@ class PretrainedConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class RemoveConfig:
+    what: Literal["gain", "all"] = "gain"
+    """gain: the mid norm's per-token gain, of runs that have one. all: the per-token scales of all norms (ln1, ln2,
+    ln_final and the mid norm), of all runs. Further training replaces them by constants, one norm after the
+    other."""
     n_tokens: int = 10_000
     """Approximate number of tokens of the report split on which losses are measured."""
     n_fit_tokens: int = 20_000
     """Approximate number of tokens of the select split on which the gain and the readout are fitted. A quarter of
     its documents chooses the penalty of the refit."""
     fine_tune_tokens: int | None = None
-    """Tokens of the further training with one gain, and of the same training with the per-token gain kept. null: a
-    tenth of the run's own. 0: no further training."""
+    """Tokens of the further training, and of the same training of the unchanged model beside it. null: a tenth of
+    the run's own. 0: no further training."""
     lr_share: float = 0.3
     """Peak learning rate of the further training, as a share of the run's."""
     n_draws: int = 2000
@@ -477,6 +492,10 @@ class RemoveConfig:
         check(
             self.fine_tune_tokens is None or self.fine_tune_tokens >= 0,
             f"fine_tune_tokens={self.fine_tune_tokens} must be 0 or more",
+        )
+        check(
+            self.what != "all" or self.fine_tune_tokens != 0,
+            "what=all removes the scales during further training: set fine_tune_tokens= above 0, or leave it out",
         )
         check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)
@@ -546,7 +565,7 @@ _PLACES = ("study", "tag", "probes", "runs_dir", "wandb", "select_seeds", "token
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
-_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0}
+_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0, "model.norms": "live"}
 """Settings that were added later, with their defaults, so that runs from before keep their ids."""
 
 

@@ -114,7 +114,7 @@ class Where(StrEnum):
 
 
 class Removed(StrEnum):
-    """Step of the removal of a trained model's per-token gain.
+    """Step of the removal of a trained model's per-token gain, or the removal of all its per-token scales.
 
     Its number is the loss after the step minus the loss of the trained model.
     """
@@ -125,6 +125,8 @@ class Removed(StrEnum):
     """The same, and the readout after the gain is fitted again."""
     FINE_TUNED = "Phi_ft"
     """One gain for all tokens, and all weights are trained further."""
+    ALL = "no per-token scale"
+    """All norms divide by constants, and all weights are trained further. No later step of the others."""
 
 
 class Order(StrEnum):
@@ -212,6 +214,18 @@ class Gate:
     x: float | None = None
     stream: str = "natural"
     """Name of one of the control's streams."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim about models without LayerNorm, as a statement about a probe's estimate."""
+
+    quantity: str
+    text: str
+    """One sentence."""
+    within: float | None = None
+    """Largest size of the number in a model without LayerNorm. None: the claim is that the number is not lower than
+    in the trained model."""
 
 
 @dataclass(frozen=True)
@@ -425,6 +439,44 @@ class RemovalOfArm(OfRemoval):
     """The mean of the same number over the seeds of an arm, with the interval for new seeds and documents."""
 
     kind: ClassVar[str] = "removal of an arm"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A number with the bounds of its 95% interval for other documents; None: undefined, or no interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimTested(OfRun, Record):
+    """A published claim about models without LayerNorm, tested on one run; `note` says why it was not.
+
+    All models are measured in fp64, on the same documents of the report split.
+    """
+
+    kind: ClassVar[str] = "claim"
+
+    probe: str
+    quantity: str
+    unit: str
+    claim: str
+    within: float | None = None
+    """As in `Claim`."""
+    n_tuned: Whole = 0
+    """Number of tokens of the further training."""
+    before: Bounded | None = None
+    """The number of the trained model."""
+    kept: Bounded | None = None
+    """The number after the same further training with all norms kept."""
+    after: Bounded | None = None
+    """The number of the model without per-token scales."""
+    change: Bounded | None = None
+    """`after` minus `before`, on the same documents."""
+    holds: bool | None = None
+    """None: not settled, because there is no interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -701,7 +753,8 @@ KINDS: dict[str, type[Record]] = {
     each.kind: each
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, NeuronFound, Comparison, Located, ChoicePoint, NoChoice,
-        Setting, GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, Rated,
+        Setting, GateResult, FalsePositives, ProbeWords, Provenance, Registered, Removal, RemovalOfArm, ClaimTested,
+        Rated,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from soluscope.model import LanguageModel
 from soluscope.runs.weights import build_model
 from soluscope.training.device import on_cuda
 from soluscope.training.init_from import load_origin
+from soluscope.training.losing_norms import LosingNorms
 from soluscope.training.out_scale import set_out_scale
 from soluscope.training.static_gain import set_gain
 
@@ -33,11 +34,14 @@ class TrainingModule(lightning.LightningModule):
         load_origin(self.model, config, cache)
         set_gain(self.model, config, cache)
         set_out_scale(self.model, config, cache)
+        self.losing_norms = LosingNorms.of(self.model, config, cache)
         self.grad_norm = torch.tensor(math.nan)
         compiled = on_cuda(config) if config.train.compile is None else config.train.compile
         self.loss = torch.compile(self.model.loss) if compiled else self.model.loss
 
     def training_step(self, tokens: Int[Tensor, "batch pos"], index: int) -> Tensor:
+        if self.losing_norms:
+            self.losing_norms.advance(self.global_step)
         return self.loss(tokens, self.bos)
 
     def configure_gradient_clipping(
