@@ -476,6 +476,9 @@ class RemoveConfig:
     the run's own. 0: no further training."""
     lr_share: float = 0.3
     """Peak learning rate of the further training, as a share of the run's."""
+    n_loss_tokens: int = 50_000
+    """Maximum number of tokens of each validation split on which the further trained models are compared with the
+    study's arms. It must be as in 'soluscope probe'."""
     n_draws: int = 2000
     """Bootstrap resamples for each interval."""
     seed: int = 0

@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # training does not require jaxtyping
 
     from soluscope.norms import Mid
 
-EPS = 1e16
-"""Epsilon of a LayerNorm of TransformerLens that divides by a constant: sqrt(var + EPS) is 1e8 up to rounding.
+EPS = 1e20
+"""Epsilon of a LayerNorm of TransformerLens that divides by a constant: sqrt(var + EPS) is 1e10 up to rounding.
 
-Its weights are 1e8 times as large. The released models of Baroni et al. have an epsilon of 1e12 for this reason."""
+Its weights are 1e10 times as large. The released models of Baroni et al. have an epsilon of 1e12 for this reason."""
 SHARE = 0.1
 """Weight of a batch in the running means. The first batches have equal weights."""
 GROUPS = ("constant", "eos_constant", "bos_constant")
@@ -136,5 +136,6 @@ def constant_norms(model: nn.Module) -> dict[str, ConstantNorm]:
 
 def gain_of(norm: MidNorm | None) -> float | None:
     """Return the gain that a norm has at all tokens; None if it has no such gain."""
-    is_one = isinstance(norm, StaticNorm) or (isinstance(norm, ConstantNorm) and norm.one_scale)
-    return norm.present_gain().item() if is_one else None
+    if isinstance(norm, StaticNorm) or (isinstance(norm, ConstantNorm) and norm.one_scale):
+        return norm.present_gain().item()
+    return None

@@ -610,7 +610,7 @@ class Setting(Record):
     values: dict[str, float]
     """The arm's settings by name: `lr`, `kappa`, `gain`, `d_mlp`, …"""
     role: str
-    """`baseline`, `plain`, `static` or `per_token`."""
+    """`baseline`, `plain`, `static`, `per_token` or `other`."""
     chain: tuple[Step, ...] = ()
     """From the root of the variant's chain to the variant itself."""
     twin: str = ""
@@ -628,6 +628,8 @@ class Setting(Record):
     """True if the arm's alpha is matched to the baseline, so that it is compared in that design alone."""
     family: str = ""
     """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
+    after: str = ""
+    """The arm with whose trained weights this one began. It has seen more tokens, so it has no part in any choice."""
 
 
 @dataclass(frozen=True, kw_only=True)

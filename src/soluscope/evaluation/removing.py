@@ -18,12 +18,14 @@ from soluscope.bars import Say
 from soluscope.config import CONSTANT, Config, RemoveConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.evaluation import further
 from soluscope.evaluation.claims import probes_with_claims, tested
 from soluscope.evaluation.elsewhere import check_writable
 from soluscope.evaluation.one_run import (
     LEFT_BEHIND_S,
     check_device,
     device_of,
+    evaluate_run,
     n_threads,
     threads,
     tokens_of,
@@ -73,6 +75,8 @@ def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
             told = partial(_say_after, say, f"[{number}/{len(runs)}] {run.dir.name}:")
             with run.lock(LEFT_BEHIND_S), threads(n_threads()):
                 _remove(run, config, told)
+            for each in further.trained_further([run]):
+                _measure(each, config, told)
         return write_results(study_dir)
 
 
@@ -130,6 +134,17 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
             losses.table.to_parquet(folder / f"{name}.parquet")
             numbers = _records(folder, name, losses, base, config)
             store(folder, name, [*numbers, *losses.claims])
+
+
+def _measure(each: further.Further, config: RemoveConfig, say: Say) -> None:
+    """Measure the losses of a run that was trained further, for the comparison of its origin's study."""
+    if not further.is_measured(each):
+        losses = replace(
+            config.evaluation, probes=[], n_loss_tokens=config.n_loss_tokens, wandb="off"
+        )
+        evaluate_run(each.run, losses, say, lambda done, of, name: None)
+    if why := further.obstacle(each):
+        say(why)
 
 
 def _records(
@@ -216,10 +231,10 @@ class _Texts:
         gain = float(
             f"{best_gain(choosing):.6g}"
         )  # the same setting when a killed training is resumed
-        further = self.steps, self.config.lr_share
+        settings = self.steps, self.config.lr_share
         one, own = (
             self._on_report(self._trained_further(config))
-            for config in (with_gain(self.run, gain, *further), kept(self.run, *further))
+            for config in (with_gain(self.run, gain, *settings), kept(self.run, *settings))
         )
         from_start = {
             run.facts.arm: self._on_report(load_run(run, self.device))
@@ -230,11 +245,11 @@ class _Texts:
 
     def _without_norms(self) -> Losses:
         """Return the losses after further training that removes all scales, and the tests of the claims in fp64."""
-        further = self.steps, self.config.lr_share
-        model = self._trained_further(without_norms(self.run, *further))
+        settings = self.steps, self.config.lr_share
+        model = self._trained_further(without_norms(self.run, *settings))
         models = (
             load_run(self.run, self.device),
-            self._trained_further(kept(self.run, *further)),
+            self._trained_further(kept(self.run, *settings)),
             model,
         )
         runs = [

@@ -1,0 +1,206 @@
+"""Removal of all per-token scales from trained models, the claims about them, and their place in the comparison."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, train_silently
+
+from soluscope import results
+from soluscope.config import EvalConfig, RemoveConfig
+from soluscope.data.cache import of_study
+from soluscope.data.streams import from_cache
+from soluscope.errors import UserError
+from soluscope.evaluation import further
+from soluscope.evaluation.claims import _holds
+from soluscope.evaluation.removing import remove
+from soluscope.evaluation.suite import evaluate
+from soluscope.hooked.activations import observe
+from soluscope.hooked.convert import load
+from soluscope.probes import Claim
+from soluscope.results import (
+    Bounded,
+    ClaimTested,
+    Comparison,
+    Measurement,
+    Removal,
+    RemovalOfArm,
+    Removed,
+    Setting,
+    Term,
+    of_kind,
+)
+from soluscope.runs.folder import Run
+
+N_TUNED = 14 * 8 * 32
+ALL = RemoveConfig(
+    what="all", n_tokens=1000, n_draws=100, fine_tune_tokens=N_TUNED, n_loss_tokens=1000
+)
+LOSSES = EvalConfig(probes=[], n_tokens=1000, n_loss_tokens=1000, n_draws=100, jobs=1)
+
+
+def silent(text: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """Return a study of SoLU + LN at two seeds and plain GELU, after the removal of all scales and of one gain."""
+    runs_dir = tmp_path_factory.mktemp("all")
+    for word, seed in (("solu_ln mid.kappa=4e-5", 0), ("solu_ln mid.kappa=4e-5", 1), ("gelu", 0)):
+        variant, *words = word.split()
+        train_silently(
+            tiny_config(runs_dir, f"variant={variant}", "study=s", f"seed={seed}", *words)
+        )
+    evaluate(runs_dir / "s", LOSSES, silent)
+    remove(runs_dir / "s", ALL, silent)
+    gain = replace(ALL, what="gain", n_fit_tokens=500)
+    remove(runs_dir / "s" / "solu_ln-s0", gain, silent)
+    return runs_dir / "s"
+
+
+@pytest.fixture(scope="module")
+def records(study) -> list[results.Record]:
+    return results.read(study / "results.jsonl")
+
+
+def without_scales(study: Path, arm: str) -> Path:
+    return next(study.with_name("s-removed").glob(f"*of-{arm}-*-no-norms"))
+
+
+def test_a_run_without_scales_loads_like_any_run_and_has_one_scale_for_all_tokens(study):
+    run = without_scales(study, "solu_ln")
+    model = load(run)
+    stream = from_cache(of_study(study), "report", 32, 500, "natural")
+    _, cache = model.run_with_cache(stream.tokens)
+    for name in ("blocks.0.ln1", "blocks.0.ln2", "blocks.0.mlp.ln", "ln_final"):
+        assert cache[f"{name}.hook_scale"].unique().numel() == 1
+    facts = Run(run).facts
+    assert facts.eps is None
+    assert facts.gain == pytest.approx(1 / cache["blocks.0.mlp.ln.hook_scale"][0, 0].item())
+    assert observe(model, stream).engagement.max() == 0
+    assert facts.init_from.run == "s/solu_ln-s0"
+
+
+def test_its_losses_are_those_of_the_training_code_and_its_control_saw_the_same_batches(
+    study, records
+):
+    run = Run(without_scales(study, "gelu"))
+    cache = of_study(study)
+    rows = from_cache(cache, "report", 32, 1000, "natural").tokens
+
+    @torch.no_grad()
+    def mean_loss(run: Run) -> float:
+        losses = run.load_model().loss(rows, cache.meta["bos"], reduction="none")[:, 1:]
+        return float(losses[rows[:, 2:] != cache.meta["bos"]].double().mean())
+
+    trained, after = mean_loss(Run(study / "gelu-s0")), mean_loss(run)
+    control = mean_loss(Run(run.dir.with_name(run.dir.name.removesuffix("-no-norms"))))
+    found = {
+        row.against: row.value
+        for row in of_kind(records, Removal)
+        if (row.step, row.run) == (Removed.ALL, "gelu-s0")
+    }
+    assert found["as trained"] == pytest.approx(after - trained, abs=1e-5)
+    assert found["same adaptation"] == pytest.approx(after - control, abs=1e-5)
+    of_arm = [row for row in of_kind(records, RemovalOfArm) if row.step is Removed.ALL]
+    assert {(row.arm, row.n, row.n_tuned) for row in of_arm} == {("solu_ln", 2, N_TUNED)}
+
+
+def test_the_claims_are_rows_with_the_numbers_of_three_models(records):
+    rows = of_kind(records, ClaimTested)
+    assert {row.run for row in rows} == {"solu_ln-s0", "solu_ln-s1", "gelu-s0"}
+    assert {row.probe for row in rows} == {
+        "exact_dla",
+        "attribution_patching",
+        "entropy_neurons",
+    }
+    for row in rows:
+        assert None not in (row.before, row.kept, row.after, row.change), row.note
+        assert row.change.value == pytest.approx(row.after.value - row.before.value, abs=1e-12)
+        if row.within is not None:
+            assert (row.within, row.holds) == (1e-6, True)
+            assert abs(row.after.value) < 1e-6
+        if row.probe == "exact_dla":  # the error is large with a live ln_final, and 0 without
+            assert min(row.before.value, row.kept.value) > 1e-3
+    shares = [row for row in rows if row.quantity.startswith("share of entropy")]
+    assert min(row.before.value for row in shares) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("within", "after", "change", "holds"),
+    [
+        (1e-6, Bounded(0.0), Bounded(-0.2), True),
+        (1e-6, Bounded(1e-9, 0, 2e-9), Bounded(-0.2), True),
+        (1e-6, Bounded(1e-9, 0, 2e-3), Bounded(-0.2), False),
+        (None, Bounded(0.5), Bounded(-0.2, -0.3, -0.1), False),
+        (None, Bounded(0.5), Bounded(-0.2, -0.3, 0.1), True),
+        (None, Bounded(0.5), Bounded(-0.2), None),
+        (1e-6, Bounded(None), Bounded(None), None),
+    ],
+)
+def test_a_claim_holds_if_its_number_is_0_or_its_change_is_not_below_0(
+    within, after, change, holds
+):
+    assert _holds(Claim("x", "text", within), after, change) is holds
+
+
+def test_arms_trained_further_are_compared_with_the_same_training_of_the_unchanged_model(records):
+    known = {each.arm: each for each in of_kind(records, Setting)}
+    arms = {arm for arm, each in known.items() if each.after}
+    of_ln = {arm for arm in arms if known[arm].after == "solu_ln"}
+    words = ("as-before", "with-one-gain", "without-per-token-scales")
+    assert of_ln == {f"solu_ln-then-{each}-14-steps-0.3" for each in words}
+    assert {known[arm].role for arm in arms} == {"other"}
+    assert {known[arm].values["further_tokens"] for arm in arms} == {N_TUNED}
+    assert {known[arm].size for arm in known} == {""}  # beside the study's own arms
+    compared = of_kind(records, Comparison)
+    assert arms <= {row.arm for row in compared if row.term is Term.LOSS}
+    unchanged = "solu_ln-then-as-before-14-steps-0.3"
+    beside = {
+        row.arm: row for row in compared if row.against == unchanged and row.cluster == "seed"
+    }
+    assert beside.keys() == of_ln - {unchanged}
+    assert {row.n for row in beside.values()} == {1, 2}  # one gain was removed at one seed
+    assert not [row for row in compared if row.term in (Term.STATIC, Term.SHARE)]
+    losses = {
+        (row.arm, row.seed): row for row in of_kind(records, Measurement) if row.probe == "loss"
+    }
+    (arm,) = (arm for arm in beside if beside[arm].n == 2)
+    paired = [losses[arm, seed].value - losses[unchanged, seed].value for seed in (0, 1)]
+    assert beside[arm].value == pytest.approx(sum(paired) / 2)
+
+
+def test_losses_of_other_documents_are_not_compared_and_the_reason_is_told(study, tmp_path):
+    for name in ("s", "s-removed"):
+        shutil.copytree(study.with_name(name), tmp_path / name, symlinks=True)
+    origin = Run(tmp_path / "s" / "gelu-s0")
+    shutil.rmtree(origin.dir / "probes")
+    (origin.dir / "removal").rename(tmp_path / "removal")
+    evaluate(origin.dir, replace(LOSSES, n_loss_tokens=500), silent)
+    each, *_ = further.trained_further([origin])
+    assert "probe both studies with the same n_loss_tokens=" in further.obstacle(each)
+    assert not list(further.compared([origin]))
+
+
+def test_the_command_resumes_and_the_page_shows_the_claims(study):
+    from soluscope.report import build
+
+    told: list[str] = []
+    remove(study, ALL, told.append)
+    assert told == [f"[{n}/3] {name}: done already" for n, name in enumerate(
+        ("gelu-s0", "solu_ln-s0", "solu_ln-s1"), 1
+    )]  # fmt: skip
+    page = build(study).read_text()
+    assert "Direct logit attribution is exact: of the whole MLP." in page
+    assert "then trained without per-token scales for 3,584 tokens" in page
+
+
+def test_too_short_a_training_and_none_are_refused(study):
+    with pytest.raises(UserError, match="need 10 optimizer steps, and there are 2"):
+        remove(study / "gelu-s0", replace(ALL, fine_tune_tokens=2 * 8 * 32), silent)
+    with pytest.raises(UserError, match="what=all removes the scales during further training"):
+        RemoveConfig(what="all", fine_tune_tokens=0)
