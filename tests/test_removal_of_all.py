@@ -17,18 +17,19 @@ from soluscope.data.streams import from_cache
 from soluscope.errors import UserError
 from soluscope.evaluation import further
 from soluscope.evaluation.claims import _holds
+from soluscope.evaluation.one_run import evaluate_run
 from soluscope.evaluation.removing import remove
 from soluscope.evaluation.suite import evaluate
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import load
 from soluscope.probes import Claim
+from soluscope.removal.fine_tune import with_gain
 from soluscope.results import (
     Bounded,
     ClaimTested,
     Comparison,
     Measurement,
     Removal,
-    RemovalOfArm,
     Removed,
     Setting,
     Term,
@@ -48,17 +49,13 @@ def silent(text: str) -> None: ...
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
-    """Return a study of SoLU + LN at two seeds and plain GELU, after the removal of all scales and of one gain."""
+    """Return a study of SoLU + LN and plain GELU after the removal of all scales, and of one with a gain of 30."""
     runs_dir = tmp_path_factory.mktemp("all")
-    for word, seed in (("solu_ln mid.kappa=4e-5", 0), ("solu_ln mid.kappa=4e-5", 1), ("gelu", 0)):
-        variant, *words = word.split()
-        train_silently(
-            tiny_config(runs_dir, f"variant={variant}", "study=s", f"seed={seed}", *words)
-        )
+    for words in (["variant=solu_ln", "mid.kappa=4e-5"], ["variant=gelu"]):
+        train_silently(tiny_config(runs_dir, "study=s", *words))
+    train_silently(with_gain(Run(runs_dir / "s" / "solu_ln-s0"), 30.0, 14, 0.3))
     evaluate(runs_dir / "s", LOSSES, silent)
     remove(runs_dir / "s", ALL, silent)
-    gain = replace(ALL, what="gain", n_fit_tokens=500)
-    remove(runs_dir / "s" / "solu_ln-s0", gain, silent)
     return runs_dir / "s"
 
 
@@ -68,7 +65,7 @@ def records(study) -> list[results.Record]:
 
 
 def without_scales(study: Path, arm: str) -> Path:
-    return next(study.with_name("s-removed").glob(f"*of-{arm}-*-no-norms"))
+    return next(study.with_name("s-removed").glob(f"{arm}-s0-of-*-no-norms"))
 
 
 def test_a_run_without_scales_loads_like_any_run_and_has_one_scale_for_all_tokens(study):
@@ -106,13 +103,11 @@ def test_its_losses_are_those_of_the_training_code_and_its_control_saw_the_same_
     }
     assert found["as trained"] == pytest.approx(after - trained, abs=1e-5)
     assert found["same adaptation"] == pytest.approx(after - control, abs=1e-5)
-    of_arm = [row for row in of_kind(records, RemovalOfArm) if row.step is Removed.ALL]
-    assert {(row.arm, row.n, row.n_tuned) for row in of_arm} == {("solu_ln", 2, N_TUNED)}
 
 
 def test_the_claims_are_rows_with_the_numbers_of_three_models(records):
     rows = of_kind(records, ClaimTested)
-    assert {row.run for row in rows} == {"solu_ln-s0", "solu_ln-s1", "gelu-s0"}
+    assert {row.run for row in rows} == {"solu_ln-s0", "gelu-s0"}
     assert {row.probe for row in rows} == {
         "exact_dla",
         "attribution_patching",
@@ -164,14 +159,12 @@ def test_arms_trained_further_are_compared_with_the_same_training_of_the_unchang
         row.arm: row for row in compared if row.against == unchanged and row.cluster == "seed"
     }
     assert beside.keys() == of_ln - {unchanged}
-    assert {row.n for row in beside.values()} == {1, 2}  # one gain was removed at one seed
     assert not [row for row in compared if row.term in (Term.STATIC, Term.SHARE)]
     losses = {
         (row.arm, row.seed): row for row in of_kind(records, Measurement) if row.probe == "loss"
     }
-    (arm,) = (arm for arm in beside if beside[arm].n == 2)
-    paired = [losses[arm, seed].value - losses[unchanged, seed].value for seed in (0, 1)]
-    assert beside[arm].value == pytest.approx(sum(paired) / 2)
+    for arm, row in beside.items():
+        assert row.value == pytest.approx(losses[arm, 0].value - losses[unchanged, 0].value)
 
 
 def test_losses_of_other_documents_are_not_compared_and_the_reason_is_told(study, tmp_path):
@@ -179,8 +172,7 @@ def test_losses_of_other_documents_are_not_compared_and_the_reason_is_told(study
         shutil.copytree(study.with_name(name), tmp_path / name, symlinks=True)
     origin = Run(tmp_path / "s" / "gelu-s0")
     shutil.rmtree(origin.dir / "probes")
-    (origin.dir / "removal").rename(tmp_path / "removal")
-    evaluate(origin.dir, replace(LOSSES, n_loss_tokens=500), silent)
+    evaluate_run(origin, replace(LOSSES, n_loss_tokens=500), silent, lambda *step: None)
     each, *_ = further.trained_further([origin])
     assert "probe both studies with the same n_loss_tokens=" in further.obstacle(each)
     assert not list(further.compared([origin]))
@@ -191,9 +183,7 @@ def test_the_command_resumes_and_the_page_shows_the_claims(study):
 
     told: list[str] = []
     remove(study, ALL, told.append)
-    assert told == [f"[{n}/3] {name}: done already" for n, name in enumerate(
-        ("gelu-s0", "solu_ln-s0", "solu_ln-s1"), 1
-    )]  # fmt: skip
+    assert told == ["[1/2] gelu-s0: done already", "[2/2] solu_ln-s0: done already"]
     page = build(study).read_text()
     assert "Direct logit attribution is exact: of the whole MLP." in page
     assert "then trained without per-token scales for 3,584 tokens" in page

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # training does not require jaxtyping
 EPS = 1e20
 """Epsilon of a LayerNorm of TransformerLens that divides by a constant: sqrt(var + EPS) is 1e10 up to rounding.
 
-Its weights are 1e10 times as large. The released models of Baroni et al. have an epsilon of 1e12 for this reason."""
+Its weights are 1e10 times as large. The models that Baroni et al. released have an epsilon of 1e12."""
 SHARE = 0.1
 """Weight of a batch in the running means. The first batches have equal weights."""
 GROUPS = ("constant", "eos_constant", "bos_constant")

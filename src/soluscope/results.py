@@ -629,7 +629,7 @@ class Setting(Record):
     family: str = ""
     """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
     after: str = ""
-    """The arm with whose trained weights this one began. It has seen more tokens, so it has no part in any choice."""
+    """The arm with whose trained weights this one began. It has seen more tokens, so no choice considers it."""
 
 
 @dataclass(frozen=True, kw_only=True)

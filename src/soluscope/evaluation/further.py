@@ -17,7 +17,7 @@ import pandas as pd
 
 from soluscope.comparison.compare import Lineage
 from soluscope.config import CONSTANT
-from soluscope.evaluation.stored import read_losses, read_stored
+from soluscope.evaluation.stored import probing, read_losses, read_stored
 from soluscope.removal.fine_tune import study_of
 from soluscope.results import Measurement, of_kind
 from soluscope.runs.folder import Run, check_study_links

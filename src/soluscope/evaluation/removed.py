@@ -1,4 +1,4 @@
-"""Stored results of removals: one table and one file of records for each step, in the run's folder removal/."""
+"""Stored results of removals: one table and one file of records for each step, in two folders of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from soluscope.results import Record, RemovalOfArm, Removed
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import commit
 
-FOLDER = "removal"
+FOLDERS = {"gain": "removal", "all": "removal-all"}
+"""Folder in a run's folder by what is removed, as `soluscope remove what=` names it."""
 UNTRAINED = "untrained"
 """Name of the files with the first step in the run's own initialisation."""
 
@@ -81,16 +82,22 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
     records: list[Record] = []
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        folder = run.dir / FOLDER
-        names = names_in(folder)
-        for name in names:
+        stored = [
+            (run.dir / folder, name)
+            for folder in FOLDERS.values()
+            for name in names_in(run.dir / folder)
+        ]
+        for folder, name in stored:
             records += read_stored(folder, name, remedy(run.dir))
-        if names:
+        if stored:
+            arms.setdefault(run.facts.arm, []).append(run)
             arms.setdefault(run.facts.arm, []).append(run)
     for arm, members in arms.items():
         base = RemovalOfArm(
             study=members[0].facts.study, arm=arm, variant=members[0].facts.variant, commit=commit(),
             value=None, unit="nats / token", step=Removed.FROZEN,
         )  # fmt: skip
-        records += of_arm([tables_in(run.dir / FOLDER) for run in members], base)
+        for folder in FOLDERS.values():
+            of_folder = [run.dir / folder for run in members if (run.dir / folder).is_dir()]
+            records += of_arm([tables_in(each) for each in of_folder], base)
     return records

@@ -2,6 +2,7 @@
 
 runs/<study>/<run>/removal/<step>.parquet   losses minus the loss as trained, one row per token
 runs/<study>/<run>/removal/<step>.jsonl     the numbers of the step; written last
+runs/<study>/<run>/removal-all/             the same for the removal of all per-token scales
 runs/<study>-removed/                       the models that are trained further, as runs of another study
 """
 
@@ -31,7 +32,7 @@ from soluscope.evaluation.one_run import (
     tokens_of,
 )
 from soluscope.evaluation.pretrained_run import read_origin
-from soluscope.evaluation.removed import FOLDER, UNTRAINED, tables_in
+from soluscope.evaluation.removed import FOLDERS, UNTRAINED, tables_in
 from soluscope.evaluation.stored import current, is_measured, rests_on, store
 from soluscope.evaluation.suite import finished_runs, select_seeds, write_results
 from soluscope.evaluation.summaries import about_run
@@ -119,8 +120,9 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     """Compute the steps that a run's folder lacks."""
     probes = (f"probes/{name}.py" for name in probes_with_claims())
     code = code_hash("removal/", "training/", "model.py", "constant_norm.py", *probes)
-    shared = digest([rests_on(run, config.evaluation), config.n_fit_tokens, code])
-    with current(run.dir / FOLDER, shared, say) as folder:
+    fitted_on = config.n_fit_tokens if config.what == "gain" else 0
+    shared = digest([rests_on(run, config.evaluation), fitted_on, code])
+    with current(run.dir / FOLDERS[config.what], shared, say) as folder:
         texts = _Texts(run, config)
         results = texts.results()
         waiting = [name for name in results if not is_measured(folder, run, name, say)]

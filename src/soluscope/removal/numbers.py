@@ -118,6 +118,8 @@ def of_arm(
 
     Numbers of steps that a seed lacks are left out, and so is everything if the seeds have different documents.
     """
+    if len(seeds) < 2:
+        return
     shared = in_order(name for name in seeds[0] if all(name in tables for tables in seeds))
     tables = [{name: each[name] for name in shared} for each in seeds]
     owners = [next(iter(each.values()))["document"].to_numpy() for each in tables if each]
