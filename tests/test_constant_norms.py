@@ -9,13 +9,16 @@ from conftest import tiny_config
 from test_convert import facts_for
 from test_every_variant import BOS, D_VOCAB, VARIANTS, rough_model, some_tokens
 
-from soluscope.config import load_config
+from soluscope.config import RemoveConfig, load_config
 from soluscope.constant_norm import ConstantNorm, Stage, constant_norms
 from soluscope.errors import UserError
+from soluscope.evaluation.claims import _holds
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import check_agreement, to_hooked
 from soluscope.norms import LayerNorm, StaticNorm
+from soluscope.probes import Claim
+from soluscope.results import Bounded
 from soluscope.training.losing_norms import LosingNorms
 
 EOS = 1
@@ -152,7 +155,7 @@ def test_without_scales_every_variant_is_converted_exactly_and_survives_folding(
 
 
 def test_a_model_whose_scales_are_constant_by_construction_loses_nothing():
-    """Embeddings have mean 0 and one length in the first half of the stream; the MLP writes one vector into the other."""
+    """Embeddings have mean 0 and one length in half of the stream; the MLP writes one vector into the rest."""
     config = load_config(["variant=solu_ln", "size=tiny", *CONSTANT])
     from soluscope.runs.weights import build_model
 
@@ -260,3 +263,26 @@ def test_removing_the_mlp_from_a_run_without_scales_is_linear():
 def test_a_model_without_scales_needs_a_trained_run(tmp_path):
     with pytest.raises(UserError, match="needs the weights of a trained run"):
         tiny_config(tmp_path, "variant=gelu", "model.norms=constant")
+
+
+@pytest.mark.parametrize(
+    ("within", "after", "change", "holds"),
+    [
+        (1e-6, Bounded(0.0), Bounded(-0.2), True),
+        (1e-6, Bounded(1e-9, 0, 2e-9), Bounded(-0.2), True),
+        (1e-6, Bounded(1e-9, 0, 2e-3), Bounded(-0.2), False),
+        (None, Bounded(0.5), Bounded(-0.2, -0.3, -0.1), False),
+        (None, Bounded(0.5), Bounded(-0.2, -0.3, 0.1), True),
+        (None, Bounded(0.5), Bounded(-0.2), None),
+        (1e-6, Bounded(None), Bounded(None), None),
+    ],
+)
+def test_a_claim_holds_if_its_number_is_0_or_its_change_is_not_below_0(
+    within, after, change, holds
+):
+    assert _holds(Claim("x", "text", within), after, change) is holds
+
+
+def test_a_removal_of_all_scales_without_further_training_is_refused():
+    with pytest.raises(UserError, match="fine_tune_tokens=0, but norms=all removes the scales"):
+        RemoveConfig(norms="all", fine_tune_tokens=0)

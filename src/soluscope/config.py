@@ -86,7 +86,7 @@ class ModelConfig:
     |mlp_out| / |resid_mid| starts as in the baseline, plain GELU, with the same seed."""
     norms: Literal["live", "constant"] = "live"
     """live: norms with a per-token scale keep it. constant: further training (train.init_from) replaces it by a
-    constant in one norm after the other, in its first half. `soluscope remove what=all` trains such models."""
+    constant in one norm after the other, in its first half. `soluscope remove norms=all` trains such models."""
 
     def training_flops(self, d_vocab: int) -> float:
         """Return the floating-point operations per token of a training step's matrix products.
@@ -321,7 +321,7 @@ class Config:
             self.model.norms != CONSTANT
             or (self.train.init_from is not None and not self.train.snapshots),
             f"model.norms={self.model.norms} needs the weights of a trained run (train.init_from=) and keeps no "
-            "snapshots (train.snapshots=0): 'soluscope remove what=all' sets both",
+            "snapshots (train.snapshots=0): 'soluscope remove norms=all' sets both",
         )
         check(
             self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
@@ -462,10 +462,9 @@ class PretrainedConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class RemoveConfig:
-    what: Literal["gain", "all"] = "gain"
-    """gain: the mid norm's per-token gain, of runs that have one. all: the per-token scales of all norms (ln1, ln2,
-    ln_final and the mid norm), of all runs. Further training replaces them by constants, one norm after the
-    other."""
+    norms: Literal["mid", "all"] = "mid"
+    """Norms whose per-token scale is removed. mid: the mid norm, in runs where it has one. all: ln1, ln2, ln_final and
+    the mid norm, in all runs. Further training then replaces the scales by constants, one norm after the other."""
     n_tokens: int = 10_000
     """Approximate number of tokens of the report split on which losses are measured."""
     n_fit_tokens: int = 20_000
@@ -497,8 +496,9 @@ class RemoveConfig:
             f"fine_tune_tokens={self.fine_tune_tokens} must be 0 or more",
         )
         check(
-            self.what != "all" or self.fine_tune_tokens != 0,
-            "what=all removes the scales during further training: set fine_tune_tokens= above 0, or leave it out",
+            self.norms != "all" or self.fine_tune_tokens != 0,
+            "fine_tune_tokens=0, but norms=all removes the scales during further training: set it above 0, or leave "
+            "it out",
         )
         check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)

@@ -37,7 +37,7 @@ class Stage(IntEnum):
     LIVE = 0
     """None: each token has its own scale, and the constants follow the means of the batches."""
     APART = 1
-    """All but EOS and BOS, which have constants of their own."""
+    """All but EOS and BOS, which have separate constants."""
     EOS = 2
     """All but BOS."""
     ALL = 3
@@ -135,7 +135,7 @@ def constant_norms(model: nn.Module) -> dict[str, ConstantNorm]:
 
 
 def gain_of(norm: MidNorm | None) -> float | None:
-    """Return the gain that a norm has at all tokens; None if it has no such gain."""
+    """Return the gain that a norm has at all tokens, or None for another norm."""
     if isinstance(norm, StaticNorm) or (isinstance(norm, ConstantNorm) and norm.one_scale):
         return norm.present_gain().item()
     return None

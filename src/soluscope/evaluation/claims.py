@@ -100,7 +100,7 @@ def _bounded(found: Interval) -> Bounded:
 
 
 def _holds(claim: Claim, after: Bounded, change: Bounded) -> bool | None:
-    """Return whether a claim holds; None if its number is undefined or an interval is missing.
+    """Return whether a claim holds, or None without its number or a necessary interval.
 
     A number that must be 0 needs no interval: where it is 0 at every token, resampling cannot move it.
     """

@@ -16,8 +16,8 @@ from soluscope.results import Record, RemovalOfArm, Removed
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import commit
 
-FOLDERS = {"gain": "removal", "all": "removal-all"}
-"""Folder in a run's folder by what is removed, as `soluscope remove what=` names it."""
+FOLDERS = {"mid": "removal", "all": "removal-all"}
+"""Folder of the results in a run's folder, for each value of the setting `norms` of `soluscope remove`."""
 UNTRAINED = "untrained"
 """Name of the files with the first step in the run's own initialisation."""
 
@@ -90,7 +90,6 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
         for folder, name in stored:
             records += read_stored(folder, name, remedy(run.dir))
         if stored:
-            arms.setdefault(run.facts.arm, []).append(run)
             arms.setdefault(run.facts.arm, []).append(run)
     for arm, members in arms.items():
         base = RemovalOfArm(

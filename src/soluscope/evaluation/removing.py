@@ -67,7 +67,7 @@ def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
         Busy: if another process evaluates the study, unless config.wait is true.
         UserError: if no run has what is to be removed, or a run or its tokens cannot be read.
     """
-    runs = _removable(folder, config.what, say)
+    runs = _removable(folder, config.norms, say)
     check_device(config.evaluation)
     check_writable(runs)
     study_dir = runs[0].dir.parent
@@ -85,7 +85,7 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
     say(f"{prefix} {text}")
 
 
-def _removable(folder: Path, what: str, say: Say) -> list[Run]:
+def _removable(folder: Path, norms: str, say: Say) -> list[Run]:
     """Return the finished runs that have what is to be removed, without runs at select seeds.
 
     This is a per-token gain, in models with one layer; or any per-token scale.
@@ -95,18 +95,18 @@ def _removable(folder: Path, what: str, say: Say) -> list[Run]:
     normed = [
         run
         for run in finished
-        if (what == "all" or run.facts.role == "per_token")
+        if (norms == "all" or run.facts.role == "per_token")
         and run.config.model.norms != CONSTANT
         and run.config.seed not in seeds
         and run.config.probes
     ]
-    runs = [run for run in normed if what == "all" or run.facts.n_layers == 1]
+    runs = [run for run in normed if norms == "all" or run.facts.n_layers == 1]
     for run in normed:
         if run not in runs:
             say(f"{run.dir.name} is left out: exact for one layer, has {run.facts.n_layers}")
     if runs:
         return runs
-    if what == "all":
+    if norms == "all":
         raise UserError(
             f"no run in {folder} has a per-token scale: name a study with trained runs that are probed"
         )
@@ -120,9 +120,9 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     """Compute the steps that a run's folder lacks."""
     probes = (f"probes/{name}.py" for name in probes_with_claims())
     code = code_hash("removal/", "training/", "model.py", "constant_norm.py", *probes)
-    fitted_on = config.n_fit_tokens if config.what == "gain" else 0
+    fitted_on = config.n_fit_tokens if config.norms == "mid" else 0
     shared = digest([rests_on(run, config.evaluation), fitted_on, code])
-    with current(run.dir / FOLDERS[config.what], shared, say) as folder:
+    with current(run.dir / FOLDERS[config.norms], shared, say) as folder:
         texts = _Texts(run, config)
         results = texts.results()
         waiting = [name for name in results if not is_measured(folder, run, name, say)]
@@ -187,7 +187,7 @@ class _Texts:
 
         A run that began with another run's weights has no initialisation.
         """
-        if self.config.what == "all":
+        if self.config.norms == "all":
             name = self._name_of(Removed.ALL)
             return {name: ("two models are trained further", self._without_norms)}
         frozen_step, refit_step = STEPS

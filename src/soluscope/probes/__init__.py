@@ -108,7 +108,7 @@ class Probe:
     confirmatory: bool = False
     """True if the probe's test is in the family that is corrected for multiple testing (protocol.md section 5)."""
     claims: tuple[Claim, ...] = ()
-    """Published claims about models without LayerNorm, which `soluscope remove what=all` tests."""
+    """Published claims about models without LayerNorm, which `soluscope remove norms=all` tests."""
     figures: tuple[Figure, ...] = ()
     section: str = field(init=False)
     """The probe's number in protocol.md: `P1`."""

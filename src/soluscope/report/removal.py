@@ -43,8 +43,9 @@ ALL_LEAD = (
     "Further training replaces the per-token scale of every norm by a constant: of ln2, the mid norm, ln1 and "
     "ln_final in this order, then the separate constants of EOS and BOS. The numbers are losses minus the loss as "
     "trained, in nats per token. The fair comparison is with the same model after the same further training with "
-    "all norms kept: that difference is the worth of all per-token scales together. Baroni et al. (arXiv 2507.02559) "
-    "make three claims about such models. Each is tested here in fp64, on the same documents of the report split."
+    "all norms kept: that difference is the worth of all per-token scales together. Baroni et al. (arXiv "
+    "2507.02559) make three claims about such models. Each is tested here in fp64, on the same documents of the "
+    "report split."
 )
 FINAL = {
     "live": "ln_final live: it rescales each token separately, whatever the mid norm does.",

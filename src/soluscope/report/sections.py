@@ -110,7 +110,12 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
             "designs", "At a fixed scale of the MLP's output", robustness.designs(records), "tuning"
         ),
         Section("dose", "Dose: kappa", tuning.dose(arms.records, arms.look), "dose"),
-        Section("removal", "Removal of the per-token gain", removal.blocks(arms.records), "probes"),
+        Section(
+            "removal",
+            "Removal of the per-token gain, or of all norms",
+            removal.blocks(arms.records),
+            "probes",
+        ),
         Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
         Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
     ]

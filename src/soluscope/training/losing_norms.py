@@ -1,7 +1,7 @@
 """The schedule by which further training removes the per-token scales of a model, one norm after the other.
 
-The order is that of Baroni et al.: the ln2 of each block, attention's ln1, ln_final; then EOS loses its constants, and
-at last BOS. Mid norms with a per-token scale follow ln2, since both belong to the MLP. The removals are evenly
+The order is that of Baroni et al.: the ln2 of each block, attention's ln1, ln_final; then EOS loses its constants,
+and at last BOS. Mid norms with a per-token scale follow ln2, since both belong to the MLP. The removals are evenly
 spaced over the first half of the training, so that the weights have the second half to adapt.
 
 Source: Baroni et al. 2025, "Transformers Don't Need LayerNorm at Inference Time"; protocol.md section 7, P7.
