@@ -463,8 +463,8 @@ class PretrainedConfig(EvalConfig):
 @dataclass(frozen=True)
 class RemoveConfig:
     norms: Literal["mid", "all"] = "mid"
-    """Norms whose per-token scale is removed. mid: the mid norm, in runs where it has one. all: ln1, ln2, ln_final and
-    the mid norm, in all runs. Further training then replaces the scales by constants, one norm after the other."""
+    """Norms whose per-token scale is removed. mid: the mid norm, in runs where it has one. all: ln1, ln2, ln_final
+    and the mid norm, in all runs. Further training then replaces the scales by constants, norm by norm."""
     n_tokens: int = 10_000
     """Approximate number of tokens of the report split on which losses are measured."""
     n_fit_tokens: int = 20_000
@@ -497,8 +497,7 @@ class RemoveConfig:
         )
         check(
             self.norms != "all" or self.fine_tune_tokens != 0,
-            "fine_tune_tokens=0, but norms=all removes the scales during further training: set it above 0, or leave "
-            "it out",
+            "fine_tune_tokens=0, but norms=all removes the scales during further training: set it above 0, or omit it",
         )
         check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)

@@ -83,6 +83,8 @@ def trained_further(origins: Iterable[Run]) -> list[Further]:
         return []
     first = next(iter(by_name.values()))
     folder = first.dir.resolve().parent.with_name(study_of(first))
+    if folder.is_symlink():
+        return []
     runs = [Run(path) for path in sorted(folder.glob("*")) if Run(path).is_done()]
     if runs:
         check_study_links(folder, *runs)
