@@ -497,7 +497,7 @@ class RemoveConfig:
         )
         check(
             self.norms != "all" or self.fine_tune_tokens != 0,
-            "fine_tune_tokens=0, but norms=all removes the scales during further training: set it above 0, or omit it",
+            "fine_tune_tokens=0, but norms=all removes the scales during further training: omit it",
         )
         check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)
