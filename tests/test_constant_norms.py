@@ -121,6 +121,18 @@ def test_the_norms_are_removed_in_the_order_of_baroni_et_al():
     assert stages == [Stage.APART] * 3 + [Stage.LIVE]
 
 
+def test_a_resumed_training_continues_at_its_stage_with_the_same_constants():
+    first, schedule = losing("solu_ln")
+    first.train().loss(rows_with_eos(), BOS)
+    schedule.advance(8)
+    resumed, again = losing("solu_ln")
+    resumed.load_state_dict(first.state_dict())
+    again.advance(8)
+    assert [norm.stage for norm in again.norms] == [norm.stage for norm in schedule.norms]
+    with torch.no_grad():
+        assert torch.equal(resumed(rows_with_eos()), first(rows_with_eos()))
+
+
 def test_a_training_that_is_too_short_for_the_removals_is_refused():
     with pytest.raises(UserError, match="6 removals of per-token scales need 12 optimizer steps"):
         LosingNorms(rough_model("solu_ln", torch.float64, *CONSTANT), 11, BOS, EOS)
