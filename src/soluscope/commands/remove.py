@@ -6,8 +6,8 @@
 
 Arguments are a folder, settings as key=value, and YAML files of settings. The steps are: one gain for all tokens
 (Phi_inf), a readout that is fitted again (Phi_ro), and further training (Phi_ft). If norms=all is set, further
-training replaces the per-token scales of all norms by constants. The same command resumes an interrupted removal. The
-report shows the results in a separate section.
+training replaces the per-token scales of all norms by constants. The same command resumes an interrupted removal.
+The report shows the results in a separate section.
 """
 
 from __future__ import annotations
