@@ -60,7 +60,7 @@ def check(condition: bool, message: str) -> None:
 
 MATCHED = "baseline"
 """Value of model.mlp_out_scale that stands for a number measured before the first step."""
-CONSTANT = "constant"
+CONSTANT: Literal["constant"] = "constant"
 """Value of model.norms for a model that loses all its per-token scales."""
 
 

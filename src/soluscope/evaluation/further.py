@@ -116,8 +116,8 @@ def losses_of(each: Further) -> pd.DataFrame | None:
     here, there = tables
     if not here[DOCUMENTS].equals(there[DOCUMENTS]):
         return None
-    run = f"{each.run.dir.parent.name}/{each.run.facts.run}"
-    return here.assign(run=run, arm=each.arm, variant=each.arm)
+    name = f"{each.run.dir.parent.name}/{each.run.facts.run}"
+    return here.assign(run=name, arm=each.arm, variant=each.arm)
 
 
 def loss_records(each: Further) -> list[Measurement]:

@@ -260,8 +260,8 @@ class _Texts:
         base = ClaimTested(
             **about_run(self.run.facts), probe="", quantity="", unit="", claim="", n_tuned=self.n_tuned,
         )  # fmt: skip
-        claims = tested(model, *runs, base, self.config.n_draws, self.config.seed)
         before, own, without = runs
+        claims = tested(model, before, own, without, base, self.config.n_draws, self.config.seed)
         note = f"peak rate {self.config.lr_share:g} of the run's"
         return Losses(fine_tuned(before, without, own, {}), {"live": note}, tuple(claims))
 
