@@ -1100,3 +1100,44 @@ def test_the_advantage_of_the_luckiest_arm_is_that_of_a_simulation():
         assert static.n_candidates == 10
     assert np.mean(found) == pytest.approx(-np.mean(luck), rel=0.15)
     assert "was chosen among 10 arms at the reported seeds" in _optimism(static)
+
+
+def test_an_arm_that_was_trained_further_is_compared_but_takes_part_in_no_choice():
+    """It has less loss than the best static arm; its fair reference is the arm trained equally long."""
+    arms = {"gelu": 4.0, "solu": 4.1, "solu_gain": 4.05, "solu_frozen_ln": 4.03, "solu_ln": 3.9}
+    alone = compare_with("s", make_losses(arms), "", LINEAGES)
+    beside = {"one_gain": 3.7, "unchanged": 3.65}
+    losses = pd.concat([make_losses(arms), make_losses(beside).assign(further_tokens=1000.0)])
+    lineages = LINEAGES | {
+        "one_gain": Lineage("other", "", (), "one", after="solu_ln", beside="unchanged"),
+        "unchanged": Lineage("other", "", (), "same", after="solu_ln"),
+    }
+    records = compare_with("s", losses, "", lineages)
+    kept = {Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.SENSITIVITY}
+    roles = [
+        [each for each in of_kind(r, Comparison) if each.term in kept] for r in (alone, records)
+    ]
+    assert roles[0] == roles[1] != []
+    found = {
+        row.arm: row
+        for row in of_kind(records, Comparison)
+        if (row.term, row.against, row.cluster) == (Term.DIFFERENCE, "unchanged", "seed")
+    }
+    assert found.keys() == {"one_gain"}
+    assert found["one_gain"].value == pytest.approx(0.05, abs=0.001)
+    assert found["one_gain"].note.startswith("both began with the same trained weights")
+    means = {row.arm for row in of_kind(records, Comparison) if row.term is Term.LOSS}
+    assert beside.keys() <= means
+    settings = {each.arm: each for each in of_kind(records, Setting)}
+    assert settings["one_gain"].after == "solu_ln"
+    assert settings["one_gain"].values["further_tokens"] == 1000
+    assert "further_tokens" not in settings["solu_ln"].values
+    assert not findings.at_one_rate(records)
+
+
+def test_a_run_that_lost_its_scales_is_no_arm_with_a_per_token_norm():
+    losses = make_losses({"solu": 4.1, "solu_ln": 3.9, "solu_frozen_ln": 4.0})
+    free = losses.assign(constant=losses["arm"] == "solu_ln")
+    records = compare_with("s", free, "", LINEAGES)
+    assert {each.role for each in of_kind(records, Setting) if each.arm == "solu_ln"} == {"other"}
+    assert not [row for row in of_kind(records, Comparison) if row.term is Term.STATIC]

@@ -89,8 +89,8 @@ def reached(module: str) -> frozenset[str]:
 
 ORDER = (
     "errors", "terminal", "bars", "cores", "workers", "files", "text", "plugins", "results", "reading",
-    "config", "config_help", "memory", "wandb_client", "serving", "norms", "variants", "model", "data",
-    "comparison", "runs", "training", "hooked", "probes", "controls", "removal", "report", "evaluation",
+    "config", "config_help", "memory", "wandb_client", "serving", "norms", "constant_norm", "variants", "model",
+    "data", "comparison", "runs", "training", "hooked", "probes", "controls", "removal", "report", "evaluation",
     "neurons", "notebook", "editor", "proxies", "rating", "export", "launching", "engines", "commands", "__main__",
 )  # fmt: skip
 """Folders and modules of the package: each may import itself and the entries before it."""

@@ -402,7 +402,7 @@ def test_further_training_begins_at_the_model_with_one_gain_and_its_loss_is_that
     """The reference is the model of the training code on the same rows, without hooks and closed forms."""
     from soluscope.data import cache as tokens
     from soluscope.data.streams import from_cache
-    from soluscope.removal.fine_tune import configurations
+    from soluscope.removal.fine_tune import kept, with_gain
     from soluscope.training.module import TrainingModule
 
     run, cache = Run(study / "solu_ln-s0"), tokens.of_study(study)
@@ -416,11 +416,11 @@ def test_further_training_begins_at_the_model_with_one_gain_and_its_loss_is_that
         losses = model.loss(rows, cache.meta["bos"], reduction="none")[:, 1:]
         return float(losses[rows[:, 2:] != cache.meta["bos"]].double().mean())
 
-    one, kept = configurations(run, gain, 2, 0.3)
+    one, unchanged = with_gain(run, gain, 2, 0.3), kept(run, 2, 0.3)
     trained = mean_loss(run.load_model())
     before = mean_loss(TrainingModule(one, cache).model)
     assert before - trained == pytest.approx(tables["frozen"]["one gain"].mean(), abs=1e-5)
-    assert mean_loss(TrainingModule(kept, cache).model) == trained
+    assert mean_loss(TrainingModule(unchanged, cache).model) == trained
     after = mean_loss(Run(tuned).load_model())
     assert Run(tuned).facts.init_from.run == "s/solu_ln-s0"
     (name,) = (name for name in tables if name.startswith("fine_tuned"))

@@ -65,6 +65,8 @@ def n_block_weights(d_model: int, d_mlp: int, n_layers: int) -> int:
 
 MATCHED = "baseline"
 """Value of model.mlp_out_scale that stands for a number measured before the first step."""
+CONSTANT: Literal["constant"] = "constant"
+"""Value of model.norms for a model that loses all its per-token scales."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ class ModelConfig:
     """Constant alpha in mlp_out = alpha post W_out + b_out: the size of the MLP's output beside the residual
     stream, and of the change that one optimizer step makes to it. `baseline`: the alpha at which the median of
     |mlp_out| / |resid_mid| starts as in the baseline, plain GELU, with the same seed."""
+    norms: Literal["live", "constant"] = "live"
+    """live: norms with a per-token scale keep it. constant: further training (train.init_from) replaces it by a
+    constant in one norm after the other, in its first half. `soluscope remove norms=all` trains such models."""
 
     def training_flops(self, d_vocab: int) -> float:
         """Return the floating-point operations per token of a training step's matrix products.
@@ -324,6 +329,12 @@ class Config:
             only_seed_in_braces("train.init_from", self.train.init_from)
         check(0 <= self.seed < 2**31, f"seed={self.seed} must be 0 or more and below 2^31")
         check(
+            self.model.norms != CONSTANT
+            or (self.train.init_from is not None and not self.train.snapshots),
+            f"model.norms={self.model.norms} needs the weights of a trained run (train.init_from=) and keeps no "
+            "snapshots (train.snapshots=0): 'soluscope remove norms=all' sets both",
+        )
+        check(
             self.init_dir is None or self.init_dir.resolve() != self.run_dir.resolve(),
             f"train.init_from={self.train.init_from} is the folder of this run itself: set tag= or study= to train "
             "on in another folder",
@@ -462,16 +473,22 @@ class PretrainedConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class RemoveConfig:
+    norms: Literal["mid", "all"] = "mid"
+    """Norms whose per-token scale is removed. mid: the mid norm, in runs where it has one. all: ln1, ln2, ln_final
+    and the mid norm, in all runs. Further training then replaces the scales by constants, norm by norm."""
     n_tokens: int = 10_000
     """Approximate number of tokens of the report split on which losses are measured."""
     n_fit_tokens: int = 20_000
     """Approximate number of tokens of the select split on which the gain and the readout are fitted. A quarter of
     its documents chooses the penalty of the refit."""
     fine_tune_tokens: int | None = None
-    """Tokens of the further training with one gain, and of the same training with the per-token gain kept. null: a
-    tenth of the run's own. 0: no further training."""
+    """Tokens of the further training, and of the same training of the unchanged model beside it. null: a tenth of
+    the run's own. 0: no further training."""
     lr_share: float = 0.3
     """Peak learning rate of the further training, as a share of the run's."""
+    n_loss_tokens: int = 50_000
+    """Maximum number of tokens of each validation split on which the further trained models are compared with the
+    study's arms. It must be as in 'soluscope probe'."""
     n_draws: int = 2000
     """Bootstrap resamples for each interval."""
     seed: int = 0
@@ -488,6 +505,10 @@ class RemoveConfig:
         check(
             self.fine_tune_tokens is None or self.fine_tune_tokens >= 0,
             f"fine_tune_tokens={self.fine_tune_tokens} must be 0 or more",
+        )
+        check(
+            self.norms != "all" or self.fine_tune_tokens != 0,
+            "fine_tune_tokens=0, but norms=all removes the scales during further training: omit it",
         )
         check(self.lr_share > 0, f"lr_share={self.lr_share} must be above 0")
         self.evaluation  # noqa: B018 (it checks the other values)
@@ -570,7 +591,9 @@ _PLACES = ("study", "tag", "probes", "runs_dir", "wandb", "select_seeds", "token
            "train.threads", "train.compile", "train.devices", "train.nodes")  # fmt: skip
 
 
-_LATER = {"train.init_from": None, "model.mlp_out_scale": 1.0, "train.entropy_penalty": 0.0}
+_LATER = {
+    "train.init_from": None, "model.mlp_out_scale": 1.0, "train.entropy_penalty": 0.0, "model.norms": "live",
+}  # fmt: skip
 """Settings that were added later, with their defaults, so that runs from before keep their ids."""
 
 

@@ -192,6 +192,10 @@ def _lens_state(trained: LanguageModel, facts: Facts) -> dict[str, Tensor]:
 
     from soluscope.hooked.convert import SoluscopeTransformer, check_agreement
 
+    if trained.is_constant:
+        raise UserError(
+            "its norms divide by constants, but TransformerLens's files allow one epsilon only"
+        )
     norm = trained.mlp(0).ln
     if norm is not None and not norm.is_layer_norm:
         raise UserError(

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soluscope.config import ModelConfig
-from soluscope.norms import LayerNorm
+from soluscope.config import CONSTANT, ModelConfig
+from soluscope.constant_norm import EPS, ConstantNorm, constant_norms, with_constants
+from soluscope.norms import LayerNorm, MidNorm
 from soluscope.variants import Variant
 
 if TYPE_CHECKING:  # training does not require jaxtyping
+    from collections.abc import Callable
+
     from jaxtyping import Float, Int
 
     Resid = Float[Tensor, "batch pos d_model"]
@@ -92,7 +95,7 @@ class MLP(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(d_mlp))
         self.W_out = nn.Parameter(torch.empty(d_mlp, d_model))
         self.b_out = nn.Parameter(torch.zeros(d_model))
-        self.ln = variant.build_norm(d_mlp, params) if variant.build_norm else None
+        self.ln: MidNorm | None = variant.build_norm(d_mlp, params) if variant.build_norm else None
 
     def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
         pre = x @ self.W_in + self.b_in  # [batch pos d_mlp]
@@ -119,9 +122,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, variant: Variant, params: Any) -> None:
         super().__init__()
-        self.ln1 = LayerNorm(config.d_model, config.ln_eps)
+        self.ln1: MidNorm = LayerNorm(config.d_model, config.ln_eps)
         self.attn = Attention(config.d_model, config.n_heads)
-        self.ln2 = LayerNorm(config.d_model, config.ln_eps)
+        self.ln2: MidNorm = LayerNorm(config.d_model, config.ln_eps)
         self.mlp = MLP(config, variant, params)
 
     def forward(self, x: Resid, record: Activations | None = None, prefix: str = "") -> Resid:
@@ -142,27 +145,55 @@ class LanguageModel(nn.Module):
         self.embed = Embed(d_vocab, config.d_model)
         self.pos_embed = PosEmbed(config.ctx, config.d_model)
         self.blocks = nn.ModuleList(Block(config, variant, params) for _ in range(config.n_layers))
-        self.ln_final = LayerNorm(config.d_model, config.ln_eps)
+        self.ln_final: MidNorm = LayerNorm(config.d_model, config.ln_eps)
         self.unembed = Unembed(config.d_model, d_vocab)
+        self.on_tokens: Callable[[Tensor], None] | None = None
+        """Function that receives the tokens of each pass; set by training that removes norms."""
+        if config.norms == CONSTANT:
+            self._make_constant(config)
         initialise(self, config.init_std, seed)
+
+    def _make_constant(self, config: ModelConfig) -> None:
+        """Replace every norm with a per-token scale by one that can divide by a constant."""
+        for block in cast(list[Block], [*self.blocks]):
+            block.ln1, block.ln2 = (
+                with_constants(norm, config.d_model) for norm in (block.ln1, block.ln2)
+            )
+            if block.mlp.ln is not None:
+                block.mlp.ln = with_constants(block.mlp.ln, config.d_mlp)
+        self.ln_final = with_constants(self.ln_final, config.d_model)
 
     def mlp(self, layer: int) -> MLP:
         """Return the MLP of a block."""
         return cast(Block, self.blocks[layer]).mlp
 
     def folded(self) -> dict[str, Tensor]:
-        """Return the weights with alpha folded into W_out: those of a model that has no alpha."""
-        scaled = {
-            f"blocks.{layer}.mlp.W_out": self.mlp(layer).scaled_W_out()
-            for layer in range(len(self.blocks))
-        }
+        """Return the weights of a model that has no alpha, and whose LayerNorms have an epsilon and no constant.
+
+        alpha is folded into W_out. A constant of ln1, ln2 or ln_final is folded into the norm's weight; the epsilon
+        is then `constant_norm.EPS`.
+        """
         weights = {k: v for k, v in self.state_dict().items() if not k.endswith(".out_scale")}
-        return weights | scaled
+        for layer in range(len(self.blocks)):
+            weights[f"blocks.{layer}.mlp.W_out"] = self.mlp(layer).scaled_W_out()
+        for name, norm in constant_norms(self).items():
+            if not name.endswith(".mlp.ln"):
+                for buffer, _ in norm.named_buffers():
+                    del weights[f"{name}.{buffer}"]
+                weights[f"{name}.w"] = norm.w * (math.sqrt(EPS) / norm.constant)
+        return weights
+
+    @property
+    def is_constant(self) -> bool:
+        """Return whether the model has no per-token scale, or loses it in training."""
+        return isinstance(self.ln_final, ConstantNorm)
 
     def residual(
         self, tokens: Int[Tensor, "batch pos"], record: Activations | None = None
     ) -> Resid:
         """Return the residual stream after the final norm."""
+        if self.on_tokens is not None:
+            self.on_tokens(tokens)
         # Not W_E[tokens]: its gradient on several CPU threads depends on their order.
         x: Tensor = F.embedding(tokens, self.embed.W_E) + self.pos_embed.W_pos[: tokens.shape[1]]
         for index, block in enumerate(self.blocks):

@@ -137,7 +137,7 @@ class Where(StrEnum):
 
 
 class Removed(StrEnum):
-    """Step of the removal of a trained model's per-token gain.
+    """Step of the removal of a trained model's per-token gain, or the removal of all its per-token scales.
 
     Its number is the loss after the step minus the loss of the trained model.
     """
@@ -148,6 +148,8 @@ class Removed(StrEnum):
     """The same, and the readout after the gain is fitted again."""
     FINE_TUNED = "Phi_ft"
     """One gain for all tokens, and all weights are trained further."""
+    ALL = "no per-token scale"
+    """All norms divide by constants, and all weights are trained further. No later step of the others."""
 
 
 class Order(StrEnum):
@@ -281,6 +283,18 @@ class Gate:
     x: float | None = None
     stream: str = "natural"
     """Name of one of the control's streams."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim about models without LayerNorm, as a statement about a probe's estimate."""
+
+    quantity: str
+    text: str
+    """One sentence."""
+    within: float | None = None
+    """Largest size of the number in a model without LayerNorm. None: the claim is that the number is not lower than
+    in the trained model."""
 
 
 @dataclass(frozen=True)
@@ -496,6 +510,44 @@ class RemovalOfArm(OfRemoval):
     kind: ClassVar[str] = "removal of an arm"
 
 
+@dataclass(frozen=True)
+class Bounded:
+    """A number with the bounds of its 95% interval for other documents; None: undefined, or no interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimTested(OfRun, Record):
+    """A published claim about models without LayerNorm, tested on one run; `note` says why it was not.
+
+    All models are measured in fp64, on the same documents of the report split.
+    """
+
+    kind: ClassVar[str] = "claim"
+
+    probe: str
+    quantity: str
+    unit: str
+    claim: str
+    within: float | None = None
+    """As in `Claim`."""
+    n_tuned: Whole = 0
+    """Number of tokens of the further training."""
+    before: Bounded | None = None
+    """The number of the trained model."""
+    kept: Bounded | None = None
+    """The number after the same further training with all norms kept."""
+    after: Bounded | None = None
+    """The number of the model without per-token scales."""
+    change: Bounded | None = None
+    """`after` minus `before`, on the same documents."""
+    holds: bool | None = None
+    """None: not settled, because there is no interval."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NeuronFound(OfRun, Record):
     """A neuron that the report shows: found on one half of the documents; numbers and text are of the other."""
@@ -631,7 +683,7 @@ class Setting(Record):
     values: dict[str, float]
     """The arm's settings by name: `lr`, `kappa`, `gain`, `d_mlp`, …"""
     role: str
-    """`baseline`, `plain`, `static` or `per_token`."""
+    """`baseline`, `plain`, `static`, `per_token` or `other`."""
     chain: tuple[Step, ...] = ()
     """From the root of the variant's chain to the variant itself."""
     twin: str = ""
@@ -649,6 +701,8 @@ class Setting(Record):
     """True if the arm's alpha is matched to the baseline, so that it is compared in that design alone."""
     family: str = ""
     """Identifier shared by arms that differ only in their learning rate and in the scale of the MLP's output."""
+    after: str = ""
+    """The arm with whose trained weights this one began. It has seen more tokens, so no choice considers it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -864,7 +918,7 @@ KINDS: dict[str, type[Record]] = {
     for each in (
         Measurement, Untrained, LeftOut, TokenValue, NeuronFound, Comparison, Located, ChoicePoint, NoChoice,
         Setting, AtDose, ScalingCurve, Multiplier, GateResult, FalsePositives, ProbeWords,
-        Provenance, Registered, Removal, RemovalOfArm, Rated, Proxied,
+        Provenance, Registered, Removal, RemovalOfArm, ClaimTested, Rated, Proxied,
     )
 }  # fmt: skip
 

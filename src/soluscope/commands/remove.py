@@ -1,11 +1,13 @@
-"""Remove the per-token gain of a study's trained models, and measure what this costs after each adaptation.
+"""Remove the per-token gain, or all LayerNorms, of a study's trained models, and measure what this costs.
 
     soluscope remove runs/first
     soluscope remove runs/demo/solu_ln-s0 n_fit_tokens=50000
+    soluscope remove runs/demo norms=all
 
 Arguments are a folder, settings as key=value, and YAML files of settings. The steps are: one gain for all tokens
-(Phi_inf), a readout that is fitted again (Phi_ro), and further training (Phi_ft). The same command resumes an
-interrupted removal. The report shows the results in a separate section.
+(Phi_inf), a readout that is fitted again (Phi_ro), and further training (Phi_ft). If norms=all is set, further
+training replaces the per-token scales of all norms by constants. The same command resumes an interrupted removal.
+The report shows the results in a separate section.
 """
 
 from __future__ import annotations

@@ -55,10 +55,13 @@ PRIMARY = (Term.STATIC, Term.SHARE)
 """Terms whose tests form the primary family. `SHARE` is 0 where `STATIC` is 0."""
 SIZE = ("d_model", "d_mlp", "n_layers", "n_heads", "ctx", "tokens")
 """Settings that must be equal for two models to be compared. Sizes are never compared with each other."""
-SETTINGS = (*SIZE, "lr", "kappa", "gain", "matched_kappa", "mlp_out_scale", "entropy_penalty")
+SETTINGS = (
+    *SIZE, "lr", "kappa", "gain", "matched_kappa", "mlp_out_scale", "entropy_penalty", "further_tokens",
+)  # fmt: skip
 """Settings stored for each arm; `kappa` and `gain` only where its mid norm has them, `entropy_penalty` only where
-it is not 0. `matched_kappa`: the kappa of
-the per-token norm that a static gain was matched to before training."""
+it is not 0. `matched_kappa`: the kappa of the per-token norm that a static gain was matched to before training.
+`further_tokens`: the tokens of an arm that began with another arm's trained weights, whose tokens `tokens` is."""
+EQUALLY_LONG = "both began with the same trained weights and were trained equally long"
 GRID_FROM = 3
 """Least number of points for a curve with an inside. With two points the best one is at an edge."""
 
@@ -75,6 +78,10 @@ class Lineage:
     """From the root of the variant's chain to the variant itself."""
     label: str = ""
     """The variant's name for people."""
+    after: str = ""
+    """The arm with whose trained weights this one began; it has seen more tokens, so its role is `other`."""
+    beside: str = ""
+    """The arm that began with the same weights and was trained equally long, as it was."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -407,7 +414,8 @@ def compare(
             (`select` or `report`), document, loss_sum (nats, over targets that are not BOS),
             n_tokens (number of those targets), config, family (equal for runs that differ only in
             seed and learning rate), `SETTINGS` (nan for a setting that a run lacks), and optionally rate (why
-            the learning rate cannot be taken for tuned; empty if it can).
+            the learning rate cannot be taken for tuned; empty if it can) and constant (true for a run that has lost
+            its per-token scales).
         commit: commit of the code that measured.
         lineages: role of each variant in the comparison, by the variant's name.
         select_seeds: seeds at which rates, gains and the static arm are chosen; their losses are not reported. If
@@ -417,7 +425,8 @@ def compare(
         Comparisons, by term:
         `LOSS` of each arm, with Student's t over seeds on these documents;
         `DIFFERENCE` of each arm to each reference: the best baseline at the start of a chain, the best
-        plain arm, and every arm with a per-token norm;
+        plain arm, and every arm with a per-token norm; and of each arm that was trained further with less
+        normalisation, to the arm that was trained further as it was;
         `BENEFIT`, `STATIC`, `SHARE` and `STEP` of each arm with a per-token norm. The steps follow the
         arm's chain through the members that the study has, and sum to the benefit of LN;
         `BENEFIT`, `STATIC` and `SHARE` again at each learning rate common to all arms, if the arm with a
@@ -545,6 +554,9 @@ def _compared(arms: _Arms) -> list[Comparison]:
         for arm in arms.tuned:
             if arm is not reference:
                 records += arms.contrast(Term.DIFFERENCE, arm, reference, arm)
+    for arm in arms.tuned:
+        for unchanged in _of_variant(arms.tuned, arm.lineage.beside):
+            records += arms.contrast(Term.DIFFERENCE, arm, unchanged, arm, note=EQUALLY_LONG)
     for ln in normed:
         records += _share(arms, ln)
         records += _telescoping(arms, ln)
@@ -774,7 +786,7 @@ def _settings(arms: _Arms) -> list[Setting]:
         Setting(
             study=arms.study, arm=arm.name, variant=arm.variant, values=arm.settings,
             role=arm.lineage.role, chain=arm.lineage.chain, twin=arm.lineage.twin, size=arms.size,
-            label=arm.lineage.label, rate=arm.rate, family=arm.family,
+            label=arm.lineage.label, after=arm.lineage.after, rate=arm.rate, family=arm.family,
             matched=arm.matched and bool(arms.designs),
             n=len(arm.report), only_tried=not arm.report, commit=arms.commit, config=arm.config,
         )
@@ -1086,6 +1098,8 @@ def _arm(table: pd.DataFrame, lineages: Mapping[str, Lineage]) -> _Arm:
     if settings.fillna(0).get("entropy_penalty", 0.0):
         # It minimises another loss, so it stands for no role: no arm is compared with it.
         lineage = replace(lineage, role="other")
+    if first.get("constant", False):  # a run of a per-token variant that has lost its scales
+        lineage = replace(lineage, role="other", twin="")
     return _Arm(
         str(first["arm"]), variant, lineage, str(first["config"]), str(first["family"]),
         {str(name): float(value) for name, value in settings.items() if not math.isnan(value)}, {}, {},

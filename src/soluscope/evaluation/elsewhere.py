@@ -13,6 +13,7 @@ from soluscope.runs.folder import Run, check_study_links
 WRITTEN = {
     "probes",
     "removal",
+    "removal-all",
     "results.jsonl",
     "report.html",
     "wandb",

@@ -1,4 +1,4 @@
-"""Stored results of removals: one table and one file of records for each step, in the run's folder removal/."""
+"""Stored results of removals: one table and one file of records for each step, in two folders of the run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from soluscope.results import Record, RemovalOfArm, Removed
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import commit
 
-FOLDER = "removal"
+FOLDERS = {"mid": "removal", "all": "removal-all"}
+"""Folder of the results in a run's folder, for each value of the setting `norms` of `soluscope remove`."""
 UNTRAINED = "untrained"
 """Name of the files with the first step in the run's own initialisation."""
 
 
-def remedy(run_dir: Path) -> str:
-    """Return the end of an error's line about a stored file: the command that makes it again."""
-    return f"create it with 'soluscope remove {run_dir}', or delete it"
+def remedy(folder: Path) -> str:
+    """Return the end of an error's line about a file of a run's folder: the command that makes it again."""
+    norms = next(norms for norms, name in FOLDERS.items() if name == folder.name)
+    return f"create it with 'soluscope remove {folder.parent} norms={norms}', or delete it"
 
 
 def _ordered(folder: Path) -> list[str]:
@@ -65,9 +67,7 @@ def tables_in(folder: Path, names: Sequence[str] | None = None) -> dict[str, pd.
             if not all(documents.equals(each["document"]) for each in found.values()):
                 raise ValueError("its tokens are not those of the earlier steps")
         except Exception as error:  # pyarrow's own errors, and a table with other columns
-            raise UserError(
-                f"{path} is broken ({reason(error)}): {remedy(folder.parent)}"
-            ) from error
+            raise UserError(f"{path} is broken ({reason(error)}): {remedy(folder)}") from error
         found[name] = table
     return found
 
@@ -81,16 +81,21 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
     records: list[Record] = []
     arms: dict[str, list[Run]] = {}
     for run in runs:
-        folder = run.dir / FOLDER
-        names = names_in(folder)
-        for name in names:
-            records += read_stored(folder, name, remedy(run.dir))
-        if names:
+        stored = [
+            (run.dir / folder, name)
+            for folder in FOLDERS.values()
+            for name in names_in(run.dir / folder)
+        ]
+        for folder, name in stored:
+            records += read_stored(folder, name, remedy(folder))
+        if stored:
             arms.setdefault(run.facts.arm, []).append(run)
     for arm, members in arms.items():
         base = RemovalOfArm(
             study=members[0].facts.study, arm=arm, variant=members[0].facts.variant, commit=commit(),
             value=None, unit="nats / token", step=Removed.FROZEN,
         )  # fmt: skip
-        records += of_arm([tables_in(run.dir / FOLDER) for run in members], base)
+        for place in FOLDERS.values():
+            of_place = [run.dir / place for run in members if (run.dir / place).is_dir()]
+            records += of_arm([tables_in(each) for each in of_place], base)
     return records

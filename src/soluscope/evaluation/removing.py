@@ -1,7 +1,8 @@
-"""Removal of the per-token gain from the trained models of a study, step by step; an interrupted removal resumes.
+"""Removal of the per-token gain, or of all per-token scales, from a study's models; an interrupted removal resumes.
 
 runs/<study>/<run>/removal/<step>.parquet   losses minus the loss as trained, one row per token
 runs/<study>/<run>/removal/<step>.jsonl     the numbers of the step; written last
+runs/<study>/<run>/removal-all/             the same for the removal of all per-token scales
 runs/<study>-removed/                       the models that are trained further, as runs of another study
 """
 
@@ -12,21 +13,26 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from soluscope.bars import Say
-from soluscope.config import RemoveConfig
+from soluscope.config import CONSTANT, Config, RemoveConfig
 from soluscope.data import streams
 from soluscope.errors import UserError
+from soluscope.evaluation import further
+from soluscope.evaluation.claims import probes_with_claims, tested
 from soluscope.evaluation.elsewhere import check_writable
 from soluscope.evaluation.one_run import (
     LEFT_BEHIND_S,
     check_device,
     device_of,
+    evaluate_run,
     n_threads,
     threads,
     tokens_of,
 )
 from soluscope.evaluation.pretrained_run import read_origin
-from soluscope.evaluation.removed import FOLDER, UNTRAINED, tables_in
+from soluscope.evaluation.removed import FOLDERS, UNTRAINED, tables_in
 from soluscope.evaluation.stored import current, is_measured, rests_on, store
 from soluscope.evaluation.suite import finished_runs, select_seeds, write_results
 from soluscope.evaluation.summaries import about_run
@@ -34,10 +40,10 @@ from soluscope.files import digest
 from soluscope.hooked.ablation import best_gain
 from soluscope.hooked.activations import HookedRun, observe
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
-from soluscope.removal.fine_tune import configurations, steps_for, with_one_gain
+from soluscope.removal.fine_tune import kept, steps_for, with_gain, with_one_gain, without_norms
 from soluscope.removal.losses import Losses, fine_tuned, frozen, refitted
 from soluscope.removal.numbers import STEPS, name_of_tuning, of_run, step_of
-from soluscope.results import Removal, Removed
+from soluscope.results import ClaimTested, Removal, Removed
 from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import code_hash
 from soluscope.terminal import answer
@@ -45,7 +51,7 @@ from soluscope.training.run import train
 
 
 def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
-    """Remove the per-token gain of each finished run in a study, or of one run, and gather the results.
+    """Remove the per-token gain, or all per-token scales, of each finished run in a study, or of one run.
 
     A step is skipped if its results exist and were made with the same settings and code.
 
@@ -59,9 +65,9 @@ def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
 
     Raises:
         Busy: if another process evaluates the study, unless config.wait is true.
-        UserError: if no run has a per-token gain, or a run or its tokens cannot be read.
+        UserError: if no run has what is to be removed, or a run or its tokens cannot be read.
     """
-    runs = _removable(folder, say)
+    runs = _removable(folder, config.norms, say)
     check_device(config.evaluation)
     check_writable(runs)
     study_dir = runs[0].dir.parent
@@ -70,6 +76,8 @@ def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
             told = partial(_say_after, say, f"[{number}/{len(runs)}] {run.dir.name}:")
             with run.lock(LEFT_BEHIND_S), threads(n_threads()):
                 _remove(run, config, told)
+            for each in further.trained_further([run]):
+                _measure(each, config, told)
         return write_results(study_dir)
 
 
@@ -77,32 +85,44 @@ def _say_after(say: Say, prefix: str, text: str) -> None:
     say(f"{prefix} {text}")
 
 
-def _removable(folder: Path, say: Say) -> list[Run]:
-    """Return the finished runs with one layer and a per-token gain, without runs at select seeds."""
+def _removable(folder: Path, norms: str, say: Say) -> list[Run]:
+    """Return the finished runs that have what is to be removed, without runs at select seeds.
+
+    This is a per-token gain, in models with one layer; or any per-token scale.
+    """
     finished = [run for run in finished_runs(folder, say) if read_origin(run.dir) is None]
     seeds = select_seeds(finished)
     normed = [
         run
         for run in finished
-        if run.facts.role == "per_token" and run.config.seed not in seeds and run.config.probes
+        if (norms == "all" or run.facts.role == "per_token")
+        and run.config.model.norms != CONSTANT
+        and run.config.seed not in seeds
+        and run.config.probes
     ]
-    runs = [run for run in normed if run.facts.n_layers == 1]
+    runs = [run for run in normed if norms == "all" or run.facts.n_layers == 1]
     for run in normed:
         if run not in runs:
             say(f"{run.dir.name} is left out: exact for one layer, has {run.facts.n_layers}")
-    if not runs:
+    if runs:
+        return runs
+    if norms == "all":
         raise UserError(
-            f"no run in {folder} has one layer and a mid norm with a gain for each token: train a variant with the "
-            "role per_token first (docs/protocol.md, section 3)"
+            f"no run in {folder} has a per-token scale: name a study with trained runs that are probed"
         )
-    return runs
+    raise UserError(
+        f"no run in {folder} has one layer and a mid norm with a gain for each token: train a variant with the "
+        "role per_token first (docs/protocol.md, section 3)"
+    )
 
 
 def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     """Compute the steps that a run's folder lacks."""
-    code = code_hash("removal/", "training/", "model.py", "evaluation/removing.py")
-    shared = digest([rests_on(run, config.evaluation), config.n_fit_tokens, code])
-    with current(run.dir / FOLDER, shared, say) as folder:
+    probes = (f"probes/{name}.py" for name in probes_with_claims())
+    code = code_hash("removal/", "training/", "model.py", "constant_norm.py", *probes)
+    fitted_on = config.n_fit_tokens if config.norms == "mid" else 0
+    shared = digest([rests_on(run, config.evaluation), fitted_on, code])
+    with current(run.dir / FOLDERS[config.norms], shared, say) as folder:
         texts = _Texts(run, config)
         results = texts.results()
         waiting = [name for name in results if not is_measured(folder, run, name, say)]
@@ -114,7 +134,19 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
             say(f"{name} ({told})")
             losses = compute()
             losses.table.to_parquet(folder / f"{name}.parquet")
-            store(folder, name, _records(folder, name, losses, base, config))
+            numbers = _records(folder, name, losses, base, config)
+            store(folder, name, [*numbers, *losses.claims])
+
+
+def _measure(each: further.Further, config: RemoveConfig, say: Say) -> None:
+    """Measure the losses of a run that was trained further, for the comparison of its origin's study."""
+    if not further.is_measured(each):
+        losses = replace(
+            config.evaluation, probes=[], n_loss_tokens=config.n_loss_tokens, wandb="off"
+        )
+        evaluate_run(each.run, losses, say, lambda done, of, name: None)
+    if why := further.obstacle(each):
+        say(why)
 
 
 def _records(
@@ -155,6 +187,9 @@ class _Texts:
 
         A run that began with another run's weights has no initialisation.
         """
+        if self.config.norms == "all":
+            name = self._name_of(Removed.ALL)
+            return {name: ("two models are trained further", self._without_norms)}
         frozen_step, refit_step = STEPS
         found: dict[str, tuple[str, Callable[[], Losses]]] = {
             frozen_step: ("one gain for all tokens", lambda: frozen(*self.trained())),
@@ -166,8 +201,7 @@ class _Texts:
                 lambda: frozen(*self._untrained()),
             )
         if self.run.facts.twin and self.steps:
-            n_tokens = self.steps * self.run.config.train.batch_size * self.run.facts.ctx
-            name = name_of_tuning(n_tokens, self.config.lr_share)
+            name = self._name_of(Removed.FINE_TUNED)
             found[name] = ("two models are trained further", self._fine_tuned)
         return found
 
@@ -177,10 +211,21 @@ class _Texts:
         n_tokens = self.config.fine_tune_tokens
         return 0 if n_tokens == 0 else steps_for(self.run, n_tokens)
 
+    @property
+    def n_tuned(self) -> int:
+        """Return the number of tokens of the further training."""
+        return self.steps * self.run.config.train.batch_size * self.run.facts.ctx
+
+    def _name_of(self, step: Removed) -> str:
+        return name_of_tuning(step, self.n_tuned, self.config.lr_share)
+
     def _untrained(self) -> tuple[HookedRun, HookedRun]:
         model = load_untrained(self.run, self.device)
         assert model is not None
         return self._on_report(model), self._on_select(model)
+
+    def _trained_further(self, config: Config) -> SoluscopeTransformer:
+        return load_run(Run(train(config)), self.device)
 
     def _fine_tuned(self) -> Losses:
         """Return the losses after further training with one gain, and with the per-token gain kept."""
@@ -188,9 +233,10 @@ class _Texts:
         gain = float(
             f"{best_gain(choosing):.6g}"
         )  # the same setting when a killed training is resumed
+        settings = self.steps, self.config.lr_share
         one, own = (
-            self._on_report(load_run(Run(train(config)), self.device))
-            for config in configurations(self.run, gain, self.steps, self.config.lr_share)
+            self._on_report(self._trained_further(config))
+            for config in (with_gain(self.run, gain, *settings), kept(self.run, *settings))
         )
         from_start = {
             run.facts.arm: self._on_report(load_run(run, self.device))
@@ -198,6 +244,26 @@ class _Texts:
         }
         note = f"one gain of {gain:g}; peak rate {self.config.lr_share:g} of the run's"
         return Losses(fine_tuned(report, one, own, from_start), {"live": note})
+
+    def _without_norms(self) -> Losses:
+        """Return the losses after further training that removes all scales, and the tests of the claims in fp64."""
+        settings = self.steps, self.config.lr_share
+        model = self._trained_further(without_norms(self.run, *settings))
+        models = (
+            load_run(self.run, self.device),
+            self._trained_further(kept(self.run, *settings)),
+            model,
+        )
+        runs = [
+            self._on_report(each.to(torch.float64, print_details=False)) for each in models
+        ]  # before, kept, after
+        base = ClaimTested(
+            **about_run(self.run.facts), probe="", quantity="", unit="", claim="", n_tuned=self.n_tuned,
+        )  # fmt: skip
+        before, own, without = runs
+        claims = tested(model, before, own, without, base, self.config.n_draws, self.config.seed)
+        note = f"peak rate {self.config.lr_share:g} of the run's"
+        return Losses(fine_tuned(before, without, own, {}), {"live": note}, tuple(claims))
 
     def _on_report(self, model: SoluscopeTransformer) -> HookedRun:
         n_tokens = self.config.n_tokens

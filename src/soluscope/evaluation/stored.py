@@ -34,8 +34,8 @@ ENDS = (".jsonl", ".parquet", "-neurons.parquet")
 NO_EFFECT = ("probes", "prepared", "device", "jobs", "out", "wait", "wandb")
 """Settings of an evaluation that do not change its results."""
 COMPUTES = (
-    "comparison/", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/", "results.py",
-    "text.py", "variants/",
+    "comparison/", "constant_norm.py", "data/", "evaluation/", "hooked/", "model.py", "norms.py", "probes/",
+    "results.py", "text.py", "variants/",
 )  # fmt: skip
 """Folders and modules of the package that compute the stored results of a run or define their form. A
 probe's own file affects only the results of that probe."""

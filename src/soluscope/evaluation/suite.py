@@ -35,10 +35,10 @@ from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, co
 from soluscope.comparison.doses import doses
 from soluscope.comparison.dynamics import dynamics
 from soluscope.comparison.where import where
-from soluscope.config import EvalConfig, PretrainedConfig, rate_origin
+from soluscope.config import CONSTANT, EvalConfig, PretrainedConfig, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
-from soluscope.evaluation import provenance, removed
+from soluscope.evaluation import further, provenance, removed
 from soluscope.evaluation.calibration import check_gates, false_positives
 from soluscope.evaluation.dynamics import steps_of
 from soluscope.evaluation.elsewhere import check_writable, linked
@@ -345,12 +345,20 @@ def write_results(study_dir: Path) -> Path:
             losses.append(read_losses(folder, run).assign(**_settings(run)))
     records += removed.of_study(runs)
     if losses:
-        table = pd.concat(losses, ignore_index=True)
         facts = [run.facts for run in compared]
+        lineages = _lineages(facts)
+        reported = [run for run in compared if not _is_for_choosing(run, seeds)]
+        for each, further_losses in further.compared(reported):
+            lineages[each.arm] = each.lineage
+            settings = _settings(each.run) | {
+                "tokens": each.origin.facts.tokens, "further_tokens": each.run.facts.tokens, "rate": each.rate,
+            }  # fmt: skip
+            losses.append(further_losses.assign(**settings))
+            records += further.loss_records(each)
         records += _registered(study_dir, compared)
         records += provenance.of_study(study_dir, facts, [run.config for run in compared])
-        comparisons = compare(study_dir.name, table, commit(), _lineages(facts), seeds)
-        reported = [run for run in compared if not _is_for_choosing(run, seeds)]
+        table = pd.concat(losses, ignore_index=True)
+        comparisons = compare(study_dir.name, table, commit(), lineages, seeds)
         by_token, by_step = (
             partial(_tables, reported, read) for read in (read_token_losses, read_dynamics)
         )
@@ -473,6 +481,7 @@ def _settings(run: Run) -> dict[str, float | str]:
         "family": family.hash,
         "rate": rate_origin(config),
         "matched": isinstance(config.model.mlp_out_scale, str),
+        "constant": config.model.norms == CONSTANT,
         "uniform": math.log(facts.d_vocab),
         "entropy_penalty": facts.entropy_penalty or None,
     }

@@ -23,10 +23,11 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerFast
 
+from soluscope.constant_norm import EPS, gain_of
 from soluscope.data.tokenizer import from_bytes
 from soluscope.errors import UserError
 from soluscope.model import Activations, LanguageModel
-from soluscope.norms import MidNorm, StaticNorm, check_norm
+from soluscope.norms import MidNorm, check_norm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import Facts, initial_model
 
@@ -238,10 +239,8 @@ def _at_step(run: Run, step: int | None) -> tuple[LanguageModel, Facts]:
         model = initial_model(run.config, run.load_model(), facts.d_vocab)
     else:
         model = run.load_model(step)
-    norm = model.mlp(0).ln
-    gain = norm.present_gain().item() if isinstance(norm, StaticNorm) else None
     tokens = step * facts.tokens // facts.steps
-    return model, replace(facts, steps=step, tokens=tokens, gain=gain)
+    return model, replace(facts, steps=step, tokens=tokens, gain=gain_of(model.mlp(0).ln))
 
 
 def load_untrained(run: Run, device: str = "cpu") -> SoluscopeTransformer | None:
@@ -255,6 +254,9 @@ def load_untrained(run: Run, device: str = "cpu") -> SoluscopeTransformer | None
 def to_hooked(trained: LanguageModel, facts: Facts, device: str = "cpu") -> SoluscopeTransformer:
     """Convert `trained` to a HookedTransformer of the same dtype, and compare the two on random tokens.
 
+    Where ln1, ln2 and ln_final divide by a constant, TransformerLens's LayerNorm has an epsilon so large that its
+    scale is one number, and its weight holds the constant.
+
     Raises:
         UserError: if logits, hook_mid, ln.hook_scale or hook_post differ (the message names the stage with
             the largest difference), or if a tensor is missing or unexpected.
@@ -265,7 +267,7 @@ def to_hooked(trained: LanguageModel, facts: Facts, device: str = "cpu") -> Solu
             n_layers=facts.n_layers, d_model=facts.d_model, n_ctx=facts.ctx,
             d_head=facts.d_model // facts.n_heads, n_heads=facts.n_heads, d_mlp=facts.d_mlp,
             d_vocab=facts.d_vocab, act_fn=facts.hooked_act_fn, normalization_type="LN",
-            eps=facts.ln_eps, dtype=dtype, device=device, init_weights=False,
+            eps=EPS if trained.is_constant else facts.ln_eps, dtype=dtype, device=device, init_weights=False,
             default_prepend_bos=True, model_name=f"{facts.study}/{facts.run}",
         ),
         move_to_device=False,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from soluscope.errors import UserError
-from soluscope.results import Answer, Figure, Gate, Quantity
+from soluscope.results import Answer, Claim, Figure, Gate, Quantity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from soluscope.hooked.activations import HookedRun
 
-__all__ = ["Estimate", "Figure", "Gate", "Probe", "Quantity"]
+__all__ = ["Claim", "Estimate", "Figure", "Gate", "Probe", "Quantity"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class Probe:
     is then 0. If empty, random halves of the documents are compared instead."""
     confirmatory: bool = False
     """True if the probe's test is in the family that is corrected for multiple testing (protocol.md section 5)."""
+    claims: tuple[Claim, ...] = ()
+    """Published claims about models without LayerNorm, which `soluscope remove norms=all` tests."""
     figures: tuple[Figure, ...] = ()
     section: str = field(init=False)
     """The probe's number in protocol.md: `P1`."""

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes import Claim, Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import reading_one_neuron
 from soluscope.probes._estimates import correlation, ratio
 from soluscope.probes._tokens import array, arrays, every_nth, scattered
@@ -249,6 +249,13 @@ PROBE = Probe(
     ),
     one_scale=True,
     tested="share of detaching the gain",
+    claims=tuple(
+        Claim(f"NMAE: {name}", f"Attribution patching is not more accurate: {stage}.")
+        for name, stage in (
+            ("first order", "of activations after the mid norm"),
+            ("before the norm", "of activations before the mid norm"),
+        )
+    ),
     measure=measure,
     known=known,
     quantities={

@@ -59,7 +59,7 @@ from torch import Tensor
 from soluscope.comparison.stats import benjamini_hochberg, mean_p
 from soluscope.hooked.ablation import Ablation
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes import Claim, Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import with_readout
 from soluscope.probes._estimates import ratio, sums_by_string
 from soluscope.probes._features import folds
@@ -447,6 +447,18 @@ PROBE = Probe(
     ),
     one_scale=True,
     tested="mean TE - DE",
+    claims=(
+        Claim(
+            "share of entropy effect through ln_final",
+            "Entropy neurons are inactive: no effect on the entropy passes through ln_final's scale.",
+            within=1e-6,
+        ),
+        Claim(
+            "excess of discovered entropy neurons",
+            "Entropy neurons are inactive: none is discovered, or those discovered have no excess.",
+            within=1e-6,
+        ),
+    ),
     measure=measure,
     known=known,
     quantities={

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from soluscope.hooked.ablation import Ablation, loss_at_post
 from soluscope.hooked.activations import HookedRun, planted
-from soluscope.probes import Estimate, Figure, Gate, Measured, Probe, Quantity
+from soluscope.probes import Claim, Estimate, Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._attribution import (
     contributions,
     final_scale,
@@ -188,6 +188,10 @@ PROBE = Probe(
     ),
     one_layer=True,
     tested="NMAE: MLP",
+    claims=tuple(
+        Claim(f"NMAE: {part}", f"Direct logit attribution is exact: {whole}.", within=1e-6)
+        for part, whole in (("MLP", "of the whole MLP"), ("neurons", "of each neuron"))
+    ),
     measure=measure,
     known=known,
     quantities={

@@ -1,7 +1,8 @@
-"""Further training of a trained model with one gain for all tokens, and of the same model unchanged beside it.
+"""Further training of a trained model with less normalisation, and of the same model unchanged beside it.
 
 Both models begin with the trained weights and see the same batches, at the same learning rates. So their difference
-is the worth of the per-token gain after further training, without the effect of the training itself.
+is the worth of the per-token gain, or of all per-token scales, after further training, without the effect of the
+training itself.
 
 Source: protocol.md section 7, P7.
 """
@@ -13,7 +14,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from soluscope import plugins
-from soluscope.config import Config
+from soluscope.config import CONSTANT, Config
 from soluscope.runs.folder import Run
 
 MOST_WARMUP = 0.1
@@ -33,12 +34,11 @@ def steps_for(run: Run, n_tokens: int | None) -> int:
     return max(1, round(n_tokens / (train.batch_size * run.config.model.ctx)))
 
 
-def configurations(run: Run, gain: float, steps: int, lr_share: float) -> tuple[Config, Config]:
-    """Return the configurations of the further training with one gain, and with the per-token gain kept.
+def kept(run: Run, steps: int, lr_share: float) -> Config:
+    """Return the configuration of the further training of a finished run as it is.
 
     Args:
-        run: a finished run with a per-token norm, whose variant has a static twin.
-        gain: the gain of all tokens.
+        run: a finished run.
         steps: optimizer steps.
         lr_share: peak learning rate, as a share of the run's.
     """
@@ -46,22 +46,37 @@ def configurations(run: Run, gain: float, steps: int, lr_share: float) -> tuple[
     assert config.train.lr is not None
     further = replace(
         config.train, init_from=str(here), steps=steps, lr=lr_share * config.train.lr,
-        lr_rest=lr_share * config.train.lr_rest,
+        lr_rest=lr_share * config.train.lr_rest, snapshots=0,
         warmup_steps=min(config.train.warmup_steps, int(MOST_WARMUP * steps)),
     )  # fmt: skip
     tag = f"of-{run.facts.arm}-{steps}-steps-{lr_share:g}"
-    kept = replace(
+    return replace(
         config, study=study_of(run), runs_dir=str(here.parent.parent), train=further, wandb="off",
         tag=tag, select_seeds=[],
     )  # fmt: skip
+
+
+def with_gain(run: Run, gain: float, steps: int, lr_share: float) -> Config:
+    """Return the same with one gain for all tokens; the run's variant has a static twin."""
+    config = kept(run, steps, lr_share)
     params = plugins.pick("soluscope.variants", run.facts.twin).params
-    static = replace(
-        kept,
+    return replace(
+        config,
         variant=run.facts.twin,
         mid=_static(params, config.mid, gain),
-        tag=f"{tag}-gain{gain:g}",
+        tag=f"{config.tag}-gain{gain:g}",
     )
-    return static, kept
+
+
+def without_norms(run: Run, steps: int, lr_share: float) -> Config:
+    """Return the same, with all per-token scales replaced by constants on the way."""
+    config = kept(run, steps, lr_share)
+    return replace(
+        config,
+        model=replace(config.model, norms=CONSTANT),
+        train=replace(config.train, compile=False),  # the norms change from step to step
+        tag=f"{config.tag}-no-norms",
+    )
 
 
 def _static(params: type, of: Any, gain: float) -> Any:

@@ -12,6 +12,7 @@ import pandas as pd
 from soluscope.hooked.ablation import FINAL_NORMS, best_gain
 from soluscope.hooked.activations import HookedRun
 from soluscope.removal.refit import Refit, own_weights, refit, text_of
+from soluscope.results import ClaimTested
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,8 @@ class Losses:
     """`document`, and for each treatment of ln_final the columns `ONE_GAIN` and perhaps `OWN_GAINS`."""
     notes: dict[str, str]
     """A remark for each treatment of ln_final."""
+    claims: tuple[ClaimTested, ...] = ()
+    """Tests of published claims on the model after this step."""
 
 
 def frozen(report: HookedRun, choosing: HookedRun) -> Losses:
@@ -68,12 +71,13 @@ def refitted(report: HookedRun, choosing: HookedRun) -> Losses:
 def fine_tuned(
     report: HookedRun, one: HookedRun, own: HookedRun, from_start: Mapping[str, HookedRun]
 ) -> pd.DataFrame:
-    """Return the losses after further training, with ln_final live.
+    """Return the losses after further training.
 
     Args:
         report: activations of the model as trained, on the report split.
-        one: activations of the model that was trained further with one gain, on the same text.
-        own: activations of the model that was trained further with its per-token gain.
+        one: activations of the model that was trained further with one gain, or with constants in the place of all
+            per-token scales, on the same text.
+        own: activations of the model that was trained further as it was.
         from_start: activations of arms that had one gain from the start, by the arm's name.
     """
     models = {ONE_GAIN: one, OWN_GAINS: own} | {

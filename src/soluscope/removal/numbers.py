@@ -20,13 +20,15 @@ T = TypeVar("T", bound=OfRemoval)
 
 STEPS = {"frozen": Removed.FROZEN, "refit": Removed.REFIT}
 """The first steps by the names of their files in a run's folder of results, in their order."""
-TUNED = "fine_tuned"
-"""Beginning of the names of files with further training; the number of tokens and the rate's share follow."""
+TUNED = {"fine_tuned": Removed.FINE_TUNED, "no_norms": Removed.ALL}
+"""The steps with further training by the beginnings of the names of their files. The number of tokens and the
+rate's share follow."""
 
 
-def name_of_tuning(n_tokens: int, lr_share: float) -> str:
-    """Return the name of the files with further training."""
-    return f"{TUNED}-{n_tokens}-{lr_share:g}"
+def name_of_tuning(step: Removed, n_tokens: int, lr_share: float) -> str:
+    """Return the name of the files of a step with further training."""
+    begin = next(name for name, each in TUNED.items() if each is step)
+    return f"{begin}-{n_tokens}-{lr_share:g}"
 
 
 def step_of(name: str) -> tuple[Removed, int]:
@@ -37,10 +39,10 @@ def step_of(name: str) -> tuple[Removed, int]:
     """
     if name in STEPS:
         return STEPS[name], 0
-    tuned = re.fullmatch(rf"{TUNED}-(\d{{1,18}})-[\d.e+-]+", name, re.ASCII)
+    tuned = re.fullmatch(rf"({'|'.join(TUNED)})-(\d{{1,18}})-[\d.e+-]+", name, re.ASCII)
     if not tuned:
         raise ValueError(f"{name[:80]!r} is not the name of a result of 'soluscope remove'")
-    return Removed.FINE_TUNED, int(tuned[1])
+    return TUNED[tuned[1]], int(tuned[2])
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -80,9 +82,9 @@ def lines(tables: Mapping[str, pd.DataFrame]) -> Iterator[Line]:
             for column in table.columns[table.columns.str.startswith(FROM_START)]:
                 other = table[column].to_numpy()
                 yield replace(line, values=one - other, against=column.removeprefix(FROM_START))
-            if earlier:
+            if earlier and step is not Removed.ALL:
                 yield replace(line, values=earlier[1] - one, before=earlier[0])
-            if step is not Removed.FINE_TUNED:
+            if name in STEPS:
                 earlier = step, one
 
 
@@ -116,6 +118,8 @@ def of_arm(
 
     Numbers of steps that a seed lacks are left out, and so is everything if the seeds have different documents.
     """
+    if len(seeds) < 2:
+        return
     shared = in_order(name for name in seeds[0] if all(name in tables for tables in seeds))
     tables = [{name: each[name] for name in shared} for each in seeds]
     owners = [next(iter(each.values()))["document"].to_numpy() for each in tables if each]

@@ -270,7 +270,7 @@ def at_one_rate(records: Sequence[Record]) -> list[str]:
     points = of_kind(records, ChoicePoint)
     if not points and not any(by_kappa(of_one) for of_one in sizes(records).values()):
         return []
-    untuned = {arm for arm, each in settings(records).items() if each.rate}
+    untuned = {arm for arm, each in settings(records).items() if each.rate and not each.after}
     return sorted(untuned - {p.arm for p in points if p.setting == "lr"})
 
 

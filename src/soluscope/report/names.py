@@ -122,6 +122,7 @@ def _named(
         changed["arms"], changed["note"] = tuple(map(arm, record.arms)), in_text(record.note)
     elif isinstance(record, Setting):
         changed["twin"], changed["rate"] = variant(record.twin), in_text(record.rate)
+        changed["after"] = arm(record.after)
         changed["chain"] = tuple(Step(variant(step.variant), step.adds) for step in record.chain)
     if all(getattr(record, name) == value for name, value in changed.items()):
         return record

@@ -5,13 +5,15 @@ Source: protocol.md section 7, P7.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from soluscope.report.blocks import Block, Bullets, Cell, Paragraph, Table
 from soluscope.report.findings import SCALED_SIZE, estimate, measured, rescaled, seeds
 from soluscope.results import (
     MARGIN,
+    Bounded,
+    ClaimTested,
     OfRemoval,
     Order,
     Record,
@@ -25,6 +27,7 @@ MEANINGS = {
     Removed.FROZEN: "one gain for all tokens, the best one on the select split; nothing else changes",
     Removed.REFIT: "the same, and W_out, b_out, gamma and beta are fitted again on the select split",
     Removed.FINE_TUNED: "one gain, and all weights are trained further",
+    Removed.ALL: "all norms divide by constants, and all weights are trained further",
 }
 LEAD = (
     "Each trained model with a per-token gain gets one gain for all tokens. The numbers are its losses on the "
@@ -36,6 +39,14 @@ LEAD = (
     "rescales each token anyway (|o| / |r0| above 5, see P4). A number above 0 after a refit does not show "
     "that a per-token gain is needed, because the weights before the readout are not trained again."
 )
+ALL_LEAD = (
+    "Further training replaces the per-token scale of every norm by a constant: of ln2, the mid norm, ln1 and "
+    "ln_final in this order, then the separate constants of EOS and BOS. The numbers are losses minus the loss as "
+    "trained, in nats per token. The fair comparison is with the same model after the same further training with "
+    "all norms kept: that difference is the worth of all per-token scales together. Baroni et al. (arXiv "
+    "2507.02559) make three claims about such models. Each is tested here in fp64, on the same documents of the "
+    "report split."
+)
 FINAL = {
     "live": "ln_final live: it rescales each token separately, whatever the mid norm does.",
     "frozen": "ln_final's scale held at its value in the trained model: the refit is then a convex problem.",
@@ -45,24 +56,58 @@ FINAL = {
 def blocks(records: Sequence[Record]) -> list[Block]:
     """Return the numbers of each arm after each step, with warnings; empty without a removal."""
     rows = _rows(records)
-    if not rows:
-        return []
-    result: list[Block] = [Paragraph(text, style="warn") for text in warnings(records)]
-    result += [Paragraph(LEAD), Bullets(sentences(records))]
-    for final_norm, meaning in FINAL.items():
-        lines = [
-            _line(rows, of_kind(records, Removal), found)
-            for found in rows
-            if found.final_norm == final_norm and _is_main(found)
-        ]
-        heads = [
-            "arm", "step", "minus the loss as trained", "by seed [95%, other documents]",
-            "step before minus this step", "minus the same adaptation with the gain kept",
-            "minus one gain from the start", "note",
-        ]  # fmt: skip
-        if lines:
-            result += [Paragraph(meaning), Table(heads, lines, n_text=2)]
+    steps = [row for row in rows if row.step is not Removed.ALL]
+    result: list[Block] = []
+    if steps:
+        result += [Paragraph(text, style="warn") for text in warnings(records)]
+        result += [Paragraph(LEAD), Bullets(sentences(records))]
+        for final_norm, meaning in FINAL.items():
+            result += _table(
+                records, [row for row in steps if row.final_norm == final_norm], meaning
+            )
+    of_all = [row for row in rows if row.step is Removed.ALL]
+    if of_all:
+        result += _table(records, of_all, ALL_LEAD)
+        result += [*_claims(of_kind(records, ClaimTested))]
     return result
+
+
+def _table(records: Sequence[Record], rows: Sequence[OfRemoval], meaning: str) -> list[Block]:
+    """Return the table of the losses after some steps, below a paragraph; empty without a loss."""
+    lines = [_line(rows, of_kind(records, Removal), row) for row in rows if _is_main(row)]
+    heads = [
+        "arm", "step", "minus the loss as trained", "by seed [95%, other documents]",
+        "step before minus this step", "minus the same adaptation of the unchanged model",
+        "minus one gain from the start", "note",
+    ]  # fmt: skip
+    return [Paragraph(meaning), Table(heads, lines, n_text=2)] if lines else []
+
+
+def _claims(claims: Sequence[ClaimTested]) -> Iterator[Block]:
+    """Yield the claims about models without per-token scales, one line for each claim and run."""
+    heads = [
+        "claim", "run", "number", "as trained", "trained further as it was", "without per-token scales",
+        "change", "claim holds", "note",
+    ]  # fmt: skip
+    lines: list[list[Cell]] = [
+        [
+            row.claim, row.run, f"{row.probe}: {row.quantity}",
+            *(_small(each) for each in (row.before, row.kept, row.after, row.change)),
+            "not settled" if row.holds is None else "yes" if row.holds else "no", row.note,
+        ]
+        for row in sorted(claims, key=lambda row: (row.probe, row.quantity, row.run, row.n_tuned))
+    ]  # fmt: skip
+    if lines:
+        yield Table(heads, lines, n_text=3)
+
+
+def _small(number: Bounded | None) -> str:
+    """Return a number that may be tiny, with its bounds if it has them."""
+    if number is None or number.value is None:
+        return ""
+    if number.low is None or number.high is None:
+        return f"{number.value:.3g}"
+    return f"{number.value:.3g} [{number.low:.3g}, {number.high:.3g}]"
 
 
 def warnings(records: Sequence[Record]) -> list[str]:

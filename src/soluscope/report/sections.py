@@ -123,7 +123,12 @@ def build(records: list[Record], identifiers: Mapping[str, str] | None = None) -
         ),
         Section("width", "Width", ladders.blocks(arms.records, Ladder.WIDTH), "dose"),
         Section("size", "Size", scaling.blocks(arms.records), "dose"),
-        Section("removal", "Removal of the per-token gain", removal.blocks(arms.records), "probes"),
+        Section(
+            "removal",
+            "Removal of the per-token gain, or of all norms",
+            removal.blocks(arms.records),
+            "probes",
+        ),
         Section("contrasts", "Differences between arms", contrasts.blocks(arms.records), "probes"),
         Section("confirmed", "Probes before and after training", arms.confirmed(), "probes"),
     ]

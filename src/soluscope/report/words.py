@@ -209,7 +209,7 @@ def untuned(records: list[Record]) -> list[str]:
     arms = _grouped(
         (each.rate, each.arm)
         for each in settings(tuned(records)).values()
-        if each.rate and each.arm not in several
+        if each.rate and not each.after and each.arm not in several
     )
     if not arms:
         return []

@@ -64,7 +64,8 @@ OF_STUDY = (
 )  # fmt: skip
 """Names of a study's own files and folders, beside its runs."""
 OF_RUN = (
-    "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "neurons", "tokenizer",
+    "checkpoints", "snapshots", "probes", ".probes.new", "removal", ".removal.new", "removal-all",
+    ".removal-all.new", "neurons", "tokenizer",
 )  # fmt: skip
 """Names of a run's own folders."""
 FOUND_NEURONS = tuple(Path("neurons") / part / "found.jsonl" for part in ("trained", "untrained"))

@@ -18,6 +18,7 @@ from soluscope.runs.weights import build_model
 from soluscope.training.device import on_cuda
 from soluscope.training.entropy import loss_and_missing_entropy
 from soluscope.training.init_from import load_origin
+from soluscope.training.losing_norms import LosingNorms
 from soluscope.training.out_scale import set_out_scale
 from soluscope.training.static_gain import set_gain
 
@@ -36,6 +37,7 @@ class TrainingModule(lightning.LightningModule):
         load_origin(self.model, config, cache)
         set_gain(self.model, config, cache)
         set_out_scale(self.model, config, cache)
+        self.losing_norms = LosingNorms.of(self.model, config, cache)
         self.grad_norm = torch.tensor(math.nan)
         compiled = on_cuda(config) if config.train.compile is None else config.train.compile
         penalised = config.train.entropy_penalty != 0
@@ -47,6 +49,8 @@ class TrainingModule(lightning.LightningModule):
     def training_step(
         self, tokens: Int[Tensor, "batch pos"], index: int
     ) -> Tensor | dict[str, Tensor]:
+        if self.losing_norms:
+            self.losing_norms.advance(self.global_step)
         train = self.config.train
         if not train.entropy_penalty:
             loss: Tensor = self.loss(tokens, self.bos)

@@ -23,12 +23,12 @@ from torch import nn
 
 from soluscope import plugins
 from soluscope.config import Config, differences
+from soluscope.constant_norm import gain_of
 from soluscope.data.cache import SPLITS, TokenCache, prepare, share_with_study
 from soluscope.errors import Stopped, UserError
 from soluscope.files import checksum, reason, write_text
 from soluscope.memory import keep_freed_memory
 from soluscope.model import LanguageModel
-from soluscope.norms import StaticNorm
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import (
     Facts,
@@ -237,7 +237,7 @@ def facts_of(config: Config, cache: TokenCache, model: LanguageModel) -> Facts:
         hooked_act_fn=plugins.pick("soluscope.variants", config.variant).hooked_act_fn,
         ln_eps=config.model.ln_eps, mid_norm=type(norm).__name__ if norm is not None else None,
         eps=norm.eps if norm is not None else None,
-        gain=norm.present_gain().item() if isinstance(norm, StaticNorm) else None,
+        gain=gain_of(norm),
         bos=cache.meta["bos"], eos=cache.meta["eos"], pad=cache.meta["pad"],
         tokenizer_hash=cache.meta["tokenizer_hash"], lr=config.train.lr, steps=config.train.steps,
         tokens=config.train.steps * config.train.batch_size * config.model.ctx,
