@@ -83,6 +83,7 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
     for run in runs:
         folder = run.dir / FOLDER
         names = names_in(folder)
+        _ordered(folder)  # refuses a file with another name
         for name in names:
             records += read_stored(folder, name, remedy(run.dir))
         if names:
