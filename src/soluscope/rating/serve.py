@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from soluscope.errors import UserError
 from soluscope.files import check_folder, check_links
 from soluscope.rating import app
 from soluscope.rating.database import NAME, Database, check_files
