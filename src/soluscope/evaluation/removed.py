@@ -86,6 +86,8 @@ def of_study(runs: Sequence[Run]) -> list[Record]:
             for folder in FOLDERS.values()
             for name in names_in(run.dir / folder)
         ]
+        for place in FOLDERS.values():
+            _ordered(run.dir / place)  # refuses a file with another name
         for folder, name in stored:
             records += read_stored(folder, name, remedy(folder))
         if stored:
