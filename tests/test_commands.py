@@ -19,6 +19,7 @@ from soluscope import plugins, results
 from soluscope.config import Config, EvalConfig, to_yaml
 from soluscope.errors import UserError
 from soluscope.evaluation.suite import evaluate
+from soluscope.launching.sweep import shipped_sweeps
 from soluscope.results import Measurement
 from soluscope.runs.folder import Run, holder, lock
 
@@ -169,7 +170,7 @@ def test_help_and_cfg_answer_before_anything_heavy(tmp_path: Path) -> None:
     assert "n_tokens: 300\n" in eval_cfg
     assert "soluscope report runs/demo" in report_help
     assert "soluscope sweep variants" in launch_help
-    assert "demo, gain, headline, kappa, lr, sizes, smoke, variants" in launch_help
+    assert ", ".join(shipped_sweeps()) in launch_help
     assert "\n  ray.cpus " in launch_help
     assert not list(tmp_path.iterdir())
 

@@ -3,7 +3,7 @@
 An arm claims an effect of its variant and of the variant's parameters; some settings are tuned for each arm. If two
 arms of one size also differ in another setting, such as the weight decay, that may have caused their difference.
 
-Source: protocol.md section 3, "Models of one size differ only in ...".
+Source: protocol.md section 3.
 """
 
 from __future__ import annotations
