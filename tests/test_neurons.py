@@ -530,7 +530,7 @@ def test_proxies_of_stored_neurons_are_stored_and_not_asked_again(
         if each.trained and each.proxy == "rule_f1":
             wanted = f1.loc[(each.neuron, each.stage), f"f1_{each.stage}"]
             assert each.value == (None if math.isnan(wanted) else wanted)
-    assert of_kind(results.read(study / "results.jsonl"), Proxied) == found
+    assert of_kind(results.read(suite.write_results(study)), Proxied) == found
     without = publish_proxies(study, config, say=lambda text: None)
     assert len({each.proxy for each in without}) == len({each.proxy for each in found}) - 1
 

@@ -31,7 +31,9 @@ from soluscope.results import (
     Answer,
     AtDose,
     Bound,
+    Bounded,
     ChoicePoint,
+    ClaimTested,
     Comparison,
     Curve,
     FalsePositives,
@@ -47,8 +49,11 @@ from soluscope.results import (
     NeuronFound,
     NoChoice,
     Order,
+    Part,
     ProbeWords,
     Provenance,
+    Proxied,
+    ProxyTerm,
     Quantity,
     Rated,
     Rating,
@@ -105,7 +110,7 @@ FULL: list[Record] = [
         **ALL, **NUMBER, term=Term.STEP, against="solu", verdict=Verdict.DIFFERENT, choice="chosen so",
         n_candidates=3, optimism=0.001, p=0.25, p_adj=0.5, size="d_model 64", design="alpha 1", lr=0.001,
         tuned_arm="solu_ln-lr2", step=("solu", "solu_gain"),
-        adds="a scale", probe="engagement", quantity="r", group="log gain Q4", x=2.0,
+        adds="a scale", probe="engagement", quantity="r", group="log gain Q4", x=2.0, part=Part.SCALE,
     ),
     ChoicePoint(
         **ALL, **NUMBER, setting="lr", x=0.001, chosen_arm="solu_ln", eligible=False,
@@ -168,6 +173,15 @@ FULL: list[Record] = [
     RemovalOfArm(
         **ALL, **NUMBER, step=Removed.FINE_TUNED, before=Removed.REFIT, against="solu_frozen_ln", n_tuned=700,
         final_norm="frozen", untrained=True, order=Order.VIOLATED,
+    ),
+    ClaimTested(
+        **ALL, **RUN, probe="exact_dla", quantity="nmae", unit="", claim="DLA is exact", within=1e-6, n_tuned=700,
+        before=Bounded(0.9, 0.8, 1.0), kept=Bounded(0.8, 0.7, 0.9), after=Bounded(0.0, 0.0, 0.0),
+        change=Bounded(-0.9, -1.0, -0.8), holds=True,
+    ),
+    Proxied(
+        **ALL, **NUMBER, proxy="rule_f1", label="F1 of the best rule", term=ProxyTerm.TWIN, stage="mid",
+        against="solu", untrained=True,
     ),
 ]  # fmt: skip
 """One record of each kind, with no field left at its default."""
