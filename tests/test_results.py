@@ -120,7 +120,7 @@ FULL: list[Record] = [
     Setting(
         **ALL, values={"lr": 0.001, "kappa": 41.9}, role="per_token", twin="solu_frozen_ln", label="SoLU + LN",
         chain=(Step("solu"), Step("solu_ln", "a per-token scale")), size="d_model 64", n=8,
-        rate="was set by hand", matched=True, family="0123", only_tried=True,
+        rate="was set by hand", matched=True, after="solu", family="0123", only_tried=True,
     ),
     GateResult(
         **ALL, **NUMBER, probe="engagement", control="pinned", section="C3", passed=True,
@@ -143,6 +143,7 @@ FULL: list[Record] = [
     Provenance(
         **ALL, source="stdlib", documents={"train": 72}, tokens={"train": 564215}, d_vocab=512, n_copies=1,
         n_overlapping={"train": 2}, versions={"torch": "2.13.0"}, commits=("abc", "def"),
+        apart=("mid.kappa",), unclaimed=("train.weight_decay",),
     ),
     AtDose(
         **ALL, **NUMBER, setting=Ladder.GAIN, x=16.0, since=1.0, quantity="max p", statistic="median",
@@ -156,7 +157,9 @@ FULL: list[Record] = [
         **ALL, **NUMBER, curve=Curve.POWER_LAW, against="gelu", n_weights=1000, bound=Bound.AT_LEAST,
         low_is_bound=True, high_is_bound=True, size="d_model 64",
     ),
-    Located(**ALL, against="solu_gain", where=Where.DIFFUSE, n=3, agreement=0.5, size="d_model 64"),
+    Located(
+        **ALL, against="solu_gain", where=Where.DIFFUSE, n=3, agreement=0.5, size="d_model 64", design="alpha 1",
+    ),
     NeuronFound(
         **ALL, **RUN, quantity="most readable", place=2, neuron=42, rule="capitals", f1_mid=0.9, f1_post=0.5,
         drop=0.25, before="import ", text="os", after="\n",
