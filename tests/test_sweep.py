@@ -145,9 +145,7 @@ def test_the_shipped_sweeps_ask_what_they_say() -> None:
     kappas = (4e-5, 0.42, 4.2, 41.94, 419.4)
     arms = ("solu_ln", "solu_frozen_ln", "solu_gain")
     assert doses == set(itertools.product(arms, kappas, range(8)))
-    assert {c.mid.gain for c in of("gain") if c.variant == "solu_frozen_ln"} == {
-        "init", 1, 4, 16, 64, 316
-    }  # fmt: skip
+    assert {c.mid.gain for c in of("gain") if c.variant == "solu_gain"} == {1, 4, 16, 64, 316}
     sizes = of("sizes")
     assert len({config.model.d_mlp for config in sizes}) >= 3
     shared = {(c.model.ctx, c.train.steps, c.train.batch_size, c.tokens.d_vocab) for c in sizes}
