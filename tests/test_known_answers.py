@@ -16,7 +16,7 @@ from _students import TINY, Task
 from soluscope.config import EvalConfig
 from soluscope.results import Comparison, Located, Record, Term, Verdict, Where, of_kind
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 NOISE = 0.05
 """Distance of the students' first weights from the planted ones; see `Task.plant`."""

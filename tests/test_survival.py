@@ -277,6 +277,7 @@ def can_mount() -> bool:
 
 
 @pytest.mark.skipif(not can_mount(), reason="no right to mount a small file system (needs root)")
+@pytest.mark.long
 def test_a_file_system_that_fills_up_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     """The second checkpoint does not fit beside the first."""
     runs_dir = tmp_path / "runs"

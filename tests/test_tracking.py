@@ -308,6 +308,7 @@ def killed(place: Path, server: Server) -> tuple[Path, dict[int, dict[str, Any]]
     return run_dir, logged
 
 
+@pytest.mark.long
 def test_a_sigkill_takes_no_row_and_the_resumed_run_is_the_same(killed) -> None:
     run_dir, logged = killed
     first, second = starts(run_dir)
@@ -370,6 +371,7 @@ train(load_config([*words, "seed=2"]))
 """
 
 
+@pytest.mark.long
 def test_a_wandb_that_fails_is_told_once_and_stops_nothing(place: Path, server: Server) -> None:
     words = words_of(place, "failing", "wandb=offline")
     done = python(place, server, "-c", CHILD + FAILING, "12", *words)
