@@ -31,9 +31,9 @@ from conftest import tiny_config, train_silently
 
 from soluscope.commands import run
 from soluscope.files import checksum
-from soluscope.rating import serve
 from soluscope.rating.database import NAME, Database
 from soluscope.runs import registration
+from soluscope.serving import server
 
 pytestmark = pytest.mark.slow
 
@@ -487,7 +487,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def no_page() -> Iterator[None]:
     """Let `soluscope rate` end where it would wait for a browser."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve.uvicorn.Server, "run", lambda server, sockets: None)
+        patch.setattr(server.uvicorn.Server, "run", lambda server, sockets: None)
         yield
 
 
