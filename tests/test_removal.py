@@ -337,17 +337,18 @@ def test_the_command_writes_records_that_the_report_shows(study):
     assert "Removal of the per-token gain" in page
 
 
-def test_a_removal_is_resumed_and_gives_the_same_numbers(study, tmp_path):
+@pytest.mark.parametrize(("lost", "kept"), [("refit", "frozen"), ("frozen", "refit")])
+def test_a_removal_is_resumed_and_gives_the_same_numbers(study, tmp_path, lost, kept):
     copy = tmp_path / "s"
     shutil.copytree(study, copy, symlinks=True)
     folder = copy / "solu_ln-s0" / "removal"
-    before = (folder / "refit.jsonl").read_text()
-    (folder / "refit.jsonl").unlink()
+    before = (folder / f"{lost}.jsonl").read_text()
+    (folder / f"{lost}.jsonl").unlink()
     told: list[str] = []
     remove(copy, CONFIG, told.append)
-    assert [line for line in told if "refit" in line]
-    assert not [line for line in told if "frozen" in line]
-    assert (folder / "refit.jsonl").read_text() == before
+    assert [line for line in told if f" {lost} " in line]
+    assert not [line for line in told if f" {kept} " in line]
+    assert (folder / f"{lost}.jsonl").read_text() == before
     told.clear()
     remove(copy, CONFIG, told.append)
     assert told == ["[1/1] solu_ln-s0: done already"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -153,7 +154,8 @@ def _records(
     folder: Path, name: str, losses: Losses, base: Removal, config: RemoveConfig
 ) -> Sequence[Removal]:
     """Return the numbers of the result `name`; earlier tables lie in `folder`."""
-    earlier = [each for each in STEPS if (folder / f"{each}.jsonl").is_file()]
+    before = takewhile(lambda step: step != name, STEPS)
+    earlier = [each for each in before if (folder / f"{each}.jsonl").is_file()]
     tables = {} if name == UNTRAINED else tables_in(folder, earlier)
     if name == UNTRAINED:
         base = replace(base, untrained=True)
