@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,20 @@ def shared_by_workers(tmp_path_factory: pytest.TempPathFactory, worker_id: str) 
     """Return the session's temporary folder, the same for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Start Chromium, for tests with `_browser.needs_browser`; skip them without Playwright."""
+    from _browser import CHROMIUM
+
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        for context in [*found.contexts]:
+            context.close()
+        found.close()
 
 
 @pytest.fixture(scope="session")

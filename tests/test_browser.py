@@ -6,7 +6,6 @@ The browser gets the page from Playwright. Every other request is refused and no
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from _browser import needs_browser
 from _records import LN, RUN, number, passed, token_values, words
 from conftest import HANGS_AFTER_S
 from test_report import before_training, make_rows
@@ -22,10 +22,7 @@ from soluscope import plugins
 from soluscope.report import page
 from soluscope.results import Measurement, ProbeWords, Record, Setting
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+pytestmark = needs_browser
 
 URL = "http://report.test/"
 WIDTHS = (420, 1280, 2560)
@@ -52,14 +49,6 @@ def html() -> str:
     return page.render(
         [*records, *passed("engagement", "scale_freeze"), *token_values(HOSTILE), *token_values(HOSTILE, "gelu")]
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
-from conftest import HANGS_AFTER_S
+from _browser import needs_browser, opened
 
 import soluscope
 from soluscope import UserError
@@ -49,7 +49,7 @@ def page(study: Path) -> Any:
 
 
 @pytest.fixture
-def browser(page: Any) -> Any:
+def visitor(page: Any) -> Any:
     opened = client.TestClient(page, base_url=HOST, headers={"origin": HOST})
     assert opened.get("/", params={"token": TOKEN}).url.path == app.PAGES
     return opened
@@ -135,9 +135,9 @@ def test_every_token_of_both_texts_is_in_one_pair_and_in_order(seed: int) -> Non
         assert all(a[x] == b[y] for x, y in found if x is not None and y is not None)
 
 
-def test_the_page_shows_both_texts_token_by_token(study: Path, browser: Any) -> None:
+def test_the_page_shows_both_texts_token_by_token(study: Path, visitor: Any) -> None:
     fields = {"of": "m0", "neuron": "3", "text": TEXT.replace("\n", "\r\n"), "edited": EDITED}
-    reply = browser.post("/editor", data=fields)
+    reply = visitor.post("/editor", data=fields)
     assert reply.status_code == 200
     model = soluscope.load(study / RUN)
     before, after = with_hooks(model, TEXT, 3), with_hooks(model, EDITED, 3)
@@ -151,20 +151,20 @@ def test_the_page_shows_both_texts_token_by_token(study: Path, browser: Any) -> 
             assert float(texts[2]) == pytest.approx(wanted[1] - wanted[0], rel=2e-2, abs=1e-5)
 
 
-def test_the_initialisation_is_another_model(browser: Any) -> None:
+def test_the_initialisation_is_another_model(visitor: Any) -> None:
     fields = {"neuron": "3", "text": TEXT, "edited": ""}
     trained, untrained = (
-        Table(browser.post("/editor", data={"of": of, **fields}).text).lines for of in ("m0", "m1")
+        Table(visitor.post("/editor", data={"of": of, **fields}).text).lines for of in ("m0", "m1")
     )
     assert [cells[0] for cells in trained] == [cells[0] for cells in untrained]
     assert [cells[1] for cells in trained] != [cells[1] for cells in untrained]
     assert len(trained[0]) == 5  # token, pre, mid, post, gain: the text is not edited
 
 
-def test_an_example_fills_the_text_in(study: Path, browser: Any) -> None:
+def test_an_example_fills_the_text_in(study: Path, visitor: Any) -> None:
     tokens = stored.read(study / RUN).windows(3)[2]
     model = soluscope.load(study / RUN)
-    reply = browser.get("/editor", params={"of": "m0", "neuron": 3, "example": 2})
+    reply = visitor.get("/editor", params={"of": "m0", "neuron": 3, "example": 2})
     text = re.search(r'name="text"[^>]*>\n(.*?)</textarea>', reply.text, re.DOTALL)
     assert text
     wanted = model.tokenizer.decode(tokens)
@@ -174,9 +174,9 @@ def test_an_example_fills_the_text_in(study: Path, browser: Any) -> None:
 
 
 @pytest.mark.parametrize("text", TYPED)
-def test_hostile_texts_are_shown_and_do_not_run(browser: Any, text: str) -> None:
+def test_hostile_texts_are_shown_and_do_not_run(visitor: Any, text: str) -> None:
     fields = {"of": "m0", "neuron": "3", "text": text, "edited": text}
-    reply = browser.post("/editor", data=fields)
+    reply = visitor.post("/editor", data=fields)
     assert reply.status_code == 200
     assert "<img" not in reply.text
     assert reply.text.count("<script") == 1  # the page's own
@@ -195,21 +195,21 @@ def test_hostile_texts_are_shown_and_do_not_run(browser: Any, text: str) -> None
      ({"of": "m0", "neuron": "1", "example": "100000"}, "example='100000' is not")],
 )  # fmt: skip
 def test_an_address_that_does_not_fit_the_study_is_refused(
-    browser: Any, fields: dict[str, str], said: str
+    visitor: Any, fields: dict[str, str], said: str
 ) -> None:
-    reply = browser.get("/editor", params=fields)
+    reply = visitor.get("/editor", params=fields)
     assert reply.status_code == 404
     assert said in reply.text
     assert reply.text.count("\n") == 1
 
 
-def test_a_text_longer_than_the_context_is_refused_and_kept(browser: Any) -> None:
+def test_a_text_longer_than_the_context_is_refused_and_kept(visitor: Any) -> None:
     text = "import os, " * 200
-    reply = browser.post("/editor", data={"of": "m0", "neuron": "3", "text": text, "edited": text})
+    reply = visitor.post("/editor", data={"of": "m0", "neuron": "3", "text": text, "edited": text})
     assert reply.status_code == 400
     assert "shorten the text" in reply.text
     assert text in reply.text
-    assert browser.post("/editor", content=b"text=" + b"a" * 70_000).status_code == 413
+    assert visitor.post("/editor", content=b"text=" + b"a" * 70_000).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -226,34 +226,34 @@ def test_only_a_browser_with_the_token_sees_anything(page: Any, path: str) -> No
     {"host": "evil.example:8000"}, {"origin": "http://evil.example"}, {"origin": "http://127.0.0.1:9000"},
     {"origin": "null"}, {"sec-fetch-site": "cross-site"},
 ])  # fmt: skip
-def test_requests_of_other_pages_are_refused(browser: Any, headers: dict[str, str]) -> None:
+def test_requests_of_other_pages_are_refused(visitor: Any, headers: dict[str, str]) -> None:
     fields = {"of": "m0", "neuron": "3", "text": TEXT}
-    assert browser.post("/editor", data=fields, headers=headers).status_code == 403
+    assert visitor.post("/editor", data=fields, headers=headers).status_code == 403
 
 
 @pytest.mark.parametrize(
     "name", ["../index", "..%2Findex", "m0%00", "nothing", "%2e%2e/%2e%2e/data"]
 )
-def test_only_the_sites_own_data_is_sent(browser: Any, name: str) -> None:
-    assert browser.get(f"/neurons/data/{name}.js").status_code == 404
+def test_only_the_sites_own_data_is_sent(visitor: Any, name: str) -> None:
+    assert visitor.get(f"/neurons/data/{name}.js").status_code == 404
 
 
-def test_a_link_among_the_data_is_not_followed(study: Path, browser: Any, tmp_path: Path) -> None:
+def test_a_link_among_the_data_is_not_followed(study: Path, visitor: Any, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     link = study / "neurons" / "data" / "link.js"
     link.symlink_to(tmp_path / "secret")
-    assert browser.get("/neurons/data/link.js").status_code == 404
+    assert visitor.get("/neurons/data/link.js").status_code == 404
     link.unlink()
 
 
 def test_the_served_page_links_to_the_editor_and_allows_its_own_script(
-    browser: Any, study: Path
+    visitor: Any, study: Path
 ) -> None:
-    reply = browser.get(app.PAGES)
+    reply = visitor.get(app.PAGES)
     assert 'data-editor="/editor"' in reply.text
     assert reply.headers.get_list("content-security-policy") == [site.policy()]
     assert 'data-editor="' not in (study / "neurons" / "index.html").read_text()
-    data = browser.get("/neurons/data/m0.js")
+    data = visitor.get("/neurons/data/m0.js")
     assert data.content == (study / "neurons" / "data" / "m0.js").read_bytes()
 
 
@@ -294,47 +294,34 @@ def address(page: Any) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@needs_browser
 @pytest.mark.parametrize("width", [420, 1280, 2560])
-def test_a_person_opens_the_editor_from_a_neurons_page(address: str, width: int) -> None:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("chromium is not installed")
+def test_a_person_opens_the_editor_from_a_neurons_page(
+    browser: Any, address: str, width: int
+) -> None:
     wrong: list[str] = []
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": width, "height": 900})
-        tab.set_default_timeout(1000 * HANGS_AFTER_S)
-        tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
-        origin = address.partition("/?")[0]
-        tab.on(
-            "request",
-            lambda asked: asked.url.startswith((origin, "data:")) or wrong.append(asked.url),
-        )
-        tab.goto(address)
-        tab.locator(".card .example a").first.click()
-        tab.locator("#numbers").wait_for()
-        text = tab.input_value("#text")
-        assert tab.input_value("#edited") == text
-        assert tab.locator("#numbers tr.changed").count() == 0
-        tab.fill("#text", TEXT)
-        tab.fill("#edited", EDITED)
-        tab.focus("#edited")
-        with tab.expect_navigation():
-            tab.keyboard.press("Control+Enter")
-        assert tab.locator("#numbers tr.changed").count() > 0
-        assert tab.locator("#post .row").count() == 3
-        tab.fill("#text", TYPED[0])
-        tab.fill("#edited", TYPED[0] + "x")
-        with tab.expect_navigation():
-            tab.click("button")
-        assert tab.input_value("#text") == TYPED[0]
-        assert tab.locator("#numbers").count() == 1
-        assert tab.evaluate("window.ran") is None
-        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert tab.evaluate(wide) <= 0
-        tab.click("text=Page of this neuron")
-        tab.locator(".card h2").wait_for()
-        browser.close()
+    tab = opened(browser, address, wrong, viewport={"width": width, "height": 900})
+    tab.locator(".card .example a").first.click()
+    tab.locator("#numbers").wait_for()
+    text = tab.input_value("#text")
+    assert tab.input_value("#edited") == text
+    assert tab.locator("#numbers tr.changed").count() == 0
+    tab.fill("#text", TEXT)
+    tab.fill("#edited", EDITED)
+    tab.focus("#edited")
+    with tab.expect_navigation():
+        tab.keyboard.press("Control+Enter")
+    assert tab.locator("#numbers tr.changed").count() > 0
+    assert tab.locator("#post .row").count() == 3
+    tab.fill("#text", TYPED[0])
+    tab.fill("#edited", TYPED[0] + "x")
+    with tab.expect_navigation():
+        tab.click("button")
+    assert tab.input_value("#text") == TYPED[0]
+    assert tab.locator("#numbers").count() == 1
+    assert tab.evaluate("window.ran") is None
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert tab.evaluate(wide) <= 0
+    tab.click("text=Page of this neuron")
+    tab.locator(".card h2").wait_for()
     assert wrong == []

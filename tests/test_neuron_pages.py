@@ -11,15 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _browser import needs_browser
 from conftest import HANGS_AFTER_S
 
 from soluscope import UserError
 from soluscope.neurons import site, stored
-
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 
 HOSTILE = "<script>window.ran = 1</script><img src=x onerror='window.ran = 1'>\u202e"
 WIDTHS = (420, 1280, 2560)
@@ -42,14 +38,6 @@ def study(tiny_neurons: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(study: Path) -> Path:
     return site.build(study)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

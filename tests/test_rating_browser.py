@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HANGS_AFTER_S
+from _browser import needs_browser, opened
 from test_rating_survival import served
 
 from soluscope.rating.analysis import analyse
 from soluscope.rating.database import Database
 from soluscope.results import Rating
 
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), "")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        for context in [*found.contexts]:
-            context.close()
-        found.close()
-
-
-def opened(browser: Any, address: str, wrong: list[str], **options: Any) -> Any:
-    """Return a page of a new browser that has opened the address; its errors and foreign requests are noted."""
-    context = browser.new_context(**options)
-    tab = context.new_page()
-    tab.set_default_timeout(1000 * HANGS_AFTER_S)
-    tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    origin = address.split("/?")[0]
-    tab.on(
-        "request",
-        lambda asked: asked.url.startswith((origin, "data:")) or wrong.append(asked.url),
-    )
-    tab.goto(address)
-    return tab
+pytestmark = needs_browser
 
 
 def press(tab: Any, *keys: str) -> None:
