@@ -13,7 +13,7 @@ BIN_TL4 := $(VENV_TL4)/bin
 .PHONY: demo smoke docs test test-slow test-long test-arithmetic test-tl4 lint
 
 demo: $(VENV)/installed
-	$(BIN)/soluscope sweep demo eval.n_tokens=2000 eval.n_draws=1000 wandb=off
+	$(BIN)/soluscope sweep demo eval.n_tokens=1000 eval.n_draws=500 wandb=off
 
 # Trains four tiny models, converts, probes and reports them, in less than two minutes.
 smoke: $(VENV)/installed
