@@ -6,14 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The tests of a file run in one process, so that a study, a hub or a killed sweep that they share is made only once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+DEMO_PROBES := engagement,scale_freeze,exact_dla,neuron_statistics,gain_variation,diffuse_attribution,$\
+	scale_causes,scale_invariance,blocked_norm,centring
 TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin
 
 .PHONY: demo smoke docs test test-slow test-long test-arithmetic test-tl4 lint
 
+# Trains six arms with two seeds each, in at most seven minutes, and probes them with the probes that tell these arms
+# apart. `soluscope probe runs/demo` runs all probes, on more text.
 demo: $(VENV)/installed
-	$(BIN)/soluscope sweep demo eval.n_tokens=1000 eval.n_draws=500 wandb=off
+	$(BIN)/soluscope sweep demo wandb=off eval.n_tokens=2000 eval.n_draws=500 eval.probes=[$(DEMO_PROBES)]
 
 # Trains four tiny models, converts, probes and reports them, in less than two minutes.
 smoke: $(VENV)/installed
