@@ -12,7 +12,7 @@ import pytest
 from _records import LN, number
 
 from soluscope.comparison.compare import Lineage, compare
-from soluscope.report import answer, verdicts, words
+from soluscope.report import answer, evidence, verdicts, words
 from soluscope.report.findings import SCALED_SIZE
 from soluscope.results import (
     BOS_TOKENS,
@@ -83,7 +83,7 @@ def text(*records: Record) -> str:
             [row(Term.BENEFIT, -0.002, verdict=Verdict.EQUIVALENT)],
             "The norm of solu_ln makes no difference to the loss (8 seeds): it is equivalent",
         ),
-        ([row(Term.BENEFIT, 0.01, 0.02)], "8 seeds do not settle whether LayerNorm lowers the loss (solu_ln): the"),
+        ([row(Term.BENEFIT, 0.01, 0.02)], "do not settle whether LayerNorm lowers the loss (solu_ln): intervals"),
         ([row(Term.BENEFIT, 0.01, None, n=1)], "1 seed does not settle whether LayerNorm lowers the loss"),
         (
             [row(Term.BENEFIT, 0.03), static(0.02), share(0.6)],
@@ -110,11 +110,11 @@ def text(*records: Record) -> str:
             [row(Term.BENEFIT, 0.03), static(-0.01), share(-0.3)],
             "lowers it more. It was not measured whether ln_final gives that static arm a scale for each token",
         ),
-        ([row(Term.BENEFIT, -0.03), static(-0.04), ratio(1)], "better, by 0.0400 [0.0390, 0.0410] nats."),
-        ([row(Term.BENEFIT, -0.03), static(0.02)], "The best static arm is worse, by 0.0200 [0.0190, 0.0210]"),
+        ([row(Term.BENEFIT, -0.03), static(-0.04), ratio(1)], "better than solu_ln, by 0.0400 [0.0390, 0.0410]"),
+        ([row(Term.BENEFIT, -0.03), static(0.02)], "worse than solu_ln, by 0.0200 [0.0190, 0.0210]"),
         (
             [row(Term.BENEFIT, -0.03), static(0.0, verdict=Verdict.EQUIVALENT), ratio(200)],
-            "The best static arm is as good. But ln_final gives that static arm a scale for each token",
+            "The best static arm is as good as solu_ln. But ln_final gives that static arm a scale for each token",
         ),
     ],
 )  # fmt: skip
@@ -277,6 +277,17 @@ def test_no_sentence_calls_a_scale_needless_where_ln_final_supplies_one(size: fl
     ]
     assert as_good
     assert all("ln_final" in each for each in as_good) == (size != 4.0)
+
+
+@pytest.mark.parametrize("size", [None, 4.0, 4.9, 30.0])
+def test_a_zero_at_high_gain_counts_only_where_ln_final_supplies_no_scale(
+    size: float | None,
+) -> None:
+    records = [LN, *located(Where.NOT_HIGH_GAIN), *([] if size is None else [ratio(size)])]
+    (found,) = (seen for row, seen in evidence.matrix(records) if row.name.startswith("where:"))
+    told = "inconsistent" if size == 4.0 else "not settled"
+    assert found[0].verdicts[evidence.HYPOTHESES.index("H-smear")] == told
+    assert any("ln_final" in each for each in found[0].observed) == (size != 4.0)
 
 
 def chain_of(*names: str) -> tuple[Step, ...]:

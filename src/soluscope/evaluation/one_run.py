@@ -33,6 +33,7 @@ from soluscope.evaluation.stored import (
     is_measured,
     made_now,
     made_with,
+    probing,
     rests_on,
     store,
 )
@@ -84,7 +85,7 @@ def is_evaluated(run: Run, config: EvalConfig) -> bool:
     """Return whether a run has all results of this configuration, made by the present code."""
     folder, origin = run.dir / "probes", read_origin(run.dir)
     return made_with(folder) == made_now(rests_on(run, config)) and all(
-        is_measured(folder, run, name, lambda text: None)
+        is_measured(folder, run, name, probing(run.dir.parent), lambda text: None)
         for name in _results_of(run, config, origin)
     )
 
@@ -159,7 +160,9 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
     """Write the results of a run that `folder` lacks."""
     origin = read_origin(run.dir)
     waiting = [
-        name for name in _results_of(run, config, origin) if not is_measured(folder, run, name, say)
+        name
+        for name in _results_of(run, config, origin)
+        if not is_measured(folder, run, name, probing(run.dir.parent), say)
     ]
     if not waiting:
         return

@@ -33,7 +33,7 @@ from soluscope.evaluation.one_run import (
     tokens_of,
 )
 from soluscope.evaluation.pretrained_run import read_origin
-from soluscope.evaluation.removed import FOLDERS, UNTRAINED, tables_in
+from soluscope.evaluation.removed import FOLDERS, UNTRAINED, remedy, tables_in
 from soluscope.evaluation.stored import current, is_measured, rests_on, store
 from soluscope.evaluation.suite import finished_runs, select_seeds, write_results
 from soluscope.evaluation.summaries import about_run
@@ -126,7 +126,9 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     with current(run.dir / FOLDERS[config.norms], shared, say) as folder:
         texts = _Texts(run, config)
         results = texts.results()
-        waiting = [name for name in results if not is_measured(folder, run, name, say)]
+        waiting = [
+            name for name in results if not is_measured(folder, run, name, remedy(folder), say)
+        ]
         if not waiting:
             say("done already")
         base = Removal(**about_run(run.facts), value=None, unit="nats / token", step=Removed.FROZEN)

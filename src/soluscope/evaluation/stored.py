@@ -186,12 +186,20 @@ def _files(folder: Path, name: str) -> list[str]:
     return [f"{name}{end}" for end in ENDS if (folder / f"{name}{end}").is_file()]
 
 
-def is_measured(folder: Path, run: Run, name: str, say: Say) -> bool:
-    """Return whether the results of the probe `name` on a run are in `folder` as they were written."""
+def is_measured(folder: Path, run: Run, name: str, remedy: str, say: Say) -> bool:
+    """Return whether a run's results `name` are in `folder` as they were written.
+
+    Args:
+        folder: a folder of results of the run.
+        run: the run.
+        name: name of the results.
+        remedy: the end of an error's line, which says how to make the results again.
+        say: function called with the reason why results that are there are not used.
+    """
     if not (folder / f"{name}.jsonl").is_file():
         return False
     try:
-        check_sums(folder, name, probing(run.dir.parent))
+        check_sums(folder, name, remedy)
         if name == "loss" and not (run.dir / ORIGIN).is_file():
             read_losses(folder, run)
     except UserError as error:

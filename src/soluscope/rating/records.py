@@ -19,6 +19,7 @@ from soluscope.rating.language_model import KEY, over_http
 from soluscope.rating.settings import ProxyConfig
 from soluscope.report import proxies, rating
 from soluscope.results import PROXIES, RATINGS, Proxied, Rated, Record, Setting, of_kind
+from soluscope.runs.folder import lock
 from soluscope.runs.weights import commit
 from soluscope.terminal import answer, console, say
 
@@ -83,9 +84,12 @@ def publish_proxies(
 
 def _store(study_dir: Path, name: str, found: Sequence[Record]) -> None:
     """Store records in the study and, once it has been probed, in its results.jsonl."""
-    store(study_dir / RATINGS, name, found)
-    if any(study_dir.glob("*/probes/loss.jsonl")):
-        write_results(study_dir)
+    is_probed = any(study_dir.glob("*/probes/loss.jsonl"))
+    with lock(study_dir, wait=True):  # an evaluation of the study writes the same results
+        store(study_dir / RATINGS, name, found)
+        if is_probed:
+            write_results(study_dir)
+    if is_probed:
         answer(
             f"the numbers are in {study_dir / 'results.jsonl'}: 'soluscope report {study_dir}' shows them"
         )

@@ -41,6 +41,7 @@ from soluscope.report.findings import (
     number,
     per_token,
     rescaled,
+    rescales,
     seeds,
     side_of_zero,
     span,
@@ -276,8 +277,11 @@ def _where(records: Sequence[Record], arm: str) -> Seen | None:
         f"{row.group} {_observed([row])}" for row in comparisons(records, Term.CONTRAST, arm)
     ]
     dyn, smear = _AT[found.where]
-    if found.where is Where.NOT_HIGH_GAIN and rescaled(records, found.against):
-        observed.append("ln_final gives the static arm a scale for each token, so a zero is open")
+    if found.where is Where.NOT_HIGH_GAIN and rescales(records, found.against) != "no":
+        rescaling = "ln_final gives the static arm a scale for each token"
+        if rescales(records, found.against) == "unknown":
+            rescaling = "it was not measured whether " + rescaling
+        observed.append(f"{rescaling}, so a zero is open")
         smear = "not settled"
     return Seen(tuple(observed), ("not settled",) * 3 + (dyn, smear))
 
@@ -485,8 +489,9 @@ EVIDENCE = (
         "if the interval for new seeds of the top quarter lies above 0, and so does its contrast with the other "
         "tokens at equal loss, with a corrected p below .05. It does so at diffuse codes if the same holds for the "
         "upper half by K_eff of these tokens, at equal gain. A contrast counts as 0 where it is equivalent to 0 "
-        "(.005 nats) or below 0. A difference at tokens of lower gain does not count against H-dyn. Where |o| / "
-        "|r0| of the static arm is above 5, a 0 is not settled. There is no gate: planted models are not trained.",
+        "(.005 nats) or below 0. A difference at tokens of lower gain does not count against H-dyn. A 0 is "
+        "settled only where |o| / |r0| of the static arm was measured and lies below 5. There is no gate: planted "
+        "models are not trained.",
         see=_where,
     ),
     Evidence(

@@ -77,12 +77,12 @@ def first(records: Sequence[Record]) -> list[str]:
 
     Arms with the same verdict share a sentence.
     """
-    return [*_shared(records, tuned), *robust(records)]
+    return [*_shared(records, claim), *robust(records)]
 
 
 def further(records: Sequence[Record]) -> list[str]:
-    """Return the tokens at which the arms differ, and the verdicts at each fixed scale of the MLP's output."""
-    result = _shared(records, located)
+    """Return sentences on the best static arm and on the tokens, and the verdicts at each fixed output scale."""
+    result = [*_shared(records, beside), *_shared(records, located)]
     for design, lead in DESIGNS.items():
         found = [*_shared(records, tuned, design), *_shared(records, located, design)]
         if found:
@@ -103,13 +103,17 @@ def _shared(records: Sequence[Record], verdict: Judge, design: str = "") -> list
 
 
 def tuned(records: Sequence[Record], arm: str, name: str, design: str = "") -> str:
+    """Return the verdicts on an arm's norm and on the best static arm; the sentences call the arm `name`."""
+    verdicts = (judge(records, arm, name, design) for judge in (claim, beside))
+    return " ".join(text for text in verdicts if text)
+
+
+def claim(records: Sequence[Record], arm: str, name: str, design: str = "") -> str:
     """Return the verdict on the benefit of an arm's norm; empty without one. The sentence calls the arm `name`."""
     benefit = _one(comparisons(records, Term.BENEFIT, arm, design=design))
     if benefit is None:
         return ""
     n, do = seeds(benefit.n), "does" if benefit.n == 1 else "do"
-    static = _one(comparisons(records, Term.STATIC, arm, design=design))
-    beside = _beside(records, static)
     if benefit.low is None or benefit.high is None:
         return (
             f"{n} {do} not settle whether LayerNorm lowers the loss ({name}): no interval can be given for new "
@@ -118,18 +122,19 @@ def tuned(records: Sequence[Record], arm: str, name: str, design: str = "") -> s
     if benefit.verdict is Verdict.EQUIVALENT:
         return (
             f"The norm of {name} makes no difference to the loss ({n}): it is equivalent to that of plain SoLU, so "
-            f"there is no benefit to explain.{beside}"
+            "there is no benefit to explain."
         )
     if benefit.high < 0:
         return (
             f"The norm of {name} raises the loss ({n}): plain SoLU has the lower loss, so smearing has nothing to "
-            f"explain at this size.{beside}"
+            "explain at this size."
         )
     if benefit.low <= 0:
         return (
-            f"{n} {do} not settle whether LayerNorm lowers the loss ({name}): the interval for new seeds and "
-            f"documents contains 0, so no benefit is established that could be explained.{beside}"
+            f"{n} {do} not settle whether LayerNorm lowers the loss ({name}): intervals for new seeds and "
+            "documents contain 0."
         )
+    static = _one(comparisons(records, Term.STATIC, arm, design=design))
     share = _one(comparisons(records, Term.SHARE, arm, design=design))
     return f"The norm of {name} lowers the loss ({n}){_needs(records, share, static)}"
 
@@ -159,19 +164,30 @@ def _needs(records: Sequence[Record], share: Comparison | None, static: Comparis
     return ". It is not shown that the static arms miss any part of this."
 
 
-def _beside(records: Sequence[Record], static: Comparison | None) -> str:
-    """Return a sentence on the best static arm where LN has no benefit; empty if nothing is settled."""
+def beside(records: Sequence[Record], arm: str, name: str, design: str = "") -> str:
+    """Return a sentence on the best static arm where an arm's norm has no benefit; empty if nothing is settled."""
+    benefit = _one(comparisons(records, Term.BENEFIT, arm, design=design))
+    static = _one(comparisons(records, Term.STATIC, arm, design=design))
+    if benefit is None or benefit.low is None or _is_benefit(benefit):
+        return ""
     if static is None or static.low is None or static.high is None:
         return ""
     if static.verdict is Verdict.EQUIVALENT:
-        said = " The best static arm is as good."
+        said = f"The best static arm is as good as {name}."
     elif static.high < 0:
-        said = f" The best static arm is better, by {estimate(_opposite(static), 4)} nats."
+        said = (
+            f"The best static arm is better than {name}, by {estimate(_opposite(static), 4)} nats."
+        )
     elif static.low > 0:
-        return f" The best static arm is worse, by {estimate(static, 4)} nats."
+        return f"The best static arm is worse than {name}, by {estimate(static, 4)} nats."
     else:
         return ""
     return said + SUPPLIED[rescales(records, static.against)]
+
+
+def _is_benefit(row: Comparison) -> bool:
+    """Return whether LN lowers the loss, by more than is too little to matter."""
+    return row.verdict is not Verdict.EQUIVALENT and (row.low or 0.0) > 0
 
 
 # --- the learning rate -------------------------------------------------------------------------------
@@ -278,8 +294,9 @@ def located(records: Sequence[Record], arm: str, name: str, design: str = "") ->
         if row.group == BOS_TOKENS
     )
     text += "" if bos is None else _at_bos(bos)
-    if each.where is Where.NOT_HIGH_GAIN:
-        text += SUPPLIED[rescales(records, each.against)]
+    supplied = SUPPLIED[rescales(records, each.against)]
+    if each.where is Where.NOT_HIGH_GAIN and supplied not in beside(records, arm, name, design):
+        text += supplied
     return text
 
 
