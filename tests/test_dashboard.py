@@ -554,6 +554,7 @@ def test_what_arrives_is_what_the_dry_run_shows_and_a_second_report_replaces_it(
     assert begun["jobType"] == "report"
 
 
+@pytest.mark.long
 def test_a_sweep_saves_the_dashboard_after_its_report(
     tmp_path: Path, no_key: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
+@pytest.mark.long
 def test_runs_side_by_side_have_the_files_of_one_process(trained: Path, tmp_path: Path) -> None:
     """The process has two threads, but a run is evaluated with one thread by itself and beside others."""
     alone, beside = copy_of(trained, tmp_path / "alone"), copy_of(trained, tmp_path / "beside")

@@ -98,6 +98,7 @@ except AttributeError:
 """
 
 
+@pytest.mark.long
 def test_wheel_trains_loads_and_probes_outside_the_clone(installed: Path, tmp_path: Path) -> None:
     done = run("-c", USE, installed, cwd=tmp_path, path=str(installed))
     assert done.stdout.splitlines()[-1] == "runs/default/solu_ln-s0"

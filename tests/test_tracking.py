@@ -417,6 +417,7 @@ with WandbServer() as server:
 """
 
 
+@pytest.mark.long
 def test_online_a_resumed_run_goes_on_and_a_server_that_goes_stops_nothing(
     place: Path, server: Server
 ) -> None:
@@ -508,6 +509,7 @@ def test_asking_the_server_leaves_no_service_to_the_jobs_that_follow(place, serv
     assert done.stdout == "None\n", done.stderr
 
 
+@pytest.mark.long
 def test_off_and_missing_wandb_train_without_it(place: Path, server: Server) -> None:
     code = """
 import sys

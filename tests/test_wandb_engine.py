@@ -24,6 +24,8 @@ from soluscope.runs.folder import Run
 wandb = pytest.importorskip("wandb", reason="wandb is not installed")
 
 SHIPPED = sorted((ROOT / "sweeps").glob("*.yaml"))
+FEW_JOBS = {"demo", "smoke"}
+"""Sweeps of few jobs; reading the others takes up to half a minute."""
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args_no_hyphens}"]
 TWO_JOBS = {
     "study": {"value": "two"},
@@ -72,7 +74,14 @@ def jobs_of(sweep: Sweep) -> set[tuple[str, Path]]:
 # The jobs that agents start
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        each if each.stem in FEW_JOBS else pytest.param(each, marks=pytest.mark.long)
+        for each in SHIPPED
+    ],
+    ids=lambda path: path.stem,
+)
 def test_agents_of_a_shipped_sweep_run_the_launchers_jobs(path: Path) -> None:
     sweep = read_sweep(path, [])
     if sweep.select_seeds:
@@ -290,7 +299,7 @@ def test_what_follows_is_done_where_no_agent_has_anything_to_do(tmp_path: Path) 
     assert after.calls == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_agent_trains_a_registered_sweep_from_end_to_end(
     tmp_path: Path, server: WandbServer, environment: dict[str, str]
 ) -> None:
