@@ -123,11 +123,12 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
     code = code_hash("removal/", "training/", "model.py", "constant_norm.py", *probes)
     fitted_on = config.n_fit_tokens if config.norms == "mid" else 0
     shared = digest([rests_on(run, config.evaluation), fitted_on, code])
-    with current(run.dir / FOLDERS[config.norms], shared, say) as folder:
+    place = run.dir / FOLDERS[config.norms]
+    with current(place, shared, say) as folder:
         texts = _Texts(run, config)
         results = texts.results()
         waiting = [
-            name for name in results if not is_measured(folder, run, name, remedy(folder), say)
+            name for name in results if not is_measured(folder, run, name, remedy(place), say)
         ]
         if not waiting:
             say("done already")
