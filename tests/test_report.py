@@ -1473,6 +1473,14 @@ def test_arms_at_several_doses_are_drawn_against_them_one_line_a_seed():
     assert drawn.layout.xaxis.type == "log"
 
 
+def test_an_arm_with_an_entropy_penalty_is_on_no_line_of_doses():
+    rows = dosed({"solu_ln-k42": 42.0, "solu_ln-k4": 4.2, "solu_ln-k1": 1.0, "solu_ln-k0": 4.2e-5})
+    penalised = replace(LN, arm="solu_ln-k4", values={"kappa": 4.2, "entropy_penalty": 0.1})
+    spec = Figure("", ("r",), statistic="median")
+    drawn = figures.against_dose(rows, spec, figures.styles(rows), figures.doses([*rows, penalised]))
+    assert [list(line.x) for line in drawn.data] == [[4.2e-5, 1.0, 42.0]] * 2
+
+
 def test_with_one_dose_a_variant_only_the_dots_are_drawn_and_the_caption_has_the_doses():
     rows = dosed({"solu_ln": 41.94})
     gain = {"quantity": "gain", "unit": "1 / activation"}

@@ -29,6 +29,7 @@ from soluscope.results import (
     Multiplier,
     Number,
     Record,
+    Setting,
     Term,
     Untrained,
     of_kind,
@@ -403,15 +404,19 @@ class Doses:
         return f"Dose (kappa, or the gain of arms without an epsilon): {'; '.join(each)}."
 
 
-def doses(rows: Iterable[Record]) -> Doses:
+def doses(rows: Sequence[Record]) -> Doses:
     """Return the doses: kappa = eps * d_mlp^2 of arms with an epsilon, the median gain of arms without.
+
+    Arms with an entropy penalty have another dose (the tab *Dose and size* draws it), so they are left out.
 
     Source: protocol.md section 1.4 (kappa is the dose) and section 3 (gains of the static arms).
     """
     wanted = {"kappa": 0, "gain": 1}  # kappa first, if there is one; static arms have none
+    penalised = {each.arm for each in of_kind(rows, Setting) if each.values.get("entropy_penalty")}
     selected = [
         row
         for row in of_kind(rows, Measurement)
+        if row.arm not in penalised
         if row.probe == "engagement" and row.quantity in wanted and row.statistic == "median"
         if (row.stream, row.positions, row.group) == ("natural", "not BOS", "") and row.value
     ]
