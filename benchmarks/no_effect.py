@@ -118,7 +118,7 @@ def claims(records: Sequence[Record]) -> list[bool]:
     }
     benefit, static = rows[Term.BENEFIT], rows[Term.STATIC]
     if benefit.low is None or benefit.high is None or static.low is None or static.high is None:
-        raise ValueError("a comparison has no interval: measure on more documents (N_TOKENS)")
+        raise ValueError("a comparison has no interval: it needs more held-out documents")
     is_shown = static.p_adj is not None and static.p_adj < SIGNIFICANT
     return [
         benefit.low > 0 or benefit.high < 0,
@@ -140,8 +140,9 @@ def count(pool: pd.DataFrame, n_studies: int, n_seeds: int) -> Counter[str]:
 def train_pool(n_runs: int, n_steps: int, folder: str) -> pd.DataFrame:
     """Train runs with the seeds 0, 1, ..., and return the losses of all."""
     config = load_config(
-        ["variant=solu_ln", "size=tiny", "corpus.max_mb=1", f"train.steps={n_steps}", f"runs_dir={folder}",
-         f"tokens.cache_dir={folder}/tokens"]
+        ["variant=solu_ln", "size=tiny", "corpus.max_mb=2", f"train.steps={n_steps}", f"runs_dir={folder}",
+         # an interval takes 20 documents
+         "tokens.select_share=.3", "tokens.report_share=.3", f"tokens.cache_dir={folder}/tokens"]
     )  # fmt: skip
     cache = prepare(config)
     return pd.DataFrame(row for seed in range(n_runs) for row in run_losses(config, cache, seed))

@@ -153,7 +153,7 @@ def test_two_processes_train_as_one_does_with_the_doubled_batch(alone: Run, toge
     assert done["tokens"] == expected["tokens"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
     together: Run, runs_dir: Path, tmp_path: Path
 ) -> None:
@@ -195,7 +195,6 @@ def test_processes_that_were_stopped_and_then_lost_go_on_bit_for_bit(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
     alone: Run, runs_dir: Path, tmp_path: Path
 ) -> None:
@@ -215,7 +214,6 @@ def test_a_job_of_a_sweep_whose_loss_diverges_fails_with_one_line(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_processes_that_wait_for_the_first_end_when_it_refuses_to_start(
     alone: Run, runs_dir: Path
 ) -> None:

@@ -82,7 +82,6 @@ def test_a_sweep_on_ray_has_the_weights_of_training_inline(local: SimpleNamespac
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_job_that_fails_is_told_and_the_others_go_on(local: SimpleNamespace) -> None:
     states = {
         config.run_name: jobs.standing(local.sweep.study_dir, jobs.job_of(config)).state

@@ -1477,7 +1477,9 @@ def test_an_arm_with_an_entropy_penalty_is_on_no_line_of_doses():
     rows = dosed({"solu_ln-k42": 42.0, "solu_ln-k4": 4.2, "solu_ln-k1": 1.0, "solu_ln-k0": 4.2e-5})
     penalised = replace(LN, arm="solu_ln-k4", values={"kappa": 4.2, "entropy_penalty": 0.1})
     spec = Figure("", ("r",), statistic="median")
-    drawn = figures.against_dose(rows, spec, figures.styles(rows), figures.doses([*rows, penalised]))
+    drawn = figures.against_dose(
+        rows, spec, figures.styles(rows), figures.doses([*rows, penalised])
+    )
     assert [list(line.x) for line in drawn.data] == [[4.2e-5, 1.0, 42.0]] * 2
 
 

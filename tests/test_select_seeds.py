@@ -231,7 +231,7 @@ def test_only_the_best_points_at_the_reported_seeds_are_probed(searched: Path) -
     assert len(measured) == len(list(searched.glob("*/done.json"))) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_command_ends_the_search_where_it_was(
     searched: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,16 +169,16 @@ def long_configs(runs_dir: Path, study: str) -> tuple[Config, ...]:
     return read_sweep(path, words_for(runs_dir, *LONG, f"study={study}")).configs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("way", "number"),
     [
         ("run", "SIGTERM"),
-        pytest.param("inline.jobs=1", "SIGTERM", marks=pytest.mark.long),
-        pytest.param("inline.jobs=2", "SIGTERM", marks=pytest.mark.long),
-        pytest.param("inline.jobs=2", "SIGINT", marks=pytest.mark.long),
-        pytest.param("engine=ray", "SIGTERM", marks=pytest.mark.long),
-        pytest.param("engine=ray", "SIGINT", marks=pytest.mark.long),
+        ("inline.jobs=1", "SIGTERM"),
+        ("inline.jobs=2", "SIGTERM"),
+        ("inline.jobs=2", "SIGINT"),
+        ("engine=ray", "SIGTERM"),
+        ("engine=ray", "SIGINT"),
     ],
 )
 def test_a_stop_saves_and_the_same_command_goes_on(
