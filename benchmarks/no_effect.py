@@ -1,4 +1,4 @@
-"""Rate at which a study claims an effect where none is planted: one variant with three names.
+"""Count the claims of studies that have no effect to find, because their three arms are one variant.
 
     python benchmarks/no_effect.py
 
