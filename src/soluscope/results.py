@@ -533,7 +533,7 @@ class ClaimTested(OfRun, Record):
     unit: str
     claim: str
     within: float | None = None
-    """Largest size of `after` at which the claim holds. None: the claim is that `after` is not lower than `before`."""
+    """Largest size of `after` at which the claim holds. None: it holds if `after` is not lower than `before`."""
     n_tuned: Whole = 0
     """Number of tokens of the further training."""
     before: Bounded | None = None

@@ -36,6 +36,7 @@ from soluscope.evaluation.stored import (
     probing,
     rests_on,
     store,
+    write_table,
 )
 from soluscope.evaluation.summaries import (
     about_run,
@@ -46,7 +47,7 @@ from soluscope.evaluation.summaries import (
 )
 from soluscope.evaluation.token_losses import token_losses
 from soluscope.evaluation.wandb_probes import send_probes
-from soluscope.files import reason, replacing
+from soluscope.files import reason
 from soluscope.hooked.ablation import loss_at_post
 from soluscope.hooked.activations import HookedRun, Text, check_model, observe, observe_blocks
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
@@ -187,7 +188,7 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
         elif name == "tokens":
             records = token_values(next(iter(observed.blocks("natural"))), about)
             table = token_losses(model, observed.cache, config)
-            _write_parquet(folder / "tokens.parquet", table)
+            write_table(folder / "tokens.parquet", table)
         else:
             records = _probe_records(name, observed, folder, about, config)
         store(folder, name, records)
@@ -317,9 +318,9 @@ def _probe_records(
             records += against_untrained(probe, here, there, twin, config.n_draws, config.seed)
         if measured.neurons and stream == probe.streams[0]:
             columns = {key: values.numpy() for key, values in measured.neurons.items()}
-            _write_parquet(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
+            write_table(folder / f"{name}-neurons.parquet", pd.DataFrame(columns))
     if tables:
-        _write_parquet(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
+        write_table(folder / f"{name}.parquet", pd.concat(tables.values(), ignore_index=True))
     if not records:
         records.append(left_out(note="its quantities are not defined for this model"))
     return [words, *records]
@@ -358,7 +359,7 @@ def _loss(
         run=facts.run, arm=facts.arm, variant=facts.variant, seed=facts.seed, config=facts.config
     )
     table["document"] = table["document"].astype(str)
-    _write_parquet(folder / "loss.parquet", table)
+    write_table(folder / "loss.parquet", table)
     base = Measurement(**about, probe="loss", quantity="", value=None, unit="")
     return mean_loss(table[table["split"] == "report"], base, config)
 
@@ -372,7 +373,7 @@ def _dynamics(
     )
     base = Measurement(**about, probe=DYNAMICS, quantity="", value=None, unit="", stream="natural")
     records, table = dynamics.dynamics(run, stream, base, config, device_of(config))
-    _write_parquet(folder / f"{DYNAMICS}.parquet", table)
+    write_table(folder / f"{DYNAMICS}.parquet", table)
     return records
 
 
@@ -385,7 +386,7 @@ def _pretrained(
 ) -> list[Measurement]:
     """Save a pretrained model's losses by document, and return the known facts about the model."""
     table = document_losses(observed.model, observed.cache, "report", config)
-    _write_parquet(folder / "loss.parquet", table)
+    write_table(folder / "loss.parquet", table)
     base = Measurement(**about, probe="pretrained", quantity="", value=None, unit="")
     loss = mean_loss(table, base, config)
     return pretrained_run.measurements(
@@ -422,11 +423,3 @@ def training_points(run: Run, about: dict[str, Any]) -> list[Measurement | LeftO
         for row in rows if "held_out_loss" in row
     ]  # fmt: skip
     return points
-
-
-def _write_parquet(path: Path, table: pd.DataFrame) -> None:
-    try:
-        with replacing(path) as beside:
-            table.to_parquet(beside, index=False)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free disk space") from error

@@ -34,7 +34,7 @@ from soluscope.evaluation.one_run import (
 )
 from soluscope.evaluation.pretrained_run import read_origin
 from soluscope.evaluation.removed import FOLDERS, UNTRAINED, remedy, tables_in
-from soluscope.evaluation.stored import current, is_measured, rests_on, store
+from soluscope.evaluation.stored import current, is_measured, rests_on, store, write_table
 from soluscope.evaluation.suite import finished_runs, select_seeds, write_results
 from soluscope.evaluation.summaries import about_run
 from soluscope.files import digest
@@ -137,7 +137,7 @@ def _remove(run: Run, config: RemoveConfig, say: Say) -> None:
             told, compute = results[name]
             say(f"{name} ({told})")
             losses = compute()
-            losses.table.to_parquet(folder / f"{name}.parquet")
+            write_table(folder / f"{name}.parquet", losses.table)
             numbers = _records(folder, name, losses, base, config)
             store(folder, name, [*numbers, *losses.claims])
 

@@ -20,7 +20,7 @@ from soluscope.data.cache import study_facts
 from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
 from soluscope.evaluation.token_losses import INTEGERS, NUMBERS
-from soluscope.files import check_folder, checksum, digest, read_json, reason, write_text
+from soluscope.files import check_folder, checksum, digest, read_json, reason, replacing, write_text
 from soluscope.results import DYNAMICS, Record
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import code_hash
@@ -128,6 +128,19 @@ def store(folder: Path, name: str, records: Iterable[Record]) -> None:
     results.write(folder / f"{name}.jsonl", records)
     sums = _sums(folder) | {file: checksum(folder / file) for file in _files(folder, name)}
     write_text(folder / SUMS, "".join(f"{sums[file]}  {file}\n" for file in sorted(sums)))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table to `path` at once, whatever is in its place.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        with replacing(path) as beside:
+            table.to_parquet(beside, index=False)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free disk space") from error
 
 
 def read_stored(folder: Path, name: str, remedy: str) -> list[Record]:
