@@ -246,10 +246,16 @@ def _is_abandoned(path: Path, place: str, pid: int) -> bool:
     return time.time() - path.lstat().st_mtime > _ABANDONED_AFTER_S
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and its content. Anything else in its place stays: `shutil.rmtree` would wait at a pipe."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     """Remove a file, a link or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -53,6 +53,7 @@ from soluscope.files import (
     has_checksum,
     read_json,
     reason,
+    remove_folder,
     remove_litter,
     replacing_folder,
     stamp,
@@ -245,7 +246,7 @@ def _keep_held_out(cache: TokenCache, folder: Path) -> None:
             shutil.copyfile(cache.path / name, partial / name)
         meta = cache.meta | {"kept": list(HELD_OUT)}
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def _check_prepared(cache: TokenCache, config: Config) -> TokenCache:

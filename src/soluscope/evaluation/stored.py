@@ -20,7 +20,16 @@ from soluscope.data.cache import study_facts
 from soluscope.errors import UserError
 from soluscope.evaluation.pretrained_run import ORIGIN
 from soluscope.evaluation.token_losses import INTEGERS, NUMBERS
-from soluscope.files import check_folder, checksum, digest, read_json, reason, replacing, write_text
+from soluscope.files import (
+    check_folder,
+    checksum,
+    digest,
+    read_json,
+    reason,
+    remove_folder,
+    replacing,
+    write_text,
+)
 from soluscope.results import DYNAMICS, Record
 from soluscope.runs.folder import Run
 from soluscope.runs.weights import code_hash
@@ -57,11 +66,11 @@ def current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
     old, new = folder.with_name(f".{folder.name}.old"), folder.with_name(f".{folder.name}.new")
     if old.is_dir() and not folder.is_dir():  # a killed process was exchanging the two
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
     before = made_with(folder)
     if before in (None, now):
         write_text(folder / MADE_WITH, json.dumps(now) + "\n")
-        shutil.rmtree(new, ignore_errors=True)
+        remove_folder(new)
         yield folder
         return
     stale = {Path(path).stem for path in probe_files() if before.get(path, now[path]) != now[path]}
@@ -72,7 +81,7 @@ def current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
     for name in sorted(stale) if before.get("shared") == shared else ():
         say(f"{name} has changed and is recomputed")
     if made_with(new) != now:
-        shutil.rmtree(new, ignore_errors=True)
+        remove_folder(new)
         new.mkdir()
         for path in folder.iterdir() if before.get("shared") == shared else ():
             if path.is_file() and _probe_of(path) not in stale and path.name != MADE_WITH:
@@ -81,7 +90,7 @@ def current(folder: Path, shared: str, say: Say) -> Iterator[Path]:
     yield new
     folder.rename(old)
     new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
 
 
 def made_now(shared: str) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import pairwise
@@ -27,7 +26,7 @@ from soluscope.evaluation.one_run import check_device, device_of, n_threads, thr
 from soluscope.evaluation.pretrained_run import load_again, make_run, read_origin
 from soluscope.evaluation.suite import finished_runs, write_results
 from soluscope.evaluation.summaries import about_run
-from soluscope.files import digest, replacing_folder, write_text
+from soluscope.files import digest, remove_folder, replacing_folder, write_text
 from soluscope.hooked.activations import check_model
 from soluscope.hooked.convert import SoluscopeTransformer, load_run, load_untrained
 from soluscope.neurons import describe, logits, look
@@ -186,7 +185,7 @@ def _write(
                 _write_table(beside / f"{name}.parquet", table)
             results.write(beside / "found.jsonl", records)
             write_text(beside / SUMS, sums_of(beside))
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {folder}: {error.strerror}; free disk space or delete it"

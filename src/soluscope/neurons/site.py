@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, PrefixLoader
 
 from soluscope.errors import UserError
-from soluscope.files import check_links, replacing_folder, write_text
+from soluscope.files import check_folder, check_links, remove_folder, replacing_folder, write_text
 from soluscope.neurons import stored
 from soluscope.neurons.schema import BINS_BELOW, FOLDER, N_RANGES, SIDES, STAGES, TOP, Stage
 from soluscope.neurons.stored import Neurons
@@ -70,13 +69,14 @@ def build(study_dir: Path) -> Path:
     """
     found = parts(study_dir)
     place = study_dir / FOLDER
+    check_folder(place)
     if place.exists():
         check_links(place, study_dir)
     try:
         with replacing_folder(place) as beside:
             write_data(beside, found)
             write_text(beside / PAGE, page(study_dir.name, found, report=report_of(study_dir)))
-            shutil.rmtree(place, ignore_errors=True)
+            remove_folder(place)
     except OSError as error:
         raise UserError(f"cannot write {place}: {error.strerror}; free disk space") from error
     return place / PAGE
