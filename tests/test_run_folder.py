@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from soluscope.config import Config
 from soluscope.errors import UserError
 from soluscope.evaluation.elsewhere import check_writable, linked
+from soluscope.files import remove_folder
 from soluscope.runs.folder import Run, lock
 from soluscope.runs.weights import load_facts
 from soluscope.training.callback import TrainingCallback
@@ -365,6 +366,15 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(finished: Run) -> None:
     assert not finished.is_done()
     with pytest.raises(UserError, match="no model at"):
         finished.load_model()
+
+
+def test_a_pipe_in_the_place_of_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    (folder / "inner").mkdir(parents=True)
+    for path in (pipe, folder, tmp_path / "absent"):
+        remove_folder(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
 
 
 @pytest.mark.parametrize(
