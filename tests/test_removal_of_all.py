@@ -174,6 +174,23 @@ def test_losses_of_other_documents_are_not_compared_and_the_reason_is_told(study
     assert not list(further.compared([origin]))
 
 
+def test_two_further_runs_that_are_one_arm_are_named_and_not_compared(study, tmp_path):
+    for name in ("s", "s-removed"):
+        shutil.copytree(study.with_name(name), tmp_path / name, symlinks=True)
+    origin = Run(tmp_path / "s" / "solu_ln-s0")
+    before = {each.arm for each in further.trained_further([origin])}
+    assert further.doubled([origin]) == []
+    train_silently(with_gain(origin, 31.0, 14, 0.3))
+    (line,) = further.doubled([origin])
+    assert line.count("-s0-of-solu_ln-14-steps-0.3-gain") == 2
+    assert line.endswith(
+        "are one arm and differ in their gain, so none of them is compared: delete all but one"
+    )
+    after = {each.arm for each in further.trained_further([origin])}
+    assert after < before
+    assert len(before - after) == 1
+
+
 def test_the_command_resumes(study):
     told: list[str] = []
     remove(study, ALL, told.append)

@@ -76,8 +76,23 @@ def trained_further(origins: Iterable[Run]) -> list[Further]:
     """Return the finished runs that began with the weights of some runs of one study.
 
     Two runs of one arm and seed differ in their gain only, because the select text was another one. Neither is
-    returned.
+    returned; `doubled` names them.
     """
+    return [each for alike in _by_arm_and_seed(origins) if len(alike) == 1 for each in alike]
+
+
+def doubled(origins: Iterable[Run]) -> list[str]:
+    """Return a line about each group of runs that are not compared, because they are one arm at one seed."""
+    return [
+        f"{' and '.join(each.run.dir.name for each in alike)} are one arm and differ in their gain, so none of "
+        "them is compared: delete all but one"
+        for alike in _by_arm_and_seed(origins)
+        if len(alike) > 1
+    ]
+
+
+def _by_arm_and_seed(origins: Iterable[Run]) -> list[list[Further]]:
+    """Return the finished runs that began with the weights of some runs of one study, grouped by arm and seed."""
     by_name = {f"{run.facts.study}/{run.facts.run}": run for run in origins}
     if not by_name:
         return []
@@ -93,8 +108,10 @@ def trained_further(origins: Iterable[Run]) -> list[Further]:
         for run in runs
         if run.facts.init_from is not None and run.facts.init_from.run in by_name
     ]
-    names = [(each.arm, each.run.config.seed) for each in found]
-    return [each for each, name in zip(found, names, strict=True) if names.count(name) == 1]
+    groups: dict[tuple[str, int], list[Further]] = {}
+    for each in found:
+        groups.setdefault((each.arm, each.run.config.seed), []).append(each)
+    return [*groups.values()]
 
 
 def compared(origins: Iterable[Run]) -> Iterator[tuple[Further, pd.DataFrame]]:

@@ -79,6 +79,8 @@ def remove(folder: Path, config: RemoveConfig, say: Say = answer) -> Path:
                 _remove(run, config, told)
             for each in further.trained_further([run]):
                 _measure(each, config, told)
+            for line in further.doubled([run]):
+                told(line)
         return write_results(study_dir)
 
 
