@@ -13,9 +13,10 @@ from _records import LN, number
 
 from soluscope.comparison.compare import Lineage, compare
 from soluscope.report import answer, evidence, verdicts, words
-from soluscope.report.findings import SCALED_SIZE
+from soluscope.report.findings import SCALED_SIZE, at_best_rate
 from soluscope.results import (
     BOS_TOKENS,
+    ChoicePoint,
     Comparison,
     Located,
     Part,
@@ -154,14 +155,14 @@ def parts(
             parts(0.15, 0.14, 0.008, 0.002),
             "LayerNorm widens the range of good learning rates in solu_ln (8 seeds, 7 rates from 0.0005 to 0.032, "
             "alpha 1): averaged over these rates its loss lies 0.0500 nats above that at its best rate, and that "
-            "of solu 0.2000, 0.1500 [0.1490, 0.1510] less. Of this, one gain for all tokens brings 0.1400 [0.1390, "
-            "0.1410] (shown); a scale for each token brings 0.0080 [0.0070, 0.0090] (shown); the gradient through "
-            "that scale brings 0.0020 [0.0010, 0.0030] (too little to matter). It was not measured whether "
-            "ln_final gives static a scale for each token at these rates.",
+            "of solu 0.2000, 0.1500 [0.1490, 0.1510] less. Of the wider range, one gain for all tokens brings "
+            "0.1400 [0.1390, 0.1410] (shown); a scale for each token brings 0.0080 [0.0070, 0.0090] (shown); the "
+            "gradient through that scale brings 0.0020 [0.0010, 0.0030] (too little to matter). It was not "
+            "measured whether ln_final gives static a scale for each token at these rates.",
         ),
         ([*parts(0.15, 0.14, 0.01, None), ratio(30)], "The part of the scale contains: a per-token scale in the"),
         ([*parts(0.15, 0.14, 0.01, None), ratio(30)], "so the part of one gain may contain it."),
-        (parts(0.15, None, 0.15, None), "comes with one gain for all tokens cannot be measured without a static"),
+        (parts(0.15, None, 0.15, None), "one gain for all tokens brings cannot be measured without a static arm"),
         (parts(0.15, 0.17, -0.02, None), "scale for each token brings -0.0200 [-0.0210, -0.0190] (it takes away)"),
         (parts(0.15, 0.15, 0.0, None, half=0.1), "(not settled)"),
         (parts(-0.1, -0.1, 0.0, 0.0), "LayerNorm narrows the range of good learning rates in solu_ln (8 seeds, 7"),
@@ -193,7 +194,9 @@ def test_robustness_belongs_to_the_first_sentences_and_the_first_tiles() -> None
     assert robust.startswith("LayerNorm widens the range of good learning rates")
     (tile,) = answer._rates(records)
     assert tile.value == "0.1500 nats"
-    assert words.headline(records)[1] == robust
+    assert words.headline(records)[1].startswith(
+        f"{robust} Of the wider range, one gain for all tokens"
+    )
 
 
 def test_arms_at_other_rates_and_scales_keep_their_sentence_on_the_learning_rate() -> None:
@@ -288,6 +291,29 @@ def test_a_zero_at_high_gain_counts_only_where_ln_final_supplies_no_scale(
     told = "inconsistent" if size == 4.0 else "not settled"
     assert found[0].verdicts[evidence.HYPOTHESES.index("H-smear")] == told
     assert any("ln_final" in each for each in found[0].observed) == (size != 4.0)
+
+
+def test_a_rate_of_the_line_that_was_no_candidate_is_not_compared() -> None:
+    """It was trained at the reported seeds only, so it is no point of the choice, and needs no warning."""
+
+    def setting(arm: str, lr: float, **values: float) -> Setting:
+        return replace(
+            LN,
+            arm=arm,
+            values={"kappa": 4e-5, "lr": lr, "mlp_out_scale": 1.0, **values},
+            rate="was set by hand",
+        )
+
+    point = ChoicePoint(
+        study="synthetic", arm="best", variant="solu_ln", value=1.0, unit="nats", setting="lr", x=0.004,
+        chosen_arm="best",
+    )  # fmt: skip
+    other = setting("other", 0.016, kappa=41.94)
+    records = [point, setting("best", 0.004), setting("line", 0.016, mlp_out_scale=1.0), other]
+    assert {each.arm for each in at_best_rate(records)} == {"best", "other"}
+    (warning,) = words.untuned(records)
+    assert "these arms have one: other: the rate was set by hand" in warning
+    assert words.untuned(records[:-1]) == []
 
 
 def chain_of(*names: str) -> tuple[Step, ...]:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from soluscope.report import controls, figures, pretrained, verdicts, words
-from soluscope.report.blocks import Block, Bullets, Fold, Paragraph, Table, Tile, Tiles, plot
+from soluscope.report.blocks import (
+    Block,
+    Bullets,
+    Fold,
+    Paragraph,
+    Table,
+    Tile,
+    Tiles,
+    fold,
+    plot,
+)
 from soluscope.report.figures import Style
 from soluscope.report.findings import (
     SCALED_SIZE,
@@ -61,9 +71,14 @@ def blocks(
 
 
 def _further(records: Sequence[Record]) -> list[Block]:
-    """Return the rest of the answer: the tokens, and the verdicts at each fixed scale of the MLP's output."""
-    sentences = verdicts.further(pretrained.trained(records))
-    return [Paragraph(" ".join(sentences), style="soft")] if sentences else []
+    """Return the rest of the answer, with the verdicts at each fixed scale of the MLP's output folded."""
+    trained = pretrained.trained(records)
+    sentences, fixed = verdicts.further(trained), verdicts.at_fixed_scales(trained)
+    shown: list[Block] = [Paragraph(" ".join(sentences), style="soft")] if sentences else []
+    return [
+        *shown,
+        *fold("With the scale of the MLP's output fixed", [Bullets(fixed)] if fixed else []),
+    ]
 
 
 def _warnings(texts: Sequence[str]) -> list[Block]:

@@ -82,13 +82,29 @@ def tuned(records: Sequence[Record]) -> list[Record]:
 
 
 def at_best_rate(records: Sequence[Record]) -> list[Record]:
-    """Return all records except records of arms whose learning rate was not chosen, or of a fixed design alone."""
+    """Return all records except records of arms whose learning rate was not chosen, or of a fixed design alone.
+
+    A point of the line of rates may be no candidate, because it was trained at the reported seeds only. It is left
+    out too, if there are candidates that differ from it only in the rate and in the scale of the MLP's output.
+    """
     if isinstance(records, Records):
         return records.once(at_best_rate, lambda: Records(at_best_rate([*records])))
     rates = [point for point in of_kind(records, ChoicePoint) if point.setting == "lr"]
+    known = settings(records)
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
-    passed_over |= {arm for arm, setting in settings(records).items() if setting.matched}
+    passed_over |= {arm for arm, setting in known.items() if setting.matched}
+    candidates = {point.arm for point in rates}
+    with_candidates = {_but_rate(known[arm]) for arm in candidates & known.keys()}
+    passed_over |= {
+        arm for arm in known.keys() - candidates if _but_rate(known[arm]) in with_candidates
+    }
     return [record for record in records if record.arm not in passed_over]
+
+
+def _but_rate(of: Setting) -> tuple[str, frozenset[tuple[str, float]]]:
+    """Return what an arm is, apart from its learning rate and the scale of its MLP's output."""
+    kept = of.values.keys() - {"lr", "mlp_out_scale"}
+    return of.variant, frozenset((name, of.values[name]) for name in kept)
 
 
 def settings(records: Iterable[Record]) -> dict[str, Setting]:

@@ -77,17 +77,22 @@ def first(records: Sequence[Record]) -> list[str]:
 
     Arms with the same verdict share a sentence.
     """
-    return [*_shared(records, claim), *robust(records)]
+    return [*_shared(records, claim), *(_robust(records, whole) for whole in _wholes(records))]
 
 
 def further(records: Sequence[Record]) -> list[str]:
-    """Return sentences on the best static arm and on the tokens, and the verdicts at each fixed output scale."""
-    result = [*_shared(records, beside), *_shared(records, located)]
-    for design, lead in DESIGNS.items():
-        found = [*_shared(records, tuned, design), *_shared(records, located, design)]
-        if found:
-            result.append(f"{lead}: {' '.join(found)}")
-    return result
+    """Return sentences on the parts of the robustness to the rate, on the best static arm, and on the tokens."""
+    parts = [_parts(records, whole) for whole in _wholes(records)]
+    return [*filter(None, parts), *_shared(records, beside), *_shared(records, located)]
+
+
+def at_fixed_scales(records: Sequence[Record]) -> list[str]:
+    """Return the verdicts at each fixed scale of the MLP's output, one text for each."""
+    found = {
+        lead: [*_shared(records, tuned, design), *_shared(records, located, design)]
+        for design, lead in DESIGNS.items()
+    }
+    return [f"{lead}: {' '.join(sentences)}" for lead, sentences in found.items() if sentences]
 
 
 def _shared(records: Sequence[Record], verdict: Judge, design: str = "") -> list[str]:
@@ -195,6 +200,13 @@ def _is_benefit(row: Comparison) -> bool:
 
 def robust(records: Sequence[Record]) -> list[str]:
     """Return, for each chain's last arm, how much less it depends on the learning rate, and its parts."""
+    return [
+        f"{_robust(records, whole)} {_parts(records, whole)}".rstrip() for whole in _wholes(records)
+    ]
+
+
+def _wholes(records: Sequence[Record]) -> list[Comparison]:
+    """Return how much less each chain's last arm depends on the learning rate than the chain's first arm."""
     whole = {
         row.arm: row for row in comparisons(records, Term.SENSITIVITY_PART) if row.part is Part.ALL
     }
@@ -207,7 +219,7 @@ def robust(records: Sequence[Record]) -> list[str]:
     ends = [
         arm for arm in whole if (known[arm].variant, known[arm].values.get("kappa")) not in inner
     ]
-    return [_robust(records, whole[arm]) for arm in ends]
+    return [whole[arm] for arm in ends]
 
 
 def _robust(records: Sequence[Record], whole: Comparison) -> str:
@@ -231,24 +243,27 @@ def _robust(records: Sequence[Record], whole: Comparison) -> str:
         return f"LayerNorm leaves the range of good learning rates as it is in {about}{losses}."
     if whole.low > 0:
         saved = f", {estimate(whole, 4)} less"
-        return f"LayerNorm widens the range of good learning rates in {about}{losses}{saved}.{_parts(records, arm)}"
+        return f"LayerNorm widens the range of good learning rates in {about}{losses}{saved}."
     if whole.high < 0:
         more = f", {estimate(_opposite(whole), 4)} less than in {arm}"
         return f"LayerNorm narrows the range of good learning rates in {about}{losses}{more}."
     return f"It is not settled whether LayerNorm widens the range of good learning rates in {about}{losses}."
 
 
-def _parts(records: Sequence[Record], arm: str) -> str:
-    """Return sentences on the parts of an arm's robustness."""
+def _parts(records: Sequence[Record], whole: Comparison) -> str:
+    """Return sentences on the parts of an arm's robustness; empty unless it is shown."""
+    if whole.verdict is Verdict.EQUIVALENT or (whole.low or 0.0) <= 0:
+        return ""
+    arm = whole.arm
     parts = {row.part: row for row in comparisons(records, Term.SENSITIVITY_PART, arm)}
     if Part.ONE_GAIN not in parts:
-        return " How much of that comes with one gain for all tokens cannot be measured without a static arm."
+        return "How much of the wider range one gain for all tokens brings cannot be measured without a static arm."
     shown = [
         f"{NAMES[part]} brings {estimate(row, 4)} ({_judged(row)})"
         for part in NAMES
         if (row := parts.get(part)) is not None
     ]
-    text = f" Of this, {listed(shown)}." if len(shown) < 2 else f" Of this, {'; '.join(shown)}."
+    text = f"Of the wider range, {listed(shown) if len(shown) < 2 else '; '.join(shown)}."
     text += _skipped(parts)
     static = parts[Part.SCALE].against
     supplied = {

@@ -85,7 +85,10 @@ def warnings(records: list[Record]) -> list[str]:
 
 def answer(records: list[Record]) -> str:
     """Return the answer to the study's question in a few sentences, the most important one first."""
-    return " ".join([*first_answer(records), *verdicts.further(pretrained.trained(records))])
+    trained = pretrained.trained(records)
+    return " ".join(
+        [*first_answer(records), *verdicts.further(trained), *verdicts.at_fixed_scales(trained)]
+    )
 
 
 def first_answer(records: list[Record]) -> list[str]:
