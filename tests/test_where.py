@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from _records import number as measured
 
 from soluscope.comparison import stats
 from soluscope.comparison import where as module
@@ -34,6 +35,7 @@ from soluscope.evaluation.one_run import tokens_of
 from soluscope.evaluation.token_losses import token_losses
 from soluscope.hooked.convert import load_run
 from soluscope.report import evidence, sections
+from soluscope.report.findings import SCALED_SIZE
 from soluscope.report.where import sentences
 from soluscope.results import Comparison, Located, Term, Verdict, Where, of_kind
 from soluscope.runs.folder import Run
@@ -377,7 +379,10 @@ def test_losses_by_token_that_were_changed_are_refused(evaluated: Path, tmp_path
 def test_the_evidence_follows_from_the_verdict(place: Where):
     records = where([STATIC], tables(n_seeds=2).__getitem__)
     ln = [replace(each, where=place) for each in of_kind(records, Located)]
-    dyn, smear = evidence._where([*records[:-1], *ln], "solu_ln").verdicts[3:]
+    size = measured(  # of the static arm, below the threshold of 5
+        "scale_freeze", SCALED_SIZE, 1.0, statistic="median", arm=STATIC.against, run="static-s0"
+    )
+    dyn, smear = evidence._where([*records[:-1], *ln, size], "solu_ln").verdicts[3:]
     wanted = {
         Where.DIFFUSE: ("consistent", "consistent"),
         Where.HIGH_GAIN: ("consistent", "inconsistent"),
