@@ -173,7 +173,7 @@ def beside(records: Sequence[Record], arm: str, name: str, design: str = "") -> 
     """Return a sentence on the best static arm where an arm's norm has no benefit; empty if nothing is settled."""
     benefit = _one(comparisons(records, Term.BENEFIT, arm, design=design))
     static = _one(comparisons(records, Term.STATIC, arm, design=design))
-    if benefit is None or benefit.low is None or _is_benefit(benefit):
+    if benefit is None or benefit.low is None or _is_shown(benefit):
         return ""
     if static is None or static.low is None or static.high is None:
         return ""
@@ -190,8 +190,8 @@ def beside(records: Sequence[Record], arm: str, name: str, design: str = "") -> 
     return said + SUPPLIED[rescales(records, static.against)]
 
 
-def _is_benefit(row: Comparison) -> bool:
-    """Return whether LN lowers the loss, by more than is too little to matter."""
+def _is_shown(row: Comparison) -> bool:
+    """Return whether a benefit is shown, and is not too little to matter."""
     return row.verdict is not Verdict.EQUIVALENT and (row.low or 0.0) > 0
 
 
@@ -252,7 +252,7 @@ def _robust(records: Sequence[Record], whole: Comparison) -> str:
 
 def _parts(records: Sequence[Record], whole: Comparison) -> str:
     """Return sentences on the parts of an arm's robustness; empty unless it is shown."""
-    if whole.verdict is Verdict.EQUIVALENT or (whole.low or 0.0) <= 0:
+    if not _is_shown(whole):
         return ""
     arm = whole.arm
     parts = {row.part: row for row in comparisons(records, Term.SENSITIVITY_PART, arm)}
