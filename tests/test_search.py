@@ -14,13 +14,13 @@ from soluscope.comparison.compare import Choices
 from soluscope.config import Config
 from soluscope.errors import UserError
 from soluscope.launching.search import Search, read_search
-from soluscope.launching.sweep import Sweep, read_sweep, reporting, searching
+from soluscope.launching.sweep import Sweep, find_sweep, read_sweep, reporting, searching
 
 TUNE: dict[str, Any] = {
     "axes": {
         "train.lr": {"start": [0.001, 0.004], "least": 0.0005, "most": 0.064},
         "model.mlp_out_scale": {"start": [0.0625, 1], "least": 0.015625, "most": 4},
-        "mid.gain": {"start": [8], "least": 1, "most": 512, "variants": ["solu_frozen_ln"]},
+        "mid.gain": {"start": [8], "least": 1, "most": 512, "arms": ["solu_frozen_ln"]},
     },
     "designs": [{}, {"model.mlp_out_scale": 1}, {"model.mlp_out_scale": "baseline"}],
     "line": {"key": "train.lr", "values": [0.001, 0.016], "at": {"model.mlp_out_scale": 1}},
@@ -72,7 +72,7 @@ def test_the_first_stage_is_the_coarse_grid_of_every_arm_at_the_select_seeds(swe
     assert "solu_ln-s100-kappa4e-5-lr0.004-mlp_out_scale0.0625" in {c.run_name for c in of_ln}
 
 
-def test_an_axis_of_some_variants_leaves_the_other_arms_alone(sweep: Sweep) -> None:
+def test_an_axis_of_some_arms_leaves_the_other_arms_alone(sweep: Sweep) -> None:
     stage = searching(sweep, {})
     assert {c.mid.gain for c in stage.configs if c.variant == "solu_frozen_ln"} == {8}
     assert not any("gain" in c.arm for c in stage.configs if c.variant != "solu_frozen_ln")
@@ -153,3 +153,26 @@ def test_a_value_outside_its_setting_is_refused(sweep: Sweep) -> None:
     search: Search = read_search(Path("mine.yaml"), TUNE)
     with pytest.raises(UserError, match="mlp_out_scale=-1"):
         search.at(sweep.configs[0], {"model.mlp_out_scale": -1.0})
+
+
+def test_an_axis_names_arms_of_the_sweep(tmp_path: Path) -> None:
+    axes: dict[str, Any] = TUNE["axes"]
+    gain = axes["mid.gain"] | {"arms": ["solu_ln-kappa4e-5", "solu_gain"]}
+    path = write_sweep(tmp_path, TUNE | {"axes": axes | {"mid.gain": gain}})
+    with pytest.raises(
+        UserError, match=r"mid.gain has arms: solu_gain, but the sweep has solu, so"
+    ):
+        read_sweep(path, ["size=tiny"])
+    read_sweep(path, ["size=tiny", "arm=solu"])  # the command has replaced the arms
+
+
+@pytest.mark.parametrize("words", [[], ["size=mini"], ["size=gpu"], ["size=solu1l"]])
+def test_a_searched_gain_trains_no_point_of_the_headline_twice(words: list[str]) -> None:
+    """Epsilon sets only the gain at which a static norm starts, so kappa does nothing beside a number."""
+    stage = searching(read_sweep(find_sweep("headline"), words), {})
+    points = [
+        (c.variant, c.seed, values(c), c.mid.gain)
+        for c in stage.configs
+        if isinstance(getattr(c.mid, "gain", None), float)
+    ]
+    assert len(points) == len(set(points))

@@ -31,12 +31,13 @@ class SearchAxis:
     most: float
     coarse: float = 4.0
     fine: float = 2.0
-    variants: list[str] = field(default_factory=list)
-    """Variants with this axis. Empty: every arm that has the setting."""
+    arms: list[str] = field(default_factory=list)
+    """Arms with this axis, named as in results.jsonl: solu_frozen_ln-kappa4e-5. Empty: every arm that has the
+    setting."""
 
     def of(self, key: str) -> Axis:
         numbers = {each.name: getattr(self, each.name) for each in fields(self)}
-        del numbers["variants"]
+        del numbers["arms"]
         return Axis(key, **(numbers | {"start": tuple(self.start)}))
 
 
@@ -65,9 +66,7 @@ class Search:
         return [
             axis.of(key)
             for key, axis in self.axes.items()
-            if key not in design
-            and (not axis.variants or arm.variant in axis.variants)
-            and _has(arm, key)
+            if key not in design and (not axis.arms or arm.arm in axis.arms) and _has(arm, key)
         ]
 
     def tried(self, arm: Config, losses: Mapping[str, float]) -> tuple[list[Config], list[Config]]:

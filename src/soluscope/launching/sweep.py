@@ -126,9 +126,23 @@ def read_sweep(path: Path, words: Sequence[str]) -> Sweep:
             bool(asked), f"{path} has tune:, which needs select_seeds: give some in its parameters"
         )
         sweep = replace(sweep, search=read_search(path, file["tune"]))
+        if not overridden & {"arm", "variant", "tag"}:
+            _check_named(sweep)
     check(not both, f"seed {', '.join(map(str, both))} is among seed= and select_seeds=: a seed at which arms are "
           "chosen must not be reported")  # fmt: skip
     return sweep
+
+
+def _check_named(sweep: Sweep) -> None:
+    """Refuse an axis that names an arm which the sweep does not have."""
+    assert sweep.search is not None
+    arms = list(dict.fromkeys(config.arm for config in sweep.configs))
+    for key, axis in sweep.search.axes.items():
+        unknown = [name for name in axis.arms if name not in arms]
+        check(
+            not unknown,
+            f"{sweep.path}: tune: {key} has arms: {', '.join(unknown)}, but the sweep has {', '.join(arms)}",
+        )
 
 
 def _preset(
