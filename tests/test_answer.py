@@ -13,9 +13,11 @@ from _records import LN, number
 
 from soluscope.comparison.compare import Lineage, compare
 from soluscope.report import answer, evidence, verdicts, words
-from soluscope.report.findings import SCALED_SIZE, at_best_rate
+from soluscope.report.findings import at_best_rate
 from soluscope.results import (
     BOS_TOKENS,
+    OUTPUT_SIZE,
+    SCALED_SIZE,
     ChoicePoint,
     Comparison,
     Located,
@@ -64,9 +66,9 @@ def share(value: float | None, half: float | None = 0.05, **fields: Any) -> Comp
 
 
 def ratio(size: float) -> Record:
-    """Return |o| / |r0| of the static arm, as P4 measures it."""
+    """Return |o| / |r0| of the static arm."""
     return number(
-        "scale_freeze", SCALED_SIZE, size, 0.1 * size, statistic="median", arm="static",
+        OUTPUT_SIZE, SCALED_SIZE, size, 0.1 * size, statistic="median", arm="static",
         run="static-s0", variant="solu_frozen_ln",
     )  # fmt: skip
 

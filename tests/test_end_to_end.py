@@ -14,6 +14,8 @@ from conftest import ROOT, command
 from soluscope import plugins, results
 from soluscope.evaluation import suite
 from soluscope.results import (
+    OUTPUT_SIZE,
+    SCALED_SIZE,
     Comparison,
     FalsePositives,
     GateResult,
@@ -97,6 +99,21 @@ def test_results_hold_every_probe_for_every_run_and_the_comparisons(study):
     assert all(each.commit for each in records)
     assert all(each.config for each in about_runs)
     assert {each.probe for each in of_kind(records, GateResult)} == set(probes)
+
+
+def test_the_size_of_the_mlps_output_that_every_run_has_is_that_of_p4(study):
+    found = of_kind(results.read(study[0] / "results.jsonl"), Measurement)
+    sizes = {row.run: row for row in found if row.probe == OUTPUT_SIZE}
+    of_p4 = {
+        row.run: row
+        for row in found
+        if (row.probe, row.quantity, row.statistic) == ("scale_freeze", SCALED_SIZE, "median")
+        and (row.positions, row.group) == ("not BOS", "")
+    }
+    assert sizes.keys() == of_p4.keys() == {f"{v}-s{seed}" for v in VARIANTS for seed in (0, 1)}
+    for run, row in of_p4.items():
+        here = sizes[run]
+        assert (here.value, here.n, here.n_clusters) == (row.value, row.n, row.n_clusters)
 
 
 def test_results_hold_each_probes_words_once(study):

@@ -269,7 +269,7 @@ def test_steps_in_the_wrong_order_are_flagged_on_the_page():
 def test_no_sentence_says_that_one_gain_is_enough_where_ln_final_rescales_each_token():
     arm = {"arm": "a", "run": "r"}
     small, large = (
-        [number("scale_freeze", "|o| / |r0|", size, statistic="median", **arm)]
+        [number("output_size", "|o| / |r0|", size, statistic="median", **arm)]
         for size in (1.0, 20.0)
     )
     enough = "One gain is enough here"

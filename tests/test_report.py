@@ -44,6 +44,8 @@ from soluscope.report.blocks import Table
 from soluscope.report.packing import unpacked
 from soluscope.results import (
     HELD_OUT,
+    OUTPUT_SIZE,
+    SCALED_SIZE,
     ChoicePoint,
     Comparison,
     FalsePositives,
@@ -1183,7 +1185,7 @@ def test_the_freeze_is_judged_at_the_static_gains_that_cost_least(costs, said):
 
 @pytest.mark.parametrize(("size", "said"), [(1.0, NO_GAIN_NEEDED), (20.0, (OPEN,) * 5)])
 def test_a_zero_says_nothing_where_ln_final_swallows_the_gain(size, said):
-    share = number("scale_freeze", evidence.SCALED_SIZE, size, statistic="median")
+    share = number(OUTPUT_SIZE, SCALED_SIZE, size, statistic="median")
     rows = [*freezes(0.0, 0.0, 0.0, 0.0), share]
     assert verdicts(rows, "P4") == said
     cells = [number("lateral_inhibition", k, 0.0) for k in ("g const", "Z and g const")]
@@ -1319,7 +1321,7 @@ def test_the_names_that_the_matrix_reads_are_those_of_the_probes():
             "frozen at best constant, final norm frozen",
             evidence.PER_NEURON,
             evidence.DIFFUSE_CODES,
-            evidence.SCALED_SIZE,
+            "|mlp_out| / |resid_mid|",
         ],
         "scale_swap": ["swap, signed", "swap, signed, diffuse codes", "log(g_u / g_t)"],
         "low_activation_impact": [
@@ -1933,7 +1935,7 @@ def test_a_table_shows_each_layer_norm_at_a_glance_beside_its_untrained_twin():
     frozen = number("scale_freeze", "frozen at geometric mean", 0.00116, statistic="mean")
     shared = {each.name for each in fields(Untrained)} & {each.name for each in fields(Measurement)}
     before = Untrained(**{name: getattr(frozen, name) for name in shared}, difference=0.00117)
-    size = number("scale_freeze", "|o| / |r0|", 24.7, statistic="median")
+    size = number("scale_freeze", "|mlp_out| / |resid_mid|", 24.7, statistic="median")
     measured = [frozen, replace(before, value=-0.00001), size]
     lines = glance([*made, *measured, *passed("scale_freeze")])
     assert ["freezing the gain costs, nats", "0.0012 (0.0000)"] in lines

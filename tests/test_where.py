@@ -35,9 +35,17 @@ from soluscope.evaluation.one_run import tokens_of
 from soluscope.evaluation.token_losses import token_losses
 from soluscope.hooked.convert import load_run
 from soluscope.report import evidence, sections
-from soluscope.report.findings import SCALED_SIZE
 from soluscope.report.where import sentences
-from soluscope.results import Comparison, Located, Term, Verdict, Where, of_kind
+from soluscope.results import (
+    OUTPUT_SIZE,
+    SCALED_SIZE,
+    Comparison,
+    Located,
+    Term,
+    Verdict,
+    Where,
+    of_kind,
+)
 from soluscope.runs.folder import Run
 
 pytestmark = pytest.mark.arithmetic
@@ -380,7 +388,7 @@ def test_the_evidence_follows_from_the_verdict(place: Where):
     records = where([STATIC], tables(n_seeds=2).__getitem__)
     ln = [replace(each, where=place) for each in of_kind(records, Located)]
     size = measured(  # of the static arm, below the threshold of 5
-        "scale_freeze", SCALED_SIZE, 1.0, statistic="median", arm=STATIC.against, run="static-s0"
+        OUTPUT_SIZE, SCALED_SIZE, 1.0, statistic="median", arm=STATIC.against, run="static-s0"
     )
     dyn, smear = evidence._where([*records[:-1], *ln, size], "solu_ln").verdicts[3:]
     wanted = {

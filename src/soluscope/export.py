@@ -34,7 +34,7 @@ from soluscope.errors import UserError
 from soluscope.files import reason, replacing_folder, write_bytes, write_text
 from soluscope.reading import read_yaml
 from soluscope.report import controls, findings
-from soluscope.results import Measurement, OfRun, Record, of_kind
+from soluscope.results import NOT_PROBES, Measurement, OfRun, Record, of_kind
 from soluscope.runs.folder import Run
 
 if TYPE_CHECKING:
@@ -309,7 +309,7 @@ def _probes(measurements: Sequence[Measurement], records: Sequence[Record]) -> l
         remark = {
             "passed": "",
             "failed": ": failed its controls; do not cite these numbers",
-            "not run": "" if probe == "loss" else ": not validated on the control models",
+            "not run": "" if probe in NOT_PROBES else ": not validated on the control models",
         }[controls.standing(records, probe)]
         lines = [
             [f"{row.statistic} of {row.quantity}" if row.statistic else row.quantity, row.unit,

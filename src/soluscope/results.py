@@ -39,6 +39,12 @@ UNPINNED = 0.5
 """Median r from which a LayerNorm counts as no longer pinned by its epsilon."""
 CROSSES = f"tokens at which the median r crosses {UNPINNED}"
 """Quantity of `DYNAMICS`: the number of tokens after which a LayerNorm is no longer pinned."""
+OUTPUT_SIZE = "output_size"
+"""Name in the place of a probe's, of the size of the MLP's output, which every evaluated run has."""
+SCALED_SIZE = "|o| / |r0|"
+"""Quantity of `OUTPUT_SIZE`: the norm of the stream's part that the gain multiplies, over the norm of the rest."""
+NOT_PROBES = frozenset({"loss", OUTPUT_SIZE, "training", DYNAMICS, "neurons", "pretrained"})
+"""Names in the place of a probe's, of numbers that no probe measures."""
 READABILITY = "rule F1: mid"
 """Quantity of `soluscope neurons`: the F1 of a neuron's best rule with its activations before the norm."""
 RATINGS = "rating"

@@ -26,6 +26,7 @@ from soluscope.errors import UserError
 from soluscope.evaluation import dynamics, pretrained_run
 from soluscope.evaluation.fitting import misfit
 from soluscope.evaluation.loss import document_losses, mean_loss
+from soluscope.evaluation.output_size import median_size
 from soluscope.evaluation.pretrained_run import load_again, read_origin
 from soluscope.evaluation.stored import (
     PACKAGE,
@@ -186,7 +187,9 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
         elif name == "loss":
             records = [_loss(observed, folder, about, config)]
         elif name == "tokens":
-            records = token_values(next(iter(observed.blocks("natural"))), about)
+            base = Measurement(**about, probe="", quantity="", value=None, unit="")
+            size = median_size(observed.blocks("natural"), base, config)
+            records = [*token_values(next(iter(observed.blocks("natural"))), about), size]
             table = token_losses(model, observed.cache, config)
             write_table(folder / "tokens.parquet", table)
         else:

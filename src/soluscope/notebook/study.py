@@ -17,8 +17,8 @@ from soluscope.errors import UserError
 from soluscope.files import check_links
 from soluscope.report import sections
 from soluscope.report.figures import titled
-from soluscope.report.sections import NOT_PROBES
 from soluscope.results import (
+    NOT_PROBES,
     Comparison,
     Measurement,
     OfRun,

@@ -60,8 +60,10 @@ from soluscope.hooked.ablation import (
     loss_at_post,
 )
 from soluscope.hooked.activations import HookedRun, planted
+from soluscope.hooked.output_size import output_size
 from soluscope.probes import Figure, Gate, Measured, Probe, Quantity
 from soluscope.probes._tokens import diffuse
+from soluscope.results import SCALED_SIZE
 
 
 def measure(run: HookedRun) -> Measured:
@@ -94,7 +96,9 @@ def measure(run: HookedRun) -> Measured:
         if final_norm == "live":
             # Mean of live and frozen loss: sorting by either alone would sort its noise into the change.
             columns["surprisal"] = (losses[:, 0] + losses[:, 1]) / 2
-    return Measured(columns | {"gain": run.gain, "k_eff": run.k_eff} | _sizes(run))
+    size = output_size(run)
+    columns |= {MLP_SIZE: size.whole, SCALED_SIZE: size.scaled}
+    return Measured(columns | {"gain": run.gain, "k_eff": run.k_eff})
 
 
 def _others_gain(run: HookedRun) -> Tensor:
@@ -136,20 +140,6 @@ def _with_gain_per_neuron(run: HookedRun, final_norm: FinalNorm) -> Tensor:
     return edited - live
 
 
-def _sizes(run: HookedRun) -> dict[str, Tensor]:
-    """Return the norms of the MLP's output, and of the part of it that the gain multiplies, as ratios. [token]"""
-    out = run.readout
-    scaled = ((run.post - out.beta) @ out.W_out).double()
-    constant = (out.b_out + out.beta @ out.W_out).double()
-    rest, mlp_out = run.resid_mid.double() + constant, scaled + constant
-    if out.ln_centred:
-        scaled, rest = (each - each.mean(-1, keepdim=True) for each in (scaled, rest))
-    return {
-        MLP_SIZE: mlp_out.norm(dim=-1) / run.resid_mid.double().norm(dim=-1),
-        SCALED_SIZE: scaled.norm(dim=-1) / rest.norm(dim=-1),
-    }
-
-
 def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
     """Yield an MLP that writes nothing, and one that writes the sum of 8 neurons' sizes.
 
@@ -188,7 +178,7 @@ def known() -> Iterator[tuple[HookedRun, dict[str, Any]]]:
 
 DIFFUSE_CODES = "diffuse codes at the others' gain"
 PER_NEURON = "one gain for each neuron"
-MLP_SIZE, SCALED_SIZE = "|mlp_out| / |resid_mid|", "|o| / |r0|"
+MLP_SIZE = "|mlp_out| / |resid_mid|"
 _FREEZES = {
     "frozen at geometric mean": "loss with one gain for all tokens, exp(mean log gain), minus loss as it is",
     "frozen at best constant": "the same at the constant with the lowest loss on all other documents",

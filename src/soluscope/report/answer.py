@@ -18,7 +18,6 @@ from soluscope.report.blocks import (
 )
 from soluscope.report.figures import Style
 from soluscope.report.findings import (
-    SCALED_SIZE,
     comparisons,
     engagement,
     estimate,
@@ -42,7 +41,7 @@ GLANCE = {
     "the same with ln_final's scale frozen": (
         "scale_freeze", "frozen at geometric mean, final norm frozen", "mean", 4,
     ),
-    "|mlp_out| / |resid_mid|": ("scale_freeze", SCALED_SIZE, "median", 1),
+    "|mlp_out| / |resid_mid|": ("scale_freeze", "|mlp_out| / |resid_mid|", "median", 1),
 }  # fmt: skip
 """Lines of the table at a glance: a probe, its quantity, the statistic, and the decimals shown."""
 N_LINES = 3
@@ -193,8 +192,9 @@ def glance(all_records: list[Record], records: list[Record]) -> list[Block]:
     costs = ["; ".join(each) or "not trained" for each in retrained]
     lines.append(["training with one gain instead costs, nats [95%, new seeds]", *costs])
     lead = (
-        "g is the gain of LayerNorm. In parentheses: the same model before training. Where |mlp_out| / |resid_mid| "
-        "is above 5, ln_final rescales each token, so freezing the gain costs little whatever the gain does."
+        "g is the gain of LayerNorm. In parentheses: the same model before training. Where the MLP's output is "
+        "several times as long as the stream before it, ln_final rescales each token, so freezing the gain costs "
+        "little whatever the gain does."
     )
     return [Paragraph(lead, style="soft"), Table(["", *arms], lines, n_text=1)]
 

@@ -28,7 +28,6 @@ from soluscope.report.blocks import (
 )
 from soluscope.report.findings import (
     NO_COST,
-    SCALED_SIZE,
     SHARE_OF_LOSS,
     VARIES,
     Gain,
@@ -46,7 +45,17 @@ from soluscope.report.findings import (
     side_of_zero,
     span,
 )
-from soluscope.results import SIGNIFICANT, Comparison, Located, Number, Record, Term, Where, of_kind
+from soluscope.results import (
+    SCALED_SIZE,
+    SIGNIFICANT,
+    Comparison,
+    Located,
+    Number,
+    Record,
+    Term,
+    Where,
+    of_kind,
+)
 from soluscope.results import Verdict as Settled
 
 HYPOTHESES = ("H0-opt", "H-aff", "H-static-smuggle", "H-dyn", "H-smear")

@@ -9,6 +9,8 @@ from typing import Literal
 
 from soluscope.results import (
     HELD_OUT,
+    OUTPUT_SIZE,
+    SCALED_SIZE,
     ChoicePoint,
     Comparison,
     LeftOut,
@@ -201,7 +203,6 @@ def _by_setting(setting: Setting) -> tuple[str | float, ...]:
     return setting.variant, *values
 
 
-SCALED_SIZE = "|o| / |r0|"
 DOMINATES = 5.0
 """Least |o| / |r0| at which ln_final swallows a change of the gain.
 
@@ -246,7 +247,7 @@ def twins(records: Iterable[Record], of: str | None = None) -> list[str]:
 
 def rescales(records: Sequence[Record], arm: str) -> Rescales:
     """Return whether ln_final rescales the MLP's output at each token of an arm; without numbers it is unknown."""
-    bounds = envelope(measured(records, "scale_freeze", SCALED_SIZE, arm, "median"))
+    bounds = envelope(measured(records, OUTPUT_SIZE, SCALED_SIZE, arm, "median"))
     if bounds is None:
         return "unknown"
     return "no" if bounds[1] < DOMINATES else "yes"
@@ -255,7 +256,7 @@ def rescales(records: Sequence[Record], arm: str) -> Rescales:
 def rescaled(records: Sequence[Record], arm: str) -> list[Measurement]:
     """Return |o| / |r0| by seed where ln_final rescales the MLP's output at each token, and [] elsewhere."""
     is_rescaled = rescales(records, arm) == "yes"
-    return measured(records, "scale_freeze", SCALED_SIZE, arm, "median") if is_rescaled else []
+    return measured(records, OUTPUT_SIZE, SCALED_SIZE, arm, "median") if is_rescaled else []
 
 
 def by_kappa(records: Iterable[Record]) -> Mapping[str, Mapping[str, float]]:

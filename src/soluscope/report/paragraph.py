@@ -20,6 +20,7 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     MARGIN,
+    NOT_PROBES,
     Comparison,
     Grid,
     Measurement,
@@ -298,8 +299,7 @@ def _pretrained(records: Sequence[Record]) -> Iterator[Sentence]:
 
 
 def _probes(records: Sequence[Record]) -> Iterator[Sentence]:
-    left_out = {"loss", "training", pretrained.PROBE}
-    found = {row.probe for row in of_kind(records, Measurement)} - left_out
+    found = {row.probe for row in of_kind(records, Measurement)} - NOT_PROBES
     if found:
         n = f"{len(found)} {plural(len(found), 'probe')}"
         yield Sentence(f"{n} measured the models: {', '.join(controls.in_order(records, found))}")

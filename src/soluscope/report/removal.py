@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from soluscope.report.blocks import Block, Bullets, Cell, Paragraph, Table
-from soluscope.report.findings import SCALED_SIZE, estimate, measured, rescaled, seeds
+from soluscope.report.findings import estimate, measured, rescaled, seeds
 from soluscope.results import (
     MARGIN,
+    OUTPUT_SIZE,
+    SCALED_SIZE,
     Bounded,
     ClaimTested,
     OfRemoval,
@@ -152,10 +154,10 @@ def _verdict(row: OfRemoval, records: Sequence[Record]) -> str:
         return f"The interval contains the margin of {MARGIN} nats, so this is not settled."
     if rescaled(records, row.arm):
         return "ln_final rescales each token anyway, so this does not show that one gain is enough."
-    if not measured(records, "scale_freeze", SCALED_SIZE, row.arm, "median"):
+    if not measured(records, OUTPUT_SIZE, SCALED_SIZE, row.arm, "median"):
         return (
             f"This is below the margin of {MARGIN} nats. It shows that one gain is enough "
-            "only if ln_final does not rescale each token anyway, which the probe scale_freeze measures."
+            "only if ln_final does not rescale each token anyway, which was not measured."
         )
     return f"One gain is enough here, to within {MARGIN} nats."
 

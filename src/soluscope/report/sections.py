@@ -60,8 +60,8 @@ from soluscope.report.findings import (
     twins,
 )
 from soluscope.results import (
-    DYNAMICS,
     HELD_OUT,
+    NOT_PROBES,
     Comparison,
     Figure,
     Ladder,
@@ -79,7 +79,6 @@ from soluscope.results import (
 )
 from soluscope.text import plural
 
-NOT_PROBES = {"loss", "training", "neurons", DYNAMICS, pretrained.PROBE}
 N_MEANINGS = 1
 """Number of sentences on a probe's result in view; the others are folded."""
 CLICK = "Click an arm in the legend to hide it; double-click shows it alone."

@@ -29,7 +29,7 @@ from soluscope.report.findings import (
 )
 from soluscope.report.names import file_name
 from soluscope.results import (
-    DYNAMICS,
+    NOT_PROBES,
     FalsePositives,
     GateResult,
     Measurement,
@@ -41,7 +41,6 @@ from soluscope.results import (
 )
 from soluscope.terminal import shown
 
-NOT_PROBES = ("loss", "training", "neurons", DYNAMICS, "pretrained")
 TERMS = (
     Term.DIFFERENCE, Term.BENEFIT, Term.STATIC, Term.SHARE, Term.STEP, Term.CONTRAST, Term.WHERE,
     Term.SINCE, Term.PROBE,
