@@ -184,3 +184,41 @@ def test_what_is_no_grid_of_jobs_is_refused(tmp_path: Path, parameters: object, 
 def test_other_methods_than_a_grid_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it needs 'method: grid'"):
         read_sweep(written(tmp_path, grid(variant="solu"), method="bayes"), [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["size=tiny"],
+        ["size=tiny", "tag=of${seed}-${train.lr}"],
+        ["size=tiny", "study=s${.seed}", "seed=4"],
+        ["size=tiny", "seed=7"],
+    ],
+)
+def test_an_arm_that_is_read_once_has_the_configurations_of_reading_every_job(
+    tmp_path: Path, words: list[str]
+) -> None:
+    path = tmp_path / "grid.yaml"
+    arms = ["solu", "solu_ln mid.kappa=4e-5", "solu_gain mid.gain=3"]
+    values = {
+        "seed": {"values": [0, 3]},
+        "arm": {"values": arms},
+        "train.lr": {"values": [1e-3, 2e-3]},
+    }
+    path.write_text(yaml.safe_dump({"method": "grid", "parameters": values}, sort_keys=False))
+    found = {config.run_name: config for config in read_sweep(path, words).configs}
+    fixed = [word for word in words if word.startswith("seed=")]
+    seeds = [int(word.removeprefix("seed=")) for word in fixed] or [0, 3]
+    tags = [word for word in words if word.startswith("tag=")]
+    for seed, arm, lr in itertools.product(seeds, arms, (0.001, 0.002)):
+        config = load_config(
+            [
+                f"seed={seed}",
+                f"arm={arm}",
+                f"train.lr={lr}",
+                *(tags or ["tag=lr${train.lr}"]),
+                *words,
+            ]
+        )
+        assert found.pop(config.run_name) == config
+    assert not found
