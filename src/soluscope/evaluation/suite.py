@@ -18,13 +18,14 @@ runs/<study>/results.jsonl                         all records of the study, com
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ from soluscope.comparison.compare import SETTINGS, Choices, Lineage, choices, co
 from soluscope.comparison.doses import doses
 from soluscope.comparison.dynamics import dynamics
 from soluscope.comparison.where import where
-from soluscope.config import CONSTANT, EvalConfig, PretrainedConfig, rate_origin
+from soluscope.config import CONSTANT, EvalConfig, PretrainedConfig, check, rate_origin
 from soluscope.cores import n_cores
 from soluscope.errors import UserError
 from soluscope.evaluation import further, provenance, removed
@@ -325,7 +326,6 @@ def write_results(study_dir: Path) -> Path:
     records: list[Record] = []
     for path in sorted((study_dir / CONTROLS).glob("*.jsonl")):
         records += read_stored(path.parent, path.stem, probing(study_dir))
-    losses = []
     compared: list[Run] = []
     beside: dict[str, None] = {}
     runs = finished_runs(study_dir)
@@ -342,23 +342,16 @@ def write_results(study_dir: Path) -> Path:
             beside |= dict.fromkeys(origin.beside)
         else:
             compared.append(run)
-            losses.append(read_losses(folder, run).assign(**_settings(run)))
     records += removed.of_study(runs)
-    if losses:
-        facts = [run.facts for run in compared]
-        lineages = _lineages(facts)
+    if compared:
         reported = [run for run in compared if not _is_for_choosing(run, seeds)]
-        for each, further_losses in further.compared(reported):
-            lineages[each.arm] = each.lineage
-            settings = _settings(each.run) | {
-                "tokens": each.origin.facts.tokens, "further_tokens": each.run.facts.tokens, "rate": each.rate,
-            }  # fmt: skip
-            losses.append(further_losses.assign(**settings))
-            records += further.loss_records(each)
+        longer = [*further.compared(reported)]
+        records += itertools.chain(*(further.loss_records(each) for each, _ in longer))
         records += _registered(study_dir, compared)
-        records += provenance.of_study(study_dir, facts, [run.config for run in compared])
-        table = pd.concat(losses, ignore_index=True)
-        comparisons = compare(study_dir.name, table, commit(), lineages, seeds)
+        facts, configs = [run.facts for run in compared], [run.config for run in compared]
+        records += provenance.of_study(study_dir, facts, configs)
+        losses = _losses(compared, longer)
+        comparisons = compare(study_dir.name, losses.table, commit(), losses.lineages, seeds)
         by_token, by_step = (
             partial(_tables, reported, read) for read in (read_token_losses, read_dynamics)
         )
@@ -377,6 +370,46 @@ def write_results(study_dir: Path) -> Path:
     path = study_dir / "results.jsonl"
     results.write(path, _words_once(records))
     return path
+
+
+class Losses(NamedTuple):
+    """Stored losses of a study's runs, as `compare` takes them."""
+
+    table: pd.DataFrame
+    lineages: dict[str, Lineage]
+
+
+def losses_of(study_dir: Path) -> Losses:
+    """Return the losses that a study's comparison rests on: one row per run, split and document.
+
+    Raises:
+        UserError: if no run is evaluated, or a file is missing or broken.
+    """
+    runs = finished_runs(study_dir)
+    seeds = select_seeds(runs)
+    compared = [
+        run
+        for run in runs
+        if (run.dir / "probes" / "loss.jsonl").is_file() and not read_origin(run.dir)
+    ]
+    check(bool(compared), f"{study_dir} has no evaluated run: run 'soluscope probe {study_dir}'")
+    reported = [run for run in compared if not _is_for_choosing(run, seeds)]
+    return _losses(compared, further.compared(reported))
+
+
+def _losses(
+    compared: Sequence[Run], longer: Iterable[tuple[further.Further, pd.DataFrame]]
+) -> Losses:
+    """Return the losses of runs, and of those that were trained further."""
+    lineages = _lineages(run.facts for run in compared)
+    tables = [read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in compared]
+    for each, table in longer:
+        lineages[each.arm] = each.lineage
+        settings = _settings(each.run) | {
+            "tokens": each.origin.facts.tokens, "further_tokens": each.run.facts.tokens, "rate": each.rate,
+        }  # fmt: skip
+        tables.append(table.assign(**settings))
+    return Losses(pd.concat(tables, ignore_index=True), lineages)
 
 
 def _tables(
