@@ -1,7 +1,7 @@
 """Draw the README's picture from a study's results: `python docs/_picture.py runs/demo`.
 
-Writes docs/images/demo.svg: the loss of each arm minus that of plain SoLU, with two 95% intervals. The thick one is for
-these models on other documents, the thin one for models of new seeds.
+Writes docs/images/demo.svg: the loss of each arm minus that of plain SoLU, with two 95% intervals. The thick one is
+for these models on other documents, the thin one for models of new seeds.
 """
 
 from __future__ import annotations
