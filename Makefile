@@ -14,8 +14,8 @@ BIN_TL4 := $(VENV_TL4)/bin
 
 .PHONY: demo smoke docs test test-slow test-long test-arithmetic test-tl4 lint
 
-# Trains six arms with two seeds each, in at most seven minutes, and probes them with the probes that tell these arms
-# apart. `soluscope probe runs/demo` runs all probes, on more text.
+# Trains six arms with two seeds each, in at most seven minutes, and probes them with the probes that distinguish
+# these arms. `soluscope probe runs/demo` runs all probes, on more text.
 demo: $(VENV)/installed
 	$(BIN)/soluscope sweep demo wandb=off eval.n_tokens=2000 eval.n_draws=500 eval.probes=[$(DEMO_PROBES)]
 

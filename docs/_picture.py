@@ -1,7 +1,7 @@
 """Draw the README's picture from a study's results: `python docs/_picture.py runs/demo`.
 
-Writes docs/images/demo.svg: the loss of each variant minus the loss of solu_ln, with two 95% intervals. The thick
-one is for these models on other documents, the thin one for models of new seeds.
+Writes docs/images/demo.svg: the loss of each arm minus that of plain SoLU, with two 95% intervals. The thick one is
+for these models on other documents, the thin one for models of new seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 from soluscope.results import Comparison, Term, of_kind, read
 
-REFERENCE = "solu_ln"
+REFERENCE = "solu"
 OUT = Path(__file__).parent / "images" / "demo.svg"
 STYLES = {"document": {"linewidth": 6, "alpha": 0.45}, "seed": {"linewidth": 1.2}}
 
@@ -38,7 +38,7 @@ def main(study: Path) -> None:
         axes.plot(_value(rows, arm), height, "o", color="#004d40")
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(order)), order)
-    axes.set_xlabel(f"loss minus loss of {REFERENCE}, nats per token (left: lower loss)")
+    axes.set_xlabel(f"loss minus the loss of {REFERENCE}, nats per token (left: lower loss)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     OUT.parent.mkdir(exist_ok=True)

@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 COPIED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
 NAVIGATION = [
     {"Guide": ["index.md", "tutorial.ipynb", "guide.md", "sweeps.md", "tuning.md"]},
-    {"Protocol": ["protocol.md"]},
+    {"Protocol": ["protocol.md", "intervals.md"]},
     {"Probes": []},
-    {"Reference": ["api.md", "contributing.md", "changelog.md"]},
+    {"Reference": ["api.md", "contributing.md", "security.md", "changelog.md"]},
 ]
 
 

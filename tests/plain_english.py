@@ -4,13 +4,15 @@
     python tests/plain_english.py src/soluscope/probes   # one folder, or files
 
 Prints each offending line, then the counts. Read are docstrings, comments and messages of Python files, the
-prose of Markdown files (code left out), comments of YAML files, and the text of the report's templates.
+prose of Markdown files and of notebooks (code left out), comments of YAML files, and the text of the report's
+templates. In a notebook, lines are counted from the top of a cell.
 """
 
 from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import sys
 import tokenize
@@ -21,11 +23,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (
     "src", "train", "eval", "sweeps", "configs", "benchmarks", "tests", "docs", "README.md",
-    "CONTRIBUTING.md", "CHANGELOG.md",
+    "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md",
 )  # fmt: skip
 OWN = {"plain_english.py", "test_plain_english.py"}
 """Files that quote the phrases."""
-SUFFIXES = {".py", ".md", ".yaml", ".j2"}
+SUFFIXES = {".py", ".md", ".ipynb", ".yaml", ".j2"}
 
 # Pattern -> what to write. Matched within one sentence, ignoring case.
 PHRASES = {
@@ -112,16 +114,22 @@ def texts(path: Path) -> Iterator[Text]:
     if path.suffix == ".py":
         yield from _python(path, source)
     elif path.suffix == ".md":
-        without_code = re.sub(
-            r"```.*?```|^    .*?$|`[^`\n]+`", _blank, source, flags=re.DOTALL | re.MULTILINE
-        )
-        yield from _paragraphs(path, without_code)
+        yield from _markdown(path, source)
+    elif path.suffix == ".ipynb":
+        for cell in json.loads(source)["cells"]:
+            if cell["cell_type"] == "markdown":
+                yield from _markdown(path, "".join(cell["source"]))
     elif path.suffix == ".j2":
         yield from _paragraphs(
             path, re.sub(r"\{[{%#].*?[}%#]\}|<[^>]*>", _blank, source, flags=re.DOTALL)
         )
     else:
         yield from _comments(path, [(n, m[1]) for n, m in _matches(r"#(.*)$", source)])
+
+
+def _markdown(path: Path, source: str) -> Iterator[Text]:
+    code = r"```.*?```|^    .*?$|`[^`\n]+`"
+    yield from _paragraphs(path, re.sub(code, _blank, source, flags=re.DOTALL | re.MULTILINE))
 
 
 def _python(path: Path, source: str) -> Iterator[Text]:

@@ -314,7 +314,7 @@ def test_a_rate_of_the_line_that_was_no_candidate_is_not_compared() -> None:
     records = [point, setting("best", 0.004), setting("line", 0.016, mlp_out_scale=1.0), other]
     assert {each.arm for each in at_best_rate(records)} == {"best", "other"}
     (warning,) = words.untuned(records)
-    assert "these arms have one: other: the rate was set by hand" in warning
+    assert "not tuned: other (the rate was set by hand)" in warning
     assert words.untuned(records[:-1]) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_the_tool_finds_each_kind_of_text(tmp_path: Path) -> None:
     page = tmp_path / "a.md"
     page.write_text("Fine.\n\n```\nmade anew\n```\n\nA gain of\nits own.\n\n    go on\n")
     assert [(each.line, each.phrase) for each in offences(page)] == [(7, "of its own")]
+    notebook = tmp_path / "a.ipynb"
+    cells = [
+        {"cell_type": kind, "source": ["Fine.\n", "Made anew."]} for kind in ("markdown", "code")
+    ]
+    notebook.write_text(json.dumps({"cells": cells}))
+    assert [(each.line, each.phrase) for each in offences(notebook)] == [(1, "anew")]
     settings = tmp_path / "a.yaml"
     settings.write_text("a: anew  # computed anew\n")
     assert [each.phrase for each in offences(settings)] == ["anew"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,14 @@ def test_escapes_of_rich_itself_reach_the_terminal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal.console().print(Text("red", style="red"))
     assert sys.stdout.getvalue() == "\x1b[31mred\x1b[0m\n"
+
+
+@pytest.mark.parametrize(("name", "write"), [("stdout", terminal.answer), ("stderr", terminal.say)])
+def test_a_reader_that_leaves_early_ends_no_command(
+    name: str, write: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        write("one", "two")

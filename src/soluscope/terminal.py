@@ -6,8 +6,9 @@ change the terminal itself, so each character that cannot be seen is shown as an
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,13 +17,23 @@ if TYPE_CHECKING:
 def answer(*lines: str) -> None:
     """Print the result of a command on stdout, each text on one line."""
     for line in lines:
-        print(shown(line), flush=True)
+        _print(line, sys.stdout)
 
 
 def say(*lines: str) -> None:
     """Print messages for the user on stderr, each text on one line."""
     for line in lines:
-        print(shown(line), file=sys.stderr, flush=True)
+        _print(line, sys.stderr)
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Print a text on one line. If the reader of a pipe has left, as `head` does, discard all text from now on."""
+    try:
+        print(shown(line), file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def console(stderr: bool = False, width: int | None = None) -> Console:

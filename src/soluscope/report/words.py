@@ -216,10 +216,10 @@ def untuned(records: list[Record]) -> list[str]:
     )
     if not arms:
         return []
-    reasons = "; ".join(f"{listed(of_reason)}: the rate {why}" for why, of_reason in arms.items())
+    reasons = "; ".join(f"{listed(of_reason)} (the rate {why})" for why, of_reason in arms.items())
     return [
-        f"A learning rate that is not tuned can reverse the answer, and these arms have one: {reasons}. Tune "
-        "them with the sweep lr."
+        "A learning rate that is not tuned can reverse the answer. The rates of these arms are not tuned: "
+        f"{reasons}. Tune them with the sweep lr."
     ]
 
 
