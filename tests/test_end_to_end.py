@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, command
+from nbclient.exceptions import CellExecutionError
 
 from soluscope import plugins, results
 from soluscope.evaluation import suite
@@ -288,3 +290,21 @@ def test_a_folder_without_runs_is_refused_before_anything_is_asked(tmp_path):
     done = command("probe", "--controls", "empty", cwd=tmp_path, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: no finished run in empty")
     assert not (tmp_path / "empty" / ".controls").exists()
+
+
+def test_a_published_study_is_computed_again_from_its_tables(study, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "studies"))
+    import publish
+
+    publish.write_tables(study[0], tmp_path)
+    publish.rebuild(tmp_path)
+    shown = (tmp_path / "rebuild.ipynb").read_text(encoding="utf8")
+    assert "comparisons are those that were published" in shown
+    assert "text/html" in shown
+    path = tmp_path / "tables" / "comparisons.parquet"
+    numbers = pd.read_parquet(path)
+    is_benefit = numbers["term"] == Term.BENEFIT
+    assert is_benefit.any()
+    publish.store(numbers.assign(value=numbers["value"] + 1e-4 * is_benefit), path)
+    with pytest.raises(CellExecutionError, match="Mismatched elements"):
+        publish.rebuild(tmp_path)

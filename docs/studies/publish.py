@@ -6,10 +6,9 @@ tables/documents.parquet   loss by run and document, which every comparison rest
 tables/runs.parquet        settings, losses, time and checksum of the weights of each run
 tables/comparisons.parquet the comparisons of the arms, as the report shows them
 tables/probes.parquet      the probes' numbers on the trained models, beside those before training
-lineages.json              each variant's role in the comparison
+study.json, lineages.json  the study's name and select seeds, and each variant's role in the comparison
 figures/                   the report's main figures as SVG
-
-The notebook beside them computes the comparisons again from documents.parquet.
+rebuild.ipynb              the comparisons, computed again from documents.parquet
 """
 
 from __future__ import annotations
@@ -21,11 +20,13 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import nbformat
 import pandas as pd
+from nbclient import NotebookClient
 
 import soluscope
 from soluscope.commands import report
-from soluscope.evaluation.suite import finished_runs, losses_of
+from soluscope.evaluation.suite import finished_runs, losses_of, select_seeds
 from soluscope.runs.folder import Run
 
 PROBE_COLUMNS = [
@@ -35,16 +36,24 @@ PROBE_COLUMNS = [
 
 def main(study_dir: Path, out: Path) -> None:
     """Publish a study."""
+    write_tables(study_dir, out)
+    figures(study_dir, out / "figures")
+    rebuild(out)
+
+
+def write_tables(study_dir: Path, out: Path) -> None:
+    """Write all files but the figures and the notebook."""
     tables = out / "tables"
     tables.mkdir(parents=True, exist_ok=True)
-    losses, study = losses_of(study_dir), soluscope.study(study_dir)
+    losses, study, runs = losses_of(study_dir), soluscope.study(study_dir), finished_runs(study_dir)
     store(by_document(losses.table), tables / "documents.parquet")
-    store(pd.DataFrame(map(about, finished_runs(study_dir))), tables / "runs.parquet")
+    store(pd.DataFrame(map(about, runs)), tables / "runs.parquet")
     store(study.comparisons.drop(columns=["study", "commit"]), tables / "comparisons.parquet")
     store(probes(study), tables / "probes.parquet")
     lineages = {name: asdict(each) for name, each in losses.lineages.items()}
-    (out / "lineages.json").write_text(json.dumps(lineages, indent=1) + "\n", encoding="utf8")
-    figures(study_dir, out / "figures")
+    write_json(lineages, out / "lineages.json")
+    about_study = {"study": study_dir.name, "select_seeds": sorted(select_seeds(runs))}
+    write_json(about_study, out / "study.json")
 
 
 def by_document(losses: pd.DataFrame) -> pd.DataFrame:
@@ -81,12 +90,29 @@ def probes(study: soluscope.Study) -> pd.DataFrame:
     return beside
 
 
+def rebuild(out: Path) -> None:
+    """Run the notebook on the published tables, and store it with its outputs.
+
+    Raises:
+        CellExecutionError: if a number that it computes is not the published one.
+    """
+    notebook = nbformat.read(Path(__file__).parent / "rebuild.ipynb", as_version=4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(out)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times, which differ at each call
+    nbformat.write(notebook, out / "rebuild.ipynb")
+
+
+def write_json(content: object, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+
+
 def store(table: pd.DataFrame, path: Path) -> None:
     table.to_parquet(path, index=False, compression="zstd", compression_level=19)
 
 
 def figures(study_dir: Path, out: Path) -> None:
-    """Write the report's main figures as SVG, in place of those that are there."""
+    """Write the report's main figures as SVG. Figures of an earlier time are removed."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "figures"
         report.run([str(study_dir), f"out={folder}", f"figures={drawn}"])

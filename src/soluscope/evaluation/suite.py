@@ -400,7 +400,7 @@ def losses_of(study_dir: Path) -> Losses:
 def _losses(
     compared: Sequence[Run], longer: Iterable[tuple[further.Further, pd.DataFrame]]
 ) -> Losses:
-    """Return the losses of runs, and of those that were trained further."""
+    """Return the losses of runs and of runs that were trained further."""
     lineages = _lineages(run.facts for run in compared)
     tables = [read_losses(run.dir / "probes", run).assign(**_settings(run)) for run in compared]
     for each, table in longer:
