@@ -1093,6 +1093,10 @@ def test_without_an_interval_nothing_is_judged():
     (sentence,) = meaning.sentences(one, [bare], [RUN.arm])
     assert sentence.startswith("solu_ln: Not settled: there is no interval. ")
     assert sentence.endswith("nats over 1 seed, without an interval.")
+    shared = {each.name for each in fields(Untrained)} & {each.name for each in fields(Measurement)}
+    twin = Untrained(**{name: getattr(bare, name) for name in shared}, difference=0.08)
+    (sentence,) = meaning.sentences(one, [bare], [RUN.arm], [replace(twin, value=0.02)])
+    assert sentence.endswith("without an interval; untrained 0.02.")
 
 
 def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():
