@@ -2025,7 +2025,7 @@ def test_a_table_shows_each_layer_norm_at_a_glance_beside_its_untrained_twin():
     measured = [frozen, replace(before, value=-0.00001), size]
     lines = glance([*made, *measured, *passed("scale_freeze")])
     assert ["freezing the gain costs, nats", "0.0012 (0.0000)"] in lines
-    assert ["|o| / |r0|", "24.7"] in lines
+    assert ["|mlp_out| / |resid_mid|", "24.7"] in lines
     assert lines[-1][0].startswith("training with one gain instead costs")
     assert lines[-1][1].startswith("0.02")
     assert not glance([*made, *measured])  # without controls nothing is cited
