@@ -96,7 +96,7 @@ def _smear(records: Sequence[Record], each: Located) -> str:
     if each.where is not Where.NOT_HIGH_GAIN:
         return ""
     if nothing_at_high_gain(records, each.arm, each.design):
-        return " It loses nothing there, so there is no sign of H-smear here."
+        return " Its loss there is equivalent or lower, so there is no sign of H-smear here."
     return (
         " This does not rule out H-smear, because most tokens may have nearly the same high gain."
     )
