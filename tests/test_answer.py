@@ -16,6 +16,7 @@ from soluscope.report import answer, evidence, verdicts, words
 from soluscope.report.findings import at_best_rate
 from soluscope.results import (
     BOS_TOKENS,
+    HIGH_GAIN,
     OUTPUT_SIZE,
     SCALED_SIZE,
     ChoicePoint,
@@ -84,7 +85,7 @@ def text(*records: Record) -> str:
         ([row(Term.BENEFIT, -0.03)], "The norm of solu_ln raises the loss (8 seeds): plain SoLU has the lower"),
         (
             [row(Term.BENEFIT, -0.002, verdict=Verdict.EQUIVALENT)],
-            "The norm of solu_ln makes no difference to the loss (8 seeds): it is equivalent",
+            "The norm of solu_ln changes the loss by less than 0.005 nats (8 seeds): it is equivalent",
         ),
         ([row(Term.BENEFIT, 0.01, 0.02)], "do not settle whether LayerNorm lowers the loss (solu_ln): intervals"),
         ([row(Term.BENEFIT, 0.01, None, n=1)], "1 seed does not settle whether LayerNorm lowers the loss"),
@@ -289,6 +290,7 @@ def test_a_zero_at_high_gain_counts_only_where_ln_final_supplies_no_scale(
     size: float | None,
 ) -> None:
     records = [LN, *located(Where.NOT_HIGH_GAIN), *([] if size is None else [ratio(size)])]
+    records.append(row(Term.WHERE, 0.0, group=HIGH_GAIN, verdict=Verdict.EQUIVALENT))
     (found,) = (seen for row, seen in evidence.matrix(records) if row.name.startswith("where:"))
     told = "inconsistent" if size == 4.0 else "not settled"
     assert found[0].verdicts[evidence.HYPOTHESES.index("H-smear")] == told

@@ -1093,6 +1093,10 @@ def test_without_an_interval_nothing_is_judged():
     (sentence,) = meaning.sentences(one, [bare], [RUN.arm])
     assert sentence.startswith("solu_ln: Not settled: there is no interval. ")
     assert sentence.endswith("nats over 1 seed, without an interval.")
+    shared = {each.name for each in fields(Untrained)} & {each.name for each in fields(Measurement)}
+    twin = Untrained(**{name: getattr(bare, name) for name in shared}, difference=0.08)
+    (sentence,) = meaning.sentences(one, [bare], [RUN.arm], [replace(twin, value=0.02)])
+    assert sentence.endswith("without an interval; untrained 0.02.")
 
 
 def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():
@@ -1110,16 +1114,45 @@ def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():
     assert "solu_ln" not in warning
 
 
+def test_a_choice_of_rates_at_the_reported_seeds_is_named():
+    points = [
+        ChoicePoint(study="synthetic", arm=arm, setting="lr", x=x, chosen_arm="solu_ln", value=3.0,
+                    unit="nats / token", grid=Grid.TOO_FEW)
+        for arm, x in (("solu_ln", 1e-3), ("solu_ln-lr2e-3", 2e-3))
+    ]  # fmt: skip
+    known = [LN, replace(LN, arm="solu_ln-lr2e-3")]
+    said = "learning rates were chosen at the reported seeds"
+    assert said in "; ".join(words.certainty([*known, *points]))
+    apart = [LN, replace(LN, arm="solu_ln-lr2e-3", only_tried=True)]
+    assert said not in "; ".join(words.certainty([*apart, *points]))
+    assert said not in "; ".join(words.certainty([*known, points[0]]))
+
+
 # ---------------------------------------------------------------- hypotheses and evidence
 
 
 def verdicts(records: list[Record], line: str) -> tuple[str, ...]:
-    """Return the verdicts on each of the hypotheses; empty if the report may not give any."""
+    """Return the verdicts on each of the hypotheses; empty if the report may not give any.
+
+    ln_final rescales no token of an arm whose |o| / |r0| is not among the records.
+    """
+    known = {each.arm for each in of_kind(records, Measurement) if each.quantity == SCALED_SIZE}
+    records = [*records, *(rescaling(arm, 0.5) for arm in {LN.arm, TWIN.arm} - known)]
     asked = {each.probe for each in records if isinstance(each, results.GateResult)}
     believed = passed(*({each.probe for each in of_kind(records, Measurement)} - asked))
-    found = evidence.matrix([LN, *believed, *records])
+    static = [] if any(isinstance(each, Setting) for each in records) else [TWIN]
+    found = evidence.matrix([LN, *static, *believed, *records])
     (seen,) = (each for one, of_arms in found if one.section == line for each in of_arms)
     return seen.verdicts
+
+
+TWIN = replace(LN, arm="static", variant="solu_frozen_ln", role="static", twin="")
+"""The settings of a static arm with all other parts of LayerNorm."""
+
+
+def rescaling(arm: str, size: float) -> Measurement:
+    """Return |o| / |r0| of an arm: above 5 ln_final rescales each token."""
+    return number(OUTPUT_SIZE, SCALED_SIZE, size, 0.0001, statistic="median", arm=arm)
 
 
 YES, NO, OPEN = "consistent", "inconsistent", "not settled"
@@ -1198,8 +1231,14 @@ def test_a_zero_says_nothing_where_ln_final_swallows_the_gain(size, said):
     ("swap", "diffuse", "spread", "said"),
     [
         (0.05, 0.03, 0.5, (OPEN, OPEN, OPEN, YES, YES)),
-        (0.05, 0.0, 0.5, (OPEN, OPEN, OPEN, YES, NO)),
-        (0.0, 0.0, 0.5, NO_GAIN_NEEDED),
+        (0.05, 0.0, 0.5, (OPEN, OPEN, OPEN, YES, OPEN)),
+        (
+            0.0,
+            0.0,
+            0.5,
+            (YES, YES, YES, OPEN, OPEN),
+        ),  # tokens of other classes may need other gains
+        (-0.05, -0.05, 0.5, (OPEN,) * 5),
         (0.0, 0.0, 0.05, (OPEN,) * 5),  # similar tokens have similar gains
     ],
 )
@@ -1232,6 +1271,7 @@ def test_phi_dyn_separates_static_hypotheses_from_a_gain_per_token(
     static = Comparison(
         study="synthetic", term=Term.STATIC, arm="solu_ln", variant="solu_ln", cluster="seed", n=8,
         value=(low + high) / 2, low=low, high=high, unit="nats / token", verdict=verdict, p_adj=p_adj,
+        against=TWIN.arm,
     )  # fmt: skip
     rows = [static]
     if phi:
@@ -1241,11 +1281,57 @@ def test_phi_dyn_separates_static_hypotheses_from_a_gain_per_token(
     assert verdicts(rows, "P8") == (against,) * 3 + (said,) * 2
 
 
+MISSED = Comparison(
+    study="synthetic", term=Term.STATIC, arm="solu_ln", variant="solu_ln", cluster="seed", n=8, value=0.02,
+    low=0.01, high=0.03, unit="nats / token", verdict=Verdict.DIFFERENT, p_adj=0.01, against=TWIN.arm,
+)  # fmt: skip
+"""The best static arm loses .02 nats more than LayerNorm."""
+MISSED_SHARE = replace(MISSED, term=Term.SHARE, value=0.5, low=0.3, high=0.7, verdict=None)
+AT_EDGE = ChoicePoint(
+    study="synthetic", arm="static", setting="lr", x=1e-3, chosen_arm="static", value=3.0,
+    unit="nats / token", grid=Grid.UPPER_EDGE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([TWIN], NO),
+        ([replace(TWIN, variant="solu_gain")], OPEN),  # it lacks centring, gamma and beta
+        ([replace(TWIN, rate="was set by hand")], OPEN),
+        ([TWIN, AT_EDGE], OPEN),
+        ([TWIN, replace(AT_EDGE, grid=Grid.INSIDE)], NO),
+    ],
+)
+def test_a_static_account_is_contradicted_only_by_a_static_arm_that_could_have_done_as_well(
+    more, said
+):
+    assert verdicts([MISSED, MISSED_SHARE, *more], "P8") == (said,) * 3 + (YES, YES)
+
+
+def test_a_zero_counts_only_where_ln_finals_part_was_measured():
+    """Without |o| / |r0|, ln_final may give each token a scale, and then nothing follows from a zero."""
+    zeros = [
+        number("scale_swap", "swap, signed", 0.0),
+        number("scale_swap", "log(g_u / g_t)", 0.5, statistic="sd"),
+        *(number("lateral_inhibition", name, 0.0) for name in ("g const", "Z and g const")),
+        replace(MISSED, value=0.0, low=-0.001, high=0.001, verdict=Verdict.EQUIVALENT),
+    ]
+    believed = passed("scale_swap", "lateral_inhibition")
+    sizes = [rescaling(arm, 0.5) for arm in (LN.arm, TWIN.arm)]
+    for more, said in ((sizes, YES), ([], OPEN)):
+        found = evidence.matrix([LN, TWIN, *believed, *zeros, *more])
+        lines = {one.section: seen[0] for one, seen in found if seen}
+        assert {lines[name].verdicts[0] for name in ("P5", "P8", "P20")} == {said}
+        shown = "\n".join(text for line in lines.values() for text in line.observed)
+        assert ("was not measured" in shown) == (said == OPEN)
+
+
 def test_a_verdict_is_not_read_from_the_note():
     static = Comparison(
         study="synthetic", term=Term.STATIC, arm="solu_ln", cluster="seed", n=8, value=0.002, low=0.001,
         high=0.003, unit="nats / token", verdict=Verdict.DIFFERENT, note="equivalent; best static",
-        p_adj=0.01,
+        p_adj=0.01, against=TWIN.arm,
     )  # fmt: skip
     share = replace(static, term=Term.SHARE, value=0.2, low=0.1, high=0.3)
     assert verdicts([static, share], "P8") == (NO, NO, NO, YES, YES)

@@ -17,7 +17,8 @@ Answers:
     above 0.001: The MLP is not a pointwise unit: the loss rises when the softmax's denominator and the gain are
         both constant.
     -0.001 to 0.001: The MLP is as good as a pointwise unit: the loss stays the same when the softmax's
-        denominator and the gain are both constant.
+        denominator and the gain are both constant; where the MLP's output is far longer than the rest of the
+        residual stream, this shows nothing about the mid norm.
     below -0.001: A pointwise unit does better than this MLP: the loss falls when the softmax's denominator and
         the gain are both constant.
 
@@ -34,7 +35,8 @@ Reading:
     7.3 nats). The rise also appears where other values of gamma would suffice (C2, `disjoint`). Only the cell
     with both constant decides whether the MLP is pointwise: if it is within .001 nats, the MLP is equivalent to
     x e^x times one number. Each of Z and g can cost nothing alone while the two together do, because each can
-    take the other's place; the interaction measures that.
+    take the other's place; the interaction measures that. If a cell is within .001 nats with ln_final live and
+    above with its scale frozen, ln_final renormalises each token, and nothing follows about the mid norm (P4).
 
 Pitfalls:
     Under a live LayerNorm with a tiny epsilon Z cancels, so a constant Z costs nothing there by

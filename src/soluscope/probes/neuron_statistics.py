@@ -27,9 +27,9 @@ Formula:
 Reading:
     With smearing the neurons are a privileged basis before the norm and less so after it: kurtosis, and its
     excess over a rotated basis, fall from mid to post, and the density rises, because distributed activations
-    are amplified. Centring alone changes a neuron's shape too (post minus mid is -.51 in the demo's static
-    twin), so compare with the static twin and not with 0: only without centring does one constant gain leave
-    every shape as it is. Other values of gamma do not show in a neuron's shape, so a change of shape by the
+    are amplified. Centring alone changes a neuron's shape too (post minus mid is -.04 to -.16 in the demo's
+    static twins), so compare with the static twin and not with 0: only without centring does one constant gain
+    leave every shape as it is. Other values of gamma do not show in a neuron's shape, so a change of shape by the
     gain does not show that a per-token gain is needed (`disjoint`). If the kurtosis of mid is no higher than
     that of Gaussian pre-activations, the nonlinearity made it, not the trained weights.
 

@@ -34,9 +34,9 @@ Pitfalls:
     A frozen model is off-distribution, so its cost overstates the need for a per-token scale (in a
     pilot twelvefold): only training a static arm decides whether that scale is needed. Gains of neurons are
     fitted to activations, not to the loss: a cost does not show that no gamma suffices. The best constant is
-    estimated from the other documents; the error of that estimate alone costs .0004 to .0007 nats in the
-    demo's static arms, close to the margin of .001. If all codes are equally diffuse, no token has another
-    kind's gain to take, and that number is missing.
+    estimated from the other documents; the error of that estimate alone changes the loss of the demo's static
+    arms by -.0002 to .0004 nats, close to the margin of .001. If all codes are equally diffuse, no token has
+    another kind's gain to take, and that number is missing.
 
 Source:
     protocol.md sections 7 P4 and 8.4; Heimersheim 2024 for freezing

@@ -19,7 +19,8 @@ Answers:
     above 0.01: The clean prompt's gain alone moves the corrupt prompt's answer towards the clean prompt's
         answer.
     -0.01 to 0.01: The clean prompt's gain alone is not enough to move the corrupt prompt's answer; noising
-        shows if the gain is necessary.
+        shows if the gain is necessary, and where the MLP's output is far longer than the rest of the residual
+        stream, this shows nothing about the mid norm.
     below -0.01: The clean prompt's gain alone moves the corrupt prompt's answer away from the clean prompt's
         answer.
 
@@ -36,7 +37,9 @@ Reading:
     not part of the prediction: a higher gain amplifies the receiver's answer even if that answer is wrong, so
     in C1 (`smear_shared`) the shares are far below 0. The probe cannot distinguish smearing from a gain that
     matters at any code (`magnitude`: -23), or from one that gamma could replace (`disjoint`: -20 and -46). If
-    the gain moves nothing either way (within .01), content and direction move the whole difference. An
+    the gain moves nothing either way (within .01), content and direction move the whole difference. If the gain
+    moves nothing with ln_final live and something with its scale frozen, ln_final renormalises each token, and
+    nothing follows about the mid norm (P4). An
     interaction above 0 means that gain and content act together. Where the gain is one constant its shares are
     exactly 0.
 

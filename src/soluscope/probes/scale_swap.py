@@ -11,7 +11,8 @@ Question:
 Answers:
     above 0.001: The gain of a similar token is worse than the per-token gain: the loss rises.
     -0.001 to 0.001: The gain of a similar token is as good as the per-token gain; if similar tokens have nearly
-        equal gains, this shows nothing.
+        equal gains, or where the MLP's output is far longer than the rest of the residual stream, this shows
+        nothing about the mid norm.
     below -0.001: The gain of a similar token is better than the per-token gain: the loss falls.
 
 Formula:
@@ -26,9 +27,11 @@ Reading:
     with its minimum at 1. Smearing predicts that diffuse codes pay a part of it; in `magnitude` no code is
     diffuse. A swap changes nothing where the gain is one constant, and within .001 nats where it varies without
     effect; but the donors of a token are of its class, so nothing follows where gains hardly differ within
-    classes (sd of log(g_u / g_t)). A steep dose curve alone shows only that the output scale matters, as it
-    also does under a static gain. Swaps also cost loss where other values of gamma would suffice (C2,
-    `disjoint`). Only training a static arm shows whether a per-token gain is needed.
+    classes (sd of log(g_u / g_t)). If a swap costs nothing with ln_final live and more with its scale frozen,
+    ln_final renormalises each token, and nothing follows about the mid norm (`swallowed`, P4). A steep dose
+    curve alone shows only that the output scale matters, as it also does under a static gain. Swaps also cost
+    loss where other values of gamma would suffice (C2, `disjoint`). Only training a static arm shows whether
+    a per-token gain is needed.
 
 Pitfalls:
     Regression to the mean: a token with an unusual gain mostly gets a more usual one, so that swaps up

@@ -230,7 +230,7 @@ def _compared(label: str, rows: Sequence[Comparison], unit: str, decimals: int) 
 
 def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[str]) -> Tile:
     """Return the tile on r and the spread of log g; without numbers if the probe is not validated."""
-    label = "Does the gain vary? Median r (0: one gain for all tokens, 1: a true LayerNorm); sd of log g"
+    label = "Does the gain vary? Median r (0: one gain for all tokens, 1: a true LayerNorm), and the sd of log g"
     standing = controls.standing(all_records, "engagement")
     if standing != "passed":
         why = "failed a control" if standing == "failed" else "has not been validated on controls"
@@ -245,7 +245,8 @@ def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[s
         return Tile(label, "not measured", [])
     if len(known) == 1:
         verdict = pretrained.VERDICTS[gain_varies(records, known[0])]
-        return Tile(label, f"{r[known[0]]}; {spread[known[0]] or 'not measured'}", [verdict])
+        value = f"r {r[known[0]]}; sd {spread[known[0]] or 'not measured'}"
+        return Tile(label, value, [verdict])
     verdicts = {arm: gain_varies(records, arm) for arm in known}
     lines = [
         f"{arm}: {'not settled' if verdicts[arm] == 'open' else verdicts[arm]} (r {r[arm]}, sd {spread[arm]})"
@@ -253,7 +254,7 @@ def _gain(all_records: list[Record], records: Sequence[Record], arms: Sequence[s
     ]
     return Tile(
         label,
-        "; ".join(map(r.__getitem__, known[:2])) + ", ..." * (len(known) > 2),
+        " and ".join(f"r {r[arm]}" for arm in known[:2]) + ", ..." * (len(known) > 2),
         _first(lines),
     )
 

@@ -33,22 +33,28 @@ from soluscope.report.findings import (
     Gain,
     Side,
     before_norm,
+    choices,
     comparisons,
     envelope,
     gain_varies,
+    listed,
     measured,
+    nothing_at_high_gain,
     number,
     per_token,
     rescaled,
     rescales,
     seeds,
+    settings,
     side_of_zero,
     span,
+    untuned,
 )
 from soluscope.results import (
     SCALED_SIZE,
     SIGNIFICANT,
     Comparison,
+    Grid,
     Located,
     Number,
     Record,
@@ -226,7 +232,11 @@ def _freeze(records: Sequence[Record], arm: str) -> Seen | None:
 
 
 def _swap(records: Sequence[Record], arm: str) -> Seen | None:
-    """Judge the gain of a similar token. Where similar tokens have similar gains, a zero is no evidence."""
+    """Judge the gain of a similar token. Where similar tokens have similar gains, a zero is no evidence.
+
+    A donor is a token of the same position group, stream and fifth of the surprisal. A per-token gain may be needed
+    between these classes alone, and a swap within them then costs nothing. So a zero contradicts no hypothesis.
+    """
     rows = measured(records, "scale_swap", "swap, signed", arm)
     if not rows:
         return None
@@ -242,7 +252,7 @@ def _swap(records: Sequence[Record], arm: str) -> Seen | None:
     if moved is None or moved[0] <= VARIES or _swallowed(records, arm, observed):
         where, diffuse = _unless_zero(where), _unless_zero(diffuse)
     none = _if_zero(where)
-    return Seen(tuple(observed), (none, none, none, _if_above(where), _if_above(diffuse)))
+    return Seen(tuple(observed), (none, none, none, *map(_only_if_above, (where, diffuse))))
 
 
 def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
@@ -260,21 +270,43 @@ def _phi_dyn(records: Sequence[Record], arm: str) -> Seen | None:
     observed = [f"best static arm minus this arm {_observed(static)}"]
     if phi is not None:
         observed.insert(0, "undefined" if phi.value is None else _observed([phi]))
-    if ratios := rescaled(records, static[0].against):
-        observed.append(
-            f"best static arm: {SCALED_SIZE} {_observed(ratios)}: ln_final gives it a scale for each token, so a "
-            "zero is open"
-        )
+    effect = "ln_final gives the best static arm a scale for each token"
+    if _rescaled(records, static[0].against, effect, observed):
         where = _unless_zero(where)
     dyn = _if_above(where)
     none = _OPPOSITE[dyn]  # below 0: the static arm is even better
+    if none == "inconsistent" and (why := _may_be_beaten(records, arm)):
+        observed.append(f"{why}, so a better static arm may exist")
+        none = "not settled"
     return Seen(tuple(observed), (none, none, none, dyn, dyn))
+
+
+def _may_be_beaten(records: Sequence[Record], arm: str) -> str:
+    """Return why another static arm may be better than the trained ones; empty without a reason.
+
+    A static arm without an arm's centring or affine part may lose through these. One at a rate or gain that is not
+    tuned may lose through that.
+    """
+    known = settings(records)
+    of = known[arm]
+    static = [each for each in known.values() if (each.role, each.size) == ("static", of.size)]
+    if of.twin not in {each.variant for each in static}:
+        return "no static arm with all other parts of this arm was trained"
+    names = {each.arm for each in static}
+    if found := sorted(names & {each.arm for each in untuned(records)}):
+        return f"the learning rate of {listed(found)} is not tuned"
+    at_edge = {each.chosen.arm for each in choices(records) if each.chosen.grid is not Grid.INSIDE}
+    if found := sorted(names & at_edge):
+        return f"the rate or gain of {listed(found)} was not chosen inside its grid"
+    return ""
 
 
 def _where(records: Sequence[Record], arm: str) -> Seen | None:
     """Judge at which tokens the best static arm loses more than this arm, both trained.
 
-    A difference that is not at tokens of high gain may be at others, so it does not count against H-dyn.
+    A difference that is not at tokens of high gain may be at others, so it does not count against H-dyn. Where
+    most tokens have nearly the same high gain (`ceiling`), the top quarter loses no more than the rest although
+    H-smear is true. So H-smear is contradicted only if the top quarter itself loses nothing.
     """
     found = next(
         (each for each in of_kind(records, Located) if each.arm == arm and not each.design), None
@@ -286,12 +318,12 @@ def _where(records: Sequence[Record], arm: str) -> Seen | None:
         f"{row.group} {_observed([row])}" for row in comparisons(records, Term.CONTRAST, arm)
     ]
     dyn, smear = _AT[found.where]
-    if found.where is Where.NOT_HIGH_GAIN and rescales(records, found.against) != "no":
-        rescaling = "ln_final gives the static arm a scale for each token"
-        if rescales(records, found.against) == "unknown":
-            rescaling = "it was not measured whether " + rescaling
-        observed.append(f"{rescaling}, so a zero is open")
-        smear = "not settled"
+    if found.where is Where.NOT_HIGH_GAIN:
+        if not nothing_at_high_gain(records, arm):
+            smear = "not settled"
+        effect = "ln_final gives the static arm a scale for each token"
+        if _rescaled(records, found.against, effect, observed):
+            smear = "not settled"
     return Seen(tuple(observed), ("not settled",) * 3 + (dyn, smear))
 
 
@@ -379,13 +411,25 @@ def _two_by_two(records: Sequence[Record], arm: str) -> Seen | None:
 
 
 def _swallowed(records: Sequence[Record], arm: str, observed: list[str]) -> bool:
-    """Return whether ln_final swallows changes of the gain in this arm, and add that to the observations."""
-    ratios = rescaled(records, arm)
-    if ratios:
+    """Return whether ln_final may swallow changes of the gain in this arm, and add that to the observations."""
+    return _rescaled(records, arm, "ln_final swallows changes of the gain", observed)
+
+
+def _rescaled(records: Sequence[Record], arm: str, effect: str, observed: list[str]) -> bool:
+    """Return whether ln_final rescales each token of an arm, or may do so because that was not measured.
+
+    In both cases `observed` gets a line with the effect, which leaves a zero open.
+    """
+    supplied = rescales(records, arm)
+    if supplied == "yes":
         observed.append(
-            f"{SCALED_SIZE} {_observed(ratios)}: ln_final swallows changes of the gain, so a zero is open"
+            f"{SCALED_SIZE} {_observed(rescaled(records, arm))}: {effect}, so a zero is open"
         )
-    return bool(ratios)
+    elif supplied == "unknown":
+        observed.append(
+            f"{SCALED_SIZE} was not measured: it is not known whether {effect}, so a zero is open"
+        )
+    return supplied != "no"
 
 
 def _unless_zero(where: Side) -> Side:
@@ -417,6 +461,11 @@ def _if_above(where: Side) -> Verdict:
     if where == "open":
         return "not settled"
     return "consistent" if where == "above" else "inconsistent"
+
+
+def _only_if_above(where: Side) -> Verdict:
+    """Return the verdict on a hypothesis that expects an effect above 0, where a zero does not count against it."""
+    return "consistent" if where == "above" else "not settled"
 
 
 _OPPOSITE: dict[Verdict, Verdict] = {
@@ -474,8 +523,9 @@ EVIDENCE = (
         "P5",
         "swap: loss with the gain of another, similar token minus unchanged loss",
         ("about 0 after a refit",) * 2 + ("about 0", "above 0", "above 0 at diffuse codes"),
-        "as for the freeze. A zero counts only if similar tokens have different gains: the sd of log(g_u / g_t) "
-        "must be above .1.",
+        "as for the freeze. A zero is consistent with a static hypothesis only if similar tokens have different "
+        "gains: the sd of log(g_u / g_t) must be above .1. It does not rule out H-dyn or H-smear, because tokens "
+        "that are not similar do not give each other their gains.",
         "scale_swap",
         _swap,
     ),
@@ -486,8 +536,10 @@ EVIDENCE = (
         "about 0: the best static arm is equivalent (closer than .005 nats) or better. Above 0: the intervals of "
         "Phi_dyn and of its numerator both lie above 0, and the corrected p is below .05. If both hold, the "
         "difference is too small to matter, and the verdict is not settled. Where |o| / |r0| of the static arm is "
-        "above 5, ln_final gives that arm a scale for each token, and a zero is not settled. It compares with the "
-        "static arms that were trained. There is no gate, because planted models are not trained.",
+        "above 5 or was not measured, ln_final may give that arm a scale for each token, and a zero is not "
+        "settled. It compares with the static arms that were trained: a difference counts against a static "
+        "hypothesis only if a static arm with all other parts of this arm is among them, at rates and gains that "
+        "are tuned. There is no gate, because planted models are not trained.",
         see=_phi_dyn,
     ),
     Evidence(
@@ -496,11 +548,12 @@ EVIDENCE = (
         ("any",) * 3 + ("at high gain", "at high gain and diffuse codes"),
         "the tokens are sorted by the gain and K_eff of the other seeds. The static arm loses more at high gain "
         "if the interval for new seeds of the top quarter lies above 0, and so does its contrast with the other "
-        "tokens at equal loss, with a corrected p below .05. It does so at diffuse codes if the same holds for the "
-        "upper half by K_eff of these tokens, at equal gain. A contrast counts as 0 where it is equivalent to 0 "
-        "(.005 nats) or below 0. A difference at tokens of lower gain does not count against H-dyn. A 0 is "
-        "settled only where |o| / |r0| of the static arm was measured and lies below 5. There is no gate: planted "
-        "models are not trained.",
+        "tokens at equal loss, with a corrected p below .05. It does so at diffuse codes if the same holds for "
+        "the upper half by K_eff of these tokens, at equal gain. A contrast counts as 0 where it is equivalent to "
+        "0 (.005 nats) or below 0. A difference at tokens of lower gain does not count against H-dyn. A first "
+        "contrast of 0 counts against H-smear only if the top quarter itself loses nothing, because most tokens "
+        "may have nearly the same high gain, and only where |o| / |r0| of the static arm was measured and lies "
+        "below 5. There is no gate: planted models are not trained.",
         see=_where,
     ),
     Evidence(

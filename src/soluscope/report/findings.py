@@ -9,6 +9,7 @@ from typing import Literal
 
 from soluscope.results import (
     HELD_OUT,
+    HIGH_GAIN,
     OUTPUT_SIZE,
     SCALED_SIZE,
     ChoicePoint,
@@ -22,6 +23,7 @@ from soluscope.results import (
     Setting,
     Term,
     Untrained,
+    Verdict,
     of_kind,
 )
 from soluscope.text import plural
@@ -289,6 +291,29 @@ def at_one_rate(records: Sequence[Record]) -> list[str]:
         return []
     untuned = {arm for arm, each in settings(records).items() if each.rate and not each.after}
     return sorted(untuned - {p.arm for p in points if p.setting == "lr"})
+
+
+def untuned(records: Sequence[Record]) -> list[Setting]:
+    """Return the compared arms whose one learning rate was not tuned for them.
+
+    An arm with several rates in the study has the best of these; their grid is judged elsewhere.
+    """
+    several = {each.arm for each in of_kind(records, ChoicePoint) if each.setting == "lr"}
+    return [
+        each
+        for each in settings(tuned(records)).values()
+        if each.rate and not each.after and each.arm not in several
+    ]
+
+
+def nothing_at_high_gain(records: Sequence[Record], arm: str, design: str = "") -> bool:
+    """Return whether it is settled that the best static arm loses nothing at the top quarter of an arm's gain."""
+    rows = comparisons(records, Term.WHERE, arm, design=design)
+    return any(
+        row.verdict is Verdict.EQUIVALENT or (row.high is not None and row.high < 0)
+        for row in rows
+        if row.group == HIGH_GAIN
+    )
 
 
 def runs_of(records: Iterable[Record]) -> set[str]:

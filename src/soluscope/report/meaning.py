@@ -89,7 +89,7 @@ def _main(rows: Iterable[Measurement], name: str, quantity: Quantity) -> list[Me
 def _sentence(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
     first = rows[0]
     bounds = envelope(rows)
-    change = "" if bounds is None else _change(words, rows, before)
+    change = _change(words, rows, before)
     if words.answers and first.quantity == words.tested:
         return f"{first.arm}: {_answer(words, bounds)} {_evidence(rows, bounds)}{change}."
     name = f"{first.statistic} of {first.quantity}" if first.statistic else first.quantity
@@ -137,14 +137,19 @@ def _estimate(rows: Sequence[Measurement], bounds: tuple[float, float] | None) -
 
 
 def _change(words: ProbeWords, rows: Sequence[Measurement], before: Sequence[Untrained]) -> str:
-    """Return the change by training and its direction, as a clause; empty if a seed has no number before it."""
+    """Return the change by training and its direction, as a clause; empty if a seed has no number before it.
+
+    Without an interval the clause gives the numbers before training alone.
+    """
     known = {number_key(each): each for each in before}
     twins = [known.get(number_key(row)) for row in rows]
     found = [replace(each, value=each.difference) for each in twins if each is not None]
     bounds = envelope(found)
-    if len(found) < len(rows) or bounds is None:
+    if len(found) < len(rows):
         return ""
     untrained = span(each.value for each in twins if each is not None)
+    if bounds is None or envelope(rows) is None:
+        return f"; untrained {untrained}"
     text = (
         f"; untrained {untrained}, a change of {span(each.value for each in found)} ({number(bounds[0])} to "
         f"{number(bounds[1])})"

@@ -21,7 +21,8 @@ TERMS = {
         "An arm is one configuration, trained at one or more seeds; runs of one seed share their initial values "
         "and batches. Plain SoLU has no mid norm; a static arm has one gain for all tokens. The benefit of LN "
         "is the loss of plain SoLU minus the loss of the arm with LayerNorm. Phi_dyn is the share of this "
-        "benefit that the best static arm does not reach, and so needs a per-token gain."
+        "benefit that the best static arm trained here does not reach. A better static arm may exist, so a Phi_dyn "
+        "above 0 does not yet show that a per-token gain is needed."
     ),
     "The intervals.": (
         "Intervals are 95%, those of equivalence tests and of negative controls 90%. An interval for these models "
@@ -30,8 +31,9 @@ TERMS = {
         "model before training, on the same text."
     ),
     "Confirmatory and exploratory.": (
-        "Two families of tests are confirmatory, with corrected p-values: the tests of Phi_dyn, and the tests of "
-        "probes that compare the trained models with their own initialisations. All other numbers are exploratory."
+        "Three families of tests are confirmatory, each with p-values that are corrected within it: the tests of "
+        "the numerator of Phi_dyn, the two contrasts between tokens, and the tests of probes that compare the "
+        "trained models with their own initialisations. All other numbers are exploratory."
     ),
 }
 """Explanations of the headline's terms, by the heading of their paragraph."""

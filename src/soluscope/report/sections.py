@@ -248,8 +248,8 @@ class _Arms:
         lead = (
             "A probe's number in a trained run minus its number in the same run before training, on the same "
             "text. If training did not change it, the difference is as often above 0 as below. The p-values are "
-            "corrected for the number of these tests. All other tests on this page, except those of Phi_dyn and "
-            "its numerator, are exploratory."
+            "corrected for the number of these tests. All other tests on this page, except those of the numerator "
+            "of Phi_dyn and of the two contrasts between tokens, are exploratory."
         )
         lines = [
             [

@@ -24,6 +24,7 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     BOS_TOKENS,
+    MARGIN,
     SIGNIFICANT,
     Comparison,
     Located,
@@ -126,8 +127,8 @@ def claim(records: Sequence[Record], arm: str, name: str, design: str = "") -> s
         )
     if benefit.verdict is Verdict.EQUIVALENT:
         return (
-            f"The norm of {name} makes no difference to the loss ({n}): it is equivalent to that of plain SoLU, so "
-            "there is no benefit to explain."
+            f"The norm of {name} changes the loss by less than {MARGIN} nats ({n}): it is equivalent to that of "
+            "plain SoLU, so there is no benefit to explain."
         )
     if benefit.high < 0:
         return (

@@ -14,6 +14,7 @@ from soluscope.report.findings import (
     comparisons,
     estimate,
     for_these_models,
+    nothing_at_high_gain,
     number,
     of_size,
     remarks,
@@ -40,8 +41,7 @@ MEANINGS = {
     Where.ALL_DIFFUSE: "The static arm loses more at tokens of high gain. Their codes are all equally diffuse, so "
     "this does not distinguish H-smear from H-dyn.",
     Where.CODE_OPEN: "The static arm loses more at tokens of high gain. It is not settled at which codes.",
-    Where.NOT_HIGH_GAIN: "The static arm loses no more at tokens of high gain than at others, so there is no sign "
-    "of H-smear here.",
+    Where.NOT_HIGH_GAIN: "The static arm loses no more at tokens of high gain than at others.",
     Where.OPEN: "It is not settled at which tokens the arms differ.",
 }  # fmt: skip
 """Meaning of each verdict in words."""
@@ -85,10 +85,21 @@ def sentences(records: Sequence[Record], design: str = "") -> list[str]:
     """Return sentences on each arm with a per-token norm: where the static arm loses more, with the numbers."""
     return [
         f"Where {each.against} differs from {each.arm} ({seeds(each.n)}): {MEANINGS[each.where]}"
-        f"{_supplied(records, each)}{_numbers(records, each)}{_agreement(each)}"
+        f"{_smear(records, each)}{_supplied(records, each)}{_numbers(records, each)}{_agreement(each)}"
         for each in of_kind(records, Located)
         if each.design == design
     ]
+
+
+def _smear(records: Sequence[Record], each: Located) -> str:
+    """Return a sentence on H-smear where tokens of high gain lose no more than others; empty elsewhere."""
+    if each.where is not Where.NOT_HIGH_GAIN:
+        return ""
+    if nothing_at_high_gain(records, each.arm, each.design):
+        return " Its loss there is equivalent or lower, so there is no sign of H-smear here."
+    return (
+        " This does not rule out H-smear, because most tokens may have nearly the same high gain."
+    )
 
 
 def _supplied(records: Sequence[Record], each: Located) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from soluscope.report import controls, plan, pretrained, robustness, verdicts, where
+from soluscope.report import controls, findings, plan, pretrained, robustness, verdicts, where
 from soluscope.report.findings import (
     NO_COST,
     Choice,
@@ -39,6 +39,7 @@ from soluscope.report.findings import (
 )
 from soluscope.results import (
     MARGIN,
+    SCALED_SIZE,
     ChoicePoint,
     Comparison,
     Grid,
@@ -127,7 +128,25 @@ def certainty(records: list[Record]) -> list[str]:
         result.append(f"the choice of the static arm may favour it by {max(known):.4f} nats")
     elif any(row.n_candidates > 1 for row in static):
         result.append("the static arm was chosen at seeds that are not reported")
+    if _rates_at_reported_seeds(records):
+        result.append(
+            "learning rates were chosen at the reported seeds, which favours arms with more rates by an unknown "
+            "amount"
+        )
     return result
+
+
+def _rates_at_reported_seeds(records: list[Record]) -> bool:
+    """Return whether learning rates were chosen at the reported seeds.
+
+    With select seeds, the arms that were not chosen have no reported runs.
+    """
+    tried = {
+        point.arm
+        for point in of_kind(records, ChoicePoint)
+        if point.setting == "lr" and point.eligible
+    }
+    return len(tried) > 1 and not any(each.only_tried for each in settings(records).values())
 
 
 def not_shown(records: list[Record]) -> str:
@@ -204,16 +223,8 @@ def edges(records: list[Record]) -> list[str]:
 
 
 def untuned(records: list[Record]) -> list[str]:
-    """Return warnings about compared arms whose one learning rate was not tuned for them.
-
-    An arm with several rates in the study has its best rate of these; `edges` judges their grid.
-    """
-    several = {each.arm for each in of_kind(records, ChoicePoint) if each.setting == "lr"}
-    arms = _grouped(
-        (each.rate, each.arm)
-        for each in settings(tuned(records)).values()
-        if each.rate and not each.after and each.arm not in several
-    )
+    """Return warnings about compared arms whose one learning rate was not tuned for them."""
+    arms = _grouped((each.rate, each.arm) for each in findings.untuned(records))
     if not arms:
         return []
     reasons = "; ".join(f"{listed(of_reason)} (the rate {why})" for why, of_reason in arms.items())
@@ -434,8 +445,9 @@ def _supplied(records: list[Record], static: str) -> str:
     if not rows:
         return ""
     return (
-        f" In {static} the MLP writes {span(row.value for row in rows)} times the residual stream's norm, so "
-        "ln_final gives this arm a scale for each token too. Equal losses do not show that one gain is enough."
+        f" In {static} the part of the residual stream that the gain multiplies is "
+        f"{span(row.value for row in rows)} times as long as the rest ({SCALED_SIZE}), so ln_final gives this arm "
+        "a scale for each token too. Equal losses do not show that one gain is enough."
     )
 
 
