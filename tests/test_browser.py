@@ -70,7 +70,7 @@ def visit(browser: Any, html: str) -> Iterator[Callable[..., Any]]:
         context.route("**/*", answer)
         tab = context.new_page()
         tab.set_default_timeout(1000 * HANGS_AFTER_S)
-        tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        tab.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(URL)
         until(tab, "() => window.Plotly")
@@ -174,6 +174,22 @@ def test_a_token_shows_its_colour_and_its_numbers(visit):
     last.focus()
     text = last.evaluate("token => getComputedStyle(token, '::after').content")
     assert "gain 500" in text
+
+
+def test_a_click_on_each_save_button_reaches_it(visit):
+    """A figure above a table's button must not cover the button."""
+    tab = visit()
+    until(tab, "() => document.body.classList.contains('prepared')")
+    covered = tab.evaluate(
+        """() => [...document.querySelectorAll("button.save")].filter(each => {
+            if (!each.checkVisibility()) return false;
+            each.scrollIntoView({block: "center"});
+            const {x, y, width, height} = each.getBoundingClientRect();
+            return [0.2, 0.8].some(part => document.elementFromPoint(x + width / 2, y + part * height) !== each);
+        }).map(each => each.nextElementSibling.textContent.slice(0, 80))"""
+    )
+    assert covered == []
+    assert tab.locator("#answer button.save:visible").count() > 5
 
 
 def test_a_compressed_table_is_there_once_its_fold_is_opened(visit):
