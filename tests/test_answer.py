@@ -107,7 +107,7 @@ def text(*records: Record) -> str:
         ),
         (
             [row(Term.BENEFIT, 0.03), static(-0.01), share(-0.3), ratio(30)],
-            "lowers it more. But ln_final (the model's last LayerNorm) gives that, so this does not show",
+            "lowers it more. But ln_final (the model's last LayerNorm) gives that static arm a scale",
         ),
         (
             [row(Term.BENEFIT, 0.03), static(-0.01), share(-0.3)],

@@ -127,7 +127,8 @@ def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]
         remark = (
             "Left of 0 is better. Thick bar: 95% interval for these models; thin bar: for new seeds too (arrow: it "
             "continues). Dotted: steps from SoLU to LayerNorm. kappa = eps d_mlp^2: near 0, LayerNorm's gain "
-            "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant. Static gain: one for all tokens."
+            "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant. "
+            "Static gain: one for all tokens."
         )
         remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
         caption = f"Loss minus the loss of {rows[0].against}"

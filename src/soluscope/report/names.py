@@ -27,8 +27,8 @@ from soluscope.results import (
     Step,
 )
 
-KINDS = {"static": ", static gain", "per_token": ", gain per token"}
-"""Kinds of gain by role, as they follow the label of a variant, or of an arm whose kappa or gain is unknown."""
+KINDS = {"static": ", static gain"}
+"""Kinds of gain by role, as they follow a label."""
 ORDER = ("plain", "static", "per_token", "other", "baseline")
 """Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, others, the baselines."""
 _SETTING = re.compile(r"\b[a-z]+\.([a-z_]+)=")
