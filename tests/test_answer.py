@@ -108,17 +108,17 @@ def text(*records: Record) -> str:
         ),
         (
             [row(Term.BENEFIT, 0.03), static(-0.01), share(-0.3), ratio(30)],
-            "lowers it more. But ln_final gives that static arm a scale for each token, so this does not show",
+            "lowers it more. But ln_final (the model's last LayerNorm) gives that static arm a scale",
         ),
         (
             [row(Term.BENEFIT, 0.03), static(-0.01), share(-0.3)],
-            "lowers it more. It was not measured whether ln_final gives that static arm a scale for each token",
+            "lowers it more. It was not measured whether ln_final (the model's last LayerNorm) gives that",
         ),
         ([row(Term.BENEFIT, -0.03), static(-0.04), ratio(1)], "better than solu_ln, by 0.0400 [0.0390, 0.0410]"),
         ([row(Term.BENEFIT, -0.03), static(0.02)], "worse than solu_ln, by 0.0200 [0.0190, 0.0210]"),
         (
             [row(Term.BENEFIT, -0.03), static(0.0, verdict=Verdict.EQUIVALENT), ratio(200)],
-            "The best static arm is as good as solu_ln. But ln_final gives that static arm a scale for each token",
+            "The best static arm is as good as solu_ln. But ln_final (the model's last LayerNorm) gives that",
         ),
     ],
 )  # fmt: skip

@@ -9,9 +9,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from _browser import needs_browser
 from _records import LN, RUN, number, passed, token_values, words
@@ -19,7 +20,7 @@ from conftest import HANGS_AFTER_S
 from test_report import before_training, make_rows
 
 from soluscope import plugins
-from soluscope.report import page
+from soluscope.report import figures, page
 from soluscope.results import Measurement, ProbeWords, Record, Setting
 
 pytestmark = needs_browser
@@ -70,7 +71,7 @@ def visit(browser: Any, html: str) -> Iterator[Callable[..., Any]]:
         context.route("**/*", answer)
         tab = context.new_page()
         tab.set_default_timeout(1000 * HANGS_AFTER_S)
-        tab.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        tab.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
         tab.on("pageerror", lambda error: wrong.append(str(error)))
         tab.goto(URL)
         until(tab, "() => window.Plotly")
@@ -176,6 +177,22 @@ def test_a_token_shows_its_colour_and_its_numbers(visit):
     assert "gain 500" in text
 
 
+def test_a_click_on_each_save_button_reaches_it(visit):
+    """A figure above a table's button must not cover the button."""
+    tab = visit()
+    until(tab, "() => document.body.classList.contains('prepared')")
+    covered = tab.evaluate(
+        """() => [...document.querySelectorAll("button.save")].filter(each => {
+            if (!each.checkVisibility()) return false;
+            each.scrollIntoView({block: "center"});
+            const {x, y, width, height} = each.getBoundingClientRect();
+            return [0.2, 0.8].some(part => document.elementFromPoint(x + width / 2, y + part * height) !== each);
+        }).map(each => each.nextElementSibling.textContent.slice(0, 80))"""
+    )
+    assert covered == []
+    assert tab.locator("#answer button.save:visible").count() > 5
+
+
 def test_a_compressed_table_is_there_once_its_fold_is_opened(visit):
     tab = visit()
     tab.locator(f"{TABS}[href='#probes']").click()
@@ -198,6 +215,26 @@ def test_dark_mode_changes_the_page_and_its_figures_and_back(visit):
     tab.emulate_media(color_scheme="light")
     until(tab, "() => document.querySelector('#figure-1')._fullLayout.paper_bgcolor === 'white'")
     assert tab.evaluate(colours) == ["rgb(255, 255, 255)", "white"]
+
+
+def test_no_two_arms_have_similar_colours_in_dark_mode():
+    """Distances are those of CIE 1976 L*a*b*, in which the least difference that is seen is about 2."""
+    script = page.render([LN]).split("const COLOURS = ")[1].split(";")[0]
+    changed = dict(re.findall(r'"(#\w+)": "(#\w+)"', script))
+    colours = [lab(changed.get(colour, colour)) for colour in figures.COLOURS]
+    paper = lab(re.findall(r'white: "(#\w+)"', script)[0])
+    assert min(np.linalg.norm(a - b) for a, b in combinations([*colours, paper], 2)) > 25
+
+
+def lab(colour: str) -> np.ndarray:
+    """Return a colour of sRGB, such as `#0072B2`, in L*a*b* of the white D65."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [
+        [0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041],
+    ]  # fmt: skip
+    x, y, z = np.cbrt(np.array(to_xyz) @ linear / (0.95047, 1.0, 1.08883))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def test_paper_has_all_parts_with_their_figures_and_warnings(visit):

@@ -299,7 +299,7 @@ def test_a_published_study_is_computed_again_from_its_tables(study, tmp_path, mo
     publish.write_tables(study[0], tmp_path)
     publish.rebuild(tmp_path)
     shown = (tmp_path / "rebuild.ipynb").read_text(encoding="utf8")
-    assert "comparisons are those that were published" in shown
+    assert "comparisons are the published ones" in shown
     assert "text/html" in shown
     path = tmp_path / "tables" / "comparisons.parquet"
     numbers = pd.read_parquet(path)

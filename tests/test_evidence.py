@@ -117,3 +117,22 @@ def test_nothing_follows_from_a_zero_where_ln_final_swallows_the_gain() -> None:
     assert {found[row][account] for row in ("P4", "P5", "P20") for account in (DYN, SMEAR)} == {
         "not settled"
     }
+
+
+def test_rows_that_could_distinguish_equally_consistent_hypotheses_are_named() -> None:
+    first = ("consistent",) * 4 + ("inconsistent",)
+    rows = [
+        evidence.Evidence("P1", "one: of two", ("any", "any", "any", "varies", "varies"), "a rule"),
+        evidence.Evidence("P4", "two", ("a", "b", "a", "c", "c"), "a rule"),
+        evidence.Evidence("P5", "three: with more", ("a", "a", "d", "e", "e"), "a rule"),
+        evidence.Evidence("P6", "four", ("a", "a", "a", "e", "e"), "a rule"),
+        evidence.Evidence("P7", "without a rule", ("1", "2", "3", "4", "5"), ""),
+    ]
+    seen = evidence.Seen((), (*first[:3], "not settled", "inconsistent"), "ln")
+    found = [[seen], [evidence.Seen((), evidence.OPEN, "ln")], [], [], []]
+    (sentence,) = evidence._alike(list(zip(rows, found, strict=True)), "ln")
+    assert sentence == (
+        "ln: no row distinguishes H0-opt, H-aff, H-static-smuggle so far. "
+        "These could: P4 two (not settled); P5 three (not measured)."
+    )  # P1 and P6 expect the same of the three, and H-dyn has another verdict
+    assert evidence._alike(list(zip(rows, found, strict=True)), "other") == []

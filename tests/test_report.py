@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html as markup
 import io
+import json
 import re
 from dataclasses import fields, is_dataclass, replace
 from enum import StrEnum
@@ -36,6 +37,7 @@ from soluscope.report import (
     findings,
     meaning,
     names,
+    packing,
     page,
     tokens,
     words,
@@ -605,7 +607,7 @@ def test_arms_have_names_for_people_in_the_order_of_the_chain(labelled):
         "solu_ln-k0": "SoLU + LN, kappa 4e-5", "solu_ln": "SoLU + LN, kappa 41.9", "gelu": "GELU",
     }  # fmt: skip
     one_kappa = [row for row in labelled if row.arm != "solu_ln-k0"]
-    assert names.arms(one_kappa)["solu_ln"] == "SoLU + LN, live"
+    assert names.arms(one_kappa)["solu_ln"] == "SoLU + LN, kappa 41.9"  # a pinned gain is not live
     assert [*figures.styles(names.named(labelled))] == [*names.arms(labelled).values()]
     body = text(rendered(labelled))
     assert "SoLU + LN, kappa 4e-5" in body
@@ -616,7 +618,7 @@ def test_two_arms_never_share_a_name(labelled, swept):
     alike = [replace(row, values={}) if isinstance(row, Setting) else row for row in labelled]
     for rows in (alike, labelled, swept):
         assert len(set(names.arms(rows).values())) == len(names.arms(rows))
-    assert names.arms(alike)["solu_ln-k0"] == "SoLU + LN, live (solu_ln-k0)"
+    assert names.arms(alike)["solu_ln-k0"] == "SoLU + LN (solu_ln-k0)"
 
 
 def test_texts_on_the_page_have_the_names_of_arms_and_not_their_identifiers(labelled):
@@ -644,7 +646,7 @@ def test_an_arm_has_one_entry_in_the_legend_of_the_doses_for_all_its_seeds(label
     ]  # fmt: skip
     (dose,) = drawn([*labelled, *seeds], "Dose: kappa")
     (entry,) = (trace.name for trace in dose.data if trace.name and trace.showlegend is not False)
-    assert entry == "SoLU + LN, live"
+    assert entry == "SoLU + LN"
     of_seeds = [trace for trace in dose.data if "seed" in str(trace.text)]
     assert {trace.legendgroup for trace in of_seeds} == {entry}
     for seed in (0, 1):
@@ -1683,6 +1685,31 @@ def test_a_zero_is_not_drawn_on_a_logarithmic_axis_and_ticks_are_round():
         assert not {"4", "3"} & set(axis.ticktext)
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("SoLU, one", "SoLU, one"),
+        ("SoLU + LN, kappa 41.9", "SoLU + LN,<br>kappa 41.9"),
+        ("a name that is long and has no comma", "a name that is long and has no comma"),
+        ("SoLU + LN, scale without gradient, kappa 4e-5, output times 0.5",
+         "SoLU + LN, scale without gradient,<br>kappa 4e-5, output times 0.5"),
+        ("<b>bold</b>, of another", "&lt;b&gt;bold&lt;/b&gt;,<br>of another"),
+    ],
+)  # fmt: skip
+def test_a_long_name_of_an_arm_has_two_lines_that_are_about_equal(name, label):
+    rows = [number("engagement", "r", 0.5, arm=name, statistic="median")]
+    assert figures.draw(rows, Figure("", ("r",), statistic="median")).layout.yaxis.ticktext == (
+        label,
+    )
+
+
+def test_an_axis_shared_by_curves_does_not_match_itself():
+    """Plotly logs a warning for an axis that matches itself."""
+    rows = [number("engagement", "r", 0.5, x=x, stream=stream) for x in (0, 1) for stream in "ab"]
+    layout = figures.draw(rows, Figure("", ("r",), kind="curve", relative=True)).layout
+    assert (layout.yaxis.matches, layout.yaxis2.matches) == (None, "y")
+
+
 def test_an_interval_that_the_frame_cuts_has_an_arrow():
     row = Comparison(
         study="s", term=Term.DIFFERENCE, arm="a", against="b", value=0.0, low=-9.0, high=9.0, unit="nats",
@@ -1692,7 +1719,24 @@ def test_an_interval_that_the_frame_cuts_has_an_arrow():
     look = figures.styles([row])
     arrows = figures.differences([row, near], look).data[-1]
     assert arrows.marker.symbol == ("triangle-left", "triangle-right")
-    assert arrows.x == figures.differences([row, near], look).layout.xaxis.range
+    low, high = figures.differences([row, near], look).layout.xaxis.range
+    assert arrows.x == pytest.approx((low, high), abs=0.003 * (high - low))
+
+
+@pytest.mark.parametrize("value", [0.0, 5.2068134, -1 / 3, 1234.5678])
+def test_each_arrow_lies_inside_its_frame_on_the_page_too(value):
+    """Plotly draws no mark outside the frame, and the page rounds the marks and not the frame."""
+    row = Comparison(
+        study="s", term=Term.DIFFERENCE, arm="a", against="b", value=value, low=value - 1e5, high=value + 1e5,
+        unit="nats", cluster="seed",
+    )  # fmt: skip
+    for scale in (1e-5, 1 / 7):
+        near = replace(row, low=value - scale, high=value + scale, cluster="document")
+        drawn = figures.differences([row, near], figures.styles([row]))
+        content = json.loads(packing.as_text(drawn))
+        low, high = content["layout"]["xaxis"]["range"]
+        left, right = content["data"][-1]["x"]
+        assert low < left < right < high
 
 
 def test_a_gain_that_hardly_varies_has_no_colours():

@@ -61,18 +61,25 @@ def blocks(
     return [
         *_warnings(words.warnings(all_records)),
         Paragraph(" ".join(words.first_answer(all_records)), style="first"),
-        *_further(all_records),
+        *_beside(all_records),
         *_figure(compared, look),
         *_tiles(all_records, compared),
         Paragraph("; ".join(words.certainty(all_records)) + ".", "How sure is this?", "soft"),
         *([Paragraph(left, style="soft")] if (left := words.not_shown(all_records)) else []),
+        *_further(all_records),
     ]
+
+
+def _beside(records: Sequence[Record]) -> list[Block]:
+    """Return the verdicts on the best static arm, which stand between the answer and its figure."""
+    sentences = verdicts.static(pretrained.trained(records))
+    return [Paragraph(" ".join(sentences), style="soft")] if sentences else []
 
 
 def _further(records: Sequence[Record]) -> list[Block]:
     """Return the rest of the answer, with the verdicts at each fixed scale of the MLP's output folded."""
     trained = pretrained.trained(records)
-    sentences, fixed = verdicts.further(trained), verdicts.at_fixed_scales(trained)
+    sentences, fixed = verdicts.details(trained), verdicts.at_fixed_scales(trained)
     shown: list[Block] = [Paragraph(" ".join(sentences), style="soft")] if sentences else []
     return [
         *shown,
@@ -120,7 +127,8 @@ def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]
         remark = (
             "Left of 0 is better. Thick bar: 95% interval for these models; thin bar: for new seeds too (arrow: it "
             "continues). Dotted: steps from SoLU to LayerNorm. kappa = eps d_mlp^2: near 0, LayerNorm's gain "
-            "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant."
+            "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant. "
+            "Static gain: one for all tokens."
         )
         remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
         caption = f"Loss minus the loss of {rows[0].against}"
@@ -192,9 +200,10 @@ def glance(all_records: list[Record], records: list[Record]) -> list[Block]:
     costs = ["; ".join(each) or "not trained" for each in retrained]
     lines.append(["training with one gain instead costs, nats [95%, new seeds]", *costs])
     lead = (
-        "g is the gain of LayerNorm. In parentheses: the same model before training. Where the MLP's output is "
-        "several times as long as the stream before it, ln_final rescales each token, so freezing the gain costs "
-        "little whatever the gain does."
+        "g is the gain of LayerNorm. In parentheses: the same model before training. |mlp_out| / |resid_mid| is "
+        "the length of the MLP's output over that of the stream before it. Where the output is several times as "
+        "long, ln_final (the model's last LayerNorm) rescales each token, so freezing the gain costs little in any "
+        "case."
     )
     return [Paragraph(lead, style="soft"), Table(["", *arms], lines, n_text=1)]
 

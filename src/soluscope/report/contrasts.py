@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from soluscope.report import controls, meaning
@@ -53,7 +53,7 @@ def blocks(records: Sequence[Record]) -> list[Block]:
             [
                 f"{each.probe}: {name}, {first.unit}",
                 *(
-                    [rows[0].arm, span(row.value for row in rows), *_before(rows, untrained)]
+                    [rows[0].arm, span(row.value for row in rows), *before(rows, untrained)]
                     for rows in (each.here, each.there)
                 ),
                 number(each.difference),
@@ -119,9 +119,10 @@ def _references(records: Sequence[Record], arm: str) -> list[str]:
     return [*twins(records, arm), *(name for name, each in alike.items() if each.role == "plain")]
 
 
-def _before(
-    rows: Sequence[Measurement], untrained: dict[tuple[object, ...], Untrained]
+def before(
+    rows: Sequence[Measurement], untrained: Mapping[tuple[object, ...], Untrained]
 ) -> list[str]:
+    """Return the span of the same numbers before training as one line of a cell; none without such numbers."""
     twins = [untrained[key] for row in rows if (key := number_key(row)) in untrained]
     return [f"untrained {span(each.value for each in twins)}"] if twins else []
 

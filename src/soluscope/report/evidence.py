@@ -122,7 +122,9 @@ def blocks(records: Sequence[Record]) -> list[Block]:
     arms = per_token(records)
     if not arms:
         return []
-    lines = [_line(evidence, seen, named=len(arms) > 1) for evidence, seen in matrix(records)]
+    rows = matrix(records)
+    lines = [_line(evidence, seen, named=len(arms) > 1) for evidence, seen in rows]
+    alike = [text for arm in arms for text in _alike(rows, arm)]
     rules = [f"{each.section} ({each.name}): {each.rule}" for each in EVIDENCE if each.rule]
     return [
         Bullets(MEANINGS),
@@ -133,9 +135,45 @@ def blocks(records: Sequence[Record]) -> list[Block]:
             "same observation.",
             style="soft",
         ),
+        *([Bullets(alike)] if alike else []),
         Table(["evidence", "observed", *HYPOTHESES], lines, styles=STYLES),
         *fold("Rules for the verdicts", [Bullets(rules)]),
     ]
+
+
+def _alike(rows: Sequence[tuple[Evidence, Sequence[Seen]]], arm: str) -> list[str]:
+    """Return a sentence for each group of hypotheses with the same verdicts on an arm, none of them inconsistent.
+
+    The sentence names the rows that could still distinguish them: the group's expectations differ there, and the
+    observation is not consistent with all of them.
+    """
+    of_arm = [(each, next((one for one in seen if one.arm == arm), None)) for each, seen in rows]
+    groups: dict[tuple[Verdict, ...], list[int]] = {}
+    for i in range(len(HYPOTHESES)):
+        verdicts = tuple(one.verdicts[i] for _, one in of_arm if one is not None and one.verdicts)
+        if verdicts and "inconsistent" not in verdicts:
+            groups.setdefault(verdicts, []).append(i)
+    result = []
+    for group in groups.values():
+        apart = [
+            f"{each.section} {each.name.split(':')[0]} ({known})"
+            for each, one in of_arm
+            if each.rule and len({each.expected[i] for i in group}) > 1
+            if (known := _known(one, group[0])) != "consistent"
+        ]
+        if len(group) > 1:
+            result.append(
+                f"{arm}: no row distinguishes {', '.join(HYPOTHESES[i] for i in group)} so far. "
+                + (f"These could: {'; '.join(apart)}." if apart else "None here can.")
+            )
+    return result
+
+
+def _known(seen: Seen | None, i: int) -> str:
+    """Return what a row says on a hypothesis, by its number in `HYPOTHESES`."""
+    if seen is None:
+        return "not measured"
+    return seen.verdicts[i] if seen.verdicts else "not citable"
 
 
 def _seen(evidence: Evidence, records: Sequence[Record], arms: Sequence[str]) -> list[Seen]:

@@ -52,10 +52,15 @@ LEGEND = 34
 """Pixels above the titles for one row of the legend; plotly makes more room where the legend needs it."""
 FEWEST_DOSES = 3
 """Number of doses of a variant from which its numbers are drawn against the dose."""
+ARROW = 9
+"""Size in pixels of an arrow where the frame cuts an interval."""
 MANY_ARMS = 9
 """More arms than this are drawn closer together, with labels of one line."""
 MOST_FLAT = 20
 """Largest factor between the spans of panels of curves that share an axis."""
+INSET = 0.002
+"""Distance of an arrow from the border of its frame, as a share of the frame. Plotly does not draw a mark outside
+the frame, and on a page the mark's place is rounded."""
 TITLE_HEIGHT = 40
 """Height of a figure's title in pixels; the report's page needs none, because it has headings."""
 QUARTILE = re.compile(r".* Q[1-4]")
@@ -390,14 +395,14 @@ class Doses:
         return {variant for variant, values in seen.items() if len(values) >= FEWEST_DOSES}
 
     def caption(self) -> str:
-        """Return a text with the dose of each arm whose name lacks it.
+        """Return a text with the dose of each arm whose name lacks it; a model without a norm has the gain 1.
 
         The text is empty if a variant has several doses, which are drawn instead.
         """
         each = [
             f"{arm}: {dose.name} {number(dose.value)}"
             for arm, (_, dose) in self.arms.items()
-            if f"{dose.name} " not in arm
+            if f"{dose.name} " not in arm and dose != Dose("gain", 1.0)
         ]
         if not each or self.several():
             return ""
@@ -502,6 +507,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
     figure = _grid(panels, row_height=250, curves=True)
     if one_scale:
         figure.update_yaxes(matches="y")
+        figure.update_layout(yaxis_matches=None)  # an axis that matches itself is an error
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
         lines: dict[tuple[str, int], list[Measurement]] = {}
@@ -744,18 +750,19 @@ def _arrows(
     along, across = ("y", "x") if upright else ("x", "y")
     down, up = ("triangle-down", "triangle-up") if upright else ("triangle-left", "triangle-right")
     low, high = frame
+    inset = INSET * (high - low)
     cuts = []
     for row, place, colour in zip(rows, places, colours, strict=True):
         if row.low is not None and row.low < low:
-            cuts.append((low, place, down, colour))
+            cuts.append((low + inset, place, down, colour))
         if row.high is not None and row.high > high:
-            cuts.append((high, place, up, colour))
+            cuts.append((high - inset, place, up, colour))
     if not cuts:
         return None
     ends, at, symbols, of = zip(*cuts, strict=True)
     return _scatter(
         **{along: ends, across: at}, mode="markers", hoverinfo="skip", showlegend=False, cliponaxis=False,
-        marker={"symbol": symbols, "size": 9, "color": of},
+        marker={"symbol": symbols, "size": ARROW, "color": of},
     )  # fmt: skip
 
 
@@ -974,14 +981,24 @@ def _arm_axis(labels: Sequence[str], index: int) -> dict[str, object]:
             _broken(label) if len(labels) <= MANY_ARMS else html.escape(label) for label in labels
         ],
         "tickfont": {"size": 11},
+        "ticks": "outside",
+        "ticklen": ARROW,
+        "tickcolor": "rgba(0, 0, 0, 0)",  # room for arrows between the labels and the frame
         "range": [len(labels) - 0.4, -0.6],
         "showgrid": False,
     }
 
 
 def _broken(label: str) -> str:
-    """Return a label in two lines if it is long and has a comma, so that narrow screens keep room for the data."""
-    return html.escape(label).replace(", ", ",<br>", len(label) > LONG_LABEL)
+    """Return a label in two lines if it is long and has a comma, so that the panels keep room for the data.
+
+    Of several commas, the one that gives the shorter lines is chosen.
+    """
+    parts = label.split(", ")
+    if len(label) <= LONG_LABEL or len(parts) < 2:
+        return html.escape(label)
+    pairs = [(", ".join(parts[:i]) + ",", ", ".join(parts[i:])) for i in range(1, len(parts))]
+    return "<br>".join(map(html.escape, min(pairs, key=lambda pair: max(map(len, pair)))))
 
 
 def _spread(n: int) -> list[float]:

@@ -27,7 +27,7 @@ from soluscope.results import (
     Step,
 )
 
-KINDS = {"static": ", static gain", "per_token": ", live"}
+KINDS = {"static": ", static gain"}
 """Kinds of gain by role, as they follow a label."""
 ORDER = ("plain", "static", "per_token", "other", "baseline")
 """Roles in the order of their arms on the page: the steps from plain SoLU to LayerNorm, others, the baselines."""
@@ -137,12 +137,16 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
     def differs(setting: str) -> bool:
         return setting in of.values and len({each.values.get(setting) for each in alike}) > 1
 
+    def is_named(setting: str) -> bool:
+        # kappa decides whether the gain follows the token or is pinned, so a reader needs it even if there is one
+        return differs(setting) or (setting == "kappa" and setting in of.values)
+
     penalty = of.values.get("entropy_penalty")
     setting = {"static": "gain", "per_token": "kappa"}.get(of.role, "")
     if penalty:
         setting = next((name for name in ("gain", "kappa") if name in of.values), "")
     name = of.label
-    if differs(setting):
+    if is_named(setting):
         name += f", {'static gain' if setting == 'gain' else setting} {_number(of.values[setting])}"
     else:
         name += KINDS.get(of.role, "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from soluscope.report.blocks import Block, Fold, Link, Paragraph, Table
+from soluscope.report.findings import settings
 from soluscope.results import NeuronFound, Record, of_kind
 
 PAGES = "neurons/index.html"
+NONE = "This study has no pages about its neurons yet. To make them: 'soluscope neurons DIR'."
 HEADS = ("neuron", "rule before the norm", "F1 before", "F1 after", "drop", "example")
 EXPLAINED = (
     "A neuron's best rule, and its place in a list, are found on one half of the documents. The numbers and the "
@@ -19,7 +21,7 @@ def blocks(records: list[Record]) -> list[Block]:
     """Return the tab's content: for each arm's first run with stored neurons, its two lists."""
     found = of_kind(records, NeuronFound)
     if not found:
-        return []
+        return [Paragraph(NONE, style="soft")] if settings(records) else []
     first: dict[str, str] = {}
     for each in found:
         first.setdefault(each.arm, each.run)

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
-from soluscope.report import answer, figures, names, packing, sections, tokens, words
+from soluscope.report import answer, figures, leading, names, packing, sections, tokens, words
 from soluscope.report.blocks import MARKS, TABS, Bullets, Section, flat, fold
 from soluscope.report.figures import min_width
 from soluscope.report.findings import at_best_rate, tuned
@@ -79,10 +79,15 @@ def _parts(records: list[Record], identifiers: Mapping[str, str]) -> list[Sectio
         Bullets(others[:N_SENTENCES]),
         *fold(f"{len(hidden)} more", [Bullets(hidden)] if hidden else []),
     ]
-    glance = answer.glance(records, tuned(records))
+    glance, leading_numbers = answer.glance(records, tuned(records)), leading.blocks(tuned(records))
     return [
         Section("first", "", first),
         *([Section("glance", "Each LayerNorm at a glance", glance)] if glance else []),
+        *(
+            [Section("leading", "Largest differences between the arms", leading_numbers)]
+            if leading_numbers
+            else []
+        ),
         Section("findings", "Findings", below),
         *sections.build(records, identifiers),
     ]

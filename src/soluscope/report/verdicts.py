@@ -46,10 +46,10 @@ DESIGNS = {
     "alpha matched": "With alpha matched to plain GELU's share of the stream",
 }
 SUPPLIED = {
-    "yes": " But ln_final gives that static arm a scale for each token, so this does not show that one gain is "
-    "enough.",
-    "unknown": " It was not measured whether ln_final gives that static arm a scale for each token, so this does "
+    "yes": " But ln_final (the model's last LayerNorm) gives that static arm a scale for each token, so this does "
     "not show that one gain is enough.",
+    "unknown": " It was not measured whether ln_final (the model's last LayerNorm) gives that static arm a scale "
+    "for each token, so this does not show that one gain is enough.",
     "no": "",
 }
 """Sentence after a static arm that does as well as LN, by `rescales`."""
@@ -81,10 +81,15 @@ def first(records: Sequence[Record]) -> list[str]:
     return [*_shared(records, claim), *(_robust(records, whole) for whole in _wholes(records))]
 
 
-def further(records: Sequence[Record]) -> list[str]:
-    """Return sentences on the parts of the robustness to the rate, on the best static arm, and on the tokens."""
+def static(records: Sequence[Record]) -> list[str]:
+    """Return sentences on the best static arm beside each arm whose norm has no benefit."""
+    return _shared(records, beside)
+
+
+def details(records: Sequence[Record]) -> list[str]:
+    """Return sentences on the parts of the robustness to the rate, and on the tokens."""
     parts = [_parts(records, whole) for whole in _wholes(records)]
-    return [*filter(None, parts), *_shared(records, beside), *_shared(records, located)]
+    return [*filter(None, parts), *_shared(records, located)]
 
 
 def at_fixed_scales(records: Sequence[Record]) -> list[str]:

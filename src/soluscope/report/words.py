@@ -88,7 +88,12 @@ def answer(records: list[Record]) -> str:
     """Return the answer to the study's question in a few sentences, the most important one first."""
     trained = pretrained.trained(records)
     return " ".join(
-        [*first_answer(records), *verdicts.further(trained), *verdicts.at_fixed_scales(trained)]
+        [
+            *first_answer(records),
+            *verdicts.static(trained),
+            *verdicts.details(trained),
+            *verdicts.at_fixed_scales(trained),
+        ]
     )
 
 

@@ -1,6 +1,6 @@
 (() => {
   const COLOURS = {white: "#15181c", "#222222": "#e6e6e6", "#e4e4e4": "#3a3f45", "#555555": "#b0b0b0",
-    "#0072B2": "#4aa8e8"};
+    "#0072B2": "#6b7cff"};
   const wish = matchMedia("(prefers-color-scheme: dark)");
   const all = selector => [...document.querySelectorAll(selector)];
   const paint = (text, dark) => JSON.parse(dark
