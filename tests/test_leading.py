@@ -43,32 +43,37 @@ def records() -> list[Record]:
     return rows
 
 
-def lines(rows: Sequence[Record]) -> list[list[object]]:
-    return [
-        list(line)
-        for each in leading.blocks(rows)
-        if isinstance(each, Table)
-        for line in each.lines
-    ]
+def columns(rows: Sequence[Record]) -> dict[str, list[object]]:
+    """Return the table's columns by their heads."""
+    tables = [each for each in leading.blocks(rows) if isinstance(each, Table)]
+    return {
+        str(head): [line[i] for line in table.lines]
+        for table in tables
+        for i, head in enumerate(table.heads)
+    }
 
 
 def test_numbers_are_sorted_by_the_largest_difference_over_the_interval_one_for_each_probe() -> (
     None
 ):
-    found = lines([*records(), *passed("neuron_statistics", "engagement")])
-    assert [line[0][0].split(",")[0] for line in found] == [
-        f"P13 median of {COUNT}",
-        "P1 median of max_p",
-    ]  # type: ignore[index]
-    assert [line[-1] for line in found] == ["7.1", "1.4"]  # 30 / sqrt(3^2 + 3^2), 2 / sqrt(1 + 1)
-    assert found[0][1:-1] == [["3 to 4"], ["9 to 10"], ["33 to 34"]]
-    assert found[1][1:-1] == [["0 to 1"], ["2 to 3"], [""]]  # not measured in gelu
+    names, counts, peaks = columns([*records(), *passed("neuron_statistics", "engagement")]).items()
+    assert names[1][1:-1] == ["solu", "solu_ln", "gelu"]
+    assert counts[0] == f"P13 median of {COUNT}, neurons"
+    assert counts[1][1:] == [["3 to 4"], ["9 to 10"], ["33 to 34"], "7.1"]  # 30 / sqrt(3^2 + 3^2)
+    assert peaks[0] == "P1 median of max_p, probability"
+    assert peaks[1][1:] == [
+        ["0 to 1"],
+        ["2 to 3"],
+        [""],
+        "1.4",
+    ]  # 2 / sqrt(1 + 1); not measured in gelu
 
 
 def test_a_probe_without_passed_controls_leads_nothing() -> None:
-    (line,) = lines([*records(), *passed("engagement")])
-    assert line[-1] == "1.4"
-    assert lines(records()) == []
+    assert [*columns([*records(), *passed("engagement")])][1:] == [
+        "P1 median of max_p, probability"
+    ]
+    assert columns(records()) == {}
 
 
 def test_the_numbers_before_training_stand_beside_those_after() -> None:
@@ -81,5 +86,5 @@ def test_the_numbers_before_training_stand_beside_those_after() -> None:
         for row in rows
         if isinstance(row, Measurement) and (row.arm, row.quantity) == ("solu", COUNT)
     ]
-    found = lines([*rows, *untrained, *passed("neuron_statistics")])
-    assert found[0][1] == ["3 to 4", "untrained 60"]
+    found = columns([*rows, *untrained, *passed("neuron_statistics")])
+    assert found[f"P13 median of {COUNT}, neurons"][1] == ["3 to 4", "untrained 60"]

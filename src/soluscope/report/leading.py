@@ -11,8 +11,9 @@ from soluscope.report.contrasts import Contrast, before
 from soluscope.report.findings import by_stream, number_key, settings, sizes, span
 from soluscope.results import Measurement, ProbeWords, Record, Untrained, of_kind
 
-N_LINES = 4
-"""Largest number of lines; each is of another probe."""
+N_COLUMNS = 4
+"""Largest number of columns; each is of another probe."""
+LARGEST = "largest difference / interval"
 N_ARMS = 9
 """Largest number of arms in the table. With more arms, it has plain SoLU, the baselines and the arms with a
 per-token norm."""
@@ -33,7 +34,7 @@ class Candidate:
 
 
 def blocks(records: Sequence[Record]) -> list[Block]:
-    """Return a table with one column per arm, for the largest size; empty if no number can be compared.
+    """Return a table with one column per number, for the largest size; empty if no number can be compared.
 
     The candidates are the numbers in the validated probes' figures of dots, on natural text or else one stream. A
     number whose interval has no width, such as the gain without a norm, is compared with no arm.
@@ -53,26 +54,23 @@ def _table(
     best: dict[str, Candidate] = {}
     for each in sorted(found, key=lambda each: -each.ratio):
         best.setdefault(each.first.probe, each)
-    arms = _arms(records)
-    lines: list[list[Cell]] = []
-    for each in [*best.values()][:N_LINES]:
-        cells = (each.by_arm.get(arm, ()) for arm in arms)
+    chosen = [*best.values()][:N_COLUMNS]
+    lines: list[list[Cell]] = [["definition", *(_meaning(words, each.first) for each in chosen)]]
+    for arm in _arms(records):
+        cells = (each.by_arm.get(arm, ()) for each in chosen)
         lines.append(
-            [
-                _label(words[each.first.probe], each.first),
-                *([span(row.value for row in rows), *before(rows, untrained)] for rows in cells),
-                f"{each.ratio:.1f}",
-            ]
+            [arm, *([span(row.value for row in rows), *before(rows, untrained)] for rows in cells)]
         )
+    lines.append([LARGEST, *(f"{each.ratio:.1f}" for each in chosen)])
     lead = (
         f"Of {len(found)} numbers of the validated probes, these differ most between an arm and plain SoLU. The "
-        "last column is that difference, divided by the joint half width of the intervals for other documents. No "
+        "last line is that difference, divided by the joint half width of the intervals for other documents. No "
         "test corrects for this choice, so these numbers are exploratory; the tab Probes has the confirmatory "
         "tests, with corrected p-values. A cell has all seeds, and the same models before training."
     )
     return [
         Paragraph(lead, style="soft"),
-        Table(["", *arms, "difference / interval"], lines, n_text=1),
+        Table(["", *(_name(words, each.first) for each in chosen)], lines, n_text=1 + len(chosen)),
     ]
 
 
@@ -136,11 +134,11 @@ def _arms(records: Sequence[Record]) -> list[str]:
     return [arm for arm in arms if len(arms) <= N_ARMS or known[arm].role in ROLES]
 
 
-def _label(words: ProbeWords, row: Measurement) -> list[str | Line]:
-    """Return the name of a number and its meaning."""
+def _name(words: Mapping[str, ProbeWords], row: Measurement) -> str:
     name = f"{row.statistic} of {row.quantity}" if row.statistic else row.quantity
-    known = words.quantities.get(row.quantity)
-    return [
-        f"{words.section} {name}, {row.unit}",
-        *([Line(known.meaning, "soft")] if known else []),
-    ]
+    return f"{words[row.probe].section} {name}, {row.unit}"
+
+
+def _meaning(words: Mapping[str, ProbeWords], row: Measurement) -> Cell:
+    known = words[row.probe].quantities.get(row.quantity)
+    return [Line(known.meaning, "soft")] if known else ""
