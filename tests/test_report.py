@@ -1107,8 +1107,8 @@ def test_an_untuned_rate_is_warned_of_unless_the_study_chose_among_several():
         replace(GELU, rate="was tuned with train.steps=900, here 60"),
     ]
     (warning,) = words.untuned(told)
-    assert "solu_ln: the rate was set by hand" in warning
-    assert "gelu: the rate was tuned with train.steps=900, here 60" in warning
+    assert "solu_ln (the rate was set by hand)" in warning
+    assert "gelu (the rate was tuned with train.steps=900, here 60)" in warning
     assert words.untuned([LN, GELU]) == []
     point = ChoicePoint(study="synthetic", arm="solu_ln", setting="lr", x=1e-3, chosen_arm="solu_ln", value=3.0,
                         unit="nats / token", grid=Grid.INSIDE)  # fmt: skip
