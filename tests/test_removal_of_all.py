@@ -202,7 +202,7 @@ def test_the_page_shows_the_losses_the_claims_and_the_names_of_the_arms(records)
     assert "Direct logit attribution is exact: of the whole MLP." in shown
     assert "no per-token scale" in shown
     names = {each.arm for each in of_kind(named(records), Setting)}
-    assert "SoLU + LN, live, then trained without per-token scales for 3,584 tokens" in names
+    assert "SoLU + LN, kappa 4e-5, then trained without per-token scales for 3,584 tokens" in names
 
 
 def test_the_report_is_built(study):

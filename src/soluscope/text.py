@@ -24,3 +24,8 @@ def readable(text: str) -> str:
 def plural(n: int, noun: str) -> str:
     """Return the noun as it stands after the number n: `seed` after 1, `seeds` after any other."""
     return noun if n == 1 else f"{noun}s"
+
+
+def brief_number(value: float) -> str:
+    """Return a setting's value with three significant digits, or four from 1,000 on: `41.9`, `4e-5`, `1541`."""
+    return f"{value:.3g}".replace("e-0", "e-") if abs(value) < 1000 else f"{value:.4g}"

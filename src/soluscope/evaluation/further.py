@@ -21,10 +21,10 @@ from soluscope.evaluation.stored import probing, read_losses, read_stored
 from soluscope.removal.fine_tune import study_of
 from soluscope.results import Measurement, of_kind
 from soluscope.runs.folder import Run, check_study_links
+from soluscope.text import brief_number
 from soluscope.variants import label_of
 
 UNCHANGED = "as before"
-KINDS = {"per_token": ", live", "static": ", static gain"}
 DOCUMENTS = ["split", "document", "n_tokens"]
 
 
@@ -53,7 +53,10 @@ class Further:
         """Return the arm's part in the comparison."""
         facts = self.origin.facts
         label = label_of(facts.variant)
-        name = f"{label}{KINDS.get(facts.role, '')}" if label else facts.arm
+        kind = ", static gain" if facts.role == "static" else ""
+        if facts.role == "per_token" and facts.kappa is not None:
+            kind = f", kappa {brief_number(facts.kappa)}"
+        name = f"{label}{kind}" if label else facts.arm
         beside = "" if self.what == UNCHANGED else self._arm(UNCHANGED)
         told = f"{name}, then trained {self.what} for {self.run.facts.tokens:,} tokens"
         return Lineage("other", "", (), told, after=facts.arm, beside=beside)

@@ -26,6 +26,7 @@ from soluscope.results import (
     Setting,
     Step,
 )
+from soluscope.text import brief_number
 
 KINDS = {"static": ", static gain"}
 """Kinds of gain by role, as they follow a label."""
@@ -49,7 +50,7 @@ def arms(records: Sequence[Record]) -> dict[str, str]:
     }
     for arm, name in names.items():
         if arm not in compared and name != arm and "lr" in known[arm].values:
-            names[arm] = f"{name}, rate {_number(known[arm].values['lr'])}"
+            names[arm] = f"{name}, rate {brief_number(known[arm].values['lr'])}"
     uses = Counter(names.values())
     uses_here = Counter(name for arm, name in names.items() if arm in compared)
 
@@ -147,18 +148,14 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
         setting = next((name for name in ("gain", "kappa") if name in of.values), "")
     name = of.label
     if is_named(setting):
-        name += f", {'static gain' if setting == 'gain' else setting} {_number(of.values[setting])}"
+        name += f", {'static gain' if setting == 'gain' else setting} {brief_number(of.values[setting])}"
     else:
         name += KINDS.get(of.role, "")
     if penalty:
-        name += f", entropy penalty {_number(penalty)}"
+        name += f", entropy penalty {brief_number(penalty)}"
     if differs("mlp_out_scale"):
-        name += f", output times {_number(of.values['mlp_out_scale'])}"
+        name += f", output times {brief_number(of.values['mlp_out_scale'])}"
     return name
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}".replace("e-0", "e-") if abs(value) < 1000 else f"{value:.4g}"
 
 
 def _rank(known: Mapping[str, Setting]) -> Callable[[str], tuple[Any, ...]]:
