@@ -121,7 +121,7 @@ def test_a_folder_is_probed_and_reported_in_a_study_of_its_own(probed):
     kinds = {"measurement", "left out", "token", "gate", "probe"}
     assert {each.kind for each in records} <= kinds
     measured = of_kind(records, Measurement)
-    assert {each.probe for each in measured} == {*PROBES, "pretrained"}
+    assert {each.probe for each in measured} == {*PROBES, "pretrained", "output_size"}
     assert {each.probe for each in of_kind(records, GateResult)} == set(PROBES)
     assert sorted(each.probe for each in of_kind(records, ProbeWords)) == sorted(PROBES)
     of_model = [*measured, *of_kind(records, TokenValue)]
