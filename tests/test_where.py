@@ -407,7 +407,7 @@ def test_the_evidence_follows_from_the_verdict(place: Where):
 
 
 def test_a_high_gain_that_most_tokens_share_does_not_rule_out_smearing():
-    """As in the control `ceiling`: 86% of the tokens have a diffuse code and nearly the highest gain.
+    """86% of the tokens have a diffuse code and nearly the highest gain, as in the control `ceiling`.
 
     The static arm loses .05 nats at each of them, and nothing at the others, whose losses are far lower. So tokens
     of equal loss differ in nothing, and the top quarter of the gain loses no more than the rest.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,10 @@ def _probe_into(folder: Path, run: Run, config: EvalConfig, say: Say, step: Step
             records = [_loss(observed, folder, about, config)]
         elif name == "tokens":
             base = Measurement(**about, probe="", quantity="", value=None, unit="")
-            size = median_size(observed.blocks("natural"), base, config)
-            records = [*token_values(next(iter(observed.blocks("natural"))), about), size]
+            blocks = iter(observed.blocks("natural"))
+            first = next(blocks)
+            size = median_size(chain([first], blocks), base, config)
+            records = [*token_values(first, about), size]
             table = token_losses(model, observed.cache, config)
             write_table(folder / "tokens.parquet", table)
         else:

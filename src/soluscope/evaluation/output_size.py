@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
-from soluscope.comparison.stats import cluster_bootstrap
 from soluscope.config import EvalConfig
+from soluscope.data import streams
+from soluscope.evaluation.summaries import Summary
 from soluscope.hooked.activations import HookedRun
 from soluscope.hooked.output_size import output_size
 from soluscope.results import OUTPUT_SIZE, SCALED_SIZE, Measurement
@@ -34,9 +35,6 @@ def median_size(blocks: Iterable[HookedRun], base: Measurement, config: EvalConf
         sizes.append(output_size(block).scaled[content].cpu())
         documents.append(block.string[content].cpu())
     values, owner = torch.cat(sizes).numpy(), torch.cat(documents).numpy()
-    found = cluster_bootstrap(values, owner, "median", config.n_draws, config.seed)
-    return replace(
-        base, probe=OUTPUT_SIZE, quantity=SCALED_SIZE, unit="ratio", stream="natural", statistic="median",
-        cluster="document", value=found.value, low=found.low, high=found.high, n=found.n,
-        n_clusters=found.n_clusters, n_effective=found.n_effective,
-    )  # fmt: skip
+    row = replace(base, probe=OUTPUT_SIZE, quantity=SCALED_SIZE, unit="ratio", stream="natural")
+    make = Summary(streams.unit_of(row.stream), config.n_draws, config.seed)
+    return make.of_tokens(values, owner, "median", row)

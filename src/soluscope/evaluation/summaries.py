@@ -86,7 +86,7 @@ def summarise(
         n_draws: number of resamples.
         seed: seed of the resampling.
     """
-    make = _Summary(streams.unit_of(base.stream), n_draws, seed)
+    make = Summary(streams.unit_of(base.stream), n_draws, seed)
     for name, quantity in probe.quantities.items():
         if table[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
@@ -156,7 +156,7 @@ def _twin(base: Untrained, value: float, found: Interval) -> Untrained:
 
 
 def _quantity_rows(
-    table: pd.DataFrame, name: str, quantity: Quantity, base: Measurement, make: _Summary
+    table: pd.DataFrame, name: str, quantity: Quantity, base: Measurement, make: Summary
 ) -> Iterator[Measurement]:
     pos, string, values = (table[column].to_numpy() for column in ("pos", "string", name))
 
@@ -186,7 +186,7 @@ def _quantity_rows(
             yield of_tokens(content & (quartile == q), "mean", row)
 
 
-class _Summary:
+class Summary:
     """Builder of one measurement from many values, with its interval or the reason for a missing interval."""
 
     def __init__(self, cluster: str, n_draws: int, seed: int) -> None:
