@@ -435,7 +435,7 @@ def test_too_few_documents_give_no_interval_and_no_phi():
     few = losses[losses.document.str[-3:].astype(int) < stats.MIN_CLUSTERS - 1]
     rows = compare("study", few, "abc")
     assert find(rows, Term.BENEFIT).low is None
-    assert "19 documents are too few for an interval" in find(rows, Term.SHARE).note
+    assert "29 documents are too few for an interval" in find(rows, Term.SHARE).note
 
 
 def trained(arm, changes, quantity="A", probe="specificity"):

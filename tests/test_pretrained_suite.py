@@ -349,7 +349,7 @@ def test_sentences_are_plain_and_of_graded_length():
 
 def test_the_word_lists_are_words_each_once():
     repeatable, common = streams.prompts("repeatable"), streams.prompts("words")
-    assert len(repeatable) == streams.N_REPEATED_WORDS
+    assert len(repeatable) == streams.N_ROWS
     assert len(common) >= 500
     for one in (repeatable, common):
         assert len(set(one)) == len(one)
@@ -385,7 +385,7 @@ def test_where_the_tokenizer_has_few_of_them_its_own_words_fill_up():
     others = [f"zz{a}{b}" for a in "abcdefghijklmnop" for b in "abcdefghijklmnop"]
     some = streams.prompts("repeatable")[:3]
     repeated = [row[0] for row in words_in("repeated", [*some, *others])]
-    assert len(set(repeated)) == len(repeated) == streams.N_REPEATED_WORDS
+    assert len(set(repeated)) == len(repeated) == streams.N_ROWS
     assert set(some) < set(repeated)
     drawn = {word for row in words_in("random", [*some, *others]) for word in row}
     assert 150 < len(drawn) <= streams.N_RANDOM_WORDS
@@ -413,7 +413,7 @@ def test_few_tokens_of_a_long_context_still_come_in_many_rows(probed):
     data = json.loads((root / "runs" / "solu-tiny" / "data.json").read_text())
     cache = open_cache(root / data["path"])
     tokenizer = Tokenizer.from_file(str(cache.tokenizer_path))
-    for n_tokens, width in ((2000, 64), (10_000, 312), (50_000, 1024)):
+    for n_tokens, width in ((2000, 64), (10_000, 250), (50_000, 1024)):
         stream = streams.make("natural", cache, tokenizer, 1024, n_tokens, 0)
         assert stream.tokens.shape[1] == width
         assert len(stream.tokens) == n_tokens // width

@@ -490,7 +490,7 @@ def test_pairs_are_observed_and_patched_in_a_model_of_that_tokenizer(tiny_study,
     run = observe(load(tiny_study / "solu_ln-s0"), stream)
     measured = scale_patching.measure(run).tokens["m_clean - m_corrupt"]
     assert (~measured.isnan()).sum() == len(stream.tokens) * 5 // 6
-    assert len(stream.tokens) == 6 * 20  # 500 tokens are too few for 20 pairs, the minimum
+    assert len(stream.tokens) == 6 * 30  # 500 tokens are too few for 30 pairs, the minimum
 
 
 def test_prefixes_are_the_report_splits_and_the_wrong_answer_is_what_usually_follows(

@@ -568,18 +568,18 @@ def test_a_few_long_documents_are_measured_without_an_interval(name):
         ("two_tier_features", "AUROC above chance: post"),
     ],
 )
-def test_every_document_is_a_cluster_and_24_have_an_interval(name, quantity):
-    run = spread_run(8, n_rows=24)
+def test_every_document_is_a_cluster_and_30_have_an_interval(name, quantity):
+    run = spread_run(8, n_rows=30)
     scale = torch.rand(
         run.pos.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     run = replace(run, scale=scale + 0.5)
     table = token_table(run, plugins.pick("soluscope.probes", name).measure(run))
     measured = table.drop(columns=["string", "pos", "token"]).notna().any(axis=1)
-    assert table.string[measured].nunique() == 24
+    assert table.string[measured].nunique() == 30
     estimate = estimates_of(name, run)[quantity, "", None]
     interval = bootstrap_sums(estimate.sums, estimate.value, estimate.n)
-    assert (interval.n_clusters, interval.n) == (24, 24 * 40)
+    assert (interval.n_clusters, interval.n) == (30, 30 * 40)
     assert interval.low < interval.value < interval.high
 
 

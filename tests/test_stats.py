@@ -120,13 +120,16 @@ def test_no_interval_is_given_below_twenty_clusters():
     assert stats.bootstrap_mean(np.ones(19), np.ones(19)).low is None
 
 
-def test_no_interval_of_a_spread_is_given_below_thirty_clusters():
-    values, clusters = np.arange(290.0), np.arange(290) % 29
-    for statistic in ("sd", "q05", "q99"):
-        assert stats.cluster_bootstrap(values, clusters, statistic).low is None
-    assert stats.cluster_bootstrap(values, clusters, "median").low is not None
-    more = stats.cluster_bootstrap(np.arange(300.0), np.arange(300) % 30, "sd")
-    assert more.low is not None
+@pytest.mark.parametrize("statistic", ["mean", "sd", "q05", "median", "q99", "share above 100"])
+def test_no_interval_is_given_below_thirty_clusters(statistic):
+    values = np.random.default_rng(41).permutation(300.0 + np.arange(300))
+    few, enough = np.arange(290) % 29, np.arange(300) % 30
+    assert stats.cluster_bootstrap(values[:290], few, statistic).low is None
+    assert stats.cluster_bootstrap(values, enough, statistic).low is not None
+    other = values[::-1].copy() ** 1.1
+    difference = stats.statistic_difference
+    assert difference(values[:290], other[:290], few, statistic).low is None
+    assert difference(values, other, enough, statistic).low is not None
 
 
 def test_all_nan_has_no_value_and_no_interval():
@@ -236,8 +239,8 @@ def test_the_studentised_interval_is_that_of_resamples_made_one_by_one():
 
 def test_a_mean_of_skewed_documents_is_covered_where_bca_falls_short():
     def drawn(random):
-        sizes = np.ceil(np.minimum(random.lognormal(7.5, 1.4, 30), 500))
-        effects = random.lognormal(0, 1, 30) - np.exp(0.5)
+        sizes = np.ceil(np.minimum(random.lognormal(7.5, 1.4, 45), 500))
+        effects = random.lognormal(0, 1, 45) - np.exp(0.5)
         return sizes * effects, sizes
 
     random = np.random.default_rng(34)
@@ -248,8 +251,50 @@ def test_a_mean_of_skewed_documents_is_covered_where_bca_falls_short():
         table = np.stack([sums, sizes], axis=1)
         bca = stats.bootstrap_sums(table, stats._quotient, 1, n_draws=1000)
         hits += [each.low <= 0 <= each.high for each in (ours, bca)]
-    assert hits[0] / 1000 >= 0.91
+    assert hits[0] / 1000 >= 0.92
     assert hits[1] < hits[0] - 10
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sd"])
+def test_a_studentised_interval_is_that_of_errors_by_moving_each_documents_weight(statistic):
+    random = np.random.default_rng(42)
+    owner = np.repeat(np.arange(40), random.integers(5, 30, 40))
+    values = 5 + random.gamma(1.5, size=40)[owner] + random.normal(size=len(owner))
+
+    def number(weights):
+        of_token = weights[owner]
+        mean = np.average(values, weights=of_token)
+        spread = np.average((values - mean) ** 2, weights=of_token)
+        return mean if statistic == "mean" else np.log(spread) / 2
+
+    def error(weights):
+        moves = 1e-5 * np.eye(40)
+        slopes = [(number(weights + step) - number(weights - step)) / 2e-5 for step in moves]
+        return np.sqrt((np.square(slopes) * weights).sum() * 40 / 39)
+
+    draws = stats._weights(40, 200, 0)
+    whole, t = number(draws[0]), [(number(w) - number(draws[0])) / error(w) for w in draws[1:]]
+    units = stats.effective_number(np.bincount(owner))
+    top, bottom = np.quantile(t, scipy.stats.norm.cdf(stats._z(0.95, units)))
+    expected = whole - bottom * error(draws[0]), whole - top * error(draws[0])
+    ours = stats.cluster_bootstrap(values, owner, statistic, n_draws=200)
+    back = np.asarray if statistic == "mean" else np.exp
+    assert (ours.low, ours.high) == pytest.approx(tuple(back(expected)), rel=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sd"])
+def test_a_studentised_difference_covers_it_where_documents_are_skewed(statistic):
+    def interval(random):
+        owner = np.repeat(np.arange(40), 20)
+        shared = random.gamma(2, 0.5, 40)[owner]
+        left = 3 + shared * random.normal(size=800) + shared
+        right = 3 + random.normal(size=800) + shared
+        right[::7] = np.nan
+        return stats.statistic_difference(left, right, owner, statistic, n_draws=1000)
+
+    # E shared^2 = 1.5 and var shared = .5, so the variances are 1.5 + .5 and 1 + .5
+    truth = 0.0 if statistic == "mean" else np.sqrt(2) - np.sqrt(1.5)
+    assert 0.93 <= coverage(interval, truth) <= 0.97
 
 
 def test_few_long_documents_count_as_few():
@@ -282,8 +327,8 @@ def test_the_expected_maximum_of_normal_numbers_is_known():
 
 def test_two_level_bca_is_scipys_bootstrap_of_seeds_and_documents():
     random = np.random.default_rng(32)
-    counts = random.integers(20, 60, 30)
-    den = (0.04 + 0.01 * random.exponential(size=(8, 1)) + 0.02 * random.normal(size=30)) * counts
+    counts = random.integers(20, 60, 40)
+    den = (0.04 + 0.01 * random.exponential(size=(8, 1)) + 0.02 * random.normal(size=40)) * counts
     num = 0.3 * den + 0.004 * random.normal(size=(8, 1)) * counts
 
     def ratio(seeds, documents):
@@ -291,7 +336,7 @@ def test_two_level_bca_is_scipys_bootstrap_of_seeds_and_documents():
         return num[chosen].sum() / den[chosen].sum()
 
     scipys = scipy.stats.bootstrap(
-        (np.arange(8), np.arange(30)), ratio, vectorized=False, n_resamples=20_000, rng=random,
+        (np.arange(8), np.arange(40)), ratio, vectorized=False, n_resamples=20_000, rng=random,
         confidence_level=scipy.stats.norm.cdf(stats._z(0.95, 8)[1]) * 2 - 1,
     )  # fmt: skip
     ours = stats.two_level_bootstrap_ratio(num, den, counts, n_draws=20_000)
@@ -301,10 +346,10 @@ def test_two_level_bca_is_scipys_bootstrap_of_seeds_and_documents():
 
 def test_few_units_widen_the_interval_to_students():
     # Normal scores: the mean's bootstrap is as symmetric as can be, and t is exact.
-    values = scipy.stats.norm.ppf((np.arange(20) + 0.5) / 20)
-    low, high = scipy.stats.t.interval(0.95, 19, values.mean(), scipy.stats.sem(values))
+    values = scipy.stats.norm.ppf((np.arange(30) + 0.5) / 30)
+    low, high = scipy.stats.t.interval(0.95, 29, values.mean(), scipy.stats.sem(values))
     for method in ("bca", "percentile"):
-        interval = stats.cluster_bootstrap(values, np.arange(20), n_draws=40_000, method=method)
+        interval = stats.cluster_bootstrap(values, np.arange(30), n_draws=40_000, method=method)
         assert (interval.low, interval.high) == pytest.approx((low, high), rel=0.04)
 
 
@@ -453,15 +498,17 @@ def coverage(interval, truth: float, n_sets: int = N_SETS) -> float:
 @pytest.mark.parametrize(
     ("statistic", "truth", "n_clusters", "method"),
     [
-        ("mean", 0.0, stats.MIN_CLUSTERS + 10, "studentised"),
+        ("mean", 0.0, stats.MIN_CLUSTERS + 20, "studentised"),
         ("mean", 0.0, 60, "studentised"),
         ("mean", 0.0, 60, "bca"),
         ("mean", 0.0, 60, "percentile"),
+        ("sd", 1.0, 60, "studentised"),
         ("sd", 1.0, 120, "bca"),
         ("share above 1", 1 - scipy.stats.norm.cdf(1), 60, "bca"),
         ("share above 1", 1 - scipy.stats.norm.cdf(1), 60, "percentile"),
         ("median", 0.0, 60, "percentile"),
-        ("q95", scipy.stats.norm.ppf(0.95), 120, "percentile"),
+        ("q95", scipy.stats.norm.ppf(0.95), 60, "percentile"),
+        ("q99", scipy.stats.norm.ppf(0.99), 60, "percentile"),
     ],
 )
 def test_cluster_intervals_cover_the_truth_as_often_as_they_say(
@@ -469,7 +516,9 @@ def test_cluster_intervals_cover_the_truth_as_often_as_they_say(
 ):
     def interval(random):
         values, owner = documents(random, n_clusters)
-        n_draws = 500 if statistic in ("median", "q95") else 2000  # quantiles take 20 times longer
+        n_draws = (
+            500 if statistic in ("median", "q95", "q99") else 2000
+        )  # quantiles take 20 times longer
         return stats.cluster_bootstrap(values, owner, statistic, n_draws, method=method)
 
     assert 0.93 <= coverage(interval, truth) <= 0.97
@@ -562,8 +611,8 @@ def test_two_level_bca_covers_as_often_as_it_says(n_seeds):
 
 
 def test_mean_p_of_equal_documents_is_the_t_test():
-    means = np.random.default_rng(33).normal(0.1, size=(25, 7))
-    ours = stats.mean_p(means * 4, np.full(25, 4))
+    means = np.random.default_rng(33).normal(0.1, size=(35, 7))
+    ours = stats.mean_p(means * 4, np.full(35, 4))
     np.testing.assert_allclose(ours, scipy.stats.ttest_1samp(means, 0).pvalue, rtol=1e-9)
 
 
@@ -595,12 +644,12 @@ def test_p_of_the_mean_is_uniform_where_there_is_nothing():
 
 
 def test_there_is_no_p_of_a_dead_neuron_or_of_few_documents():
-    sums = np.random.default_rng(37).normal(size=(25, 3))
+    sums = np.random.default_rng(37).normal(size=(35, 3))
     sums[:, 1] = 0
-    assert np.isnan(stats.mean_p(sums, np.ones(25))).tolist() == [False, True, False]
+    assert np.isnan(stats.mean_p(sums, np.ones(35))).tolist() == [False, True, False]
     assert np.isnan(stats.mean_p(sums[:19], np.ones(19))).all()
-    with pytest.raises(ValueError, match=r"sums \(25, 3\) and counts \(24,\)"):
-        stats.mean_p(sums, np.ones(24))
+    with pytest.raises(ValueError, match=r"sums \(35, 3\) and counts \(34,\)"):
+        stats.mean_p(sums, np.ones(34))
 
 
 def test_holm_by_hand():
@@ -712,20 +761,20 @@ def test_one_seed_gives_no_interval():
 def test_seeds_and_documents_by_hand():
     # Equal documents: the jackknife term is the variance of document means / n_documents.
     random = np.random.default_rng(13)
-    sums, counts = random.normal(size=(3, 25)), np.full(25, 4.0)
+    sums, counts = random.normal(size=(3, 50)), np.full(50, 4.0)
     interval = stats.seeds_and_documents(sums, counts)
-    per_seed = sums.sum(axis=1) / 100
+    per_seed = sums.sum(axis=1) / 200
     per_document = sums.mean(axis=0) / 4
-    se = np.sqrt(per_seed.var(ddof=1) / 3 + per_document.var(ddof=1) / 25)
+    se = np.sqrt(per_seed.var(ddof=1) / 3 + per_document.var(ddof=1) / 50)
     half = 4.302652729911275 * se  # t(.975, 2)
     assert interval.value == pytest.approx(per_seed.mean())
     assert interval.high - interval.value == pytest.approx(half)
-    assert (interval.n, interval.n_clusters) == (3, 25)
+    assert (interval.n, interval.n_clusters) == (3, 50)
 
 
 def test_without_document_noise_only_seeds_count():
     per_seed = np.array([0.01, 0.02, 0.04])
-    counts = np.arange(1.0, 31.0)
+    counts = np.arange(1.0, 61.0)
     ours = stats.seeds_and_documents(per_seed[:, None] * counts, counts)
     theirs = stats.paired_seeds(per_seed)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
@@ -749,7 +798,7 @@ def test_interval_for_new_seeds_and_documents_covers_at_least_as_often_as_it_say
 
 def test_fieller_without_document_noise_is_the_textbook_formula():
     num, den = np.array([0.2, 0.3, 0.25, 0.35]), np.array([1.0, 1.1, 0.9, 1.2])
-    counts = np.full(20, 5.0)
+    counts = np.full(30, 5.0)
     ours = stats.fieller(np.outer(num, counts), np.outer(den, counts), counts)
     t = scipy.stats.t.ppf(0.975, 3)
     v = np.cov(num, den) / 4
@@ -765,10 +814,10 @@ def test_fieller_without_document_noise_is_the_textbook_formula():
 
 def test_fieller_ends_exist_exactly_where_the_denominator_is_separated_from_zero():
     random = np.random.default_rng(15)
-    counts = random.integers(10, 40, 25).astype(float)
+    counts = random.integers(10, 40, 50).astype(float)
     n_separated = 0
     for _ in range(300):
-        num, den = random.normal(size=(2, 3, 25)) + random.normal(size=(2, 1, 1)) * 2
+        num, den = random.normal(size=(2, 3, 50)) + random.normal(size=(2, 1, 1)) * 2
         separated = stats.seeds_and_documents(den, counts)
         excludes_zero = separated.low > 0 or separated.high < 0
         assert (stats.fieller(num, den, counts).low is not None) == excludes_zero

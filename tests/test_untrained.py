@@ -17,6 +17,8 @@ from soluscope.data.cache import of_study, open_cache, study_facts
 from soluscope.evaluation.suite import evaluate
 from soluscope.hooked.activations import observe
 from soluscope.hooked.convert import load_untrained
+from soluscope.report.figures import QUARTILE
+from soluscope.report.findings import number_key
 from soluscope.results import Measurement, Untrained, of_kind
 from soluscope.runs.folder import Run
 from soluscope.training.module import TrainingModule
@@ -53,10 +55,11 @@ def test_numbers_before_training_are_those_of_the_twin_on_the_same_text(
     for path in tiny_study.iterdir():
         if path.name == "solu_ln-s0" or not path.is_dir() or path.name == "tokens":
             (shutil.copytree if path.is_dir() else shutil.copy)(path, study / path.name)
-    config = EvalConfig(probes=["engagement", "scale_causes"], **SETTINGS)
+    asked = ["engagement", "scale_causes", "scale_freeze", "neuron_statistics"]
+    config = EvalConfig(probes=asked, **SETTINGS)
     records = results.read(evaluate(study, config, lambda line: None))
     twins = of_kind(records, Untrained)
-    assert {each.probe for each in twins} == {"engagement", "scale_causes"}
+    assert {each.probe for each in twins} == {*asked}
 
     run = Run(study / "solu_ln-s0")
     twin, cache = load_untrained(run), of_study(study)
@@ -66,23 +69,29 @@ def test_numbers_before_training_are_those_of_the_twin_on_the_same_text(
     text = streams.make("natural", cache, tokenizer, run.facts.ctx, 1000, config.seed)
     there = observe(twin, text)
     gain = there.gain[~there.is_bos].double().log()
-    spread = next(each for each in twins if each.quantity == "log gain")
+    spread = next(
+        each
+        for each in twins
+        if (each.quantity, each.statistic, each.positions) == ("log gain", "sd", "not BOS")
+    )
     assert spread.value == pytest.approx(float(gain.std(correction=0)), rel=1e-5)
 
-    trained = {
-        (each.probe, each.quantity, each.statistic, each.stream): each.value
-        for each in of_kind(records, Measurement)
-        if (each.positions, each.group, each.x) == ("not BOS", "", None)
-    }
-    compared = 0
-    for each in twins:
-        now = trained.get((each.probe, each.quantity, each.statistic, each.stream))
-        if now is None or each.value is None or each.difference is None:
+    measured = {
+        number_key(each): each for each in of_kind(records, Measurement)
+        if each.probe in asked and each.x is None and each.value is not None
+    }  # fmt: skip
+    paired = {number_key(each): each for each in twins}
+    assert len(paired) == len(twins)
+    alone = {key for key in measured.keys() - paired.keys() if not QUARTILE.fullmatch(str(key[-1]))}
+    assert not alone  # where many values are equal, a split has other quartiles before training
+    assert {each.stream for each in twins} == {each.stream for each in measured.values()}
+    assert {each.positions for each in twins} >= {"BOS", "not BOS", "2-15"}
+    assert any(QUARTILE.fullmatch(each.group) for each in twins)
+    for key, each in paired.items():
+        now = measured[key].value
+        if each.value is None or each.difference is None:
             continue
         size = max(abs(now), abs(each.value))
         assert each.difference == pytest.approx(now - each.value, abs=1e-6 * size + 1e-12)
         assert each.low is None or each.low <= each.difference + 1e-9 * size
-        compared += 1
-    assert compared > 20
-    assert all(each.stream == "natural" for each in twins)
     assert not np.isnan([each.value for each in twins if each.value is not None]).any()

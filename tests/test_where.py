@@ -413,8 +413,8 @@ def test_a_high_gain_that_most_tokens_share_does_not_rule_out_smearing():
     of equal loss differ in nothing, and the top quarter of the gain loses no more than the rest.
     """
     random = np.random.default_rng(0)
-    planted = tables(n_documents=30)
-    is_diffuse = random.random(30 * 64) < 0.86
+    planted = tables(n_documents=48)
+    is_diffuse = random.random(48 * 64) < 0.86
     for number in range(8):
         luck = 0.01 * random.normal()
         log_gain = np.where(is_diffuse, 0.0, -2.8) + 0.03 * random.normal(size=len(is_diffuse))

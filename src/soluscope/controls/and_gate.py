@@ -49,9 +49,8 @@ def build() -> Planted:
         )
         for clean, (right, wrong) in enumerate(_shell.answers(model)[:N_CLEAN], start=1)
     ]
-    return Planted(
-        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(pairs, VOCAB)}
-    )
+    twice = _shell.pairs(2 * pairs, VOCAB)  # in two contexts each, since an interval needs 30 pairs
+    return Planted(model, {"natural": _shell.natural(model, VOCAB), "pairs": twice})
 
 
 CONTROL = Control(

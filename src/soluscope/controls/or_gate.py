@@ -77,9 +77,8 @@ def build() -> Planted:
         )
         for token, f in clean
     ]
-    return Planted(
-        model, {"natural": _shell.natural(model, VOCAB), "pairs": _shell.pairs(pairs, VOCAB)}
-    )
+    twice = _shell.pairs(2 * pairs, VOCAB)  # in two contexts each, since an interval needs 30 pairs
+    return Planted(model, {"natural": _shell.natural(model, VOCAB), "pairs": twice})
 
 
 CONTROL = Control(

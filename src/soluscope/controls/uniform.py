@@ -38,7 +38,7 @@ def build() -> Planted:
     x = pre()
     model = _shell.anchored(x, _shell.random_effect(1, _shell.post(x, EPS), len(VOCAB)), EPS)
     content = range(1, len(VOCAB))
-    pairs = _shell.contrasts(model, content[:24], content)
+    pairs = _shell.contrasts(model, content[:32], content)
     return Planted(
         model,
         {"natural": _shell.natural(model, VOCAB, n_rows=192), "pairs": _shell.pairs(pairs, VOCAB)},

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 FAMILIES = ("name swap", "subject swap", "prefix", "induction")
 N_CORRUPTIONS = 5
-N_PAIRS = (20, 200)
-"""Minimum and maximum number of pairs: intervals need 20, and more than 200 would cost more time than they add."""
+N_PAIRS = (30, 200)
+"""Minimum and maximum number of pairs: intervals need 30, and more than 200 would cost more time than they add."""
 
 N_WORDS = 2 * N_CORRUPTIONS
 """Maximum number of different words that a pair needs."""

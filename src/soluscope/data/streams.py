@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-N_REPEATED_WORDS = 20
 N_RANDOM_STRINGS = 200
 N_RANDOM_WORDS = 200
 """Minimum number of different words in random strings, if the tokenizer has as many."""
-N_ROWS = 32
-"""Rows are shortened so that a stream has at least this many, because intervals resample documents and need 20."""
+N_ROWS = 40
+"""Rows are shortened so that a stream has at least this many, because intervals resample documents and need 30."""
 FEWEST_TOKENS = 64
 """Length in tokens below which rows are not shortened."""
 DOCUMENT_TOKENS = 500
@@ -197,13 +196,11 @@ def _make(
         case "repeated" | "random":
             rng = np.random.default_rng([seed, len(name)])
             if name == "repeated":
-                words = _words("repeatable", N_REPEATED_WORDS, cache, tokenizer, rng)[
-                    :N_REPEATED_WORDS
-                ]
+                words = _words("repeatable", N_ROWS, cache, tokenizer, rng)[:N_ROWS]
                 rows = [(i, [word] * (ctx - 1)) for i, word in enumerate(words)]
             else:
                 words = _words("words", N_RANDOM_WORDS, cache, tokenizer, rng)
-                n_rows = max(20, min(N_RANDOM_STRINGS, n_tokens // ctx))
+                n_rows = max(N_ROWS, min(N_RANDOM_STRINGS, n_tokens // ctx))
                 rows = [(i, rng.choice(words, size=ctx - 1).tolist()) for i in range(n_rows)]
             return from_rows(rows, bos, ctx, name)
         case _ if name.startswith(PAIRS) and name.removeprefix(PAIRS) in pairs.FAMILIES:
@@ -229,13 +226,12 @@ def prompts(name: str) -> list[str]:
 
 
 def _sentences(tokenizer: Tokenizer, ctx: int, n_tokens: int) -> list[tuple[int, list[int]]]:
-    """Return sentences of all lengths as (index, tokens): about `n_tokens` in all, but at least 20 sentences."""
+    """Return at least `N_ROWS` sentences of all lengths, of about `n_tokens` tokens in all, as (index, tokens)."""
     texts = prompts("sentences")
     ids = [encode(tokenizer, text)[: ctx - 1] for text in texts]
     mean = sum(1 + len(each) for each in ids) / len(ids)
-    return [
-        (int(index), ids[index]) for index in evenly_spaced(len(ids), max(20, int(n_tokens / mean)))
-    ]
+    n = max(N_ROWS, int(n_tokens / mean))
+    return [(int(index), ids[index]) for index in evenly_spaced(len(ids), n)]
 
 
 def _words(
@@ -299,6 +295,6 @@ def _prefixes(cache: TokenCache, ctx: int, n_tokens: int) -> Iterator[tuple[int,
     """Yield the beginnings of the report split's documents that fill a row, as (document, tokens)."""
     offsets, stream = cache.offsets("report"), cache.stream("report")
     fills_a_row = np.flatnonzero(np.diff(offsets) >= ctx - 1)
-    for document in fills_a_row[: max(20, n_tokens // ctx)]:
+    for document in fills_a_row[: max(N_ROWS, n_tokens // ctx)]:
         start = offsets[document]
         yield int(document), stream[start : start + ctx - 1].tolist()

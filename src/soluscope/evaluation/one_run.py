@@ -306,7 +306,6 @@ def _probe_records(
         return [words, left_out(note=why)]
     records: list[Record] = []
     tables = {}
-    twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=probe.streams[0])
     for stream in probe.streams:
         try:
             text, measured = observed.measured(probe, stream)
@@ -318,7 +317,8 @@ def _probe_records(
         records += summarise(
             probe, tables[stream], measured.estimates, base, config.n_draws, config.seed
         )
-        if stream == probe.streams[0] and (twins := observed.untrained(probe, stream)):
+        if twins := observed.untrained(probe, stream):
+            twin = Untrained(**about, probe=name, quantity="", value=None, unit="", stream=stream)
             here = tables[stream], measured.estimates
             there = token_table(*twins), twins[1].estimates
             records += against_untrained(probe, here, there, twin, config.n_draws, config.seed)

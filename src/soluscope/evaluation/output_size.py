@@ -35,6 +35,13 @@ def median_size(blocks: Iterable[HookedRun], base: Measurement, config: EvalConf
         sizes.append(output_size(block).scaled[content].cpu())
         documents.append(block.string[content].cpu())
     values, owner = torch.cat(sizes).numpy(), torch.cat(documents).numpy()
-    row = replace(base, probe=OUTPUT_SIZE, quantity=SCALED_SIZE, unit="ratio", stream="natural")
+    row = replace(
+        base,
+        probe=OUTPUT_SIZE,
+        quantity=SCALED_SIZE,
+        unit="ratio",
+        stream="natural",
+        statistic="median",
+    )
     make = Summary(streams.unit_of(row.stream), config.n_draws, config.seed)
-    return make.of_tokens(values, owner, "median", row)
+    return make.of_tokens(values, owner, row)

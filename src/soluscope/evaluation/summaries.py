@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from soluscope.comparison.stats import (
     bootstrap_sums,
     cluster_bootstrap,
     difference_of_sums,
-    least_clusters,
     n_distinct,
     statistic_difference,
 )
@@ -90,7 +89,10 @@ def summarise(
     for name, quantity in probe.quantities.items():
         if table[name].notna().any():
             row = replace(base, quantity=name, unit=quantity.unit)
-            yield from _quantity_rows(table, name, quantity, row, make)
+            values, string = (table[column].to_numpy() for column in (name, "string"))
+            for place in _places(table, name, quantity):
+                here = replace(row, **place.fields, x=place.x)
+                yield make.of_tokens(values[place.which], string[place.which], here)
     for estimate in estimates:
         unit = probe.estimates[estimate.quantity].unit
         row = replace(base, quantity=estimate.quantity, unit=unit, statistic="")
@@ -105,9 +107,9 @@ def against_untrained(
     n_draws: int,
     seed: int,
 ) -> Iterator[Untrained]:
-    """Yield each number of the run's own initialisation, and the trained number minus it, without BOS.
+    """Yield each number of the run's own initialisation, and the trained number minus it.
 
-    Curves and splits are left out.
+    Curves are left out. A split has each model's own quartiles: its highest gains beside those before training.
 
     Args:
         probe: the probe.
@@ -118,17 +120,21 @@ def against_untrained(
         seed: seed of the resampling.
     """
     (here, estimates), (there, others) = trained, untrained
-    content = POSITIONS["not BOS"](here["pos"].to_numpy())
-    string = here["string"].to_numpy()[content]
+    string = here["string"].to_numpy()
     for name, quantity in probe.quantities.items():
-        now, before = (side[name].to_numpy()[content] for side in (here, there))
-        if quantity.curve or np.isnan(before).all():
-            continue
-        row = replace(base, quantity=name, unit=quantity.unit)
-        for statistic in quantity.statistics:
-            alone = cluster_bootstrap(before, string, statistic, n_draws=1)
-            found = statistic_difference(now, before, string, statistic, n_draws, seed)
-            yield _twin(replace(row, statistic=statistic), alone.value, found)
+        now, before = (side[name].to_numpy() for side in (here, there))
+        twins = [(twin.fields, twin.which) for twin in _places(there, name, quantity)]
+        for place in _places(here, name, quantity):
+            which = next((which for fields, which in twins if fields == place.fields), None)
+            if place.x is not None or which is None:
+                continue
+            alone = cluster_bootstrap(before[which], string[which], place.statistic, n_draws=1)
+            found = statistic_difference(
+                np.where(place.which, now, np.nan), np.where(which, before, np.nan), string,
+                place.statistic, n_draws, seed,
+            )  # fmt: skip
+            row = replace(base, quantity=name, unit=quantity.unit, **place.fields)
+            yield _twin(row, alone.value, found)
     by_name = {(each.quantity, each.group): each for each in others if each.x is None}
     for each in estimates:
         other = by_name.get((each.quantity, each.group))
@@ -155,25 +161,36 @@ def _twin(base: Untrained, value: float, found: Interval) -> Untrained:
     )  # fmt: skip
 
 
-def _quantity_rows(
-    table: pd.DataFrame, name: str, quantity: Quantity, base: Measurement, make: Summary
-) -> Iterator[Measurement]:
-    pos, string, values = (table[column].to_numpy() for column in ("pos", "string", name))
+@dataclass(frozen=True)
+class _Place:
+    """Tokens that one number summarises, and by which statistic."""
 
-    def of_tokens(which: Bools, statistic: str, row: Measurement) -> Measurement:
-        return make.of_tokens(values[which], string[which], statistic, row)
+    which: Bools
+    statistic: str
+    positions: str = "not BOS"
+    group: str = ""
+    x: float | None = None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a record that name this place."""
+        return {"statistic": self.statistic, "positions": self.positions, "group": self.group}
+
+
+def _places(table: pd.DataFrame, name: str, quantity: Quantity) -> Iterator[_Place]:
+    """Yield the tokens of each number of a quantity: a curve's points; or groups of positions, then splits."""
+    pos, values = table["pos"].to_numpy(), table[name].to_numpy()
     if quantity.curve:
         last = int(pos.max())
         for at in sorted({int(p) for p in np.geomspace(1, max(1, last), CURVE_POINTS).round()}):
-            yield of_tokens(pos == at, "mean", replace(base, x=float(at)))
+            yield _Place(pos == at, "mean", x=float(at))
         return
     has_value = ~np.isnan(values)
     for positions, mask in POSITIONS.items():
         here = mask(pos) & has_value
         if here.any():
             for statistic in quantity.statistics:
-                yield of_tokens(here, statistic, replace(base, positions=positions))
+                yield _Place(here, statistic, positions)
     content = POSITIONS["not BOS"](pos) & has_value
     for column in quantity.split_by:
         split = table[column].to_numpy()
@@ -182,8 +199,7 @@ def _quantity_rows(
         quartile = np.searchsorted(np.nanquantile(split[content], [0.25, 0.5, 0.75]), split)
         # With ties some quartiles are empty; the remaining quartiles keep their names.
         for q in np.unique(quartile[content]):
-            row = replace(base, group=f"{column} Q{q + 1}")
-            yield of_tokens(content & (quartile == q), "mean", row)
+            yield _Place(content & (quartile == q), "mean", group=f"{column} Q{q + 1}")
 
 
 class Summary:
@@ -193,11 +209,10 @@ class Summary:
         self.cluster, self.n_draws, self.seed = cluster, n_draws, seed
 
     def of_tokens(
-        self, values: Floats, string: NDArray[np.int64], statistic: str, base: Measurement
+        self, values: Floats, string: NDArray[np.int64], base: Measurement
     ) -> Measurement:
-        interval = cluster_bootstrap(values, string, statistic, self.n_draws, self.seed)
-        least = least_clusters(statistic)
-        row = self._filled(replace(base, statistic=statistic), interval, least)
+        interval = cluster_bootstrap(values, string, base.statistic, self.n_draws, self.seed)
+        row = self._filled(base, interval)
         if n_distinct(values[~np.isnan(values)]) == 1 and interval.n_clusters >= MIN_CLUSTERS:
             # BOS has one context and a static norm has one gain, so there is no variation to resample.
             return replace(row, low=None, high=None, constant=True, note=base.note)
@@ -210,17 +225,13 @@ class Summary:
         base = replace(base, x=estimate.x, group=estimate.group, note=estimate.note)
         return self._filled(base, interval)
 
-    def _filled(
-        self, base: Measurement, interval: Interval, least: int = MIN_CLUSTERS
-    ) -> Measurement:
+    def _filled(self, base: Measurement, interval: Interval) -> Measurement:
         why = ""
         units = interval.n_clusters if interval.n_effective is None else interval.n_effective
-        if 0 < units < least:
+        if 0 < units < MIN_CLUSTERS:
             noun = plural(interval.n_clusters, self.cluster)
             alike = f" (as good as {units:.0f} of equal size)" * (units < interval.n_clusters)
-            why = (
-                f"no interval from {interval.n_clusters} {noun}{alike}: at least {least} are needed"
-            )
+            why = f"no interval from {interval.n_clusters} {noun}{alike}: at least {MIN_CLUSTERS} are needed"
         elif interval.low is None and not np.isnan(interval.value):
             why = f"no interval: values from resampled {self.cluster}s do not spread around this number"
         note = "; ".join(part for part in (base.note, why) if part)
