@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The tests of a file run in one process, so that a study, a hub or a killed sweep that they share is made only once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes keep two cores busy, since some tests wait for servers and for processes that they start.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 DEMO_PROBES := engagement,scale_freeze,exact_dla,neuron_statistics,gain_variation,diffuse_attribution,$\
 	scale_causes,scale_invariance,blocked_norm,centring
 TL4 := 4.3.0

@@ -26,6 +26,8 @@ from soluscope.runs.folder import Run
 from soluscope.training import processes
 from soluscope.training.batches import Batches
 
+pytestmark = pytest.mark.slow
+
 STEPS = 100
 TRAIN = ROOT / "train" / "run.py"
 WORDS = (

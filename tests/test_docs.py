@@ -70,6 +70,7 @@ def test_every_link_between_documents_resolves() -> None:
             assert (page.parent / link).is_file(), f"{page.name}: {link}"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_from_top_to_bottom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def weights(config: Config) -> bytes:
     return Run(config.run_dir).weights.read_bytes()
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_have_the_weights_of_jobs_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

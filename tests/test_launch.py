@@ -437,6 +437,7 @@ def test_a_status_of_nothing_is_refused(tmp_path: Path) -> None:
         assert message in command("sweep", "--status", *words, status=2).stderr
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_launch_saves_where_it_was_and_the_same_command_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -16,6 +16,8 @@ from soluscope.launching.sweep import choosing, read_sweep, reporting
 from soluscope.results import OfRun, Term, of_kind
 from soluscope.runs.folder import Run
 
+pytestmark = pytest.mark.slow
+
 SWEEP = """method: grid
 parameters:
   study: {value: chosen}
@@ -194,7 +196,6 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "searched"
 
 
-@pytest.mark.slow
 def test_a_search_ends_with_every_best_point_inside_its_axes_or_at_their_ends(
     searched: Path,
 ) -> None:
@@ -208,7 +209,6 @@ def test_a_search_ends_with_every_best_point_inside_its_axes_or_at_their_ends(
         assert {x for x in wanted if 0.002 <= x <= 0.008} <= beside
 
 
-@pytest.mark.slow
 def test_the_reported_arms_are_compared_in_every_design_and_along_the_line(searched: Path) -> None:
     records = results.read(searched / "results.jsonl")
     compared = of_kind(records, results.Comparison)
@@ -222,7 +222,6 @@ def test_the_reported_arms_are_compared_in_every_design_and_along_the_line(searc
     assert sum(steps) == pytest.approx(ends["solu"] - ends["solu_ln"], abs=1e-9)
 
 
-@pytest.mark.slow
 def test_only_the_best_points_at_the_reported_seeds_are_probed(searched: Path) -> None:
     probed = {path.parents[1].name for path in searched.glob("*/probes/engagement.jsonl")}
     measured = {path.parents[1].name for path in searched.glob("*/probes/loss.jsonl")}
