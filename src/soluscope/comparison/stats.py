@@ -117,6 +117,7 @@ def bootstrap_sums(
     level: float = 0.95,
     method: Literal["bca", "percentile"] = "bca",
     n_effective: float | None = None,
+    freedom: float = 1.0,
 ) -> Interval:
     """Compute a number from sums over clusters, with an interval from resampling the clusters.
 
@@ -133,6 +134,7 @@ def bootstrap_sums(
         level: level of the interval.
         method: `bca` or `percentile`.
         n_effective: effective number of clusters; by default their number.
+        freedom: degrees of freedom of the draws' spread, as a share of the clusters, see `_freedom`.
 
     Returns:
         The number from all clusters; it is 0 if it is within its rounding error of 0 (see `_rounding`).
@@ -161,7 +163,7 @@ def bootstrap_sums(
     draws = np.where(np.abs(draws) <= rounding, 0.0, draws)
     low, high = None, None
     if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, units, level, acceleration, rounding)
+        low, high = _ends(draws, max(2.0, units * freedom), level, acceleration, rounding)
     return Interval(float(draws[0]), low, high, n, n_clusters, n_effective=units)
 
 
@@ -191,30 +193,19 @@ def bootstrap_mean(
     size = per_cluster[:, 1]
     n, units = int(size.sum()), effective_number(size)
     plain = bootstrap_sums(per_cluster, _quotient, n, n_draws, seed, level, n_effective=units)
-    of_model = _without_mean(per_cluster)[None]
-    return _studentised(plain, of_model, _quotient, _quotient_slope, n_draws, seed, level)
+    return _studentised(plain, per_cluster[None], n_draws, seed, level)
 
 
-def _studentised(
-    plain: Interval,
-    per_cluster: Floats,
-    value: Callable[[Floats], Floats],
-    slope: Callable[[Floats], Floats],
-    n_draws: int,
-    seed: int,
-    level: float,
-) -> Interval:
-    """Replace the bounds of a number, or of a difference of two, by those of a studentised bootstrap.
+def _studentised(plain: Interval, sums: Floats, n_draws: int, seed: int, level: float) -> Interval:
+    """Replace the bounds of a mean, or of a difference of two models' means, by those of a studentised bootstrap.
 
-    Each resample gives a t: the change of its number, over the standard error from the number's derivatives and the
-    resample's own clusters. The bounds are the number minus the quantiles of t times the standard error. The
-    quantiles' level is widened for the effective number of clusters, see `_z`.
+    Each resample gives a t: the change of its number, over the standard error from its own clusters and the
+    linearised ratio. The bounds are the number minus the quantiles of t times the standard error. The quantiles'
+    level is widened for the effective number of clusters, see `_z`.
 
     Args:
-        plain: the number, or the first model's minus the second's, with its BCa interval.
-        per_cluster: sums over each cluster, [model cluster part] for one model or two.
-        value: function from sums [... part] to the number [...], up to a constant.
-        slope: function from sums to the number's derivatives by the sums, [... part].
+        plain: the mean, or the first model's minus the second's, with its BCa interval.
+        sums: sum and number of tokens of each cluster, [model cluster 2] for one model or two.
         n_draws: number of resamples.
         seed: seed of the resampling.
         level: level of the interval.
@@ -227,18 +218,23 @@ def _studentised(
     """
     if plain.low is None or plain.low == plain.high:
         return plain
-    n_models, n_clusters, n_parts = per_cluster.shape
+    n_models, n_clusters, _ = sums.shape
     units = n_clusters if plain.n_effective is None else plain.n_effective
-    parts = np.concatenate([*per_cluster], axis=1)
+    total, size = sums[:, :, 0], sums[:, :, 1]
+    # Centred, because the variance of a large mean would lose digits.
+    off = total - total.sum(axis=1, keepdims=True) / size.sum(axis=1, keepdims=True) * size
+    parts = np.concatenate([off, size]).T  # [cluster, sum or size of each model]
     weights = _weights(n_clusters, n_draws, seed)
-    totals = (weights @ parts).reshape(-1, n_models, n_parts)
+    totals = weights @ parts
     products = (parts[:, :, None] * parts[:, None, :]).reshape(n_clusters, -1)
-    moments = (weights @ products).reshape(-1, n_models * n_parts, n_models * n_parts)
+    moments = (weights @ products).reshape(-1, parts.shape[1], parts.shape[1])
     sign = np.array([1.0, -1.0])[:n_models]
     with np.errstate(divide="ignore", invalid="ignore"):
-        numbers = value(totals) @ sign
-        by_sum = (slope(totals) * sign[:, None]).reshape(len(totals), -1)
-        variance = np.einsum("di,dij,dj->d", by_sum, moments, by_sum)
+        per_size = 1 / totals[:, n_models:]
+        mean = totals[:, :n_models] * per_size
+        numbers = mean @ sign
+        slope = np.concatenate([sign * per_size, -sign * mean * per_size], axis=1)
+        variance = np.einsum("di,dij,dj->d", slope, moments, slope)
         error = np.sqrt(np.maximum(variance, 0) * n_clusters / (n_clusters - 1))
         t = (numbers[1:] - numbers[0]) / error[1:]
     if np.mean(~np.isfinite(t)) > MAX_UNDEFINED:
@@ -269,11 +265,11 @@ def cluster_bootstrap(
 ) -> Interval:
     """Summarise many tokens by one statistic, with an interval from resampling whole clusters.
 
-    Tokens of a document depend on each other, so documents are drawn, not tokens. By default, means and standard
-    deviations have a studentised interval (see `_studentised`); that of a mean is cut at the least and the largest
-    value, and that of a standard deviation is computed from its logarithm. Shares have a BCa interval (see
-    `bootstrap_sums`). Quantiles always have a percentile interval: BCa's acceleration comes from the jackknife,
-    which is not consistent for quantiles (Efron and Tibshirani 1993, chapter 11, "Failure of the jackknife").
+    Tokens of a document depend on each other, so documents are drawn, not tokens. By default, means have a
+    studentised interval (see `_studentised`), cut at the least and the largest value; other numbers have a BCa
+    interval (see `bootstrap_sums`). Quantiles always have a percentile interval: BCa's acceleration comes from the
+    jackknife, which is not consistent for quantiles (Efron and Tibshirani 1993, chapter 11, "Failure of the
+    jackknife"). `_freedom` says which intervals are widened.
 
     Args:
         values: one number per token; nan means that the token has no value, and is left out.
@@ -282,7 +278,7 @@ def cluster_bootstrap(
         n_draws: number of resamples.
         seed: seed of the resampling.
         level: level of the interval.
-        method: `studentised` (of a mean or `sd`), `bca` or `percentile`.
+        method: `studentised` (of a mean), `bca` or `percentile`.
 
     Returns:
         The statistic of all values (nan if there are none). There are no bounds with effectively fewer than
@@ -314,42 +310,31 @@ def cluster_bootstrap(
             return replace(found, low=max(found.low, least), high=min(found.high, most))
         units = effective_number(sums[:, -1])
         kind: Literal["bca", "percentile"] = "percentile" if method == "percentile" else "bca"
-        found = bootstrap_sums(sums, value, len(numbers), n_draws, seed, level, kind, units)
-        if statistic == "sd" and n_clusters and method in (None, "studentised"):
-            return _studentised_sd(found, sums, n_draws, seed, level)
-        return found
+        n, freedom = len(numbers), _freedom(statistic)
+        return bootstrap_sums(sums, value, n, n_draws, seed, level, kind, units, freedom)
     if n_clusters == 0:
         return Interval(float("nan"), None, None, 0, 0)
     draws = _quantile(numbers, owner, _weights(n_clusters, n_draws, seed), q)
     units = effective_number(np.bincount(owner))
     low, high = None, None
     if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, _units_of_quantile(units, q), level)
+        low, high = _ends(draws, max(2.0, units * _freedom(statistic)), level)
     return Interval(float(draws[0]), low, high, len(numbers), n_clusters, n_effective=units)
 
 
-def _studentised_sd(
-    plain: Interval, sums: Floats, n_draws: int, seed: int, level: float
-) -> Interval:
-    """Replace the bounds of a standard deviation by those of a studentised bootstrap of its logarithm."""
-    if plain.low is None or plain.low == plain.high:
-        return plain
-    of_log = replace(plain, value=float(np.log(plain.value)))
-    found = _studentised(of_log, sums[None], _log_sd, _log_sd_slope, n_draws, seed, level)
-    if found is of_log or found.low is None or found.high is None:
-        return plain
-    return replace(plain, low=float(np.exp(found.low)), high=float(np.exp(found.high)))
+def _freedom(statistic: str) -> float:
+    """Return the degrees of freedom of the spread of a statistic's draws, as a share of the clusters.
 
-
-def _units_of_quantile(units: float, q: float) -> float:
-    """Return the number of units to which a quantile's interval is widened: fewer for an outer quantile.
-
-    Few clusters reach an outer quantile, so the variance of its draws is known less well than that of a mean. The
-    exponent is chosen in simulation: with it, intervals of the 1st to the 99th percentile of 30 to 120 equal
-    documents cover 93 to 97%; without widening, those of the 1st and the 99th cover 85 to 90%.
+    Few clusters determine a standard deviation or an outer quantile, so the spread of its draws is known less well
+    than that of a mean. The shares are chosen in simulation (docs/intervals.md): with them, intervals of 30 to 120
+    equal documents cover 93 to 97%. Without them, those of the 1st and the 99th percentile cover 85 to 90%, and
+    those of a standard deviation 92 to 94%.
     """
-    share: float = (4 * q * (1 - q)) ** 0.6
-    return max(2.0, units * share)
+    if statistic == "sd":
+        return 0.25
+    q = _quantile_named(statistic)
+    share: float = 1.0 if q is None else (4 * q * (1 - q)) ** 0.65
+    return share
 
 
 def statistic_difference(
@@ -391,18 +376,17 @@ def statistic_difference(
     units = effective_number(np.bincount(owner))
     if q is None:
         (a, value), (b, _) = (_sums(*part, n_clusters, statistic) for part in parts)
-        plain = difference_of_sums(a, value, b, value, n, n_draws, seed, level, units)
-        slope = {"mean": _quotient_slope, "sd": _sd_slope}.get(statistic)
-        if slope is None:
+        freedom = _freedom(statistic)
+        plain = difference_of_sums(a, value, b, value, n, n_draws, seed, level, units, freedom)
+        if statistic != "mean":
             return plain
-        both = np.stack([_without_mean(a), _without_mean(b)])
-        return _studentised(plain, both, value, slope, n_draws, seed, level)
+        return _studentised(plain, np.stack([a, b]), n_draws, seed, level)
     weights = _weights(n_clusters, n_draws, seed)
     first, second = (_quantile(*part, weights, q) for part in parts)
     draws = first - second
     low, high = None, None
     if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, _units_of_quantile(units, q), level)
+        low, high = _ends(draws, max(2.0, units * _freedom(statistic)), level)
     return Interval(float(draws[0]), low, high, n, n_clusters, n_effective=units)
 
 
@@ -416,6 +400,7 @@ def difference_of_sums(
     seed: int = 0,
     level: float = 0.95,
     n_effective: float | None = None,
+    freedom: float = 1.0,
 ) -> Interval:
     """Return a number of `left` minus a number of `right`, each from sums over the same clusters [cluster part]."""
     n_parts = left.shape[1]
@@ -424,7 +409,9 @@ def difference_of_sums(
         return left_value(sums[:, :n_parts]) - right_value(sums[:, n_parts:])
 
     both = np.concatenate([left, right], axis=1)
-    return bootstrap_sums(both, value, n, n_draws, seed, level, n_effective=n_effective)
+    return bootstrap_sums(
+        both, value, n, n_draws, seed, level, n_effective=n_effective, freedom=freedom
+    )
 
 
 def _rounding(value: Callable[[Floats], Floats], per_cluster: Floats) -> float:
@@ -464,7 +451,7 @@ def _ends(
         return None, None
     if len(drawn) < (1 - MAX_UNDEFINED) * (len(draws) - 1):
         return None, None
-    equal = np.isclose(drawn, number, rtol=ROUNDING, atol=rounding)
+    equal = np.abs(drawn - number) <= rounding + ROUNDING * abs(number)
     if equal.all():
         return float(number), float(number)
     z = _z(level, n_units)
@@ -572,49 +559,14 @@ def _sums(
     return np.stack(columns, axis=1), value
 
 
-def _without_mean(sums: Floats) -> Floats:
-    """Return sums [cluster part] with the first part, of values, minus their mean; the last part is counts.
-
-    The variance of a large mean would lose digits.
-    """
-    total, size = sums[:, 0], sums[:, -1]
-    off = total - total.sum() / size.sum() * size if size.sum() else total
-    return np.concatenate([off[:, None], sums[:, 1:]], axis=1)
-
-
 def _quotient(sums: Floats) -> Floats:
-    result: Floats = sums[..., 0] / sums[..., 1]
+    result: Floats = sums[:, 0] / sums[:, 1]
     return result
-
-
-def _quotient_slope(sums: Floats) -> Floats:
-    """Return the quotient's derivatives by the two sums, [... 2]."""
-    total, count = np.moveaxis(sums, -1, 0)
-    return np.stack([1 / count, -total / count**2], axis=-1)
 
 
 def _sd(sums: Floats) -> Floats:
-    total, squares, count = np.moveaxis(sums, -1, 0)
+    total, squares, count = sums.T
     result: Floats = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
-    return result
-
-
-def _sd_slope(sums: Floats) -> Floats:
-    """Return the standard deviation's derivatives by the three sums, [... 3]."""
-    total, squares, count = np.moveaxis(sums, -1, 0)
-    mean = total / count
-    of_variance = np.stack([-2 * mean, np.ones_like(mean), 2 * mean**2 - squares / count], axis=-1)
-    result: Floats = of_variance / (2 * count * _sd(sums))[..., None]
-    return result
-
-
-def _log_sd(sums: Floats) -> Floats:
-    result: Floats = np.log(_sd(sums))
-    return result
-
-
-def _log_sd_slope(sums: Floats) -> Floats:
-    result: Floats = _sd_slope(sums) / _sd(sums)[..., None]
     return result
 
 
@@ -622,9 +574,8 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
     """Return quantiles of the values, each repeated as often as `weights` draws its cluster, [draw].
 
     Quantiles are linear between ranks, as numpy's. Running counts over all sorted values would cost
-    n_draws * n operations. Counts at the edges of 256 bins are one small matrix product, which shows
-    the few bins that contain the quantile in any draw. Only the values of these bins are then counted
-    one by one.
+    n_draws * n operations. Counts at the edges of 256 bins are one small matrix product, which shows the bin
+    that contains the quantile in each draw. Only the values of that bin are then counted one by one.
     """
     shape = weights.shape
     ordered, owner, edges, up_to_bin, weights = _binned(
@@ -634,20 +585,26 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
         shape,
     )
     rank = (up_to_bin[:, -1].astype(np.float64) - 1) * q
-    below, above = np.floor(rank), np.ceil(rank)
-    first = int((up_to_bin <= below[:, None]).sum(axis=1).min())
-    last = int((up_to_bin <= above[:, None]).sum(axis=1).max())
-    start, stop = int(edges[first]), int(edges[last + 1])
+    width = int(np.diff(edges).max())
 
-    result = np.empty(len(weights))
-    n_at_once = max(1, 4_000_000 // (stop - start))  # 32 MB per block
-    for begin in range(0, len(weights), n_at_once):
-        block = slice(begin, begin + n_at_once)
-        running = np.cumsum(weights[block][:, owner[start:stop]], axis=1)  # [draw value]
-        if first:
-            running += up_to_bin[block, first - 1][:, None]
-        lower = ordered[start + (running <= below[block, None]).sum(axis=1)]
-        upper = ordered[start + (running <= above[block, None]).sum(axis=1)]
+    def at(rank: Floats, draws: NDArray[np.intp]) -> Floats:
+        """Return the value at a rank from 0, for some draws."""
+        up_to = up_to_bin[draws]
+        found = (up_to <= rank[:, None]).sum(axis=1)
+        before = np.where(found > 0, up_to[np.arange(len(draws)), found - 1], 0)
+        places = edges[found][:, None] + np.arange(width)
+        is_inside = places < edges[found + 1][:, None]
+        of_place = weights[draws[:, None], owner[np.minimum(places, len(owner) - 1)]]
+        running = before[:, None] + np.cumsum(np.where(is_inside, of_place, 0), axis=1)
+        value: Floats = ordered[edges[found] + (running <= rank[:, None]).sum(axis=1)]
+        return value
+
+    below, above = np.floor(rank), np.ceil(rank)
+    result = np.empty(len(rank))
+    n_at_once = max(1, 4_000_000 // width)  # 32 MB per block
+    for begin in range(0, len(rank), n_at_once):
+        block = np.arange(begin, min(begin + n_at_once, len(rank)))
+        lower, upper = at(below[block], block), at(above[block], block)
         result[block] = lower + (rank - below)[block] * (upper - lower)
     return result
 
