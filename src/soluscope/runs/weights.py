@@ -313,11 +313,17 @@ def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
         places: path prefixes inside the package, such as `hooked/` or `probes/engagement.py`.
         but: path prefixes to leave out.
     """
-    sources = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+    return _hash_of(SOURCE, places, but)
+
+
+@cache
+def _hash_of(source: Path, places: tuple[str, ...], but: tuple[str, ...]) -> str:
+    """Return the hash of the source in a folder; computed once, since a process runs the code that it has read."""
+    names = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*.py"))}
     return digest(
         [
             [name, _computed_by(path)]
-            for name, path in sources.items()
+            for name, path in names.items()
             if name.startswith(places) and not name.startswith(but)
         ]
     )
