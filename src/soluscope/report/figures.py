@@ -966,7 +966,15 @@ def titled(figure: go.Figure, title: str) -> go.Figure:
     if figure.layout.height is None:
         return figure.update_layout(title=html.escape(title))
     return figure.update_layout(
-        title={"text": html.escape(title), "font": {"size": 14}},
+        # At the top of the figure: in the middle of the margin, which is the default, it would cover the legend.
+        title={
+            "text": html.escape(title),
+            "font": {"size": 14},
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 10},
+        },
         height=figure.layout.height + TITLE_HEIGHT,
         margin_t=figure.layout.margin.t + TITLE_HEIGHT,
     )
