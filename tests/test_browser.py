@@ -245,6 +245,11 @@ def test_paper_has_all_parts_with_their_figures_and_warnings(visit):
     folded = ".plot:not(details:not([open]) .plot)"
     assert tab.locator(f"{folded}:not(:has(.main-svg))").count() == 0
     assert tab.locator("details.warn[open]").count() == 1
+    # The paper would cut a figure that is wider than the page's 900 pixels, which a browser shrinks to the paper.
+    widths = "[...document.querySelectorAll('.main-svg')].map(each => each.getBoundingClientRect().width)"
+    assert tab.evaluate(f"Math.max(...{widths})") <= 900
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    until(tab, f"() => {widths}[0] > 900")
 
 
 # ---------------------------------------------------------------- a page that asks for nothing

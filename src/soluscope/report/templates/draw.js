@@ -35,6 +35,7 @@
     const lines = Math.ceil(width / Math.max(200, (box.clientWidth || 900) - 90));
     figure.layout.height += LINE * Math.max(0, lines - 1);
     box.style.height = figure.layout.height + "px";
+    if (document.body.classList.contains("printed")) figure.layout.width = box.clientWidth;
     return figure;
   };
 
