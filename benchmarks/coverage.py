@@ -131,16 +131,22 @@ def of_run(folder: Path) -> None:
         values = np.where(np.isfinite(values), values, np.nan)
         for statistic in OF_RUN:
             truth = cluster_bootstrap(values, owner, statistic, n_draws=1).value
-            shares = []
-            for n in (40, 60):
-                rng, hits = np.random.default_rng(n), []
-                for _ in range(N_TRIALS_OF_RUN):
-                    drawn = [places[document] for document in rng.choice(len(places), n)]
-                    names = np.repeat(np.arange(n), [len(each) for each in drawn])
-                    found = cluster_bootstrap(values[np.concatenate(drawn)], names, statistic, 1000)
-                    hits.append(contains(found, truth))
-                shares.append(counted(hits))
+            shares = [of_drawn(values, places, statistic, truth, n) for n in (40, 60)]
             print(f"| {statistic} of {name} | {' | '.join(shares)} |", flush=True)
+
+
+def of_drawn(
+    values: Floats, places: list[NDArray[np.intp]], statistic: str, truth: float, n: int
+) -> str:
+    """Return the coverage of a statistic of `n` documents drawn from those whose values lie at `places`."""
+    rng = np.random.default_rng(n)
+    hits = []
+    for _ in range(N_TRIALS_OF_RUN):
+        drawn = [places[document] for document in rng.choice(len(places), n)]
+        names = np.repeat(np.arange(n), [len(each) for each in drawn])
+        found = cluster_bootstrap(values[np.concatenate(drawn)], names, statistic, 1000)
+        hits.append(contains(found, truth))
+    return counted(hits)
 
 
 def main() -> None:

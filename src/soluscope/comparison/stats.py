@@ -163,7 +163,7 @@ def bootstrap_sums(
     draws = np.where(np.abs(draws) <= rounding, 0.0, draws)
     low, high = None, None
     if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, max(2.0, units * freedom), level, acceleration, rounding)
+        low, high = _ends(draws, units * freedom, level, acceleration, rounding)
     return Interval(float(draws[0]), low, high, n, n_clusters, n_effective=units)
 
 
@@ -315,11 +315,19 @@ def cluster_bootstrap(
     if n_clusters == 0:
         return Interval(float("nan"), None, None, 0, 0)
     draws = _quantile(numbers, owner, _weights(n_clusters, n_draws, seed), q)
-    units = effective_number(np.bincount(owner))
+    return _of_quantiles(draws, owner, statistic, level, len(numbers))
+
+
+def _of_quantiles(
+    draws: Floats, owner: NDArray[np.intp], statistic: str, level: float, n: int
+) -> Interval:
+    """Return the interval of a quantile, or of a difference of two, from its draws and each value's cluster."""
+    sizes = np.bincount(owner)
+    units = effective_number(sizes)
     low, high = None, None
     if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, max(2.0, units * _freedom(statistic)), level)
-    return Interval(float(draws[0]), low, high, len(numbers), n_clusters, n_effective=units)
+        low, high = _ends(draws, units * _freedom(statistic), level)
+    return Interval(float(draws[0]), low, high, n, len(sizes), n_effective=units)
 
 
 def _freedom(statistic: str) -> float:
@@ -373,21 +381,16 @@ def statistic_difference(
         return Interval(float("nan"), None, None, n, n_clusters)
     parts = [(values[ok], owners[ok]) for values, ok in zip(columns, kept, strict=True)]
     q = _quantile_named(statistic)
-    units = effective_number(np.bincount(owner))
     if q is None:
         (a, value), (b, _) = (_sums(*part, n_clusters, statistic) for part in parts)
-        freedom = _freedom(statistic)
+        units, freedom = effective_number(np.bincount(owner)), _freedom(statistic)
         plain = difference_of_sums(a, value, b, value, n, n_draws, seed, level, units, freedom)
         if statistic != "mean":
             return plain
         return _studentised(plain, np.stack([a, b]), n_draws, seed, level)
     weights = _weights(n_clusters, n_draws, seed)
     first, second = (_quantile(*part, weights, q) for part in parts)
-    draws = first - second
-    low, high = None, None
-    if units >= MIN_CLUSTERS:
-        low, high = _ends(draws, max(2.0, units * _freedom(statistic)), level)
-    return Interval(float(draws[0]), low, high, n, n_clusters, n_effective=units)
+    return _of_quantiles(first - second, owner, statistic, level, n)
 
 
 def difference_of_sums(
@@ -454,7 +457,7 @@ def _ends(
     equal = np.abs(drawn - number) <= rounding + ROUNDING * abs(number)
     if equal.all():
         return float(number), float(number)
-    z = _z(level, n_units)
+    z = _z(level, max(2.0, n_units))
     if acceleration is not None:
         below = np.mean(np.where(equal, 0.5, drawn < number))
         if below in (0, 1):

@@ -319,11 +319,11 @@ def code_hash(*places: str, but: tuple[str, ...] = ()) -> str:
 @cache
 def _hash_of(source: Path, places: tuple[str, ...], but: tuple[str, ...]) -> str:
     """Return the hash of the source in a folder; computed once, since a process runs the code that it has read."""
-    names = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*.py"))}
+    sources = {path.relative_to(source).as_posix(): path for path in sorted(source.rglob("*.py"))}
     return digest(
         [
             [name, _computed_by(path)]
-            for name, path in names.items()
+            for name, path in sources.items()
             if name.startswith(places) and not name.startswith(but)
         ]
     )
