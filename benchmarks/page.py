@@ -33,7 +33,7 @@ SEEDS = 8
 
 
 def main(path: str, n_runs: str = "") -> None:
-    records = results.read(Path(path))
+    records: list[Record] = results.read(Path(path))
     if n_runs:
         records = larger(records, int(n_runs))
     begin = time.perf_counter()

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,15 @@ def documents_of(name: str, *words: str) -> tuple[list[Document], dict[str, str]
     return list(source.documents(config.corpus, skipped.__setitem__)), skipped
 
 
-def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def run_python(
+    code: str, *arguments: str, stdin: int | None = None, **environment: str
+) -> subprocess.Popen[str]:
     """Start a fresh interpreter that runs `code` and can import soluscope."""
     search_path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": search_path, **environment},
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -1199,33 +1203,64 @@ def hub() -> Iterator[str]:
 
 
 HUB_DOCUMENTS = """
-import json, sys
+import io, json, sys
+from contextlib import redirect_stderr
 from soluscope.data.sources.hub import HubSet, Params, documents
 from soluscope.errors import UserError
-asked = json.loads(sys.argv[1])
-params = Params(sets=[HubSet(**s) for s in asked.pop("sets")], **asked)
-try:
-    print(json.dumps([(d.name, d.text) for d in documents(params)]))
-except UserError as error:
-    sys.exit(f"error: {error}")
+for line in sys.stdin:
+    asked, found = json.loads(line), []
+    with redirect_stderr(io.StringIO()) as errors:
+        try:
+            params = Params(sets=[HubSet(**s) for s in asked.pop("sets")], **asked)
+            found = [(d.name, d.text) for d in documents(params)]
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    print(json.dumps([found, errors.getvalue()]), flush=True)
 """
 TALES = {"path": "someone/tales", "weight": 0.8}
 CODE = {"path": "someone/code", "text_field": "content", "weight": 0.2}
 
 
-def hub_documents(address: str, home: Path, **params: object) -> tuple[list[list[str]], str]:
-    """Return the documents and stderr of a fresh process: the client reads HF_ENDPOINT when imported."""
-    environment = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    process = run_python(HUB_DOCUMENTS, json.dumps(params), **environment)
-    output, errors = process.communicate(timeout=HANGS_AFTER_S)
-    return json.loads(output) if process.returncode == 0 else [], errors
+Ask = Callable[..., tuple[list[list[str]], str]]
+"""Function from a data set's settings to its documents and the lines on stderr."""
+
+
+@contextmanager
+def asking(address: str, home: Path, **environment: str) -> Iterator[Ask]:
+    """Yield a function that reads data sets in another process: the client reads HF_ENDPOINT when imported."""
+    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    process = run_python(HUB_DOCUMENTS, stdin=subprocess.PIPE, **environment)
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def ask(**params: object) -> tuple[list[list[str]], str]:
+        print(json.dumps(params), file=process.stdin, flush=True)
+        found, errors = json.loads(process.stdout.readline())
+        return found, errors
+
+    yield ask
+    process.communicate(timeout=HANGS_AFTER_S)
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def hub_documents(hub: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    with asking(hub, tmp_path_factory.mktemp("hub")) as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def documents_offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    # Without HF_HUB_OFFLINE, the client would retry for 25 seconds.
+    with asking(
+        "http://127.0.0.1:9", tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1"
+    ) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_hub_sets_are_mixed_by_weight_in_bytes(hub: str, tmp_path: Path, streaming: bool) -> None:
-    found, errors = hub_documents(
-        hub, tmp_path, sets=[TALES, CODE], streaming=streaming, max_mb=0.02
-    )
+def test_hub_sets_are_mixed_by_weight_in_bytes(hub_documents: Ask, streaming: bool) -> None:
+    found, errors = hub_documents(sets=[TALES, CODE], streaming=streaming, max_mb=0.02)
     assert found, errors
     n_bytes = {"tales": 0, "code": 0}
     for name, text in found:
@@ -1237,19 +1272,19 @@ def test_hub_sets_are_mixed_by_weight_in_bytes(hub: str, tmp_path: Path, streami
     assert abs(n_bytes["tales"] / sum(n_bytes.values()) - 0.8) < 0.01
 
 
-def test_hub_mix_ends_where_a_set_runs_out_and_says_so(hub: str, tmp_path: Path) -> None:
-    found, errors = hub_documents(hub, tmp_path, sets=[TALES, {**CODE, "weight": 8}], max_mb=9)
+def test_hub_mix_ends_where_a_set_runs_out_and_says_so(hub_documents: Ask) -> None:
+    found, errors = hub_documents(sets=[TALES, {**CODE, "weight": 8}], max_mb=9)
     assert 0 < len(found) < 400
     assert "skipped the rest of someone/tales: someone/code ended" in errors
 
 
-def test_hub_text_field_leads_into_nested_columns(hub: str, tmp_path: Path) -> None:
+def test_hub_text_field_leads_into_nested_columns(hub_documents: Ask) -> None:
     nested = {"path": "someone/nested", "text_field": "meta.text"}
-    found, errors = hub_documents(hub, tmp_path, sets=[nested], max_mb=1)
+    found, errors = hub_documents(sets=[nested], max_mb=1)
     assert [text for _, text in found] == ["inside"], errors
 
 
-def test_hub_errors_name_the_set_in_one_line(hub: str, tmp_path: Path) -> None:
+def test_hub_errors_name_the_set_in_one_line(hub_documents: Ask) -> None:
     for asked, says in (
         ({"path": "someone/nothing"}, "cannot read someone/nothing"),
         ({"path": "someone/code"}, "no text_field='text' in someone/code; it has: content"),
@@ -1259,30 +1294,29 @@ def test_hub_errors_name_the_set_in_one_line(hub: str, tmp_path: Path) -> None:
         ),
         ({"path": "someone/tales", "split": "nowhere"}, "split=nowhere"),
     ):
-        found, errors = hub_documents(hub, tmp_path, sets=[asked], max_mb=1)
+        found, errors = hub_documents(sets=[asked], max_mb=1)
         assert not found
         assert errors.startswith("error: corpus.sets")
         assert says in errors
         assert len(errors.splitlines()) == 1
 
 
-def test_hub_that_cannot_be_reached_is_one_line_that_names_the_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise the client retries for 25 seconds
-    found, errors = hub_documents("http://127.0.0.1:9", tmp_path, sets=[TALES], max_mb=1)
+def test_hub_that_cannot_be_reached_is_one_line_that_names_the_set(documents_offline: Ask) -> None:
+    found, errors = documents_offline(sets=[TALES], max_mb=1)
     assert not found
     assert errors.startswith("error: corpus.sets: cannot read someone/tales")
     assert len(errors.splitlines()) == 1
 
 
-def test_hub_reads_a_local_folder_of_the_same_layout(tmp_path: Path) -> None:
+def test_hub_reads_a_local_folder_of_the_same_layout(
+    tmp_path: Path, documents_offline: Ask
+) -> None:
     folder = tmp_path / "tales" / "data"
     folder.mkdir(parents=True)
     lines = REPOSITORIES["someone/tales"]["data/train.jsonl"]
     (folder / "train.jsonl").write_bytes(lines)
     sets = [{"path": str(tmp_path / "tales")}]
-    found, errors = hub_documents("http://127.0.0.1:9", tmp_path / "home", sets=sets, max_mb=1)
+    found, errors = documents_offline(sets=sets, max_mb=1)
     assert [text for _, text in found] == [json.loads(line)["text"] for line in lines.splitlines()]
     assert errors == ""
     words = ("data=hub", f"corpus.sets=[{{path: {tmp_path}/tales}}]")

@@ -88,7 +88,7 @@ def reached(module: str) -> frozenset[str]:
 
 
 ORDER = (
-    "errors", "terminal", "bars", "cores", "workers", "files", "text", "plugins", "results", "reading",
+    "errors", "terminal", "bars", "cores", "garbage", "workers", "files", "text", "plugins", "results", "reading",
     "config", "config_help", "memory", "wandb_client", "serving", "norms", "constant_norm", "variants", "model",
     "data", "comparison", "runs", "training", "hooked", "probes", "controls", "removal", "report", "evaluation",
     "neurons", "notebook", "editor", "proxies", "rating", "export", "launching", "engines", "commands", "__main__",

@@ -945,9 +945,20 @@ class Records(list[Record]):
 
 def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
     """Return the records of one type, in their order."""
-    if isinstance(records, Records):
-        return list(records.once(kind, lambda: of_kind([*records], kind)))
-    return [record for record in records if isinstance(record, kind)]
+    if not isinstance(records, Records):
+        return [record for record in records if isinstance(record, kind)]
+    by_class = records.once(of_kind, lambda: _by_class(records))
+    classes = [each for each in by_class if issubclass(each, kind)]
+    if len(classes) > 1:  # only all records have the order of several classes
+        return of_kind([*records], kind)
+    return cast(list[R], [record for each in classes for record in by_class[each]])
+
+
+def _by_class(records: Iterable[Record]) -> dict[type[Record], list[Record]]:
+    result: dict[type[Record], list[Record]] = {}
+    for record in records:
+        result.setdefault(type(record), []).append(record)
+    return result
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -964,7 +975,7 @@ def write(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(f"{line(each)}\n" for each in records))
 
 
-def read(path: Path, remedy: str = "", whole: bool = False) -> list[Record]:
+def read(path: Path, remedy: str = "", whole: bool = False) -> Records:
     """Read the records of `path`. A line that cannot be read is skipped with a warning on stderr.
 
     Args:
@@ -998,7 +1009,7 @@ def read(path: Path, remedy: str = "", whole: bool = False) -> list[Record]:
             )
     if not records:
         raise UserError(f"{path} contains no records: {remedy}")
-    return records
+    return Records(records)
 
 
 @dataclass(frozen=True)

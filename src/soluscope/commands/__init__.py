@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from soluscope import plugins
 from soluscope.errors import UserError
+from soluscope.garbage import collect_rarely
 from soluscope.terminal import answer, say
 
 PACKAGE = "soluscope.commands"
@@ -91,6 +92,7 @@ def run(name: str, arguments: list[str] | None = None) -> NoReturn:
 
 def run_command(command: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
     """Call `command(arguments)` and exit; a UserError is one line on stderr and exit status 2."""
+    collect_rarely()
     codecs.register_error("spelled out", _spelled_out)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -590,24 +590,29 @@ def _quantile(values: Floats, owner: NDArray[np.intp], weights: Floats, q: float
     rank = (up_to_bin[:, -1].astype(np.float64) - 1) * q
     width = int(np.diff(edges).max())
 
-    def at(rank: Floats, draws: NDArray[np.intp]) -> Floats:
-        """Return the value at a rank from 0, for some draws."""
+    def around(draws: NDArray[np.intp], low: Floats, high: Floats) -> tuple[Floats, Floats]:
+        """Return the values at two ranks, counted from 0, for some draws; nan for a high rank in another bin."""
         up_to = up_to_bin[draws]
-        found = (up_to <= rank[:, None]).sum(axis=1)
+        found = (up_to <= low[:, None]).sum(axis=1)
         before = np.where(found > 0, up_to[np.arange(len(draws)), found - 1], 0)
         places = edges[found][:, None] + np.arange(width)
         is_inside = places < edges[found + 1][:, None]
         of_place = weights[draws[:, None], owner[np.minimum(places, len(owner) - 1)]]
         running = before[:, None] + np.cumsum(np.where(is_inside, of_place, 0), axis=1)
-        value: Floats = ordered[edges[found] + (running <= rank[:, None]).sum(axis=1)]
-        return value
+        first = edges[found] + (running <= low[:, None]).sum(axis=1)
+        second = edges[found] + (running <= high[:, None]).sum(axis=1)
+        is_here = running[:, -1] > high
+        return ordered[first], np.where(is_here, ordered[np.where(is_here, second, 0)], np.nan)
 
     below, above = np.floor(rank), np.ceil(rank)
     result = np.empty(len(rank))
     n_at_once = max(1, 4_000_000 // width)  # 32 MB per block
     for begin in range(0, len(rank), n_at_once):
         block = np.arange(begin, min(begin + n_at_once, len(rank)))
-        lower, upper = at(below[block], block), at(above[block], block)
+        lower, upper = around(block, below[block], above[block])
+        elsewhere = np.isnan(upper)
+        other = block[elsewhere]
+        upper[elsewhere], _ = around(other, above[other], above[other])
         result[block] = lower + (rank - below)[block] * (upper - lower)
     return result
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from soluscope.evaluation.one_run import evaluate_described
+from soluscope.garbage import collect_rarely
 from soluscope.workers import STOPPED, works
 
 if __name__ == "__main__":
+    collect_rarely()  # before the imports of the evaluation
+    from soluscope.evaluation.one_run import evaluate_described
+
     try:
         for line in works():
             evaluate_described(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 
 from soluscope.config import load_config
+from soluscope.garbage import collect_rarely
 from soluscope.launching.jobs import Task, execute
 from soluscope.training.progress import NoProgress
 from soluscope.workers import STOPPED, tell_step, works
@@ -24,6 +25,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    collect_rarely()
     try:
         main()
     except KeyboardInterrupt:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import html
 import math
 import re
-import textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
-from plotly.subplots import make_subplots
 
 from soluscope.report.findings import by_stream, estimate, number, number_key, run_name
+from soluscope.report.sheet import INK, N_COLUMNS, Key, Sheet, Trace
 from soluscope.results import (
     AtDose,
     Bound,
@@ -41,15 +39,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross")
 DASHES = ("solid", "14px,2px", "10px,4px", "7px,4px", "5px,5px", "3px,4px", "2px,4px")
 """From few gaps to many: where lines coincide, the arms below show through the gaps of the arms drawn later."""
-INK, GRID = "#222222", "#e4e4e4"
-N_COLUMNS = 3
 LONG_LABEL = 16
-TITLE_LETTERS = 36
-"""Letters in a line of a panel's title; three panels beside each other have room for it."""
-TOP = 36
-"""Pixels above the first row of panels, for their titles."""
-LEGEND = 34
-"""Pixels above the titles for one row of the legend; plotly makes more room where the legend needs it."""
 FEWEST_DOSES = 3
 """Number of doses of a variant from which its numbers are drawn against the dose."""
 ARROW = 9
@@ -67,10 +57,7 @@ QUARTILE = re.compile(r".* Q[1-4]")
 """Pattern of groups that are quartiles of a split; any other group is a separate line or panel."""
 
 N = TypeVar("N", bound=Number)
-Key = tuple[str, ...]
-"""Key of a panel: quantity, group, stream, in that order."""
 Panels = dict[Key, list[N]]
-Trace = dict[str, Any]
 SCALE = "Viridis"
 """Colours of the lines of an ordered setting."""
 
@@ -137,8 +124,8 @@ def draw(
         return go.Figure(layout={"template": "none", "title": f"{title}: no rows to draw"})
     look = look or styles(rows)
     curve = spec.kind == "curve"
-    figure = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y, before)
-    return figure.update_layout(title=title)
+    sheet = _curves(panels, spec, look) if curve else _dots(panels, look, spec.log_y, before)
+    return sheet.figure(title)
 
 
 def against_dose(
@@ -165,7 +152,7 @@ def against_dose(
                 panels.setdefault((*key, dose.name), []).append(replace(row, x=dose.value))
     if not panels:
         return go.Figure()
-    figure = _grid(panels, row_height=270, curves=True)
+    sheet = Sheet(panels, row_height=270, curves=True)
     named: set[str] = set()
     for index, (key, panel_rows) in enumerate(panels.items()):
         for variant, seed in sorted({(row.variant, row.seed or 0) for row in panel_rows}):
@@ -175,15 +162,15 @@ def against_dose(
                 if (row.variant, row.seed or 0) == (variant, seed)
             ]
             style = look[min(row.arm for row in panel_rows if row.variant == variant)]
-            _add(figure, _joined(line, style, variant, named), index)
-        figure.update_xaxes(title_text=f"{key[-1]} (log)", type="log", **_at(index))
+            sheet.add(_joined(line, style, variant, named), index)
+        sheet.x(index, title=f"{key[-1]} (log)", type="log")
         unit = html.escape(panel_rows[0].unit)
-        figure.update_yaxes(title_text=unit, **_at(index))
+        sheet.y(index, title=unit)
         if spec.log_y and _positive(panel_rows):
-            figure.update_yaxes(**_log_axis(panel_rows, 6), **_at(index))
+            sheet.y(index, **_log_axis(panel_rows, 6))
         else:
-            _mark_zero(figure, panel_rows, index, upright=True)
-    return figure
+            _mark_zero(sheet, panel_rows, index, upright=True)
+    return sheet.figure()
 
 
 @dataclass(frozen=True)
@@ -230,7 +217,7 @@ def along(
         for title, points in filled.items()
     }
     keys = [(title, "", "") for title in filled]
-    figure = _grid(keys, row_height=270, curves=True, gap=112)  # labels are slanted
+    sheet = Sheet(keys, row_height=270, curves=True, gap=112)  # labels are slanted
     named: set[str] = set()
     for index, points in enumerate(filled.values()):
         in_order = sorted({point.line for point in points}, key=list(names).index)
@@ -242,12 +229,12 @@ def along(
             if fixed:
                 x, rows = [point.x for point in fixed], [point.number for point in fixed]
                 bars = _intervals(rows, x, style, 5, marked=False, upright=True)
-                _add(figure, bars | {"legendgroup": html.escape(names[line])}, index)
-            _add(figure, _joined(joined, style, names[line], named), index)
+                sheet.add(bars | {"legendgroup": html.escape(names[line])}, index)
+            sheet.add(_joined(joined, style, names[line], named), index)
             for point in joined:
                 if point.ringed:
                     ring = _ring(point, style) | {"legendgroup": html.escape(names[line])}
-                    _add(figure, ring, index)
+                    sheet.add(ring, index)
         at = {point.x for point in points}
         tried = [x for x in values if place[x] in at]
         ticks = {
@@ -255,19 +242,18 @@ def along(
             "ticktext": [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in tried],
         }  # fmt: skip
         title, kind = (x_title, "linear") if ranked else (f"{x_title} (log)", "log")
-        figure.update_xaxes(title_text=title, type=kind, **ticks, **_at(index))
+        sheet.x(index, title=title, type=kind, **ticks)
         rows = [point.number for point in points]
         shown = [point.number for each in filled.values() for point in each] if one_scale else rows
         frame = _frame(shown, with_zero=not _is_loss(rows[0]))  # losses lie far from 0
-        figure.update_yaxes(title_text=html.escape(rows[0].unit), range=frame, **_at(index))
+        sheet.y(index, title=html.escape(rows[0].unit), range=frame)
         colours = [look[point.line].colour for point in points]
-        _add(
-            figure,
+        sheet.add(
             _arrows(rows, [point.x for point in points], frame, colours, upright=True),
             index,
         )
-        _mark_zero(figure, rows, index, upright=True)
-    return figure
+        _mark_zero(sheet, rows, index, upright=True)
+    return sheet.figure()
 
 
 def _of_these_models(row: Number) -> bool:
@@ -299,7 +285,7 @@ def against_each_other(
     filled = {title: list(pairs) for title, pairs in panels.items() if pairs}
     if not filled:
         return go.Figure()
-    figure = _grid([(title, "", "") for title in filled], row_height=300, curves=True)
+    sheet = Sheet([(title, "", "") for title in filled], row_height=300, curves=True)
     named: set[str] = set()
     for index, (title, pairs) in enumerate(filled.items()):
         for line in dict.fromkeys(pair.line for pair in pairs):
@@ -315,10 +301,10 @@ def against_each_other(
             trace["mode"] = "lines+markers+text"
             trace["customdata"] = [html.escape(pair.label) for pair in of_line]
             trace["texttemplate"], trace["textposition"] = "%{customdata}", "top right"
-            figure.add_trace(trace, **_at(index))
-        figure.update_xaxes(title_text=html.escape(title), **_at(index))
-        figure.update_yaxes(title_text=html.escape(pairs[0].y.unit), **_at(index))
-    return figure
+            sheet.add(trace, index)
+        sheet.x(index, title=html.escape(title))
+        sheet.y(index, title=html.escape(pairs[0].y.unit))
+    return sheet.figure()
 
 
 def bars(
@@ -335,7 +321,7 @@ def bars(
     known = [row for row in rows if row.value is not None]
     if not known:
         return go.Figure()
-    figure = _grid([("times the baseline's size", "", "")], row_height=270, curves=True)
+    sheet = Sheet([("times the baseline's size", "", "")], row_height=270, curves=True)
     for line in dict.fromkeys(line_of[row.arm] for row in known):
         of_line = sorted(
             (row for row in known if line_of[row.arm] == line), key=lambda row: row.n_weights
@@ -354,15 +340,13 @@ def bars(
             "hovertext": [html.escape(f"{row.arm}: {row.bound} {estimate(row)} times") for row in of_line],
             "hoverinfo": "text",
         }  # fmt: skip
-        _add(figure, trace, 0)
-    figure.update_layout(barmode="group")
+        sheet.add(trace, 0)
+    sheet.layout["barmode"] = "group"
     in_order = [f"{n:,}" for n in sorted({row.n_weights for row in known})]
-    figure.update_xaxes(
-        title_text="weights", type="category", categoryorder="array", categoryarray=in_order
-    )
-    figure.update_yaxes(title_text="times")
-    figure.add_hline(y=base, line={"color": INK, "width": 1, "dash": "dot"})
-    return figure
+    sheet.x(0, title="weights", type="category", categoryorder="array", categoryarray=in_order)
+    sheet.y(0, title="times")
+    sheet.mark(base, 0, upright=True)
+    return sheet.figure()
 
 
 _BOUND_MARKS = {Bound.NONE: "", Bound.AT_LEAST: "\u25b2", Bound.AT_MOST: "\u25bc"}
@@ -470,28 +454,28 @@ def _dots(
     look: Mapping[str, Style],
     log: bool = False,
     before: Iterable[Untrained] = (),
-) -> go.Figure:
+) -> Sheet:
     """Draw one panel per quantity, group and stream, with the arms from top to bottom and one dot per number."""
     arms = _in_order(panels, look)
     untrained = {number_key(each): each for each in before}
     one_scale = _have_one_unit(panels)
     drawn = [row for rows in panels.values() for row in rows]
-    figure = _grid(panels, row_height=20 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
+    sheet = Sheet(panels, row_height=20 + _arm_height(len(arms)) * len(arms), shared_x=one_scale)
     for index, rows in enumerate(panels.values()):
         for arm in arms:
             of_arm = [row for row in rows if row.arm == arm]
             heights = [arms.index(arm) + offset for offset in _spread(len(of_arm))]
-            _add(figure, _rings_before(of_arm, heights, untrained), index)
-            _add(figure, _intervals(of_arm, heights, look[arm]), index)
-        figure.update_yaxes(_arm_axis(arms, index), **_at(index))
+            sheet.add(_rings_before(of_arm, heights, untrained), index)
+            sheet.add(_intervals(of_arm, heights, look[arm]), index)
+        sheet.y(index, **_arm_axis(arms, index))
         unit = html.escape(rows[0].unit)
-        figure.update_xaxes(title_text=unit, **_at(index))
+        sheet.x(index, title=unit)
         on_axis = drawn if one_scale else rows
         if log and _positive(on_axis):
-            figure.update_xaxes(**_log_axis(on_axis, 3), **_at(index))
+            sheet.x(index, **_log_axis(on_axis, 3))
         else:
-            _mark_zero(figure, rows, index)
-    return figure
+            _mark_zero(sheet, rows, index)
+    return sheet
 
 
 def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
@@ -500,14 +484,11 @@ def _in_order(panels: Panels[N], look: Mapping[str, Style]) -> list[str]:
     return [arm for arm in look if arm in drawn]
 
 
-def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> go.Figure:
+def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]) -> Sheet:
     """Draw one panel per quantity, group and stream, with one thin line per run and its interval as a band."""
     one_scale = _have_one_unit(panels) and (spec.log_y or spec.relative or _have_one_size(panels))
     drawn = [row for rows in panels.values() for row in rows]
-    figure = _grid(panels, row_height=250, curves=True)
-    if one_scale:
-        figure.update_yaxes(matches="y")
-        figure.update_layout(yaxis_matches=None)  # an axis that matches itself is an error
+    sheet = Sheet(panels, row_height=250, curves=True)
     named: set[str] = set()
     for index, rows in enumerate(panels.values()):
         lines: dict[tuple[str, int], list[Measurement]] = {}
@@ -519,7 +500,7 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
         for arm, seed in in_order:  # bands first, so that none covers a line
             line = lines[arm, seed]
             if all(row.low is not None and row.high is not None for row in line):
-                _add(figure, _band(line, look[arm], len(lines)), index)
+                sheet.add(_band(line, look[arm], len(lines)), index)
         for arm, seed in in_order:
             line, style, label = lines[arm, seed], look[arm], html.escape(arm)
             trace = _scatter(
@@ -533,20 +514,22 @@ def _curves(panels: Panels[Measurement], spec: Figure, look: Mapping[str, Style]
                 hovertemplate=f"{label}, seed {seed}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
             )
             named.add(arm)
-            _add(figure, trace, index)
-        figure.update_xaxes(title_text=html.escape(spec.x_title), **_at(index))
+            sheet.add(trace, index)
+        sheet.x(index, title=html.escape(spec.x_title))
+        if one_scale and index:
+            sheet.y(index, matches="y")
         if spec.log_x and any(row.x for row in rows):
-            figure.update_xaxes(**_log_scale([row.x for row in drawn if row.x], 5), **_at(index))
+            sheet.x(index, **_log_scale([row.x for row in drawn if row.x], 5))
         unit = "relative to the last" if spec.relative else html.escape(rows[0].unit)
         on_axis = drawn if one_scale else rows
         if spec.log_y and _positive(on_axis, or_zero=True) and any(row.value for row in on_axis):
-            figure.update_yaxes(**_log_axis(on_axis, 6), **_at(index))
+            sheet.y(index, **_log_axis(on_axis, 6))
             unit += "" if _positive(on_axis) else " (log; 0 not drawn)"
         if one_scale and index % N_COLUMNS:
-            figure.update_yaxes(showticklabels=False, **_at(index))
+            sheet.y(index, showticklabels=False)
         else:
-            figure.update_yaxes(title_text=unit, **_at(index))
-    return figure
+            sheet.y(index, title=unit)
+    return sheet
 
 
 def _rings_before(
@@ -630,7 +613,7 @@ def losses(rows: Sequence[Record], look: Mapping[str, Style]) -> go.Figure:
 def by_arm(rows: Sequence[Number], look: Mapping[str, Style]) -> go.Figure:
     """Draw one number for each arm, all in one panel; without traces if no number has a value."""
     known = [row for row in rows if row.value is not None]
-    return _dots({("", "", ""): known}, look) if known else go.Figure()
+    return _dots({("", "", ""): known}, look).figure() if known else go.Figure()
 
 
 def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -639,7 +622,9 @@ def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     for row in of_kind(rows, Comparison):
         if row.term is Term.DIFFERENCE:
             panels.setdefault((f"minus {row.against}", "", ""), []).append(row)
-    return _forest(panels, _in_order(panels, look), lambda row: row.arm, look)
+    if not panels:
+        return go.Figure()
+    return _forest(panels, _in_order(panels, look), lambda row: row.arm, look).figure()
 
 
 def relative(
@@ -658,14 +643,15 @@ def relative(
     """
     reference = rows[0].against
     names = [reference, *arms]
-    figure = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
-    figure.update_layout(height=58 + 29 * len(names), margin_t=4, margin_b=50)
+    sheet = _forest({("", "", ""): list(rows)}, names, lambda row: row.arm, look)
+    sheet.layout["height"] = 58 + 29 * len(names)
+    sheet.layout["margin"] |= {"t": 4, "b": 50}
     zero = replace(rows[0], arm=reference, value=0.0, low=0.0, high=0.0)
     mark = _intervals([zero], [0.0], look[reference])
     mark.update(
         text=[html.escape(f"{reference}: the reference, 0")], hovertemplate="%{text}<extra></extra>"
     )
-    _add(figure, mark, 0)
+    sheet.add(mark, 0)
     places = {row.arm: row.value for row in rows} | {reference: 0.0}
     for chain in chains:
         if all(arm in places for arm in chain):
@@ -677,8 +663,8 @@ def relative(
                 hoverinfo="skip",
                 showlegend=False,
             )
-            _add(figure, steps, 0)
-    return figure
+            sheet.add(steps, 0)
+    return sheet.figure()
 
 
 def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -689,7 +675,9 @@ def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
         if main and row.term in (Term.BENEFIT, Term.STATIC, Term.STEP):
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(term_name(row) for rows in panels.values() for row in rows)
-    return _forest(panels, list(names), term_name, look)
+    if not panels:
+        return go.Figure()
+    return _forest(panels, list(names), term_name, look).figure()
 
 
 def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -699,7 +687,9 @@ def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
         if row.term in (Term.WHERE, Term.CONTRAST):
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(row.group for rows in panels.values() for row in rows)
-    return _forest(panels, list(names), lambda row: row.group, look)
+    if not panels:
+        return go.Figure()
+    return _forest(panels, list(names), lambda row: row.group, look).figure()
 
 
 def term_name(row: Comparison) -> str:
@@ -714,29 +704,27 @@ def _forest(
     names: Sequence[str],
     name_of: Callable[[Comparison], str],
     look: Mapping[str, Style],
-) -> go.Figure:
+) -> Sheet:
     """Draw differences in nats, with a thick bar for these models and a thin bar for new seeds.
 
     `names` are the lines from top to bottom, and `name_of` returns a comparison's line. With few seeds the
     thin bars can be much longer than everything else: the frame then cuts them, an arrow marks the cut, and
     the table gives their bounds.
     """
-    if not panels:
-        return go.Figure()
-    figure = _grid(panels, row_height=40 + 34 * len(names))
+    sheet = Sheet(panels, row_height=40 + 34 * len(names))
     for index, rows in enumerate(panels.values()):
         for row in rows:
             new_seeds = row.cluster == "seed"
             width, height = 1.4 if new_seeds else 5, names.index(name_of(row))
             trace = _intervals([row], [height], look[row.arm], width, marked=new_seeds)
-            _add(figure, trace, index)
-        figure.update_yaxes(_arm_axis(names, index), **_at(index))
+            sheet.add(trace, index)
+        sheet.y(index, **_arm_axis(names, index))
         frame = _frame(rows)
-        figure.update_xaxes(title_text="nats / token", range=frame, **_at(index))
-        figure.add_vline(x=0, line={"color": INK, "width": 1, "dash": "dot"}, **_at(index))
+        sheet.x(index, title="nats / token", range=frame)
+        sheet.mark(0, index, upright=False)
         places = [names.index(name_of(row)) for row in rows]
-        _add(figure, _arrows(rows, places, frame, [look[row.arm].colour for row in rows]), index)
-    return figure
+        sheet.add(_arrows(rows, places, frame, [look[row.arm].colour for row in rows]), index)
+    return sheet
 
 
 def _arrows(
@@ -886,75 +874,6 @@ def _band(line: Sequence[Measurement], style: Style, n_lines: int) -> Trace:
     )
 
 
-def _grid(
-    panels: Collection[Key],
-    row_height: int,
-    shared_x: bool = False,
-    curves: bool = False,
-    gap: int = 84,
-) -> go.Figure:
-    """Return an empty figure with a titled panel for each of `panels`, up to three side by side.
-
-    Figures of curves have a legend above the panels and more room between them. `gap` is the height in pixels
-    between two rows of panels, for the labels of the upper row and the titles of the lower row.
-    """
-    n_columns = min(N_COLUMNS, len(panels))
-    n_rows = -(-len(panels) // n_columns)
-    top, bottom = TOP + LEGEND * curves, gap - TOP
-    inner = n_rows * row_height + (n_rows - 1) * gap
-    height = top + inner + bottom
-    several = [len(set(parts)) > 1 for parts in zip(*panels, strict=True)]
-    titles = []
-    for key in panels:
-        named = [part for part, differs in zip(key, several, strict=True) if part and differs]
-        named = named or [key[2] or key[0]]
-        lines = [line for part in named for line in textwrap.wrap(part, TITLE_LETTERS)]
-        titles.append("<br>".join(map(html.escape, lines)))
-    figure = make_subplots(
-        rows=n_rows,
-        cols=n_columns,
-        subplot_titles=titles,
-        figure=go.Figure(layout={"template": _template(nticks_x=5 if n_columns == 1 else 4)}),
-        shared_xaxes="all" if shared_x else False,
-        vertical_spacing=gap / inner if n_rows > 1 else 0,
-        horizontal_spacing=0.09 if curves else 0.04,
-    )
-    figure.update_layout(
-        height=height,
-        autosize=True,
-        margin={"l": 60, "r": 16, "t": top, "b": bottom},
-        legend={"orientation": "h", "y": 1 + TOP / inner, "yanchor": "bottom", "x": 0},
-    )
-    figure.update_annotations(font_size=13)
-    if shared_x:
-        figure.update_xaxes(showticklabels=True)
-    return figure
-
-
-@cache
-def _template(nticks_x: int) -> go.layout.Template:
-    """Return the style of all axes; setting it on each axis of a large figure would take longer than drawing it."""
-    axis = {
-        "exponentformat": "e",
-        "gridcolor": GRID,
-        "linecolor": INK,
-        "zeroline": False,
-        "automargin": True,
-        "title": {"font": {"size": 12}, "standoff": 6},
-    }
-    return go.layout.Template(
-        layout={
-            "xaxis": axis | {"nticks": nticks_x, "tickangle": 0},
-            "yaxis": axis | {"nticks": 6},
-            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-            "paper_bgcolor": "white",
-            "plot_bgcolor": "white",
-            "dragmode": False,  # so that a finger on a phone scrolls the page
-            "hovermode": "closest",
-        }
-    )
-
-
 def min_width(figure: go.Figure) -> int:
     """Return the width in pixels below which the page scrolls the figure instead of shrinking it."""
     n_columns = len({round(axis.domain[0], 3) for axis in figure.select_xaxes()})
@@ -1031,25 +950,10 @@ def _arm_height(n_arms: int) -> int:
     return 26 if n_arms <= MANY_ARMS else 20
 
 
-def _mark_zero(
-    figure: go.Figure, rows: Sequence[Number], index: int, upright: bool = False
-) -> None:
+def _mark_zero(sheet: Sheet, rows: Sequence[Number], index: int, upright: bool = False) -> None:
     """Draw a line at 0 if there are values on both sides of it."""
     values = [
         value for row in rows for value in (row.low, row.value, row.high) if value is not None
     ]
     if min(values) < 0 < max(values):
-        line = {"color": INK, "width": 1, "dash": "dot"}
-        if upright:
-            figure.add_hline(y=0, line=line, **_at(index))
-        else:
-            figure.add_vline(x=0, line=line, **_at(index))
-
-
-def _at(index: int) -> dict[str, int]:
-    return {"row": index // N_COLUMNS + 1, "col": index % N_COLUMNS + 1}
-
-
-def _add(figure: go.Figure, trace: Trace | None, index: int) -> None:
-    if trace is not None:
-        figure.add_trace(trace, **_at(index))
+        sheet.mark(0, index, upright)

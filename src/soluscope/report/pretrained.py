@@ -19,7 +19,7 @@ from soluscope.report.findings import (
     measured,
     number,
 )
-from soluscope.results import LeftOut, Measurement, OfRun, Record, of_kind
+from soluscope.results import LeftOut, Measurement, OfRun, Record, Records, of_kind
 
 PROBE = "pretrained"
 """Probe name of the measurements with facts about a model that no probe measures."""
@@ -40,6 +40,8 @@ def arms(records: Iterable[Record]) -> list[str]:
 
 def trained(records: Iterable[Record]) -> list[Record]:
     """Return all records except records of pretrained models."""
+    if isinstance(records, Records):
+        return records.once(trained, lambda: Records(trained([*records])))
     return [record for record in records if not _is_pretrained(record)]
 
 

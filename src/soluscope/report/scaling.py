@@ -13,6 +13,7 @@ from soluscope.report import figures
 from soluscope.report.blocks import Block, Bullets, Paragraph, Table, plot
 from soluscope.report.figures import Point, Style, along
 from soluscope.report.findings import comparisons, number, seeds, series
+from soluscope.report.sheet import DOTTED
 from soluscope.results import (
     Bound,
     Comparison,
@@ -126,7 +127,7 @@ def _losses(
     y = [curve.floor + curve.scale * (n / curve.centre) ** -curve.exponent for n in x]
     drawn.add_scatter(
         x=x, y=y, mode="lines", name="fitted curve of the baseline", hoverinfo="skip",
-        line={"color": figures.INK, "width": 1, "dash": "dot"},
+        line=DOTTED,
     )  # fmt: skip
     return drawn
 

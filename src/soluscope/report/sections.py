@@ -39,7 +39,7 @@ from soluscope.report.blocks import (
     fold,
     plot,
 )
-from soluscope.report.figures import N_COLUMNS, QUARTILE, Style, term_name
+from soluscope.report.figures import QUARTILE, Style, term_name
 from soluscope.report.findings import (
     at_best_rate,
     by_stream,
@@ -59,6 +59,7 @@ from soluscope.report.findings import (
     tuned,
     twins,
 )
+from soluscope.report.sheet import N_COLUMNS
 from soluscope.results import (
     HELD_OUT,
     NOT_PROBES,
