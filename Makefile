@@ -7,8 +7,7 @@ BIN := $(VENV)/bin
 # The tests of a file run in one process, so that a study, a hub or a killed sweep that they share is made only once.
 # Three processes keep two cores busy, since some tests wait for servers and for processes that they start.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-DEMO_PROBES := engagement,scale_freeze,exact_dla,neuron_statistics,gain_variation,diffuse_attribution,$\
-	scale_causes,scale_invariance,blocked_norm,centring
+DEMO_PROBES := engagement,scale_freeze,exact_dla,neuron_statistics,scale_causes,scale_invariance,centring
 TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
 BIN_TL4 := $(VENV_TL4)/bin

@@ -239,7 +239,7 @@ def _studentised(plain: Interval, sums: Floats, n_draws: int, seed: int, level: 
         t = (numbers[1:] - numbers[0]) / error[1:]
     if np.mean(~np.isfinite(t)) > MAX_UNDEFINED:
         return plain
-    low_t, high_t = np.quantile(t[np.isfinite(t)], ndtr(_z(level, units)))
+    low_t, high_t = _quantiles(t[np.isfinite(t)], ndtr(_z(level, units)))
     low, high = plain.value - high_t * error[0], plain.value - low_t * error[0]
     return replace(plain, low=float(low), high=float(high))
 
@@ -467,8 +467,20 @@ def _ends(
         if not (stretch > 0).all():
             return None, None
         z = bias + (bias + z) / stretch
-    low, high = np.quantile(drawn, ndtr(z))
+    low, high = _quantiles(drawn, ndtr(z))
     return float(low), float(high)
+
+
+def _quantiles(values: Floats, shares: Floats) -> Floats:
+    """Return what `np.quantile` returns, which takes five times as long for some hundred values."""
+    ordered, place = np.sort(values), (len(values) - 1) * shares
+    below = np.floor(place).astype(np.intp)
+    low, high = ordered[below], ordered[np.minimum(below + 1, len(values) - 1)]
+    share = place - below
+    result: Floats = np.where(
+        share < 0.5, low + (high - low) * share, high - (high - low) * (1 - share)
+    )
+    return result
 
 
 def _z(level: float, n_units: float) -> Floats:
