@@ -1,6 +1,7 @@
 """A figure of titled panels in the making, as plotly's JSON.
 
-plotly checks every change of a figure that it holds, which takes milliseconds. A sheet is checked once, when it becomes a figure.
+plotly checks every change of a figure that it holds, which takes milliseconds. A sheet is checked once, when it
+becomes a figure.
 """
 
 from __future__ import annotations
