@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # The tests of a file run in one process, so that a study, a hub or a killed sweep that they share is made only once.
 # Three processes keep two cores busy, since some tests wait for servers and for processes that they start.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+TESTS := not slow and not long
 DEMO_PROBES := engagement,scale_freeze,exact_dla,neuron_statistics,scale_causes,scale_invariance,centring
 TL4 := 4.3.0
 VENV_TL4 := .venv-tl4
@@ -27,7 +28,7 @@ docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
 
 test: lint
-	$(PYTEST) -m "not slow and not long"
+	$(PYTEST) -m "$(TESTS)"
 
 # The demo end to end, sweeps that are killed and moved, and other tests of more than 20 seconds.
 test-slow: $(VENV)/installed

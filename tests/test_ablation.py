@@ -22,7 +22,6 @@ from soluscope.hooked.activations import observe
 pytestmark = pytest.mark.arithmetic
 
 STAGES, FINAL_NORMS = ("post", "mid", "pre"), ("live", "frozen")
-POSITIONS = (0, 3, 17, 30)
 
 
 def small_model(n_layers=1, act_fn="solu_ln", eps=1e-5, peaked=1.0, **options):
@@ -114,24 +113,25 @@ def to_dtype(value, dtype):
 
 
 def check(model, tokens, stage, values, found, final_norm="live", n_neurons=5, atol=1e-10):
-    """Compare some pairs of `found` [token neuron] with one hooked forward pass per position and neuron."""
-    d_mlp = found.shape[1]
-    values = (
-        torch.as_tensor(values, dtype=torch.float64).expand(found.shape).view(*tokens.shape, -1)
-    )
-    found = found.view(*tokens.shape, -1)
+    """Compare `n_neurons` pairs of each token in `found` [token neuron] with hooked forward passes.
+
+    A pass edits one neuron at every token: in the last layer, an edit changes the logits of its own token only.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64).expand(found.shape)
     before = losses_of(hooked_log_p(model, tokens, stage, nothing), tokens)
     generator = torch.Generator().manual_seed(5)
-    for pos in POSITIONS:
-        for neuron in torch.randperm(d_mlp, generator=generator)[:n_neurons].tolist():
+    neurons = torch.rand(found.shape, generator=generator).argsort(1)[:, :n_neurons]
+    for neuron in neurons.T[..., None]:  # [token 1]
+        there, at = neuron.view(*tokens.shape, 1), values.gather(1, neuron)
 
-            def edit(seen, pos=pos, neuron=neuron):
-                seen[:, pos, neuron] = values[:, pos, neuron]
+        def edit(seen, there=there, at=at):
+            seen.scatter_(-1, there, at.view(there.shape).to(seen.dtype))
 
-            after = losses_of(hooked_log_p(model, tokens, stage, edit, final_norm), tokens)
-            torch.testing.assert_close(
-                found[:, pos, neuron].double(), (after - before)[:, pos], rtol=atol, atol=atol
-            )
+        after = losses_of(hooked_log_p(model, tokens, stage, edit, final_norm), tokens)
+        torch.testing.assert_close(
+            found.gather(1, neuron).double().view(tokens.shape), after - before,
+            rtol=atol, atol=atol, equal_nan=True,
+        )  # fmt: skip
 
 
 # --- one pair -------------------------------------------------------------------------------------
@@ -170,15 +170,14 @@ def test_the_neuron_that_holds_all_is_ablated_without_cancellation(seen):
     before = losses_of(hooked_log_p(model, tokens, "mid", nothing), tokens)
     for stage, value in (("mid", 0.0), ("pre", -3.0)):
         found = getattr(Ablation(run), stage)(all_of(run), value)
-        for pos in POSITIONS:
-            neurons = top.view(tokens.shape)[:, pos]
+        there = top.view(*tokens.shape, 1)
 
-            def edit(values, pos=pos, neurons=neurons, value=value):
-                values[torch.arange(len(neurons)), pos, neurons] = value
+        def edit(values, there=there, value=value):
+            values.scatter_(-1, there, value)
 
-            after = losses_of(hooked_log_p(model, tokens, stage, edit), tokens)
-            chosen = found.view(*tokens.shape, -1)[torch.arange(len(neurons)), pos, neurons]
-            torch.testing.assert_close(chosen, (after - before)[:, pos], rtol=1e-9, atol=1e-9)
+        after = losses_of(hooked_log_p(model, tokens, stage, edit), tokens)
+        chosen = found.gather(1, top[:, None]).view(tokens.shape)
+        torch.testing.assert_close(chosen, after - before, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
 def test_an_edit_beyond_what_exponentials_hold_is_still_exact(solu_ln):
