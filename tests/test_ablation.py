@@ -115,7 +115,7 @@ def to_dtype(value, dtype):
 def check(model, tokens, stage, values, found, final_norm="live", n_neurons=5, atol=1e-10):
     """Compare `n_neurons` pairs of each token in `found` [token neuron] with hooked forward passes.
 
-    A pass edits one neuron at every token: in the last layer, an edit changes the logits of its own token only.
+    A pass edits one neuron at every token: in the last layer, an edit changes no logits of other tokens.
     """
     values = torch.as_tensor(values, dtype=torch.float64).expand(found.shape)
     before = losses_of(hooked_log_p(model, tokens, stage, nothing), tokens)

@@ -300,20 +300,15 @@ def test_a_zero_at_high_gain_counts_only_where_ln_final_supplies_no_scale(
 def test_a_rate_of_the_line_that_was_no_candidate_is_not_compared() -> None:
     """It was trained at the reported seeds only, so it is no point of the choice, and needs no warning."""
 
-    def setting(arm: str, lr: float, **values: float) -> Setting:
-        return replace(
-            LN,
-            arm=arm,
-            values={"kappa": 4e-5, "lr": lr, "mlp_out_scale": 1.0, **values},
-            rate="was set by hand",
-        )
+    def setting(arm: str, lr: float, family: str = "at 4e-5") -> Setting:
+        return replace(LN, arm=arm, values={"lr": lr}, rate="was set by hand", family=family)
 
     point = ChoicePoint(
         study="synthetic", arm="best", variant="solu_ln", value=1.0, unit="nats", setting="lr", x=0.004,
         chosen_arm="best",
     )  # fmt: skip
-    other = setting("other", 0.016, kappa=41.94)
-    records = [point, setting("best", 0.004), setting("line", 0.016, mlp_out_scale=1.0), other]
+    other = setting("other", 0.016, "at 41.94")
+    records = [point, setting("best", 0.004), setting("line", 0.016), other]
     assert {each.arm for each in at_best_rate(records)} == {"best", "other"}
     (warning,) = words.untuned(records)
     assert "not tuned: other (the rate was set by hand)" in warning

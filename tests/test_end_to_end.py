@@ -230,6 +230,7 @@ def test_a_run_whose_evaluation_was_interrupted_at_its_start_waits_for_its_turn(
     } - {"solu-s0"}
 
 
+@pytest.mark.long
 def test_false_positives_are_kept_for_the_report_and_controls_are_not_asked_twice(study, tmp_path):
     copy = tmp_path / "runs" / "e2e"
     shutil.copytree(study[0], copy)

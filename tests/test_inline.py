@@ -65,7 +65,7 @@ def test_a_killed_worker_fails_its_own_job_and_a_killed_launch_leaves_no_process
     tmp_path: Path,
 ) -> None:
     path = sweep_file(tmp_path, variant=["solu", "solu_ln", "gelu"])
-    long = ("train.steps=1500", "train.checkpoint_every=1500", "train.log_every=10")
+    long = ("train.steps=600", "train.checkpoint_every=600", "train.log_every=5")
     words = words_for(tmp_path / "runs", *long)
     command = (LAUNCH, path, *words, "study=killed", "report=false", "inline.jobs=2")
     configs = read_sweep(path, [*words, "study=killed"]).configs

@@ -53,7 +53,7 @@ def test_the_words_of_other_commands_are_accepted_by_their_parsers(line):
     plugins.pick("soluscope.commands", name).build_parser().parse_intermixed_args(words)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_readmes_commands_run_as_they_stand(tmp_path):
     """The block under "Use it" runs line by line in an empty folder, and the Python example after it."""
     block = README.split("## Use it")[1].split("## Read on")[0]

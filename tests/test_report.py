@@ -1692,8 +1692,8 @@ def test_a_zero_is_not_drawn_on_a_logarithmic_axis_and_ticks_are_round():
         ("SoLU, one", "SoLU, one"),
         ("SoLU + LN, kappa 41.9", "SoLU + LN,<br>kappa 41.9"),
         ("a name that is long and has no comma", "a name that is long and has no comma"),
-        ("SoLU + LN, scale without gradient, kappa 4e-5, output times 0.5",
-         "SoLU + LN, scale without gradient,<br>kappa 4e-5, output times 0.5"),
+        ("SoLU + LN, scale without gradient, kappa 4e-5, alpha 0.5",
+         "SoLU + LN, scale without gradient,<br>kappa 4e-5, alpha 0.5"),
         ("<b>bold</b>, of another", "&lt;b&gt;bold&lt;/b&gt;,<br>of another"),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ from soluscope.serving import server
 pytestmark = pytest.mark.slow
 
 SEED = 13
-N_PARTS = 16
+N_PARTS = 32
 """Parts into which the cases are divided, so that several processes can share them."""
 HANGS_AFTER_CPU_S = 30
 HANGS_AFTER_S = 300

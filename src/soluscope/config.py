@@ -641,9 +641,7 @@ def rate_origin(config: Config) -> str:
 
 def _differing(config: Config, words: Sequence[str]) -> list[str]:
     """Return the settings that determine a run's numbers and differ from its size's preset with these words."""
-    preset = load_config(
-        [f"variant={config.variant}", f"size={config.size}", f"seed={config.seed}", *words]
-    )
+    preset = _preset(f"variant={config.variant}", f"size={config.size}", *words)
     here, there = (_determining(asdict(each)) for each in (config, preset))
     for values, each in ((here, config), (there, preset)):
         if hasattr(each.mid, "epsilon"):  # a default, an epsilon and a kappa may mean the same
@@ -652,8 +650,14 @@ def _differing(config: Config, words: Sequence[str]) -> list[str]:
     return [
         f"{key}={there.get(key)}, here {here.get(key)}"
         for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key) and key not in ("size", "train.precision")
+        if here.get(key) != there.get(key) and key not in ("seed", "size", "train.precision")
     ]
+
+
+@cache
+def _preset(*words: str) -> Config:
+    """Return the configuration of these words alone, which many runs of a study are compared with."""
+    return load_config(words)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

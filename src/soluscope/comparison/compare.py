@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -663,70 +663,95 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
     Source: Wortsman et al. 2023, "Small-scale proxies for large-scale Transformer training instabilities", section
     2.2; protocol.md section 4, "Robustness".
     """
-    lines = [
-        line
-        for alike in arms._alike
-        if len(line := [a for a in alike if a.report and a.out_scale == 1 and not a.matched])
-        >= GRID_FROM
-    ]
-    rates = (
-        set.intersection(*({arm.settings["lr"] for arm in line} for line in lines))
-        if lines
-        else set()
-    )
-    lines = [[arm for arm in line if arm.settings["lr"] in rates] for line in lines]
-    seeds = _shared(*(arm for line in lines for arm in line)) if lines else []
+    lines, rates, seeds = _lines(arms)
     if len(rates) < GRID_FROM or not seeds:
         return []
     ranges = f"{len(rates)} rates from {min(rates):g} to {max(rates):g}"
-    measured: list[tuple[_Arm, Floats]] = []
-    records = []
-    for line in lines:
-        tried = _eligible([arm for arm in line if arm.select])
-        if not tried:
-            continue
-        best, _ = _choose(tried)
-        losses = np.array(
-            [[arm.report[s].sum() / arms.counts.sum() for s in seeds] for arm in line]
+    rated = [_rated(arms, line, seeds) for line in lines if _eligible(_tried(line))]
+    records = [
+        arms.comparison(
+            Term.SENSITIVITY, each.arm, stats.paired_seeds(each.by_seed), "seed", len(seeds),
+            note=f"{ranges}; best rate {each.arm.settings['lr']:g}",
         )
-        at_best = losses[line.index(best)]
-        by_seed = (np.minimum(losses, best.uniform) - at_best).mean(axis=0)
-        records.append(
-            arms.comparison(
-                Term.SENSITIVITY, best, stats.paired_seeds(by_seed), "seed", len(seeds),
-                note=f"{ranges}; best rate {best.settings['lr']:g}",
-            )
-        )  # fmt: skip
-        measured.append((best, by_seed))
-    best_of: dict[str, tuple[_Arm, Floats]] = {}
-    for arm, by_seed in measured:
-        if arm.is_penalised:
-            continue
-        rivals = [arm, *(best_of[arm.variant][:1] if arm.variant in best_of else [])]
-        if _choose(rivals)[0] is arm:
-            best_of[arm.variant] = arm, by_seed
-    for ln, of_ln in measured if len(measured) > 1 else []:
-        if ln.lineage.role != "per_token":
-            continue
-        chain = ln.lineage.chain
-        stages = [
-            (i, *best_of[step.variant])
-            for i, step in enumerate(chain[:-1])
-            if step.variant in best_of
-        ]
-        stages.append((len(chain) - 1, ln, of_ln))
-        for (i, before, left), (j, after, right) in pairwise(stages):
-            interval = stats.paired_seeds(left - right)
-            records.append(
-                arms.comparison(
-                    Term.SENSITIVITY_STEP, ln, interval, "seed", len(seeds), against=before.name,
-                    step=(chain[i].variant, chain[j].variant), p=interval.p if interval.n > 1 else None,
-                    adds="; ".join(step.adds for step in chain[i + 1 : j + 1]), note=f"{ranges}; to {after.name}",
-                )
-            )  # fmt: skip
-        if stages[0][1].lineage.role == "plain":
-            records += _parts(arms, stages, ranges)
+        for each in rated
+    ]  # fmt: skip
+    best_of = _best_of_variants(rated)
+    for ln in rated if len(rated) > 1 else []:
+        if ln.arm.lineage.role == "per_token":
+            stages = _stages(ln, best_of)
+            records += _sensitivity_steps(arms, stages, ranges)
+            if stages[0][1].lineage.role == "plain":
+                records += _parts(arms, stages, ranges)
     return records
+
+
+class _Rated(NamedTuple):
+    """An arm at its best rate, and its sensitivity to the rate at each seed."""
+
+    arm: _Arm
+    by_seed: Floats
+
+
+def _lines(arms: _Arms) -> tuple[list[list[_Arm]], set[float], list[int]]:
+    """Return the arms at alpha 1, joined where only the rate differs, the rates common to all, and shared seeds."""
+    found = [
+        [each for each in alike if each.report and each.out_scale == 1 and not each.matched]
+        for alike in arms._alike
+    ]
+    lines = [line for line in found if len(line) >= GRID_FROM]
+    if not lines:
+        return [], set(), []
+    rates = set.intersection(*({arm.settings["lr"] for arm in line} for line in lines))
+    lines = [[arm for arm in line if arm.settings["lr"] in rates] for line in lines]
+    return lines, rates, _shared(*(arm for line in lines for arm in line))
+
+
+def _tried(line: Sequence[_Arm]) -> list[_Arm]:
+    return [arm for arm in line if arm.select]
+
+
+def _rated(arms: _Arms, line: Sequence[_Arm], seeds: Sequence[int]) -> _Rated:
+    """Return the arm at the best rate of a line, and the line's mean loss above that at this rate, by seed."""
+    best, _ = _choose(_eligible(_tried(line)))
+    losses = np.array([[arm.report[s].sum() / arms.counts.sum() for s in seeds] for arm in line])
+    above = np.minimum(losses, best.uniform) - losses[line.index(best)]
+    return _Rated(best, above.mean(axis=0))
+
+
+def _best_of_variants(rated: Iterable[_Rated]) -> dict[str, _Rated]:
+    """Return the best arm of each variant, of those without an entropy penalty."""
+    best: dict[str, _Rated] = {}
+    for each in rated:
+        if each.arm.is_penalised:
+            continue
+        rivals = [each.arm, *(best[each.arm.variant][:1] if each.arm.variant in best else [])]
+        if _choose(rivals)[0] is each.arm:
+            best[each.arm.variant] = each
+    return best
+
+
+def _stages(ln: _Rated, best_of: Mapping[str, _Rated]) -> list[tuple[int, _Arm, Floats]]:
+    """Return the arms of a chain to LayerNorm, each with its place in the chain and its sensitivities."""
+    chain = ln.arm.lineage.chain
+    before = [
+        (i, *best_of[step.variant]) for i, step in enumerate(chain[:-1]) if step.variant in best_of
+    ]
+    return [*before, (len(chain) - 1, *ln)]
+
+
+def _sensitivity_steps(
+    arms: _Arms, stages: Sequence[tuple[int, _Arm, Floats]], ranges: str
+) -> Iterator[Comparison]:
+    """Yield the difference in rate sensitivity between each two neighbours of a chain."""
+    ln = stages[-1][1]
+    chain = ln.lineage.chain
+    for (i, before, left), (j, after, right) in pairwise(stages):
+        interval = stats.paired_seeds(left - right)
+        yield arms.comparison(
+            Term.SENSITIVITY_STEP, ln, interval, "seed", len(left), against=before.name,
+            step=(chain[i].variant, chain[j].variant), p=interval.p if interval.n > 1 else None,
+            adds="; ".join(step.adds for step in chain[i + 1 : j + 1]), note=f"{ranges}; to {after.name}",
+        )  # fmt: skip
 
 
 def _parts(

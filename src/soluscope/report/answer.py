@@ -130,6 +130,8 @@ def _figure(records: Sequence[Record], look: Mapping[str, Style]) -> list[Block]
             "follows each token; at 41.9, as in SoLU-1L, eps holds it nearly constant. "
             "Static gain: one for all tokens."
         )
+        if len({setting.values.get("mlp_out_scale") for setting in known.values()}) > 1:
+            remark += " alpha: a constant factor of the MLP's output."
         remark += f" The section Paired differences has {left_out} more arms." if left_out else ""
         caption = f"Loss minus the loss of {rows[0].against}"
         caption += f" ({size})" if len(of_size) > 1 else ""

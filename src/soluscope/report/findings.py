@@ -98,17 +98,9 @@ def at_best_rate(records: Sequence[Record]) -> list[Record]:
     passed_over = {point.arm for point in rates if point.arm != point.chosen_arm}
     passed_over |= {arm for arm, setting in known.items() if setting.matched}
     candidates = {point.arm for point in rates}
-    with_candidates = {_but_rate(known[arm]) for arm in candidates & known.keys()}
-    passed_over |= {
-        arm for arm in known.keys() - candidates if _but_rate(known[arm]) in with_candidates
-    }
+    families = {known[arm].family for arm in candidates & known.keys()} - {""}
+    passed_over |= {arm for arm in known.keys() - candidates if known[arm].family in families}
     return [record for record in records if record.arm not in passed_over]
-
-
-def _but_rate(of: Setting) -> tuple[str, frozenset[tuple[str, float]]]:
-    """Return what an arm is, apart from its learning rate and the scale of its MLP's output."""
-    kept = of.values.keys() - {"lr", "mlp_out_scale"}
-    return of.variant, frozenset((name, of.values[name]) for name in kept)
 
 
 def settings(records: Iterable[Record]) -> dict[str, Setting]:

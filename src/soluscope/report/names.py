@@ -154,7 +154,7 @@ def _name(of: Setting, known: Sequence[Setting]) -> str:
     if penalty:
         name += f", entropy penalty {brief_number(penalty)}"
     if differs("mlp_out_scale"):
-        name += f", output times {brief_number(of.values['mlp_out_scale'])}"
+        name += f", alpha {brief_number(of.values['mlp_out_scale'])}"
     return name
 
 

@@ -91,7 +91,7 @@ def _with_several_scales(points: Iterable[ChoicePoint]) -> set[str]:
 def _surfaces(points: Sequence[ChoicePoint], size: str) -> list[Block]:
     """Draw each arm's losses against the rate, with one line for each scale of the MLP's output."""
     scales = sorted({point.out_scale for point in points})
-    line_of = {scale: f"output times {scale:.3g}" for scale in scales}
+    line_of = {scale: f"alpha {scale:.3g}" for scale in scales}
     panels: dict[str, list[Point]] = {}
     for point in points:
         at = Point(point.x, point, line_of[point.out_scale], ringed=point.arm == point.chosen_arm)
