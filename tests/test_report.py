@@ -448,7 +448,7 @@ def test_the_same_records_give_the_same_bytes(some):
 
 
 BAD = "<script>alert(1)</script><b>"
-KEYWORDS = {"kind", "role", "cluster", "sign", "setting", "more_smeared_when"}
+KEYWORDS = {"kind", "role", "cluster", "sign", "setting", "more_smeared_when", "family"}
 """Fields of records whose text the report compares with constants."""
 PLACES = {"probe", "quantity", "statistic", "stream", "positions", "group", "quantities", "tested"}
 """Fields by which the report selects the rows that it cites and draws."""
