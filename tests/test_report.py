@@ -483,7 +483,9 @@ def test_what_comes_from_data_is_escaped(some, swept, kept):
     fact = replace(RUN, probe="pretrained", quantity="eps", value=1.0, pretrained=True)
     failed = gate("scale_freeze", "pinned", "within 1 of 0", passed=False)
     more = [*token_values(["x"]), *CITED, failed, confirmed, rate, gone, apart, fact]
-    html = rendered([spoiled(row, kept) for row in [*some, *more, *swept]])
+    # The arms of the two synthetic studies have the same families.
+    others = [replace(r, family=f"{r.family} 2") if isinstance(r, Setting) else r for r in swept]
+    html = rendered([spoiled(row, kept) for row in [*some, *more, *others]])
     assert "<script>alert" not in html
     assert "</script><b>" not in html
     assert text(html).count("&lt;script&gt;alert(1)") > 1000
