@@ -950,7 +950,7 @@ def of_kind(records: Iterable[Record], kind: type[R]) -> list[R]:
     by_class = records.once(of_kind, lambda: _by_class(records))
     classes = [each for each in by_class if issubclass(each, kind)]
     if len(classes) > 1:  # only all records have the order of several classes
-        return of_kind([*records], kind)
+        return list(records.once(kind, lambda: of_kind([*records], kind)))
     return cast(list[R], [record for each in classes for record in by_class[each]])
 
 

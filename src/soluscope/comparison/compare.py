@@ -667,7 +667,7 @@ def sensitivities(arms: _Arms) -> list[Comparison]:
     if len(rates) < GRID_FROM or not seeds:
         return []
     ranges = f"{len(rates)} rates from {min(rates):g} to {max(rates):g}"
-    rated = [_rated(arms, line, seeds) for line in lines if _eligible(_tried(line))]
+    rated = [_rated(arms, line, seeds) for line in lines if _candidates(line)]
     records = [
         arms.comparison(
             Term.SENSITIVITY, each.arm, stats.paired_seeds(each.by_seed), "seed", len(seeds),
@@ -706,13 +706,14 @@ def _lines(arms: _Arms) -> tuple[list[list[_Arm]], set[float], list[int]]:
     return lines, rates, _shared(*(arm for line in lines for arm in line))
 
 
-def _tried(line: Sequence[_Arm]) -> list[_Arm]:
-    return [arm for arm in line if arm.select]
+def _candidates(line: Sequence[_Arm]) -> list[_Arm]:
+    """Return the arms of a line from which its best rate is chosen."""
+    return _eligible([arm for arm in line if arm.select])
 
 
 def _rated(arms: _Arms, line: Sequence[_Arm], seeds: Sequence[int]) -> _Rated:
     """Return the arm at the best rate of a line, and the line's mean loss above that at this rate, by seed."""
-    best, _ = _choose(_eligible(_tried(line)))
+    best, _ = _choose(_candidates(line))
     losses = np.array([[arm.report[s].sum() / arms.counts.sum() for s in seeds] for arm in line])
     above = np.minimum(losses, best.uniform) - losses[line.index(best)]
     return _Rated(best, above.mean(axis=0))

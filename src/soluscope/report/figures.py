@@ -622,9 +622,7 @@ def differences(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
     for row in of_kind(rows, Comparison):
         if row.term is Term.DIFFERENCE:
             panels.setdefault((f"minus {row.against}", "", ""), []).append(row)
-    if not panels:
-        return go.Figure()
-    return _forest(panels, _in_order(panels, look), lambda row: row.arm, look).figure()
+    return _forests(panels, _in_order(panels, look), lambda row: row.arm, look)
 
 
 def relative(
@@ -675,9 +673,7 @@ def terms(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
         if main and row.term in (Term.BENEFIT, Term.STATIC, Term.STEP):
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(term_name(row) for rows in panels.values() for row in rows)
-    if not panels:
-        return go.Figure()
-    return _forest(panels, list(names), term_name, look).figure()
+    return _forests(panels, list(names), term_name, look)
 
 
 def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
@@ -687,9 +683,7 @@ def where(rows: Iterable[Record], look: Mapping[str, Style]) -> go.Figure:
         if row.term in (Term.WHERE, Term.CONTRAST):
             panels.setdefault((row.arm, "", ""), []).append(row)
     names = dict.fromkeys(row.group for rows in panels.values() for row in rows)
-    if not panels:
-        return go.Figure()
-    return _forest(panels, list(names), lambda row: row.group, look).figure()
+    return _forests(panels, list(names), lambda row: row.group, look)
 
 
 def term_name(row: Comparison) -> str:
@@ -697,6 +691,16 @@ def term_name(row: Comparison) -> str:
     if row.group:
         return f"{row.term if row.term is Term.SINCE else Term.STATIC}, {row.group}"
     return " to ".join(row.step) if row.term is Term.STEP else str(row.term)
+
+
+def _forests(
+    panels: Panels[Comparison],
+    names: Sequence[str],
+    name_of: Callable[[Comparison], str],
+    look: Mapping[str, Style],
+) -> go.Figure:
+    """Return the figure of `_forest`; without traces if there are no panels."""
+    return _forest(panels, names, name_of, look).figure() if panels else go.Figure()
 
 
 def _forest(
